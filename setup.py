@@ -1,0 +1,40 @@
+"""Package definition: `pip install -e .` for use, `pip install -e .[dev]` for tests and linting."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "selva" / "__init__.py").read_text(encoding="utf-8")).group(1)
+
+setup(
+    name="selva-lora",
+    version=VERSION,
+    description="Teach video-to-audio models new sounds: LoRA training for SelVA and MMAudio",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=find_packages(include=["selva", "selva.*"]),
+    package_data={"selva": ["assets/*"]},
+    install_requires=[
+        # torchaudio's newest release refuses a torch built for another CUDA version, so the two move together.
+        "torch>=2.5,<2.12",
+        "torchaudio>=2.5,<2.12",
+        "torchvision>=0.20,<0.27",  # the exact uint8 picture resize of the reference
+        "numpy>=1.26",
+        "einops>=0.8",
+        "soundfile>=0.12",
+        "av>=12,<20",
+        "open_clip_torch>=2.24,<4",
+        "transformers>=4.44",
+        "safetensors>=0.4.3",
+        "huggingface_hub>=0.25",
+        "tensordict>=0.6",
+        "pyyaml>=6",
+        "tqdm>=4.66",
+        "matplotlib>=3.8",
+    ],
+    extras_require={"dev": ["pytest>=8", "ruff>=0.6"]},
+)
