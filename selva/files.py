@@ -1,0 +1,66 @@
+"""Write a file so that its final name never holds half of it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+PARTIAL_PREFIX = ".partial-"  # folders that hold an unfinished file; one that outlives its process can be deleted
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path; leaving the block moves the file written there onto ``path``.
+
+    The data are on the disk before the rename, so after a power cut ``path`` holds the old file or the new one. If the
+    block raises, or the process is interrupted inside it, ``path`` is untouched and what was written is removed.
+
+    The temporary file has the final name, because writers (soundfile, matplotlib, NumPy) choose the format by it, and
+    lies in a hidden folder beside ``path``: after a SIGKILL, a listing of ``*.npz`` does not meet the remains.
+
+    The block must write exactly this one file and close it. The folder of ``path`` is created.
+
+    Raises:
+        FileNotFoundError: the block ended without writing the file.
+        IsADirectoryError: ``path`` is a folder.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; a file of that name was to be written")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=PARTIAL_PREFIX, dir=path.parent))
+    try:
+        temporary = folder / path.name
+        yield temporary
+        _flush_file(temporary)
+        os.replace(temporary, path)
+        _flush_folder(path.parent)
+    finally:
+        shutil.rmtree(folder)
+
+
+def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write ``text`` to ``path`` as UTF-8, whole or not at all; line ends are kept as they are in ``text``."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(text.encode("utf-8"))
+
+
+def _flush_file(path: Path) -> None:
+    # Opened for update, because Windows cannot flush a file that is open for reading only.
+    with open(path, "r+b") as file:
+        os.fsync(file.fileno())
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make the rename itself durable, where the system can open a folder (Windows cannot)."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
