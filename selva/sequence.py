@@ -65,7 +65,7 @@ def sequence_config(mode: str, duration_sec: float = DEFAULT_DURATION_SEC) -> Se
         raise ValueError(f"unknown audio mode {mode!r}, expected one of {', '.join(SAMPLING_RATES)}")
     shortest = SYNC_SEGMENT_FRAMES / SYNC_FPS
     if not math.isfinite(duration_sec) or duration_sec < shortest:
-        raise ValueError(f"duration is {duration_sec} s, expected at least {shortest} s (one sync segment of 16 frames)")
+        raise ValueError(f"duration is {duration_sec} s, expected at least {shortest} s, one segment of 16 frames")
     rate, hop = SAMPLING_RATES[mode], HOP_LENGTHS[mode]
     latent_seq_len = math.ceil(duration_sec * rate / hop / LATENT_DOWNSAMPLE)
     num_sync_frames = int(duration_sec * SYNC_FPS)

@@ -10,6 +10,7 @@ import torch
 from recipe import compare, load_golden, load_manifest, make_input, make_state_dict, select
 
 GOLDEN = Path(__file__).parent / "golden"
+GOLDEN_ERRORS: dict[str, dict[str, float]] = {}  # golden file -> worst errors of this run, shown at its end
 
 
 @pytest.fixture(autouse=True)
@@ -19,16 +20,12 @@ def _fixed_seed():
 
 
 class GoldenCase:
-    """One golden file: its configuration, weights, inputs and expected outputs.
-
-    ``errors`` collects what :meth:`check` measured, so a failing test shows how far off every output was.
-    """
+    """One golden file: its configuration, weights, inputs and expected outputs."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.info, self.stored = load_golden(GOLDEN / name)
         self.config = self.info.get("config", {})
-        self.errors: dict[str, dict[str, float]] = {}
 
     def inputs(self) -> dict[str, torch.Tensor]:
         return {name: torch.from_numpy(make_input(spec)) for name, spec in self.info["inputs"].items()}
@@ -42,7 +39,8 @@ class GoldenCase:
         spec = self.info["outputs"][name]
         found = select(actual.detach().to(torch.float32).cpu().numpy(), spec.get("index"))
         error = compare(found, self.stored[name])
-        self.errors[name] = error
+        worst = GOLDEN_ERRORS.setdefault(self.name, {"rel_l2": 0.0, "max_abs": 0.0})
+        worst.update({key: max(value, worst[key]) for key, value in error.items()})
         limit = spec["tolerance"]
         assert error["rel_l2"] <= limit["rel_l2"] and error["max_abs"] <= limit["max_abs"], (
             f"{self.name}/{name}: error {error}, tolerance {limit}"
@@ -53,6 +51,13 @@ class GoldenCase:
 def golden():
     """``golden("generator_tiny_v1")`` -> :class:`GoldenCase`; large weights live only as long as the test module."""
     return GoldenCase
+
+
+def pytest_terminal_summary(terminalreporter):
+    if GOLDEN_ERRORS:
+        terminalreporter.section("worst error per golden file")
+        for name, worst in sorted(GOLDEN_ERRORS.items()):
+            terminalreporter.line(f"{name:28} rel_l2 {worst['rel_l2']:.1e}   max_abs {worst['max_abs']:.1e}")
 
 
 def pytest_addoption(parser):

@@ -1,0 +1,89 @@
+"""Flow matching: the path from noise to data, its velocity, the loss, times for training, and Euler sampling.
+
+Time runs as in MMAudio: t = 0 is noise, t = 1 is data. Functions of tensors only; sigma_min is 0 throughout.
+Source: Lipman et al., arXiv:2210.02747; MMAudio, arXiv:2412.15322.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+TIMESTEP_MODES = ("logit_normal", "uniform", "curriculum")
+
+
+def interpolate(x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
+    """Return the point at time ``t`` on the straight path from noise to data.
+
+    Args:
+        x0: (B, N, C) Gaussian noise.
+        x1: (B, N, C) normalised audio latents.
+        t: (B,) times in [0, 1].
+
+    Returns:
+        (B, N, C) ``(1 - t) x0 + t x1``; arXiv:2210.02747, eq. 22 with sigma_min = 0.
+    """
+    t = t[:, None, None]  # (B, 1, 1)
+    return (1 - t) * x0 + t * x1
+
+
+def loss(velocity: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
+    """Return (B,) the mean squared error per sample against the target velocity ``x1 - x0``, in float32."""
+    return (velocity.float() - (x1 - x0).float()).square().mean(dim=(1, 2))
+
+
+def guided(v_cond: Tensor, v_uncond: Tensor, w: float) -> Tensor:
+    """Return ``w v_cond + (1 - w) v_uncond``, classifier-free guidance (arXiv:2207.12598) of strength ``w``."""
+    return w * v_cond + (1 - w) * v_uncond
+
+
+def euler(
+    fn: Callable[[Tensor, Tensor], Tensor], x0: Tensor, num_steps: int, on_step: Callable[[int], None] | None = None
+) -> Tensor:
+    """Return the end point (t = 1) of ``dx/dt = fn(t, x)`` from ``x0`` (t = 0) with ``num_steps`` Euler steps.
+
+    Args:
+        fn: maps a float32 scalar time and the state to the velocity; never called at t = 1.
+        x0: (B, N, C); the state keeps this dtype, so pass float32 whatever the network runs in.
+        on_step: called with the number of steps done, for progress bars.
+
+    The grid is ``linspace(0, 1, num_steps + 1)`` in float32 on the CPU and each step is the float32 difference of its
+    neighbours, as in the reference, so that the same seed gives the same sound.
+    """
+    if num_steps < 1:
+        raise ValueError(f"num_steps is {num_steps}, expected at least 1")
+    grid = torch.linspace(0, 1, num_steps + 1, dtype=torch.float32)
+    x = x0
+    for i in range(num_steps):
+        x = x + (grid[i + 1] - grid[i]).to(x.device) * fn(grid[i].to(x.device), x)
+        if on_step is not None:
+            on_step(i + 1)
+    return x
+
+
+def sample_times(
+    batch_size: int,
+    mode: str,
+    generator: torch.Generator | None = None,
+    *,
+    sigma: float = 1.0,
+    progress: float = 0.0,
+    curriculum_switch: float = 0.6,
+) -> Tensor:
+    """Return (batch_size,) float32 training times on the CPU.
+
+    Always float32: bfloat16 draws would take only 256 values (pitfall C3).
+
+    Args:
+        mode: "logit_normal" draws sigmoid(sigma * n), n standard normal, as the base models were trained;
+            "uniform" draws from [0, 1); "curriculum" is logit_normal until ``progress`` reaches
+            ``curriculum_switch`` and uniform from then on.
+        progress: the fraction of the whole run that is done, from 0 to 1, whatever step a resume started at.
+    """
+    if mode not in TIMESTEP_MODES:
+        raise ValueError(f"unknown timestep mode {mode!r}, expected one of {', '.join(TIMESTEP_MODES)}")
+    if mode == "uniform" or (mode == "curriculum" and progress >= curriculum_switch):
+        return torch.rand(batch_size, generator=generator, dtype=torch.float32)
+    return torch.sigmoid(sigma * torch.randn(batch_size, generator=generator, dtype=torch.float32))

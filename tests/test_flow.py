@@ -1,0 +1,78 @@
+"""Flow matching against closed forms."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from selva import flow
+
+
+@pytest.mark.parametrize("num_steps", [1, 7, 25])
+def test_euler_is_exact_on_a_constant_field(num_steps):
+    x0, v = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    torch.testing.assert_close(flow.euler(lambda t, x: v, x0, num_steps), x0 + v)
+
+
+def test_euler_visits_left_end_points_and_reports_steps():
+    times, done = [], []
+    flow.euler(lambda t, x: (times.append(t.item()), x)[1], torch.ones(1, 1, 1), 4, done.append)
+    assert times == [0.0, 0.25, 0.5, 0.75] and done == [1, 2, 3, 4]
+
+
+def test_euler_approaches_the_exponential():
+    x = flow.euler(lambda t, x: x, torch.ones(1, 1, 1, dtype=torch.float64), 1000)
+    torch.testing.assert_close(x.item(), (1 + 1 / 1000) ** 1000, rtol=1e-4, atol=0)
+
+
+def test_the_path_starts_at_noise_ends_at_data_and_moves_with_the_target_velocity():
+    x0, x1, t = torch.randn(3, 5, 2), torch.randn(3, 5, 2), torch.tensor([0.0, 1.0, 0.4])
+    xt = flow.interpolate(x0, x1, t)
+    assert torch.equal(xt[0], x0[0]) and torch.equal(xt[1], x1[1])
+    step = (flow.interpolate(x0, x1, t + 0.01) - xt) / 0.01
+    torch.testing.assert_close(step, x1 - x0, rtol=1e-3, atol=1e-3)
+    assert torch.equal(flow.loss(x1 - x0, x0, x1), torch.zeros(3))
+
+
+def test_loss_is_computed_in_float32_per_sample():
+    x0, x1 = torch.zeros(2, 4, 3), torch.zeros(2, 4, 3)
+    velocity = torch.stack((torch.full((4, 3), 2.0), torch.full((4, 3), 3.0))).to(torch.bfloat16)
+    result = flow.loss(velocity, x0, x1)
+    assert result.dtype == torch.float32 and result.tolist() == [4.0, 9.0]
+
+
+def test_guidance():
+    a, b = torch.randn(2, 3), torch.randn(2, 3)
+    assert torch.equal(flow.guided(a, b, 1.0), a)
+    torch.testing.assert_close(flow.guided(a, b, 4.5), b + 4.5 * (a - b))
+
+
+def test_times_are_drawn_in_float32():
+    """Pitfall C3: bfloat16 draws take 256 values."""
+    t = flow.sample_times(4096, "uniform", torch.Generator().manual_seed(1))
+    assert t.dtype == torch.float32 and t.unique().numel() > 4000
+    assert abs(t.mean().item() - 0.5) < 0.02 and t.min() >= 0 and t.max() < 1
+
+
+def test_logit_normal_times_follow_their_distribution():
+    """Pitfall C2: the base models were trained with sigmoid(normal)."""
+    t = flow.sample_times(20_000, "logit_normal", torch.Generator().manual_seed(1), sigma=0.5)
+    z = torch.logit(t)
+    assert abs(z.mean().item()) < 0.02 and abs(z.std().item() - 0.5) < 0.02
+
+
+def test_curriculum_switches_at_a_fraction_of_the_whole_run():
+    """Pitfall F6: the switch depends on the absolute progress only."""
+
+    def draw(mode, progress=0.0):
+        return flow.sample_times(
+            64, mode, torch.Generator().manual_seed(5), progress=progress, curriculum_switch=0.6
+        )
+
+    assert torch.equal(draw("curriculum", 0.59), draw("logit_normal"))
+    assert torch.equal(draw("curriculum", 0.6), draw("uniform"))
+
+
+def test_unknown_mode_lists_the_known_ones():
+    with pytest.raises(ValueError, match="logit_normal, uniform, curriculum"):
+        flow.sample_times(1, "log_normal")
