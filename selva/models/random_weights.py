@@ -1,0 +1,81 @@
+"""Reproducible random weights under which every network does something.
+
+A freshly built generator predicts exactly zero and passes no gradient to its blocks, because its output layers and
+gates start at zero; its latent statistics are not even numbers. Tests, benchmarks and the packaged model need weights
+without such holes. Each tensor here depends on its name and a seed only, through integer arithmetic and products, so
+it is the same on every machine and does not change when another layer is added.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+# What the last part of a name says about the scale; everything else follows from the number of axes.
+UNIT_TABLES = ("token_embedding.weight", "shared.weight", "embed_tokens.weight", "empty_sync_feat", "sup_text_feat")
+SMALL_TABLES = (
+    "sync_pos_emb", "pos_embed", "temp_embed", "cls_token", "positional_embedding", "class_embedding",
+)  # fmt: skip
+# CLIP features have length 1 over all channels, so unit weights bring them to the level of the other inputs.
+UNIT_MATRICES = ("clip_input_proj.0.weight", "text_input_proj.0.weight")
+# The vocoder's activations only add positive values. Without a mean over time its last filter passes no offset on.
+WAVEFORM_FILTER = "conv_post.weight"
+SMALL = 0.1
+
+
+def random_tensor(name: str, shape: tuple[int, ...], seed: int = 0) -> Tensor:
+    """Return float32 values for the parameter ``name``: uniform, of zero mean and of a scale that fits its role.
+
+    Weights keep the magnitude of their input (1 / sqrt(fan-in)), norm scales lie around 1, biases and positions are
+    small, latent deviations lie around 1 and are positive, and the waveform comes out at about a tenth of full scale.
+    """
+    x = _unit_noise(name, shape, seed)
+    if name.endswith("latent_std"):
+        return 1 + SMALL * x.abs()
+    if name.endswith((*UNIT_TABLES, *UNIT_MATRICES)):
+        return x
+    if name.endswith(SMALL_TABLES):
+        return SMALL * x
+    if name.endswith(WAVEFORM_FILTER):
+        x = x.double()
+        return (SMALL * (x - x.mean(-1, keepdim=True)) / math.sqrt(math.prod(shape[1:]))).float()
+    if len(shape) >= 2 and not name.endswith("latent_mean"):
+        return x / math.sqrt(math.prod(shape[1:]))
+    if len(shape) == 1 and name.endswith("weight"):
+        return 1 + SMALL * x
+    return SMALL * x
+
+
+def random_state_dict(module: nn.Module, seed: int = 0) -> dict[str, Tensor]:
+    """Return a state dict for ``module``: parameters by :func:`random_tensor`, persistent buffers as they are.
+
+    Only the shapes of the parameters are read, so they may live on the meta device.
+    """
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    return {
+        name: random_tensor(name, tuple(tensor.shape), seed) if name in parameters else tensor.detach().clone()
+        for name, tensor in module.state_dict().items()
+    }
+
+
+def fill_random_(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Load :func:`random_state_dict` into ``module`` as if it were a published file, and return ``module``."""
+    weights = random_state_dict(module, seed)
+    if hasattr(module, "load_published"):
+        module.load_published(weights)
+    else:
+        module.load_state_dict(weights, strict=True)
+    return module
+
+
+def _unit_noise(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+    """Return (shape) float32 uniform values of zero mean and unit variance."""
+    # RandomState is frozen by NumPy's compatibility policy; uniform draws involve no logarithm that a maths library
+    # could round differently.
+    state = np.random.RandomState(zlib.crc32(f"{seed}/{name}".encode()))
+    x = state.random_sample(shape)
+    return torch.from_numpy(np.asarray((2 * x - 1) * math.sqrt(3), dtype=np.float32))
