@@ -1,0 +1,227 @@
+"""Log-mel spectrogram -> waveform: BigVGAN (16 kHz) and BigVGAN-v2 (44.1 kHz).
+
+    mel (B, bands, T) -> transposed convolutions, each followed by the mean of three residual blocks -> (B, 1, T * hop)
+
+Published files hold every convolution as magnitude and direction (weight norm); :meth:`Vocoder.load_published` joins
+the two, so the network itself has plain weights.
+Source: BigVGAN (Lee et al., arXiv:2206.04658); anti-aliased activation after StyleGAN3 (arXiv:2106.12423).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from selva.models.blocks import load_strict_
+
+FILTER_TAPS = 12
+FILTER_CUTOFF = 0.25  # of the doubled sampling rate, the Nyquist frequency of the original one
+FILTER_HALF_WIDTH = 0.3  # of the transition band, relative to the original sampling rate
+FILTER_SUFFIXES = (".upsample.filter", ".downsample.lowpass.filter")
+# The two spellings of weight norm in published files: (magnitude g, direction v).
+WEIGHT_NORM_SUFFIXES = (
+    (".weight_g", ".weight_v"),
+    (".parametrizations.weight.original0", ".parametrizations.weight.original1"),
+)
+
+
+@dataclass(frozen=True)
+class VocoderConfig:
+    """Size of a vocoder.
+
+    Attributes:
+        num_mels: mel bands of the input.
+        upsample_rates: factor of every stage; their product is the hop length in samples.
+        upsample_kernels: kernel size of every stage's transposed convolution.
+        final_bias: the last convolution has a bias.
+        final_tanh: the output is bounded by tanh; otherwise it is clamped to [-1, 1].
+        initial_channels: channels before the first stage, halved by every stage.
+        residual_kernels: kernel size of the residual blocks of a stage.
+        residual_dilations: dilation of the successive layers of every residual block.
+    """
+
+    num_mels: int
+    upsample_rates: tuple[int, ...]
+    upsample_kernels: tuple[int, ...]
+    final_bias: bool
+    final_tanh: bool
+    initial_channels: int = 1536
+    residual_kernels: tuple[int, ...] = (3, 7, 11)
+    residual_dilations: tuple[int, ...] = (1, 3, 5)
+
+    def __post_init__(self) -> None:
+        if len(self.upsample_rates) != len(self.upsample_kernels):
+            raise ValueError(
+                f"{len(self.upsample_rates)} upsample_rates and {len(self.upsample_kernels)} upsample_kernels, "
+                "expected one kernel for every rate"
+            )
+        for rate, kernel in zip(self.upsample_rates, self.upsample_kernels, strict=True):
+            if kernel < rate or (kernel - rate) % 2:
+                raise ValueError(f"upsample kernel {kernel} at rate {rate}, expected the rate plus an even number")
+        if self.initial_channels % 2 ** len(self.upsample_rates):
+            raise ValueError(
+                f"initial_channels is {self.initial_channels}, "
+                f"expected a multiple of {2 ** len(self.upsample_rates)} for {len(self.upsample_rates)} stages"
+            )
+
+    @property
+    def hop_length(self) -> int:
+        """Samples per mel frame."""
+        return math.prod(self.upsample_rates)
+
+
+@functools.lru_cache(maxsize=16)
+@torch.inference_mode(False)  # taps first made while sampling must still serve a later training step
+def antialias_filter(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return the (12,) taps of the Kaiser-windowed sinc low-pass around every activation; they sum to 1.
+
+    The window's beta follows Kaiser's formula for the attenuation that 12 taps reach (scipy.signal.kaiser_atten).
+    """
+    attenuation_db = 2.285 * (FILTER_TAPS // 2 - 1) * math.pi * 4 * FILTER_HALF_WIDTH + 7.95
+    beta = 0.1102 * (attenuation_db - 8.7)  # the branch of the formula for more than 50 dB; here 51.02
+    window = torch.kaiser_window(FILTER_TAPS, periodic=False, beta=beta, dtype=torch.float64)
+    time = torch.arange(FILTER_TAPS, dtype=torch.float64) - (FILTER_TAPS - 1) / 2
+    taps = window * torch.sinc(2 * FILTER_CUTOFF * time)
+    return (taps / taps.sum()).to(device=device, dtype=dtype)
+
+
+def upsample_twice(x: Tensor) -> Tensor:
+    """Return (B, C, 2 T), ``x`` (B, C, T) at twice the sampling rate, its edges held."""
+    channels = x.shape[1]
+    taps = 2 * antialias_filter(x.device, x.dtype).expand(channels, 1, -1)  # 2: every other input sample is a zero
+    padded = F.pad(x, (5, 5), mode="replicate")
+    return F.conv_transpose1d(padded, taps, stride=2, padding=15, groups=channels)  # `padding` crops both ends
+
+
+def downsample_twice(x: Tensor) -> Tensor:
+    """Return (B, C, T), ``x`` (B, C, 2 T) at half the sampling rate, its edges held."""
+    channels = x.shape[1]
+    taps = antialias_filter(x.device, x.dtype).expand(channels, 1, -1)
+    return F.conv1d(F.pad(x, (5, 6), mode="replicate"), taps, stride=2, groups=channels)
+
+
+def fold_weight_norm(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a new state dict in which every pair of magnitude g and direction v became ``g v / |v|``, in float32.
+
+    The norm runs over all axes but the first, which for a transposed convolution is the input channel. A half without
+    its other half stays as it is, so that strict loading names it.
+    """
+    folded = dict(state_dict)
+    for g_suffix, v_suffix in WEIGHT_NORM_SUFFIXES:
+        for v_name in [name for name in folded if name.endswith(v_suffix)]:
+            layer = v_name.removesuffix(v_suffix)
+            if layer + g_suffix not in folded:
+                continue
+            g, v = folded.pop(layer + g_suffix).float(), folded.pop(v_name).float()
+            folded[layer + ".weight"] = v * (g / torch.linalg.vector_norm(v, dim=(1, 2), keepdim=True))
+    return folded
+
+
+class SnakeBeta(nn.Module):
+    """x + sin(alpha x)^2 / beta per channel, alpha and beta stored as logarithms (BigVGAN, section 3.1)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.zeros(channels))
+        self.beta = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        frequency, magnitude = self.alpha.exp()[:, None], self.beta.exp()[:, None]  # each (C, 1)
+        return x + (x * frequency).sin().square() / (magnitude + 1e-9)
+
+
+class AntiAliasedActivation(nn.Module):
+    """SnakeBeta at twice the sampling rate, so that the harmonics it makes do not fold back."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.act = SnakeBeta(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return downsample_twice(self.act(upsample_twice(x)))
+
+
+class ResidualBlock(nn.Module):
+    """Three residual layers of two convolutions on (B, C, T); the first of each is dilated."""
+
+    def __init__(self, channels: int, kernel_size: int, dilations: tuple[int, ...]) -> None:
+        super().__init__()
+
+        def convolution(dilation: int) -> nn.Conv1d:
+            padding = (kernel_size - 1) * dilation // 2
+            return nn.Conv1d(channels, channels, kernel_size, dilation=dilation, padding=padding)
+
+        self.convs1 = nn.ModuleList(convolution(dilation) for dilation in dilations)
+        self.convs2 = nn.ModuleList(convolution(1) for _ in dilations)
+        self.activations = nn.ModuleList(AntiAliasedActivation(channels) for _ in range(2 * len(dilations)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        layers = zip(self.activations[::2], self.convs1, self.activations[1::2], self.convs2, strict=True)
+        for first_activation, first_conv, second_activation, second_conv in layers:
+            x = x + second_conv(second_activation(first_conv(first_activation(x))))
+        return x
+
+
+class Vocoder(nn.Module):
+    """A BigVGAN generator with plain weights."""
+
+    def __init__(self, config: VocoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        channels = config.initial_channels
+        self.conv_pre = nn.Conv1d(config.num_mels, channels, 7, padding=3)
+        self.ups = nn.ModuleList()
+        self.resblocks = nn.ModuleList()  # all stages in one list, as in the published names
+        for rate, kernel in zip(config.upsample_rates, config.upsample_kernels, strict=True):
+            up = nn.ConvTranspose1d(channels, channels // 2, kernel, stride=rate, padding=(kernel - rate) // 2)
+            self.ups.append(nn.ModuleList((up,)))  # a list of one: the published name is ups.{i}.0
+            channels //= 2
+            for size in config.residual_kernels:
+                self.resblocks.append(ResidualBlock(channels, size, config.residual_dilations))
+        self.activation_post = AntiAliasedActivation(channels)
+        self.conv_post = nn.Conv1d(channels, 1, 7, padding=3, bias=config.final_bias)
+
+    def forward(self, mel: Tensor) -> Tensor:
+        """Return the waveform (B, 1, T * hop_length) in [-1, 1], in the dtype of the network.
+
+        Args:
+            mel: (B, num_mels, T) log-mel spectrogram: log10 for the 16 kHz network, ln for the 44.1 kHz one.
+
+        Raises:
+            ValueError: another number of bands, or no frames.
+        """
+        if mel.ndim != 3 or mel.shape[1] != self.config.num_mels or mel.shape[2] < 1:
+            raise ValueError(f"mel is {tuple(mel.shape)}, expected (batch, {self.config.num_mels}, frames)")
+        blocks_per_stage = len(self.config.residual_kernels)
+        x = self.conv_pre(mel.to(self.conv_pre.weight.dtype))  # (B, initial_channels, T)
+        for stage, (up,) in enumerate(self.ups):
+            x = up(x)  # (B, half the channels, rate times the frames)
+            blocks = self.resblocks[stage * blocks_per_stage : (stage + 1) * blocks_per_stage]
+            x = sum(block(x) for block in blocks) / blocks_per_stage
+        x = self.conv_post(self.activation_post(x))  # (B, 1, T * hop_length)
+        return x.tanh() if self.config.final_tanh else x.clamp(-1, 1)
+
+    def load_published(self, state_dict: Mapping[str, Any]) -> Vocoder:
+        """Load the raw tensors of a published checkpoint and return self.
+
+        Weight norm is folded whichever of its two spellings the file uses; a file with plain weights loads as it is.
+        The stored low-pass filters are left out, they are what :func:`antialias_filter` computes. ``state_dict`` is
+        left as it was.
+
+        Args:
+            state_dict: the tensors, or the content of a published file, which holds them under "generator".
+
+        Raises:
+            ValueError: missing or unexpected keys, or other shapes; names them.
+        """
+        state_dict = state_dict.get("generator", state_dict)
+        tensors = {name: tensor for name, tensor in state_dict.items() if not name.endswith(FILTER_SUFFIXES)}
+        load_strict_(self, fold_weight_norm(tensors), f"vocoder with {self.config.num_mels} mel bands")
+        return self

@@ -1,0 +1,288 @@
+"""The vocoders: anti-aliasing in closed form, the three spellings of the weights, golden waveforms at full size."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import recipe
+import torch
+
+from selva.models.vocoder import (
+    AntiAliasedActivation,
+    SnakeBeta,
+    Vocoder,
+    VocoderConfig,
+    antialias_filter,
+    downsample_twice,
+    fold_weight_norm,
+    upsample_twice,
+)
+
+GOLDEN = Path(recipe.__file__).parent
+CONFIGS = {
+    "bigvgan_16k": VocoderConfig(
+        num_mels=80,
+        upsample_rates=(4, 4, 2, 2, 2, 2),
+        upsample_kernels=(8, 8, 4, 4, 4, 4),
+        final_bias=True,
+        final_tanh=True,
+    ),
+    "bigvgan_v2_44k": VocoderConfig(
+        num_mels=128,
+        upsample_rates=(8, 4, 2, 2, 2, 2),
+        upsample_kernels=(16, 8, 4, 4, 4, 4),
+        final_bias=False,
+        final_tanh=False,
+    ),
+}
+SMALL = VocoderConfig(
+    num_mels=8,
+    upsample_rates=(4, 2),
+    upsample_kernels=(8, 4),
+    final_bias=True,
+    final_tanh=True,
+    initial_channels=16,
+)
+G, V = ".parametrizations.weight.original0", ".parametrizations.weight.original1"
+
+
+def parametrized_weights(config: VocoderConfig = SMALL) -> dict[str, torch.Tensor]:
+    """Weights of a published file: every convolution as magnitude and direction, filters included."""
+    weights = {}
+    for name, tensor in Vocoder(config).state_dict().items():
+        if tensor.ndim == 3:
+            layer = name.removesuffix(".weight")
+            weights[layer + G] = torch.rand(tensor.shape[0], 1, 1) + 0.5
+            weights[layer + V] = torch.randn(tensor.shape)
+        else:
+            weights[name] = torch.randn(tensor.shape) * 0.1
+        if name.endswith(".act.alpha"):
+            for suffix in (".upsample.filter", ".downsample.lowpass.filter"):
+                weights[name.removesuffix(".act.alpha") + suffix] = torch.rand(1, 1, 12)
+    return weights
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# full size, against the reference
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.inference_mode()
+def test_golden(golden, name):
+    case, inner = golden(name), {}
+    vocoder = Vocoder(CONFIGS[name]).load_published(case.weights())
+    places = {
+        "waveform_before_bounding": vocoder.conv_post,
+        "inner_conv_pre": vocoder.conv_pre,
+        "inner_upsampled_0": vocoder.ups[0][0],
+        "inner_upsampled_1": vocoder.ups[1][0],
+        "inner_upsampled_5": vocoder.ups[5][0],
+        "inner_resblock_0_activation_0": vocoder.resblocks[0].activations[0],
+        "inner_resblock_0": vocoder.resblocks[0],
+        "inner_resblock_2": vocoder.resblocks[2],
+        "inner_resblock_17": vocoder.resblocks[17],
+        "inner_activation_post": vocoder.activation_post,
+    }
+    for key, module in places.items():
+        module.register_forward_hook(lambda _module, _args, output, key=key: inner.update({key: output}))
+    waveform = vocoder(case.inputs()["mel"])
+
+    for key, value in inner.items():
+        case.check(key, value)
+    case.check("waveform", waveform)
+    for layer in ("conv_pre", "ups.0.0", "resblocks.4.convs1.1", "conv_post"):
+        case.check(f"effective/{layer}.weight", vocoder.get_submodule(layer).weight)
+    taps = antialias_filter(torch.device("cpu"), torch.float32).numpy()
+    np.testing.assert_allclose(taps, case.stored["buffer/filter"], rtol=0, atol=5e-8)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_keys_and_shapes_are_the_published_ones_without_weight_norm(golden, name):
+    with torch.device("meta"):
+        own = {key: list(value.shape) for key, value in Vocoder(CONFIGS[name]).state_dict().items()}
+    published = {}
+    for key, shape, _dtype, is_buffer in recipe.load_manifest(GOLDEN / golden(name).info["manifest"]):
+        if not is_buffer and not key.endswith(G):
+            published[key.removesuffix(V) + ".weight" if key.endswith(V) else key] = shape
+    assert own == published
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# anti-aliased activation
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def test_the_filter_is_a_symmetric_lowpass():
+    taps = antialias_filter(torch.device("cpu"), torch.float64)
+    assert torch.equal(taps, taps.flip(0))
+    assert taps.sum().item() == pytest.approx(1, abs=1e-12)
+    alternating = torch.tensor([1.0, -1.0] * 6, dtype=torch.float64)
+    assert abs((taps * alternating).sum().item()) < 1e-12  # nothing at the Nyquist frequency
+
+
+def test_resampling_keeps_constants_and_slow_waves():
+    constant = torch.full((2, 3, 7), 1.7)
+    torch.testing.assert_close(upsample_twice(constant), torch.full((2, 3, 14), 1.7), rtol=1e-3, atol=0)
+    torch.testing.assert_close(downsample_twice(constant.repeat(1, 1, 2)), constant)
+
+    slow = torch.sin(2 * math.pi * torch.arange(200) / 40)[None, None]
+    # Up-sampled points lie a quarter sample before and after the old ones; the filter falls off a little.
+    fine = torch.sin(2 * math.pi * (torch.arange(400) / 2 - 0.25) / 40)[None, None]
+    torch.testing.assert_close(upsample_twice(slow)[..., 20:-20], fine[..., 20:-20], rtol=0, atol=1e-2)
+    torch.testing.assert_close(
+        downsample_twice(upsample_twice(slow))[..., 10:-10], slow[..., 10:-10], rtol=0, atol=2e-2
+    )
+
+
+def test_channels_do_not_mix():
+    x = torch.randn(1, 3, 20)
+    x[:, 1] = 0
+    assert (upsample_twice(x)[:, 1] == 0).all()
+    assert (downsample_twice(x)[:, 1] == 0).all()
+    assert upsample_twice(x)[:, 0].abs().sum() > 0
+
+
+def test_snake_is_its_formula():
+    snake = SnakeBeta(2)
+    with torch.no_grad():
+        snake.alpha.copy_(torch.tensor([0.0, 0.5]))
+        snake.beta.copy_(torch.tensor([0.3, -0.2]))
+    x = torch.randn(1, 2, 5)
+    for c in range(2):
+        alpha, beta = math.exp(snake.alpha[c].item()), math.exp(snake.beta[c].item())
+        torch.testing.assert_close(snake(x)[:, c], x[:, c] + torch.sin(alpha * x[:, c]) ** 2 / beta)
+
+
+def test_harmonics_beyond_nyquist_are_suppressed():
+    """sin^2 doubles the frequency: 0.35 of the sampling rate becomes 0.7, which aliases to 0.3 without the filters."""
+    x = torch.sin(2 * math.pi * 0.35 * torch.arange(1000))[None, None]
+    activation = AntiAliasedActivation(1)
+
+    def alias_level(y: torch.Tensor) -> float:
+        return torch.fft.rfft(y[0, 0, 100:900].detach()).abs()[240].item()  # 240 / 800 = 0.3
+
+    assert alias_level(activation(x)) < 0.3 * alias_level(activation.act(x))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# loading
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def test_all_three_spellings_of_the_weights_load():
+    parametrized, mel = parametrized_weights(), torch.randn(1, 8, 6)
+    legacy = {k.replace(G, ".weight_g").replace(V, ".weight_v"): v for k, v in parametrized.items()}
+    plain = fold_weight_norm(legacy)
+    assert legacy.keys() != parametrized.keys()
+    assert {"conv_pre.weight", "ups.0.0.weight", "ups.0.0.bias"} <= plain.keys()
+    untouched = {k: v.clone() for k, v in legacy.items()}
+
+    expected = Vocoder(SMALL).load_published(parametrized)(mel)
+    assert expected.abs().max() > 0.01
+    for spelling in (legacy, plain, {"generator": legacy}):
+        assert torch.equal(Vocoder(SMALL).load_published(spelling)(mel), expected)
+    without_filters = {k: v for k, v in plain.items() if not k.endswith("filter")}
+    assert torch.equal(Vocoder(SMALL).load_published(without_filters)(mel), expected)
+    assert legacy.keys() == untouched.keys() and all(torch.equal(legacy[k], untouched[k]) for k in legacy)
+
+
+def test_folding_agrees_with_pytorch():
+    for layer in (torch.nn.Conv1d(3, 4, 5), torch.nn.ConvTranspose1d(3, 4, 5)):
+        normed = torch.nn.utils.parametrizations.weight_norm(layer)
+        with torch.no_grad():
+            normed.parametrizations.weight.original0.mul_(1.5)
+        folded = fold_weight_norm(torch.nn.ModuleDict({"conv": normed}).state_dict())
+        assert folded.keys() == {"conv.bias", "conv.weight"}
+        torch.testing.assert_close(folded["conv.weight"], normed.weight)
+
+
+def test_weights_are_folded_before_the_cast():
+    weights = parametrized_weights()
+    loaded = Vocoder(SMALL).to(torch.bfloat16).load_published(weights)
+    assert torch.equal(loaded.conv_pre.weight, fold_weight_norm(weights)["conv_pre.weight"].to(torch.bfloat16))
+    halves = {k: v.half() for k, v in weights.items()}
+    assert fold_weight_norm(halves)["conv_pre.weight"].dtype == torch.float32
+
+
+def test_wrong_keys_and_shapes_are_named():
+    weights = parametrized_weights()
+    missing = {k: v for k, v in weights.items() if k != "conv_post.bias"}
+    with pytest.raises(ValueError, match=r"8 mel bands: 1 missing: conv_post\.bias$"):
+        Vocoder(SMALL).load_published(missing)
+    with pytest.raises(ValueError, match=r"1 unexpected: extra\.weight$"):
+        Vocoder(SMALL).load_published({**weights, "extra.weight": torch.zeros(1)})
+    half = {k: v for k, v in weights.items() if k != "ups.1.0" + G}
+    with pytest.raises(ValueError, match=r"missing: ups\.1\.0\.weight; 1 unexpected: ups\.1\.0\.param.*original1$"):
+        Vocoder(SMALL).load_published(half)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# shapes, range, precision, settings
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_frames", [1, 5])
+def test_one_hop_of_samples_per_frame(num_frames):
+    assert SMALL.hop_length == 8
+    assert CONFIGS["bigvgan_16k"].hop_length == 256
+    assert CONFIGS["bigvgan_v2_44k"].hop_length == 512
+    vocoder = Vocoder(SMALL)
+    mel = torch.randn(2, 8, num_frames)
+    assert vocoder(mel).shape == (2, 1, 8 * num_frames)
+    torch.testing.assert_close(vocoder(mel)[1:], vocoder(mel[1:]), rtol=1e-4, atol=1e-6)
+
+
+def test_the_output_is_bounded_by_tanh_or_clamped():
+    weights = parametrized_weights()
+    weights["conv_post.bias"] = torch.tensor([1.5])
+    weights["conv_post" + G] = weights["conv_post" + G] * 0 + 1e-3
+    mel = torch.randn(1, 8, 3)
+    torch.testing.assert_close(
+        Vocoder(SMALL).load_published(weights)(mel), torch.full((1, 1, 24), math.tanh(1.5)), rtol=0, atol=2e-2
+    )
+    clamped = VocoderConfig(8, (4, 2), (8, 4), final_bias=True, final_tanh=False, initial_channels=16)
+    assert (Vocoder(clamped).load_published(weights)(mel) == 1).all()
+
+
+def test_half_precision_stays_close():
+    vocoder, mel = Vocoder(SMALL).load_published(parametrized_weights()), torch.randn(1, 8, 6)
+    expected = vocoder(mel)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(vocoder(mel).float(), expected, rtol=0.1, atol=0.1)
+    half = vocoder.to(torch.bfloat16)(mel)
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), expected, rtol=0.1, atol=0.1)
+
+
+def test_every_parameter_gets_a_gradient():
+    with torch.inference_mode():
+        Vocoder(SMALL)(torch.randn(1, 8, 3))  # the cached taps must not come from here
+    vocoder = Vocoder(SMALL)
+    vocoder(torch.randn(1, 8, 6)).square().mean().backward()
+    without = [name for name, p in vocoder.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert without == []
+
+
+@pytest.mark.parametrize("shape", [(8, 20), (1, 80, 20), (1, 8, 0)])
+def test_a_mel_of_a_wrong_shape_is_refused(shape):
+    with pytest.raises(ValueError, match=r"expected \(batch, 8, frames\)"):
+        Vocoder(SMALL)(torch.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"upsample_kernels": (8,)}, "2 upsample_rates and 1 upsample_kernels"),
+        ({"upsample_kernels": (7, 4)}, "kernel 7 at rate 4"),
+        ({"upsample_kernels": (2, 4)}, "kernel 2 at rate 4"),
+        ({"initial_channels": 18}, "initial_channels is 18, expected a multiple of 4"),
+    ],
+)
+def test_bad_settings_are_refused(settings, message):
+    good = dict(num_mels=8, upsample_rates=(4, 2), upsample_kernels=(8, 4), final_bias=True, final_tanh=True)
+    with pytest.raises(ValueError, match=message):
+        VocoderConfig(**{**good, **settings})
