@@ -1,0 +1,215 @@
+"""The ``.npz`` feature bundle: what the generator sees of one video clip, in the published file format.
+
+    clip_features  float32 (1, Tc, Dc)   CLIP frame features, 8 per second
+    sync_features  float32 (1, S, Ds)    sync tokens, conditioned on the prompt for SelVA; eight per segment
+    duration       float64 ()            seconds
+    prompt         text ()               the prompt that the sync features were extracted with
+    variant        text ()               generator variant chosen when extracting; informational
+    text_features  float32 (1, 77, Dt)   ours, optional: CLIP text tokens of the prompt
+    settings       text ()               ours, optional: JSON object, how the features were made
+
+The first five are what ComfyUI-SelVA writes and reads; it ignores other keys, and so does this reader.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from selva.files import atomic_path
+from selva.sequence import CLIP_FPS, SYNC_TOKENS_PER_SEGMENT
+
+TEXT_TOKENS = 77
+
+PathLike = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class FeatureBundle:
+    """The content of one feature file; arrays and tensors of any float type are kept as float32 tensors on the CPU.
+
+    Attributes:
+        clip_features: (1, Tc, Dc), Tc = int(8 * duration).
+        sync_features: (1, S, Ds), S a multiple of 8.
+        duration: seconds.
+        prompt: "" if unknown.
+        variant: "" if unknown.
+        text_features: (1, 77, Dt) or None.
+        settings: anything that JSON can hold, or None.
+
+    Raises:
+        ValueError: a shape, a duration or a value that such a file cannot have; names the field.
+    """
+
+    clip_features: Tensor
+    sync_features: Tensor
+    duration: float
+    prompt: str = ""
+    variant: str = ""
+    text_features: Tensor | None = None
+    settings: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("clip_features", "sync_features", "text_features"):
+            value = getattr(self, name)
+            if value is not None:
+                value = torch.as_tensor(value).detach().to("cpu", torch.float32)
+                object.__setattr__(self, name, value)
+                _check_tensor(name, value)
+        if not (math.isfinite(self.duration) and self.duration > 0):
+            raise ValueError(f"duration is {self.duration}, expected a positive number of seconds")
+
+
+def _check_tensor(name: str, value: Tensor) -> None:
+    expected = {
+        "clip_features": "(1, frames, channels)",
+        "sync_features": f"(1, tokens, channels) with a multiple of {SYNC_TOKENS_PER_SEGMENT} tokens",
+        "text_features": f"(1, {TEXT_TOKENS}, channels)",
+    }[name]
+    shape = tuple(value.shape)
+    fits = len(shape) == 3 and shape[0] == 1 and 0 not in shape
+    if fits and name == "sync_features":
+        fits = shape[1] % SYNC_TOKENS_PER_SEGMENT == 0
+    if fits and name == "text_features":
+        fits = shape[1] == TEXT_TOKENS
+    if not fits:
+        raise ValueError(f"{name} is {shape}, expected {expected}")
+    num_bad = int((~torch.isfinite(value)).sum())
+    if num_bad:
+        raise ValueError(f"{name} has {num_bad} values that are not finite (NaN or infinite), expected none")
+
+
+def save_features(path: PathLike, bundle: FeatureBundle) -> None:
+    """Write ``bundle`` to ``path`` (.npz), uncompressed, whole or not at all; the published keys come first.
+
+    Raises:
+        ValueError: ``path`` has another suffix; it would not be found again.
+    """
+    path = Path(path)
+    if path.suffix != ".npz":
+        raise ValueError(f"{path}: feature files end in .npz")
+    arrays = {
+        "clip_features": bundle.clip_features.numpy(),
+        "sync_features": bundle.sync_features.numpy(),
+        "duration": np.float64(bundle.duration),
+        "prompt": np.str_(bundle.prompt),
+        "variant": np.str_(bundle.variant),
+    }
+    if bundle.text_features is not None:
+        arrays["text_features"] = bundle.text_features.numpy()
+    if bundle.settings is not None:
+        arrays["settings"] = np.str_(json.dumps(bundle.settings, sort_keys=True, ensure_ascii=False))
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **arrays)
+
+
+def load_features(path: PathLike) -> FeatureBundle:
+    """Return the bundle in ``path``, every array checked; nothing in the file is executed.
+
+    Only the two features of the video are required. A missing duration follows from the CLIP frames.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: unreadable, or a key that is missing or has another type, shape or values than the format says.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file")
+    arrays = _read_arrays(path)
+    missing = [key for key in ("clip_features", "sync_features") if key not in arrays]
+    if missing:
+        found = ", ".join(arrays) or "nothing that belongs to one"
+        raise ValueError(f"{path}: not a feature file, {' and '.join(missing)} missing (found: {found})")
+    try:
+        return FeatureBundle(
+            clip_features=_floats(arrays, "clip_features"),
+            sync_features=_floats(arrays, "sync_features"),
+            duration=_duration(arrays),
+            prompt=_text(arrays, "prompt"),
+            variant=_text(arrays, "variant"),
+            text_features=_floats(arrays, "text_features") if "text_features" in arrays else None,
+            settings=_settings(arrays),
+        )
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+_KEYS = ("clip_features", "sync_features", "duration", "prompt", "variant", "text_features", "settings")
+
+
+def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+    try:
+        file = np.load(path, allow_pickle=False)
+        if isinstance(file, np.ndarray):
+            raise ValueError("it holds a single array")
+        with file:
+            return {key: file[key] for key in _KEYS if key in file.files}
+    except (ValueError, OSError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"{path}: cannot be read as a feature file ({reason}); extract it again") from error
+
+
+def _floats(arrays: dict[str, np.ndarray], key: str) -> Tensor:
+    array = arrays[key]
+    if array.dtype != np.float32:
+        raise ValueError(f"{key} is {array.dtype}, expected float32")
+    return torch.from_numpy(array)
+
+
+def _duration(arrays: dict[str, np.ndarray]) -> float:
+    if "duration" not in arrays:
+        clip = arrays["clip_features"]
+        return clip.shape[1] / CLIP_FPS if clip.ndim == 3 else math.nan  # a wrong shape is reported before this
+    array = arrays["duration"]
+    if array.shape != () or array.dtype.kind not in "fiu":
+        raise ValueError(f"duration is {array.dtype} {array.shape}, expected a single number")
+    return float(array)
+
+
+def _text(arrays: dict[str, np.ndarray], key: str) -> str:
+    if key not in arrays:
+        return ""
+    array = arrays[key]
+    if array.shape != () or array.dtype.kind != "U":
+        raise ValueError(f"{key} is {array.dtype} {array.shape}, expected a single text")
+    return str(array)
+
+
+def _settings(arrays: dict[str, np.ndarray]) -> dict[str, Any] | None:
+    text = _text(arrays, "settings")
+    if not text:
+        return None
+    try:
+        settings = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"settings is not JSON ({error}), expected an object") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"settings is a JSON {type(settings).__name__}, expected an object")
+    return settings
+
+
+def next_free_name(folder: PathLike, name: str) -> Path:
+    """Return the first path ``folder/name_001.npz``, ``name_002.npz`` ... that does not exist, as ComfyUI-SelVA counts.
+
+    ``/``, ``\\`` and NUL in ``name`` become ``_``, so the path always lies in ``folder``.
+
+    Raises:
+        ValueError: ``name`` is empty.
+    """
+    if not name:
+        raise ValueError("the name of a feature file is empty")
+    clean = name.translate(str.maketrans("/\\\0", "___"))
+    number = 1
+    while (path := Path(folder) / f"{clean}_{number:03d}.npz").exists():
+        number += 1
+    return path
