@@ -1,0 +1,465 @@
+"""Files of a training run: the adapter that others load, and the step file that a run resumes from.
+
+    adapter_final.pt, adapter_best.safetensors ...   {"state_dict", "meta"}: all that sampling needs
+    adapter_step00500.pt                             the same and what resuming needs: "step", "optimizer",
+                                                     "scheduler", "lora" (see below) and "extra"
+
+Only tensors, numbers, strings and plain containers, so ``torch.load(..., weights_only=True)`` reads everything and no
+file can run code. Files appear whole or not at all.
+
+**Adapters we write** are read right by every version of ComfyUI-SelVA: ``lora_A`` and ``lora_B`` only, one rank, the
+scale folded into B, and a meta that says alpha = rank, no rsLoRA, standard init. Folding may round, so a step file
+also holds the tensors exactly as they are trained, under "lora"; only those are resumed from. What the user asked for
+is in meta key ``lora_config``.
+
+**Adapters with convolutions** cannot be expressed there: the loader would apply the linear layers and drop the rest
+without a word. Ours have the same layout with ``format = "selva-lora-1"`` in the meta, and a ``target`` that fits no
+layer and says why, which the loader shows in its error. Our reader puts the real targets back.
+
+A ``.safetensors`` file holds the same tensors, and the meta as JSON under metadata key "meta".
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import pickle
+import random
+import re
+import zipfile
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from selva.files import atomic_path
+from selva.lora import (
+    FACTOR_SUFFIXES,
+    Adapter,
+    LoRAConfig,
+    adapter_tensors,
+    list_some,
+    lora_state_dict,
+    padded_to_one_rank,
+)
+
+__all__ = [
+    "Adapter",
+    "TrainingState",
+    "check_same_settings",
+    "load_adapter",
+    "load_checkpoint",
+    "load_newest_checkpoint",
+    "random_state",
+    "restore_random_state_",
+    "save_adapter",
+    "save_checkpoint",
+    "step_file_name",
+]
+
+log = logging.getLogger(__name__)
+
+NATIVE_FORMAT = "selva-lora-1"
+NATIVE_TARGET = (
+    f"this adapter ({NATIVE_FORMAT}) changes convolutions, which ComfyUI-SelVA cannot apply; "
+    "train with targets such as attn.qkv and text_block.linear1 for an adapter that works there"
+)
+TORCH_SUFFIXES = (".pt", ".pth")
+STEP_FILE = re.compile(r"adapter_step(\d{5,})\.pt")
+
+# What torch.load raises on files that are no checkpoints, depending on where it trips.
+UNREADABLE = (
+    pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError,
+)  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# adapters
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def save_adapter(
+    path: str | os.PathLike[str],
+    source: nn.Module | Mapping[str, Tensor],
+    meta: Mapping[str, Any],
+    state: Mapping[str, Tensor] | None = None,
+) -> dict[str, Any]:
+    """Write an adapter for inference and return its meta as written.
+
+    Args:
+        path: ``.pt``, ``.pth`` or ``.safetensors``.
+        source: a model with injected adapters, or the tensors ``<layer>.lora_A`` / ``.lora_B``, whose scale the meta
+            gives (``alpha``, default the rank, and ``use_rslora``).
+        meta: plain values to store: ``variant``, ``steps``, ``target`` (known already from a model) and whatever else
+            should travel along. ``rank``, ``alpha``, ``use_rslora`` and ``init_mode`` are set to match the tensors.
+        state: with a model: factors to write instead of its current ones, see :func:`selva.lora.adapter_tensors`.
+
+    Raises:
+        ValueError: an unknown suffix, tensors that are no adapter, or a meta with something else than plain values.
+    """
+    path = Path(path)
+    if path.suffix not in (*TORCH_SUFFIXES, ".safetensors"):
+        raise ValueError(f"{path}: adapters are written as .pt or .safetensors, not {path.suffix or 'without suffix'}")
+    if isinstance(source, nn.Module):
+        tensors, meta = adapter_tensors(source, state), _meta_of_model(source, meta)
+    else:
+        tensors, meta = _folded(Adapter(source, meta, source=str(path)))
+    tensors, meta = _for_file(tensors, meta, path)
+    with atomic_path(path) as temporary:
+        if path.suffix == ".safetensors":
+            header = {"format": "pt", "meta": json.dumps(meta, allow_nan=False)}
+            safetensors.torch.save_file(tensors, temporary, metadata=header)
+        else:
+            torch.save({"state_dict": tensors, "meta": meta}, temporary)
+    return meta
+
+
+def load_adapter(path: str | os.PathLike[str]) -> Adapter:
+    """Return the adapter in a file, with float32 tensors on the CPU, and ``rank`` and ``alpha`` in its meta.
+
+    Reads our files and the shapes that ComfyUI-SelVA writes: final and cancelled adapters, step files (without their
+    optimiser), bare state dicts (a warning says that alpha = rank is assumed), and PiSSA adapters. The last keep their
+    changed base weights; :func:`selva.lora.merge_adapter` converts them against the weights of the model. A bare PiSSA
+    file has no settings to tell its scale, and is refused.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not an adapter, or a damaged one; names the file and the reason. Nothing in it is executed.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        tensors, meta = _read_safetensors(path)
+    else:
+        tensors, meta = _adapter_part(_read_torch(path))
+    return _checked_adapter(path, tensors, meta)
+
+
+def _adapter_part(content: Mapping[str, Any]) -> tuple[Any, Any]:
+    if "state_dict" not in content:
+        return content, {}  # the oldest step files: tensors without settings
+    return content["state_dict"], content.get("meta", {})
+
+
+def _checked_adapter(path: Path, tensors: Any, meta: Any) -> Adapter:
+    if not isinstance(tensors, Mapping) or not isinstance(meta, Mapping):
+        raise ValueError(f"{path}: state_dict and meta must be dictionaries; this is not an adapter file")
+    _check_tensors(path, tensors)
+    adapter = Adapter(
+        {key: value.float().contiguous() for key, value in tensors.items()}, dict(meta), source=path.name
+    )
+    if problems := adapter.problems():
+        raise ValueError(f"{path}: {list_some(problems)}")
+    return Adapter(adapter.tensors, _checked_meta(path, adapter), source=path.name)
+
+
+def _meta_of_model(model: nn.Module, meta: Mapping[str, Any]) -> dict[str, Any]:
+    cfg: LoRAConfig | None = getattr(model, "lora_config", None)
+    if cfg is None:
+        raise ValueError("the model has no adapters to save; call inject_lora first")
+    return {**meta, "target": list(cfg.targets), "lora_dropout": cfg.dropout, "lora_config": cfg.to_dict()}
+
+
+def _folded(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return tensors of one rank with the scale of the meta folded into B."""
+    if problems := adapter.problems():
+        raise ValueError(f"{adapter.source}: {list_some(problems)}")
+    if adapter.is_pissa:
+        raise ValueError(
+            f"{adapter.source}: these tensors replace base weights (PiSSA), which an adapter file of ours does not hold"
+        )
+    pairs = {}
+    for name in adapter.layer_names():
+        a, b = adapter.factors(name)
+        pairs[name] = a.float(), b.float() * adapter.scale(name)
+    # Without targets the full names are: each ends with itself.
+    return padded_to_one_rank(pairs), {"target": adapter.layer_names(), **adapter.meta}
+
+
+def _for_file(
+    tensors: Mapping[str, Tensor], meta: Mapping[str, Any], path: Path
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return tensors and meta as they go into a file; tensors already in that form are passed through, not copied."""
+    if not tensors:
+        raise ValueError(f"{path}: there are no adapter tensors to save")
+    tensors = {key: value.detach().to("cpu", torch.float32).contiguous() for key, value in tensors.items()}
+    rank = next(value.shape[0] for key, value in tensors.items() if key.endswith(".lora_A"))
+    meta = {
+        **meta, "rank": rank, "alpha": float(rank), "target": list(meta["target"]), "use_rslora": False,
+        "init_mode": "standard",
+    }  # fmt: skip
+    if any(value.dim() == 3 for value in tensors.values()):
+        meta = {**meta, "format": NATIVE_FORMAT, "target": [NATIVE_TARGET], "native_target": meta["target"]}
+    else:
+        meta = {key: value for key, value in meta.items() if key != "format"}
+    _check_plain(meta, "meta", allow_tensors=False)
+    return tensors, meta
+
+
+def _check_tensors(path: Path, tensors: Mapping[str, Any]) -> None:
+    if not any(str(key).endswith(FACTOR_SUFFIXES) for key in tensors):
+        keys = list_some([str(key) for key in tensors])
+        raise ValueError(f"{path}: not an adapter, it has no lora_A and lora_B tensors (found: {keys or 'nothing'})")
+    foreign = [
+        str(key) for key, value in tensors.items()
+        if not isinstance(key, str) or not isinstance(value, Tensor) or not value.is_floating_point()
+    ]  # fmt: skip
+    if foreign:
+        raise ValueError(f"{path}: expected floating-point tensors only, but these are not: {list_some(foreign)}")
+    broken = [key for key, value in tensors.items() if not value.isfinite().all()]
+    if broken:
+        raise ValueError(f"{path}: these tensors hold NaN or infinite values: {list_some(broken)}")
+
+
+def _checked_meta(path: Path, adapter: Adapter) -> dict[str, Any]:
+    """Return the meta with rank, alpha and the real targets, after checking it against the tensors."""
+    meta = dict(adapter.meta)
+    written_as = meta.get("format")
+    if written_as == NATIVE_FORMAT:
+        meta["target"] = meta.pop("native_target", None)
+    elif written_as is not None:
+        raise ValueError(f"{path}: adapter format {written_as!r} is unknown here; update this package to read it")
+
+    ranks = {adapter.factors(name)[0].shape[0] for name in adapter.layer_names()}
+    rank = meta.setdefault("rank", max(ranks))
+    if ranks != {rank}:
+        raise ValueError(f"{path}: the rank in the meta is {rank!r}, the tensors have {sorted(ranks)}")
+    alpha = meta.get("alpha")
+    if alpha is None:
+        if adapter.is_pissa:
+            raise ValueError(f"{path}: a PiSSA adapter without alpha in its meta, so its scale is unknown")
+        log.warning("%s holds no settings: assuming alpha = rank = %d", path, rank)
+        alpha = meta["alpha"] = float(rank)
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise ValueError(f"{path}: alpha in the meta is {alpha!r}, expected a number")
+    if not isinstance(meta.get("use_rslora", False), bool):
+        raise ValueError(f"{path}: use_rslora in the meta is {meta['use_rslora']!r}, expected true or false")
+    return meta
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# training state
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """What a step file holds.
+
+    Attributes:
+        step: finished optimiser steps.
+        lora: the factors as they are trained, for :func:`selva.lora.load_lora_state_`.
+        optimizer, scheduler: their state dicts; the scheduler's may be None.
+        meta: settings of the run.
+        extra: what else the run stored: random states, position in the data, averages, loss scaler ...
+    """
+
+    path: Path
+    step: int
+    lora: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    scheduler: dict[str, Any] | None
+    meta: dict[str, Any]
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def step_file_name(step: int) -> str:
+    """Return ``adapter_step00500.pt`` for step 500."""
+    return f"adapter_step{step:05d}.pt"
+
+
+def save_checkpoint(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    meta: Mapping[str, Any],
+    *,
+    step: int,
+    optimizer: Mapping[str, Any],
+    scheduler: Mapping[str, Any] | None = None,
+    extra: Mapping[str, Any] | None = None,
+    state: Mapping[str, Tensor] | None = None,
+) -> dict[str, Any]:
+    """Write a step file, from which a run resumes bit for bit and which is an adapter as well; return its meta.
+
+    Args:
+        model: a model with injected adapters.
+        meta: see :func:`save_adapter`.
+        optimizer, scheduler: their ``state_dict()``.
+        extra: plain containers, numbers, strings and tensors.
+        state: factors to use as the adapter instead of the current ones (an average); resuming uses the current ones.
+
+    Raises:
+        ValueError: something that could not be read back safely; says where it is.
+    """
+    path = Path(path)
+    lora = lora_state_dict(model)
+    exported = adapter_tensors(model, lora if state is None else state)
+    tensors, meta = _for_file(exported, _meta_of_model(model, meta), path)
+    content = {
+        "state_dict": tensors,
+        "optimizer": optimizer,
+        "scheduler": scheduler,
+        "step": step,
+        "meta": meta,
+        "lora": lora,
+        "extra": dict(extra or {}),
+    }
+    _check_plain(content, "checkpoint")
+    with atomic_path(path) as temporary:
+        torch.save(content, temporary)
+    return meta
+
+
+def load_checkpoint(path: str | os.PathLike[str]) -> TrainingState:
+    """Return the content of a step file, ours or one of ComfyUI-SelVA's, on the CPU.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, or an adapter for inference that cannot be resumed.
+    """
+    path = Path(path)
+    content = _read_torch(path)
+    kinds = {"state_dict": Mapping, "optimizer": Mapping, "step": int, "meta": Mapping}
+    missing = [key for key, kind in kinds.items() if not isinstance(content.get(key), kind)]
+    if missing:
+        raise ValueError(
+            f"{path}: cannot resume from this file, it has no {', '.join(missing)}; resume from an adapter_stepNNNNN.pt"
+        )
+    adapter = _checked_adapter(path, *_adapter_part(content))
+    # A published step file holds the trained factors themselves, unscaled, as its adapter.
+    lora = content.get("lora", content["state_dict"])
+    _check_tensors(path, lora)
+    return TrainingState(
+        path=path,
+        step=content["step"],
+        lora={key: value.float() for key, value in lora.items()},
+        optimizer=content["optimizer"],
+        scheduler=content.get("scheduler"),
+        meta=dict(adapter.meta),
+        extra=content.get("extra", {}),
+    )
+
+
+def load_newest_checkpoint(folder: str | os.PathLike[str]) -> TrainingState | None:
+    """Return the highest step in ``folder`` whose file can be read, or None; files passed over are named in the log."""
+    files = {int(match[1]): file for file in Path(folder).glob("*.pt") if (match := STEP_FILE.fullmatch(file.name))}
+    for step in sorted(files, reverse=True):
+        try:
+            return load_checkpoint(files[step])
+        except ValueError as error:
+            log.warning("passing over a step file: %s", error)
+    return None
+
+
+def check_same_settings(saved: TrainingState, cfg: LoRAConfig) -> None:
+    """Make sure that a run with ``cfg`` may continue from ``saved``.
+
+    Raises:
+        ValueError: names every adapter setting that differs. (The dropout may.)
+    """
+    before, now = LoRAConfig.from_meta(saved.meta), cfg
+    pairs = {
+        "rank": (before.rank, now.rank),
+        "scale": ([before.scale(r) for r in sorted(before.ranks())], [now.scale(r) for r in sorted(now.ranks())]),
+        "targets": (sorted(before.targets), sorted(now.targets)),
+        "init": (before.init, now.init),
+        "target_ranks": (dict(before.target_ranks or {}), dict(now.target_ranks or {})),
+    }
+    different = [f"{name} is {was} there and {is_} now" for name, (was, is_) in pairs.items() if was != is_]
+    if different:
+        raise ValueError(
+            f"{saved.path}: cannot resume with other adapter settings: {'; '.join(different)}. "
+            "Use the same settings, or start a new run"
+        )
+
+
+def random_state() -> dict[str, Any]:
+    """Return the states of the Python, NumPy, torch and CUDA random number generators, fit for a checkpoint."""
+    version, words, gauss = random.getstate()
+    _, key, position, has_gauss, cached = np.random.get_state()
+    return {
+        "python": [version, list(words), gauss],
+        "numpy": [torch.from_numpy(key.astype(np.int64)), int(position), int(has_gauss), float(cached)],
+        "torch": torch.get_rng_state(),
+        "cuda": list(torch.cuda.get_rng_state_all()) if torch.cuda.is_available() else [],
+    }
+
+
+def restore_random_state_(state: Mapping[str, Any]) -> None:
+    """Set the generators to what :func:`random_state` returned; CUDA's only where the number of devices is the same."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    key, position, has_gauss, cached = state["numpy"]
+    np.random.set_state(("MT19937", key.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# reading and checking files
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def _read_torch(path: Path) -> Mapping[str, Any]:
+    """Return the dictionary in a file of ``torch.save``, without executing anything."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    if not zipfile.is_zipfile(path):
+        with open(path, "rb") as file:
+            start = file.read(16)
+        what = "it is empty" if not start else "its download or copy may be incomplete" if start[:2] == b"PK" else (
+            "it looks like a web page" if start.lstrip()[:1] == b"<" else f"it starts with {start!r}"
+        )  # fmt: skip
+        raise ValueError(f"{path}: not a readable PyTorch file; {what}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except UNREADABLE as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"{path}: damaged, or it holds more than tensors and plain values; nothing in it was executed ({reason})"
+        ) from error
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path}: holds a {type(content).__name__}, expected a dictionary of tensors")
+    return content
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        with safetensors.safe_open(path, framework="pt", device="cpu") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is not a dictionary)
+            header = file.metadata() or {}
+        return tensors, json.loads(header.get("meta", "{}"))
+    except (safetensors.SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
+
+
+def _check_plain(value: Any, where: str, allow_tensors: bool = True) -> None:
+    """Make sure that ``value`` can be read back without unpickling objects.
+
+    Exact types: a NumPy float is a float, yet its pickle needs code to be read.
+    """
+    if value is None or type(value) in (bool, int, float, str):
+        return
+    if allow_tensors and type(value) in (Tensor, nn.Parameter):
+        return
+    if type(value) in (dict, OrderedDict):
+        for key, item in value.items():
+            if type(key) not in (str, int):
+                raise ValueError(f"{where}: the key {key!r} is a {type(key).__name__}, expected text or an integer")
+            _check_plain(item, f"{where}[{key!r}]", allow_tensors)
+    elif type(value) in (list, tuple):
+        for index, item in enumerate(value):
+            _check_plain(item, f"{where}[{index}]", allow_tensors)
+    else:
+        raise ValueError(f"{where} is a {type(value).__name__}, which cannot be stored; expected plain values or lists")
