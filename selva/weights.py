@@ -1,0 +1,288 @@
+"""Published weight files -> networks that are ready to use.
+
+    check_weights(variant, selva_dir, needs)    are all files there?  one error names every missing one
+    load_generator(variant, selva_dir) ...      a frozen network in eval mode
+
+Files are found in the layouts of ComfyUI (``models/selva`` with ``ext/``) and of SelVA and MMAudio (``weights/`` with
+``ext_weights/``), CLIP and FLAN-T5 and BigVGAN v2 also in the Hugging Face cache. Nothing is downloaded here; that is
+``scripts/download_weights.py``. Nothing in a file is ever executed.
+"""
+
+from __future__ import annotations
+
+import pickle
+import shlex
+import struct
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from selva.encoders import (
+    CLIP_IMAGE_PREFIX,
+    CLIP_TEXT_PREFIXES,
+    T5_PREFIXES,
+    ClipImage,
+    ClipText,
+    T5Text,
+    meta_clip,
+    meta_t5,
+)
+from selva.models.generator import Generator
+from selva.models.random_weights import random_state_dict
+from selva.models.synchformer import Synchformer
+from selva.models.textsynch import TextSynch
+from selva.models.vae import VAE
+from selva.models.vocoder import Vocoder
+from selva.models.zoo import (
+    PARTS,
+    Variant,
+    WeightFile,
+    build_generator,
+    build_vae,
+    build_video_encoder,
+    build_vocoder,
+    get_variant,
+)
+
+SUBFOLDERS = ("", "ext", "weights", "ext_weights")
+PARENTS_OF_ROOT = ("", "selva", "models/selva")  # a ComfyUI installation may be given from further up
+NEIGHBOUR = "prismaudio"  # beside models/selva: another ComfyUI extension that brings the same Synchformer file
+
+# torch.load on a file that is no checkpoint: an unpickler that meets arbitrary bytes may stumble in all these ways.
+READ_ERRORS = (
+    pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, struct.error,
+    ValueError, TypeError, LookupError, AttributeError, AssertionError, OverflowError,
+)  # fmt: skip
+
+VOCODER_KEY = "generator"  # the published vocoder files hold their tensors under this key
+CLIP_PREFIXES = {"clip_text": CLIP_TEXT_PREFIXES, "clip_image": (CLIP_IMAGE_PREFIX,)}
+PACKAGED_SEED = 0
+
+
+# -- finding ----------------------------------------------------------------------------------------------------------
+
+
+def weight_folders(selva_dir: Path) -> list[Path]:
+    """Return the existing folders in which weights may lie, in the order of search.
+
+    ``selva_dir`` may be the root of a layout, one of its subfolders, or a folder above ``models/selva``.
+    """
+    roots = [selva_dir / above for above in PARENTS_OF_ROOT]
+    if selva_dir.resolve().name in SUBFOLDERS:
+        roots.append(selva_dir.resolve().parent)
+    folders = [root / sub for root in roots for sub in SUBFOLDERS]
+    folders += [root.resolve().parent / NEIGHBOUR for root in roots]
+    return [folder for folder in dict.fromkeys(folders) if folder.is_dir()]
+
+
+def find_file(file: WeightFile, selva_dir: Path | None) -> Path | None:
+    """Return where ``file`` lies, or None; looks into ``selva_dir`` first, then into the Hugging Face cache."""
+    names = (file.name, *file.alternatives)
+    for folder in weight_folders(Path(selva_dir)) if selva_dir is not None else ():
+        place = folder / file.folder_name if file.hub_folder else folder
+        for name in names:
+            if (place / name).is_file():
+                return place / name
+    if not file.hub_folder:
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    for name in names:
+        cached = try_to_load_from_cache(file.repo, name)
+        if isinstance(cached, str):  # neither None nor the mark of "known not to exist"
+            return Path(cached)
+    return None
+
+
+def download_command(variant: str, selva_dir: Path | None) -> str:
+    """Return the command that fetches everything ``variant`` needs."""
+    folder = "DIR" if selva_dir is None else shlex.quote(str(selva_dir))
+    return f"python scripts/download_weights.py --variant {variant} --selva_dir {folder}"
+
+
+def find_weights(variant: Variant, selva_dir: Path | None, needs: Sequence[str]) -> dict[str, tuple[Path, ...]]:
+    """Return the files of the parts in ``needs``; parts that the variant does not have, or brings along, have none.
+
+    Raises:
+        FileNotFoundError: names every missing file, what it is for, and the command that fetches them.
+    """
+    wanted = {part: variant.weight_files(part) for part in needs}
+    found = {file: find_file(file, selva_dir) for files in wanted.values() for file in files}
+    missing = [f"{file.name} ({file.purpose})" for file, path in found.items() if path is None]
+    if missing:
+        where = "no --selva_dir was given" if selva_dir is None else f"looked in {selva_dir}"
+        if selva_dir is not None and not Path(selva_dir).is_dir():
+            where += ", which is not a folder"
+        raise FileNotFoundError(
+            f"variant {variant.name} lacks {', '.join(missing)}; {where}; "
+            f"fetch with: {download_command(variant.name, selva_dir)}"
+        )
+    return {part: tuple(found[file] for file in files) for part, files in wanted.items()}
+
+
+def check_weights(variant: str, selva_dir: Path | None, needs: Sequence[str] = PARTS) -> None:
+    """Return if every file of the parts in ``needs`` is there. Cheap: looks, reads nothing.
+
+    Raises:
+        ValueError: unknown variant.
+        FileNotFoundError: names every missing file, what it is for, and the command that fetches them.
+    """
+    find_weights(get_variant(variant), selva_dir, needs)
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+
+def read_checkpoint(path: Path, key: str | None = None, prefixes: tuple[str, ...] = ("",)) -> dict[str, Tensor]:
+    """Return the tensors of a weight file on the CPU, memory-mapped where the format allows it.
+
+    Args:
+        path: ``.safetensors``, or a file written by ``torch.save``; unpickled with ``weights_only=True``.
+        key: the entry of the file that holds the tensors, None if they are at the top.
+        prefixes: only tensors whose names start with one of these.
+
+    Raises:
+        ValueError: not such a file, damaged, or holding anything but tensors and plain values.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefixes)}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{path}: not a readable safetensors file ({error}); download it again") from error
+    try:
+        # Only the zip format can be mapped; best_netG.pt and other old files are plain pickles.
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except READ_ERRORS as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"{path}: not a readable weight file, truncated or holding code ({reason}); download it again"
+        ) from error
+    if key is not None:
+        content = content.get(key) if isinstance(content, dict) else None
+    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
+        inside = f" under the key {key!r}" if key is not None else ""
+        raise ValueError(f"{path}: expected a dictionary of tensors{inside}, found something else; is it another file?")
+    return {name: tensor for name, tensor in content.items() if name.startswith(prefixes)}
+
+
+# -- loading ----------------------------------------------------------------------------------------------------------
+
+
+def load_generator(
+    variant: str, selva_dir: Path | None = None, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Generator:
+    """Return the generator. As all ``load_*``: frozen, in eval mode, read in float32 and then cast.
+
+    Args:
+        variant: a name from :data:`selva.models.zoo.VARIANTS`.
+        selva_dir: where the files lie; a packaged variant needs none and ignores it.
+
+    Raises:
+        FileNotFoundError: a file is missing; says which, and how to get it.
+        ValueError: unknown variant, or a file that is damaged or belongs to another variant.
+    """
+    return _load(variant, "generator", selva_dir, device, dtype)
+
+
+def load_video_encoder(
+    variant: str, selva_dir: Path | None = None, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> TextSynch | Synchformer:
+    """Return the encoder behind the sync features, TextSynch or Synchformer by family; see :func:`load_generator`."""
+    return _load(variant, "video_encoder", selva_dir, device, dtype)
+
+
+def load_vae(
+    variant: str, selva_dir: Path | None = None, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> VAE:
+    """Return the VAE; see :func:`load_generator`."""
+    return _load(variant, "vae", selva_dir, device, dtype)
+
+
+def load_vocoder(
+    variant: str, selva_dir: Path | None = None, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Vocoder:
+    """Return the vocoder; see :func:`load_generator`."""
+    return _load(variant, "vocoder", selva_dir, device, dtype)
+
+
+def load_clip_text(
+    variant: str, selva_dir: Path | None = None, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> ClipText:
+    """Return the CLIP text tower, without reading the image tower; see :func:`load_generator`."""
+    return _load(variant, "clip_text", selva_dir, device, dtype)
+
+
+def load_clip_image(
+    variant: str, selva_dir: Path | None = None, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> ClipImage:
+    """Return the CLIP image tower, without reading the text tower; see :func:`load_generator`."""
+    return _load(variant, "clip_image", selva_dir, device, dtype)
+
+
+def load_t5(
+    variant: str, selva_dir: Path | None = None, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> T5Text:
+    """Return the T5 encoder; see :func:`load_generator`.
+
+    Raises:
+        ValueError: also for float16, in which T5 overflows, and for a variant without T5 (the mmaudio family).
+    """
+    if get_variant(variant).t5 is None:
+        raise ValueError(f"variant {variant} has no T5 encoder: its video encoder reads no text")
+    if dtype == torch.float16:
+        raise ValueError("T5 overflows in float16; load it in bfloat16 or float32")
+    return _load(variant, "t5", selva_dir, device, dtype)
+
+
+def _load(name: str, part: str, selva_dir: Path | None, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
+    variant = get_variant(name)
+    files = find_weights(variant, selva_dir, (part,))[part]
+    network = _build(variant, part, files)
+    if variant.packaged:
+        network.load_published(_packaged_weights(variant, part))
+    else:
+        prefixes = CLIP_PREFIXES.get(part, T5_PREFIXES if part == "t5" else ("",))
+        weights = read_checkpoint(files[0], VOCODER_KEY if part == "vocoder" else None, prefixes)
+        try:
+            network.load_published(weights)
+        except ValueError as error:
+            raise ValueError(
+                f"{files[0]}: {error}; expected the {variant.weight_files(part)[0].purpose} of variant {name}"
+            ) from error
+    return network.to(device=device, dtype=dtype).eval().requires_grad_(False)
+
+
+def _build(variant: Variant, part: str, files: Sequence[Path]) -> nn.Module:
+    if part == "generator":
+        with torch.device("meta"):  # drawing a billion initial values, only to overwrite them, would take long
+            generator = build_generator(variant.generator)
+        return generator.to_empty(device="cpu")
+    if part == "video_encoder":
+        return build_video_encoder(variant.name)
+    if part == "vae":
+        return build_vae(variant.vae)
+    if part == "vocoder":
+        return build_vocoder(variant.vocoder)
+    if part == "clip_text":
+        return ClipText(variant.clip)
+    if part == "clip_image":
+        return ClipImage(variant.clip)
+    assert part == "t5", part
+    return T5Text(variant.t5, tokenizer_file=files[1] if files else None)
+
+
+def _packaged_weights(variant: Variant, part: str) -> dict[str, Tensor]:
+    """Return the weights of a variant that needs no files: fixed random values, the same on every machine."""
+    if part.startswith("clip"):
+        template = meta_clip(variant.clip)
+    elif part == "t5":
+        template = meta_t5(variant.t5)
+    else:
+        template = _build(variant, part, ())
+    return random_state_dict(template, PACKAGED_SEED)
