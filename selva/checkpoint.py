@@ -26,8 +26,8 @@ import logging
 import math
 import os
 import pickle
-import random
 import re
+import struct
 import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -35,7 +35,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors
 import safetensors.torch
 import torch
@@ -59,8 +58,6 @@ __all__ = [
     "load_adapter",
     "load_checkpoint",
     "load_newest_checkpoint",
-    "random_state",
-    "restore_random_state_",
     "save_adapter",
     "save_checkpoint",
     "step_file_name",
@@ -76,9 +73,10 @@ NATIVE_TARGET = (
 TORCH_SUFFIXES = (".pt", ".pth")
 STEP_FILE = re.compile(r"adapter_step(\d{5,})\.pt")
 
-# What torch.load raises on files that are no checkpoints, depending on where it trips.
+# What torch.load raises on files that are no checkpoints: bytes that are no pickle can trip it anywhere.
 UNREADABLE = (
-    pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError,
+    pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, struct.error,
+    ValueError, TypeError, LookupError, AttributeError, AssertionError, OverflowError,
 )  # fmt: skip
 
 
@@ -379,29 +377,6 @@ def check_same_settings(saved: TrainingState, cfg: LoRAConfig) -> None:
             f"{saved.path}: cannot resume with other adapter settings: {'; '.join(different)}. "
             "Use the same settings, or start a new run"
         )
-
-
-def random_state() -> dict[str, Any]:
-    """Return the states of the Python, NumPy, torch and CUDA random number generators, fit for a checkpoint."""
-    version, words, gauss = random.getstate()
-    _, key, position, has_gauss, cached = np.random.get_state()
-    return {
-        "python": [version, list(words), gauss],
-        "numpy": [torch.from_numpy(key.astype(np.int64)), int(position), int(has_gauss), float(cached)],
-        "torch": torch.get_rng_state(),
-        "cuda": list(torch.cuda.get_rng_state_all()) if torch.cuda.is_available() else [],
-    }
-
-
-def restore_random_state_(state: Mapping[str, Any]) -> None:
-    """Set the generators to what :func:`random_state` returned; CUDA's only where the number of devices is the same."""
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    key, position, has_gauss, cached = state["numpy"]
-    np.random.set_state(("MT19937", key.numpy().astype(np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(state["torch"])
-    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -471,10 +471,17 @@ def adapter_tensors(model: nn.Module, state: Mapping[str, Tensor] | None = None)
     padded with zeros to one common rank: the form in which ComfyUI-SelVA reads every adapter right.
 
     Args:
-        state: values to export instead of the current ones, with the keys of :func:`lora_state_dict` (an average over
-            the training, for instance).
+        state: values to export instead of the current ones, with keys of :func:`lora_state_dict` (an average over the
+            training, for instance).
+
+    Raises:
+        ValueError: ``state`` has tensors that the model has no place for.
     """
-    state = lora_state_dict(model) if state is None else state
+    current = lora_state_dict(model)
+    foreign = [key for key in state or {} if key not in current]
+    if foreign:
+        raise ValueError(f"these tensors belong to no adapted layer: {list_some(foreign)}")
+    state = {**current, **(state or {})}
     pairs = {}
     for name, layer in lora_layers(model):
         factors = (state.get(f"{name}.{key}") for key in ("lora_A", "lora_B", "lora_A0", "lora_B0"))

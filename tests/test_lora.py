@@ -1,0 +1,615 @@
+"""Adapters on small models: injection, training, export and merging."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from selva.lora import (
+    Adapter,
+    LoRAConfig,
+    LoRALinear,
+    adapter_tensors,
+    inject_lora,
+    load_lora_state_,
+    lora_parameters,
+    lora_plus_groups,
+    lora_state_dict,
+    merge_adapter,
+    merge_adapters,
+    merged_adapters,
+    remove_lora,
+)
+
+DIM = 12
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(DIM, 3 * DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.qkv(x).unflatten(-1, (3, DIM)).sum(-2)
+
+
+class Block(nn.Module):
+    """The shapes that matter: linear layers, convolutions with and without bias, and things no adapter fits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = Attention()
+        self.linear1 = nn.Conv1d(DIM, DIM, 3, padding=1)
+        self.ffn = nn.Sequential(nn.Conv1d(DIM, 16, 7, padding=3, bias=False), nn.SiLU(), nn.Conv1d(16, DIM, 1))
+        self.grouped = nn.Conv1d(DIM, DIM, 3, padding=1, groups=2)
+        self.norm = nn.LayerNorm(DIM)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, tokens, DIM)
+        x = x + self.attn(self.norm(x))
+        x = x + self.linear1(x.mT).mT + self.grouped(x.mT).mT
+        return x + self.ffn(x.mT).mT
+
+
+class Toy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.linear1 = nn.Linear(DIM, DIM, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.linear1(x)
+
+
+ALL = ("attn.qkv", "linear1", "ffn.0")
+
+
+@pytest.fixture
+def model() -> Toy:
+    torch.manual_seed(1)
+    return Toy()
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(2, 9, DIM, generator=torch.Generator().manual_seed(2))
+
+
+def train_a_little_(model: nn.Module) -> None:
+    """Move the factors away from their start, as training would."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in lora_parameters(model):
+            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+
+
+def exported(model: nn.Module) -> Adapter:
+    return Adapter(adapter_tensors(model))
+
+
+# -- settings ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cfg", "scale"),
+    [
+        (LoRAConfig(rank=4), 1.0),
+        (LoRAConfig(rank=4, alpha=8), 2.0),
+        (LoRAConfig(rank=4, alpha=8, rslora=True), 4.0),
+        (LoRAConfig(rank=64, rslora=True), 2.0),  # alpha 16
+    ],
+)
+def test_scale(cfg, scale):
+    assert cfg.scale() == scale
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rank": 0}, "rank must be at least 1, got 0"),
+        ({"alpha": 0.0}, "alpha must be a positive number"),
+        ({"alpha": math.nan}, "alpha must be a positive number"),
+        ({"targets": "attn.qkv"}, "targets must be a list"),
+        ({"targets": ()}, "targets must be a list"),
+        ({"targets": ("",)}, "targets must be a list"),
+        ({"dropout": 1.0}, "dropout"),
+        ({"init": "svd"}, "init must be one of standard, pissa"),
+        ({"init": "pissa", "alpha": 8}, "scale 1"),
+        ({"init": "pissa", "rslora": True, "rank": 4}, "scale 1"),
+        ({"target_ranks": {"linear1": 4}}, "not among the targets"),
+        ({"target_ranks": {"attn.qkv": 0}}, "at least 1"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        LoRAConfig(**settings)
+
+
+def test_all_bad_settings_are_named_at_once():
+    with pytest.raises(ValueError, match=r"rank .*; dropout"):
+        LoRAConfig(rank=-1, dropout=2.0)
+
+
+@pytest.mark.parametrize(
+    "cfg",
+    [
+        LoRAConfig(),
+        LoRAConfig(rank=8, alpha=3.0, targets=("a", "b"), dropout=0.1, rslora=True, target_ranks={"b": 2}),
+        LoRAConfig(init="pissa"),
+    ],
+)
+def test_settings_survive_the_meta(cfg):
+    assert LoRAConfig.from_meta({"rank": 99, "lora_config": cfg.to_dict()}) == cfg
+
+
+def test_settings_are_read_from_a_published_meta():
+    meta = {"rank": 4, "alpha": 8.0, "target": ["attn.qkv"], "use_rslora": True, "lora_dropout": 0.1, "steps": 3}
+    assert LoRAConfig.from_meta(meta) == LoRAConfig(4, 8.0, ("attn.qkv",), dropout=0.1, rslora=True)
+    with pytest.raises(ValueError, match="no alpha, target"):
+        LoRAConfig.from_meta({"rank": 4})
+
+
+# -- injection --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("init", ["standard", "pissa"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_fresh_adapter_changes_nothing(model, x, init, dtype):
+    model, x = model.to(dtype), x.to(dtype)
+    before, weights = model(x), copy.deepcopy(model.state_dict())
+    inject_lora(model, LoRAConfig(rank=4, targets=ALL, init=init))
+    assert torch.equal(model(x), before)
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in weights.items())
+
+
+def test_the_report_names_what_was_wrapped_and_what_was_skipped(model):
+    report = inject_lora(model, LoRAConfig(rank=4, targets=ALL, target_ranks={"linear1": 2}))
+    assert report.wrapped == [
+        "blocks.0.attn.qkv", "blocks.0.linear1", "blocks.0.ffn.0",
+        "blocks.1.attn.qkv", "blocks.1.linear1", "blocks.1.ffn.0", "linear1",
+    ]  # fmt: skip
+    kinds = [(layer.kind, layer.rank, layer.in_features, layer.out_features) for layer in report.layers[:3]]
+    assert kinds == [("linear", 4, 12, 36), ("conv1d", 2, 12, 12), ("conv1d", 4, 12, 16)]
+    assert report.num_parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert "7 layers adapted (3 linear, 4 conv1d)" in report.summary()
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if "lora" in name}
+    assert shapes["blocks.0.linear1.lora_A"] == (2, 12, 3) and shapes["blocks.0.linear1.lora_B"] == (12, 2, 1)
+    assert shapes["blocks.0.attn.qkv.lora_A"] == (4, 12) and shapes["blocks.0.attn.qkv.lora_B"] == (36, 4)
+
+
+def test_matching_modules_that_cannot_be_adapted_are_reported(model):
+    model.blocks[1].ffn = nn.Linear(DIM, DIM)
+    model.blocks[0].linear1 = nn.Conv1d(DIM, DIM, 3, groups=3)
+    report = inject_lora(model, LoRAConfig(rank=2, targets=("ffn", "linear1")))
+    assert report.wrapped == ["blocks.1.linear1", "blocks.1.ffn", "linear1"]
+    reasons = dict(report.skipped)
+    assert reasons["blocks.0.ffn"] == "Sequential is neither nn.Linear nor nn.Conv1d"
+    assert reasons["blocks.0.linear1"] == "a convolution in 3 groups"
+    assert "2 matching modules skipped" in report.summary()
+
+
+def test_a_subclass_with_its_own_forward_is_left_alone(model):
+    class Transposing(nn.Conv1d):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.mT).mT
+
+    model.blocks[0].linear1 = Transposing(DIM, DIM, 1)
+    report = inject_lora(model, LoRAConfig(targets=("linear1",)))
+    assert report.skipped == [("blocks.0.linear1", "Transposing is neither nn.Linear nor nn.Conv1d")]
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (("attn.qvk",), r"No layers matched target=\['attn.qvk'\].*attn.qkv"),
+        (("attn.qkv", "linear2"), r"target=\['linear2'\].*linear1"),
+        (("ffn",), r"ffn.*Matched but cannot be adapted: blocks.0.ffn \(Sequential"),
+        (("grouped",), "a convolution in 2 groups"),
+    ],
+)
+def test_a_target_that_fits_nothing_says_what_would(model, targets, message):
+    before = {name: type(module) for name, module in model.named_modules()}
+    with pytest.raises(ValueError, match=message):
+        inject_lora(model, LoRAConfig(targets=targets))
+    assert {name: type(module) for name, module in model.named_modules()} == before
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_second_injection_is_refused_until_the_first_is_removed(model, x):
+    before = model(x)
+    inject_lora(model, LoRAConfig(targets=ALL))
+    train_a_little_(model)
+    with pytest.raises(ValueError, match="has adapters already"):
+        inject_lora(model, LoRAConfig())
+    remove_lora(model)
+    assert torch.equal(model(x), before)
+    assert not any("lora" in name for name, _ in model.named_parameters()) and type(model.linear1) is nn.Linear
+    inject_lora(model, LoRAConfig(init="pissa", rank=2))
+
+
+def test_pissa_with_more_directions_than_a_layer_has_is_refused(model):
+    with pytest.raises(ValueError, match=r"blocks.0.attn.qkv has rank at most 12, asked for 13"):
+        inject_lora(model, LoRAConfig(rank=13, init="pissa"))
+    assert not any("lora" in name for name, _ in model.named_parameters())
+
+
+def test_the_start_follows_the_seed_and_the_usual_bounds(model):
+    other = copy.deepcopy(model)
+    inject_lora(model, LoRAConfig(rank=64, targets=ALL), torch.Generator().manual_seed(5))
+    torch.rand(3)  # the global generator has no say
+    inject_lora(other, LoRAConfig(rank=64, targets=ALL), torch.Generator().manual_seed(5))
+    assert all(torch.equal(a, b) for a, b in zip(lora_parameters(model), lora_parameters(other), strict=True))
+    for layer, fan_in in ((model.blocks[0].attn.qkv, DIM), (model.blocks[0].ffn[0], 7 * DIM)):
+        bound = 1 / math.sqrt(fan_in)
+        assert 0.9 * bound < layer.lora_A.abs().max() <= bound
+        assert layer.lora_B.count_nonzero() == 0
+
+
+def test_base_weights_keep_their_names_objects_and_hooks(model, x):
+    keys, weight = list(model.state_dict()), model.linear1.weight
+    calls = []
+    model.linear1.register_forward_hook(lambda *_: calls.append(1))
+    inject_lora(model, LoRAConfig(targets=ALL))
+    assert [key for key in model.state_dict() if "lora" not in key] == keys
+    assert model.linear1.weight is weight and isinstance(model.linear1, nn.Linear)
+    model(x)
+    assert calls == [1]
+
+
+# -- numerics ---------------------------------------------------------------------------------------------------
+
+
+def test_the_formula(x):
+    layer = nn.Sequential(nn.Linear(DIM, 5))
+    inject_lora(layer, LoRAConfig(rank=3, alpha=6, targets=("0",)))
+    train_a_little_(layer)
+    lora = layer[0]
+    expected = x @ lora.weight.T + lora.bias + 2 * (x @ lora.lora_A.T @ lora.lora_B.T)
+    torch.testing.assert_close(layer(x), expected)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"padding": 2, "dilation": 2}, {"stride": 2}, {"padding": 1, "padding_mode": "circular", "bias": False}],
+)
+def test_a_convolution_equals_one_with_the_summed_kernel(x, options):
+    conv = nn.Sequential(nn.Conv1d(DIM, 7, 3, **options))
+    inject_lora(conv, LoRAConfig(rank=2, alpha=3, targets=("0",)))
+    train_a_little_(conv)
+    summed = copy.deepcopy(conv)
+    a, b = conv[0].lora_A, conv[0].lora_B
+    remove_lora(summed)
+    with torch.no_grad():
+        summed[0].weight += 1.5 * torch.einsum("orx,rik->oik", b, a)
+    torch.testing.assert_close(conv(x.mT), summed(x.mT))
+
+
+def test_pissa_starts_at_the_largest_directions_and_trains_as_the_paper_says(model, x):
+    weight = model.linear1.weight.detach().clone()
+    inject_lora(model, LoRAConfig(rank=3, targets=("linear1",), init="pissa"))
+    layer = model.linear1
+    u, s, vh = torch.linalg.svd(weight)
+    torch.testing.assert_close(layer.lora_B @ layer.lora_A, u[:, :3] * s[:3] @ vh[:3])
+    residual = weight - (layer.lora_B @ layer.lora_A).detach()
+    train_a_little_(model)
+    z = torch.randn(4, DIM)
+    torch.testing.assert_close(layer(z), z @ (residual + layer.lora_B @ layer.lora_A).T)
+    # ... and so do its gradients
+    layer(z).square().sum().backward()
+    found = layer.lora_A.grad.clone(), layer.lora_B.grad.clone()
+    a, b = (p.detach().clone().requires_grad_() for p in (layer.lora_A, layer.lora_B))
+    (z @ (residual + b @ a).T).square().sum().backward()
+    torch.testing.assert_close(found, (a.grad, b.grad))
+
+
+def test_only_the_factors_learn_and_the_base_keeps_every_bit(model, x):
+    base = copy.deepcopy(model.state_dict())
+    inject_lora(model, LoRAConfig(rank=2, targets=ALL))
+    optimizer = torch.optim.AdamW(lora_plus_groups(model, lr=1e-2), weight_decay=0.1)
+    losses = []
+    for _ in range(20):
+        loss = model(x).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in base.items())
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {name for name in model.state_dict() if name.endswith(("lora_A", "lora_B"))}
+
+
+def test_factors_stay_in_float32_whatever_the_base_is_cast_to(model, x):
+    inject_lora(model, LoRAConfig(rank=2, targets=ALL, init="pissa"))
+    train_a_little_(model)
+    before = lora_state_dict(model)
+    model.to(torch.bfloat16)
+    assert model.linear1.weight.dtype == torch.bfloat16
+    after = lora_state_dict(model)
+    assert all(after[key].dtype == torch.float32 and torch.equal(after[key], before[key]) for key in before)
+    out = model(x.bfloat16())
+    assert out.dtype == torch.bfloat16
+    out.float().sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in lora_parameters(model))
+
+
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
+def test_autocast_runs_the_adapter_in_half_precision(model, x, base):
+    inject_lora(model, LoRAConfig(rank=2, targets=ALL))
+    train_a_little_(model)
+    exact = model(x)
+    layer = model.linear1.to(base)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = layer(x)
+    assert out.dtype == torch.bfloat16
+    model.to(torch.bfloat16)
+    # bfloat16 has 8 bits, and the error grows through the layers
+    torch.testing.assert_close(model(x.bfloat16()).float(), exact, rtol=0.05, atol=0.05 * exact.abs().max().item())
+
+
+def test_dropout_only_while_training(model, x):
+    inject_lora(model, LoRAConfig(rank=2, targets=ALL, dropout=0.5))
+    train_a_little_(model)
+    model.train()
+    assert not torch.equal(model(x), model(x))
+    model.eval()
+    assert torch.equal(model(x), model(x))
+
+
+def test_without_dropout_no_random_number_is_drawn(model, x):
+    inject_lora(model, LoRAConfig(rank=2, targets=ALL))
+    model.train()
+    state = torch.get_rng_state()
+    model(x)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_lora_plus_scales_the_rate_of_b(model):
+    inject_lora(model, LoRAConfig(rank=2, targets=ALL))
+    group_a, group_b = lora_plus_groups(model, lr=1e-3, ratio=16.0)
+    assert (group_a["lr"], group_b["lr"]) == (1e-3, 16e-3)
+    assert group_a["params"] + group_b["params"] == lora_parameters(model)
+    assert group_b["params"][0] is model.blocks[0].attn.qkv.lora_B
+
+
+# -- state ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("init", ["standard", "pissa"])
+def test_the_state_is_restored_bit_for_bit(model, x, init):
+    cfg = LoRAConfig(rank=3, targets=ALL, init=init)
+    other = copy.deepcopy(model)
+    inject_lora(model, cfg)
+    train_a_little_(model)
+    state = lora_state_dict(model)
+    inject_lora(other, cfg)
+    load_lora_state_(other, state)
+    assert torch.equal(other(x), model(x))
+    with torch.no_grad():
+        lora_parameters(model)[0].zero_()
+    assert state["blocks.0.attn.qkv.lora_A"].count_nonzero()  # a copy
+
+
+def test_a_state_that_does_not_fit_names_everything_and_changes_nothing(model):
+    inject_lora(model, LoRAConfig(rank=3, targets=ALL))
+    state = lora_state_dict(model)
+    before = copy.deepcopy(state)
+    state.pop("linear1.lora_B")
+    state["linear9.lora_A"] = torch.zeros(3, 4)
+    state["blocks.0.linear1.lora_A"] = torch.zeros(2, 12, 3)
+    state["blocks.0.attn.qkv.lora_A"] += 1
+    with pytest.raises(ValueError) as error:
+        load_lora_state_(model, state)
+    for part in ("linear1.lora_B is missing", "linear9.lora_A belongs to no adapted layer", "(2, 12, 3), expected (3"):
+        assert part in str(error.value)
+    assert all(torch.equal(value, before[key]) for key, value in lora_state_dict(model).items())
+
+
+def test_an_average_can_be_exported_in_place_of_the_current_values(model):
+    inject_lora(model, LoRAConfig(rank=2, init="pissa"))
+    train_a_little_(model)
+    average = {key: value / 2 for key, value in lora_state_dict(model).items() if key.endswith(("lora_A", "lora_B"))}
+    found = adapter_tensors(model, average)
+    name = "blocks.0.attn.qkv"
+    start = model.get_submodule(name)
+    product = average[f"{name}.lora_B"] @ average[f"{name}.lora_A"] - start.lora_B0 @ start.lora_A0
+    torch.testing.assert_close(found[f"{name}.lora_B"] @ found[f"{name}.lora_A"], product)
+    with pytest.raises(ValueError, match=r"no adapted layer: elsewhere"):
+        adapter_tensors(model, {"elsewhere.lora_A": torch.zeros(2, 2)})
+
+
+# -- merging ----------------------------------------------------------------------------------------------------
+
+CONFIGS = {
+    "plain": LoRAConfig(rank=3, targets=ALL),
+    "scaled": LoRAConfig(rank=3, alpha=5.0, targets=ALL, rslora=True),
+    "ranks": LoRAConfig(rank=2, targets=ALL, target_ranks={"linear1": 5, "ffn.0": 1}),
+    "pissa": LoRAConfig(rank=3, targets=ALL, init="pissa"),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_merged_equals_unmerged(model, x, name):
+    plain = copy.deepcopy(model)
+    before = plain(x)
+    inject_lora(model, CONFIGS[name])
+    train_a_little_(model)
+    merge_adapter(plain, exported(model))
+    assert (plain(x) - before).abs().max() > 0.1
+    torch.testing.assert_close(plain(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_the_exported_adapter_has_one_rank(model):
+    inject_lora(model, CONFIGS["ranks"])
+    train_a_little_(model)
+    tensors = adapter_tensors(model)
+    assert {value.shape[0] for key, value in tensors.items() if key.endswith("lora_A")} == {5}
+    assert {value.shape[1] for key, value in tensors.items() if key.endswith("lora_B")} == {5}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_strength_zero_leaves_every_bit(model, name, dtype):
+    plain = copy.deepcopy(model).to(dtype)
+    before = copy.deepcopy(plain.state_dict())
+    inject_lora(model, CONFIGS[name])
+    train_a_little_(model)
+    merge_adapter(plain, exported(model), strength=0.0)
+    assert all(torch.equal(value, before[key]) for key, value in plain.state_dict().items())
+
+
+def test_strength_is_linear_in_the_weights_and_adapters_add_up(model):
+    plain = copy.deepcopy(model)
+    inject_lora(model, CONFIGS["scaled"])
+    train_a_little_(model)
+    adapter = exported(model)
+    other = Adapter({key: 2 * value for key, value in adapter.tensors.items()}, {"alpha": 1.5}, source="other")
+    base = plain.linear1.weight.detach().clone()
+    merge_adapter(plain, adapter, 0.5)
+    merge_adapter(plain, other, -2.0)
+    delta = adapter.tensors["linear1.lora_B"] @ adapter.tensors["linear1.lora_A"]
+    torch.testing.assert_close(plain.linear1.weight, base + 0.5 * delta - 2.0 * (4 * 1.5 / 3) * delta)
+
+
+def test_merging_into_a_half_precision_model_rounds_once(model):
+    plain = copy.deepcopy(model).to(torch.bfloat16)
+    base = plain.linear1.weight.detach().float()
+    inject_lora(model, CONFIGS["plain"])
+    train_a_little_(model)
+    adapter = exported(model)
+    merge_adapters(plain, [(adapter, 0.5), (adapter, 0.25)])
+    delta = adapter.tensors["linear1.lora_B"] @ adapter.tensors["linear1.lora_A"]
+    expected = base + 0.5 * delta + 0.25 * delta
+    assert torch.equal(plain.linear1.weight, expected.to(torch.bfloat16))
+
+
+def test_a_merge_can_be_taken_back_bit_for_bit(model, x):
+    plain = copy.deepcopy(model).to(torch.bfloat16)
+    before = copy.deepcopy(plain.state_dict())
+    inject_lora(model, CONFIGS["plain"])
+    train_a_little_(model)
+    with merged_adapters(plain, [(exported(model), 1.0)]):
+        assert not torch.equal(plain.linear1.weight, before["linear1.weight"])
+    assert all(torch.equal(value, before[key]) for key, value in plain.state_dict().items())
+    with pytest.raises(KeyboardInterrupt), merged_adapters(plain, [(exported(model), 0.3)]):
+        raise KeyboardInterrupt
+    assert all(torch.equal(value, before[key]) for key, value in plain.state_dict().items())
+
+
+def published_pissa(model: Toy, name: str = "blocks.0.attn.qkv", scale: float = 4.0) -> Adapter:
+    """A PiSSA file as ComfyUI-SelVA writes it: scale alpha / sqrt(rank), residual base weight, moved factors."""
+    layer = model.get_submodule(name)
+    u, s, vh = torch.linalg.svd(layer.weight.detach(), full_matrices=False)
+    a, b = s[:4].sqrt()[:, None] * vh[:4], u[:, :4] * s[:4].sqrt()
+    return Adapter(
+        {
+            f"{name}.lora_A": a + 0.01, f"{name}.lora_B": b - 0.01,
+            f"{name}.linear.weight": layer.weight.detach() - scale * b @ a,
+            f"{name}.linear.bias": layer.bias.detach() + 0.5,
+        },
+        {"rank": 4, "alpha": 8.0, "use_rslora": True}, source="pissa.pt",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.3, 1.0])
+def test_a_published_pissa_adapter_blends_from_the_base_weight(model, strength):
+    adapter = published_pissa(model)
+    assert adapter.is_pissa
+    layer = model.blocks[0].attn.qkv
+    weight, bias = layer.weight.detach().clone(), layer.bias.detach().clone()
+    a, b = adapter.factors("blocks.0.attn.qkv")
+    adapted = adapter.tensors["blocks.0.attn.qkv.linear.weight"] + 4.0 * b @ a
+    merge_adapter(model, adapter, strength)
+    torch.testing.assert_close(layer.weight, weight + strength * (adapted - weight))
+    torch.testing.assert_close(layer.bias, bias + strength * 0.5)
+
+
+def test_pissa_adapters_merge_with_others_in_any_order_but_not_after_them(model):
+    other = copy.deepcopy(model)
+    inject_lora(other, LoRAConfig(rank=2))
+    train_a_little_(other)
+    pissa, plain = published_pissa(model), exported(other)
+    first, second = copy.deepcopy(model), copy.deepcopy(model)
+    merge_adapters(first, [(plain, 0.7), (pissa, 0.5)])
+    merge_adapter(second, pissa, 0.5)
+    merge_adapter(second, plain, 0.7)
+    torch.testing.assert_close(first.state_dict(), second.state_dict())
+    with pytest.raises(ValueError, match=r"pissa.pt: .*another adapter merged already"):
+        merge_adapter(first, pissa)
+    with merged_adapters(model, [(plain, 1.0)]):
+        pass
+    merge_adapter(model, pissa)  # the block gave the base weights back
+
+
+def test_an_adapter_can_be_trained_on_top_of_a_merged_one(model, x):
+    first = copy.deepcopy(model)
+    inject_lora(first, CONFIGS["plain"])
+    train_a_little_(first)
+    merge_adapter(model, exported(first))
+    before = model(x)
+    inject_lora(model, CONFIGS["plain"])
+    assert torch.equal(model(x), before)
+
+
+def test_merging_reports_everything_that_does_not_fit_and_changes_nothing(model):
+    before = copy.deepcopy(model.state_dict())
+    a, b = torch.ones(2, DIM), torch.ones(DIM, 2)
+    adapter = Adapter(
+        {
+            "linear1.lora_A": a, "linear1.lora_B": b,
+            "absent.lora_A": a, "absent.lora_B": b,
+            "blocks.0.norm.lora_A": a, "blocks.0.norm.lora_B": b,
+            "blocks.0.attn.qkv.lora_A": a, "blocks.0.attn.qkv.lora_B": b,
+            "blocks.1.linear1.lora_A": a, "blocks.1.linear1.lora_B": b,
+        },
+        source="dog.pt",
+    )  # fmt: skip
+    with pytest.raises(ValueError) as error:
+        merge_adapter(model, adapter)
+    for part in (
+        "dog.pt: the model has no layer absent",
+        "blocks.0.norm is a LayerNorm",
+        "blocks.0.attn.qkv: the adapter is for a weight of (12, 12), the model's is (36, 12)",
+        "blocks.1.linear1: the adapter is for a weight of (12, 12), the model's is (12, 12, 3)",
+    ):
+        assert part in str(error.value)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"linear1.lora_A": torch.ones(2, DIM)}, "linear1.lora_B is missing"),
+        ({"linear1.lora_A": torch.ones(2, DIM), "linear1.lora_B": torch.ones(DIM, 3)}, "do not fit together"),
+        ({"linear1.weight": torch.ones(DIM, DIM)}, "linear1.weight is no LoRA tensor"),
+    ],
+)
+def test_tensors_that_are_no_adapter_are_refused(model, tensors, message):
+    with pytest.raises(ValueError, match=message):
+        merge_adapter(model, Adapter(tensors))
+
+
+@pytest.mark.parametrize("strength", [math.nan, math.inf])
+def test_a_strength_must_be_a_number(model, strength):
+    adapter = Adapter({"linear1.lora_A": torch.ones(2, DIM), "linear1.lora_B": torch.ones(DIM, 2)})
+    with pytest.raises(ValueError, match="strength must be a finite number"):
+        merge_adapter(model, adapter, strength)
+
+
+def test_long_lists_of_problems_are_cut(model):
+    tensors = {f"no.{i}.lora_{f}": torch.ones(2, 2) for i in range(30) for f in "AB"}
+    with pytest.raises(ValueError, match=r"no\.9 and 20 more"):
+        merge_adapter(model, Adapter(tensors))
+
+
+def test_a_copy_of_an_adapted_model_is_independent(model, x):
+    inject_lora(model, LoRAConfig(rank=2))
+    twin = copy.deepcopy(model)
+    train_a_little_(twin)
+    assert isinstance(twin.blocks[0].attn.qkv, LoRALinear)
+    assert not torch.equal(twin(x), model(x))
