@@ -62,13 +62,13 @@ class ArgumentParser(argparse.ArgumentParser):
         """Add the group of options that every script has; ``precision`` is the default of ``--precision``."""
         group = self.add_argument_group("general")
         group.add_argument("--config", type=Path, metavar="FILE.yaml",
-                           help="settings file; the command line wins over it")  # fmt: skip
+                           help="settings file; the command line wins over it")
         group.add_argument("--seed", type=int, default=42, help="seed of everything random")
         group.add_argument("--device", default="auto", metavar="auto|cpu|cuda|mps",
-                           help="where to compute; auto takes a GPU if there is one")  # fmt: skip
+                           help="where to compute; auto takes a GPU if there is one")
         if precision is not None:
             group.add_argument("--precision", choices=PRECISIONS, default=precision,
-                               help="number format of the networks")  # fmt: skip
+                               help="number format of the networks")
         group.add_argument("--debug", action="store_true", help="show debug messages and the traceback of an error")
         group.add_argument("--version", action="version", version=f"selva-lora {__version__}")
 
@@ -76,9 +76,9 @@ class ArgumentParser(argparse.ArgumentParser):
         """Add ``--variant`` and ``--selva_dir``."""
         group = self.add_argument_group("model")
         group.add_argument("--variant", choices=VARIANTS, default="large_44k", metavar="NAME",
-                           help=f"base model, one of {', '.join(VARIANTS)}; tiny_16k is built in")  # fmt: skip
+                           help=f"base model, one of {', '.join(VARIANTS)}; tiny_16k is built in")
         group.add_argument("--selva_dir", type=Path, metavar="DIR",
-                           help="folder of the published weights (scripts/download_weights.py fills it)")  # fmt: skip
+                           help="folder of the published weights (scripts/download_weights.py fills it)")
 
     def parse_args(self, args: Sequence[str] | None = None, namespace=None) -> argparse.Namespace:
         given = [self._underscored(a) for a in (sys.argv[1:] if args is None else args)]
@@ -228,7 +228,7 @@ def entry_point(main: Callable[[Sequence[str] | None], int]) -> Callable[[Sequen
         except torch.OutOfMemoryError as error:
             log.error("the device is out of memory: %s", str(error).split(". ")[0])
             log.error("what helps training, in order of effect: --grad_checkpointing; a smaller --batch_size with more "
-                      "--grad_accum; --precision bf16; a smaller --variant")  # fmt: skip
+                      "--grad_accum; --precision bf16; a smaller --variant")
             return EXIT_FAILED
         finally:
             if in_main_thread:

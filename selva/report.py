@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import sys
 import time
@@ -135,8 +136,8 @@ class MetricsFile:
             file.writelines(json.dumps(row) + "\n" for row in rows)
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
-        """Return the steps and values of the rows that have ``key``."""
-        rows = [row for row in self.rows if key in row]
+        """Return the steps and the values of the rows that have a finite ``key``."""
+        rows = [row for row in self.rows if math.isfinite(row.get(key, math.nan))]
         return [row["step"] for row in rows], [row[key] for row in rows]
 
 

@@ -36,7 +36,7 @@ def load_strict_(module: nn.Module, state_dict: Mapping[str, Tensor], what: str)
             f"{k} {tuple(state_dict[k].shape)}, expected {tuple(own[k].shape)}"
             for k in own if k in state_dict and state_dict[k].shape != own[k].shape
         ]),
-    ):  # fmt: skip
+    ):
         if keys:
             more = f" and {len(keys) - 10} more" if len(keys) > 10 else ""
             problems.append(f"{len(keys)} {title}: {', '.join(keys[:10])}{more}")
@@ -247,7 +247,7 @@ class JointBlock(nn.Module):
     def forward(
         self, latent: Tensor, clip: Tensor, text: Tensor, global_c: Tensor, extended_c: Tensor,
         latent_rotary: tuple[Tensor, Tensor], clip_rotary: tuple[Tensor, Tensor],
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the three updated streams; with ``pre_only`` clip and text come back as they were.
 
         Args:

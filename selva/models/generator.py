@@ -270,3 +270,14 @@ class Generator(nn.Module):
     def _check_tokens(what: str, x: Tensor, expected: int) -> None:
         if x.shape[1] != expected:
             raise ValueError(f"{what} have {x.shape[1]} tokens, expected {expected}; see set_sequence")
+
+
+def cast_frozen_(generator: Generator, dtype: torch.dtype) -> None:
+    """Store the matrices of linear layers and convolutions in ``dtype``, in place, to save memory.
+
+    Everything small stays float32: latent statistics, norms, empty features, position embeddings. Adapter weights keep
+    their own type.
+    """
+    for module in generator.modules():
+        if isinstance(module, nn.Linear | nn.Conv1d):
+            module.to(dtype)

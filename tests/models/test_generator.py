@@ -13,7 +13,7 @@ from selva.sampling import guided_velocity
 TINY = GeneratorConfig(
     latent_dim=6, hidden_dim=32, depth=3, fused_depth=1, num_heads=2, clip_dim=10, sync_dim=12, text_dim=14,
     latent_seq_len=20, clip_seq_len=5, sync_seq_len=16, text_seq_len=7,
-)  # fmt: skip
+)
 CONFIG_FIELDS = set(GeneratorConfig.__dataclass_fields__)
 
 

@@ -1,0 +1,390 @@
+"""Training an adapter: the objective, validation on fixed noise, and the loop.
+
+The recipe is that of the base models (MMAudio, arXiv:2412.15322): latents drawn from the VAE posterior at every visit,
+logit-normal times, video and text conditions replaced by the learned empty ones with probability 0.1 each. Time, noise,
+targets, loss, adapter, gradients and optimiser state are float32; only the frozen network runs in half precision.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selva import flow
+from selva.checkpoint import TrainingState, random_state, restore_random_state_
+from selva.lora import load_lora_state_, lora_parameters, lora_plus_groups
+from selva.models.generator import Generator
+from selva.report import MetricsFile, Progress, clock, peak_memory_bytes, smoothed
+from selva.training_data import Batch, BucketBatches, TrainingClip, collate
+
+log = logging.getLogger(__name__)
+
+LATENT_MODES = ("sample", "mode")
+CLIP_FEATURE_MODES = ("use", "empty")
+VALIDATION_TIMES = 4  # fixed times per held-out clip, one in the middle of each quarter of [0, 1]
+MAX_BAD_STEPS = 20  # consecutive steps without a finite gradient after which a run cannot be saved
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How an adapter is trained; one step is one optimiser update, whatever ``grad_accum`` is."""
+
+    steps: int = 2000
+    lr: float = 1e-4
+    warmup_steps: int = 100
+    batch_size: int = 4
+    grad_accum: int = 1
+    lora_plus_ratio: float = 1.0  # learning rate of lora_B over that of lora_A (arXiv:2402.12354)
+    weight_decay: float = 1e-6
+    betas: tuple[float, float] = (0.9, 0.95)
+    grad_clip: float = 1.0
+    timestep_mode: str = "logit_normal"
+    logit_normal_sigma: float = 1.0
+    curriculum_switch: float = 0.6  # fraction of all steps
+    null_prob: float = 0.1
+    latent: str = "sample"
+    clip_features: str = "use"
+    seed: int = 42
+    save_every: int = 500
+    val_every: int = 100
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name} is {getattr(self, name)}, expected at least {least}"
+            for name, least in (("steps", 1), ("warmup_steps", 0), ("batch_size", 1), ("grad_accum", 1),
+                                ("save_every", 1), ("val_every", 1), ("log_every", 1))
+            if getattr(self, name) < least
+        ]
+        problems += [
+            f"{name} is {getattr(self, name)}, expected a number above 0"
+            for name in ("lr", "lora_plus_ratio", "logit_normal_sigma", "grad_clip")
+            if not 0 < getattr(self, name) < math.inf
+        ]
+        problems += [
+            f"{name} is {getattr(self, name)}, expected 0 to 1"
+            for name in ("null_prob", "curriculum_switch")
+            if not 0 <= getattr(self, name) <= 1
+        ]
+        if not 0 <= self.weight_decay < math.inf:
+            problems.append(f"weight_decay is {self.weight_decay}, expected at least 0")
+        problems += [
+            f"{name} is {getattr(self, name)!r}, expected one of {', '.join(allowed)}"
+            for name, allowed in (("timestep_mode", flow.TIMESTEP_MODES), ("latent", LATENT_MODES),
+                                  ("clip_features", CLIP_FEATURE_MODES))
+            if getattr(self, name) not in allowed
+        ]
+        if problems:
+            raise ValueError("; ".join(problems))
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """Return the rate of optimiser step ``step`` (from 0): linear warm-up (k+1)/(W+1), then constant.
+
+    The first step already learns, as in MMAudio (pitfall F1).
+    """
+    return config.lr * min(1.0, (step + 1) / (config.warmup_steps + 1))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# objective
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Everything random about one batch, drawn on the CPU in float32 (masks: bool), so that devices agree.
+
+    Attributes:
+        posterior, noise: (B, N, C) standard normal. t: (B,). drop_video, drop_text: (B,) which conditions are empty.
+    """
+
+    posterior: Tensor
+    t: Tensor
+    noise: Tensor
+    drop_video: Tensor
+    drop_text: Tensor
+
+
+def draw(shape: torch.Size, config: TrainConfig, rng: torch.Generator, progress: float) -> Draws:
+    """Draw for a batch of latents of ``shape`` (B, N, C); the order is MMAudio's."""
+    posterior = torch.randn(shape, generator=rng)
+    t = flow.sample_times(
+        shape[0], config.timestep_mode, rng, sigma=config.logit_normal_sigma,
+        progress=progress, curriculum_switch=config.curriculum_switch,
+    )
+    noise = torch.randn(shape, generator=rng)
+    drop_video = torch.rand(shape[0], generator=rng) < config.null_prob
+    drop_text = torch.rand(shape[0], generator=rng) < config.null_prob
+    return Draws(posterior, t, noise, drop_video, drop_text)
+
+
+def flow_loss(
+    generator: Generator, batch: Batch, draws: Draws, config: TrainConfig, precision: torch.dtype
+) -> Tensor:
+    """Return the (B,) flow-matching losses of a batch, in float32.
+
+    Args:
+        batch: on the generator's device. draws: on the CPU, see :func:`draw`.
+        precision: autocast dtype of the network; float32 switches autocast off.
+    """
+    device = batch.mean.device
+    posterior, t, x0, drop_video, drop_text = (
+        x.to(device, non_blocking=True)
+        for x in (draws.posterior, draws.t, draws.noise, draws.drop_video, draws.drop_text)
+    )
+    generator.set_sequence(*batch.lengths)
+    latent = batch.mean + batch.std * posterior if config.latent == "sample" else batch.mean
+    x1 = generator.normalize(latent)
+    xt = flow.interpolate(x0, x1, t)
+
+    empty_clip, empty_sync, empty_text = generator.empty_features(1)
+    no_clip = torch.ones_like(drop_video) if config.clip_features == "empty" else drop_video
+    clip_f = torch.where(no_clip[:, None, None], empty_clip, batch.clip_f)
+    sync_f = torch.where(drop_video[:, None, None], empty_sync, batch.sync_f)
+    text_f = torch.where(drop_text[:, None, None], empty_text, batch.text_f)
+    with torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32):
+        velocity = generator(xt, clip_f, sync_f, text_f, t)
+    return flow.loss(velocity, x0, x1)
+
+
+@torch.no_grad()
+def validate(
+    generator: Generator, clips: Sequence[TrainingClip], config: TrainConfig, precision: torch.dtype
+) -> list[float]:
+    """Return the mean held-out loss per time bin, ``VALIDATION_TIMES`` values from noise to data.
+
+    Noise and posterior draws of a clip depend on the seed and its id, the times are fixed and nothing is dropped: two
+    evaluations differ only by the adapter, and the random state of the training is not touched.
+    """
+    device = generator.latent_mean.device
+    times = (torch.arange(VALIDATION_TIMES, dtype=torch.float32) + 0.5) / VALIDATION_TIMES
+    nothing = torch.zeros(VALIDATION_TIMES, dtype=torch.bool)
+    was_training = generator.training
+    generator.eval()
+    total = torch.zeros(VALIDATION_TIMES, device=device)
+    for clip in clips:
+        rng = torch.Generator().manual_seed(zlib.crc32(f"{config.seed}/{clip.id}".encode()))
+        batch = collate([clip] * VALIDATION_TIMES).to(device)
+        posterior, noise = (torch.randn(batch.mean.shape, generator=rng) for _ in range(2))
+        total += flow_loss(generator, batch, Draws(posterior, times, noise, nothing, nothing), config, precision)
+    generator.train(was_training)
+    return (total / len(clips)).tolist()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# the loop
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class TrainingRun:
+    """Everything that has a state and must survive a restart: adapter, optimiser, scaler, data order, random states.
+
+    Args:
+        generator: frozen base with adapters injected, on its device.
+        clips: training clips. val_clips: held-out clips, possibly none.
+    """
+
+    def __init__(
+        self,
+        generator: Generator,
+        clips: Sequence[TrainingClip],
+        val_clips: Sequence[TrainingClip],
+        config: TrainConfig,
+        precision: torch.dtype,
+    ) -> None:
+        self.generator, self.val_clips, self.config, self.precision = generator, list(val_clips), config, precision
+        self.device = generator.latent_mean.device
+        self.batches = BucketBatches(clips, config.batch_size, config.seed)
+        self.rng = torch.Generator().manual_seed(config.seed)
+        self.parameters = lora_parameters(generator)
+        groups = lora_plus_groups(generator, config.lr, config.lora_plus_ratio)
+        self.lr_factors = [group["lr"] / config.lr for group in groups]
+        self.optimizer = torch.optim.AdamW(groups, betas=config.betas, weight_decay=config.weight_decay)
+        # Half-precision gradients below 6e-8 would vanish; bfloat16 has the range of float32 and needs no scaling.
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
+        self.step = 0  # optimiser updates done
+        self.best_step, self.best_val_loss = 0, math.inf
+
+    def train_step(self) -> tuple[Tensor, Tensor]:
+        """Do one optimiser update and return the loss and the unclipped gradient norm, both scalars on the device.
+
+        An update whose gradient is not finite is skipped.
+        """
+        config = self.config
+        total = torch.zeros((), device=self.device)
+        for _ in range(config.grad_accum):
+            batch = next(self.batches)
+            draws = draw(batch.mean.shape, config, self.rng, progress=self.step / config.steps)
+            loss = flow_loss(self.generator, batch.to(self.device), draws, config, self.precision).mean()
+            self.scaler.scale(loss / config.grad_accum).backward()
+            total += loss.detach() / config.grad_accum
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.grad_clip)
+        lr = learning_rate(self.step, config)
+        for group, factor in zip(self.optimizer.param_groups, self.lr_factors, strict=True):
+            group["lr"] = lr * factor
+        if self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)  # skips by itself, and lowers the scale
+            self.scaler.update()
+        elif torch.isfinite(norm):
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return total, norm
+
+    def validate(self) -> dict[str, Any]:
+        """Return the row for ``metrics.jsonl`` of a validation now, and keep track of the best step."""
+        bins = validate(self.generator, self.val_clips, self.config, self.precision)
+        loss = sum(bins) / len(bins)
+        if loss < self.best_val_loss:
+            self.best_step, self.best_val_loss = self.step, loss
+        return {"step": self.step, "val_loss": loss, "val_loss_bins": bins}
+
+    def extra_state(self) -> dict[str, Any]:
+        """Return what a step file must hold beside adapter and optimiser so that :meth:`restore` is exact."""
+        return {
+            "scaler": self.scaler.state_dict(),
+            "batches": self.batches.state_dict(),
+            "best": {"step": self.best_step, "val_loss": self.best_val_loss},
+            "draws": self.rng.get_state(),
+            "random_state": random_state(),  # dropout
+        }
+
+    def restore(self, saved: TrainingState) -> None:
+        """Continue from a step file, bit for bit on the CPU.
+
+        Rate, decay and the like come from the configuration, not from the file (pitfall F4). A step file of
+        ComfyUI-SelVA holds no random states and no data order; those start afresh.
+
+        Raises:
+            ValueError: the adapter or the optimiser in the file does not fit, or the run is already longer than
+                ``config.steps``.
+        """
+        if saved.step >= self.config.steps:
+            raise ValueError(
+                f"{saved.path}: is at step {saved.step} and --steps is {self.config.steps}; give a larger --steps"
+            )
+        load_lora_state_(self.generator, saved.lora)
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(saved.optimizer)
+        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(own)
+        self.step = saved.step
+        if not saved.extra:
+            log.warning("%s: holds no random states; the order of the clips and the noise start afresh", saved.path)
+            return
+        self.scaler.load_state_dict(saved.extra["scaler"])
+        self.batches.load_state_dict(saved.extra["batches"])
+        self.best_step, self.best_val_loss = saved.extra["best"]["step"], saved.extra["best"]["val_loss"]
+        self.rng.set_state(saved.extra["draws"])
+        restore_random_state_(saved.extra["random_state"])
+
+
+def fit(
+    run: TrainingRun,
+    metrics: MetricsFile,
+    *,
+    on_checkpoint: Callable[[TrainingRun], None],
+    on_best: Callable[[TrainingRun], None],
+    should_stop: Callable[[], bool] = lambda: False,
+) -> bool:
+    """Train until ``config.steps`` and return True, or until ``should_stop()`` and return False.
+
+    Args:
+        metrics: gets one row per step, and one per validation.
+        on_checkpoint: called every ``save_every`` steps, after the last step, and before an early return.
+        on_best: called after a validation with the lowest loss so far.
+
+    Raises:
+        ValueError: the gradient was not finite ``MAX_BAD_STEPS`` times in a row; the last checkpoint is intact.
+    """
+    config = run.config
+    run.generator.train()
+    if run.val_clips and run.step == 0:
+        metrics.append([run.validate()])  # where the base model stands
+        log.info("step 0: validation loss %.4f", run.best_val_loss)
+    recent: list[tuple[Tensor, Tensor]] = []
+    bad_steps, since, started_at = 0, time.monotonic(), time.monotonic()
+    first_step = run.step
+    with Progress(config.steps, "training", "steps", interval_sec=math.inf) as progress:
+        while run.step < config.steps:
+            recent.append(run.train_step())
+            stopping, last = should_stop(), run.step == config.steps
+            if run.step % config.log_every == 0 or last or stopping:
+                rows, seconds = _rows(run, recent, time.monotonic() - since), time.monotonic() - since
+                metrics.append(rows)
+                bad_steps = _count_bad(rows, bad_steps)
+                left = (time.monotonic() - started_at) / (run.step - first_step) * (config.steps - run.step)
+                losses = metrics.series("loss")[1]
+                note = (
+                    f"loss {rows[-1]['loss']:.4f}, smoothed {smoothed(losses)[-1]:.4f}, lr {rows[-1]['lr']:.2e}, "
+                    f"grad norm {rows[-1]['grad_norm']:.3f}, {seconds / len(rows):.2f} s/step, {clock(left)} left, "
+                    f"{peak_memory_bytes(run.device) / 2**30:.2f} GiB"
+                )
+                progress.update(run.step, f"loss {rows[-1]['loss']:.4f}")
+                log.info("step %d/%d: %s", run.step, config.steps, note)
+                recent, since = [], time.monotonic()
+            if run.val_clips and (run.step % config.val_every == 0 or last):
+                row = run.validate()
+                metrics.append([row])
+                log.info("step %d: validation loss %.4f (best %.4f at step %d)", run.step, row["val_loss"],
+                         run.best_val_loss, run.best_step)
+                if run.best_step == run.step:
+                    on_best(run)
+                since = time.monotonic()
+            if run.step % config.save_every == 0 or last or stopping:
+                on_checkpoint(run)
+                since = time.monotonic()
+            if stopping and not last:
+                return False
+    return True
+
+
+def _rows(run: TrainingRun, recent: Sequence[tuple[Tensor, Tensor]], seconds: float) -> list[dict[str, Any]]:
+    """Return one metrics row per step since the last interval; the only place where losses leave the device."""
+    first = run.step - len(recent)
+    losses, norms = (torch.stack(values).tolist() for values in zip(*recent, strict=True))
+    return [
+        {"step": first + i + 1, "loss": loss, "grad_norm": norm, "lr": learning_rate(first + i, run.config),
+         "sec_per_step": seconds / len(recent)}
+        for i, (loss, norm) in enumerate(zip(losses, norms, strict=True))
+    ]
+
+
+def _count_bad(rows: Sequence[dict[str, Any]], bad_steps: int) -> int:
+    for row in rows:
+        if math.isfinite(row["grad_norm"]):
+            bad_steps = 0
+            continue
+        bad_steps += 1
+        log.warning("step %d: loss %s, gradient not finite; the update was skipped", row["step"], row["loss"])
+        if bad_steps >= MAX_BAD_STEPS:
+            raise ValueError(
+                f"no finite gradient in {bad_steps} steps up to step {row['step']}; the last checkpoint is intact. "
+                "Resume from it with a lower --lr, or with --precision bf16 or fp32"
+            )
+    return bad_steps
+
+
+def split_validation(
+    clips: Sequence[TrainingClip], fraction: float, seed: int
+) -> tuple[list[TrainingClip], list[TrainingClip]]:
+    """Return (training, held-out) clips; a seeded choice of at least one clip, or none if fewer than five are there."""
+    if fraction <= 0 or len(clips) < 5:
+        return list(clips), []
+    count = min(len(clips) - 1, max(1, round(fraction * len(clips))))
+    order = torch.randperm(len(clips), generator=torch.Generator().manual_seed(seed)).tolist()
+    held_out = set(order[:count])
+    return (
+        [c for i, c in enumerate(clips) if i not in held_out],
+        [c for i, c in enumerate(clips) if i in held_out],
+    )
