@@ -58,14 +58,21 @@ class ArgumentParser(argparse.ArgumentParser):
     def __init__(self, description: str) -> None:
         super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
 
-    def add_common(self, precision: str | None = None) -> None:
-        """Add the group of options that every script has; ``precision`` is the default of ``--precision``."""
+    def add_common(self, precision: str | None = None, *, seed: bool = True, device: bool = True) -> None:
+        """Add the options that all scripts share.
+
+        Args:
+            precision: default of ``--precision``; None leaves it out.
+            seed, device: whether the script draws random numbers, and whether it computes on a device.
+        """
         group = self.add_argument_group("general")
         group.add_argument("--config", type=Path, metavar="FILE.yaml",
                            help="settings file; the command line wins over it")
-        group.add_argument("--seed", type=int, default=42, help="seed of everything random")
-        group.add_argument("--device", default="auto", metavar="auto|cpu|cuda|mps",
-                           help="where to compute; auto takes a GPU if there is one")
+        if seed:
+            group.add_argument("--seed", type=int, default=42, help="seed of everything random")
+        if device:
+            group.add_argument("--device", default="auto", metavar="auto|cpu|cuda|mps",
+                               help="where to compute; auto takes a GPU if there is one")
         if precision is not None:
             group.add_argument("--precision", choices=PRECISIONS, default=precision,
                                help="number format of the networks")
