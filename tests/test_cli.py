@@ -1,0 +1,150 @@
+"""The parts that all scripts share: settings files, exit codes, devices."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from selva import cli
+
+
+def parser() -> cli.ArgumentParser:
+    result = cli.ArgumentParser("A script.")
+    group = result.add_argument_group("things")
+    group.add_argument("--data_dir", type=Path, required=True, help="data")
+    group.add_argument("--rank", type=int, default=16, help="rank")
+    group.add_argument("--mode", choices=("a", "b"), default="a", help="mode")
+    group.add_argument("--target", nargs="+", default=["attn.qkv"], help="layers")
+    group.add_argument("--adapter", type=Path, action="append", default=[], help="adapters")
+    group.add_argument("--quick", action="store_true", help="be quick")
+    group.add_argument("--preview", action=cli.BooleanFlag, default=True, help="listen")
+    result.add_common(precision="bf16")
+    return result
+
+
+def settings(tmp_path: Path, text: str) -> list[str]:
+    path = tmp_path / "settings.yaml"
+    path.write_text(text, encoding="utf-8")
+    return ["--config", str(path)]
+
+
+def test_command_line_wins_over_file_over_default(tmp_path):
+    config = settings(tmp_path, "data_dir: from file\nrank: 4\nmode: b\n")
+    args = parser().parse_args([*config, "--rank", "8"])
+    assert (args.data_dir, args.rank, args.mode, args.seed) == (Path("from file"), 8, "b", 42)
+
+
+def test_every_kind_of_value_can_come_from_a_file(tmp_path):
+    config = settings(tmp_path, "data-dir: d\ntarget: [x, y]\nadapter: [p, q]\nquick: true\npreview: false\nseed: -3\n")
+    args = parser().parse_args(config)
+    assert (args.target, args.adapter) == (["x", "y"], [Path("p"), Path("q")])
+    assert (args.quick, args.preview, args.seed) == (True, False, -3)
+    assert parser().parse_args([*config, "--adapter", "r"]).adapter == [Path("r")]
+
+
+def test_hyphens_are_accepted():
+    args = parser().parse_args(["--data-dir=a-b", "--no-preview"])
+    assert args.data_dir == Path("a-b") and args.preview is False
+
+
+def test_resolved_settings_read_back(tmp_path):
+    given = ["--data_dir", "d", "--target", "x", "y", "--no_preview", "--adapter", "p", "--seed", "7"]
+    args = parser().parse_args(given)
+    cli.write_settings(tmp_path / "config.yaml", args)
+    again = parser().parse_args(["--config", str(tmp_path / "config.yaml")])
+    assert {k: v for k, v in vars(again).items() if k != "config"} == {
+        k: v for k, v in vars(args).items() if k != "config"
+    }
+    assert "debug" not in yaml.safe_load((tmp_path / "config.yaml").read_text())
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("rnak: 3", "unknown settings rnak"),
+        ("rank: many", "invalid int value: 'many'"),
+        ("mode: c", "invalid choice: 'c'"),
+        ("quick: 3", "quick is 3, expected true or false"),
+        ("rank: [1, 2]", "expected a single value"),
+        ("- a list", "holds a list"),
+        ("{", "cannot be read as YAML"),
+        ("debug: true", "unknown settings debug"),
+    ],
+)
+def test_mistakes_in_a_file_are_usage_errors(tmp_path, capsys, text, message):
+    with pytest.raises(SystemExit) as stop:
+        parser().parse_args(["--data_dir", "d", *settings(tmp_path, text)])
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_missing_settings_file(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parser().parse_args(["--data_dir", "d", "--config", "no/such.yaml"])
+    assert stop.value.code == 2 and "no/such.yaml" in capsys.readouterr().err
+
+
+def run(action, argv=()) -> int:
+    @cli.entry_point
+    def main(argv=None):
+        return action()
+
+    return main(list(argv))
+
+
+def fail(error: BaseException):
+    raise error
+
+
+@pytest.mark.parametrize(
+    "error, code, line",
+    [
+        (ValueError("x.npz: is wrong"), 1, "error: x.npz: is wrong"),
+        (FileNotFoundError(2, "No such file or directory", "a.wav"), 1, "error: a.wav: No such file or directory"),
+        (cli.UsageError("--rank is 0"), 2, "error: --rank is 0"),
+        (KeyboardInterrupt(), 130, "error: interrupted"),
+        (SystemExit(2), 2, ""),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"), 1, "--grad_checkpointing"),
+    ],
+)
+def test_every_end_has_its_code_and_one_line(capsys, error, code, line):
+    assert run(lambda: fail(error)) == code
+    stderr = capsys.readouterr().err
+    assert line in stderr and "Traceback" not in stderr
+
+
+def test_a_defect_of_ours_is_not_hidden():
+    with pytest.raises(TypeError):
+        run(lambda: fail(TypeError("a bug")))
+
+
+def test_debug_shows_the_traceback(capsys):
+    assert run(lambda: fail(ValueError("x")), ["--debug"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_sigterm_ends_with_its_code_and_restores_the_handler(capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    assert run(lambda: os.kill(os.getpid(), signal.SIGTERM)) == 143
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert "terminated" in capsys.readouterr().err
+
+
+def test_devices():
+    assert cli.resolve_device("cpu") == torch.device("cpu")
+    assert cli.resolve_device("auto").type in ("cpu", "cuda", "mps")
+    for name in ("gpu", "cuda:99" if not torch.cuda.is_available() else "xpu"):
+        with pytest.raises(cli.UsageError, match="--device"):
+            cli.resolve_device(name)
+
+
+def test_help_shows_groups_defaults_and_examples(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parser().parse_args(["--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert "things:" in text and "rank (default: 16)" in text and "--no_preview" in text

@@ -1,0 +1,373 @@
+"""The training loop on a small generator: objective, precision, resuming, validation."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from selva import flow
+from selva.checkpoint import load_checkpoint, save_checkpoint
+from selva.lora import LoRAConfig, inject_lora, lora_state_dict
+from selva.models.generator import Generator, GeneratorConfig, cast_frozen_
+from selva.report import MetricsFile
+from selva.sequence import sequence_config
+from selva.training import (
+    VALIDATION_TIMES,
+    Draws,
+    TrainConfig,
+    TrainingRun,
+    draw,
+    fit,
+    flow_loss,
+    learning_rate,
+    split_validation,
+    validate,
+)
+from selva.training_data import BucketBatches, TrainingClip, collate
+
+SMALL = GeneratorConfig(
+    latent_dim=4, hidden_dim=32, depth=3, fused_depth=1, num_heads=2, clip_dim=10, sync_dim=12, text_dim=14,
+    text_seq_len=7,
+)
+CONFIG = TrainConfig(steps=6, batch_size=2, warmup_steps=2, lr=1e-2, save_every=3, val_every=3, log_every=2)
+
+
+def make_clips(count: int = 5, seconds: float = 1.0) -> list[TrainingClip]:
+    sequence = sequence_config("16k", seconds)
+    rng = torch.Generator().manual_seed(int(seconds * 100))
+
+    def noise(*shape):
+        return torch.randn(*shape, generator=rng)
+
+    return [
+        TrainingClip(
+            id=f"clip{i}_{seconds}", prompt="", audio_path=Path("none"), sequence=sequence,
+            mean=noise(sequence.latent_seq_len, 4), std=noise(sequence.latent_seq_len, 4).abs(),
+            clip_f=noise(sequence.clip_seq_len, 10), sync_f=noise(sequence.sync_seq_len, 12), text_f=noise(7, 14),
+        )
+        for i in range(count)
+    ]
+
+
+def make_generator(lora: LoRAConfig | None = None, dtype: torch.dtype = torch.float32) -> Generator:
+    torch.manual_seed(1)
+    model = Generator(SMALL)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.1)
+        model.latent_std.fill_(1.5)
+    cast_frozen_(model, dtype)
+    inject_lora(model, lora or LoRAConfig(rank=2, dropout=0.1), torch.Generator().manual_seed(0))
+    return model
+
+
+def make_run(config: TrainConfig = CONFIG, val: int = 1, dtype: torch.dtype = torch.float32) -> TrainingRun:
+    torch.manual_seed(config.seed)
+    clips = make_clips() + make_clips(3, 1.5)
+    return TrainingRun(make_generator(dtype=dtype), clips[val:], clips[:val], config, dtype)
+
+
+# -- objective ----------------------------------------------------------------------------------------------------
+
+
+def test_loss_is_that_of_the_published_recipe():
+    """Posterior sample, normalised, straight path, velocity target: recomputed here by hand."""
+    model = make_generator(LoRAConfig(rank=2)).eval()
+    batch = collate(make_clips(2))
+    config = dataclasses.replace(CONFIG, null_prob=0.0)
+    draws = draw(batch.mean.shape, config, torch.Generator().manual_seed(3), 0.0)
+    with torch.no_grad():
+        found = flow_loss(model, batch, draws, config, torch.float32)
+        x1 = (batch.mean + batch.std * draws.posterior - model.latent_mean) / model.latent_std
+        t = draws.t[:, None, None]
+        xt = (1 - t) * draws.noise + t * x1
+        v = model(xt, batch.clip_f, batch.sync_f, batch.text_f, draws.t)
+        expected = ((v - (x1 - draws.noise)) ** 2).mean((1, 2))
+    torch.testing.assert_close(found, expected)
+
+
+def test_latent_mode_takes_the_posterior_mean():
+    """Pitfall A3: the mean only where it was asked for."""
+    model = make_generator(LoRAConfig(rank=2)).eval()
+    batch = collate(make_clips(2))
+    draws = draw(batch.mean.shape, CONFIG, torch.Generator().manual_seed(3), 0.0)
+    wide = dataclasses.replace(batch, std=batch.std * 5)
+    losses = {}
+    with torch.no_grad():
+        for latent in ("sample", "mode"):
+            config = dataclasses.replace(CONFIG, latent=latent)
+            losses[latent] = [flow_loss(model, b, draws, config, torch.float32) for b in (batch, wide)]
+    assert torch.equal(*losses["mode"]) and not torch.equal(*losses["sample"])
+
+
+@pytest.mark.parametrize("what", ["video", "text", "clip"])
+def test_dropped_conditions_are_the_learned_empty_ones(what):
+    """Pitfall C1: CLIP and sync are dropped together, text by itself; `--clip_features empty` drops CLIP always."""
+    model = make_generator(LoRAConfig(rank=2)).eval()
+    batch = collate(make_clips(2))
+    model.set_sequence(*batch.lengths)
+    yes, no = torch.tensor([True, True]), torch.tensor([False, False])
+    base = draw(batch.mean.shape, CONFIG, torch.Generator().manual_seed(3), 0.0)
+    draws = dataclasses.replace(
+        base, drop_video=yes if what == "video" else no, drop_text=yes if what == "text" else no
+    )
+    config = dataclasses.replace(CONFIG, clip_features="empty" if what == "clip" else "use")
+    clip, sync, text = model.empty_features(2)
+    replaced = {"video": {"clip_f": clip, "sync_f": sync}, "text": {"text_f": text}, "clip": {"clip_f": clip}}[what]
+    with torch.no_grad():
+        dropped = flow_loss(model, batch, draws, config, torch.float32)
+        nothing = dataclasses.replace(base, drop_video=no, drop_text=no)
+        expected = flow_loss(model, dataclasses.replace(batch, **replaced), nothing, CONFIG, torch.float32)
+        full = flow_loss(model, batch, nothing, CONFIG, torch.float32)
+    assert torch.equal(dropped, expected) and not torch.allclose(dropped, full)
+
+
+def test_condition_dropout_is_independent_and_as_frequent_as_asked():
+    draws = draw(torch.Size((20_000, 1, 1)), CONFIG, torch.Generator().manual_seed(0), 0.0)
+    assert draws.drop_video.float().mean().item() == pytest.approx(0.1, abs=0.01)
+    assert draws.drop_text.float().mean().item() == pytest.approx(0.1, abs=0.01)
+    assert (draws.drop_video & draws.drop_text).float().mean().item() == pytest.approx(0.01, abs=0.003)
+
+
+# -- precision ----------------------------------------------------------------------------------------------------
+
+
+def test_adapter_and_optimiser_stay_float32_over_a_half_precision_base():
+    """Pitfalls D1 and D2: bfloat16 adapters lose small updates, a bfloat16 second moment cannot decay."""
+    run = make_run(dtype=torch.bfloat16)
+    generator = run.generator
+    assert generator.fused_blocks[0].attn.qkv.weight.dtype == torch.bfloat16
+    assert generator.latent_mean.dtype == generator.empty_clip_feat.dtype == torch.float32
+    before = lora_state_dict(generator)
+    loss, norm = run.train_step()
+    assert loss.dtype == norm.dtype == torch.float32 and torch.isfinite(loss)
+    assert all(p.dtype == torch.float32 for p in run.parameters)
+    moments = [v for state in run.optimizer.state.values() for v in state.values() if v.ndim]
+    assert moments and all(v.dtype == torch.float32 for v in moments)
+    assert any(not torch.equal(before[k], v) for k, v in lora_state_dict(generator).items())
+
+
+def test_half_precision_loss_is_close_to_float32():
+    batch = collate(make_clips(2))
+    draws = draw(batch.mean.shape, CONFIG, torch.Generator().manual_seed(3), 0.0)
+    losses = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = make_generator(LoRAConfig(rank=2), dtype).eval()
+        losses.append(flow_loss(model, batch, draws, CONFIG, dtype).detach())
+    torch.testing.assert_close(losses[1], losses[0], rtol=2e-2, atol=0)  # eight bits of mantissa
+    assert not torch.equal(*losses)
+
+
+def test_the_base_is_bit_identical_after_training():
+    run = make_run()
+    base = {k: v.clone() for k, v in run.generator.state_dict().items() if "lora_" not in k}
+    for _ in range(3):
+        run.train_step()
+    assert all(torch.equal(v, run.generator.state_dict()[k]) for k, v in base.items())
+
+
+# -- bookkeeping --------------------------------------------------------------------------------------------------
+
+
+def test_warm_up_starts_above_zero_and_ends_at_the_rate():
+    """Pitfall F1."""
+    config = dataclasses.replace(CONFIG, lr=1.0, warmup_steps=4)
+    assert [learning_rate(k, config) for k in range(6)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
+
+
+def test_gradients_are_clipped_before_the_update(monkeypatch):
+    run = make_run(dataclasses.replace(CONFIG, grad_clip=1e-3))
+    norms = []
+    step = run.optimizer.step
+    monkeypatch.setattr(
+        run.optimizer, "step",
+        lambda: (norms.append(torch.stack([p.grad.norm() for p in run.parameters]).norm().item()), step()),
+    )
+    _, before = run.train_step()
+    assert before > 1e-3 and norms[0] == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_accumulated_batches_make_one_step_with_their_mean_gradient(monkeypatch):
+    """Pitfall F2: two accumulated batches of two are one step on a batch of four."""
+    clips = make_clips(4)
+    draws = draw(torch.Size((4, *clips[0].mean.shape)), CONFIG, torch.Generator().manual_seed(3), 0.0)
+    norms = []
+    for accum in (1, 2):
+        size = 4 // accum
+        parts = [slice(i * size, (i + 1) * size) for i in range(accum)]
+        batches = iter([collate(clips[part]) for part in parts])
+        drawn = iter([Draws(*(getattr(draws, f.name)[part] for f in dataclasses.fields(Draws))) for part in parts])
+        monkeypatch.setattr("selva.training.draw", lambda *args, drawn=drawn, **kwargs: next(drawn))
+        config = dataclasses.replace(CONFIG, batch_size=size, grad_accum=accum)
+        run = TrainingRun(make_generator(LoRAConfig(rank=2)), clips, [], config, torch.float32)
+        run.batches = batches
+        loss, norm = run.train_step()
+        assert run.step == 1
+        norms.append((loss, norm))
+    torch.testing.assert_close(norms[0], norms[1], rtol=1e-4, atol=1e-7)
+
+
+def test_epochs_visit_every_clip_once_in_batches_of_one_length():
+    """Pitfall F9: shuffled epochs, not draws with replacement."""
+    clips = make_clips(4) + make_clips(4, 1.5)
+    batches = BucketBatches(clips, 2, seed=3)
+    seen = []
+    for _ in range(4):
+        batch = next(batches)
+        assert len({i.rsplit("_", 1)[1] for i in batch.ids}) == 1
+        seen += batch.ids
+    assert sorted(seen) == sorted(c.id for c in clips)
+
+
+def test_batch_order_continues_from_its_state():
+    clips = make_clips(5) + make_clips(3, 1.5)
+    batches, other = BucketBatches(clips, 2, seed=3), BucketBatches(clips, 2, seed=9)
+    for _ in range(5):
+        next(batches)
+    other.load_state_dict(batches.state_dict())
+    assert [next(batches).ids for _ in range(9)] == [next(other).ids for _ in range(9)]
+
+
+def test_a_bad_gradient_changes_nothing():
+    run = make_run()
+    run.train_step()
+    before = lora_state_dict(run.generator)
+    run.batches.clips = [dataclasses.replace(c, mean=torch.full_like(c.mean, float("nan"))) for c in run.batches.clips]
+    _, norm = run.train_step()
+    assert not torch.isfinite(norm) and run.step == 2
+    assert all(torch.equal(v, before[k]) for k, v in lora_state_dict(run.generator).items())
+
+
+def test_training_stops_when_no_gradient_is_finite(tmp_path, monkeypatch):
+    monkeypatch.setattr("selva.training.MAX_BAD_STEPS", 4)
+    run = make_run(dataclasses.replace(CONFIG, steps=50), val=0)
+    run.batches.clips = [dataclasses.replace(c, mean=torch.full_like(c.mean, float("nan"))) for c in run.batches.clips]
+    with pytest.raises(ValueError, match="last checkpoint is intact"):
+        fit(run, MetricsFile(tmp_path / "m.jsonl"), on_checkpoint=lambda r: None, on_best=lambda r: None)
+
+
+# -- resuming -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stop_at", [1, 3, 5])
+def test_resumed_steps_equal_uninterrupted_ones_bit_for_bit(tmp_path, stop_at, dtype):
+    """DESIGN: k steps, a kill, a resume and N - k steps give the bits of N steps; with dropout and validation on."""
+    config = dataclasses.replace(CONFIG, grad_accum=2)
+
+    def train(run, until=None):
+        fit(run, MetricsFile(tmp_path / "metrics.jsonl"), on_checkpoint=lambda r: None, on_best=lambda r: None,
+            should_stop=lambda: run.step == until)
+        return run
+
+    whole = train(make_run(config, dtype=dtype))
+    first = train(make_run(config, dtype=dtype), until=stop_at)
+    path = tmp_path / "adapter_step00001.pt"
+    save_checkpoint(path, first.generator, {"variant": "small"}, step=first.step,
+                    optimizer=first.optimizer.state_dict(), extra=first.extra_state())
+    torch.manual_seed(123)
+    second = make_run(config, dtype=dtype)
+    torch.rand(5)
+    second.restore(load_checkpoint(path))
+    train(second)
+    assert second.step == whole.step == config.steps
+    for key, value in lora_state_dict(whole.generator).items():
+        assert torch.equal(value, lora_state_dict(second.generator)[key]), key
+    assert second.best_val_loss == whole.best_val_loss and second.best_step == whole.best_step
+
+
+def test_a_new_rate_takes_effect_when_resuming(tmp_path):
+    """Pitfall F4."""
+    run = make_run()
+    run.train_step()
+    path = tmp_path / "adapter_step00001.pt"
+    save_checkpoint(path, run.generator, {}, step=1, optimizer=run.optimizer.state_dict(), extra=run.extra_state())
+    changed = make_run(dataclasses.replace(CONFIG, lr=0.5, warmup_steps=0, weight_decay=0.25, lora_plus_ratio=4.0))
+    changed.restore(load_checkpoint(path))
+    changed.train_step()
+    groups = changed.optimizer.param_groups
+    assert [g["lr"] for g in groups] == [0.5, 2.0] and [g["weight_decay"] for g in groups] == [0.25, 0.25]
+
+
+def test_a_finished_run_is_not_continued_without_more_steps(tmp_path):
+    run = make_run()
+    path = tmp_path / "adapter_step00006.pt"
+    save_checkpoint(path, run.generator, {}, step=6, optimizer=run.optimizer.state_dict(), extra=run.extra_state())
+    with pytest.raises(ValueError, match="larger --steps"):
+        make_run().restore(load_checkpoint(path))
+
+
+# -- validation ---------------------------------------------------------------------------------------------------
+
+
+def test_validation_is_repeatable_and_leaves_the_training_alone():
+    """Pitfall I1: a fixed grid of noise and times; DESIGN: isolated from the training's random state."""
+    run = make_run(val=2)
+    state = torch.get_rng_state()
+    bins = validate(run.generator, run.val_clips, run.config, torch.float32)
+    assert len(bins) == VALIDATION_TIMES and run.generator.training
+    assert bins == validate(run.generator, run.val_clips, run.config, torch.float32)
+    assert torch.equal(state, torch.get_rng_state())
+    single = [validate(run.generator, [c], run.config, torch.float32) for c in run.val_clips]
+    assert bins == pytest.approx([(a + b) / 2 for a, b in zip(*single, strict=True)])
+
+
+def test_training_lowers_the_loss_of_what_it_sees(tmp_path):
+    """One clip can be learned by heart."""
+    clips = make_clips(1)
+    config = dataclasses.replace(CONFIG, steps=120, lr=2e-2, latent="mode", null_prob=0.0, log_every=50)
+    run = TrainingRun(make_generator(LoRAConfig(rank=8, targets=("attn.qkv", "linear1", "ffn.w2"))), clips, [], config,
+                      torch.float32)
+    before = sum(validate(run.generator, clips, config, torch.float32))
+    fit(run, MetricsFile(tmp_path / "m.jsonl"), on_checkpoint=lambda r: None, on_best=lambda r: None)
+    assert sum(validate(run.generator, clips, config, torch.float32)) < 0.7 * before
+
+
+def test_the_best_step_is_reported_when_it_happens(tmp_path):
+    run, best = make_run(), []
+    metrics = MetricsFile(tmp_path / "metrics.jsonl")
+    fit(run, metrics, on_checkpoint=lambda r: None, on_best=lambda r: best.append(r.step))
+    steps, losses = metrics.series("val_loss")
+    assert steps == [0, 3, 6]
+    lowest = float("inf")
+    expected = []
+    for step, loss in zip(steps, losses, strict=True):
+        if loss < lowest:
+            lowest = loss
+            expected += [step] if step else []
+    assert best == expected and run.best_val_loss == lowest
+
+
+def test_rows_and_checkpoints_come_at_their_steps(tmp_path):
+    run, saved = make_run(dataclasses.replace(CONFIG, steps=7)), []
+    metrics = MetricsFile(tmp_path / "metrics.jsonl")
+    assert fit(run, metrics, on_checkpoint=lambda r: saved.append(r.step), on_best=lambda r: None)
+    assert saved == [3, 6, 7] and metrics.series("loss")[0] == list(range(1, 8))
+    assert MetricsFile(metrics.path).rows == metrics.rows
+
+
+def test_stopping_saves_first(tmp_path):
+    run, saved = make_run(dataclasses.replace(CONFIG, steps=50)), []
+    finished = fit(run, MetricsFile(tmp_path / "m.jsonl"), on_checkpoint=lambda r: saved.append(r.step),
+                   on_best=lambda r: None, should_stop=lambda: run.step >= 4)
+    assert not finished and saved == [3, 4] and run.step == 4
+
+
+@pytest.mark.parametrize(
+    "count, fraction, expected", [(4, 0.1, 0), (5, 0.1, 1), (30, 0.1, 3), (10, 0.0, 0), (6, 0.99, 5)]
+)
+def test_how_many_clips_are_held_out(count, fraction, expected):
+    clips = make_clips(count)
+    train, val = split_validation(clips, fraction, seed=1)
+    assert len(val) == expected and len(train) + len(val) == count
+    assert {c.id for c in train}.isdisjoint(c.id for c in val)
+    assert [c.id for c in split_validation(clips, fraction, seed=1)[1]] == [c.id for c in val]
+
+
+def test_bad_settings_are_reported_together():
+    with pytest.raises(ValueError, match=r"steps is 0.*lr is -1.*null_prob is 2.*timestep_mode is 'x'"):
+        TrainConfig(steps=0, lr=-1, null_prob=2, timestep_mode="x")
+    assert set(flow.TIMESTEP_MODES) == {"logit_normal", "uniform", "curriculum"}
