@@ -3,13 +3,12 @@
 The only module that knows PyAV, soundfile and torchvision; each is imported where it is used.
 
 Time 0 of a file is time stamp 0 of its container, for the pictures and for the sound, so that both stay aligned.
-(Transport streams start at an arbitrary stamp; there time 0 is where the file begins.)
+(Transport streams start at an arbitrary stamp; there time 0 is the first picture.)
 """
 
 from __future__ import annotations
 
 import heapq
-import itertools
 import logging
 import math
 import os
@@ -49,6 +48,8 @@ _VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv")
 _COPYABLE_CODECS = ("h264", "hevc", "mpeg4", "av1", "vp9")  # what every container in _VIDEO_SUFFIXES can hold
 _COPYABLE_FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")  # their packets need no rewriting
 _PICTURE_TIME_BASE = Fraction(1, 60_000)  # holds 24, 25, 29.97, 30 and 60 fps exactly; MPEG-4 allows 16 bits
+_COLOR_MATRICES = {1: "bt709", 7: "smpte240m", 9: "bt2020", 10: "bt2020"}  # what FFmpeg would turn into bt601 otherwise
+_MUX_TOLERANCE_SEC = Fraction(1, 10)  # lengths of picture and sound that differ less, and by less than a frame, fit
 _AAC_FRAME = 1024  # samples per packet
 
 
@@ -488,9 +489,9 @@ def mux_video(
 ) -> float:
     """Write the pictures of ``video_path`` from ``start_sec`` with ``waveform`` as sound; return the seconds written.
 
-    Pictures and sound are cut to the shortest of the video, the sound and ``duration_sec``; up to one frame of
-    difference is left in the sound. The video stream is copied unchanged where all of it is used, otherwise encoded
-    again (H.264). The sound is AAC.
+    Pictures and sound are cut to the shortest of the video, the sound and ``duration_sec``; sound that is up to one
+    frame longer than the pictures is kept. The video stream is copied unchanged where all of it is used, otherwise
+    encoded again (H.264). The sound is AAC.
 
     Args:
         waveform: (channels, samples) or (samples,), one or two channels, full scale 1.0; belongs to ``start_sec``.
@@ -514,7 +515,9 @@ def mux_video(
     available_sec = span.end_sec - _exact(start_sec)
     if available_sec <= 0:
         raise ValueError(f"{video_path}: has no picture at {start_sec} s, it ends after {float(span.end_sec):.2f} s")
-    length = min(Fraction(sound.shape[1], rate), available_sec + span.frame_sec)
+    length = Fraction(sound.shape[1], rate)
+    if length > available_sec + span.frame_sec:
+        length = available_sec
     if duration_sec is not None:
         length = min(length, _exact(duration_sec))
     copy = start_sec == 0 and span.copyable and abs(available_sec - length) <= span.frame_sec
@@ -540,7 +543,7 @@ class _PictureSpan:
     """Where the pictures of a file are, by its packets alone (exact, and much cheaper than decoding)."""
 
     end_sec: Fraction
-    frame_sec: Fraction  # longest time between two frames: "one frame" when lengths are compared
+    frame_sec: Fraction  # mean time between two frames, but no more than one can hear: a difference to ignore
     copyable: bool  # the packets can be put into another file as they are
 
 
@@ -560,8 +563,9 @@ def _picture_span(path: PathLike) -> _PictureSpan:
         if not starts:
             raise ValueError(f"{path}: has a video stream, but no frames in it")
         starts.sort()
-        steps = [later - earlier for earlier, later in itertools.pairwise(starts)]
-        last_duration = last_duration or (steps[-1] if steps else Fraction(0))
+        if not last_duration and len(starts) > 1:
+            last_duration = starts[-1] - starts[-2]
+        end = starts[-1] + last_duration
         copyable = (
             not discarded
             and origin == 0
@@ -569,7 +573,7 @@ def _picture_span(path: PathLike) -> _PictureSpan:
             and container.format.name in _COPYABLE_FORMATS
             and stream.codec_context.name in _COPYABLE_CODECS
         )
-        return _PictureSpan(starts[-1] + last_duration, max([*steps, last_duration]), copyable)
+        return _PictureSpan(end, min((end - starts[0]) / len(starts), _MUX_TOLERANCE_SEC), copyable)
 
 
 def _copied_pictures(path: PathLike, source: Any, stream: Any, target: Any, length: Fraction) -> Iterator[Any]:
@@ -592,16 +596,18 @@ def _encoded_pictures(
 
     shown = _shown_frames(_frames(path, source, stream, start), length)
     begin, end, frame = next(shown)
-    upright = _picture_filter(stream, frame.rotation)
+    upright = _picture_filter(stream, frame)
     picture = upright(frame)
     codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
     options = {"crf": "18", "preset": "fast", "bf": "0"} if codec == "libx264" else {"qscale": "2", "bf": "0"}
     encoder = target.add_stream(codec, rate=stream.average_rate or 25, options=options)
     encoder.width, encoder.height, encoder.pix_fmt = picture.width, picture.height, picture.format.name
     encoder.codec_context.time_base = _PICTURE_TIME_BASE
-    encoder.codec_context.sample_aspect_ratio = stream.sample_aspect_ratio
-    for name in ("color_range", "color_primaries", "color_trc", "colorspace"):
-        setattr(encoder.codec_context, name, getattr(stream.codec_context, name))
+    if stream.sample_aspect_ratio:
+        encoder.codec_context.sample_aspect_ratio = stream.sample_aspect_ratio
+    encoder.codec_context.color_range = picture.color_range
+    for name in ("color_primaries", "color_trc", "colorspace"):  # the filter keeps the values, but not these names
+        setattr(encoder.codec_context, name, getattr(frame, name))
     yield None
 
     durations: deque[int] = deque()  # of frames inside the encoder; without B-frames they leave it in order
@@ -635,12 +641,18 @@ def _shown_frames(frames: Iterable[tuple[Fraction, Any]], length: Fraction) -> I
         yield begin, length, shown
 
 
-def _picture_filter(stream: Any, rotation: float) -> Callable[[Any], Any]:
-    """Return a function that turns a frame upright and makes it what H.264 players expect: 4:2:0, even sides."""
+def _picture_filter(stream: Any, first: Any) -> Callable[[Any], Any]:
+    """Return a function that makes of frames like ``first`` what players expect: upright, 4:2:0, even sides."""
     import av
 
+    matrix = _COLOR_MATRICES.get(int(first.colorspace))
     turns = {0: [], 1: [("transpose", "cclock")], 2: [("hflip", ""), ("vflip", "")], 3: [("transpose", "clock")]}
-    steps = [*turns[round(rotation / 90) % 4], ("crop", "trunc(iw/2)*2:trunc(ih/2)*2:0:0"), ("format", "yuv420p")]
+    steps = [
+        *turns[round(first.rotation / 90) % 4],
+        ("crop", "trunc(iw/2)*2:trunc(ih/2)*2:0:0"),
+        ("scale", "out_range=tv" + (f":out_color_matrix={matrix}" if matrix else "")),  # the range that players expect
+        ("format", "yuv420p"),
+    ]
     graph = av.filter.Graph()
     nodes = [graph.add_buffer(template=stream), *(graph.add(*step) for step in steps), graph.add("buffersink")]
     graph.link_nodes(*nodes).configure()
@@ -787,8 +799,9 @@ def _open_output(path: Path, temporary: Path) -> Iterator[Any]:
     """Yield a PyAV container to write to; errors name ``path``, the final name."""
     import av
 
+    options = {} if path.suffix.lower() == ".mkv" else {"movflags": "+faststart"}
     try:
-        with av.open(os.path.abspath(temporary), "w", options={"movflags": "+faststart"}) as container:
+        with av.open(os.path.abspath(temporary), "w", options=options) as container:
             yield container
     except av.error.FFmpegError as error:
         raise OSError(f"{path}: cannot be written ({error.strerror})") from error
@@ -824,9 +837,11 @@ def _origin(container: Any) -> Fraction:
     """Return the time stamp, in seconds, that is time 0 of the file."""
     import av
 
-    if container.format.flags & av.format.Flags.ts_discont.value and container.start_time is not None:
-        return Fraction(container.start_time, 1_000_000)
-    return Fraction(0)
+    if not container.format.flags & av.format.Flags.ts_discont.value:
+        return Fraction(0)
+    pictures = [stream for stream in container.streams.video if not _is_cover(stream)]
+    first = (pictures or container.streams)[0]
+    return (first.start_time or 0) * first.time_base
 
 
 def _packets(path: PathLike, container: Any, stream: Any) -> Iterator[Any]:
@@ -842,7 +857,7 @@ def _packets(path: PathLike, container: Any, stream: Any) -> Iterator[Any]:
 
 
 def _frames(
-    path: PathLike, container: Any, stream: Any, start: Fraction, preroll_sec: Fraction = Fraction(0)
+    path: PathLike, container: Any, stream: Any, start: Fraction, preroll_sec: Fraction = Fraction(0), seek: bool = True
 ) -> Iterator[tuple[Fraction, Any]]:
     """Yield (time, frame) in presentation order; ``time`` is exact, in seconds relative to ``start``.
 
@@ -850,33 +865,25 @@ def _frames(
     """
     import av
 
-    time = None
-    start = start + _origin(container)
-
-    def time_of(frame: Any) -> Fraction:
-        if frame.pts is None:
-            raise ValueError(f"{path}: its frames have no time stamps; put it into an .mp4 first")
-        return frame.pts * frame.time_base - start
-
+    zero = _origin(container) + start
+    time = -start
+    sought = seek and start > preroll_sec and _seek(container, stream, zero - preroll_sec)
     try:
-        sought = start > preroll_sec and _seek(container, stream, start - preroll_sec)
-        frames = container.decode(stream)
-        first = next(frames, None)
-        if sought and (first is None or time_of(first) > -preroll_sec):
-            # Some containers only guess where a time stamp lies; begin again with the whole file.
-            _seek(container, stream, Fraction(stream.start_time or 0) * stream.time_base)
-            frames = container.decode(stream)
-            first = next(frames, None)
-        if first is None:
-            return
-        time = time_of(first)
-        yield time, first
-        for frame in frames:
-            time = time_of(frame)
+        for frame in container.decode(stream):
+            if frame.pts is None:
+                raise ValueError(f"{path}: its frames have no time stamps; put it into an .mp4 first")
+            time = frame.pts * frame.time_base - zero
+            if sought and (time > -preroll_sec or (stream.type == "video" and not frame.key_frame)):
+                break
+            sought = False
             yield time, frame
     except av.error.FFmpegError as error:
-        where = "at its beginning" if time is None else f"after {float(time + start):.2f} s"
-        raise ValueError(f"{path}: damaged {where}, cannot be decoded ({error.strerror})") from error
+        raise ValueError(
+            f"{path}: damaged after {float(time + start):.2f} s, cannot be decoded ({error.strerror})"
+        ) from error
+    if sought:  # Some containers only guess where a key frame or a time stamp lies; read those from the start.
+        with _open(path) as whole:
+            yield from _frames(path, whole, whole.streams[stream.index], start, preroll_sec, seek=False)
 
 
 def _seek(container: Any, stream: Any, seconds: Fraction) -> bool:
