@@ -1,0 +1,215 @@
+"""A data folder: which feature files have their sound beside them, and the order in which training visits them.
+
+data/dog_001.npz   features         data/dog_001.wav   sound, same stem        data/prompts.txt   optional
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from selva.features import load_features
+
+log = logging.getLogger(__name__)
+
+PathLike = str | os.PathLike[str]
+
+# Ordered: with several sounds of one stem the first kind is taken, on every machine and in every run.
+AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".aiff", ".aif")
+PROMPTS_FILE = "prompts.txt"
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One feature file and its sound.
+
+    Attributes:
+        id: stem of both files; what every later message, metric and file name calls this clip.
+        prompt: what the clip is trained with.
+        prompt_source: where the prompt is from: prompts.txt, the feature file, or the name of the folder.
+    """
+
+    id: str
+    features_path: Path
+    audio_path: Path
+    prompt: str
+    prompt_source: Literal["prompts.txt", "features", "folder"]
+
+
+@dataclass(frozen=True)
+class FolderScan:
+    """What a data folder holds.
+
+    Attributes:
+        clips: usable clips in the order of their file names.
+        skipped: (file, reason) of everything that looks like part of a clip and cannot be used.
+    """
+
+    clips: list[Clip]
+    skipped: list[tuple[Path, str]]
+
+
+def scan_folder(data_dir: PathLike) -> FolderScan:
+    """Return the clips of ``data_dir`` (not of its subfolders) and what had to be left out.
+
+    A clip is ``X.npz`` with ``X.wav``, or another of ``AUDIO_SUFFIXES``, beside it. Its prompt is that of
+    ``prompts.txt``, else the one it was extracted with, else the name of the folder. Every feature file is read and
+    checked; sounds are only looked for.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: ``data_dir`` is a file, or ``prompts.txt`` is not text.
+    """
+    data_dir = Path(data_dir)
+    if not data_dir.exists():
+        raise FileNotFoundError(f"{data_dir}: no such folder")
+    if not data_dir.is_dir():
+        raise ValueError(f"{data_dir}: is a file, expected a folder with .npz files and their sound")
+    # Hidden files are nobody's clips: macOS leaves "._dog.npz" on foreign disks.
+    visible = (path for path in data_dir.iterdir() if path.is_file() and not path.name.startswith("."))
+    files = sorted(visible, key=lambda path: path.name)
+    features = [path for path in files if path.suffix == ".npz"]
+    sounds: dict[str, list[Path]] = {}
+    for path in files:
+        if path.suffix.lower() in AUDIO_SUFFIXES:
+            sounds.setdefault(path.stem, []).append(path)
+
+    prompts = read_prompts(data_dir / PROMPTS_FILE) if (data_dir / PROMPTS_FILE).is_file() else {}
+    unused_keys = sorted(set(prompts) - {path.name for path in features})
+    if unused_keys:
+        log.warning("%s: no such feature file: %s", data_dir / PROMPTS_FILE, ", ".join(unused_keys))
+
+    clips: list[Clip] = []
+    skipped: list[tuple[Path, str]] = []
+    for path in features:
+        if path.stem not in sounds:
+            skipped.append((path, f"no sound beside it ({path.stem}{', '.join(AUDIO_SUFFIXES)})"))
+            continue
+        try:
+            extracted_prompt = load_features(path).prompt
+        except (ValueError, OSError) as error:
+            skipped.append((path, str(error).removeprefix(f"{path}: ")))
+            continue
+        prompt, source = _choose_prompt(prompts.get(path.name), extracted_prompt, data_dir)
+        clips.append(Clip(path.stem, path, _choose_sound(sounds[path.stem]), prompt, source))
+
+    stems = {path.stem for path in features}
+    for stem, paths in sounds.items():
+        if stem not in stems:
+            skipped += [(path, f"no features beside it ({stem}.npz)") for path in paths]
+    return FolderScan(clips, skipped)
+
+
+def _choose_prompt(
+    written: str | None, extracted: str, data_dir: Path
+) -> tuple[str, Literal["prompts.txt", "features", "folder"]]:
+    if written is not None:
+        return written, "prompts.txt"
+    if extracted:
+        return extracted, "features"
+    return data_dir.resolve().name, "folder"
+
+
+def _choose_sound(paths: list[Path]) -> Path:
+    ranked = sorted(paths, key=lambda path: (AUDIO_SUFFIXES.index(path.suffix.lower()), path.name))
+    if len(ranked) > 1:
+        others = ", ".join(path.name for path in ranked[1:])
+        log.warning("%s is used as the sound of %s, not %s", ranked[0].name, ranked[0].stem, others)
+    return ranked[0]
+
+
+def read_prompts(path: PathLike) -> dict[str, str]:
+    """Return the prompts of a ``prompts.txt``: {name of the feature file, with .npz: prompt}.
+
+    One ``name.npz: prompt`` per line, split at the first colon; the ``.npz`` may be left out. Empty lines, lines that
+    start with ``#``, and lines without a colon are ignored, and so is a name without a prompt. The last line of a name
+    counts. Names are only ever compared with those of files in the folder, never opened.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is not UTF-8 text.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # editors on Windows begin files with a byte order mark
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+    full_names: dict[str, str] = {}
+    stems: dict[str, str] = {}
+    for line in text.splitlines():
+        line = line.strip()
+        if not line or line.startswith("#") or ":" not in line:
+            continue
+        key, prompt = (part.strip() for part in line.split(":", 1))
+        if not prompt:
+            log.warning("%s: no prompt after %r", path, key)
+        elif key.endswith(".npz"):
+            full_names[key] = prompt
+        else:
+            stems[f"{key}.npz"] = prompt
+    return {**stems, **full_names}  # the published reader knows full names only, so they win
+
+
+class EpochSampler:
+    """Endless lists of ``batch_size`` indices from shuffled epochs: every item once per epoch, nothing left over.
+
+    A batch that reaches the end of an epoch goes on in the next one, without an item that it already holds. Only
+    ``batch_size > num_items`` repeats items inside a batch: such a batch holds whole epochs and the start of another.
+
+    The order depends on ``seed`` alone, not on the global random state, and continues exactly after
+    :meth:`load_state_dict`.
+    """
+
+    def __init__(self, num_items: int, batch_size: int, seed: int) -> None:
+        if num_items < 1 or batch_size < 1:
+            raise ValueError(f"cannot draw batches of {batch_size} from {num_items} items, expected at least 1 of both")
+        self.num_items, self.batch_size = num_items, batch_size
+        self._generator = torch.Generator().manual_seed(seed)
+        self._remaining: deque[int] = deque()  # of the current epoch
+
+    def __iter__(self) -> EpochSampler:
+        return self
+
+    def __next__(self) -> list[int]:
+        batch: list[int] = []
+        while len(batch) < self.batch_size:
+            if not self._remaining:
+                self._start_epoch(held=batch)
+            batch.append(self._remaining.popleft())
+        return batch
+
+    def _start_epoch(self, held: list[int]) -> None:
+        """Shuffle anew; the items that complete the batch ``held`` are the first ones that it does not hold."""
+        order = torch.randperm(self.num_items, generator=self._generator).tolist()
+        if held and self.batch_size <= self.num_items:
+            needed = self.batch_size - len(held)
+            first = [index for index in order if index not in held][:needed]
+            order = first + [index for index in order if index not in first]
+        self._remaining = deque(order)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain numbers and tensors, from which :meth:`load_state_dict` continues with the next batch."""
+        return {
+            "num_items": self.num_items,
+            "remaining": list(self._remaining),
+            "generator": self._generator.get_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where ``state`` was taken.
+
+        Raises:
+            ValueError: the state belongs to another number of items.
+        """
+        if state["num_items"] != self.num_items:
+            raise ValueError(f"the stored order is over {state['num_items']} items, but there are {self.num_items} now")
+        self._remaining = deque(state["remaining"])
+        self._generator.set_state(state["generator"].to("cpu", torch.uint8))
