@@ -289,13 +289,15 @@ class VAE(nn.Module):
             raise ValueError(f"latent is {tuple(z.shape)}, expected (batch, {self.config.latent_dim}, frames)")
         return self.decoder(z.to(self.data_mean.dtype)) * self.data_std + self.data_mean
 
-    def drop_encoder(self) -> None:
-        """Free the encoder: generating needs only the decoder."""
+    def drop_encoder(self) -> VAE:
+        """Free the encoder, and return self: generating needs only the decoder."""
         self.encoder = None
+        return self
 
-    def drop_decoder(self) -> None:
-        """Free the decoder: preparing training data needs only the encoder."""
+    def drop_decoder(self) -> VAE:
+        """Free the decoder, and return self: preparing training data needs only the encoder."""
         self.decoder = None
+        return self
 
     def load_published(self, state_dict: Mapping[str, Tensor]) -> VAE:
         """Load the raw tensors of a published checkpoint, normalising every convolution, and return self.

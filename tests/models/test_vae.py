@@ -248,15 +248,13 @@ def test_halves_can_be_dropped_before_or_after_loading():
     whole = VAE(SMALL).load_published(raw)
     expected_mel, expected_mean = whole.decode(z), whole.encode(mel)[0]
 
-    decoder = VAE(SMALL)
-    decoder.drop_encoder()
-    decoder.load_published(raw)
+    decoder = VAE(SMALL).drop_encoder().load_published(raw)
     assert torch.equal(decoder.decode(z), expected_mel)
     assert not any(k.startswith("encoder.") for k in decoder.state_dict())
     with pytest.raises(RuntimeError, match="no encoder"):
         decoder.encode(mel)
 
-    whole.drop_decoder()
+    assert whole.drop_decoder() is whole
     assert torch.equal(whole.encode(mel)[0], expected_mean)
     with pytest.raises(RuntimeError, match="no decoder"):
         whole.decode(z)
