@@ -174,8 +174,7 @@ class LoRALayer(nn.Module):
         return update_factors(self.lora_A, self.lora_B, self.lora_A0, self.lora_B0)
 
     def lora_input(self, x: Tensor) -> Tensor:
-        # The check spares the random number generator a call that would change nothing.
-        return F.dropout(x, self.lora_dropout, self.training) if self.lora_dropout else x
+        return F.dropout(x, self.lora_dropout, self.training)
 
     def _apply(self, fn, recurse: bool = True):
         """Move or cast the layer, but keep the factors in float32."""
@@ -410,7 +409,8 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
             yield name, module
 
 
-def _named_factors(model: nn.Module) -> dict[str, nn.Parameter]:
+def named_factors(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters themselves behind the keys of :func:`lora_state_dict`."""
     return {
         f"{name}.{key}": layer.get_parameter(key) for name, layer in lora_layers(model) for key in layer.lora_names()
     }
@@ -440,7 +440,7 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     Includes PiSSA's start values. What :func:`load_lora_state_` restores bit for bit; for use, see
     :func:`adapter_tensors`.
     """
-    return {key: parameter.detach().to("cpu", copy=True) for key, parameter in _named_factors(model).items()}
+    return {key: parameter.detach().to("cpu", copy=True) for key, parameter in named_factors(model).items()}
 
 
 @torch.no_grad()
@@ -450,7 +450,7 @@ def load_lora_state_(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         ValueError: names every tensor that is missing, left over or of another shape; nothing is copied then.
     """
-    own = _named_factors(model)
+    own = named_factors(model)
     problems = [f"{key} is missing" for key in own if key not in tensors]
     problems += [f"{key} belongs to no adapted layer" for key in tensors if key not in own]
     problems += [

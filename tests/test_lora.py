@@ -154,6 +154,11 @@ def test_settings_are_read_from_a_published_meta():
         LoRAConfig.from_meta({"rank": 4})
 
 
+def test_the_longest_matching_target_gives_the_rank():
+    cfg = LoRAConfig(rank=9, targets=("qkv", "text_block.attn.qkv"), target_ranks={"qkv": 2, "text_block.attn.qkv": 5})
+    assert (cfg.rank_of("b.text_block.attn.qkv"), cfg.rank_of("b.latent_block.attn.qkv")) == (5, 2)
+
+
 # -- injection --------------------------------------------------------------------------------------------------
 
 
