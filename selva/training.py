@@ -11,7 +11,8 @@ import logging
 import math
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +20,8 @@ import torch
 from torch import Tensor
 
 from selva import flow
-from selva.checkpoint import TrainingState, random_state, restore_random_state_
-from selva.lora import load_lora_state_, lora_parameters, lora_plus_groups
+from selva.checkpoint import TrainingState
+from selva.lora import load_lora_state_, lora_parameters, lora_plus_groups, named_factors
 from selva.models.generator import Generator
 from selva.report import MetricsFile, Progress, clock, peak_memory_bytes, smoothed
 from selva.training_data import Batch, BucketBatches, TrainingClip, collate
@@ -28,8 +29,11 @@ from selva.training_data import Batch, BucketBatches, TrainingClip, collate
 log = logging.getLogger(__name__)
 
 LATENT_MODES = ("sample", "mode")
+LR_SCHEDULES = ("constant", "cosine", "multistep", "cosine_restarts")
+MULTISTEP_DECAYS = (0.8, 0.9)  # fractions of all steps at which multistep divides the rate by ten, as MMAudio did
 CLIP_FEATURE_MODES = ("use", "empty")
 VALIDATION_TIMES = 4  # fixed times per held-out clip, one in the middle of each quarter of [0, 1]
+OVERFITTING_AFTER = 3  # validations in a row above the best one, while the training loss falls, before we say so
 MAX_BAD_STEPS = 20  # consecutive steps without a finite gradient after which a run cannot be saved
 
 
@@ -40,6 +44,8 @@ class TrainConfig:
     steps: int = 2000
     lr: float = 1e-4
     warmup_steps: int = 100
+    lr_schedule: str = "constant"
+    lr_cycles: int = 4  # of cosine_restarts
     batch_size: int = 4
     grad_accum: int = 1
     lora_plus_ratio: float = 1.0  # learning rate of lora_B over that of lora_A (arXiv:2402.12354)
@@ -52,6 +58,8 @@ class TrainConfig:
     null_prob: float = 0.1
     latent: str = "sample"
     clip_features: str = "use"
+    ema_decay: float = 0.0  # 0: no average of the adapter is kept
+    patience: int = 0  # stop after so many validations without a new best; 0: never
     seed: int = 42
     save_every: int = 500
     val_every: int = 100
@@ -61,7 +69,8 @@ class TrainConfig:
         problems = [
             f"{name} is {getattr(self, name)}, expected at least {least}"
             for name, least in (("steps", 1), ("warmup_steps", 0), ("batch_size", 1), ("grad_accum", 1),
-                                ("save_every", 1), ("val_every", 1), ("log_every", 1))
+                                ("save_every", 1), ("val_every", 1), ("log_every", 1), ("lr_cycles", 1),
+                                ("patience", 0))
             if getattr(self, name) < least
         ]
         problems += [
@@ -74,12 +83,14 @@ class TrainConfig:
             for name in ("null_prob", "curriculum_switch")
             if not 0 <= getattr(self, name) <= 1
         ]
+        if not 0 <= self.ema_decay < 1:
+            problems.append(f"ema_decay is {self.ema_decay}, expected 0 to below 1")
         if not 0 <= self.weight_decay < math.inf:
             problems.append(f"weight_decay is {self.weight_decay}, expected at least 0")
         problems += [
             f"{name} is {getattr(self, name)!r}, expected one of {', '.join(allowed)}"
             for name, allowed in (("timestep_mode", flow.TIMESTEP_MODES), ("latent", LATENT_MODES),
-                                  ("clip_features", CLIP_FEATURE_MODES))
+                                  ("clip_features", CLIP_FEATURE_MODES), ("lr_schedule", LR_SCHEDULES))
             if getattr(self, name) not in allowed
         ]
         if problems:
@@ -87,11 +98,23 @@ class TrainConfig:
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Return the rate of optimiser step ``step`` (from 0): linear warm-up (k+1)/(W+1), then constant.
+    """Return the rate of optimiser step ``step`` (from 0): linear warm-up (k+1)/(W+1), then the schedule.
 
-    The first step already learns, as in MMAudio (pitfall F1).
+    The first step already learns, as in MMAudio (pitfall F1). "cosine" falls to 0 at the last step;
+    "cosine_restarts" does so ``lr_cycles`` times; "multistep" divides by ten twice (``MULTISTEP_DECAYS``, counted
+    after the warm-up, as in MMAudio).
     """
-    return config.lr * min(1.0, (step + 1) / (config.warmup_steps + 1))
+    after = step - config.warmup_steps
+    if after < 0:
+        return config.lr * (step + 1) / (config.warmup_steps + 1)
+    progress = after / max(1, config.steps - config.warmup_steps)  # from 0 to below 1
+    if config.lr_schedule == "multistep":
+        return config.lr * 0.1 ** sum(after >= decay * config.steps for decay in MULTISTEP_DECAYS)
+    if config.lr_schedule == "cosine":
+        return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
+    if config.lr_schedule == "cosine_restarts":
+        return config.lr * 0.5 * (1 + math.cos(math.pi * (progress * config.lr_cycles % 1)))
+    return config.lr
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -185,6 +208,39 @@ def validate(
 # ---------------------------------------------------------------------------------------------------------------
 
 
+class AdapterAverage:
+    """Exponential moving average of the adapter, which wanders less than the adapter itself.
+
+    The decay rises to its value over the first steps, so that the average does not cling to the initialisation.
+    """
+
+    def __init__(self, generator: Generator, decay: float) -> None:
+        self.generator, self.decay = generator, decay
+        self.factors = dict(named_factors(generator))
+        self.average = {name: p.detach().clone() for name, p in self.factors.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take the adapter after ``step`` updates into the average."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.average.values()), list(self.factors.values()), 1 - decay)
+
+    def restore(self, average: Mapping[str, Tensor]) -> None:
+        """Continue from an average with the keys of :func:`selva.lora.lora_state_dict`."""
+        for name, value in self.average.items():
+            value.copy_(average[name])
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Put the average into the model for the duration of the block."""
+        trained = {name: p.detach().clone() for name, p in self.factors.items()}
+        load_lora_state_(self.generator, self.average)
+        try:
+            yield
+        finally:
+            load_lora_state_(self.generator, trained)
+
+
 class TrainingRun:
     """Everything that has a state and must survive a restart: adapter, optimiser, scaler, data order, random states.
 
@@ -211,8 +267,9 @@ class TrainingRun:
         self.optimizer = torch.optim.AdamW(groups, betas=config.betas, weight_decay=config.weight_decay)
         # Half-precision gradients below 6e-8 would vanish; bfloat16 has the range of float32 and needs no scaling.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
+        self.ema = AdapterAverage(generator, config.ema_decay) if config.ema_decay else None
         self.step = 0  # optimiser updates done
-        self.best_step, self.best_val_loss = 0, math.inf
+        self.best_step, self.best_val_loss, self.worse_in_a_row = 0, math.inf, 0
 
     def train_step(self) -> tuple[Tensor, Tensor]:
         """Do one optimiser update and return the loss and the unclipped gradient norm, both scalars on the device.
@@ -239,14 +296,22 @@ class TrainingRun:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
+        if self.ema is not None:
+            self.ema.update(self.step)
         return total, norm
+
+    def evaluated(self) -> AbstractContextManager[None]:
+        """Return a context in which the model holds what is validated, heard and saved: the average if there is one."""
+        return self.ema.applied() if self.ema is not None else nullcontext()
 
     def validate(self) -> dict[str, Any]:
         """Return the row for ``metrics.jsonl`` of a validation now, and keep track of the best step."""
-        bins = validate(self.generator, self.val_clips, self.config, self.precision)
+        with self.evaluated():
+            bins = validate(self.generator, self.val_clips, self.config, self.precision)
         loss = sum(bins) / len(bins)
+        self.worse_in_a_row += 1
         if loss < self.best_val_loss:
-            self.best_step, self.best_val_loss = self.step, loss
+            self.best_step, self.best_val_loss, self.worse_in_a_row = self.step, loss, 0
         return {"step": self.step, "val_loss": loss, "val_loss_bins": bins}
 
     def extra_state(self) -> dict[str, Any]:
@@ -254,9 +319,11 @@ class TrainingRun:
         return {
             "scaler": self.scaler.state_dict(),
             "batches": self.batches.state_dict(),
-            "best": {"step": self.best_step, "val_loss": self.best_val_loss},
+            "best": {"step": self.best_step, "val_loss": self.best_val_loss, "worse_in_a_row": self.worse_in_a_row},
+            "ema": self.ema.average if self.ema is not None else None,
             "draws": self.rng.get_state(),
-            "random_state": random_state(),  # dropout
+            "dropout_rng": torch.get_rng_state(),
+            "dropout_rng_cuda": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
         }
 
     def restore(self, saved: TrainingState) -> None:
@@ -284,9 +351,14 @@ class TrainingRun:
             return
         self.scaler.load_state_dict(saved.extra["scaler"])
         self.batches.load_state_dict(saved.extra["batches"])
-        self.best_step, self.best_val_loss = saved.extra["best"]["step"], saved.extra["best"]["val_loss"]
+        best = saved.extra["best"]
+        self.best_step, self.best_val_loss, self.worse_in_a_row = best["step"], best["val_loss"], best["worse_in_a_row"]
+        if self.ema is not None:  # switched on only now, it starts from the adapter
+            self.ema.restore(saved.extra["ema"] or saved.lora)
         self.rng.set_state(saved.extra["draws"])
-        restore_random_state_(saved.extra["random_state"])
+        torch.set_rng_state(saved.extra["dropout_rng"])
+        if self.device.type == "cuda" and len(saved.extra["dropout_rng_cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(saved.extra["dropout_rng_cuda"])
 
 
 def fit(
@@ -297,7 +369,7 @@ def fit(
     on_best: Callable[[TrainingRun], None],
     should_stop: Callable[[], bool] = lambda: False,
 ) -> bool:
-    """Train until ``config.steps`` and return True, or until ``should_stop()`` and return False.
+    """Train until ``config.steps`` or until patience ends, and return True; until ``should_stop()``, and return False.
 
     Args:
         metrics: gets one row per step, and one per validation.
@@ -324,14 +396,8 @@ def fit(
                 metrics.append(rows)
                 bad_steps = _count_bad(rows, bad_steps)
                 left = (time.monotonic() - started_at) / (run.step - first_step) * (config.steps - run.step)
-                losses = metrics.series("loss")[1]
-                note = (
-                    f"loss {rows[-1]['loss']:.4f}, smoothed {smoothed(losses)[-1]:.4f}, lr {rows[-1]['lr']:.2e}, "
-                    f"grad norm {rows[-1]['grad_norm']:.3f}, {seconds / len(rows):.2f} s/step, {clock(left)} left, "
-                    f"{peak_memory_bytes(run.device) / 2**30:.2f} GiB"
-                )
                 progress.update(run.step, f"loss {rows[-1]['loss']:.4f}")
-                log.info("step %d/%d: %s", run.step, config.steps, note)
+                log.info("%s", _log_line(run, metrics, rows, seconds, left))
                 recent, since = [], time.monotonic()
             if run.val_clips and (run.step % config.val_every == 0 or last):
                 row = run.validate()
@@ -341,12 +407,44 @@ def fit(
                 if run.best_step == run.step:
                     on_best(run)
                 since = time.monotonic()
-            if run.step % config.save_every == 0 or last or stopping:
+                _warn_of_overfitting(run, metrics)
+            impatient = config.patience > 0 and run.worse_in_a_row >= config.patience
+            if run.step % config.save_every == 0 or last or stopping or impatient:
                 on_checkpoint(run)
                 since = time.monotonic()
+            if impatient:
+                log.info("step %d: no better validation loss for %d validations, stopping", run.step, config.patience)
+                return True
             if stopping and not last:
                 return False
     return True
+
+
+def _log_line(
+    run: TrainingRun, metrics: MetricsFile, rows: Sequence[dict[str, Any]], seconds: float, seconds_left: float
+) -> str:
+    row, losses = rows[-1], metrics.series("loss")[1]
+    average = f", smoothed {smoothed(losses)[-1]:.4f}" if losses else ""
+    return (
+        f"step {run.step}/{run.config.steps}: loss {row['loss']:.4f}{average}, lr {row['lr']:.2e}, "
+        f"grad norm {row['grad_norm']:.3f}, {seconds / len(rows):.2f} s/step, {clock(seconds_left)} left, "
+        f"{peak_memory_bytes(run.device) / 2**30:.2f} GiB"
+    )
+
+
+def _warn_of_overfitting(run: TrainingRun, metrics: MetricsFile) -> None:
+    """Say so when held-out clips have got worse for a while although the training loss fell."""
+    if run.worse_in_a_row < OVERFITTING_AFTER:
+        return
+    steps, losses = metrics.series("loss")
+    curve = dict(zip(steps, smoothed(losses), strict=True))
+    then = curve.get(max(run.best_step, steps[0]))
+    if then is not None and curve[steps[-1]] < then:
+        log.warning(
+            "overfitting: since step %d the training loss fell from %.4f to %.4f while the validation loss stays above "
+            "%.4f; go back to step %d (adapter_best.pt), or stop with --patience",
+            run.best_step, then, curve[steps[-1]], run.best_val_loss, run.best_step,
+        )
 
 
 def _rows(run: TrainingRun, recent: Sequence[tuple[Tensor, Tensor]], seconds: float) -> list[dict[str, Any]]:

@@ -100,9 +100,9 @@ class BucketBatches:
             (index,) = next(self.sampler)
             bucket = self.waiting.setdefault(self.clips[index].lengths, [])
             bucket.append(index)
-            if len(bucket) == self.batch_size:
-                del self.waiting[self.clips[index].lengths]
-                return collate([self.clips[i] for i in bucket])
+            if len(bucket) >= self.batch_size:
+                batch, self.waiting[self.clips[index].lengths] = bucket[: self.batch_size], bucket[self.batch_size :]
+                return collate([self.clips[i] for i in batch])
 
     def state_dict(self) -> dict:
         """Return plain numbers and tensors from which :meth:`load_state_dict` continues exactly."""
