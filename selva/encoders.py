@@ -122,14 +122,15 @@ class ClipImage(nn.Module):
             ValueError: another shape, another number of patches than the tower has positions, or values outside [0, 1].
         """
         self._check_frames(frames)
-        chunks = [self.frame_states(self._normalize(chunk)) for chunk in frames.split(self.batch_size)]
+        chunks = [self.frame_states(self.normalize(chunk)) for chunk in frames.split(self.batch_size)]
         return F.normalize(torch.cat(chunks).float(), dim=-1)
 
     def frame_states(self, frames: Tensor) -> Tensor:
         """Return the (T, D) projected features of frames (T, 3, H, W) with CLIP's mean and deviation taken out."""
         return self.visual(frames)
 
-    def _normalize(self, frames: Tensor) -> Tensor:
+    def normalize(self, frames: Tensor) -> Tensor:
+        """Return frames (T, 3, H, W) with mean and deviation taken out; uint8 0..255, or floating point 0..1."""
         weight = self.visual.conv1.weight
         scaled = frames.to(weight.device).float() / (255 if frames.dtype == torch.uint8 else 1)
         mean, std = (torch.tensor(x, device=weight.device)[:, None, None] for x in (IMAGE_MEAN, IMAGE_STD))

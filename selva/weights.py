@@ -14,7 +14,7 @@ import pickle
 import shlex
 import struct
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -34,7 +34,7 @@ from selva.models.generator import Generator
 from selva.models.random_weights import random_state_dict
 from selva.models.synchformer import Synchformer
 from selva.models.textsynch import TextSynch
-from selva.models.vae import VAE
+from selva.models.vae import DATA_BUFFERS, VAE
 from selva.models.vocoder import Vocoder
 from selva.models.zoo import (
     PARTS,
@@ -47,6 +47,7 @@ from selva.models.zoo import (
     get_variant,
 )
 
+LAYOUTS = ("comfyui", "selva")
 SUBFOLDERS = ("", "ext", "weights", "ext_weights")
 PARENTS_OF_ROOT = ("", "selva", "models/selva")  # a ComfyUI installation may be given from further up
 NEIGHBOUR = "prismaudio"  # beside models/selva: another ComfyUI extension that brings the same Synchformer file
@@ -95,6 +96,22 @@ def find_file(file: WeightFile, selva_dir: Path | None) -> Path | None:
         if isinstance(cached, str):  # neither None nor the mark of "known not to exist"
             return Path(cached)
     return None
+
+
+def default_layout(selva_dir: Path) -> str:
+    """Return the layout that a folder has already, "comfyui" for a new or an empty one."""
+    return "selva" if any((selva_dir / sub).is_dir() for sub in ("weights", "ext_weights")) else "comfyui"
+
+
+def local_path(file: WeightFile, selva_dir: Path, layout: str) -> Path:
+    """Return where a new copy of ``file`` belongs in one of the LAYOUTS."""
+    assert layout in LAYOUTS, layout
+    if layout == "selva":
+        folder = selva_dir / ("ext_weights" if file.external else "weights")
+    else:
+        # ComfyUI keeps the Synchformer beside the generators, the rest of the external files below.
+        folder = selva_dir / "ext" if file.external and file.name != "synchformer_state_dict.pth" else selva_dir
+    return (folder / file.folder_name if file.hub_folder else folder) / file.name
 
 
 def download_command(variant: str, selva_dir: Path | None) -> str:
@@ -165,9 +182,10 @@ def read_checkpoint(path: Path, key: str | None = None, prefixes: tuple[str, ...
         ) from error
     if key is not None:
         content = content.get(key) if isinstance(content, dict) else None
-    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
+    is_dict = isinstance(content, dict)
+    if not is_dict or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
         inside = f" under the key {key!r}" if key is not None else ""
-        raise ValueError(f"{path}: expected a dictionary of tensors{inside}, found something else; is it another file?")
+        raise ValueError(f"{path}: expected named tensors{inside}, found something else; is it another file?")
     return {name: tensor for name, tensor in content.items() if name.startswith(prefixes)}
 
 
@@ -243,38 +261,58 @@ def load_t5(
 def _load(name: str, part: str, selva_dir: Path | None, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
     variant = get_variant(name)
     files = find_weights(variant, selva_dir, (part,))[part]
-    network = _build(variant, part, files)
+    network = _without_weights(variant, part, files)
     if variant.packaged:
         network.load_published(_packaged_weights(variant, part))
-    else:
-        prefixes = CLIP_PREFIXES.get(part, T5_PREFIXES if part == "t5" else ("",))
-        weights = read_checkpoint(files[0], VOCODER_KEY if part == "vocoder" else None, prefixes)
-        try:
-            network.load_published(weights)
-        except ValueError as error:
-            raise ValueError(
-                f"{files[0]}: {error}; expected the {variant.weight_files(part)[0].purpose} of variant {name}"
-            ) from error
+        return _finish(network, device, dtype)
+    prefixes = CLIP_PREFIXES.get(part, T5_PREFIXES if part == "t5" else ("",))
+    weights = read_checkpoint(files[0], VOCODER_KEY if part == "vocoder" else None, prefixes)
+    try:
+        if part == "vae":
+            _check_band_statistics(weights)
+        network.load_published(weights)
+    except ValueError as error:
+        purpose = variant.weight_files(part)[0].purpose
+        raise ValueError(f"{files[0]}: {error}; expected the {purpose} of variant {name}") from error
+    return _finish(network, device, dtype)
+
+
+def _finish(network: nn.Module, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
     return network.to(device=device, dtype=dtype).eval().requires_grad_(False)
 
 
-def _build(variant: Variant, part: str, files: Sequence[Path]) -> nn.Module:
-    if part == "generator":
-        with torch.device("meta"):  # drawing a billion initial values, only to overwrite them, would take long
-            generator = build_generator(variant.generator)
-        return generator.to_empty(device="cpu")
-    if part == "video_encoder":
-        return build_video_encoder(variant.name)
-    if part == "vae":
-        return build_vae(variant.vae)
-    if part == "vocoder":
-        return build_vocoder(variant.vocoder)
+def _check_band_statistics(weights: Mapping[str, Tensor]) -> None:
+    """Insist on what a VAE without weights has no values for; its load_published would keep what is there."""
+    missing = [name for name in DATA_BUFFERS if name not in weights]
+    if missing:
+        raise ValueError(f"{' and '.join(missing)} are missing")
+
+
+def _without_weights(variant: Variant, part: str, files: Sequence[Path]) -> nn.Module:
+    """Return the network of one part with uninitialised weights, for a strict load to fill.
+
+    Drawing hundreds of millions of initial values, only to overwrite them, would take seconds.
+    """
     if part == "clip_text":
         return ClipText(variant.clip)
     if part == "clip_image":
         return ClipImage(variant.clip)
-    assert part == "t5", part
-    return T5Text(variant.t5, tokenizer_file=files[1] if files else None)
+    if part == "t5":
+        return T5Text(variant.t5, tokenizer_file=files[1] if files else None)
+    with torch.device("meta"):
+        network = _build(variant, part)
+    return network.to_empty(device="cpu")
+
+
+def _build(variant: Variant, part: str) -> nn.Module:
+    if part == "generator":
+        return build_generator(variant.generator)
+    if part == "video_encoder":
+        return build_video_encoder(variant.name)
+    if part == "vae":
+        return build_vae(variant.vae)
+    assert part == "vocoder", part
+    return build_vocoder(variant.vocoder)
 
 
 def _packaged_weights(variant: Variant, part: str) -> dict[str, Tensor]:
@@ -284,5 +322,5 @@ def _packaged_weights(variant: Variant, part: str) -> dict[str, Tensor]:
     elif part == "t5":
         template = meta_t5(variant.t5)
     else:
-        template = _build(variant, part, ())
+        template = _build(variant, part)
     return random_state_dict(template, PACKAGED_SEED)

@@ -23,7 +23,8 @@ SMALL_TABLES = (
 # CLIP features have length 1 over all channels, so unit weights bring them to the level of the other inputs.
 UNIT_MATRICES = ("clip_input_proj.0.weight", "text_input_proj.0.weight")
 # The vocoder's activations only add positive values. Without a mean over time its last filter passes no offset on.
-WAVEFORM_FILTER = "conv_post.weight"
+WAVEFORM_FILTER, WAVEFORM_OFFSET = "conv_post.weight", "conv_post.bias"
+WAVEFORM_GAIN = 0.03
 SMALL = 0.1
 
 
@@ -31,7 +32,7 @@ def random_tensor(name: str, shape: tuple[int, ...], seed: int = 0) -> Tensor:
     """Return float32 values for the parameter ``name``: uniform, of zero mean and of a scale that fits its role.
 
     Weights keep the magnitude of their input (1 / sqrt(fan-in)), norm scales lie around 1, biases and positions are
-    small, latent deviations lie around 1 and are positive, and the waveform comes out at about a tenth of full scale.
+    small, latent deviations lie around 1 and are positive, and the waveform comes out well below full scale.
     """
     x = _unit_noise(name, shape, seed)
     if name.endswith("latent_std"):
@@ -42,7 +43,9 @@ def random_tensor(name: str, shape: tuple[int, ...], seed: int = 0) -> Tensor:
         return SMALL * x
     if name.endswith(WAVEFORM_FILTER):
         x = x.double()
-        return (SMALL * (x - x.mean(-1, keepdim=True)) / math.sqrt(math.prod(shape[1:]))).float()
+        return (WAVEFORM_GAIN * (x - x.mean(-1, keepdim=True)) / math.sqrt(math.prod(shape[1:]))).float()
+    if name.endswith(WAVEFORM_OFFSET):
+        return SMALL * WAVEFORM_GAIN * x
     if len(shape) >= 2 and not name.endswith("latent_mean"):
         return x / math.sqrt(math.prod(shape[1:]))
     if len(shape) == 1 and name.endswith("weight"):
