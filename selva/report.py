@@ -188,12 +188,15 @@ def plot_losses(metrics: MetricsFile, folder: Path, title: str) -> None:
         lr_axes.plot(*metrics.series("lr"), color="tab:gray", linewidth=1, linestyle="--", label="learning rate")
         lr_axes.set_ylabel("learning rate")
         lr_axes.set_ylim(bottom=0)
-        axes.set_title(title)
+        axes.set_title(title, pad=24)
         axes.set_xlabel("optimiser step")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_ylabel("mean squared error of the velocity")
         axes.grid(alpha=0.3)
         handles = [*axes.get_lines(), *lr_axes.get_lines()]
-        axes.legend(handles, [str(h.get_label()) for h in handles], loc="upper right", fontsize=8)
+        labels = [str(h.get_label()) for h in handles]
+        # Above the axes, where no curve can run behind it.
+        axes.legend(handles, labels, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, fontsize=8, frameon=False)
         save_figure(figure, folder / name)
 
 
