@@ -252,10 +252,11 @@ def test_half_precision_stays_close():
     vocoder, mel = Vocoder(SMALL).load_published(parametrized_weights()), torch.randn(1, 8, 6)
     expected = vocoder(mel)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        torch.testing.assert_close(vocoder(mel).float(), expected, rtol=0.1, atol=0.1)
-    half = vocoder.to(torch.bfloat16)(mel)
+        auto = vocoder(mel)
+    half = vocoder.to(torch.bfloat16)(mel)  # float32 in, as the VAE in float32 gives it
     assert half.dtype == torch.bfloat16
-    torch.testing.assert_close(half.float(), expected, rtol=0.1, atol=0.1)
+    for other in (auto.float(), half.float()):
+        assert (other - expected).std() < 0.1 * expected.std()
 
 
 def test_every_parameter_gets_a_gradient():
