@@ -192,11 +192,9 @@ def read_video(
         for exact_time, frame in _frames(path, container, stream, _exact(start_sec)):
             time = float(exact_time)
             end_sec = time + _frame_duration(frame, stream)
-            if time < 0:
-                continue
             if time > duration_sec:
                 break
-            num_clip, num_sync = clip_clock.uses(time), sync_clock.uses(time)
+            num_clip, num_sync = clip_clock.uses(time), sync_clock.uses(time)  # none before time 0
             if num_clip or num_sync:
                 picture = _upright_rgb(frame)  # (3, H, W)
                 size = (picture.shape[1], picture.shape[2])
@@ -599,13 +597,12 @@ def _encoded_pictures(
     upright = _picture_filter(stream, frame)
     picture = upright(frame)
     codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
-    options = {"crf": "18", "preset": "fast", "bf": "0"} if codec == "libx264" else {"qscale": "2", "bf": "0"}
+    options = {"crf": "18", "preset": "veryfast", "bf": "0"} if codec == "libx264" else {"qscale": "2", "bf": "0"}
     encoder = target.add_stream(codec, rate=stream.average_rate or 25, options=options)
     encoder.width, encoder.height, encoder.pix_fmt = picture.width, picture.height, picture.format.name
     encoder.codec_context.time_base = _PICTURE_TIME_BASE
     if stream.sample_aspect_ratio:
         encoder.codec_context.sample_aspect_ratio = stream.sample_aspect_ratio
-    encoder.codec_context.color_range = picture.color_range
     for name in ("color_primaries", "color_trc", "colorspace"):  # the filter keeps the values, but not these names
         setattr(encoder.codec_context, name, getattr(frame, name))
     yield None
