@@ -298,7 +298,7 @@ def test_compressed_files_keep_time(suffix, tmp_path):
 def test_sound_of_a_video_is_aligned_with_its_pictures(suffix, channels, tmp_path):
     sound = clicks([2.0], 3.0, 44_100, channels)
     seconds = np.arange(sound.shape[1]) / 44_100
-    sound += 0.3 * np.sin(2 * np.pi * (200 + 300 * seconds) * seconds)  # no noise: AAC decodes that to random numbers
+    sound += 0.3 * np.sin(2 * np.pi * (200 + 300 * seconds) * seconds)
     path = make_video(tmp_path / f"v{suffix}", 3.0, sound=sound, rate=44_100)
     whole, rate = read_audio(path)
     assert whole.shape[0] == channels and rate == 44_100
@@ -309,8 +309,9 @@ def test_sound_of_a_video_is_aligned_with_its_pictures(suffix, channels, tmp_pat
         assert count > 1.1 * rate
         if suffix == ".mkv":  # its time stamps are rounded to milliseconds
             assert click_time(part, rate) == pytest.approx(2.0 - start, abs=0.002)
-        else:  # sample-exact, because decoding begins a little earlier
-            assert torch.equal(part[:, :count], whole[:, round(start * rate) :][:, :count])
+        else:  # decoding begins a little earlier, so the cut itself leaves no trace; AAC fills in random noise
+            expected = whole[:, round(start * rate) :][:, :count]
+            torch.testing.assert_close(part[:, :count], expected, atol=0.01, rtol=0)
     assert read_audio(path, 0.5, 1.25)[0].shape == (channels, round(1.25 * rate))
 
 
