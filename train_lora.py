@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from selva.datasets import scan_folder
 
 from selva import cli, flow
 from selva.checkpoint import (
@@ -37,6 +36,7 @@ from selva.checkpoint import (
     save_checkpoint,
     step_file_name,
 )
+from selva.datasets import scan_folder
 from selva.files import atomic_write_text
 from selva.lora import LoRAConfig, inject_lora
 from selva.media import write_audio
@@ -45,7 +45,15 @@ from selva.models.zoo import Variant, get_variant
 from selva.report import MetricsFile, clock, peak_memory_bytes, plot_losses, plot_spectrograms
 from selva.sampling import SamplingConfig, decode_latents, sample_latents
 from selva.sequence import DEFAULT_DURATION_SEC
-from selva.training import CLIP_FEATURE_MODES, LATENT_MODES, TrainConfig, TrainingRun, fit, split_validation
+from selva.training import (
+    CLIP_FEATURE_MODES,
+    LATENT_MODES,
+    LR_SCHEDULES,
+    TrainConfig,
+    TrainingRun,
+    fit,
+    split_validation,
+)
 from selva.training_data import TrainingClip, load_waveform, prepare_clips
 from selva.weights import check_weights, load_generator, load_vae, load_vocoder
 
@@ -89,10 +97,13 @@ def build_parser() -> cli.ArgumentParser:
     add("steps", int, "updates")
     add("lr", float, "learning rate")
     add("warmup_steps", int, "updates over which the rate rises")
+    add("lr_schedule", str, "what the rate does then; multistep is MMAudio's", choices=LR_SCHEDULES)
+    add("lr_cycles", int, "cycles of cosine_restarts")
     add("batch_size", int, "clips per forward pass")
     add("grad_accum", int, "forward passes per update")
     add("lora_plus_ratio", float, "LoRA+: rate of the B matrices over that of the A matrices")
     add("weight_decay", float, "decoupled weight decay of the adapter")
+    add("ema_decay", float, "keep a moving average of the adapter, which is then what is judged and saved; e.g. 0.999")
     add("save_every", int, "steps between checkpoints, each with a sample")
 
     group = parser.add_argument_group("objective (the defaults are how the base models were trained)")
@@ -110,6 +121,7 @@ def build_parser() -> cli.ArgumentParser:
     group.add_argument("--val_fraction", type=float, default=0.1,
                        help="share of the clips held out to see overfitting; none below five clips")
     _adder(group)("val_every", int, "steps between validations")
+    _adder(group)("patience", int, "stop after so many validations without a better one; 0: never")
     _adder(group)("log_every", int, "steps between log lines")
     group.add_argument("--preview", action=cli.BooleanFlag, default=True, help="generate a sample at every checkpoint")
 
@@ -214,6 +226,13 @@ def find_resume(args: argparse.Namespace) -> TrainingState | None:
     saved = load_newest_checkpoint(args.output_dir)
     log.info("resuming from %s", saved.path) if saved else log.info("nothing to resume in %s", args.output_dir)
     return saved
+
+
+def check_resumable(saved: TrainingState, lora_config: LoRAConfig, variant: Variant) -> None:
+    """Raise a ValueError if continuing would mix two different trainings."""
+    if saved.meta.get("variant", variant.name) != variant.name:
+        raise ValueError(f"{saved.path}: is a run of variant {saved.meta['variant']}, not {variant.name}")
+    check_same_settings(saved, lora_config)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -333,7 +352,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.manual_seed(args.seed)
     saved = find_resume(args)
     if saved is not None:
-        check_same_settings(saved, lora_config)
+        check_resumable(saved, lora_config, variant)
     clips, val_clips = split_validation(load_clips(args, variant, device), args.val_fraction, args.seed)
     log.info("%d clips to train on, %d held out%s", len(clips), len(val_clips),
              "" if val_clips else ": overfitting will not be seen")
@@ -366,15 +385,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     def on_checkpoint(run: TrainingRun) -> None:
         path = args.output_dir / step_file_name(run.step)
         save_checkpoint(path, generator, {**meta, "step": run.step}, step=run.step,
-                        optimizer=run.optimizer.state_dict(), extra=run.extra_state())
+                        optimizer=run.optimizer.state_dict(), extra=run.extra_state(),
+                        state=run.ema.average if run.ema else None)
         plot_losses(metrics, args.output_dir, f"{variant.name}, {len(clips)} clips, rank {lora_config.rank}")
         log.info("saved %s", path)
         if preview is not None and not stop():
-            preview.write(run)
+            with run.evaluated():
+                preview.write(run)
 
     def on_best(run: TrainingRun) -> None:
-        save_adapter(args.output_dir / "adapter_best.pt", generator,
-                     {**meta, "step": run.step, "val_loss": run.best_val_loss})
+        with run.evaluated():
+            save_adapter(args.output_dir / "adapter_best.pt", generator,
+                         {**meta, "step": run.step, "val_loss": run.best_val_loss})
 
     started = time.monotonic()
     with StopRequest() as stop:
@@ -385,9 +407,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     # 5. the result
     result = final_path(args.output_dir)
-    written = save_adapter(result, generator, {**meta, "step": run.step})
+    with run.evaluated():
+        written = save_adapter(result, generator, {**meta, "step": run.step})
     atomic_write_text(args.output_dir / "meta.json", json.dumps(written, indent=2) + "\n")
-    log.info("trained %d steps in %s, peak memory %.2f GiB", config.steps, clock(time.monotonic() - started),
+    log.info("trained to step %d in %s, peak memory %.2f GiB", run.step, clock(time.monotonic() - started),
              peak_memory_bytes(device) / 2**30)
     if val_clips and run.best_step < run.step:
         log.info("validation was best at step %d (%.4f): adapter_best.pt", run.best_step, run.best_val_loss)

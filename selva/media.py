@@ -174,8 +174,9 @@ def read_video(
     23.976 fps give 7.96 s). A file that ends before the end in its own header is damaged and an error.
 
     Args:
-        fill_sec: if not more than this is missing at the end, repeat the last frame and keep the duration. 0.0 is
-            what the published inference does; ``SELVA_FILL_SEC`` is what SelVA's training data do.
+        fill_sec: if not more than this is missing between the last samples and the end (of the request, or of a
+            shorter video), repeat the last frame, so that 50 frames at 25 fps are 2 s and not 1.96. 0.0 is what the
+            published inference does; ``SELVA_FILL_SEC`` is what SelVA's training data do.
 
     Raises:
         FileNotFoundError: no such file.
@@ -207,8 +208,10 @@ def read_video(
         else:
             _check_not_truncated(path, container, stream, start_sec, duration_sec, end_sec)
         fps = float(stream.average_rate or 0)
-    num_filled = _fill_end(clip, sync, duration_sec, fill_sec)
-    covered_sec = shortened_duration(duration_sec, len(clip), len(sync))
+    # What is filled reaches to the end of the request or of the last frame, never beyond the video itself.
+    filled_sec = min(duration_sec, end_sec) if fill_sec else duration_sec
+    num_filled = _fill_end(clip, sync, filled_sec, fill_sec)
+    covered_sec = shortened_duration(filled_sec, len(clip), len(sync))
     _check_enough(path, covered_sec, start_sec, duration_sec, end_sec)
     return VideoFrames(
         clip_frames=torch.stack(clip[: int(covered_sec * CLIP_FPS)]),  # (T, 3, clip_size, clip_size)

@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import GOLDEN
+from golden_case import GOLDEN
 
 from selva.datasets import AUDIO_SUFFIXES, EpochSampler, read_prompts, scan_folder
 from selva.features import FeatureBundle, save_features

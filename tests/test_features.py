@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN
+from golden_case import GOLDEN
 from recipe import make_input
 
 from selva.features import FeatureBundle, load_features, next_free_name, save_features

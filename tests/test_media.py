@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import GOLDEN
+from golden_case import GOLDEN
 from make_media import decode, make_video, number_in, picture_of
 from recipe import select
 
@@ -191,8 +191,11 @@ def test_short_video_shortens_the_clip_and_can_be_filled(tmp_path):
     assert (filled.duration_sec, len(filled.clip_frames), len(filled.sync_frames)) == (2.0, 16, 50)
     assert filled.num_filled == 1
     assert torch.equal(filled.sync_frames[49], filled.sync_frames[48])
-    longer = read_video(path, 2.2, 0.0, 32, 32, fill_sec=SELVA_FILL_SEC)  # 6 frames are missing, 3 may be
-    assert longer.duration_sec == 49 / 25 and longer.num_filled == 0
+    longer = read_video(path, 8.0, 0.0, 32, 32, fill_sec=SELVA_FILL_SEC)  # the video itself ends after 2 s
+    assert longer.duration_sec == 2.0 and longer.num_filled == 1
+    slow = make_video(tmp_path / "slow.mp4", seconds=2.0, fps=4)  # last frame at 1.75 s: 6 samples are missing, 3 may be
+    unfilled = read_video(slow, 2.0, 0.0, 32, 32, fill_sec=SELVA_FILL_SEC)
+    assert unfilled.duration_sec < 1.8 and unfilled.num_filled == 0
 
 
 def test_unusable_videos_are_named(tmp_path):

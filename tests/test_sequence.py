@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from conftest import GOLDEN
+from golden_case import GOLDEN
 
 from selva.sequence import num_sync_segments, sequence_config
 

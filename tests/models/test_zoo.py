@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from conftest import GOLDEN
+from golden_case import GOLDEN
 
 from selva.models.generator import GeneratorConfig
 from selva.models.random_weights import fill_random_, random_state_dict, random_tensor

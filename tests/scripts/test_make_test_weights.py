@@ -3,7 +3,7 @@ import json
 
 import pytest
 import torch
-from conftest import GOLDEN
+from golden_case import GOLDEN
 
 from scripts.make_test_weights import generator_tensors, main, vocoder_tensors
 from selva import weights

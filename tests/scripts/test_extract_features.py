@@ -1,0 +1,110 @@
+"""extract_features.py on generated videos, in-process."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import yaml
+from make_media import make_video
+from script_args import TINY
+
+import extract_features
+from selva.features import load_features
+
+
+def names(folder, suffix):
+    return sorted(p.stem for p in folder.glob(f"*{suffix}"))
+
+
+def test_bundles_and_sound_for_every_video(feature_dir):
+    expected = [f"knock_{i}" for i in range(6)]
+    assert names(feature_dir, ".npz") == names(feature_dir, ".flac") == expected
+    bundle = load_features(feature_dir / "knock_0.npz")
+    assert (bundle.duration, bundle.prompt, bundle.variant) == (2.0, "a knock", "tiny_16k")
+    assert bundle.clip_features.shape[1] == 16 and bundle.sync_features.shape[1] == 40
+    short = load_features(feature_dir / "knock_5.npz")
+    assert short.duration == pytest.approx(1.2) and short.sync_features.shape[1] == 16
+    # 63 latent frames reach to 2.016 s; the video has sound for its 2 s only
+    assert soundfile.info(feature_dir / "knock_0.flac").duration == pytest.approx(2.0, abs=0.07)
+
+
+def test_the_file_has_the_published_keys_first(feature_dir):
+    with np.load(feature_dir / "knock_0.npz", allow_pickle=False) as data:
+        assert data.files[:5] == ["clip_features", "sync_features", "duration", "prompt", "variant"]
+
+
+def test_a_second_run_does_only_what_is_missing_or_different(clip_dir, feature_dir, capsys):
+    run = [str(clip_dir), "--output_dir", str(feature_dir), *TINY]
+    before = {p: p.stat().st_mtime_ns for p in feature_dir.glob("*.npz")}
+    (feature_dir / "knock_2.flac").unlink()
+    (feature_dir / "knock_4.npz").write_bytes(b"half a file")
+    capsys.readouterr()
+    assert extract_features.main([*run, "--prompt", "a knock"]) == 0
+    assert {p.split("/")[-1] for p in capsys.readouterr().out.split()} == {"knock_2.npz", "knock_4.npz"}
+    untouched = [p for p in before if p.stem not in ("knock_2", "knock_4")]
+    assert all(p.stat().st_mtime_ns == before[p] for p in untouched)
+    assert extract_features.main([*run, "--prompt", "another prompt"]) == 0
+    assert len(capsys.readouterr().out.split()) == 6
+
+
+def test_the_sync_features_follow_the_prompt_and_the_text_features_too(clip_dir, tmp_path):
+    bundles = []
+    for prompt in ("a knock", "rain"):
+        run = [str(clip_dir / "knock_5.mp4"), "--output_dir", str(tmp_path / prompt), "--prompt", prompt, *TINY]
+        assert extract_features.main(run) == 0
+        bundles.append(load_features(tmp_path / prompt / "knock_5.npz"))
+    one, two = bundles
+    assert torch.equal(one.clip_features, two.clip_features)
+    assert not torch.allclose(one.sync_features, two.sync_features)
+    assert not torch.allclose(one.text_features, two.text_features)
+
+
+def test_prompts_file_start_and_duration(clip_dir, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("knock_0.npz: wood: hard\n", encoding="utf-8")
+    out = tmp_path / "out"
+    run = [str(clip_dir / "knock_0.mp4"), str(clip_dir / "knock_1.mp4"), "--output_dir", str(out), "--prompts",
+           str(prompts), "--prompt", "other", "--start", "0.5", "--duration", "1.0", *TINY]
+    assert extract_features.main(run) == 0
+    first, second = (load_features(out / f"knock_{i}.npz") for i in (0, 1))
+    assert (first.prompt, second.prompt) == ("wood: hard", "other")
+    assert first.duration == 1.0 and first.settings["start_sec"] == 0.5
+    assert soundfile.info(out / "knock_0.flac").duration == pytest.approx(1.024, abs=1e-3)
+    assert yaml.safe_load((out / "extract_config.yaml").read_text())["start"] == 0.5
+
+
+def test_bad_videos_are_named_and_the_others_done(clip_dir, tmp_path, capsys):
+    source = (clip_dir / "knock_0.mp4").read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(source[: len(source) // 2])
+    (tmp_path / "text.mp4").write_text("not a video")
+    make_video(tmp_path / "good.mp4", 1.0)
+    assert extract_features.main([str(tmp_path), "--output_dir", str(tmp_path / "out"), "--prompt", "x", *TINY]) == 1
+    out, err = capsys.readouterr()
+    assert out.strip().endswith("good.npz") and "cut.mp4" in err and "text.mp4" in err
+    assert "has no sound" in err and "1 extracted, 0 already current, 2 failed" in err and "Traceback" not in err
+    assert names(tmp_path / "out", ".npz") == ["good"] and names(tmp_path / "out", ".flac") == []
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["nowhere.mp4"], "nowhere.mp4: no such file"),
+        (["{clips}", "--duration", "0.3"], "expected at least 0.64"),
+        (["{clips}", "--variant", "small"], "invalid choice: 'small'"),
+        (["{clips}/knock_0.mp4", "{clips}/knock_0.mp4"], "would both become knock_0.npz"),
+    ],
+)
+def test_wrong_usage(clip_dir, tmp_path, capsys, arguments, message):
+    arguments = [a.format(clips=clip_dir) for a in arguments]
+    assert extract_features.main([*TINY, *arguments, "--output_dir", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_missing_weights_are_named_before_anything_is_done(clip_dir, tmp_path, capsys):
+    run = [str(clip_dir), "--output_dir", str(tmp_path / "out"), "--variant", "small_16k", "--selva_dir", str(tmp_path)]
+    assert extract_features.main(run) == 1
+    err = capsys.readouterr().err
+    assert "video_enc_sup_5.pth" in err and "download_weights.py --variant small_16k" in err
+    assert not (tmp_path / "out").exists()

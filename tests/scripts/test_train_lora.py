@@ -1,0 +1,218 @@
+"""train_lora.py on extracted features, in-process and killed from outside."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import soundfile
+import torch
+from script_args import TINY
+
+import train_lora
+from selva.checkpoint import load_adapter
+
+ROOT = Path(__file__).parents[2]
+QUICK = [*TINY, "--steps", "4", "--batch_size", "2", "--warmup_steps", "1", "--save_every", "2", "--val_every", "2",
+         "--rank", "2", "--log_every", "1"]
+
+
+def train(data: Path, out: Path, *more: str) -> int:
+    return train_lora.main(["--data_dir", str(data), "--output_dir", str(out), *QUICK, *more])
+
+
+def tensors(path: Path) -> dict[str, torch.Tensor]:
+    return dict(load_adapter(path).tensors)
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_run_writes_everything_it_promises(feature_dir, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train(feature_dir, out) == 0
+    written = {p.name for p in out.iterdir()}
+    assert written == {
+        "adapter_step00002.pt", "adapter_step00004.pt", "adapter_best.pt", "adapter_final.pt", "meta.json",
+        "metrics.jsonl", "config.yaml", "loss_raw.png", "loss_smoothed.png",
+        "sample_step00002.wav", "sample_step00002.png", "sample_step00004.wav", "sample_step00004.png",
+    } - ({"adapter_best.pt"} - written)
+    stdout, stderr = capsys.readouterr()
+    assert stdout.strip() == str(out / "adapter_final.pt")
+    assert "8 layers adapted" in stderr and "5 clips to train on, 1 held out" in stderr and "step 4/4" in stderr
+
+    adapter = load_adapter(out / "adapter_final.pt")
+    assert len(adapter.layer_names()) == 8 and all(name.endswith("attn.qkv") for name in adapter.layer_names())
+    assert same(tensors(out / "adapter_final.pt"), tensors(out / "adapter_step00004.pt"))
+    meta = json.loads((out / "meta.json").read_text())
+    published = {"variant", "rank", "alpha", "target", "steps", "timestep_mode", "logit_normal_sigma",
+                 "curriculum_switch", "lora_dropout", "lora_plus_ratio"}
+    assert published <= meta.keys() and meta["clip_features"] == "use"
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows if "loss" in r] == [1, 2, 3, 4]
+    assert [r["step"] for r in rows if "val_loss" in r] == [0, 2, 4]
+    info = soundfile.info(out / "sample_step00002.wav")
+    assert info.samplerate == 16_000 and info.frames > 16_000
+
+
+def test_the_settings_file_of_a_run_repeats_it(feature_dir, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert train(feature_dir, one, "--no_preview") == 0
+    assert train_lora.main(["--config", str(one / "config.yaml"), "--output_dir", str(two)]) == 0
+    assert same(tensors(one / "adapter_final.pt"), tensors(two / "adapter_final.pt"))
+
+
+def test_every_published_flag_is_accepted(feature_dir, tmp_path):
+    assert train(feature_dir, tmp_path / "run", "--no_preview", "--alpha", "4", "--target", "attn.qkv", "linear1",
+                 "--lr", "1e-3", "--grad_accum", "2", "--precision", "fp32", "--seed", "7", "--timestep_mode",
+                 "curriculum", "--logit_normal_sigma", "0.5", "--curriculum_switch", "0.5", "--lora_dropout", "0.1",
+                 "--lora_plus_ratio", "4") == 0
+    config = json.loads((tmp_path / "run" / "meta.json").read_text())["lora_config"]
+    assert (config["alpha"], config["targets"], config["dropout"]) == (4.0, ["attn.qkv", "linear1"], 0.1)
+
+
+def test_resume_gives_the_same_bits_and_keeps_the_finished_adapter(feature_dir, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train(feature_dir, whole, "--no_preview", "--lora_dropout", "0.1") == 0
+    assert train(feature_dir, parts, "--no_preview", "--lora_dropout", "0.1", "--steps", "2") == 0
+    assert train(feature_dir, parts, "--no_preview", "--lora_dropout", "0.1", "--resume", "auto") == 0
+    assert same(tensors(whole / "adapter_final.pt"), tensors(parts / "adapter_final_001.pt"))
+    assert not same(tensors(whole / "adapter_final.pt"), tensors(parts / "adapter_final.pt"))
+    rows = [json.loads(line) for line in (parts / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows if "loss" in r] == [1, 2, 3, 4]
+
+
+def test_a_fresh_start_moves_the_old_run_aside(feature_dir, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train(feature_dir, out, "--no_preview") == 0
+    before = tensors(out / "adapter_final.pt")
+    assert train(feature_dir, out, "--no_preview", "--seed", "1") == 0
+    assert same(before, tensors(out / "previous_001" / "adapter_final.pt"))
+    assert "previous_001" in capsys.readouterr().err and (out / "adapter_final.pt").exists()
+
+
+def test_resuming_with_another_adapter_shape_is_refused(feature_dir, tmp_path, capsys):
+    """Pitfall F7."""
+    out = tmp_path / "run"
+    assert train(feature_dir, out, "--no_preview", "--steps", "2") == 0
+    assert train(feature_dir, out, "--no_preview", "--resume", "auto", "--rank", "4") == 1
+    assert "rank is 2 there and 4 now" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_in_a_state_to_resume_from(feature_dir, tmp_path, number, code):
+    out = tmp_path / "run"
+    command = [sys.executable, str(ROOT / "train_lora.py"), "--data_dir", str(feature_dir), "--output_dir", str(out),
+               *QUICK, "--no_preview", "--steps", "100000", "--save_every", "100000", "--val_every", "100000"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    for line in process.stderr:
+        if line.startswith("step 2/"):
+            process.send_signal(number)
+            break
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == code, stderr
+    (saved,) = out.glob("adapter_step*.pt")
+    step = int(saved.stem.removeprefix("adapter_step"))
+    assert train(feature_dir, out, "--no_preview", "--resume", "auto", "--steps", str(step + 1)) == 0
+
+
+def test_killed_runs_leave_no_half_written_file(feature_dir, tmp_path):
+    out = tmp_path / "run"
+    command = [sys.executable, str(ROOT / "train_lora.py"), "--data_dir", str(feature_dir), "--output_dir", str(out),
+               *QUICK, "--no_preview", "--steps", "100000", "--save_every", "1"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=environment)
+    deadline = time.monotonic() + 120
+    while len(list(out.glob("adapter_step*.pt"))) < 3 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    files = list(out.glob("adapter_*.pt"))
+    assert len(files) >= 3
+    for path in files:
+        load_adapter(path)
+
+
+def spoil_nothing_left(folder: Path) -> None:
+    for path in folder.glob("*.npz"):
+        path.unlink()
+
+
+def spoil_pickle(folder: Path) -> None:
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(folder / "executed"),)
+
+    (folder / "knock_1.npz").write_bytes(pickle.dumps(Bomb()))
+
+
+SPOILT = {
+    "sound without features": (lambda f: (f / "knock_1.npz").unlink(), "knock_1.flac: no features beside it"),
+    "features without sound": (lambda f: (f / "knock_1.flac").unlink(), "knock_1.npz: no sound beside it"),
+    "truncated features": (lambda f: (f / "knock_1.npz").write_bytes((f / "knock_1.npz").read_bytes()[:3000]),
+                           "knock_1.npz"),
+    "truncated sound": (lambda f: (f / "knock_1.flac").write_bytes((f / "knock_1.flac").read_bytes()[:2000]),
+                        "knock_1.flac"),
+    "silent sound": (lambda f: soundfile.write(f / "knock_1.flac", [0.0] * 33_000, 16_000), "silen"),
+    "short sound": (lambda f: soundfile.write(f / "knock_1.flac", [0.1, -0.1] * 5_000, 16_000),
+                    "0.62 s of sound, but the features of this clip cover 2.0"),
+    "a pickle with code": (spoil_pickle, "knock_1.npz"),
+}
+
+
+@pytest.mark.parametrize("kind", SPOILT)
+def test_an_unusable_clip_stops_the_run_and_can_be_skipped(feature_dir, tmp_path, capsys, kind):
+    """Pitfalls A6 and A8: nothing is dropped without being named, and never by default."""
+    spoil, message = SPOILT[kind]
+    spoil(feature_dir)
+    out = tmp_path / "run"
+    assert train(feature_dir, out, "--no_preview") == 1
+    err = capsys.readouterr().err
+    assert message in err and "--skip_invalid" in err and "Traceback" not in err
+    assert not out.exists() and not (feature_dir / "executed").exists()
+    assert train(feature_dir, out, "--no_preview", "--skip_invalid", "--steps", "1") == 0
+    assert message in capsys.readouterr().err and (out / "adapter_final.pt").exists()
+
+
+def test_an_empty_folder(feature_dir, tmp_path, capsys):
+    spoil_nothing_left(feature_dir)
+    assert train(feature_dir, tmp_path / "run") == 1
+    assert "no clip can be trained on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, code, message",
+    [
+        (["--variant", "medium_16k"], 2, "invalid choice: 'medium_16k'"),
+        (["--variant", "small_16k"], 1, "generator_small_16k_sup_5.pth"),
+        (["--data_dir", "nowhere"], 2, "--data_dir nowhere: no such folder"),
+        (["--rank", "0", "--lr", "-1"], 2, "lr is -1.0"),
+        (["--resume", "nowhere.pt"], 2, "--resume nowhere.pt: no such file"),
+        (["--target", "attn.qvk"], 1, "attn.qvk"),
+        (["--device", "cuda:7"], 2, "--device cuda:7"),
+        (["--val_fraction", "1"], 2, "val_fraction is 1.0"),
+    ],
+)
+def test_mistakes_are_one_line(feature_dir, tmp_path, capsys, arguments, code, message):
+    assert train(feature_dir, tmp_path / "run", "--no_preview", *arguments) == code
+    err = capsys.readouterr().err
+    assert message in err and "Traceback" not in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_features_of_another_model_are_refused(feature_dir, tmp_path, capsys):
+    import numpy as np
+
+    np.savez(feature_dir / "knock_1.npz", clip_features=np.zeros((1, 16, 1024), np.float32),
+             sync_features=np.zeros((1, 40, 768), np.float32), duration=2.0, prompt="x", variant="small_16k")
+    assert train(feature_dir, tmp_path / "run", "--no_preview") == 1
+    assert "1024 wide, but tiny_16k takes" in capsys.readouterr().err
