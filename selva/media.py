@@ -186,7 +186,7 @@ def read_video(
     clip: list[Tensor] = []
     sync: list[Tensor] = []
     clip_clock, sync_clock = _FrameClock(CLIP_FPS), _FrameClock(SYNC_FPS)
-    size, end_sec = (0, 0), 0.0
+    size, end_sec, wanted_sec = (0, 0), 0.0, duration_sec
     with _open(path) as container:
         stream = _video_stream(container, path)
         stream.thread_type = "AUTO"
@@ -207,11 +207,11 @@ def read_video(
                 break
         else:
             _check_not_truncated(path, container, stream, start_sec, duration_sec, end_sec)
+            if fill_sec:  # not beyond the end of the video itself
+                wanted_sec = min(duration_sec, end_sec)
         fps = float(stream.average_rate or 0)
-    # What is filled reaches to the end of the request or of the last frame, never beyond the video itself.
-    filled_sec = min(duration_sec, end_sec) if fill_sec else duration_sec
-    num_filled = _fill_end(clip, sync, filled_sec, fill_sec)
-    covered_sec = shortened_duration(filled_sec, len(clip), len(sync))
+    num_filled = _fill_end(clip, sync, wanted_sec, fill_sec)
+    covered_sec = shortened_duration(wanted_sec, len(clip), len(sync))
     _check_enough(path, covered_sec, start_sec, duration_sec, end_sec)
     return VideoFrames(
         clip_frames=torch.stack(clip[: int(covered_sec * CLIP_FPS)]),  # (T, 3, clip_size, clip_size)

@@ -193,9 +193,19 @@ def test_short_video_shortens_the_clip_and_can_be_filled(tmp_path):
     assert torch.equal(filled.sync_frames[49], filled.sync_frames[48])
     longer = read_video(path, 8.0, 0.0, 32, 32, fill_sec=SELVA_FILL_SEC)  # the video itself ends after 2 s
     assert longer.duration_sec == 2.0 and longer.num_filled == 1
-    slow = make_video(tmp_path / "slow.mp4", seconds=2.0, fps=4)  # last frame at 1.75 s: 6 samples are missing, 3 may be
+    slow = make_video(
+        tmp_path / "slow.mp4", seconds=2.0, fps=4
+    )  # last frame at 1.75 s: 6 samples are missing, 3 may be
     unfilled = read_video(slow, 2.0, 0.0, 32, 32, fill_sec=SELVA_FILL_SEC)
     assert unfilled.duration_sec < 1.8 and unfilled.num_filled == 0
+
+
+@pytest.mark.parametrize("name", ["12fps", "24fps", "25fps", "29.97fps", "30fps", "60fps"])
+def test_filling_changes_nothing_where_nothing_is_missing(name):
+    path = GOLDEN / FRAME_CASES[name]["file"]  # 9 s
+    plain, filled = (read_video(path, 8.0, 0.0, 32, 32, fill_sec=fill_sec) for fill_sec in (0.0, SELVA_FILL_SEC))
+    assert filled.duration_sec == plain.duration_sec == 8.0 and filled.num_filled == 0
+    assert torch.equal(filled.sync_frames, plain.sync_frames) and torch.equal(filled.clip_frames, plain.clip_frames)
 
 
 def test_unusable_videos_are_named(tmp_path):
@@ -342,6 +352,16 @@ def test_sound_that_begins_late_is_preceded_by_silence(late_sec, tmp_path):
     assert click_time(waveform, rate) == pytest.approx(late_sec + 0.25, abs=1e-6)
     assert waveform.shape == (1, round((1 + late_sec) * rate))
     assert click_time(read_audio(tmp_path / "late.mkv", late_sec + 0.2)[0], rate) == pytest.approx(0.05, abs=1e-6)
+
+
+def test_sound_alone_begins_with_its_first_sample(tmp_path):
+    with av.open(str(tmp_path / "late.mka"), "w") as container:
+        audio = container.add_stream("pcm_s16le", rate=16_000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.full((1, 8000), 1000, dtype=np.int16), format="s16", layout="mono")
+        frame.sample_rate, frame.pts, frame.time_base = 16_000, 8000, Fraction(1, 16_000)
+        container.mux([*audio.encode(frame), *audio.encode(None)])
+    waveform, _ = read_audio(tmp_path / "late.mka")
+    assert waveform.shape == (1, 8000) and waveform.min() > 0
 
 
 def test_a_gap_in_the_sound_is_silence(tmp_path):
@@ -532,6 +552,31 @@ def test_cut_pictures_are_the_right_ones(tmp_path):
     found = [number_in(picture.transpose(2, 0, 1)) for _, picture in frames]
     assert found == list(range(32, 58))  # 1.28 s is on screen at 1.3 s; 2.28 s is the last before 2.3 s
     assert [time for time, _ in frames][:3] == pytest.approx([0.0, 0.02, 0.06])
+
+
+def test_the_encoder_places_its_own_key_frames(tmp_path):
+    path = make_video(tmp_path / "v.mp4", 2.0, options={"g": "1"})
+    mux_video(path, torch.rand(1, 16_000), 16_000, tmp_path / "out.mp4")
+    with av.open(str(tmp_path / "out.mp4")) as container:
+        assert sum(packet.is_keyframe for packet in container.demux(video=0) if packet.size) == 1
+
+
+def test_a_video_with_hidden_frames_is_encoded(tmp_path):
+    whole, path = make_video(tmp_path / "whole.mp4", 3.0), tmp_path / "v.mp4"
+    with av.open(str(whole)) as source, av.open(str(path), "w", options={"avoid_negative_ts": "disabled"}) as target:
+        stream = source.streams.video[0]
+        copy = target.add_stream_from_template(stream)
+        for packet in source.demux(stream):
+            if packet.size:
+                shift = round(1 / stream.time_base)  # the first second is only there to decode the rest
+                packet.pts, packet.dts, packet.stream = packet.pts - shift, packet.dts - shift, copy
+                target.mux(packet)
+    with av.open(str(path)) as container:
+        assert any(packet.is_discard for packet in container.demux(video=0))
+    assert numbers(read_video(path, 1.0, 0.0, 32, 32).sync_frames)[:2] == [25, 26]
+    mux_video(path, torch.rand(1, 32_000), 16_000, tmp_path / "out.mp4")
+    frames, _, _ = decode(tmp_path / "out.mp4")
+    assert [number_in(picture.transpose(2, 0, 1)) for _, picture in frames] == list(range(25, 75))
 
 
 def test_odd_sizes_and_mpeg4_are_encoded_when_h264_is_missing(tmp_path, monkeypatch):
