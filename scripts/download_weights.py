@@ -96,6 +96,8 @@ def _fetch_checked(file: WeightFile, remote: str, target: Path) -> Path:
         partial = download(file.repo, remote, target)
         if not has_wrong_md5(file, partial):
             os.replace(partial, target)
+            for outdated in target.parent.glob(f".{target.name}.*.partial"):
+                outdated.unlink()  # beginnings of earlier versions
             return target
         log.warning("%s arrived with a wrong checksum", target.name)
         found = md5_of(partial)

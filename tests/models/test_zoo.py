@@ -169,6 +169,8 @@ def test_seed_and_name_decide_the_values():
 def test_random_weights_keep_magnitudes():
     x = torch.randn(256, 512)
     assert (x @ random_tensor("layer.weight", (512, 512)).T).std() == pytest.approx(1, rel=0.05)
+    text = torch.nn.functional.normalize(x, dim=-1)  # CLIP features have length 1, and must not drown in the bias
+    assert (text @ random_tensor("text_input_proj.0.weight", (512, 512)).T).std() == pytest.approx(1, rel=0.05)
     assert random_tensor("norm.weight", (4096,)).mean() == pytest.approx(1, abs=0.01)
     deviation = random_tensor("latent_std", (1, 1, 20))
     assert deviation.min() >= 1 and deviation.max() < 1.2
