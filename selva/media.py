@@ -208,7 +208,7 @@ def read_video(
         else:
             _check_not_truncated(path, container, stream, start_sec, duration_sec, end_sec)
             if fill_sec:  # not beyond the end of the video itself
-                wanted_sec = min(duration_sec, end_sec)
+                wanted_sec = max(0.0, min(duration_sec, end_sec))
         fps = float(stream.average_rate or 0)
     num_filled = _fill_end(clip, sync, wanted_sec, fill_sec)
     covered_sec = shortened_duration(wanted_sec, len(clip), len(sync))

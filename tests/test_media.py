@@ -231,7 +231,7 @@ def test_unusable_videos_are_named(tmp_path):
     with pytest.raises(ValueError, match="is a folder"):
         read_video(tmp_path)
     with pytest.raises(ValueError, match=r"0\.00 s of pictures from 5\.00 s"):
-        read_video(good, 2.0, start_sec=5.0)
+        read_video(good, 2.0, start_sec=5.0, fill_sec=SELVA_FILL_SEC)
     with pytest.raises(ValueError, match=r"0\.4\d s of pictures.*at least 0\.64 s"):
         read_video(good, 2.0, start_sec=2.5)
     with pytest.raises(ValueError, match="duration is 0"):
