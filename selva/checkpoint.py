@@ -12,9 +12,9 @@ scale folded into B, and a meta that says alpha = rank, no rsLoRA, standard init
 also holds the tensors exactly as they are trained, under "lora"; only those are resumed from. What the user asked for
 is in meta key ``lora_config``.
 
-**Adapters with convolutions** cannot be expressed there: the loader would apply the linear layers and drop the rest
-without a word. Ours have the same layout with ``format = "selva-lora-1"`` in the meta, and a ``target`` that fits no
-layer and says why, which the loader shows in its error. Our reader puts the real targets back.
+**Adapters with convolutions or DoRA magnitudes** cannot be expressed there: the loader would apply the rest and drop
+those without a word. Ours have the same layout with ``format = "selva-lora-1"`` in the meta, and a ``target`` that fits
+no layer and says why, which the loader shows in its error. Our reader puts the real targets back.
 
 A ``.safetensors`` file holds the same tensors, and the meta as JSON under metadata key "meta".
 """
@@ -40,16 +40,10 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from selva.adapter import FACTOR_SUFFIXES, MAGNITUDE_SUFFIX, Adapter, padded_to_one_rank
 from selva.files import atomic_path
-from selva.lora import (
-    FACTOR_SUFFIXES,
-    Adapter,
-    LoRAConfig,
-    adapter_tensors,
-    list_some,
-    lora_state_dict,
-    padded_to_one_rank,
-)
+from selva.lora import adapter_tensors, lora_state_dict
+from selva.lora_config import LoRAConfig, list_some
 
 __all__ = [
     "Adapter",
@@ -58,6 +52,7 @@ __all__ = [
     "load_adapter",
     "load_checkpoint",
     "load_newest_checkpoint",
+    "readable_meta",
     "save_adapter",
     "save_checkpoint",
     "step_file_name",
@@ -66,10 +61,6 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 NATIVE_FORMAT = "selva-lora-1"
-NATIVE_TARGET = (
-    f"this adapter ({NATIVE_FORMAT}) changes convolutions, which ComfyUI-SelVA cannot apply; "
-    "train with targets such as attn.qkv and text_block.linear1 for an adapter that works there"
-)
 TORCH_SUFFIXES = (".pt", ".pth")
 STEP_FILE = re.compile(r"adapter_step(\d{5,})\.pt")
 
@@ -95,8 +86,8 @@ def save_adapter(
 
     Args:
         path: ``.pt``, ``.pth`` or ``.safetensors``.
-        source: a model with injected adapters, or the tensors ``<layer>.lora_A`` / ``.lora_B``, whose scale the meta
-            gives (``alpha``, default the rank, and ``use_rslora``).
+        source: a model with injected adapters, or the tensors ``<layer>.lora_A`` / ``.lora_B`` (with DoRA also
+            ``.lora_magnitude``), whose scale the meta gives (``alpha``, default the rank, and ``use_rslora``).
         meta: plain values to store: ``variant``, ``steps``, ``target`` (known already from a model) and whatever else
             should travel along. ``rank``, ``alpha``, ``use_rslora`` and ``init_mode`` are set to match the tensors.
         state: with a model: factors to write instead of its current ones, see :func:`selva.lora.adapter_tensors`.
@@ -141,6 +132,13 @@ def load_adapter(path: str | os.PathLike[str]) -> Adapter:
     return _checked_adapter(path, tensors, meta)
 
 
+def readable_meta(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the meta of a file with the real ``target``, where the file itself tells others why they cannot use it."""
+    if meta.get("format") != NATIVE_FORMAT:
+        return dict(meta)
+    return {**{key: value for key, value in meta.items() if key != "native_target"}, "target": meta["native_target"]}
+
+
 def _adapter_part(content: Mapping[str, Any]) -> tuple[Any, Any]:
     if "state_dict" not in content:
         return content, {}  # the oldest step files: tensors without settings
@@ -178,8 +176,9 @@ def _folded(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, Any]]:
     for name in adapter.layer_names():
         a, b = adapter.factors(name)
         pairs[name] = a.float(), b.float() * adapter.scale(name)
+    magnitudes = {key: value for key, value in adapter.tensors.items() if key.endswith(MAGNITUDE_SUFFIX)}
     # Without targets the full names are: each ends with itself.
-    return padded_to_one_rank(pairs), {"target": adapter.layer_names(), **adapter.meta}
+    return {**padded_to_one_rank(pairs), **magnitudes}, {"target": adapter.layer_names(), **adapter.meta}
 
 
 def _for_file(
@@ -194,12 +193,29 @@ def _for_file(
         **meta, "rank": rank, "alpha": float(rank), "target": list(meta["target"]), "use_rslora": False,
         "init_mode": "standard",
     }  # fmt: skip
-    if any(value.dim() == 3 for value in tensors.values()):
-        meta = {**meta, "format": NATIVE_FORMAT, "target": [NATIVE_TARGET], "native_target": meta["target"]}
+    if reason := _why_native(tensors):
+        meta = {**meta, "format": NATIVE_FORMAT, "target": [reason], "native_target": meta["target"]}
     else:
         meta = {key: value for key, value in meta.items() if key != "format"}
     _check_plain(meta, "meta", allow_tensors=False)
     return tensors, meta
+
+
+def _why_native(tensors: Mapping[str, Tensor]) -> str:
+    """Return why ComfyUI-SelVA cannot apply ``tensors``, and what it could apply; empty if it can."""
+    causes, remedies = [], []
+    if any(value.dim() == 3 for value in tensors.values()):
+        causes.append("changes convolutions")
+        remedies.append("with targets such as attn.qkv and text_block.linear1")
+    if any(key.endswith(MAGNITUDE_SUFFIX) for key in tensors):
+        causes.append("has DoRA magnitudes")
+        remedies.append("without DoRA")
+    if not causes:
+        return ""
+    return (
+        f"this adapter ({NATIVE_FORMAT}) {' and '.join(causes)}, which ComfyUI-SelVA cannot apply; "
+        f"train {' and '.join(remedies)} for an adapter that works there"
+    )
 
 
 def _check_tensors(path: Path, tensors: Mapping[str, Any]) -> None:
@@ -219,12 +235,13 @@ def _check_tensors(path: Path, tensors: Mapping[str, Any]) -> None:
 
 def _checked_meta(path: Path, adapter: Adapter) -> dict[str, Any]:
     """Return the meta with rank, alpha and the real targets, after checking it against the tensors."""
-    meta = dict(adapter.meta)
-    written_as = meta.get("format")
-    if written_as == NATIVE_FORMAT:
-        meta["target"] = meta.pop("native_target", None)
-    elif written_as is not None:
+    written_as = adapter.meta.get("format")
+    if written_as not in (None, NATIVE_FORMAT):
         raise ValueError(f"{path}: adapter format {written_as!r} is unknown here; update this package to read it")
+
+    if written_as == NATIVE_FORMAT and "native_target" not in adapter.meta:
+        raise ValueError(f"{path}: the meta of this {NATIVE_FORMAT} adapter has no native_target, its real targets")
+    meta = readable_meta(adapter.meta)
 
     ranks = {adapter.factors(name)[0].shape[0] for name in adapter.layer_names()}
     rank = meta.setdefault("rank", max(ranks))
@@ -370,6 +387,7 @@ def check_same_settings(saved: TrainingState, cfg: LoRAConfig) -> None:
         "targets": (sorted(before.targets), sorted(now.targets)),
         "init": (before.init, now.init),
         "target_ranks": (dict(before.target_ranks or {}), dict(now.target_ranks or {})),
+        "dora": (before.dora, now.dora),
     }
     different = [f"{name} is {was} there and {is_} now" for name, (was, is_) in pairs.items() if was != is_]
     if different:

@@ -193,7 +193,7 @@ def test_matching_modules_that_cannot_be_adapted_are_reported(model):
     report = inject_lora(model, LoRAConfig(rank=2, targets=("ffn", "linear1")))
     assert report.wrapped == ["blocks.1.linear1", "blocks.1.ffn", "linear1"]
     reasons = dict(report.skipped)
-    assert reasons["blocks.0.ffn"] == "Sequential is neither nn.Linear nor nn.Conv1d"
+    assert reasons["blocks.0.ffn"] == "a Sequential, neither nn.Linear nor nn.Conv1d"
     assert reasons["blocks.0.linear1"] == "a convolution in 3 groups"
     assert "2 matching modules skipped" in report.summary()
 
@@ -205,7 +205,7 @@ def test_a_subclass_with_its_own_forward_is_left_alone(model):
 
     model.blocks[0].linear1 = Transposing(DIM, DIM, 1)
     report = inject_lora(model, LoRAConfig(targets=("linear1",)))
-    assert report.skipped == [("blocks.0.linear1", "Transposing is neither nn.Linear nor nn.Conv1d")]
+    assert report.skipped == [("blocks.0.linear1", "a Transposing, neither nn.Linear nor nn.Conv1d")]
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ def test_a_subclass_with_its_own_forward_is_left_alone(model):
     [
         (("attn.qvk",), r"No layers matched target=\['attn.qvk'\].*attn.qkv"),
         (("attn.qkv", "linear2"), r"target=\['linear2'\].*linear1"),
-        (("ffn",), r"ffn.*Matched but cannot be adapted: blocks.0.ffn \(Sequential"),
+        (("ffn",), r"ffn.*Matched but cannot be adapted: blocks.0.ffn \(a Sequential"),
         (("grouped",), "a convolution in 2 groups"),
     ],
 )
