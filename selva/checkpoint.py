@@ -68,7 +68,7 @@ STEP_FILE = re.compile(r"adapter_step(\d{5,})\.pt")
 UNREADABLE = (
     pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, struct.error,
     ValueError, TypeError, LookupError, AttributeError, AssertionError, OverflowError,
-)  # fmt: skip
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -192,7 +192,7 @@ def _for_file(
     meta = {
         **meta, "rank": rank, "alpha": float(rank), "target": list(meta["target"]), "use_rslora": False,
         "init_mode": "standard",
-    }  # fmt: skip
+    }
     if reason := _why_native(tensors):
         meta = {**meta, "format": NATIVE_FORMAT, "target": [reason], "native_target": meta["target"]}
     else:
@@ -225,7 +225,7 @@ def _check_tensors(path: Path, tensors: Mapping[str, Any]) -> None:
     foreign = [
         str(key) for key, value in tensors.items()
         if not isinstance(key, str) or not isinstance(value, Tensor) or not value.is_floating_point()
-    ]  # fmt: skip
+    ]
     if foreign:
         raise ValueError(f"{path}: expected floating-point tensors only, but these are not: {list_some(foreign)}")
     broken = [key for key, value in tensors.items() if not value.isfinite().all()]
@@ -411,7 +411,7 @@ def _read_torch(path: Path) -> Mapping[str, Any]:
             start = file.read(16)
         what = "it is empty" if not start else "its download or copy may be incomplete" if start[:2] == b"PK" else (
             "it looks like a web page" if start.lstrip()[:1] == b"<" else f"it starts with {start!r}"
-        )  # fmt: skip
+        )
         raise ValueError(f"{path}: not a readable PyTorch file; {what}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)

@@ -195,15 +195,17 @@ def no_match_message(names: Sequence[str], idle: Sequence[str], skipped: Sequenc
     tails = [name.split(".")[-count:] for name in names for count in (1, 2)]
     endings = sorted({".".join(tail) for tail in tails if not tail[0].isdigit()})
     close = [e for target in idle for e in difflib.get_close_matches(target, endings, n=5, cutoff=0.4)]
-    inside = [e for target in idle for e in endings if target in e.split(".")[:-1]]  # "ffn" names a container
+    # A target that names a container ("ffn") is completed to the layers inside ("ffn.w1").
+    starts = [(name, f".{name}".rfind(f".{target}.")) for target in idle for name in names]
+    inside = [name[start:] for name, start in starts if start >= 0]
     offered = list(dict.fromkeys(inside + close)) or endings
     message = f"No layers matched target={list(idle)}; endings that would: {list_some(offered)}"
     message += f"; presets: {', '.join(PRESETS)}"
     unfit = [f"{name} ({reason})" for name, reason in skipped if name.endswith(tuple(idle))]
-    return f"{message}. Matched but cannot be adapted: {list_some(unfit)}" if unfit else message
+    return f"{message}. Matched but cannot be adapted: {list_some(unfit, 2)}" if unfit else message
 
 
-def list_some(items: Sequence[str]) -> str:
-    """Return the items separated by commas, or the first ten and how many more there are."""
-    more = f" and {len(items) - MAX_LISTED} more" if len(items) > MAX_LISTED else ""
-    return ", ".join(items[:MAX_LISTED]) + more
+def list_some(items: Sequence[str], limit: int = MAX_LISTED) -> str:
+    """Return the items separated by commas, or the first ``limit`` and how many more there are."""
+    more = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return ", ".join(items[:limit]) + more

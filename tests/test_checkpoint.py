@@ -172,7 +172,7 @@ def test_the_file_follows_the_published_rules(base, tmp_path):
     assert meta == written == json.loads(json.dumps(meta))
     assert {key: meta[key] for key in ("variant", "rank", "alpha", "target", "steps")} == {
         "variant": "tiny_16k", "rank": 3, "alpha": 3.0, "target": list(LINEAR), "steps": 2000,
-    }  # fmt: skip
+    }
     assert (meta["use_rslora"], meta["init_mode"]) == (False, "standard")
     assert LoRAConfig.from_meta(meta) == CONFIGS["rslora"]
 
@@ -424,7 +424,7 @@ def test_two_plus_two_steps_equal_four(base, x, tmp_path, name):
     save_checkpoint(
         path, model, META, step=2, optimizer=optimizer.state_dict(), scheduler=scheduler.state_dict(),
         extra={"order": [3, 1, 2], "rng": torch.get_rng_state()},
-    )  # fmt: skip
+    )
 
     torch.manual_seed(99)  # the fresh start must not matter
     model, optimizer, scheduler = second = make_run(base, name)

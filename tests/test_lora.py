@@ -1,4 +1,4 @@
-"""Adapters on small models: injection, training, export and merging."""
+"""Adapters on small models: injection, training, state and export."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import math
 
 import pytest
 import torch
+from lora_toy import ALL, DIM, Toy, make_input, make_toy, train_a_little_
 from torch import Tensor, nn
 
 from selva.lora import (
-    Adapter,
     LoRAConfig,
     LoRALinear,
     adapter_tensors,
@@ -19,144 +19,18 @@ from selva.lora import (
     lora_parameters,
     lora_plus_groups,
     lora_state_dict,
-    merge_adapter,
-    merge_adapters,
-    merged_adapters,
     remove_lora,
 )
-
-DIM = 12
-
-
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv = nn.Linear(DIM, 3 * DIM)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.qkv(x).unflatten(-1, (3, DIM)).sum(-2)
-
-
-class Block(nn.Module):
-    """The shapes that matter: linear layers, convolutions with and without bias, and things no adapter fits."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.attn = Attention()
-        self.linear1 = nn.Conv1d(DIM, DIM, 3, padding=1)
-        self.ffn = nn.Sequential(nn.Conv1d(DIM, 16, 7, padding=3, bias=False), nn.SiLU(), nn.Conv1d(16, DIM, 1))
-        self.grouped = nn.Conv1d(DIM, DIM, 3, padding=1, groups=2)
-        self.norm = nn.LayerNorm(DIM)
-
-    def forward(self, x: Tensor) -> Tensor:  # (B, tokens, DIM)
-        x = x + self.attn(self.norm(x))
-        x = x + self.linear1(x.mT).mT + self.grouped(x.mT).mT
-        return x + self.ffn(x.mT).mT
-
-
-class Toy(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(Block() for _ in range(2))
-        self.linear1 = nn.Linear(DIM, DIM, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x)
-        return self.linear1(x)
-
-
-ALL = ("attn.qkv", "linear1", "ffn.0")
 
 
 @pytest.fixture
 def model() -> Toy:
-    torch.manual_seed(1)
-    return Toy()
+    return make_toy()
 
 
 @pytest.fixture
 def x() -> Tensor:
-    return torch.randn(2, 9, DIM, generator=torch.Generator().manual_seed(2))
-
-
-def train_a_little_(model: nn.Module) -> None:
-    """Move the factors away from their start, as training would."""
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in lora_parameters(model):
-            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
-
-
-def exported(model: nn.Module) -> Adapter:
-    return Adapter(adapter_tensors(model))
-
-
-# -- settings ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("cfg", "scale"),
-    [
-        (LoRAConfig(rank=4), 1.0),
-        (LoRAConfig(rank=4, alpha=8), 2.0),
-        (LoRAConfig(rank=4, alpha=8, rslora=True), 4.0),
-        (LoRAConfig(rank=64, rslora=True), 2.0),  # alpha 16
-    ],
-)
-def test_scale(cfg, scale):
-    assert cfg.scale() == scale
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"rank": 0}, "rank must be at least 1, got 0"),
-        ({"alpha": 0.0}, "alpha must be a positive number"),
-        ({"alpha": math.nan}, "alpha must be a positive number"),
-        ({"targets": "attn.qkv"}, "targets must be a list"),
-        ({"targets": ()}, "targets must be a list"),
-        ({"targets": ("",)}, "targets must be a list"),
-        ({"dropout": 1.0}, "dropout"),
-        ({"init": "svd"}, "init must be one of standard, pissa"),
-        ({"init": "pissa", "alpha": 8}, "scale 1"),
-        ({"init": "pissa", "rslora": True, "rank": 4}, "scale 1"),
-        ({"target_ranks": {"linear1": 4}}, "not among the targets"),
-        ({"target_ranks": {"attn.qkv": 0}}, "at least 1"),
-    ],
-)
-def test_settings_that_cannot_work_are_refused(settings, message):
-    with pytest.raises(ValueError, match=message):
-        LoRAConfig(**settings)
-
-
-def test_all_bad_settings_are_named_at_once():
-    with pytest.raises(ValueError, match=r"rank .*; dropout"):
-        LoRAConfig(rank=-1, dropout=2.0)
-
-
-@pytest.mark.parametrize(
-    "cfg",
-    [
-        LoRAConfig(),
-        LoRAConfig(rank=8, alpha=3.0, targets=("a", "b"), dropout=0.1, rslora=True, target_ranks={"b": 2}),
-        LoRAConfig(init="pissa"),
-    ],
-)
-def test_settings_survive_the_meta(cfg):
-    assert LoRAConfig.from_meta({"rank": 99, "lora_config": cfg.to_dict()}) == cfg
-
-
-def test_settings_are_read_from_a_published_meta():
-    meta = {"rank": 4, "alpha": 8.0, "target": ["attn.qkv"], "use_rslora": True, "lora_dropout": 0.1, "steps": 3}
-    assert LoRAConfig.from_meta(meta) == LoRAConfig(4, 8.0, ("attn.qkv",), dropout=0.1, rslora=True)
-    with pytest.raises(ValueError, match="no alpha, target"):
-        LoRAConfig.from_meta({"rank": 4})
-
-
-def test_the_longest_matching_target_gives_the_rank():
-    cfg = LoRAConfig(rank=9, targets=("qkv", "text_block.attn.qkv"), target_ranks={"qkv": 2, "text_block.attn.qkv": 5})
-    assert (cfg.rank_of("b.text_block.attn.qkv"), cfg.rank_of("b.latent_block.attn.qkv")) == (5, 2)
+    return make_input()
 
 
 # -- injection --------------------------------------------------------------------------------------------------
@@ -177,7 +51,7 @@ def test_the_report_names_what_was_wrapped_and_what_was_skipped(model):
     assert report.wrapped == [
         "blocks.0.attn.qkv", "blocks.0.linear1", "blocks.0.ffn.0",
         "blocks.1.attn.qkv", "blocks.1.linear1", "blocks.1.ffn.0", "linear1",
-    ]  # fmt: skip
+    ]
     kinds = [(layer.kind, layer.rank, layer.in_features, layer.out_features) for layer in report.layers[:3]]
     assert kinds == [("linear", 4, 12, 36), ("conv1d", 2, 12, 12), ("conv1d", 4, 12, 16)]
     assert report.num_parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -426,193 +300,6 @@ def test_an_average_can_be_exported_in_place_of_the_current_values(model):
     torch.testing.assert_close(found[f"{name}.lora_B"] @ found[f"{name}.lora_A"], product)
     with pytest.raises(ValueError, match=r"no adapted layer: elsewhere"):
         adapter_tensors(model, {"elsewhere.lora_A": torch.zeros(2, 2)})
-
-
-# -- merging ----------------------------------------------------------------------------------------------------
-
-CONFIGS = {
-    "plain": LoRAConfig(rank=3, targets=ALL),
-    "scaled": LoRAConfig(rank=3, alpha=5.0, targets=ALL, rslora=True),
-    "ranks": LoRAConfig(rank=2, targets=ALL, target_ranks={"linear1": 5, "ffn.0": 1}),
-    "pissa": LoRAConfig(rank=3, targets=ALL, init="pissa"),
-}
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_merged_equals_unmerged(model, x, name):
-    plain = copy.deepcopy(model)
-    before = plain(x)
-    inject_lora(model, CONFIGS[name])
-    train_a_little_(model)
-    merge_adapter(plain, exported(model))
-    assert (plain(x) - before).abs().max() > 0.1
-    torch.testing.assert_close(plain(x), model(x), rtol=1e-5, atol=1e-5)
-
-
-def test_the_exported_adapter_has_one_rank(model):
-    inject_lora(model, CONFIGS["ranks"])
-    train_a_little_(model)
-    tensors = adapter_tensors(model)
-    assert {value.shape[0] for key, value in tensors.items() if key.endswith("lora_A")} == {5}
-    assert {value.shape[1] for key, value in tensors.items() if key.endswith("lora_B")} == {5}
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", CONFIGS)
-def test_strength_zero_leaves_every_bit(model, name, dtype):
-    plain = copy.deepcopy(model).to(dtype)
-    with torch.no_grad():
-        plain.linear1.weight[0] = -0.0  # adding a positive zero would flip its sign bit
-    before = copy.deepcopy(plain.state_dict())
-    inject_lora(model, CONFIGS[name])
-    train_a_little_(model)
-    merge_adapter(plain, exported(model), strength=0.0)
-    for key, value in plain.state_dict().items():
-        assert torch.equal(value, before[key]) and torch.equal(value.signbit(), before[key].signbit())
-
-
-def test_strength_is_linear_in_the_weights_and_adapters_add_up(model):
-    plain = copy.deepcopy(model)
-    inject_lora(model, CONFIGS["scaled"])
-    train_a_little_(model)
-    adapter = exported(model)
-    other = Adapter({key: 2 * value for key, value in adapter.tensors.items()}, {"alpha": 1.5}, source="other")
-    base = plain.linear1.weight.detach().clone()
-    merge_adapter(plain, adapter, 0.5)
-    merge_adapter(plain, other, -2.0)
-    delta = adapter.tensors["linear1.lora_B"] @ adapter.tensors["linear1.lora_A"]
-    torch.testing.assert_close(plain.linear1.weight, base + 0.5 * delta - 2.0 * (4 * 1.5 / 3) * delta)
-
-
-def test_merging_into_a_half_precision_model_rounds_once(model):
-    plain = copy.deepcopy(model).to(torch.bfloat16)
-    base = plain.linear1.weight.detach().float()
-    inject_lora(model, CONFIGS["plain"])
-    train_a_little_(model)
-    adapter = exported(model)
-    merge_adapters(plain, [(adapter, 0.5), (adapter, 0.25)])
-    delta = adapter.tensors["linear1.lora_B"] @ adapter.tensors["linear1.lora_A"]
-    expected = base + 0.5 * delta + 0.25 * delta
-    assert torch.equal(plain.linear1.weight, expected.to(torch.bfloat16))
-
-
-def test_a_merge_can_be_taken_back_bit_for_bit(model, x):
-    plain = copy.deepcopy(model).to(torch.bfloat16)
-    before = copy.deepcopy(plain.state_dict())
-    inject_lora(model, CONFIGS["plain"])
-    train_a_little_(model)
-    with merged_adapters(plain, [(exported(model), 1.0)]):
-        assert not torch.equal(plain.linear1.weight, before["linear1.weight"])
-    assert all(torch.equal(value, before[key]) for key, value in plain.state_dict().items())
-    with pytest.raises(KeyboardInterrupt), merged_adapters(plain, [(exported(model), 0.3)]):
-        raise KeyboardInterrupt
-    assert all(torch.equal(value, before[key]) for key, value in plain.state_dict().items())
-
-
-def published_pissa(model: Toy, name: str = "blocks.0.attn.qkv", scale: float = 4.0) -> Adapter:
-    """A PiSSA file as ComfyUI-SelVA writes it: scale alpha / sqrt(rank), residual base weight, moved factors."""
-    layer = model.get_submodule(name)
-    u, s, vh = torch.linalg.svd(layer.weight.detach(), full_matrices=False)
-    a, b = s[:4].sqrt()[:, None] * vh[:4], u[:, :4] * s[:4].sqrt()
-    return Adapter(
-        {
-            f"{name}.lora_A": a + 0.01, f"{name}.lora_B": b - 0.01,
-            f"{name}.linear.weight": layer.weight.detach() - scale * b @ a,
-            f"{name}.linear.bias": layer.bias.detach() + 0.5,
-        },
-        {"rank": 4, "alpha": 8.0, "use_rslora": True}, source="pissa.pt",
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("strength", [0.0, 0.3, 1.0])
-def test_a_published_pissa_adapter_blends_from_the_base_weight(model, strength):
-    adapter = published_pissa(model)
-    assert adapter.is_pissa
-    layer = model.blocks[0].attn.qkv
-    weight, bias = layer.weight.detach().clone(), layer.bias.detach().clone()
-    a, b = adapter.factors("blocks.0.attn.qkv")
-    adapted = adapter.tensors["blocks.0.attn.qkv.linear.weight"] + 4.0 * b @ a
-    merge_adapter(model, adapter, strength)
-    torch.testing.assert_close(layer.weight, weight + strength * (adapted - weight))
-    torch.testing.assert_close(layer.bias, bias + strength * 0.5)
-
-
-def test_pissa_adapters_merge_with_others_in_any_order_but_not_after_them(model):
-    other = copy.deepcopy(model)
-    inject_lora(other, LoRAConfig(rank=2))
-    train_a_little_(other)
-    pissa, plain = published_pissa(model), exported(other)
-    first, second = copy.deepcopy(model), copy.deepcopy(model)
-    merge_adapters(first, [(plain, 0.7), (pissa, 0.5)])
-    merge_adapter(second, pissa, 0.5)
-    merge_adapter(second, plain, 0.7)
-    torch.testing.assert_close(first.state_dict(), second.state_dict())
-    with pytest.raises(ValueError, match=r"pissa.pt: .*another adapter merged already"):
-        merge_adapter(first, pissa)
-    with merged_adapters(model, [(plain, 1.0)]):
-        pass
-    merge_adapter(model, pissa)  # the block gave the base weights back
-
-
-def test_an_adapter_can_be_trained_on_top_of_a_merged_one(model, x):
-    first = copy.deepcopy(model)
-    inject_lora(first, CONFIGS["plain"])
-    train_a_little_(first)
-    merge_adapter(model, exported(first))
-    before = model(x)
-    inject_lora(model, CONFIGS["plain"])
-    assert torch.equal(model(x), before)
-
-
-def test_merging_reports_everything_that_does_not_fit_and_changes_nothing(model):
-    before = copy.deepcopy(model.state_dict())
-    a, b = torch.ones(2, DIM), torch.ones(DIM, 2)
-    adapter = Adapter(
-        {
-            "linear1.lora_A": a, "linear1.lora_B": b,
-            "absent.lora_A": a, "absent.lora_B": b,
-            "blocks.0.norm.lora_A": a, "blocks.0.norm.lora_B": b,
-            "blocks.0.attn.qkv.lora_A": a, "blocks.0.attn.qkv.lora_B": b,
-            "blocks.1.linear1.lora_A": a, "blocks.1.linear1.lora_B": b,
-        },
-        source="dog.pt",
-    )  # fmt: skip
-    with pytest.raises(ValueError) as error:
-        merge_adapter(model, adapter)
-    for part in (
-        "dog.pt: the model has no layer absent",
-        "blocks.0.norm is a LayerNorm",
-        "blocks.0.attn.qkv: the adapter is for a weight of (12, 12), the model's is (36, 12)",
-        "blocks.1.linear1: the adapter is for a weight of (12, 12), the model's is (12, 12, 3)",
-    ):
-        assert part in str(error.value)
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-
-
-@pytest.mark.parametrize(
-    ("tensors", "message"),
-    [
-        ({"linear1.lora_A": torch.ones(2, DIM)}, "linear1.lora_B is missing"),
-        ({"linear1.lora_A": torch.ones(2, DIM), "linear1.lora_B": torch.ones(DIM, 3)}, "do not fit together"),
-        ({"linear1.weight": torch.ones(DIM, DIM)}, "linear1.weight is no LoRA tensor"),
-    ],
-)
-def test_tensors_that_are_no_adapter_are_refused(model, tensors, message):
-    with pytest.raises(ValueError, match=message):
-        merge_adapter(model, Adapter(tensors))
-
-
-@pytest.mark.parametrize("strength", [math.nan, math.inf])
-def test_a_strength_must_be_a_number(model, strength):
-    adapter = Adapter({"linear1.lora_A": torch.ones(2, DIM), "linear1.lora_B": torch.ones(DIM, 2)})
-    with pytest.raises(ValueError, match="strength must be a finite number"):
-        merge_adapter(model, adapter, strength)
-
-
-def test_long_lists_of_problems_are_cut(model):
-    tensors = {f"no.{i}.lora_{f}": torch.ones(2, 2) for i in range(30) for f in "AB"}
-    with pytest.raises(ValueError, match=r"no\.9 and 20 more"):
-        merge_adapter(model, Adapter(tensors))
 
 
 def test_a_copy_of_an_adapted_model_is_independent(model, x):

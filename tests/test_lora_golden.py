@@ -35,7 +35,7 @@ ADAPTERS = GOLDEN / "adapters"
 LINEAR_ONLY = {"linear1": "text_block.linear1"}
 PISSA_LAYERS = [
     "joint_blocks.0.latent_block.attn.qkv", "joint_blocks.1.latent_block.attn.qkv", "fused_blocks.1.attn.qkv",
-]  # fmt: skip
+]
 
 
 class Case:
@@ -99,7 +99,7 @@ def test_tiny_base(tiny):
         "qkv_rank4_alpha4", "qkv_rank4_alpha8", "qkv_rank4_alpha8_rslora", "qkv_linear1_rank4_alpha4",
         "qkv_linear1_rank16_alpha32_rslora",
     ],
-)  # fmt: skip
+)
 def test_tiny_adapters_injected_and_merged(tiny, name):
     case = tiny.config["cases"][name]
     cfg = LoRAConfig(
