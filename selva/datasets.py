@@ -5,6 +5,7 @@ data/dog_001.npz   features         data/dog_001.wav   sound, same stem        d
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from collections import deque
@@ -14,11 +15,12 @@ from typing import Any, Literal
 
 import torch
 
-from selva.features import load_features
+from selva.features import FeatureBundle, load_features
 
 log = logging.getLogger(__name__)
 
 PathLike = str | os.PathLike[str]
+PromptSource = Literal["prompts.txt", "features", "folder"]
 
 # Ordered: with several sounds of one stem the first kind is taken, on every machine and in every run.
 AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".aiff", ".aif")
@@ -33,13 +35,24 @@ class Clip:
         id: stem of both files; what every later message, metric and file name calls this clip.
         prompt: what the clip is trained with.
         prompt_source: where the prompt is from: prompts.txt, the feature file, or the name of the folder.
+        extracted_prompt: the prompt that the sync features were extracted with; "" if unknown.
+        duration_sec: of the features.
+        clip_shape, sync_shape: (tokens, width) of the features.
+        text_shape: (77, width) of the text features of ``extracted_prompt``; None if the file holds none.
+        features_hash: of the values of both features; equal for two copies of a video.
     """
 
     id: str
     features_path: Path
     audio_path: Path
     prompt: str
-    prompt_source: Literal["prompts.txt", "features", "folder"]
+    prompt_source: PromptSource
+    extracted_prompt: str
+    duration_sec: float
+    clip_shape: tuple[int, int]
+    sync_shape: tuple[int, int]
+    text_shape: tuple[int, int] | None
+    features_hash: str
 
 
 @dataclass(frozen=True)
@@ -92,12 +105,13 @@ def scan_folder(data_dir: PathLike) -> FolderScan:
             skipped.append((path, f"no sound beside it ({path.stem}{', '.join(AUDIO_SUFFIXES)})"))
             continue
         try:
-            extracted_prompt = load_features(path).prompt
+            bundle = load_features(path)
         except (ValueError, OSError) as error:
             skipped.append((path, str(error).removeprefix(f"{path}: ")))
             continue
-        prompt, source = _choose_prompt(prompts.get(path.name), extracted_prompt, data_dir)
-        clips.append(Clip(path.stem, path, _choose_sound(sounds[path.stem]), prompt, source))
+        sound = _choose_sound(sounds[path.stem])
+        prompt, source = _choose_prompt(prompts.get(path.name), bundle.prompt, data_dir)
+        clips.append(_describe(path, sound, prompt, source, bundle))
 
     stems = {path.stem for path in features}
     for stem, paths in sounds.items():
@@ -106,9 +120,19 @@ def scan_folder(data_dir: PathLike) -> FolderScan:
     return FolderScan(clips, skipped)
 
 
-def _choose_prompt(
-    written: str | None, extracted: str, data_dir: Path
-) -> tuple[str, Literal["prompts.txt", "features", "folder"]]:
+def _describe(path: Path, sound: Path, prompt: str, source: PromptSource, bundle: FeatureBundle) -> Clip:
+    digest = hashlib.sha256(bundle.clip_features.numpy())
+    digest.update(bundle.sync_features.numpy())
+    return Clip(
+        id=path.stem, features_path=path, audio_path=sound, prompt=prompt, prompt_source=source,
+        extracted_prompt=bundle.prompt, duration_sec=bundle.duration,
+        clip_shape=tuple(bundle.clip_features.shape[1:]), sync_shape=tuple(bundle.sync_features.shape[1:]),
+        text_shape=None if bundle.text_features is None else tuple(bundle.text_features.shape[1:]),
+        features_hash=digest.hexdigest(),
+    )
+
+
+def _choose_prompt(written: str | None, extracted: str, data_dir: Path) -> tuple[str, PromptSource]:
     if written is not None:
         return written, "prompts.txt"
     if extracted:
