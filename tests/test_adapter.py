@@ -36,6 +36,8 @@ CONFIGS = {
     "scaled": LoRAConfig(rank=3, alpha=5.0, targets=ALL, rslora=True),
     "ranks": LoRAConfig(rank=2, targets=ALL, target_ranks={"linear1": 5, "ffn.0": 1}),
     "pissa": LoRAConfig(rank=3, targets=ALL, init="pissa"),
+    "dora": LoRAConfig(rank=3, alpha=5.0, targets=ALL, dora=True),
+    "dora_pissa": LoRAConfig(rank=3, targets=ALL, dora=True, init="pissa"),
 }
 
 

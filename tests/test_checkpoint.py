@@ -21,6 +21,7 @@ from selva.checkpoint import (
     load_adapter,
     load_checkpoint,
     load_newest_checkpoint,
+    readable_meta,
     save_adapter,
     save_checkpoint,
     step_file_name,
@@ -67,8 +68,11 @@ CONFIGS = {
     "ranks": LoRAConfig(rank=4, targets=LINEAR, target_ranks={"1.linear1": 2}),
     "pissa": LoRAConfig(rank=3, targets=LINEAR, init="pissa"),
     "conv": LoRAConfig(rank=3, alpha=7.0, targets=("attn.qkv", "linear1")),
+    "dora": LoRAConfig(rank=3, alpha=7.0, targets=LINEAR, dora=True),
+    "conv_dora_pissa": LoRAConfig(rank=3, targets=("attn.qkv", "linear1"), dora=True, init="pissa"),
 }
-LINEAR_CONFIGS = [name for name in CONFIGS if name != "conv"]
+NATIVE = {"conv": "convolutions", "dora": "DoRA magnitudes", "conv_dora_pissa": "convolutions and has DoRA magnitudes"}
+LINEAR_CONFIGS = [name for name in CONFIGS if name not in NATIVE]
 
 
 @pytest.fixture
@@ -152,11 +156,30 @@ def test_rank_16_on_qkv_works_there_as_a_bare_state_dict(base, x, tmp_path):
     torch.testing.assert_close(load_as_comfyui(base, tmp_path / "raw.pt")(x), model(x), rtol=1e-5, atol=2e-6)
 
 
-def test_comfyui_refuses_convolutions_with_the_reason(base, tmp_path):
-    save_adapter(tmp_path / "a.pt", trained(base, "conv"), META)
-    with pytest.raises(ValueError, match=r"No layers matched target=\['this adapter .*convolutions"):
+@pytest.mark.parametrize("name", NATIVE)
+def test_comfyui_refuses_what_it_cannot_apply_with_the_reason(base, tmp_path, name):
+    written = save_adapter(tmp_path / "a.pt", trained(base, name), META)
+    with pytest.raises(ValueError, match=rf"No layers matched target=\['this adapter .*{NATIVE[name]}, which .*train"):
         load_as_comfyui(base, tmp_path / "a.pt")
-    assert load_adapter(tmp_path / "a.pt").meta["target"] == ["attn.qkv", "linear1"]
+    meta = load_adapter(tmp_path / "a.pt").meta
+    assert meta["target"] == list(CONFIGS[name].targets) and "native_target" not in meta
+    assert readable_meta(written) == meta and "this adapter" in written["target"][0]
+    assert LoRAConfig.from_meta(meta) == CONFIGS[name]
+
+
+def test_a_readable_meta_is_a_copy_of_one_that_hides_nothing(base, tmp_path):
+    written = save_adapter(tmp_path / "a.pt", trained(base, "qkv"), META)
+    assert readable_meta(written) == written and readable_meta(written) is not written
+
+
+def test_a_native_adapter_without_its_targets_is_refused(base, tmp_path):
+    path = tmp_path / "a.pt"
+    save_adapter(path, trained(base, "dora"), META)
+    content = torch.load(path, weights_only=True)
+    del content["meta"]["native_target"]
+    torch.save(content, path)
+    with pytest.raises(ValueError, match=r"a\.pt: the meta .* has no native_target"):
+        load_adapter(path)
 
 
 def test_the_file_follows_the_published_rules(base, tmp_path):
@@ -187,8 +210,7 @@ def test_save_load_merge_gives_the_trained_model(base, x, tmp_path, name, suffix
     path = tmp_path / f"a{suffix}"
     written = save_adapter(path, model, META)
     adapter = load_adapter(path)
-    if name != "conv":
-        assert adapter.meta == written
+    assert adapter.meta == readable_meta(written)
     merged = copy.deepcopy(base)
     merge_adapter(merged, adapter)
     torch.testing.assert_close(merged(x), model(x), rtol=1e-5, atol=2e-6)
@@ -447,7 +469,7 @@ def test_a_step_file_is_an_adapter_too(base, x, tmp_path, name):
     merged = copy.deepcopy(base)
     merge_adapter(merged, load_adapter(tmp_path / "adapter_step00007.pt"))
     torch.testing.assert_close(merged(x), model(x), rtol=1e-5, atol=2e-6)
-    if name != "conv":
+    if name not in NATIVE:
         there = load_as_comfyui(base, tmp_path / "adapter_step00007.pt")
         torch.testing.assert_close(there(x), model(x), rtol=1e-5, atol=2e-6)
 
@@ -496,6 +518,7 @@ def test_an_adapter_for_inference_cannot_be_resumed(base, tmp_path):
         (LoRAConfig(rank=3, alpha=7.0), "targets is"),
         (LoRAConfig(rank=3, targets=LINEAR, init="pissa"), "init is standard there and pissa now"),
         (LoRAConfig(rank=3, alpha=7.0, targets=LINEAR, target_ranks={"attn.qkv": 2}), "target_ranks is"),
+        (LoRAConfig(rank=3, alpha=7.0, targets=LINEAR, dora=True), "dora is False there and True now"),
     ],
 )
 def test_resuming_with_other_settings_is_refused(base, tmp_path, changed, message):

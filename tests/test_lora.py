@@ -21,6 +21,8 @@ from selva.lora import (
     lora_state_dict,
     remove_lora,
 )
+from selva.models.generator import Generator
+from selva.models.zoo import VARIANTS
 
 
 @pytest.fixture
@@ -70,6 +72,39 @@ def test_matching_modules_that_cannot_be_adapted_are_reported(model):
     assert reasons["blocks.0.ffn"] == "a Sequential, neither nn.Linear nor nn.Conv1d"
     assert reasons["blocks.0.linear1"] == "a convolution in 3 groups"
     assert "2 matching modules skipped" in report.summary()
+
+
+def test_the_notice_tells_what_is_skipped_and_what_would_load_elsewhere(model):
+    plain = copy.deepcopy(model)
+    assert inject_lora(plain, LoRAConfig()).notice == []
+    plain = copy.deepcopy(model)
+    plain.blocks[0].linear1 = nn.Conv1d(DIM, DIM, 3, groups=3)
+    plain.blocks[1].linear1 = nn.Linear(DIM, DIM)
+    plain.linear1 = nn.Conv1d(DIM, DIM, 1)
+    skipped, refused = inject_lora(plain, LoRAConfig(targets=("attn.qkv", "linear1"))).notice
+    assert skipped == "matched by a target but not adapted, being a convolution in 3 groups: blocks.0.linear1"
+    assert refused == (
+        "ComfyUI-SelVA will refuse this adapter: 1 of 4 adapted layers are convolutions; "
+        "trained with the targets attn.qkv 1.linear1 it would load there"
+    )
+    only_convolutions = inject_lora(copy.deepcopy(model), LoRAConfig(targets=("ffn.0",))).notice
+    assert only_convolutions == ["ComfyUI-SelVA will refuse this adapter: 2 of 2 adapted layers are convolutions"]
+    with_dora = inject_lora(model, LoRAConfig(dora=True)).notice
+    assert with_dora == [
+        "ComfyUI-SelVA will refuse this adapter: it uses DoRA; trained without DoRA it would load there"
+    ]
+
+
+@pytest.mark.parametrize("preset", ["attn", "attn+mlp", "all"])
+def test_the_targets_for_elsewhere_reach_the_linear_layers_and_nothing_else(preset):
+    def inject(targets):
+        with torch.device("meta"):
+            return inject_lora(Generator(VARIANTS["small_16k"].generator), LoRAConfig(rank=1, targets=targets))
+
+    report = inject((preset,))
+    linear = inject(tuple(report.linear_targets()))
+    assert linear.wrapped == [layer.name for layer in report.layers if layer.kind == "linear"]
+    assert {layer.kind for layer in linear.layers} == {"linear"} and linear.notice == []
 
 
 def test_a_subclass_with_its_own_forward_is_left_alone(model):
