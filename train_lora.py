@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import logging
 import signal
 import sys
@@ -27,23 +26,15 @@ from typing import Any
 import torch
 
 from selva import cli, flow
-from selva.checkpoint import (
-    TrainingState,
-    check_same_settings,
-    load_checkpoint,
-    load_newest_checkpoint,
-    save_adapter,
-    save_checkpoint,
-    step_file_name,
-)
-from selva.datasets import scan_folder
-from selva.files import atomic_write_text
+from selva.checkpoint import TrainingState, check_same_settings, load_checkpoint, load_newest_checkpoint
+from selva.distributed import World, join_world
 from selva.lora import LoRAConfig, inject_lora
-from selva.media import write_audio
+from selva.lora_config import PRESETS, parse_targets
 from selva.models.generator import cast_frozen_
 from selva.models.zoo import Variant, get_variant
-from selva.report import MetricsFile, clock, peak_memory_bytes, plot_losses, plot_spectrograms
-from selva.sampling import SamplingConfig, decode_latents, sample_latents
+from selva.preview import Preview
+from selva.report import MetricsFile, clock, peak_memory_bytes
+from selva.run_folder import RunFolder, check_disk_space
 from selva.sequence import DEFAULT_DURATION_SEC
 from selva.training import (
     CLIP_FEATURE_MODES,
@@ -54,12 +45,11 @@ from selva.training import (
     fit,
     split_validation,
 )
-from selva.training_data import TrainingClip, load_waveform, prepare_clips
-from selva.weights import check_weights, load_generator, load_vae, load_vocoder
+from selva.training_data import load_training_set
+from selva.training_set import TrainingSet
+from selva.weights import check_weights, load_generator
 
 log = logging.getLogger("selva.train_lora")
-
-RUN_FILES = ("adapter_*", "sample_*", "loss_*.png", "metrics.jsonl", "meta.json", "config.yaml")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -74,6 +64,8 @@ def build_parser() -> cli.ArgumentParser:
     group.add_argument("--output_dir", type=Path, default=Path("lora_output"), help="folder of this run")
     group.add_argument("--resume", metavar="FILE|auto",
                        help="continue from a step file; auto takes the newest of the output folder, if any")
+    group.add_argument("--dry_run", action="store_true",
+                       help="check everything, try two steps, estimate memory and time, and write nothing")
     group.add_argument("--skip_invalid", action="store_true",
                        help="train without the clips that cannot be used, instead of stopping to name them")
     group.add_argument("--duration", type=float, default=DEFAULT_DURATION_SEC,
@@ -85,11 +77,13 @@ def build_parser() -> cli.ArgumentParser:
     group = parser.add_argument_group("adapter")
     group.add_argument("--rank", type=int, default=LoRAConfig.rank, help="size of the adapter")
     group.add_argument("--alpha", type=float, help="the adapter is scaled by alpha / rank (default: rank, scale 1)")
-    group.add_argument("--target", nargs="+", default=list(LoRAConfig().targets), metavar="SUFFIX",
-                       help="adapt the layers whose names end so, e.g. attn.qkv linear1 ffn.w1 (default: attn.qkv)")
+    group.add_argument("--target", nargs="+", default=list(LoRAConfig().targets), metavar="SUFFIX[:RANK]",
+                       help="adapt the layers whose names end so, e.g. attn.qkv linear1:4, or a preset: "
+                       f"{', '.join(PRESETS)} (default: attn.qkv)")
     group.add_argument("--lora_dropout", type=float, default=LoRAConfig.dropout, help="dropout before the adapter")
     group.add_argument("--init", choices=("standard", "pissa"), default=LoRAConfig.init,
                        help="pissa starts at the largest singular directions of the base weights")
+    group.add_argument("--dora", action="store_true", help="DoRA: also train the length of every row of the weights")
     group.add_argument("--rslora", action="store_true", help="scale alpha / sqrt(rank), alpha 16 unless given")
 
     group = parser.add_argument_group("optimisation (a step is one update, whatever --grad_accum is)")
@@ -120,9 +114,12 @@ def build_parser() -> cli.ArgumentParser:
     group = parser.add_argument_group("evaluation")
     group.add_argument("--val_fraction", type=float, default=0.1,
                        help="share of the clips held out to see overfitting; none below five clips")
+    group.add_argument("--val_dir", type=Path, help="hold out the clips of this folder instead")
     _adder(group)("val_every", int, "steps between validations")
     _adder(group)("patience", int, "stop after so many validations without a better one; 0: never")
     _adder(group)("log_every", int, "steps between log lines")
+    group.add_argument("--keep_last", type=int, default=0, help="step files to keep; 0: all of them")
+    group.add_argument("--tensorboard", action="store_true", help="write the curves for TensorBoard too")
     group.add_argument("--preview", action=cli.BooleanFlag, default=True, help="generate a sample at every checkpoint")
 
     group = parser.add_argument_group("memory")
@@ -156,14 +153,17 @@ def configs_from(args: argparse.Namespace) -> tuple[TrainConfig, LoRAConfig]:
     except ValueError as error:
         problems.append(str(error))
     try:
-        lora_config = LoRAConfig(rank=args.rank, alpha=args.alpha, targets=tuple(args.target),
-                                 dropout=args.lora_dropout, rslora=args.rslora, init=args.init)
+        targets, target_ranks = parse_targets(args.target)
+        lora_config = LoRAConfig(rank=args.rank, alpha=args.alpha, targets=targets, target_ranks=target_ranks,
+                                 dropout=args.lora_dropout, rslora=args.rslora, init=args.init, dora=args.dora)
     except ValueError as error:
         problems.append(str(error))
     if not 0 <= args.val_fraction < 1:
         problems.append(f"val_fraction is {args.val_fraction}, expected 0 to below 1")
-    if not args.data_dir.is_dir():
-        problems.append(f"--data_dir {args.data_dir}: no such folder")
+    if args.keep_last < 0:
+        problems.append(f"keep_last is {args.keep_last}, expected at least 0")
+    folders = {"--data_dir": args.data_dir, "--val_dir": args.val_dir}
+    problems += [f"{flag} {path}: no such folder" for flag, path in folders.items() if path and not path.is_dir()]
     if args.resume not in (None, "auto") and not Path(args.resume).is_file():
         problems.append(f"--resume {args.resume}: no such file")
     if problems:
@@ -189,32 +189,8 @@ def adapter_meta(variant: Variant, args: argparse.Namespace, config: TrainConfig
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# the output folder
+# resuming
 # ---------------------------------------------------------------------------------------------------------------
-
-
-def move_old_run_aside(folder: Path) -> None:
-    """Move the files of an earlier run into ``previous_001`` (002, ...), so that a fresh start overwrites nothing."""
-    old = sorted({path for pattern in RUN_FILES for path in folder.glob(pattern)})
-    if not old:
-        return
-    number = 1
-    while (aside := folder / f"previous_{number:03d}").exists():
-        number += 1
-    aside.mkdir()
-    for path in old:
-        path.rename(aside / path.name)
-    log.warning("%s held an earlier run; its %d files are now in %s (use --resume auto to continue a run)",
-                folder, len(old), aside)
-
-
-def final_path(folder: Path) -> Path:
-    """Return adapter_final.pt, or the next free adapter_final_001.pt if a finished run was continued."""
-    path, number = folder / "adapter_final.pt", 0
-    while path.exists():
-        number += 1
-        path = folder / f"adapter_final_{number:03d}.pt"
-    return path
 
 
 def find_resume(args: argparse.Namespace) -> TrainingState | None:
@@ -228,11 +204,29 @@ def find_resume(args: argparse.Namespace) -> TrainingState | None:
     return saved
 
 
-def check_resumable(saved: TrainingState, lora_config: LoRAConfig, variant: Variant) -> None:
-    """Raise a ValueError if continuing would mix two different trainings."""
-    if saved.meta.get("variant", variant.name) != variant.name:
-        raise ValueError(f"{saved.path}: is a run of variant {saved.meta['variant']}, not {variant.name}")
+# Settings of TrainConfig that change what is learned; the others may change when a run is continued.
+FIXED_SETTINGS = ("clip_features", "latent", "null_prob", "timestep_mode", "logit_normal_sigma", "seed")
+
+
+def check_resumable(
+    saved: TrainingState, args: argparse.Namespace, config: TrainConfig, lora_config: LoRAConfig
+) -> None:
+    """Raise a ValueError if the run is at its end, or if continuing would mix two different trainings.
+
+    A run that was stopped between its last step and its final adapter is not at its end.
+    """
+    finished = (args.output_dir / "adapter_final.pt").exists()
+    if saved.step > config.steps or (saved.step == config.steps and finished):
+        raise ValueError(f"{saved.path}: is at step {saved.step} and --steps is {config.steps}; give a larger --steps")
     check_same_settings(saved, lora_config)
+    before = saved.meta.get("train_config", {})
+    pairs = {name: (before[name], getattr(config, name)) for name in FIXED_SETTINGS if name in before}
+    for name, now in (("variant", args.variant), ("normalize_audio", args.normalize_audio)):
+        pairs[name] = (saved.meta.get(name, now), now)
+    different = [f"{name} was {was!r} and is {now!r} now" for name, (was, now) in pairs.items() if was != now]
+    if different:
+        raise ValueError(f"{saved.path}: continuing with other settings would mix two trainings: "
+                         f"{'; '.join(different)}. Use the same settings, or start a new run")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -240,71 +234,52 @@ def check_resumable(saved: TrainingState, lora_config: LoRAConfig, variant: Vari
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def load_clips(args: argparse.Namespace, variant: Variant, device: torch.device) -> list[TrainingClip]:
-    """Return the clips of the data folder, encoded; every clip that cannot be used is named.
+def load_clips(
+    args: argparse.Namespace, data_dir: Path, variant: Variant, device: torch.device, world: World
+) -> TrainingSet:
+    """Return the clips of a data folder, encoded; every clip that cannot be used is named.
 
     Raises:
         ValueError: no clip can be used, or some cannot and ``--skip_invalid`` is not given.
     """
-    scan = scan_folder(args.data_dir)
-    clips, problems = prepare_clips(
-        scan.clips, variant, args.selva_dir, device,
-        max_duration_sec=args.duration, normalize_audio=args.normalize_audio,
-    )
-    for path, reason in (*scan.skipped, *problems):
+    def load() -> tuple[TrainingSet, list[tuple[Path, str]]]:
+        return load_training_set(
+            data_dir, variant, args.selva_dir, device, max_duration_sec=args.duration,
+            normalize_audio=args.normalize_audio, use_cache=not args.dry_run,
+        )
+
+    if not world.is_main:  # rank 0 has filled the cache when the others look
+        world.wait()
+    clips, problems = load()
+    if world.is_main:
+        world.wait()
+    for path, reason in problems:
         log.error("%s", reason if str(path) in reason else f"{path}: {reason}")
-    bad = len(scan.skipped) + len(problems)
-    if not clips:
-        raise ValueError(f"{args.data_dir}: no clip can be trained on; extract_features.py makes .npz + sound pairs")
-    if bad and not args.skip_invalid:
-        raise ValueError(f"{args.data_dir}: {bad} files cannot be used, see above; repair or remove them, or give "
+    if not len(clips):
+        raise ValueError(f"{data_dir}: no clip can be trained on; extract_features.py makes .npz + sound pairs")
+    if problems and not args.skip_invalid:
+        raise ValueError(f"{data_dir}: {len(problems)} files cannot be used, see above; repair or remove them, or give "
                          "--skip_invalid to train without them")
-    seconds = sum(clip.sequence.duration_sec for clip in clips)
-    lengths = sorted({f"{clip.sequence.duration_sec:g}" for clip in clips}, key=float)
-    log.info("%d clips, %s in all, clip lengths %s s, %d different prompts, %d files left out",
-             len(clips), clock(seconds), " ".join(lengths), len({clip.prompt for clip in clips}), bad)
     return clips
 
 
+def load_split(
+    args: argparse.Namespace, variant: Variant, device: torch.device, world: World
+) -> tuple[TrainingSet, TrainingSet]:
+    """Return (training, held-out) clips, as ``--val_dir`` or ``--val_fraction`` divides them."""
+    clips = load_clips(args, args.data_dir, variant, device, world)
+    if args.val_dir is None:
+        clips, val_clips = split_validation(clips, args.val_fraction, args.seed)
+    else:
+        val_clips = load_clips(args, args.val_dir, variant, device, world)
+    log.info("%d clips to train on, %d held out%s", len(clips), len(val_clips),
+             "" if len(val_clips) else ": overfitting will not be seen")
+    return clips, val_clips
+
+
 # ---------------------------------------------------------------------------------------------------------------
-# samples
+# stopping
 # ---------------------------------------------------------------------------------------------------------------
-
-
-class Preview:
-    """Generates a sound for one clip at every checkpoint, with guidance, the way infer.py would."""
-
-    def __init__(self, clip: TrainingClip, held_out: bool, variant: Variant, args: argparse.Namespace) -> None:
-        self.clip, self.variant, self.args = clip, variant, args
-        self.name = f"{clip.id} ({'held out' if held_out else 'a training clip: none is held out'})"
-        self.reference = load_waveform(clip.audio_path, clip.sequence, args.normalize_audio)
-
-    def write(self, run: TrainingRun) -> None:
-        clip, generator, device = self.clip, run.generator, run.device
-        generator.eval()
-        generator.set_sequence(*clip.lengths)
-        clip_f = clip.clip_f[None].to(device)
-        if run.config.clip_features == "empty":
-            clip_f = generator.empty_features(1)[0]
-        sampling = SamplingConfig()
-        latents = sample_latents(
-            generator, clip_f, clip.sync_f[None].to(device), clip.text_f[None].to(device), [self.args.seed], sampling,
-            precision=run.precision,
-        )
-        generator.train()
-        # Loaded for this moment only: training needs the memory more.
-        vae = load_vae(self.variant.name, self.args.selva_dir, device).drop_encoder()
-        vocoder = load_vocoder(self.variant.name, self.args.selva_dir, device)
-        waveform = decode_latents(latents, vae, vocoder)[0].cpu()
-        stem = self.args.output_dir / f"sample_step{run.step:05d}"
-        rate = clip.sequence.sampling_rate
-        write_audio(stem.with_suffix(".wav"), waveform, rate)
-        plot_spectrograms(
-            [(f"generated, guidance {sampling.cfg_strength}, {sampling.num_steps} steps", waveform),
-             ("recorded", self.reference)],
-            rate, stem.with_suffix(".png"), f"step {run.step}: {self.name}, {clip.prompt!r}",
-        )
-        log.info("sample: %s", stem.with_suffix(".wav"))
 
 
 class StopRequest:
@@ -340,63 +315,104 @@ class StopRequest:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-@cli.entry_point
-def main(argv: Sequence[str] | None = None) -> int:
-    # 1. everything cheap, and the data, before the base model is read
-    args = build_parser().parse_args(argv)
-    config, lora_config = configs_from(args)
-    device, precision = cli.resolve_device(args.device), cli.PRECISIONS[args.precision]
-    variant = get_variant(args.variant)
-    needs = ("generator", "vae", "clip_text", *(["vocoder"] if args.preview else []))
-    check_weights(variant.name, args.selva_dir, needs)
-    torch.manual_seed(args.seed)
-    saved = find_resume(args)
-    if saved is not None:
-        check_resumable(saved, lora_config, variant)
-    clips, val_clips = split_validation(load_clips(args, variant, device), args.val_fraction, args.seed)
-    log.info("%d clips to train on, %d held out%s", len(clips), len(val_clips),
-             "" if val_clips else ": overfitting will not be seen")
-
-    # 2. generator and adapter
+def build_run(
+    args: argparse.Namespace,
+    config: TrainConfig,
+    lora_config: LoRAConfig,
+    variant: Variant,
+    clips: tuple[TrainingSet, TrainingSet],
+    device: torch.device,
+    world: World,
+) -> TrainingRun:
+    """Return the base model with a fresh adapter and everything that trains it."""
+    precision = cli.PRECISIONS[args.precision]
     generator = load_generator(variant.name, args.selva_dir)
     cast_frozen_(generator, precision)
     report = inject_lora(generator, lora_config, torch.Generator().manual_seed(args.seed))
     generator.to(device)
     generator.gradient_checkpointing = args.grad_checkpointing
-    for name, reason in report.skipped:
-        log.warning("target skipped: %s (%s)", name, reason)
-    log.info("%s: %s of %s in all", variant.name, report.summary(),
-             f"{sum(p.numel() for p in generator.parameters()):,}")
+    total = sum(p.numel() for p in generator.parameters())
+    log.info("%s: %s of %s in all", variant.name, report.summary(), f"{total:,}")
+    for line in report.notice:
+        log.warning("%s", line)
+    torch.manual_seed(args.seed + world.rank)  # dropout
+    return TrainingRun(generator, *clips, config, precision, world)
 
-    # 3. everything with a state, then the old state
-    run = TrainingRun(generator, clips, val_clips, config, precision)
+
+def estimate(run: TrainingRun) -> None:
+    """Try two steps and tell what the whole run will need; nothing is written."""
+    run.generator.train()
+    run.train_step()  # the first one allocates and warms up
+    started = time.monotonic()
+    run.train_step()
+    seconds = time.monotonic() - started
+    log.info("dry run: %.2f s/step, about %s for %d steps; peak memory %.2f GiB; nothing was written", seconds,
+             clock(seconds * run.config.steps), run.config.steps, peak_memory_bytes(run.device) / 2**30)
+
+
+@cli.entry_point
+def main(argv: Sequence[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    config, lora_config = configs_from(args)
+    device, variant = cli.resolve_device(args.device), get_variant(args.variant)
+    needs = ("generator", "vae", "clip_text", *(["vocoder"] if args.preview else []))
+    check_weights(variant.name, args.selva_dir, needs)
+    with join_world(device) as world:
+        return train(args, config, lora_config, variant, device, world)
+
+
+def train(
+    args: argparse.Namespace,
+    config: TrainConfig,
+    lora_config: LoRAConfig,
+    variant: Variant,
+    device: torch.device,
+    world: World,
+) -> int:
+    """Do what the command line says and return the exit code."""
+    # 1. the old state and the data, before the base model is read
+    saved = find_resume(args)
+    if saved is not None:
+        check_resumable(saved, args, config, lora_config)
+    clips, val_clips = load_split(args, variant, device, world)
+
+    # 2. the model, and everything with a state; then the old state
+    run = build_run(args, config, lora_config, variant, (clips, val_clips), device, world)
     if saved is not None:
         run.restore(saved)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    if saved is None:
-        move_old_run_aside(args.output_dir)
-    metrics = MetricsFile(args.output_dir / "metrics.jsonl")
-    metrics.cut_after(run.step)
-    cli.write_settings(args.output_dir / "config.yaml", args)
+    if args.dry_run:
+        estimate(run)
+        return 0
+
+    # 3. the output folder
     meta = adapter_meta(variant, args, config, len(clips))
-    preview = Preview((val_clips or clips)[0], bool(val_clips), variant, args) if args.preview else None
+    folder = RunFolder(args.output_dir, meta, args.keep_last,
+                       f"{variant.name}, {len(clips)} clips, rank {lora_config.rank}")
+    metrics, preview = MetricsFile(), None
+    if world.is_main:
+        num_checkpoints = min(-(-config.steps // config.save_every), args.keep_last or config.steps)
+        check_disk_space(args.output_dir, run.checkpoint_bytes(), num_checkpoints)
+        metrics = folder.open(saved.step if saved else None)
+        if args.tensorboard:
+            metrics.mirror_to_tensorboard(args.output_dir / "tensorboard")
+        cli.write_settings(args.output_dir / "config.yaml", args)
+        if args.preview:
+            shown = val_clips if len(val_clips) else clips
+            preview = Preview(shown.clip(0), bool(len(val_clips)), variant, args.selva_dir, args.normalize_audio,
+                              args.seed)
 
     # 4. train
     def on_checkpoint(run: TrainingRun) -> None:
-        path = args.output_dir / step_file_name(run.step)
-        save_checkpoint(path, generator, {**meta, "step": run.step}, step=run.step,
-                        optimizer=run.optimizer.state_dict(), extra=run.extra_state(),
-                        state=run.ema.average if run.ema else None)
-        plot_losses(metrics, args.output_dir, f"{variant.name}, {len(clips)} clips, rank {lora_config.rank}")
-        log.info("saved %s", path)
+        if not world.is_main:
+            return
+        folder.save_step(run, metrics)
         if preview is not None and not stop():
             with run.evaluated():
-                preview.write(run)
+                preview.write(run, args.output_dir)
 
     def on_best(run: TrainingRun) -> None:
-        with run.evaluated():
-            save_adapter(args.output_dir / "adapter_best.pt", generator,
-                         {**meta, "step": run.step, "val_loss": run.best_val_loss})
+        if world.is_main:
+            folder.save_best(run)
 
     started = time.monotonic()
     with StopRequest() as stop:
@@ -404,17 +420,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not finished:
         log.warning("stopped at step %d of %d; continue with --resume auto", run.step, config.steps)
         return stop.exit_code
+    if not world.is_main:
+        return 0
 
     # 5. the result
-    result = final_path(args.output_dir)
-    with run.evaluated():
-        written = save_adapter(result, generator, {**meta, "step": run.step})
-    atomic_write_text(args.output_dir / "meta.json", json.dumps(written, indent=2) + "\n")
     log.info("trained to step %d in %s, peak memory %.2f GiB", run.step, clock(time.monotonic() - started),
              peak_memory_bytes(device) / 2**30)
-    if val_clips and run.best_step < run.step:
+    if len(val_clips) and run.best_step < run.step:
         log.info("validation was best at step %d (%.4f): adapter_best.pt", run.best_step, run.best_val_loss)
-    print(result)
+    print(folder.save_final(run))
     return 0
 
 

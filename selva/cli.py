@@ -181,12 +181,14 @@ def write_settings(path: Path, args: argparse.Namespace) -> None:
 def resolve_device(name: str) -> torch.device:
     """Return the device that ``--device`` names; "auto" prefers CUDA, then MPS, then the CPU.
 
+    Under torchrun "cuda" is the device of this process.
+
     Raises:
         UsageError: the name is unknown, or this machine has no such device.
     """
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)

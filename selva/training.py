@@ -13,7 +13,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -21,10 +21,11 @@ from torch import Tensor
 
 from selva import flow
 from selva.checkpoint import TrainingState
+from selva.distributed import World
 from selva.lora import load_lora_state_, lora_parameters, lora_plus_groups, named_factors
 from selva.models.generator import Generator
 from selva.report import MetricsFile, Progress, clock, peak_memory_bytes, smoothed
-from selva.training_data import Batch, BucketBatches, TrainingClip, collate
+from selva.training_set import Batch, BucketBatches, TrainingSet, collate
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ MULTISTEP_DECAYS = (0.8, 0.9)  # fractions of all steps at which multistep divid
 CLIP_FEATURE_MODES = ("use", "empty")
 VALIDATION_TIMES = 4  # fixed times per held-out clip, one in the middle of each quarter of [0, 1]
 OVERFITTING_AFTER = 3  # validations in a row above the best one, while the training loss falls, before we say so
+ALONE = World()
 MAX_BAD_STEPS = 20  # consecutive steps without a finite gradient after which a run cannot be saved
 
 
@@ -136,6 +138,10 @@ class Draws:
     drop_video: Tensor
     drop_text: Tensor
 
+    def part(self, own: slice) -> Draws:
+        """Return the draws of some items of the batch."""
+        return Draws(*(getattr(self, field.name)[own] for field in fields(self)))
+
 
 def draw(shape: torch.Size, config: TrainConfig, rng: torch.Generator, progress: float) -> Draws:
     """Draw for a batch of latents of ``shape`` (B, N, C); the order is MMAudio's."""
@@ -170,6 +176,7 @@ def flow_loss(
     xt = flow.interpolate(x0, x1, t)
 
     empty_clip, empty_sync, empty_text = generator.empty_features(1)
+    drop_video = drop_video | ~batch.has_video
     no_clip = torch.ones_like(drop_video) if config.clip_features == "empty" else drop_video
     clip_f = torch.where(no_clip[:, None, None], empty_clip, batch.clip_f)
     sync_f = torch.where(drop_video[:, None, None], empty_sync, batch.sync_f)
@@ -181,7 +188,7 @@ def flow_loss(
 
 @torch.no_grad()
 def validate(
-    generator: Generator, clips: Sequence[TrainingClip], config: TrainConfig, precision: torch.dtype
+    generator: Generator, clips: TrainingSet, config: TrainConfig, precision: torch.dtype, world: World = ALONE
 ) -> list[float]:
     """Return the mean held-out loss per time bin, ``VALIDATION_TIMES`` values from noise to data.
 
@@ -194,13 +201,14 @@ def validate(
     was_training = generator.training
     generator.eval()
     total = torch.zeros(VALIDATION_TIMES, device=device)
-    for clip in clips:
+    for index in range(world.rank, len(clips), world.size):
+        clip = clips.clip(index)
         rng = torch.Generator().manual_seed(zlib.crc32(f"{config.seed}/{clip.id}".encode()))
         batch = collate([clip] * VALIDATION_TIMES).to(device)
         posterior, noise = (torch.randn(batch.mean.shape, generator=rng) for _ in range(2))
         total += flow_loss(generator, batch, Draws(posterior, times, noise, nothing, nothing), config, precision)
     generator.train(was_training)
-    return (total / len(clips)).tolist()
+    return (world.sum_(total) / len(clips)).tolist()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -247,19 +255,22 @@ class TrainingRun:
     Args:
         generator: frozen base with adapters injected, on its device.
         clips: training clips. val_clips: held-out clips, possibly none.
+        precision: autocast dtype of the network.
+        world: the processes that share the training; each computes ``config.batch_size`` clips of every batch.
     """
 
     def __init__(
         self,
         generator: Generator,
-        clips: Sequence[TrainingClip],
-        val_clips: Sequence[TrainingClip],
+        clips: TrainingSet,
+        val_clips: TrainingSet,
         config: TrainConfig,
         precision: torch.dtype,
+        world: World = ALONE,
     ) -> None:
-        self.generator, self.val_clips, self.config, self.precision = generator, list(val_clips), config, precision
-        self.device = generator.latent_mean.device
-        self.batches = BucketBatches(clips, config.batch_size, config.seed)
+        self.generator, self.val_clips, self.config, self.precision = generator, val_clips, config, precision
+        self.world, self.device = world, generator.latent_mean.device
+        self.batches = BucketBatches(clips, config.batch_size * world.size, config.seed)
         self.rng = torch.Generator().manual_seed(config.seed)
         self.parameters = lora_parameters(generator)
         groups = lora_plus_groups(generator, config.lr, config.lora_plus_ratio)
@@ -276,14 +287,18 @@ class TrainingRun:
 
         An update whose gradient is not finite is skipped.
         """
-        config = self.config
+        config, own = self.config, self.world.own_slice(self.config.batch_size)
         total = torch.zeros((), device=self.device)
         for _ in range(config.grad_accum):
-            batch = next(self.batches)
-            draws = draw(batch.mean.shape, config, self.rng, progress=self.step / config.steps)
-            loss = flow_loss(self.generator, batch.to(self.device), draws, config, self.precision).mean()
+            visits = self.batches.draw()
+            batch = self.batches.load(visits[own]).to(self.device)
+            shape = torch.Size((len(visits), *batch.mean.shape[1:]))  # of the global batch
+            draws = draw(shape, config, self.rng, progress=self.step / config.steps).part(own)
+            loss = flow_loss(self.generator, batch, draws, config, self.precision).mean()
             self.scaler.scale(loss / config.grad_accum).backward()
             total += loss.detach() / config.grad_accum
+        total = self.world.sum_(total) / self.world.size
+        self.world.average_gradients_(self.parameters)
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.grad_clip)
         lr = learning_rate(self.step, config)
@@ -307,12 +322,16 @@ class TrainingRun:
     def validate(self) -> dict[str, Any]:
         """Return the row for ``metrics.jsonl`` of a validation now, and keep track of the best step."""
         with self.evaluated():
-            bins = validate(self.generator, self.val_clips, self.config, self.precision)
+            bins = validate(self.generator, self.val_clips, self.config, self.precision, self.world)
         loss = sum(bins) / len(bins)
         self.worse_in_a_row += 1
         if loss < self.best_val_loss:
             self.best_step, self.best_val_loss, self.worse_in_a_row = self.step, loss, 0
         return {"step": self.step, "val_loss": loss, "val_loss_bins": bins}
+
+    def checkpoint_bytes(self) -> int:
+        """Return about how large a step file is: factors, the same exported, two moments, and the average."""
+        return sum(p.numel() for p in self.parameters) * 4 * (5 if self.ema else 4)
 
     def extra_state(self) -> dict[str, Any]:
         """Return what a step file must hold beside adapter and optimiser so that :meth:`restore` is exact."""
@@ -333,13 +352,8 @@ class TrainingRun:
         ComfyUI-SelVA holds no random states and no data order; those start afresh.
 
         Raises:
-            ValueError: the adapter or the optimiser in the file does not fit, or the run is already longer than
-                ``config.steps``.
+            ValueError: the adapter, the optimiser or the data order in the file does not fit.
         """
-        if saved.step >= self.config.steps:
-            raise ValueError(
-                f"{saved.path}: is at step {saved.step} and --steps is {self.config.steps}; give a larger --steps"
-            )
         load_lora_state_(self.generator, saved.lora)
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(saved.optimizer)
@@ -381,7 +395,7 @@ def fit(
     """
     config = run.config
     run.generator.train()
-    if run.val_clips and run.step == 0:
+    if len(run.val_clips) and run.step == 0:
         metrics.append([run.validate()])  # where the base model stands
         log.info("step 0: validation loss %.4f", run.best_val_loss)
     recent: list[tuple[Tensor, Tensor]] = []
@@ -390,7 +404,7 @@ def fit(
     with Progress(config.steps, "training", "steps", interval_sec=math.inf) as progress:
         while run.step < config.steps:
             recent.append(run.train_step())
-            stopping, last = should_stop(), run.step == config.steps
+            stopping, last = run.world.any(should_stop(), run.device), run.step == config.steps
             if run.step % config.log_every == 0 or last or stopping:
                 rows, seconds = _rows(run, recent, time.monotonic() - since), time.monotonic() - since
                 metrics.append(rows)
@@ -399,7 +413,7 @@ def fit(
                 progress.update(run.step, f"loss {rows[-1]['loss']:.4f}")
                 log.info("%s", _log_line(run, metrics, rows, seconds, left))
                 recent, since = [], time.monotonic()
-            if run.val_clips and (run.step % config.val_every == 0 or last):
+            if len(run.val_clips) and (run.step % config.val_every == 0 or last):
                 row = run.validate()
                 metrics.append([row])
                 log.info("step %d: validation loss %.4f (best %.4f at step %d)", run.step, row["val_loss"],
@@ -473,16 +487,11 @@ def _count_bad(rows: Sequence[dict[str, Any]], bad_steps: int) -> int:
     return bad_steps
 
 
-def split_validation(
-    clips: Sequence[TrainingClip], fraction: float, seed: int
-) -> tuple[list[TrainingClip], list[TrainingClip]]:
+def split_validation(clips: TrainingSet, fraction: float, seed: int) -> tuple[TrainingSet, TrainingSet]:
     """Return (training, held-out) clips; a seeded choice of at least one clip, or none if fewer than five are there."""
-    if fraction <= 0 or len(clips) < 5:
-        return list(clips), []
-    count = min(len(clips) - 1, max(1, round(fraction * len(clips))))
-    order = torch.randperm(len(clips), generator=torch.Generator().manual_seed(seed)).tolist()
-    held_out = set(order[:count])
-    return (
-        [c for i, c in enumerate(clips) if i not in held_out],
-        [c for i, c in enumerate(clips) if i in held_out],
-    )
+    count = len(clips)
+    if fraction <= 0 or count < 5:
+        return clips, clips.subset([])
+    held_out = min(count - 1, max(1, round(fraction * count)))
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    return clips.subset(sorted(order[held_out:])), clips.subset(sorted(order[:held_out]))

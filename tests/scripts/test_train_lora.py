@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +19,7 @@ import torch
 from script_args import TINY
 
 import train_lora
+from selva import run_folder
 from selva.checkpoint import load_adapter
 
 ROOT = Path(__file__).parents[2]
@@ -140,6 +143,92 @@ def test_killed_runs_leave_no_half_written_file(feature_dir, tmp_path):
     assert len(files) >= 3
     for path in files:
         load_adapter(path)
+
+
+def test_two_processes_train_as_one_with_the_same_global_batch(feature_dir, tmp_path):
+    settings = ["--no_preview", "--precision", "fp32", "--val_every", "2", "--grad_accum", "2", "--lr", "1e-2"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert train(feature_dir, one, *settings, "--batch_size", "2") == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               str(ROOT / "train_lora.py"), "--data_dir", str(feature_dir), "--output_dir", str(two), *QUICK, *settings,
+               "--batch_size", "1"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == [str(two / "adapter_final.pt")]
+    assert result.stderr.count("step 4/4") == 1
+    for key, value in tensors(one / "adapter_final.pt").items():
+        torch.testing.assert_close(tensors(two / "adapter_final.pt")[key], value, rtol=1e-3, atol=1e-5)
+    rows = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (one, two)]
+    losses = [[row.get("loss", row.get("val_loss")) for row in of_one_run] for of_one_run in rows]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_a_dry_run_writes_nothing(feature_dir, tmp_path, capsys):
+    before = sorted(p.name for p in feature_dir.iterdir())
+    assert train(feature_dir, tmp_path / "run", "--dry_run") == 0
+    err = capsys.readouterr().err
+    assert "8 layers adapted" in err and "s/step" in err and "nothing was written" in err
+    assert not (tmp_path / "run").exists() and sorted(p.name for p in feature_dir.iterdir()) == before
+
+
+def test_clips_of_another_folder_can_be_held_out(feature_dir, tmp_path, capsys):
+    assert train(feature_dir, tmp_path / "run", "--no_preview", "--val_dir", str(feature_dir)) == 0
+    assert "6 clips to train on, 6 held out" in capsys.readouterr().err
+
+
+def test_only_the_last_step_files_are_kept(feature_dir, tmp_path):
+    assert train(feature_dir, tmp_path / "run", "--no_preview", "--save_every", "1", "--keep_last", "2") == 0
+    names = sorted(p.name for p in (tmp_path / "run").glob("adapter_step*"))
+    assert names == ["adapter_step00003.pt", "adapter_step00004.pt"]
+
+
+def test_a_full_disk_is_survived(feature_dir, tmp_path, capsys, monkeypatch):
+    real = run_folder.save_checkpoint
+
+    def save(path, *args, **kwargs):
+        if path.name == "adapter_step00002.pt":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(run_folder, "save_checkpoint", save)
+    assert train(feature_dir, tmp_path / "run", "--no_preview") == 0
+    assert "the disk is full" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "run").glob("adapter_step*")] == ["adapter_step00004.pt"]
+
+
+def test_a_disk_without_room_is_refused_before_training(feature_dir, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 100, 0))
+    assert train(feature_dir, tmp_path / "run", "--no_preview") == 1
+    assert "0 MiB are free" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_a_finished_run_is_continued_only_with_more_steps(feature_dir, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train(feature_dir, out, "--no_preview") == 0
+    assert train(feature_dir, out, "--no_preview", "--resume", "auto") == 1
+    assert "give a larger --steps" in capsys.readouterr().err
+    before = tensors(out / "adapter_final.pt")
+    (out / "adapter_final.pt").unlink()  # as if killed between the last step and the result
+    assert train(feature_dir, out, "--no_preview", "--resume", "auto") == 0
+    assert same(before, tensors(out / "adapter_final.pt"))
+
+
+def test_settings_that_change_what_is_learned_may_not_change(feature_dir, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train(feature_dir, out, "--no_preview", "--steps", "2") == 0
+    assert train(feature_dir, out, "--no_preview", "--resume", "auto", "--null_prob", "0.5", "--latent", "mode") == 1
+    err = capsys.readouterr().err
+    assert "null_prob was 0.1 and is 0.5 now" in err and "latent was 'sample' and is 'mode' now" in err
+
+
+def test_the_average_is_what_is_saved(feature_dir, tmp_path):
+    plain, average = tmp_path / "plain", tmp_path / "average"
+    assert train(feature_dir, plain, "--no_preview") == 0
+    assert train(feature_dir, average, "--no_preview", "--ema_decay", "0.99") == 0
+    one, two = (torch.load(f / "adapter_step00004.pt", weights_only=True) for f in (plain, average))
+    assert same(one["lora"], two["lora"]) and not same(one["state_dict"], two["state_dict"])
+    assert same(two["state_dict"], tensors(average / "adapter_final.pt"))
 
 
 def spoil_nothing_left(folder: Path) -> None:

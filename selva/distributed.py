@@ -1,0 +1,82 @@
+"""Several processes training one adapter, started by ``torchrun``: who they are and what they exchange.
+
+The frozen base and the data are the same everywhere, so only adapter gradients travel. Every process draws the noise of
+the whole global batch and computes its own slice of it: N processes do what one does with a batch N times as large.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# The others wait for rank 0 while it writes a checkpoint and a sample, which takes minutes on a slow machine.
+TIMEOUT = datetime.timedelta(hours=2)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all: ``rank`` from 0 to ``size`` - 1; on its own it is 0 of 1."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and prints."""
+        return self.rank == 0
+
+    def own_slice(self, per_process: int) -> slice:
+        """Return which items of a global batch this process computes."""
+        return slice(self.rank * per_process, (self.rank + 1) * per_process)
+
+    def average_gradients_(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        """Replace the gradients by their mean over all processes, in place, in one message."""
+        if self.size == 1:
+            return
+        gradients = [p.grad for p in parameters]
+        flat = torch.cat([g.flatten() for g in gradients])
+        dist.all_reduce(flat)
+        flat /= self.size
+        for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
+
+    def sum_(self, values: Tensor) -> Tensor:
+        """Return ``values`` summed over all processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def any(self, flag: bool, device: torch.device) -> bool:
+        """Return whether ``flag`` is set in any process; all of them must ask at the same point."""
+        return bool(self.sum_(torch.tensor(float(flag), device=device)))
+
+    def wait(self) -> None:
+        """Return when all processes have come here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+@contextmanager
+def join_world(device: torch.device) -> Iterator[World]:
+    """Yield this process's place as ``torchrun`` set it in the environment; without torchrun, the only one.
+
+    Communicates through NCCL between CUDA devices and through gloo otherwise.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield World()
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    try:
+        yield World(dist.get_rank(), dist.get_world_size())
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,28 @@
+"""Every preset in configs/ is readable, changes something, and says when to use it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+import train_lora
+
+PRESETS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda p: p.stem)
+def test_preset(path, tmp_path):
+    assert path.read_text(encoding="utf-8").startswith("# Use it ")
+    required = ["--data_dir", str(tmp_path)]
+    args = train_lora.build_parser().parse_args(["--config", str(path), *required])
+    config, lora = train_lora.configs_from(args)
+    plain = train_lora.configs_from(train_lora.build_parser().parse_args(required))
+    assert (config, lora) != plain
+    for name, value in yaml.safe_load(path.read_text()).items():
+        assert getattr(args, name) == value, name
+
+
+def test_there_are_presets():
+    assert {"first_try", "few_clips", "low_memory", "long_run", "base_recipe"} <= {p.stem for p in PRESETS}
