@@ -2,14 +2,14 @@
 
     python benchmarks/train_quality.py --data_dir features/demo --variant tiny_16k --steps 400 --seeds 3
 
-(a) "published", as ComfyUI-SelVA's trainer works (its description is in docs/fidelity.md): the model, the adapter and the
-    optimiser state in bfloat16, time, noise and loss in bfloat16, uniform times, the mode of each latent, no dropped
-    conditions, short clips filled up with zero features, batches drawn with replacement, a first step with rate 0.
+(a) "published", as ComfyUI-SelVA's trainer works (docs/fidelity.md): the model, the adapter and the optimiser state in
+    bfloat16, time, noise and loss in bfloat16, uniform times, the mode of each latent, no dropped conditions, short
+    clips filled up with zero features, batches drawn with replacement, a first step with rate 0.
 (b) "ours": the defaults of train_lora.py.
 
 Both start from the same adapter and are judged alike, in float32, on the same held-out clips at their true length:
-`cond`, the loss with all conditions, and `null`, the loss with all of them replaced by the learned nothing, which is the
-other half of what guidance uses. Writes a JSON file and prints a Markdown table.
+`cond`, the loss with all conditions, and `null`, the loss with all of them replaced by the learned nothing, the other
+half of what guidance uses. Writes a JSON file and prints a Markdown table.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ fi
 wanted="$(cat setup.py pyproject.toml; echo "$extras $PWD")"
 if [ "$(cat "$venv/.installed${1:+-$1}" 2>/dev/null)" != "$wanted" ]; then
     echo "installing the package and its dependencies (about 5 GB with CUDA; a few minutes)" >&2
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable ".$extras" >&2
+    "$venv/bin/python" -m pip install -qq --disable-pip-version-check --editable ".$extras" >&2
     printf '%s\n' "$wanted" > "$venv/.installed${1:+-$1}"
 fi
 echo "$venv/bin/python"

@@ -27,6 +27,9 @@ from selva.weights import load_clip_image, load_clip_text, load_t5, load_video_e
 
 log = logging.getLogger(__name__)
 
+# Overlapping 16-frame segments per pass of the video encoder: more only need more memory, and on a CPU are slower.
+SEGMENTS_PER_PASS = {"cpu": 2, "cuda": 8, "mps": 4}
+
 # Part of the settings that decide whether existing features are current; raise it when the features change.
 EXTRACTION_VERSION = 1
 
@@ -106,11 +109,12 @@ class FeatureExtractor:
         if self._video_encoder is None:
             self._video_encoder = load_video_encoder(self.variant.name, self.selva_dir, self.device)
         pictures = frames_to_sync_input(frames).to(self.device)
+        segments = SEGMENTS_PER_PASS[self.device.type]
         with self._autocast():
             if self.variant.t5 is None:
-                return self._video_encoder.encode(pictures, segment_batch=8).float().cpu()
+                return self._video_encoder.encode(pictures, segment_batch=segments).float().cpu()
             text, mask = (x.to(self.device) for x in self._t5[prompt])
-            return self._video_encoder.encode(pictures, text, mask, segment_batch=8).float().cpu()
+            return self._video_encoder.encode(pictures, text, mask, segment_batch=segments).float().cpu()
 
     def read(self, path: Path, duration_sec: float = DEFAULT_DURATION_SEC, start_sec: float = 0.0) -> VideoFrames:
         """Return the frames of a video in the sizes of this variant's encoders.

@@ -191,6 +191,27 @@ def test_warm_up_starts_above_zero_and_ends_at_the_rate():
     assert [learning_rate(k, config) for k in range(6)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
 
 
+SCHEDULES = {
+    "constant": [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0],
+    "cosine": [0.5, 1.0, 0.9619, 0.8536, 0.6913, 0.5, 0.3087, 0.1464, 0.0381],
+    "cosine_restarts": [0.5, 1.0, 0.8536, 0.5, 0.1464, 1.0, 0.8536, 0.5, 0.1464],
+    "multistep": [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0],
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_schedules(schedule):
+    config = TrainConfig(lr=1.0, warmup_steps=1, steps=9, lr_schedule=schedule, lr_cycles=2)
+    assert [learning_rate(k, config) for k in range(9)] == pytest.approx(SCHEDULES[schedule], abs=1e-4)
+
+
+def test_multistep_is_that_of_the_base_model():
+    """MMAudio: 300 000 updates, 1000 of warm-up, a tenth at 240 000 and again at 270 000 counted after it."""
+    config = TrainConfig(lr=1.0, warmup_steps=1000, steps=300_000, lr_schedule="multistep")
+    found = [learning_rate(k, config) for k in (0, 999, 1000, 240_999, 241_000, 270_999, 271_000)]
+    assert found == pytest.approx([1 / 1001, 1000 / 1001, 1.0, 1.0, 0.1, 0.1, 0.01])
+
+
 def test_gradients_are_clipped_before_the_update(monkeypatch):
     run = make_run(dataclasses.replace(CONFIG, grad_clip=1e-3))
     norms = []
@@ -276,11 +297,15 @@ def test_training_stops_when_no_gradient_is_finite(tmp_path, monkeypatch):
 # -- resuming -----------------------------------------------------------------------------------------------------
 
 
+SCHEDULE_OF_STOP = {1: "cosine", 2: "constant", 3: "cosine_restarts", 5: "multistep"}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("stop_at", [1, 3, 5])
+@pytest.mark.parametrize("stop_at", SCHEDULE_OF_STOP)
 def test_resumed_steps_equal_uninterrupted_ones_bit_for_bit(tmp_path, stop_at, dtype):
-    """DESIGN: k steps, a kill, a resume and N - k steps give the bits of N steps; with dropout and validation on."""
-    config = dataclasses.replace(CONFIG, grad_accum=2)
+    """DESIGN: k steps, a resume and N - k steps give the bits of N steps, for every schedule, with accumulation,
+    dropout, average and validation on."""
+    config = dataclasses.replace(CONFIG, grad_accum=2, ema_decay=0.9, lr_schedule=SCHEDULE_OF_STOP[stop_at])
 
     def train(run, until=None):
         fit(run, MetricsFile(tmp_path / "metrics.jsonl"), on_checkpoint=lambda r: None, on_best=lambda r: None,
@@ -300,6 +325,7 @@ def test_resumed_steps_equal_uninterrupted_ones_bit_for_bit(tmp_path, stop_at, d
     assert second.step == whole.step == config.steps
     for key, value in lora_state_dict(whole.generator).items():
         assert torch.equal(value, lora_state_dict(second.generator)[key]), key
+        assert torch.equal(whole.ema.average[key], second.ema.average[key]), key
     assert second.best_val_loss == whole.best_val_loss and second.best_step == whole.best_step
 
 
@@ -356,6 +382,56 @@ def test_the_best_step_is_reported_when_it_happens(tmp_path):
             lowest = loss
             expected += [step] if step else []
     assert best == expected and run.best_val_loss == lowest
+
+
+def fake_validations(monkeypatch, losses):
+    values = iter(losses)
+    monkeypatch.setattr("selva.training.validate", lambda *args: [next(values)])
+
+
+def test_patience_ends_the_run_and_saves(tmp_path, monkeypatch, caplog):
+    fake_validations(monkeypatch, [3.0, 2.0, 2.5, 2.4, 2.3])
+    run, saved = make_run(dataclasses.replace(CONFIG, steps=50, val_every=2, patience=2, save_every=100)), []
+    caplog.set_level("INFO", "selva")
+    assert fit(run, MetricsFile(), on_checkpoint=lambda r: saved.append(r.step), on_best=lambda r: None)
+    assert run.step == 6 and saved == [6] and run.best_step == 2 and "no better validation loss" in caplog.text
+
+
+@pytest.mark.parametrize("learns", [True, False])
+def test_overfitting_is_said_with_the_step_to_go_back_to(monkeypatch, caplog, learns):
+    """Held-out clips get worse: overfitting only if the training loss falls meanwhile."""
+    fake_validations(monkeypatch, [3.0, 2.0, 2.1, 2.2, 2.3, 2.4])
+    run = make_run(dataclasses.replace(CONFIG, steps=10, val_every=2))
+    losses = iter(range(10, 0, -1) if learns else range(1, 11))
+
+    def step():
+        run.step += 1
+        return torch.tensor(float(next(losses))), torch.tensor(1.0)
+
+    monkeypatch.setattr(run, "train_step", step)
+    fit(run, MetricsFile(), on_checkpoint=lambda r: None, on_best=lambda r: None)
+    assert ("overfitting" in caplog.text and "go back to step 2" in caplog.text) is learns
+
+
+def test_the_average_follows_its_formula_and_leaves_the_training_alone():
+    config = dataclasses.replace(CONFIG, ema_decay=0.5)
+    plain = make_run()
+    for _ in range(3):
+        plain.train_step()
+    run = make_run(config)
+    expected = lora_state_dict(run.generator)
+    for step in range(1, 4):
+        run.train_step()
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = {k: decay * expected[k] + (1 - decay) * v for k, v in lora_state_dict(run.generator).items()}
+    for key, value in run.ema.average.items():
+        torch.testing.assert_close(value, expected[key], rtol=1e-5, atol=1e-7)
+    before = lora_state_dict(run.generator)
+    with run.evaluated():
+        inside = lora_state_dict(run.generator)
+    after = lora_state_dict(run.generator)
+    assert all(torch.equal(before[k], after[k]) and torch.equal(inside[k], run.ema.average[k]) for k in before)
+    assert all(torch.equal(v, before[k]) for k, v in lora_state_dict(plain.generator).items())
 
 
 def test_rows_and_checkpoints_come_at_their_steps(tmp_path):

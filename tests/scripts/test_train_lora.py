@@ -18,6 +18,7 @@ import soundfile
 import torch
 from script_args import TINY
 
+import infer
 import train_lora
 from selva import run_folder
 from selva.checkpoint import load_adapter
@@ -80,6 +81,30 @@ def test_every_published_flag_is_accepted(feature_dir, tmp_path):
                  "--lora_plus_ratio", "4") == 0
     config = json.loads((tmp_path / "run" / "meta.json").read_text())["lora_config"]
     assert (config["alpha"], config["targets"], config["dropout"]) == (4.0, ["attn.qkv", "linear1"], 0.1)
+
+
+@pytest.mark.parametrize("extra", [["--dora"], ["--init", "pissa"], ["--rslora"]])
+def test_adapters_of_every_kind_reach_inference(feature_dir, tmp_path, extra, capsys):
+    out = tmp_path / "run"
+    target = ["--target", "attn.qkv:4", "attn+mlp"]
+    assert train(feature_dir, out, "--no_preview", "--lr", "0.01", *target, *extra) == 0
+    assert "ComfyUI-SelVA will refuse this adapter" in capsys.readouterr().err
+    written = json.loads((out / "meta.json").read_text())["target"]
+    assert written == ["attn.qkv", "linear1", "ffn.w1", "ffn.w2", "ffn.w3"]
+    sounds = []
+    for more in ([], ["--adapter", str(out / "adapter_final.pt")]):
+        path = tmp_path / "sound.wav"
+        assert infer.main([*TINY, "--features", str(feature_dir / "knock_0.npz"), "--num_steps", "2", "--clip_features",
+                           "use", "--output", str(path), *more]) == 0
+        sounds.append(path.read_bytes())
+    assert sounds[0] != sounds[1]
+
+
+def test_tensorboard_is_asked_for_only_when_wanted(feature_dir, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert train(feature_dir, tmp_path / "a", "--no_preview") == 0
+    assert train(feature_dir, tmp_path / "b", "--no_preview", "--tensorboard") == 1
+    assert "pip install tensorboard" in capsys.readouterr().err
 
 
 def test_resume_gives_the_same_bits_and_keeps_the_finished_adapter(feature_dir, tmp_path):
