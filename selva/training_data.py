@@ -9,6 +9,7 @@ than the longest allowed one are trained on in windows; shorter ones keep their 
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -54,6 +55,8 @@ WINDOW_STEP_SEC = SYNC_SEGMENT_STEP / SYNC_FPS  # windows start with a sync segm
 # Part of the cache's keys. Raise it when the mel filterbank, the VAE encoder or the preparation of sound changes, so
 # that latents of an older front end are not taken for right ones (pitfall A1).
 FRONT_END = "slaney-1"
+
+RECENT_WINDOWS = 256  # kept in memory, about 300 MB: reading a clip takes milliseconds, which short steps would notice
 
 Problems = list[tuple[Path, str]]  # what cannot be used, and why
 
@@ -242,6 +245,7 @@ class FolderSet(TrainingSet):
         self.scan, self.clips, self.cache, self.variant = scan, list(clips), cache, variant
         self.selva_dir, self.normalize_audio = selva_dir, normalize_audio
         self._weights: dict[str, Any] = {}  # part -> what its weights are known by
+        self._recent = functools.lru_cache(maxsize=RECENT_WINDOWS)(self._read_clip)
 
     @property
     def ids(self) -> list[str]:
@@ -255,6 +259,9 @@ class FolderSet(TrainingSet):
         return len(self.clips[index].starts)
 
     def clip(self, index: int, window: int = 0) -> TrainingClip:
+        return self._recent(index, window)
+
+    def _read_clip(self, index: int, window: int) -> TrainingClip:
         clip = self.clips[index]
         bundle, sequence, start = load_features(clip.files.features_path), clip.sequence, clip.starts[window]
         clip_start, sync_start = first_clip_frame(start), start * SYNC_TOKENS_PER_SEGMENT
@@ -267,7 +274,8 @@ class FolderSet(TrainingSet):
                              "leave both alone while training, and start again")
         return TrainingClip(
             id=clip.files.id, prompt=clip.files.prompt, audio_path=clip.files.audio_path, sequence=sequence,
-            mean=latents["mean"], std=latents["std"], clip_f=clip_f, sync_f=sync_f, text_f=text_f,
+            mean=latents["mean"], std=latents["std"], text_f=text_f,
+            clip_f=clip_f.clone(), sync_f=sync_f.clone(),  # lets go of the rest of a long clip
         )
 
     # -- preparing ------------------------------------------------------------------------------------------------
