@@ -75,6 +75,7 @@ def test_strength_zero_leaves_every_bit(model, name, dtype):
 
 
 def test_strength_is_linear_in_the_weights_and_adapters_add_up(model):
+    """Pitfall E5: several adapters at once."""
     plain = copy.deepcopy(model)
     inject_lora(model, CONFIGS["scaled"])
     train_a_little_(model)
@@ -129,6 +130,7 @@ def published_pissa(model: Toy, name: str = "blocks.0.attn.qkv", scale: float = 
 
 @pytest.mark.parametrize("strength", [0.0, 0.3, 1.0])
 def test_a_published_pissa_adapter_blends_from_the_base_weight(model, strength):
+    """Pitfall E7: converted to an update of W first."""
     adapter = published_pissa(model)
     assert adapter.is_pissa
     layer = model.blocks[0].attn.qkv
@@ -158,6 +160,7 @@ def test_pissa_adapters_merge_with_others_in_any_order_but_not_after_them(model)
 
 
 def test_an_adapter_can_be_trained_on_top_of_a_merged_one(model, x):
+    """Pitfall E5."""
     first = copy.deepcopy(model)
     inject_lora(first, CONFIGS["plain"])
     train_a_little_(first)
@@ -168,6 +171,7 @@ def test_an_adapter_can_be_trained_on_top_of_a_merged_one(model, x):
 
 
 def test_merging_reports_everything_that_does_not_fit_and_changes_nothing(model):
+    """Pitfall H4: no tensor is left out silently."""
     before = copy.deepcopy(model.state_dict())
     a, b = torch.ones(2, DIM), torch.ones(DIM, 2)
     adapter = Adapter(
@@ -201,6 +205,7 @@ def test_merging_reports_everything_that_does_not_fit_and_changes_nothing(model)
     ],
 )
 def test_tensors_that_are_no_adapter_are_refused(model, tensors, message):
+    """Pitfall H4: missing and foreign keys are errors."""
     with pytest.raises(ValueError, match=message):
         merge_adapter(model, Adapter(tensors))
 

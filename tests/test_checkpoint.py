@@ -255,6 +255,7 @@ def test_all_published_shapes_are_read(caplog):
 
 @pytest.mark.parametrize(("name", "rank"), [("small_16k_rank4_raw.pt", 4), ("tiny_rank16_raw.pt", 16)])
 def test_a_bare_state_dict_is_read_with_a_warning(caplog, name, rank):
+    """Pitfall H4: the rank is that of the tensors, not 16."""
     adapter = load_adapter(ADAPTERS / name)
     assert (adapter.meta["rank"], adapter.meta["alpha"]) == (rank, rank)
     assert f"assuming alpha = rank = {rank}" in caplog.text and name in caplog.text
@@ -286,6 +287,7 @@ def good_tensors() -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("load", [load_adapter, load_checkpoint])
 def test_code_in_a_file_is_never_run(tmp_path, load):
+    """Pitfall H1."""
     path, proof = tmp_path / "evil.pt", tmp_path / "proof"
     torch.save({"state_dict": good_tensors(), "meta": Intruder(proof)}, path)
     with pytest.raises(ValueError, match=r"evil\.pt: .*nothing in it was executed"):
@@ -401,6 +403,7 @@ def test_what_cannot_be_written_leaves_no_file(base, tmp_path):
 
 
 def test_a_failed_write_keeps_the_old_file(base, tmp_path, monkeypatch):
+    """Pitfall F8: files are replaced whole or not at all."""
     path = tmp_path / "a.pt"
     save_adapter(path, trained(base, "qkv"), META)
     old = path.read_bytes()
@@ -505,6 +508,7 @@ def test_state_that_could_not_be_read_back_is_refused_when_saving(base, tmp_path
 
 
 def test_an_adapter_for_inference_cannot_be_resumed(base, tmp_path):
+    """Pitfall F8: a final adapter holds no state, and says where to resume from."""
     save_adapter(tmp_path / "adapter_final.pt", trained(base, "qkv"), META)
     with pytest.raises(ValueError, match=r"adapter_final\.pt: cannot resume .* no optimizer, step; resume from"):
         load_checkpoint(tmp_path / "adapter_final.pt")
@@ -522,6 +526,7 @@ def test_an_adapter_for_inference_cannot_be_resumed(base, tmp_path):
     ],
 )
 def test_resuming_with_other_settings_is_refused(base, tmp_path, changed, message):
+    """Pitfall F7: alpha, targets, start and kind count, not only the shapes."""
     path = tmp_path / "adapter_step00001.pt"
     save_checkpoint(path, trained(base, "scaled"), META, step=1, optimizer={})
     saved = load_checkpoint(path)

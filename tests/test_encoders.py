@@ -145,6 +145,7 @@ def test_unsuitable_frames_are_refused(frames, message):
 
 
 def test_each_tower_reads_its_own_tensors_and_half_precision_is_widened():
+    """Pitfall H3: the text tower is read without the image tower."""
     weights = {name: w.half() for name, w in random_state_dict(meta_clip(TINY.clip)).items()}
     text, image = ClipText(TINY.clip).load_published(weights), ClipImage(TINY.clip).load_published(weights)
     for tower in (text, image):

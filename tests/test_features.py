@@ -131,6 +131,7 @@ class _Bomb:
 
 
 def test_pickles_are_refused_not_executed(tmp_path):
+    """Pitfall H1."""
     path = tmp_path / "a.npz"
     np.savez(path, clip_features=np.array([_Bomb()], dtype=object), sync_features=SYNC)
     with pytest.raises(ValueError, match="cannot be read"):

@@ -41,6 +41,7 @@ def x() -> Tensor:
 @pytest.mark.parametrize("init", ["standard", "pissa"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_fresh_adapter_changes_nothing(model, x, init, dtype):
+    """Pitfalls D4 and E2: also with PiSSA over a bfloat16 base, whose weights stay as they are."""
     model, x = model.to(dtype), x.to(dtype)
     before, weights = model(x), copy.deepcopy(model.state_dict())
     inject_lora(model, LoRAConfig(rank=4, targets=ALL, init=init))
@@ -49,6 +50,7 @@ def test_a_fresh_adapter_changes_nothing(model, x, init, dtype):
 
 
 def test_the_report_names_what_was_wrapped_and_what_was_skipped(model):
+    """Pitfall E1: a target reaches convolutions too."""
     report = inject_lora(model, LoRAConfig(rank=4, targets=ALL, target_ranks={"linear1": 2}))
     assert report.wrapped == [
         "blocks.0.attn.qkv", "blocks.0.linear1", "blocks.0.ffn.0",
@@ -64,6 +66,7 @@ def test_the_report_names_what_was_wrapped_and_what_was_skipped(model):
 
 
 def test_matching_modules_that_cannot_be_adapted_are_reported(model):
+    """Pitfall E1: nothing is skipped silently."""
     model.blocks[1].ffn = nn.Linear(DIM, DIM)
     model.blocks[0].linear1 = nn.Conv1d(DIM, DIM, 3, groups=3)
     report = inject_lora(model, LoRAConfig(rank=2, targets=("ffn", "linear1")))
@@ -165,6 +168,7 @@ def test_the_start_follows_the_seed_and_the_usual_bounds(model):
 
 
 def test_base_weights_keep_their_names_objects_and_hooks(model, x):
+    """Pitfall E6: adapted in place, with no second copy of the base."""
     keys, weight = list(model.state_dict()), model.linear1.weight
     calls = []
     model.linear1.register_forward_hook(lambda *_: calls.append(1))
@@ -204,6 +208,7 @@ def test_a_convolution_equals_one_with_the_summed_kernel(x, options):
 
 
 def test_pissa_starts_at_the_largest_directions_and_trains_as_the_paper_says(model, x):
+    """Pitfall E2: at scale 1, W + B A - B0 A0 in float32."""
     weight = model.linear1.weight.detach().clone()
     inject_lora(model, LoRAConfig(rank=3, targets=("linear1",), init="pissa"))
     layer = model.linear1
@@ -239,6 +244,7 @@ def test_only_the_factors_learn_and_the_base_keeps_every_bit(model, x):
 
 
 def test_factors_stay_in_float32_whatever_the_base_is_cast_to(model, x):
+    """Pitfall D1: also when the whole model is cast."""
     inject_lora(model, LoRAConfig(rank=2, targets=ALL, init="pissa"))
     train_a_little_(model)
     before = lora_state_dict(model)

@@ -24,6 +24,7 @@ from selva.models.zoo import VARIANTS
     ],
 )
 def test_scale(cfg, scale):
+    """Pitfall E3: alpha is the rank, and with rsLoRA a fixed 16, so that the update does not grow with the rank."""
     assert cfg.scale() == scale
 
 
@@ -46,6 +47,7 @@ def test_scale(cfg, scale):
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings, message):
+    """Pitfall E2: among them PiSSA at another scale than 1."""
     with pytest.raises(ValueError, match=message):
         LoRAConfig(**settings)
 

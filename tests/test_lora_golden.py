@@ -65,6 +65,7 @@ def recipe_factors_(model: nn.Module) -> None:
 
 @pytest.mark.parametrize("name", ["tiny_v1", "small_16k", "medium_44k", "large_44k", "large_44k_v2"])
 def test_targets_reach_the_layers_of_the_reference_and_its_convolutions_too(golden, name):
+    """Pitfall E1: the reference wraps 3 of 18 modules that are called linear1."""
     models = json.loads((GOLDEN / "lora_targets.json").read_text(encoding="utf-8"))["models"]
     if name == "tiny_v1":
         config = GeneratorConfig(**golden("lora_tiny").config["generator"])
@@ -174,6 +175,7 @@ def test_pissa_initialisation(pissa):
     ("output", "strength"), [("strength_1.0", 1.0), ("blend_0.5", 0.5), ("blend_0.0", 0.0)]
 )
 def test_pissa_adapter_file(pissa, output, strength):
+    """Pitfall E7: strength 0 of a published PiSSA file is the base model."""
     model = copy.deepcopy(pissa.model)
     merge_adapter(model, load_adapter(ADAPTERS / "tiny_pissa_rank4_rslora.pt"), strength)
     pissa.check(f"adapter_file/{output}", pissa.run(model))

@@ -55,6 +55,7 @@ def click_time(sound, rate):
 
 @pytest.mark.parametrize("name", FRAME_CASES)
 def test_select_frames_equals_the_reference(name):
+    """Pitfall B3: frames by their time stamps, not by their numbers, also at a variable frame rate."""
     case = FRAME_CASES[name]
     compared = 0
     for run in case["selected"]:
@@ -66,6 +67,7 @@ def test_select_frames_equals_the_reference(name):
 
 
 def test_select_frames_uses_a_running_sum():
+    """Pitfall B3: sample times are added up in float64, as in the reference."""
     times = [k / 25 for k in range(201)]
     selected = select_frames(times, 25.0, end_sec=8.0)
     late = sum(index == k + 1 for k, index in enumerate(selected[:200]))
@@ -183,6 +185,7 @@ def test_pictures_are_turned_upright(corner, tmp_path):
 
 
 def test_short_video_shortens_the_clip_and_can_be_filled(tmp_path):
+    """Pitfall B1: what a video lacks is its last frame, held for a moment, or a shorter clip; never zeros."""
     path = make_video(tmp_path / "v.mp4", seconds=2.0, fps=25)  # last frame at 1.96 s: one sync sample short of 2 s
     video = read_video(path, 2.0, 0.0, 32, 32)
     assert (video.duration_sec, len(video.clip_frames), len(video.sync_frames)) == (49 / 25, 15, 49)
@@ -256,6 +259,7 @@ def test_damaged_packets_are_found(tmp_path):
 
 
 def test_resize_equals_the_reference(golden):
+    """Pitfall B4: antialiased and rounded to uint8."""
     case = golden("resize")
     pictures = case.inputs()
     paths = {"clip_384": (384, False), "sync_224": (224, False), "sync_224_center_crop": (224, True)}
@@ -401,6 +405,7 @@ def test_unusable_sound_is_named(tmp_path):
 
 
 def test_prepared_sound_is_mono_with_peak_095_over_the_whole():
+    """Pitfall A4: the level is that of the base models."""
     left, right = torch.zeros(1000), torch.zeros(1000)
     left[100], right[900] = 0.4, -0.8
     prepared = prepare_audio(torch.stack([left, right]), 16_000, 16_000, num_samples=500)
@@ -420,6 +425,7 @@ def test_resampling_keeps_a_tone(rate, target):
 
 
 def test_resampling_rejects_aliases_like_kaiser_best():
+    """Pitfall A5: the default filter of torchaudio lets aliases through."""
     # torchaudio's default filter gives -1.5, -3.4 and -9.7 dB; the last tone lies above half of 44100 Hz
     for frequency, expected_db in ((19_000, 0.0), (20_500, -1.5), (23_500, -52)):
         tone = torch.sin(2 * math.pi * frequency * torch.arange(48_000) / 48_000)
@@ -428,6 +434,7 @@ def test_resampling_rejects_aliases_like_kaiser_best():
 
 
 def test_short_silent_and_broken_sound_is_refused():
+    """Pitfall A6: silence and short sound are no targets."""
     tone = torch.sin(torch.arange(1000) * 0.1)
     with pytest.raises(ValueError, match=r"has 1000 samples \(0\.062 s at 16000 Hz\), expected at least 2000"):
         prepare_audio(tone, 16_000, 16_000, num_samples=2000)

@@ -205,6 +205,7 @@ def test_a_damaged_file_is_named(write, tmp_path, part, damage):
 
 @pytest.mark.parametrize("how", ["pickle", "torch", "torch legacy"])
 def test_code_in_a_file_is_never_executed(write, tmp_path, how):
+    """Pitfall H1."""
     root, trap = write(tmp_path / "w"), tmp_path / "executed"
     file = root / COMFYUI_FILES["generator"]
     if how == "pickle":
@@ -251,6 +252,7 @@ def test_a_vae_file_without_band_statistics_is_refused(write, tmp_path):
 
 @pytest.mark.parametrize("part", COMFYUI_FILES)
 def test_a_file_of_another_network_is_refused_with_both_names(write, tmp_path, part):
+    """Pitfall H4: loading is strict."""
     root = write(tmp_path)
     other = "vae" if part != "vae" else "generator"
     words = "data_mean and data_std are missing" if part == "vae" else "these weights do not fit"

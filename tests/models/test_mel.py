@@ -16,6 +16,7 @@ MODES = ("16k", "44k")
 
 @pytest.mark.parametrize("mode", MODES)
 def test_golden(golden, mode):
+    """Pitfall A1: the Slaney filterbank of the base models, not HTK triangles of peak 1."""
     case, mel = golden(f"mel_{mode}"), MelSpectrogram(mode)
     inputs = case.inputs()
     mel_1s, mel_8s, silence = mel(inputs["waveform_1s"]), mel(inputs["waveform_8s"]), mel(inputs["silence"])
@@ -73,6 +74,7 @@ def test_silence_is_the_floor():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_and_casts_change_nothing(dtype):
+    """Pitfall G2: a cast or autocast must not reach the Fourier transform, which refuses half precision."""
     waveform = 0.3 * torch.randn(2, 8000)
     expected = MelSpectrogram("16k")(waveform)
     assert expected.dtype == torch.float32

@@ -217,6 +217,7 @@ def test_the_beginning_of_an_older_version_is_not_continued(hub, folder):
 
 
 def test_a_wrong_checksum_is_tried_twice_and_then_an_error(hub, folder, capsys):
+    """Pitfall H2."""
     good = hub.files["jnwnlee/SelVA/ext_weights/v1-16.pth"]
     hub.files["jnwnlee/SelVA/ext_weights/v1-16.pth"] = b"tampered"
     assert run(folder) == 1

@@ -36,6 +36,7 @@ def test_the_file_has_the_published_keys_first(feature_dir):
 
 
 def test_a_second_run_does_only_what_is_missing_or_different(clip_dir, feature_dir, capsys):
+    """Pitfalls B6 and B7: a run redoes what has another prompt, nothing else, and under the same names."""
     run = [str(clip_dir), "--output_dir", str(feature_dir), *TINY]
     before = {p: p.stat().st_mtime_ns for p in feature_dir.glob("*.npz")}
     (feature_dir / "knock_2.flac").unlink()
@@ -50,6 +51,7 @@ def test_a_second_run_does_only_what_is_missing_or_different(clip_dir, feature_d
 
 
 def test_the_sync_features_follow_the_prompt_and_the_text_features_too(clip_dir, tmp_path):
+    """Pitfall B6."""
     bundles = []
     for prompt in ("a knock", "rain"):
         run = [str(clip_dir / "knock_5.mp4"), "--output_dir", str(tmp_path / prompt), "--prompt", prompt, *TINY]

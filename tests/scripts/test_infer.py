@@ -107,6 +107,7 @@ def test_start_and_duration_cut_the_video(clip_dir, tmp_path):
 
 
 def test_adapters_say_which_clip_features_they_want(adapter, tmp_path):
+    """Pitfall B2: official SelVA passes the empty CLIP sequence, so no adapter means empty."""
     variant = infer.get_variant("tiny_16k")
     trained = infer.load_adapter(adapter)
     empty = infer.Adapter(trained.tensors, {**trained.meta, "clip_features": "empty"})

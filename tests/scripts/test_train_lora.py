@@ -137,6 +137,7 @@ def test_resuming_with_another_adapter_shape_is_refused(feature_dir, tmp_path, c
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_in_a_state_to_resume_from(feature_dir, tmp_path, number, code):
+    """Pitfall F8: at any step, also for a single one more."""
     out = tmp_path / "run"
     command = [sys.executable, str(ROOT / "train_lora.py"), "--data_dir", str(feature_dir), "--output_dir", str(out),
                *QUICK, "--no_preview", "--steps", "100000", "--save_every", "100000", "--val_every", "100000"]
@@ -154,6 +155,7 @@ def test_a_signal_ends_in_a_state_to_resume_from(feature_dir, tmp_path, number, 
 
 
 def test_killed_runs_leave_no_half_written_file(feature_dir, tmp_path):
+    """Pitfall F8."""
     out = tmp_path / "run"
     command = [sys.executable, str(ROOT / "train_lora.py"), "--data_dir", str(feature_dir), "--output_dir", str(out),
                *QUICK, "--no_preview", "--steps", "100000", "--save_every", "1"]
@@ -229,6 +231,7 @@ def test_a_disk_without_room_is_refused_before_training(feature_dir, tmp_path, c
 
 
 def test_a_finished_run_is_continued_only_with_more_steps(feature_dir, tmp_path, capsys):
+    """Pitfall F8: a finished run goes on from its last step file."""
     out = tmp_path / "run"
     assert train(feature_dir, out, "--no_preview") == 0
     assert train(feature_dir, out, "--no_preview", "--resume", "auto") == 1
@@ -240,6 +243,7 @@ def test_a_finished_run_is_continued_only_with_more_steps(feature_dir, tmp_path,
 
 
 def test_settings_that_change_what_is_learned_may_not_change(feature_dir, tmp_path, capsys):
+    """Pitfall F7."""
     out = tmp_path / "run"
     assert train(feature_dir, out, "--no_preview", "--steps", "2") == 0
     assert train(feature_dir, out, "--no_preview", "--resume", "auto", "--null_prob", "0.5", "--latent", "mode") == 1
