@@ -16,9 +16,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from selva.datasets import read_prompts
-
 from selva import cli
+from selva.datasets import read_prompts
 from selva.extraction import FeatureExtractor
 from selva.features import load_features, save_features
 from selva.media import extract_audio, probe
@@ -36,7 +35,7 @@ VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpe
 def build_parser() -> cli.ArgumentParser:
     parser = cli.ArgumentParser(__doc__)
     group = parser.add_argument_group("input and output")
-    group.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help="videos, or folders of videos")
+    group.add_argument("inputs", nargs="*", type=Path, metavar="INPUT", help="videos, or folders of videos")
     group.add_argument("--output_dir", type=Path, required=True, help="where the features go")
     group.add_argument("--audio", choices=("extract", "none"), default="extract",
                        help="write the sound of each clip beside its features")
@@ -60,10 +59,14 @@ def collect_videos(inputs: Sequence[Path]) -> list[Path]:
     Raises:
         UsageError: a path does not exist, a folder holds no video, or two videos would share one output name.
     """
+    if not inputs:
+        raise cli.UsageError("give at least one video or folder")
     videos: list[Path] = []
     for path in inputs:
         if path.is_dir():
-            found = sorted(p for p in path.iterdir() if p.suffix.lower() in VIDEO_SUFFIXES)
+            # Hidden files are nobody's videos: macOS leaves "._dog.mp4" on foreign disks.
+            visible = (p for p in path.iterdir() if not p.name.startswith("."))
+            found = sorted(p for p in visible if p.suffix.lower() in VIDEO_SUFFIXES)
             if not found:
                 raise cli.UsageError(f"{path}: no videos in this folder; looked for {' '.join(VIDEO_SUFFIXES)}")
             videos += found
@@ -126,6 +129,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise cli.UsageError(f"--duration: {error}") from error
     videos = collect_videos(args.inputs)
     written_prompts = read_prompts(args.prompts) if args.prompts else {}
+    unused = sorted(set(written_prompts) - {f"{path.stem}.npz" for path in videos})
+    if unused:
+        log.warning("%s: no video for %s", args.prompts, ", ".join(unused))
     prompts = {path: written_prompts.get(f"{path.stem}.npz", args.prompt) for path in videos}
     without = [path.name for path, prompt in prompts.items() if not prompt]
     if without:

@@ -4,8 +4,8 @@
     python infer.py --features features/demo/clip.npz --variant tiny_16k --output demo.flac
     python infer.py --prompt "rain on a tin roof" --duration 8 --variant tiny_16k
 
-Writes <name>.flac and, for a video, <name>.mp4 with the new sound. Prints the written paths, one per line. The same seed
-gives the same sound.
+Writes <name>.flac and, for a video, <name>.mp4 with the new sound, and <name>.yaml with the settings. Prints the paths of
+the sound and the video, one per line. The same seed gives the same sound.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from selva.models.generator import Generator, cast_frozen_
 from selva.models.zoo import Variant, get_variant
 from selva.report import Progress, clock, peak_memory_bytes
 from selva.sampling import SamplingConfig, decode_latents, sample_latents
-from selva.sequence import DEFAULT_DURATION_SEC, SequenceConfig, sequence_config
+from selva.sequence import DEFAULT_DURATION_SEC, SHORTEST_SEC, SequenceConfig, sequence_config
 from selva.weights import check_weights, load_generator, load_vae, load_vocoder
 
 log = logging.getLogger("selva.infer")
@@ -112,6 +112,10 @@ def check_arguments(args: argparse.Namespace) -> None:
         problems.append(f"--output {args.output}: a video is only written with --video and without --audio_only")
     if args.num_steps < 1:
         problems.append(f"--num_steps is {args.num_steps}, expected at least 1")
+    if args.video and args.output.is_file() and args.output.samefile(args.video):
+        problems.append(f"--output {args.output}: is the video itself")
+    if args.duration is not None and not args.duration >= SHORTEST_SEC:
+        problems.append(f"--duration is {args.duration}, expected at least {SHORTEST_SEC} seconds")
     if args.features and args.start:
         problems.append("--start belongs to --video; features begin where they were extracted")
     if problems:
@@ -128,6 +132,7 @@ def load_adapters(args: argparse.Namespace, variant: Variant) -> list[tuple[Adap
         if trained_for is not None and trained_for != variant.name:
             raise ValueError(f"{path}: was trained for variant {trained_for}, not {variant.name}; "
                              f"use --variant {trained_for}")
+        log.info("adapter %s at strength %g", path, strength)
         pairs.append((adapter, strength))
     return pairs
 
@@ -209,8 +214,6 @@ def prepared_generator(
     """Return the generator with the adapters merged in float32, then stored in ``--precision``."""
     generator = load_generator(variant.name, args.selva_dir)
     merge_adapters(generator, adapters)
-    for adapter, strength in adapters:
-        log.info("merged %s at strength %g", adapter.source, strength)
     cast_frozen_(generator, cli.PRECISIONS[args.precision])
     return generator.to(device)
 
@@ -276,9 +279,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     log.info("encoded in %s, sampled in %s, decoded and written in %s, peak memory %.2f GiB",
              clock(encoded - started), clock(sampled - encoded), clock(time.monotonic() - sampled),
              peak_memory_bytes(device) / 2**30)
-    for path in (audio_path, video_path):
-        if path is not None:
-            print(path)
+    written = [path for path in (audio_path, video_path) if path is not None]
+    cli.write_settings(written[0].with_suffix(".yaml"), args)
+    for path in written:
+        print(path)
     return 0
 
 

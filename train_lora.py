@@ -60,7 +60,8 @@ log = logging.getLogger("selva.train_lora")
 def build_parser() -> cli.ArgumentParser:
     parser = cli.ArgumentParser(__doc__)
     group = parser.add_argument_group("data and output")
-    group.add_argument("--data_dir", type=Path, required=True, help="folder of feature bundles and their sounds")
+    group.add_argument("--data_dir", type=Path, required=True,
+                       help="folder of .npz + sound pairs, or an MMAudio memmap")
     group.add_argument("--output_dir", type=Path, default=Path("lora_output"), help="folder of this run")
     group.add_argument("--resume", metavar="FILE|auto",
                        help="continue from a step file; auto takes the newest of the output folder, if any")
@@ -69,7 +70,7 @@ def build_parser() -> cli.ArgumentParser:
     group.add_argument("--skip_invalid", action="store_true",
                        help="train without the clips that cannot be used, instead of stopping to name them")
     group.add_argument("--duration", type=float, default=DEFAULT_DURATION_SEC,
-                       help="longer clips are cut to this many seconds; shorter ones keep their length")
+                       help="longer clips are trained on in windows of this length; shorter ones stay as they are")
     group.add_argument("--normalize_audio", choices=("peak", "none"), default="peak",
                        help="peak: 0.95 of full scale, as the base models were trained; none: as recorded")
     parser.add_model()

@@ -1,6 +1,6 @@
 """Kill a training run again and again, resume it each time, and compare the result with an undisturbed run.
 
-    python scripts/kill_test.py --data_dir features/demo --work_dir /tmp/kill_test --variant tiny_16k --kills 20
+    python scripts/kill_test.py --data_dir features/demo --work_dir runs/kill_test --variant tiny_16k --kills 20
 
 Both runs have the same settings; the second one is ended with SIGKILL at random moments, each time followed by
 `--resume auto`. Prints a line per kill. Exit code 0 if both final adapters are equal bit for bit, else 1.

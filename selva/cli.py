@@ -95,8 +95,12 @@ class ArgumentParser(argparse.ArgumentParser):
             path = first.parse_known_args(given)[0].config
         except argparse.ArgumentError as error:
             self.error(str(error))
-        from_file = self._arguments_from(path, given) if path else []
-        return super().parse_args(from_file + given, namespace)
+        from_file, positionals = self._arguments_from(path, given) if path else ([], {})
+        parsed = super().parse_args(from_file + given, namespace)
+        for name, values in positionals.items():
+            if not getattr(parsed, name):  # declared with nargs="*", so that a file may give them
+                setattr(parsed, name, values)
+        return parsed
 
     @staticmethod
     def _underscored(argument: str) -> str:
@@ -105,8 +109,11 @@ class ArgumentParser(argparse.ArgumentParser):
         name, equals, value = argument.partition("=")
         return "--" + name[2:].replace("-", "_") + equals + value
 
-    def _arguments_from(self, path: Path, given: Sequence[str]) -> list[str]:
-        """Return the settings of a YAML file as command-line arguments, to stand before the real ones."""
+    def _arguments_from(self, path: Path, given: Sequence[str]) -> tuple[list[str], dict[str, list]]:
+        """Return the settings of a YAML file as command-line arguments, to stand before the real ones.
+
+        Positional arguments have no place before others; they come back separately, with their values converted.
+        """
         import yaml
 
         try:
@@ -115,18 +122,22 @@ class ArgumentParser(argparse.ArgumentParser):
             self.error(f"--config {path}: cannot be read as YAML: {' '.join(str(error).split())}")
         if not isinstance(settings, dict):
             self.error(f"--config {path}: holds a {type(settings).__name__}, expected lines like `steps: 2000`")
-        flags = {a.dest: a for a in self._actions if a.option_strings and a.dest not in ("help", "version", *NOT_SAVED)}
+        flags = {a.dest: a for a in self._actions if a.dest not in ("help", "version", *NOT_SAVED)}
         unknown = [str(key) for key in settings if str(key).replace("-", "_") not in flags]
         if unknown:
             self.error(f"--config {path}: unknown settings {', '.join(unknown)}; known are {', '.join(sorted(flags))}")
         arguments: list[str] = []
+        positionals: dict[str, list] = {}
         for key, value in settings.items():
             action = flags[str(key).replace("-", "_")]
+            if not action.option_strings:
+                positionals[action.dest] = [action.type(v) for v in (value if isinstance(value, list) else [value])]
+                continue
             collects = isinstance(action, argparse._AppendAction)  # the command line replaces, it does not add
             if value is None or (collects and any(o in given for o in action.option_strings)):
                 continue
             arguments += self._as_arguments(action, value, path)
-        return arguments
+        return arguments, positionals
 
     def _as_arguments(self, action: argparse.Action, value: Any, path: Path) -> list[str]:
         flag = action.option_strings[0]

@@ -57,7 +57,9 @@ class FeatureExtractor:
 
     Args:
         variant: whose encoders. selva_dir: where their weights are; None for the built-in model.
-        device: where they run. precision: autocast dtype; float32 is what the base models were trained on.
+        device: where they run.
+        precision: dtype of their weights; float32 is what the base models were trained on. T5, which overflows in
+            float16, then runs in float32.
     """
 
     def __init__(
@@ -69,9 +71,6 @@ class FeatureExtractor:
         self._clip_image = None
         self._video_encoder = None
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=self.precision, enabled=self.precision != torch.float32)
-
     @torch.no_grad()
     def prepare_texts(self, prompts: Sequence[str], sync: bool = True) -> None:
         """Encode the prompts that are not known yet; the text encoders are loaded, used and freed.
@@ -81,12 +80,12 @@ class FeatureExtractor:
         """
         new = sorted(set(prompts) - set(self._texts))
         if new:
-            encoder = load_clip_text(self.variant.name, self.selva_dir, self.device)
-            with self._autocast():
-                self._texts.update((p, encoder.encode([p]).float().cpu()) for p in new)
+            encoder = load_clip_text(self.variant.name, self.selva_dir, self.device, self.precision)
+            self._texts.update((p, encoder.encode([p]).float().cpu()) for p in new)
         new = sorted(set(prompts) - set(self._t5))
         if new and sync and self.variant.t5 is not None:
-            encoder = load_t5(self.variant.name, self.selva_dir, self.device)
+            dtype = torch.float32 if self.precision == torch.float16 else self.precision
+            encoder = load_t5(self.variant.name, self.selva_dir, self.device, dtype)
             self._t5.update((p, tuple(x.cpu() for x in encoder.encode([p]))) for p in new)
 
     def text_features(self, prompt: str) -> Tensor:
@@ -98,23 +97,24 @@ class FeatureExtractor:
     def clip_features(self, frames: Tensor) -> Tensor:
         """Return (1, T, clip_dim) float32 on the CPU from uint8 frames (T, 3, H, W) at 8 per second."""
         if self._clip_image is None:
-            self._clip_image = load_clip_image(self.variant.name, self.selva_dir, self.device)
-        with self._autocast():
-            return self._clip_image.encode(frames)[None].float().cpu()
+            self._clip_image = load_clip_image(self.variant.name, self.selva_dir, self.device, self.precision)
+        return self._clip_image.encode(frames)[None].float().cpu()
 
     @torch.no_grad()
     def sync_features(self, frames: Tensor, prompt: str) -> Tensor:
         """Return (1, S, sync_dim) float32 on the CPU from uint8 frames (F, 3, H, W) at 25 per second."""
         self.prepare_texts([prompt])
         if self._video_encoder is None:
-            self._video_encoder = load_video_encoder(self.variant.name, self.selva_dir, self.device)
-        pictures = frames_to_sync_input(frames).to(self.device)
+            self._video_encoder = load_video_encoder(
+                self.variant.name, self.selva_dir, self.device, self.precision
+            )
+        pictures = frames_to_sync_input(frames).to(self.device, self.precision)
         segments = SEGMENTS_PER_PASS[self.device.type]
-        with self._autocast():
-            if self.variant.t5 is None:
-                return self._video_encoder.encode(pictures, segment_batch=segments).float().cpu()
-            text, mask = (x.to(self.device) for x in self._t5[prompt])
-            return self._video_encoder.encode(pictures, text, mask, segment_batch=segments).float().cpu()
+        if self.variant.t5 is None:
+            return self._video_encoder.encode(pictures, segment_batch=segments).float().cpu()
+        text, mask = self._t5[prompt]
+        text, mask = text.to(self.device, self.precision), mask.to(self.device)
+        return self._video_encoder.encode(pictures, text, mask, segment_batch=segments).float().cpu()
 
     def read(self, path: Path, duration_sec: float = DEFAULT_DURATION_SEC, start_sec: float = 0.0) -> VideoFrames:
         """Return the frames of a video in the sizes of this variant's encoders.

@@ -18,6 +18,7 @@ SYNC_SEGMENT_STEP = 8  # frames between the starts of two segments
 SYNC_TOKENS_PER_SEGMENT = 8  # the encoder halves the frame rate inside a segment
 LATENT_DOWNSAMPLE = 2  # mel frames per latent frame
 DEFAULT_DURATION_SEC = 8.0  # what the published models were trained on
+SHORTEST_SEC = SYNC_SEGMENT_FRAMES / SYNC_FPS  # one sync segment
 
 SAMPLING_RATES = {"16k": 16_000, "44k": 44_100}  # Hz
 HOP_LENGTHS = {"16k": 256, "44k": 512}  # samples per mel frame
@@ -63,9 +64,8 @@ def sequence_config(mode: str, duration_sec: float = DEFAULT_DURATION_SEC) -> Se
     """
     if mode not in SAMPLING_RATES:
         raise ValueError(f"unknown audio mode {mode!r}, expected one of {', '.join(SAMPLING_RATES)}")
-    shortest = SYNC_SEGMENT_FRAMES / SYNC_FPS
-    if not math.isfinite(duration_sec) or duration_sec < shortest:
-        raise ValueError(f"duration is {duration_sec} s, expected at least {shortest} s, one segment of 16 frames")
+    if not math.isfinite(duration_sec) or duration_sec < SHORTEST_SEC:
+        raise ValueError(f"duration is {duration_sec} s, expected at least {SHORTEST_SEC} s, one segment of 16 frames")
     rate, hop = SAMPLING_RATES[mode], HOP_LENGTHS[mode]
     latent_seq_len = math.ceil(duration_sec * rate / hop / LATENT_DOWNSAMPLE)
     num_sync_frames = int(duration_sec * SYNC_FPS)

@@ -63,6 +63,24 @@ def test_the_sync_features_follow_the_prompt_and_the_text_features_too(clip_dir,
     assert not torch.allclose(one.text_features, two.text_features)
 
 
+def test_features_are_computed_in_float32_unless_asked_otherwise(clip_dir, tmp_path, capsys):
+    """Pitfall B5: the precision is stored with the features, and another one makes them anew."""
+    run = [str(clip_dir / "knock_5.mp4"), "--output_dir", str(tmp_path), "--prompt", "x", *TINY]
+    exact, rounded = ([], ["--precision", "bf16"])
+    bundles = []
+    for more in (exact, rounded):
+        capsys.readouterr()
+        assert extract_features.main([*run, *more]) == 0
+        assert capsys.readouterr().out.endswith("knock_5.npz\n")
+        bundles.append(load_features(tmp_path / "knock_5.npz"))
+    assert [bundle.settings["precision"] for bundle in bundles] == ["float32", "bfloat16"]
+    for name in ("clip_features", "sync_features", "text_features"):
+        full, half = (getattr(bundle, name) for bundle in bundles)
+        assert full.dtype == half.dtype == torch.float32
+        torch.testing.assert_close(half, full, rtol=0, atol=0.05 * full.abs().max().item())  # eight bits
+        assert not torch.equal(full, half) and not torch.equal(full, full.bfloat16().float())
+
+
 def test_prompts_file_start_and_duration(clip_dir, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("knock_0.npz: wood: hard\n", encoding="utf-8")
@@ -75,6 +93,9 @@ def test_prompts_file_start_and_duration(clip_dir, tmp_path):
     assert first.duration == 1.0 and first.settings["start_sec"] == 0.5
     assert soundfile.info(out / "knock_0.flac").duration == pytest.approx(1.024, abs=1e-3)
     assert yaml.safe_load((out / "extract_config.yaml").read_text())["start"] == 0.5
+    again = ["--config", str(out / "extract_config.yaml"), "--output_dir", str(tmp_path / "again")]
+    assert extract_features.main(again) == 0
+    assert (tmp_path / "again" / "knock_0.npz").read_bytes() == (out / "knock_0.npz").read_bytes()
 
 
 def test_bad_videos_are_named_and_the_others_done(clip_dir, tmp_path, capsys):
@@ -92,6 +113,7 @@ def test_bad_videos_are_named_and_the_others_done(clip_dir, tmp_path, capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
+        ([], "give at least one video"),
         (["nowhere.mp4"], "nowhere.mp4: no such file"),
         (["{clips}", "--duration", "0.3"], "expected at least 0.64"),
         (["{clips}", "--variant", "small"], "invalid choice: 'small'"),

@@ -43,6 +43,7 @@ def test_a_video_gets_its_sound(clip_dir, tmp_path, capsys):
     out = tmp_path / "out"
     assert run("--video", clip_dir / "knock_0.mp4", "--prompt", "a knock", "--output", out) == 0
     assert capsys.readouterr().out.split() == [str(out / "knock_0.flac"), str(out / "knock_0.mp4")]
+    assert sorted(p.suffix for p in out.iterdir()) == [".flac", ".mp4", ".yaml"]
     info = soundfile.info(out / "knock_0.flac")
     assert (info.samplerate, info.frames, info.channels) == (16_000, 32_000, 1)
     frames, samples, rate = decode(out / "knock_0.mp4")
@@ -58,11 +59,29 @@ def test_the_same_seed_gives_the_same_bytes(clip_dir, tmp_path):
     assert a.read_bytes() == b.read_bytes() and not np.array_equal(sound(a), sound(c))
 
 
-def test_features_give_what_the_video_gives(clip_dir, feature_dir, tmp_path):
-    more = ["--clip_features", "use", "--precision", "fp32"]
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_features_give_what_the_video_gives(clip_dir, feature_dir, tmp_path, precision):
+    """Pitfall B5: features are float32, whatever the generator runs in."""
+    more = ["--clip_features", "use", "--precision", precision]
     assert run("--video", clip_dir / "knock_0.mp4", "--prompt", "a knock", "--output", tmp_path / "v.wav", *more) == 0
     assert run("--features", feature_dir / "knock_0.npz", "--output", tmp_path / "f.wav", *more) == 0
     assert np.array_equal(sound(tmp_path / "v.wav"), sound(tmp_path / "f.wav"))
+
+
+@pytest.mark.parametrize("duration, samples", [("8", 32_000), ("1", 16_000)])
+def test_features_are_cut_but_never_stretched(feature_dir, tmp_path, duration, samples):
+    """Pitfall B8: latent frames, CLIP frames and sync tokens follow from one duration, here at most 2 s."""
+    path = tmp_path / "sound.wav"
+    assert run("--features", feature_dir / "knock_0.npz", "--duration", duration, "--output", path) == 0
+    assert soundfile.info(path).frames == samples
+
+
+def test_without_an_adapter_selva_is_given_no_clip_features(feature_dir, tmp_path):
+    """Pitfall B2."""
+    for name, more in (("default", []), ("empty", ["--clip_features", "empty"]), ("use", ["--clip_features", "use"])):
+        assert run("--features", feature_dir / "knock_0.npz", "--output", tmp_path / f"{name}.wav", *more) == 0
+    default, empty, use = (sound(tmp_path / f"{name}.wav") for name in ("default", "empty", "use"))
+    assert np.array_equal(default, empty) and not np.array_equal(default, use)
 
 
 def test_a_prompt_alone(tmp_path, capsys):
@@ -129,13 +148,14 @@ def test_adapters_say_which_clip_features_they_want(adapter, tmp_path):
         (["--prompt", "x", "--output", "a.mp3"], 2, "expected a folder or a name ending in"),
         (["--prompt", "x", "--strength", "1"], 2, "1 --strength for 0 --adapter"),
         (["--prompt", "x", "--num_steps", "0"], 2, "num_steps is 0"),
-        (["--prompt", "x", "--duration", "0.1"], 1, "at least 0.64"),
+        (["--prompt", "x", "--duration", "0.1"], 2, "at least 0.64"),
         (["--prompt", "x", "--adapter", "{tmp}/junk.pt"], 1, "junk.pt"),
         (["--prompt", "x", "--adapter", "{tmp}/other.pt"], 1, "was trained for variant small_16k"),
         (["--video", "{tmp}/junk.pt", "--prompt", "x"], 1, "junk.pt"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, capsys, adapter, arguments, code, message):
+    """Pitfall H4 among them: an adapter of another variant is refused."""
     (tmp_path / "junk.pt").write_bytes(b"<html>not found</html>")
     content = torch.load(adapter, weights_only=True)
     content["meta"]["variant"] = "small_16k"
