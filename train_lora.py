@@ -27,6 +27,7 @@ import torch
 
 from selva import cli, flow
 from selva.checkpoint import TrainingState, check_same_settings, load_checkpoint, load_newest_checkpoint
+from selva.data_summary import summarise
 from selva.distributed import World, join_world
 from selva.lora import LoRAConfig, inject_lora
 from selva.lora_config import PRESETS, parse_targets
@@ -45,7 +46,7 @@ from selva.training import (
     fit,
     split_validation,
 )
-from selva.training_data import load_training_set
+from selva.training_data import FolderSet, load_training_set
 from selva.training_set import TrainingSet
 from selva.weights import check_weights, load_generator
 
@@ -256,6 +257,9 @@ def load_clips(
         world.wait()
     for path, reason in problems:
         log.error("%s", reason if str(path) in reason else f"{path}: {reason}")
+    if world.is_main and isinstance(clips, FolderSet) and len(clips):
+        for line in summarise(clips, problems).lines():
+            log.info("%s", line)
     if not len(clips):
         raise ValueError(f"{data_dir}: no clip can be trained on; extract_features.py makes .npz + sound pairs")
     if problems and not args.skip_invalid:
