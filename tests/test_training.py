@@ -163,6 +163,49 @@ def test_adapter_and_optimiser_stay_float32_over_a_half_precision_base():
     assert any(not torch.equal(before[k], v) for k, v in lora_state_dict(generator).items())
 
 
+def test_the_objective_is_float32_around_a_half_precision_network(monkeypatch):
+    """Pitfall C4: path, time, target and loss are exact; the network alone is rounded."""
+    model = make_generator(LoRAConfig(rank=2), torch.bfloat16).eval()
+    batch = collate(make_clips(2))
+    draws = draw(batch.mean.shape, CONFIG, torch.Generator().manual_seed(3), 0.0)
+    seen = {}
+
+    def predict_nothing(xt, clip_f, sync_f, text_f, t):
+        seen.update(xt=xt, t=t)
+        return torch.zeros_like(xt, dtype=torch.bfloat16)
+
+    monkeypatch.setattr(model, "forward", predict_nothing)
+    found = flow_loss(model, batch, draws, CONFIG, torch.bfloat16)
+    x1 = (batch.mean + batch.std * draws.posterior - model.latent_mean) / model.latent_std
+    t = draws.t[:, None, None]
+    assert found.dtype == seen["xt"].dtype == torch.float32 and torch.equal(seen["t"], draws.t)
+    torch.testing.assert_close(seen["xt"], (1 - t) * draws.noise + t * x1)  # with the tolerance of float32
+    torch.testing.assert_close(found, (x1 - draws.noise).square().mean((1, 2)))
+
+
+def test_a_first_float16_step_keeps_a_and_moves_b():
+    """Pitfall D3: B is zero at first, so the gradient of A is zero, and Adam in float16 would divide it by zero."""
+    run = make_run(dataclasses.replace(CONFIG, weight_decay=0.0), dtype=torch.float16)
+    before = lora_state_dict(run.generator)
+    run.train_step()
+    after = lora_state_dict(run.generator)
+    assert all(torch.equal(after[key], before[key]) for key in after if key.endswith("lora_A"))
+    assert all(torch.isfinite(after[key]).all() and after[key].any() for key in after if key.endswith("lora_B"))
+    _, norm = run.train_step()
+    assert torch.isfinite(norm) and all(p.isfinite().all() for p in run.parameters)
+
+
+def test_float16_gradients_do_not_vanish(monkeypatch):
+    """Pitfall D3: without loss scaling, gradients below 6e-8 are zero in float16."""
+    norms = []
+    for factor in (1.0, 1e-6):
+        monkeypatch.setattr(
+            "selva.training.flow_loss", lambda *args, factor=factor: factor * flow_loss(*args)
+        )
+        norms.append(make_run(dtype=torch.float16).train_step()[1].item() / factor)
+    assert norms[0] > 1e-3 and norms[1] == pytest.approx(norms[0], rel=0.02)
+
+
 def test_half_precision_loss_is_close_to_float32():
     batch = collate(make_clips(2))
     draws = draw(batch.mean.shape, CONFIG, torch.Generator().manual_seed(3), 0.0)
@@ -210,6 +253,17 @@ def test_multistep_is_that_of_the_base_model():
     config = TrainConfig(lr=1.0, warmup_steps=1000, steps=300_000, lr_schedule="multistep")
     found = [learning_rate(k, config) for k in (0, 999, 1000, 240_999, 241_000, 270_999, 271_000)]
     assert found == pytest.approx([1 / 1001, 1000 / 1001, 1.0, 1.0, 0.1, 0.1, 0.01])
+
+
+def test_weight_decay_shrinks_the_factors_by_the_rate_times_its_value():
+    """Pitfall F10: one decay, of A and B alike. At the first step B is zero, so nothing else moves A."""
+    run = make_run(dataclasses.replace(CONFIG, lr=0.1, warmup_steps=0, weight_decay=0.5))
+    before = lora_state_dict(run.generator)
+    run.train_step()
+    for key, value in lora_state_dict(run.generator).items():
+        if key.endswith("lora_A"):
+            torch.testing.assert_close(value, (1 - 0.1 * 0.5) * before[key])
+    assert [group["weight_decay"] for group in run.optimizer.param_groups] == [0.5, 0.5]
 
 
 def test_gradients_are_clipped_before_the_update(monkeypatch):
@@ -304,8 +358,11 @@ SCHEDULE_OF_STOP = {1: "cosine", 2: "constant", 3: "cosine_restarts", 5: "multis
 @pytest.mark.parametrize("stop_at", SCHEDULE_OF_STOP)
 def test_resumed_steps_equal_uninterrupted_ones_bit_for_bit(tmp_path, stop_at, dtype):
     """DESIGN: k steps, a resume and N - k steps give the bits of N steps, for every schedule, with accumulation,
-    dropout, average and validation on."""
-    config = dataclasses.replace(CONFIG, grad_accum=2, ema_decay=0.9, lr_schedule=SCHEDULE_OF_STOP[stop_at])
+    dropout, average and validation on. Pitfalls F3: also at steps that the accumulation does not divide; F5: noise,
+    times and clips go on and do not start again; F6: the curriculum switches (here after step 3) where it would have.
+    """
+    config = dataclasses.replace(CONFIG, grad_accum=2, ema_decay=0.9, lr_schedule=SCHEDULE_OF_STOP[stop_at],
+                                 timestep_mode="curriculum", curriculum_switch=0.5)
 
     def train(run, until=None):
         fit(run, MetricsFile(tmp_path / "metrics.jsonl"), on_checkpoint=lambda r: None, on_best=lambda r: None,
@@ -355,6 +412,16 @@ def test_validation_is_repeatable_and_leaves_the_training_alone():
     assert torch.equal(state, torch.get_rng_state())
     single = [validate(run.generator, run.val_clips.subset([i]), run.config, torch.float32) for i in range(2)]
     assert bins == pytest.approx([(a + b) / 2 for a, b in zip(*single, strict=True)])
+
+
+def test_validation_is_binned_by_time_and_comparable_between_timestep_modes(monkeypatch):
+    """Pitfall I4: a mean over random times falls when hard times become rare, not when the fit is better."""
+    run = make_run(val=2)
+    modes = [dataclasses.replace(run.config, timestep_mode=mode) for mode in flow.TIMESTEP_MODES]
+    first, *others = [validate(run.generator, run.val_clips, config, torch.float32) for config in modes]
+    assert all(bins == first for bins in others)
+    monkeypatch.setattr("selva.training.flow_loss", lambda generator, batch, draws, *rest: draws.t)
+    assert validate(run.generator, run.val_clips, run.config, torch.float32) == [0.125, 0.375, 0.625, 0.875]
 
 
 def test_training_lowers_the_loss_of_what_it_sees(tmp_path):
@@ -443,6 +510,7 @@ def test_rows_and_checkpoints_come_at_their_steps(tmp_path):
 
 
 def test_stopping_saves_first(tmp_path):
+    """Pitfall F8: whatever was done since the last checkpoint."""
     run, saved = make_run(dataclasses.replace(CONFIG, steps=50)), []
     finished = fit(run, MetricsFile(tmp_path / "m.jsonl"), on_checkpoint=lambda r: saved.append(r.step),
                    on_best=lambda r: None, should_stop=lambda: run.step >= 4)

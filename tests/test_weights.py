@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from make_data import put_clip
 
+import train_lora
 from scripts.make_test_weights import main as make_test_weights
 from selva import weights
 from selva.models import zoo
@@ -238,6 +240,18 @@ def test_a_vocoder_file_without_its_key_is_refused(write, tmp_path):
     torch.save({"discriminator": {}}, root / COMFYUI_FILES["vocoder"])
     with pytest.raises(ValueError, match=r"best_netG\.pt: expected named tensors under the key 'generator'"):
         weights.load_vocoder("small_16k", root)
+
+
+def test_the_16_khz_model_is_trained_without_a_vocoder(write, tmp_path):
+    """Pitfall G1: from published files; a sample would need the vocoder, encoding sound does not."""
+    root = write(tmp_path / "w")
+    (root / COMFYUI_FILES["vocoder"]).unlink()
+    put_clip(tmp_path / "data", "a")
+    run = ["--data_dir", str(tmp_path / "data"), "--output_dir", str(tmp_path / "run"), "--selva_dir", str(root),
+           "--variant", "small_16k", "--steps", "1", "--rank", "2", "--device", "cpu"]
+    assert train_lora.main([*run, "--no_preview"]) == 0
+    assert (tmp_path / "run" / "adapter_final.pt").exists()
+    assert train_lora.main(run) == 1
 
 
 def test_a_vae_file_without_band_statistics_is_refused(write, tmp_path):

@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 import torch
@@ -132,6 +133,13 @@ def test_remote_names_differ_only_where_the_repository_says_44khz():
         for size in ("small", "medium", "large")
     }
     assert {f.name for f in WEIGHT_FILES.values() if not f.md5_verified} == set(renamed)
+
+
+def test_every_file_of_selva_and_mmaudio_has_a_checksum():
+    """Pitfall H2: the SelVA generators of 44.1 kHz too."""
+    checksums = [file.md5 for file in WEIGHT_FILES.values()]
+    assert all(checksum and re.fullmatch("[0-9a-f]{32}", checksum) for checksum in checksums)
+    assert len(set(checksums)) == len(checksums)
 
 
 def test_an_unknown_variant_is_answered_with_the_list():

@@ -20,8 +20,9 @@ from script_args import TINY
 
 import infer
 import train_lora
-from selva import run_folder
+from selva import preview, run_folder, weights
 from selva.checkpoint import load_adapter
+from selva.sampling import SamplingConfig
 
 ROOT = Path(__file__).parents[2]
 QUICK = [*TINY, "--steps", "4", "--batch_size", "2", "--warmup_steps", "1", "--save_every", "2", "--val_every", "2",
@@ -41,6 +42,7 @@ def same(a: dict, b: dict) -> bool:
 
 
 def test_a_run_writes_everything_it_promises(feature_dir, tmp_path, capsys):
+    """Pitfalls G1 and G2: a 16 kHz model in the default precision, bfloat16, also on a CPU."""
     out = tmp_path / "run"
     assert train(feature_dir, out) == 0
     written = {p.name for p in out.iterdir()}
@@ -65,6 +67,50 @@ def test_a_run_writes_everything_it_promises(feature_dir, tmp_path, capsys):
     assert [r["step"] for r in rows if "val_loss" in r] == [0, 2, 4]
     info = soundfile.info(out / "sample_step00002.wav")
     assert info.samplerate == 16_000 and info.frames > 16_000
+
+
+def test_the_defaults_are_those_of_the_base_models():
+    """Pitfalls A3, A4, C1, C2, E3, F10: what the published trainer has as an option or not at all is the default."""
+    args = train_lora.build_parser().parse_args(["--data_dir", "."])
+    config, lora_config = train_lora.configs_from(args)
+    assert (config.timestep_mode, config.logit_normal_sigma, config.null_prob, config.latent) == (
+        "logit_normal", 1.0, 0.1, "sample")
+    assert (config.weight_decay, config.betas, args.normalize_audio) == (1e-6, (0.9, 0.95), "peak")
+    assert lora_config.init == "standard" and [lora_config.scale(rank) for rank in (4, 128)] == [1.0, 1.0]
+
+
+def test_only_what_is_needed_is_loaded(feature_dir, tmp_path, monkeypatch):
+    """Pitfalls G1 and H3: no vocoder to encode sound, no encoder without work, never the image tower."""
+    loaded = []
+    load = weights._load
+    monkeypatch.setattr(weights, "_load", lambda name, part, *rest: (loaded.append(part), load(name, part, *rest))[1])
+    assert train(feature_dir, tmp_path / "a", "--no_preview", "--steps", "1") == 0
+    assert sorted(loaded) == ["generator", "vae"]  # the features hold their text
+    loaded.clear()
+    (feature_dir / "prompts.txt").write_text("knock_0.npz: another prompt\n")
+    assert train(feature_dir, tmp_path / "b", "--no_preview", "--steps", "1") == 0
+    assert sorted(loaded) == ["clip_text", "generator"]  # the sound is encoded already
+
+
+def test_samples_have_guidance_and_a_held_out_clip(feature_dir, tmp_path, capsys, monkeypatch):
+    """Pitfall I1: a sample is made as infer.py would make it, of a clip that is not trained on, with fixed noise."""
+    calls = []
+    sample = preview.sample_latents
+
+    def record(generator, clip_f, sync_f, text_f, seeds, config, **options):
+        calls.append((seeds, config))
+        return sample(generator, clip_f, sync_f, text_f, seeds, config, **options)
+
+    monkeypatch.setattr(preview, "sample_latents", record)
+    held_out = tmp_path / "held_out"
+    held_out.mkdir()
+    for path in feature_dir.glob("knock_5.*"):  # the only clip of 1.2 s
+        path.rename(held_out / path.name)
+    assert train(feature_dir, tmp_path / "run", "--val_dir", str(held_out)) == 0
+    assert "5 clips to train on, 1 held out" in capsys.readouterr().err
+    (seeds, config), second = calls
+    assert (seeds, config) == second and config == SamplingConfig() and config.cfg_strength == 4.5
+    assert soundfile.info(tmp_path / "run" / "sample_step00004.wav").duration == pytest.approx(1.2, abs=0.04)
 
 
 def test_the_settings_file_of_a_run_repeats_it(feature_dir, tmp_path):
