@@ -105,6 +105,19 @@ def test_prompts_file(tmp_path, caplog):
         read_prompts(tmp_path / "none.txt")
 
 
+def test_what_is_known_about_the_features_without_reading_them_again(tmp_path):
+    put_clip(tmp_path, "a", prompt="words")
+    put_clip(tmp_path, "b", prompt="other words")
+    bundle = FeatureBundle(torch.zeros(1, 9, 4), torch.ones(1, 8, 5), 1.2, text_features=torch.zeros(1, 77, 3))
+    save_features(tmp_path / "c.npz", bundle)
+    (tmp_path / "c.wav").write_bytes(b"sound")
+    a, b, c = scan_folder(tmp_path).clips
+    assert (a.clip_shape, a.sync_shape, a.text_shape, a.duration_sec) == ((8, 4), (16, 4), None, 1.0)
+    assert (c.clip_shape, c.sync_shape, c.text_shape, c.duration_sec) == ((9, 4), (8, 5), (77, 3), 1.2)
+    assert (a.extracted_prompt, c.extracted_prompt) == ("words", "")
+    assert a.features_hash == b.features_hash != c.features_hash
+
+
 def test_path_tricks_in_prompts_reach_nothing(tmp_path, caplog):
     data = tmp_path / "data"
     data.mkdir()
