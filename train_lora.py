@@ -258,8 +258,11 @@ def load_clips(
     for path, reason in problems:
         log.error("%s", reason if str(path) in reason else f"{path}: {reason}")
     if world.is_main and isinstance(clips, FolderSet) and len(clips):
-        for line in summarise(clips, problems).lines():
+        summary = summarise(clips, problems)
+        for line in summary.lines():
             log.info("%s", line)
+        for line in summary.warnings():
+            log.warning("%s", line)
     if not len(clips):
         raise ValueError(f"{data_dir}: no clip can be trained on; extract_features.py makes .npz + sound pairs")
     if problems and not args.skip_invalid:
@@ -412,8 +415,11 @@ def train(
             return
         folder.save_step(run, metrics)
         if preview is not None and not stop():
-            with run.evaluated():
-                preview.write(run, args.output_dir)
+            try:
+                with run.evaluated():
+                    preview.write(run, args.output_dir)
+            except (ValueError, OSError) as error:  # a sample that cannot be made must not end a run
+                log.warning("no sample at step %d: %s", run.step, error)
 
     def on_best(run: TrainingRun) -> None:
         if world.is_main:

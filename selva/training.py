@@ -391,12 +391,16 @@ def fit(
         on_best: called after a validation with the lowest loss so far.
 
     Raises:
-        ValueError: the gradient was not finite ``MAX_BAD_STEPS`` times in a row; the last checkpoint is intact.
+        ValueError: the gradient was not finite ``MAX_BAD_STEPS`` times in a row (the last checkpoint is intact), or the
+            loss of the held-out clips is not finite before the first step.
     """
     config = run.config
     run.generator.train()
     if len(run.val_clips) and run.step == 0:
         metrics.append([run.validate()])  # where the base model stands
+        if not math.isfinite(run.best_val_loss):
+            raise ValueError("the loss of the held-out clips is not finite before the first step; features of another "
+                             "model, or values beyond --precision: look at the data summary, or use --precision fp32")
         log.info("step 0: validation loss %.4f", run.best_val_loss)
     recent: list[tuple[Tensor, Tensor]] = []
     bad_steps, since, started_at = 0, time.monotonic(), time.monotonic()

@@ -456,6 +456,14 @@ def fake_validations(monkeypatch, losses):
     monkeypatch.setattr("selva.training.validate", lambda *args: [next(values)])
 
 
+def test_a_model_that_cannot_see_the_held_out_clips_is_not_trained(monkeypatch):
+    fake_validations(monkeypatch, [float("nan")])
+    run = make_run()
+    with pytest.raises(ValueError, match="not finite before the first step"):
+        fit(run, MetricsFile(), on_checkpoint=lambda r: None, on_best=lambda r: None)
+    assert run.step == 0
+
+
 def test_patience_ends_the_run_and_saves(tmp_path, monkeypatch, caplog):
     fake_validations(monkeypatch, [3.0, 2.0, 2.5, 2.4, 2.3])
     run, saved = make_run(dataclasses.replace(CONFIG, steps=50, val_every=2, patience=2, save_every=100)), []

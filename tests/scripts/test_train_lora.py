@@ -270,6 +270,15 @@ def test_a_full_disk_is_survived(feature_dir, tmp_path, capsys, monkeypatch):
     assert [p.name for p in (tmp_path / "run").glob("adapter_step*")] == ["adapter_step00004.pt"]
 
 
+def test_a_sample_that_cannot_be_made_does_not_end_the_run(feature_dir, tmp_path, capsys, monkeypatch):
+    def fail(*args, **kwargs):
+        raise ValueError("the sound is not finite")
+
+    monkeypatch.setattr(train_lora.Preview, "write", fail)
+    assert train(feature_dir, tmp_path / "run") == 0
+    assert "no sample at step 2: the sound is not finite" in capsys.readouterr().err
+
+
 def test_a_disk_without_room_is_refused_before_training(feature_dir, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 100, 0))
     assert train(feature_dir, tmp_path / "run", "--no_preview") == 1
