@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
+from torch import Tensor
 
 
 def picture_of(number: int, width: int = 64, height: int = 64) -> np.ndarray:
@@ -21,6 +23,24 @@ def number_in(picture: np.ndarray) -> int:
     height, width = picture.shape[1:]
     centres = picture.mean(axis=0)[height // 8 :: height // 4, width // 8 :: width // 4]
     return int(((centres > 127).reshape(-1) * 2 ** np.arange(16)).sum())
+
+
+def numbers_in(frames: Tensor) -> list[int]:
+    """Return the numbers that (T, 3, H, W) frames show."""
+    return [number_in(frame.numpy()) for frame in frames]
+
+
+def clicks(times: Sequence[float], seconds: float, rate: int = 16_000, channels: int = 1) -> np.ndarray:
+    """Return (channels, samples) float32 with a short click at each time."""
+    sound = np.zeros((channels, round(seconds * rate)), dtype=np.float32)
+    for time in times:
+        sound[:, round(time * rate) : round(time * rate) + 8] = 0.9
+    return sound
+
+
+def click_time(sound: np.ndarray | Tensor, rate: int) -> float:
+    """Return the seconds at which (channels, samples) is loudest."""
+    return np.abs(np.asarray(sound)[0]).argmax() / rate
 
 
 def make_video(

@@ -1,0 +1,42 @@
+"""Video and audio files <-> tensors: pictures at the two frame rates of the encoders, sound of a known rate.
+
+    frames.py      read_video: the pictures of a clip for the two image encoders
+    sound.py       read_audio, prepare_audio, write_audio, extract_audio, audio_length
+    mux.py         mux_video: a video with new sound
+    container.py   probe: what a header says; and what the other three need of FFmpeg
+
+The only package that knows PyAV, soundfile and torchvision; each is imported where it is used.
+
+Time 0 of a file is time stamp 0 of its container, for the pictures and for the sound, so that both stay aligned.
+(Transport streams start at an arbitrary stamp; there time 0 is the first picture.)
+"""
+
+from __future__ import annotations
+
+from selva.media.container import probe
+from selva.media.frames import (
+    SELVA_FILL_SEC,
+    VideoFrames,
+    read_video,
+    resize_frame,
+    select_frames,
+    shortened_duration,
+)
+from selva.media.mux import mux_video
+from selva.media.sound import audio_length, extract_audio, prepare_audio, read_audio, write_audio
+
+__all__ = [
+    "SELVA_FILL_SEC",
+    "VideoFrames",
+    "audio_length",
+    "extract_audio",
+    "mux_video",
+    "prepare_audio",
+    "probe",
+    "read_audio",
+    "read_video",
+    "resize_frame",
+    "select_frames",
+    "shortened_duration",
+    "write_audio",
+]

@@ -1,0 +1,239 @@
+"""PyAV, wrapped once: open a file, find its streams, read what its header says, decode it from a given time.
+
+Every error names the file. Time 0 is what the package says it is, see :mod:`selva.media`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+PathLike = str | os.PathLike[str]
+
+_TRUNCATION_SEC = 0.5  # a stream that ends this much before the end in its header was cut short
+
+
+# --- opening --------------------------------------------------------------------------------------------------------
+
+
+def check_file(path: PathLike) -> None:
+    """Raise if there is no file at ``path``."""
+    if Path(path).is_dir():
+        raise ValueError(f"{path}: is a folder, expected a video or audio file")
+    if not Path(path).exists():
+        raise FileNotFoundError(f"{path}: no such file")
+
+
+def check_range(path: PathLike, start_sec: float, duration_sec: float | None) -> None:
+    """Raise if a clip of a file cannot begin or last as asked for."""
+    if not (math.isfinite(start_sec) and start_sec >= 0):
+        raise ValueError(f"{path}: start is {start_sec} s, expected 0 or more")
+    if duration_sec is not None and not (math.isfinite(duration_sec) and duration_sec > 0):
+        raise ValueError(f"{path}: duration is {duration_sec} s, expected more than 0")
+
+
+def exact_seconds(seconds: float) -> Fraction:
+    """Return the number as it is written: 1.3 is 13/10, so that a frame at 1.3 s is not missed by a rounding error."""
+    return Fraction(str(seconds))
+
+
+@contextmanager
+def open_media(path: PathLike) -> Iterator[Any]:
+    """Yield the PyAV container of a file to read."""
+    import av
+
+    check_file(path)
+    try:
+        # Absolute, because FFmpeg takes a relative name like "pipe:1.mp4" for a protocol.
+        container = av.open(os.path.abspath(path), metadata_errors="replace")
+    except av.error.FFmpegError as error:
+        raise ValueError(f"{path}: cannot be read as video or audio ({error.strerror})") from error
+    with container:
+        yield container
+
+
+# --- streams --------------------------------------------------------------------------------------------------------
+
+
+def _is_cover(stream: Any) -> bool:
+    """Return whether a video stream is only the cover picture of a sound file."""
+    import av
+
+    return bool(stream.disposition & av.stream.Disposition.attached_pic)
+
+
+def has_pictures(container: Any) -> bool:
+    """Return whether a file is a video, and not sound with a cover picture."""
+    return any(not _is_cover(stream) for stream in container.streams.video)
+
+
+def video_stream(container: Any, path: PathLike) -> Any:
+    """Return the first video stream that is no cover picture; ``path`` is for the error."""
+    for stream in container.streams.video:
+        if not _is_cover(stream):
+            return stream
+    found = ", ".join(stream.type for stream in container.streams) or "no streams"
+    raise ValueError(f"{path}: has no video stream (found: {found})")
+
+
+def audio_stream(container: Any, path: PathLike) -> Any:
+    """Return the first audio stream; ``path`` is for the error."""
+    if container.streams.audio:
+        return container.streams.audio[0]
+    found = ", ".join(stream.type for stream in container.streams) or "no streams"
+    raise ValueError(f"{path}: has no audio stream (found: {found})")
+
+
+def time_origin(container: Any) -> Fraction:
+    """Return the time stamp, in seconds, that is time 0 of the file."""
+    import av
+
+    if not container.format.flags & av.format.Flags.ts_discont.value:
+        return Fraction(0)
+    pictures = [stream for stream in container.streams.video if not _is_cover(stream)]
+    first = (pictures or container.streams)[0]
+    return (first.start_time or 0) * first.time_base
+
+
+# --- headers --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MediaInfo:
+    """What the header of a file says; None where it says nothing or has no such stream.
+
+    Attributes:
+        format: short name of the container, e.g. "mov,mp4,m4a,3gp,3g2,mj2".
+        streams: kind of every stream in file order, e.g. ("video", "audio").
+        duration_sec: of the longest stream.
+        fps: average frame rate.
+        width, height: of the stored pictures, before they are turned upright.
+        audio_rate: samples per second.
+        audio_channels: 1 for mono.
+    """
+
+    format: str
+    streams: tuple[str, ...]
+    duration_sec: float | None
+    fps: float | None
+    width: int | None
+    height: int | None
+    audio_rate: int | None
+    audio_channels: int | None
+
+
+def probe(path: PathLike) -> MediaInfo:
+    """Return what the header of an audio or video file says.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: neither audio nor video.
+    """
+    with open_media(path) as container:
+        video = video_stream(container, path) if has_pictures(container) else None
+        audio = container.streams.audio[0] if container.streams.audio else None
+        if video is None and audio is None:
+            raise ValueError(f"{path}: has neither pictures nor sound in it")
+        return MediaInfo(
+            format=container.format.name,
+            streams=tuple(stream.type for stream in container.streams),
+            duration_sec=None if container.duration is None else container.duration / 1_000_000,
+            fps=float(video.average_rate) if video is not None and video.average_rate else None,
+            width=video.width if video is not None else None,
+            height=video.height if video is not None else None,
+            audio_rate=audio.rate if audio is not None else None,
+            audio_channels=audio.channels if audio is not None else None,
+        )
+
+
+def declared_end(container: Any, stream: Any) -> float | None:
+    """Return the time at which the header says that ``stream`` ends, None if it says nothing about this stream."""
+    origin_sec = float(time_origin(container))
+    if stream.duration is not None:
+        return float((stream.start_time or 0) + stream.duration) * float(stream.time_base) - origin_sec
+    if "DURATION" in stream.metadata:  # Matroska, "00:00:09.000000000"
+        try:
+            hours, minutes, seconds = stream.metadata["DURATION"].split(":")
+            return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
+        except ValueError:
+            return None
+    if len(container.streams) == 1 and container.duration is not None:
+        return (container.duration + (container.start_time or 0)) / 1_000_000 - origin_sec
+    return None
+
+
+def check_not_truncated(
+    path: PathLike, container: Any, stream: Any, start_sec: float, duration_sec: float | None, reached_sec: float
+) -> None:
+    """Raise if the header promises more in the wanted range than the ``reached_sec`` that could be decoded of it."""
+    declared = declared_end(container, stream)
+    if declared is None:
+        return
+    end_sec = declared if duration_sec is None else min(declared, start_sec + duration_sec)
+    if start_sec + reached_sec < end_sec - _TRUNCATION_SEC:
+        raise ValueError(
+            f"{path}: ends after {start_sec + reached_sec:.2f} s of {declared:.2f} s: "
+            "cut short or damaged, copy it again"
+        )
+
+
+# --- packets and frames ---------------------------------------------------------------------------------------------
+
+
+def read_packets(path: PathLike, container: Any, stream: Any) -> Iterator[Any]:
+    """Yield the packets of ``stream`` in file order."""
+    import av
+
+    try:
+        for packet in container.demux(stream):
+            if packet.size:  # the last one is empty and only flushes decoders
+                yield packet
+    except av.error.FFmpegError as error:
+        raise ValueError(f"{path}: damaged, cannot be read to its end ({error.strerror})") from error
+
+
+def decode_frames(
+    path: PathLike, container: Any, stream: Any, start: Fraction, preroll_sec: Fraction = Fraction(0), seek: bool = True
+) -> Iterator[tuple[Fraction, Any]]:
+    """Yield (time, frame) in presentation order; ``time`` is exact, in seconds relative to ``start``.
+
+    Decoding begins at or before ``start - preroll_sec``, so the first times may be negative.
+    """
+    import av
+
+    zero = time_origin(container) + start
+    time = -start
+    sought = seek and start > preroll_sec and _seek(container, stream, zero - preroll_sec)
+    try:
+        for frame in container.decode(stream):
+            if frame.pts is None:
+                raise ValueError(f"{path}: its frames have no time stamps; put it into an .mp4 first")
+            time = frame.pts * frame.time_base - zero
+            if sought and (time > -preroll_sec or (stream.type == "video" and not frame.key_frame)):
+                break
+            sought = False
+            yield time, frame
+    except av.error.FFmpegError as error:
+        raise ValueError(
+            f"{path}: damaged after {float(time + start):.2f} s, cannot be decoded ({error.strerror})"
+        ) from error
+    if sought:  # Some containers only guess where a key frame or a time stamp lies; read those from the start.
+        with open_media(path) as whole:
+            yield from decode_frames(path, whole, whole.streams[stream.index], start, preroll_sec, seek=False)
+
+
+def _seek(container: Any, stream: Any, seconds: Fraction) -> bool:
+    """Move to the last key frame at or before ``seconds``; return whether the file allows it."""
+    import av
+
+    try:
+        container.seek(math.floor(seconds / stream.time_base), stream=stream)
+    except av.error.FFmpegError:
+        return False
+    return True

@@ -1,0 +1,235 @@
+"""The pictures of a video, sampled at the two frame rates of the image encoders and resized for them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from selva.media.container import (
+    PathLike,
+    check_not_truncated,
+    check_range,
+    decode_frames,
+    exact_seconds,
+    open_media,
+    video_stream,
+)
+from selva.sequence import CLIP_FPS, DEFAULT_DURATION_SEC, SYNC_FPS, SYNC_SEGMENT_FRAMES
+
+SELVA_FILL_SEC = 0.125  # SelVA's training data repeats the last frame for at most 1 CLIP and 3 sync frames
+
+
+# --- which frames ---------------------------------------------------------------------------------------------------
+
+
+class _FrameClock:
+    """Tells for frames in presentation order how often each is sampled at ``fps`` frames per second."""
+
+    def __init__(self, fps: float) -> None:
+        self.interval_sec = 1 / fps
+        self.next_sec = 0.0
+
+    def uses(self, time_sec: float) -> int:
+        count = 0
+        while time_sec >= self.next_sec:
+            count += 1
+            # A running sum, not k / fps: its rounding decides which frame is taken (at 25 fps for 183 of 200 frames),
+            # and the published features were made with it.
+            self.next_sec += self.interval_sec
+        return count
+
+
+def select_frames(times: Sequence[float], fps: float, start_sec: float = 0.0, end_sec: float = math.inf) -> list[int]:
+    """Return the indices of the frames that represent a video at ``fps`` frames per second.
+
+    Sample k is the first frame at or after k / fps, so a slower source repeats frames. The samples are counted from
+    time 0 also when ``start_sec`` is later: the frame at ``start_sec`` then stands for all samples before it too.
+    :func:`read_video` counts from its start instead, by passing times relative to it.
+
+    Args:
+        times: presentation times in seconds, ascending.
+        start_sec: earlier frames are skipped.
+        end_sec: later frames are ignored; a frame at exactly ``end_sec`` is used.
+
+    Raises:
+        ValueError: ``fps`` is not positive, or a time is not finite.
+    """
+    if not fps > 0:
+        raise ValueError(f"frame rate is {fps}, expected a positive number")
+    clock = _FrameClock(fps)
+    selected: list[int] = []
+    for index, time in enumerate(times):
+        if not math.isfinite(time):
+            raise ValueError(f"time of frame {index} is {time}, expected a finite number of seconds")
+        if start_sec <= time <= end_sec:
+            selected += [index] * clock.uses(time)
+    return selected
+
+
+def shortened_duration(duration_sec: float, num_clip_frames: int, num_sync_frames: int) -> float:
+    """Return ``duration_sec``, or what the frames found at 8 and at 25 frames per second cover if that is less."""
+    if num_clip_frames / CLIP_FPS < duration_sec:
+        duration_sec = num_clip_frames / CLIP_FPS
+    if num_sync_frames / SYNC_FPS < duration_sec:
+        duration_sec = num_sync_frames / SYNC_FPS
+    return duration_sec
+
+
+# --- reading pictures -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class VideoFrames:
+    """The pictures of one clip, as the two image encoders want them.
+
+    Attributes:
+        clip_frames: (T, 3, clip_size, clip_size) uint8 RGB, T = int(8 * duration_sec).
+        sync_frames: (F, 3, sync_size, sync_size) uint8 RGB, F = int(25 * duration_sec).
+        duration_sec: what the frames cover, at most what was asked for; all other lengths follow from it.
+        requested_sec: what was asked for.
+        start_sec: where in the file the clip begins.
+        source_fps: average frame rate of the file; 0.0 if the file does not say.
+        source_size: (height, width) of the pictures as shown.
+        num_filled: sync frames at the end that repeat the last frame (see ``fill_sec``).
+    """
+
+    clip_frames: Tensor
+    sync_frames: Tensor
+    duration_sec: float
+    requested_sec: float
+    start_sec: float
+    source_fps: float
+    source_size: tuple[int, int]
+    num_filled: int
+
+
+def resize_frame(picture: Tensor, size: int, crop: bool = False) -> Tensor:
+    """Return ``picture`` as (3, size, size) uint8.
+
+    Bicubic with antialiasing on uint8, as the published models saw their frames; torchvision's result on floats is
+    a different one.
+
+    Args:
+        picture: (3, H, W) uint8.
+        crop: False squashes the picture to a square (CLIP, and sync frames of SelVA); True makes the shorter side
+            ``size`` and cuts out the centre (sync frames of MMAudio).
+    """
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms.v2 import functional
+
+    target = [size] if crop else [size, size]
+    resized = functional.resize(picture, target, interpolation=InterpolationMode.BICUBIC, antialias=True)
+    return functional.center_crop(resized, [size, size]) if crop else resized  # (3, size, size)
+
+
+def read_video(
+    path: PathLike,
+    duration_sec: float = DEFAULT_DURATION_SEC,
+    start_sec: float = 0.0,
+    clip_size: int = 384,
+    sync_size: int = 224,
+    sync_crop: bool = False,
+    fill_sec: float = 0.0,
+) -> VideoFrames:
+    """Return the pictures of ``duration_sec`` seconds from ``start_sec``, sampled at 8 and at 25 frames per second.
+
+    The frames are those of :func:`select_frames` with times relative to ``start_sec``, turned upright if the file
+    says how. Frames are resized as they are decoded, so memory does not depend on the size of the video.
+
+    A video that ends early makes a shorter clip: its duration becomes what the sampled frames cover (191 frames at
+    23.976 fps give 7.96 s). A file that ends before the end in its own header is damaged and an error.
+
+    Args:
+        fill_sec: if not more than this is missing between the last samples and the end (of the request, or of a
+            shorter video), repeat the last frame, so that 50 frames at 25 fps are 2 s and not 1.96. 0.0 is what the
+            published inference does; ``SELVA_FILL_SEC`` is what SelVA's training data do.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a video, damaged, nothing to see in the range, or less than 0.64 s (one sync segment).
+    """
+    check_range(path, start_sec, duration_sec)
+    clip: list[Tensor] = []
+    sync: list[Tensor] = []
+    clip_clock, sync_clock = _FrameClock(CLIP_FPS), _FrameClock(SYNC_FPS)
+    size, end_sec, wanted_sec = (0, 0), 0.0, duration_sec
+    with open_media(path) as container:
+        stream = video_stream(container, path)
+        stream.thread_type = "AUTO"
+        for exact_time, frame in decode_frames(path, container, stream, exact_seconds(start_sec)):
+            time = float(exact_time)
+            end_sec = time + _frame_duration(frame, stream)
+            if time > duration_sec:
+                break
+            num_clip, num_sync = clip_clock.uses(time), sync_clock.uses(time)  # none before time 0
+            if num_clip or num_sync:
+                picture = _upright_rgb(frame)  # (3, H, W)
+                size = (picture.shape[1], picture.shape[2])
+                if num_clip:
+                    clip += [resize_frame(picture, clip_size)] * num_clip
+                if num_sync:
+                    sync += [resize_frame(picture, sync_size, sync_crop)] * num_sync
+            if shortened_duration(duration_sec, len(clip), len(sync)) == duration_sec:
+                break
+        else:
+            check_not_truncated(path, container, stream, start_sec, duration_sec, end_sec)
+            if fill_sec:  # not beyond the end of the video itself
+                wanted_sec = max(0.0, min(duration_sec, end_sec))
+        fps = float(stream.average_rate or 0)
+    num_filled = _fill_end(clip, sync, wanted_sec, fill_sec)
+    covered_sec = shortened_duration(wanted_sec, len(clip), len(sync))
+    _check_enough(path, covered_sec, start_sec, duration_sec, end_sec)
+    return VideoFrames(
+        clip_frames=torch.stack(clip[: int(covered_sec * CLIP_FPS)]),  # (T, 3, clip_size, clip_size)
+        sync_frames=torch.stack(sync[: int(covered_sec * SYNC_FPS)]),  # (F, 3, sync_size, sync_size)
+        duration_sec=covered_sec,
+        requested_sec=duration_sec,
+        start_sec=start_sec,
+        source_fps=fps,
+        source_size=size,
+        num_filled=num_filled,
+    )
+
+
+def _frame_duration(frame: Any, stream: Any) -> float:
+    if frame.duration:
+        return float(frame.duration * frame.time_base)
+    return float(1 / stream.average_rate) if stream.average_rate else 0.0
+
+
+def _upright_rgb(frame: Any) -> Tensor:
+    """Return a decoded frame as (3, H, W) uint8 RGB, turned the way a player shows it."""
+    picture = frame.to_ndarray(format="rgb24")  # (H, W, 3)
+    quarter_turns = round(frame.rotation / 90)  # counter-clockwise, as in NumPy
+    if quarter_turns:
+        picture = np.rot90(picture, quarter_turns)
+    return torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1)  # (3, H, W)
+
+
+def _fill_end(clip: list[Tensor], sync: list[Tensor], duration_sec: float, fill_sec: float) -> int:
+    """Repeat the last frames in place if at most ``fill_sec`` is missing; return the number of added sync frames."""
+    if not clip or not sync:
+        return 0
+    missing_clip = max(0, math.ceil(duration_sec * CLIP_FPS) - len(clip))
+    missing_sync = max(0, math.ceil(duration_sec * SYNC_FPS) - len(sync))
+    if missing_clip > int(fill_sec * CLIP_FPS) or missing_sync > int(fill_sec * SYNC_FPS):
+        return 0
+    clip += clip[-1:] * missing_clip
+    sync += sync[-1:] * missing_sync
+    return missing_sync
+
+
+def _check_enough(path: PathLike, covered_sec: float, start_sec: float, duration_sec: float, end_sec: float) -> None:
+    """Raise if a clip is shorter than the sync encoder needs."""
+    shortest_sec = SYNC_SEGMENT_FRAMES / SYNC_FPS
+    if covered_sec < shortest_sec:
+        raise ValueError(
+            f"{path}: has {covered_sec:.2f} s of pictures from {start_sec:.2f} s to {start_sec + duration_sec:.2f} s, "
+            f"expected at least {shortest_sec} s; its pictures end after {start_sec + end_sec:.2f} s"
+        )
