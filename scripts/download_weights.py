@@ -32,10 +32,10 @@ GB = 1e9
 def build_parser() -> cli.ArgumentParser:
     parser = cli.ArgumentParser(__doc__)
     parser.add_argument("--variant", required=True, choices=VARIANTS, metavar="NAME",
-                        help=f"one of {', '.join(VARIANTS)}")  # fmt: skip
+                        help=f"one of {', '.join(VARIANTS)}")
     parser.add_argument("--selva_dir", type=Path, metavar="DIR", help="folder of the weights, created if needed")
     parser.add_argument("--layout", choices=LAYOUTS,
-                        help="how to arrange new files; if not given, as the folder is, else comfyui")  # fmt: skip
+                        help="how to arrange new files; if not given, as the folder is, else comfyui")
     parser.add_argument("--list", action="store_true", help="only say what is needed and what is there")
     parser.add_argument("--debug", action="store_true", help="show debug messages and the traceback of an error")
     return parser
@@ -136,7 +136,7 @@ def download(repo: str, remote: str, target: Path) -> Path:
         http_get(
             remote_file.location, stream, resume_size=present, headers=headers, expected_size=remote_file.size,
             displayed_filename=target.name,
-        )  # fmt: skip
+        )
         stream.flush()
         os.fsync(stream.fileno())
     return partial

@@ -47,7 +47,7 @@ Delete this folder before downloading real weights.
 def build_parser() -> cli.ArgumentParser:
     parser = cli.ArgumentParser(__doc__)
     parser.add_argument("--variant", required=True, choices=VARIANTS, metavar="NAME",
-                        help=f"one of {', '.join(name for name, v in VARIANTS.items() if not v.packaged)}")  # fmt: skip
+                        help=f"one of {', '.join(name for name, v in VARIANTS.items() if not v.packaged)}")
     parser.add_argument("--selva_dir", type=Path, required=True, metavar="DIR", help="folder to write into")
     parser.add_argument("--layout", choices=LAYOUTS, help="arrangement of the files; comfyui unless the folder differs")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights")

@@ -56,7 +56,7 @@ NEIGHBOUR = "prismaudio"  # beside models/selva: another ComfyUI extension that 
 READ_ERRORS = (
     pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, struct.error,
     ValueError, TypeError, LookupError, AttributeError, AssertionError, OverflowError,
-)  # fmt: skip
+)
 
 VOCODER_KEY = "generator"  # the published vocoder files hold their tensors under this key
 CLIP_PREFIXES = {"clip_text": CLIP_TEXT_PREFIXES, "clip_image": (CLIP_IMAGE_PREFIX,)}

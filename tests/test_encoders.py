@@ -197,7 +197,7 @@ def test_t5_equals_transformers_with_the_same_weights(tmp_path):
             vocab_size=259, d_model=64, d_kv=32, d_ff=128, num_layers=2, num_heads=2, num_decoder_layers=1,
             feed_forward_proj="gated-gelu", tie_word_embeddings=False, decoder_start_token_id=0,
         )
-    ).eval()  # fmt: skip
+    ).eval()
     weights = {
         name: w.clone() for name, w in reference.state_dict().items() if not name.endswith("embed_tokens.weight")
     }

@@ -43,7 +43,7 @@ def small_published_variants(monkeypatch, tmp_path):
     selva = dataclasses.replace(
         tiny, name="small_16k", generator_file="generator_small_16k_sup_5.pth", packaged=False,
         t5=dataclasses.replace(tiny.t5, byte_tokens=False),
-    )  # fmt: skip
+    )
     mmaudio = dataclasses.replace(
         selva, name="mmaudio_small_44k", family="mmaudio", mode="44k", t5=None, sync_crop=True,
         generator_file="mmaudio_small_44k.pth",
@@ -52,7 +52,7 @@ def small_published_variants(monkeypatch, tmp_path):
             tiny.vocoder, num_mels=128, upsample_rates=(8, 8, 8), upsample_kernels=(16, 16, 16), final_bias=False,
             final_tanh=False,
         ),
-    )  # fmt: skip
+    )
     for variant in (selva, mmaudio):
         monkeypatch.setitem(zoo.VARIANTS, variant.name, variant)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub_cache"))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 UNIT_TABLES = ("token_embedding.weight", "shared.weight", "embed_tokens.weight", "empty_sync_feat", "sup_text_feat")
 SMALL_TABLES = (
     "sync_pos_emb", "pos_embed", "temp_embed", "cls_token", "positional_embedding", "class_embedding",
-)  # fmt: skip
+)
 # CLIP features have length 1 over all channels, so unit weights bring them to the level of the other inputs.
 UNIT_MATRICES = ("clip_input_proj.0.weight", "text_input_proj.0.weight")
 # The vocoder's activations only add positive values. Without a mean over time its last filter passes no offset on.

@@ -204,7 +204,7 @@ class Encoder(nn.Module):
             Level(fine, fine, num_blocks=2, downsample=True),
             Level(fine, middle, num_blocks=2),
             Level(middle, deep, num_blocks=2),
-        ))  # fmt: skip
+        ))
         self.mid = Middle(deep)
         self.conv_out = Conv(deep, 2 * config.latent_dim, 3)
         self.learnable_gain = nn.Parameter(torch.zeros(()))
@@ -229,7 +229,7 @@ class Decoder(nn.Module):
             Level(middle, fine, num_blocks=3),
             Level(deep, middle, num_blocks=3, upsample=True),
             Level(deep, deep, num_blocks=3),
-        ))  # fmt: skip
+        ))
         self.conv_out = Conv(fine, config.num_mels, 3)
         self.learnable_gain = nn.Parameter(torch.zeros(()))
 

@@ -147,7 +147,7 @@ WEIGHT_FILES = {
         _external("v1-44.pth", "44.1 kHz VAE", "fab020275fa44c6589820ce025191600"),
         _external("best_netG.pt", "16 kHz vocoder (BigVGAN)", "eeaf372a38a9c31c362120aba2dde292"),
     )
-}  # fmt: skip
+}
 
 BIGVGAN_V2 = _hub("bigvgan_generator.pt", "44.1 kHz vocoder (BigVGAN v2)", BIGVGAN_REPO)
 CLIP_WEIGHTS = _hub(
@@ -227,7 +227,7 @@ VOCODER_CONFIGS = {
         num_mels=128, upsample_rates=(8, 4, 2, 2, 2, 2), upsample_kernels=(16, 8, 4, 4, 4, 4),
         final_bias=False, final_tanh=False,
     ),
-}  # fmt: skip
+}
 
 _GENERATOR_CONFIGS = {
     "small_16k": GeneratorConfig(latent_dim=20, hidden_dim=448, depth=12, fused_depth=8, num_heads=7),
@@ -292,7 +292,7 @@ TINY_16K = Variant(
     clip_image_size=64,
     sync_image_size=112,
     packaged=True,
-)  # fmt: skip
+)
 
 VARIANTS: dict[str, Variant] = {
     variant.name: variant

@@ -34,7 +34,7 @@ def test_settings_are_those_of_the_golden_files(golden):
         theirs, ours = golden(f"mel_{mode}").config, MEL_CONFIGS[mode]
         assert (ours.sampling_rate, ours.n_fft, ours.hop_length, ours.num_mels) == (
             theirs["sampling_rate"], theirs["n_fft"], theirs["hop_size"], theirs["num_mels"]
-        )  # fmt: skip
+        )
 
 
 def test_the_slaney_scale_has_its_published_fixed_points():

@@ -77,7 +77,7 @@ def test_golden_16k(golden, vae_16k):
         case.check(name, value)
     for name, value in {
         "mean_even": mean, "std_even": std, "decoded": decoded, "mean_odd": mean_odd, "std_odd": std_odd,
-    }.items():  # fmt: skip
+    }.items():
         case.check(name, value)
     for key in ("encoder.conv_in", "encoder.down.0.downsample.conv1", "decoder.conv_out"):
         case.check(f"effective/{key}.weight", vae_16k.get_submodule(key).weight)

@@ -92,7 +92,7 @@ def test_the_parts_of_a_variant_fit_together(name):
     generator = variant.generator
     assert (generator.latent_seq_len, generator.clip_seq_len, generator.sync_seq_len) == (
         lengths.latent_seq_len, lengths.clip_seq_len, lengths.sync_seq_len,
-    )  # fmt: skip
+    )
     assert generator.latent_dim == variant.vae.latent_dim
     assert generator.clip_dim == variant.clip.embed_dim
     assert generator.text_dim == variant.clip.text_width
@@ -197,7 +197,7 @@ def test_a_randomly_filled_generator_answers_to_every_input_and_learns_in_every_
     config = GeneratorConfig(
         latent_dim=4, hidden_dim=32, depth=3, fused_depth=1, num_heads=2, clip_dim=8, sync_dim=8, text_dim=8,
         latent_seq_len=10, clip_seq_len=4, sync_seq_len=8, v2=v2,
-    )  # fmt: skip
+    )
     generator = fill_random_(build_generator(config))
     inputs = [torch.randn(1, 10, 4), torch.randn(1, 4, 8), torch.randn(1, 8, 8), torch.randn(1, 77, 8)]
     t = torch.tensor([0.3])
@@ -213,7 +213,7 @@ def test_a_randomly_filled_generator_answers_to_every_input_and_learns_in_every_
     silent = [
         name for name, p in generator.named_parameters()
         if p.requires_grad and not name.startswith(out_of_reach) and (p.grad is None or not p.grad.any())
-    ]  # fmt: skip
+    ]
     assert not silent
 
 

@@ -18,7 +18,7 @@ def small_variant(monkeypatch):
     variant = dataclasses.replace(
         tiny, name="small_16k", generator_file="generator_small_16k_sup_5.pth", packaged=False,
         t5=dataclasses.replace(tiny.t5, byte_tokens=False),
-    )  # fmt: skip
+    )
     monkeypatch.setitem(zoo.VARIANTS, "small_16k", variant)
     return variant
 
