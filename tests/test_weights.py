@@ -296,6 +296,23 @@ def test_loaded_networks_hold_the_tensors_of_the_files(write, tmp_path):
     assert all(torch.equal(tensor, file[name]) for name, tensor in encoder.state_dict().items())
 
 
+def test_one_clip_tower_is_read_without_the_other(write, tmp_path, monkeypatch):
+    """Pitfall H3: training wants the text tower only."""
+    root, read = write(tmp_path), weights.read_checkpoint
+    names = {}
+
+    def record(path, *options):
+        found = read(path, *options)
+        names[part] = [name.startswith("visual.") for name in found]
+        return found
+
+    monkeypatch.setattr(weights, "read_checkpoint", record)
+    for part in ("clip_text", "clip_image"):
+        LOADERS[part]("small_16k", root)
+    assert names["clip_text"] and not any(names["clip_text"])
+    assert names["clip_image"] and all(names["clip_image"])
+
+
 def test_weights_are_read_in_float32_and_cast_afterwards(write, tmp_path):
     root = write(tmp_path)
     exact = weights.load_vae("small_16k", root).state_dict()
