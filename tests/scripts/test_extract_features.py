@@ -99,6 +99,7 @@ def test_prompts_file_start_and_duration(clip_dir, tmp_path):
 
 
 def test_bad_videos_are_named_and_the_others_done(clip_dir, tmp_path, capsys):
+    """Pitfall A8: none is dropped without its name, and the exit code tells."""
     source = (clip_dir / "knock_0.mp4").read_bytes()
     (tmp_path / "cut.mp4").write_bytes(source[: len(source) // 2])
     (tmp_path / "text.mp4").write_text("not a video")

@@ -197,6 +197,8 @@ def test_a_signal_ends_in_a_state_to_resume_from(feature_dir, tmp_path, number, 
     assert process.returncode == code, stderr
     (saved,) = out.glob("adapter_step*.pt")
     step = int(saved.stem.removeprefix("adapter_step"))
+    meta = load_adapter(saved).meta
+    assert (meta["step"], meta["steps"]) == (step, 100_000)  # what was done, and what was planned
     assert train(feature_dir, out, "--no_preview", "--resume", "auto", "--steps", str(step + 1)) == 0
 
 
