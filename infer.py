@@ -29,7 +29,7 @@ from selva.features import load_features
 from selva.lora import Adapter, merge_adapters
 from selva.media import mux_video, write_audio
 from selva.models.generator import Generator, cast_frozen_
-from selva.models.zoo import Variant, get_variant
+from selva.models.zoo import Variant, features_problem, get_variant
 from selva.report import Progress, clock, peak_memory_bytes
 from selva.sampling import SamplingConfig, decode_latents, sample_latents
 from selva.sequence import DEFAULT_DURATION_SEC, SHORTEST_SEC, SequenceConfig, sequence_config
@@ -165,6 +165,8 @@ def read_conditions(args: argparse.Namespace, variant: Variant, device: torch.de
     prompt, clip_f, sync_f, text_f = args.prompt or "", None, None, None
     if args.features:
         bundle = load_features(args.features)
+        if problem := features_problem(bundle.variant, variant):
+            raise ValueError(f"{args.features}: {problem}")
         duration = min(bundle.duration, args.duration or bundle.duration)
         name, clip_f, sync_f = args.features.stem, bundle.clip_features, bundle.sync_features
         if args.prompt is None:

@@ -36,6 +36,7 @@ class Clip:
         prompt: what the clip is trained with.
         prompt_source: where the prompt is from: prompts.txt, the feature file, or the name of the folder.
         extracted_prompt: the prompt that the sync features were extracted with; "" if unknown.
+        extracted_for: the variant whose encoders made the features; "" if unknown.
         duration_sec: of the features.
         clip_shape, sync_shape: (tokens, width) of the features.
         text_shape: (77, width) of the text features of ``extracted_prompt``; None if the file holds none.
@@ -48,6 +49,7 @@ class Clip:
     prompt: str
     prompt_source: PromptSource
     extracted_prompt: str
+    extracted_for: str
     duration_sec: float
     clip_shape: tuple[int, int]
     sync_shape: tuple[int, int]
@@ -125,7 +127,7 @@ def _describe(path: Path, sound: Path, prompt: str, source: PromptSource, bundle
     digest.update(bundle.sync_features.numpy())
     return Clip(
         id=path.stem, features_path=path, audio_path=sound, prompt=prompt, prompt_source=source,
-        extracted_prompt=bundle.prompt, duration_sec=bundle.duration,
+        extracted_prompt=bundle.prompt, extracted_for=bundle.variant, duration_sec=bundle.duration,
         clip_shape=tuple(bundle.clip_features.shape[1:]), sync_shape=tuple(bundle.sync_features.shape[1:]),
         text_shape=None if bundle.text_features is None else tuple(bundle.text_features.shape[1:]),
         features_hash=digest.hexdigest(),

@@ -148,8 +148,7 @@ class FeatureExtractor:
             "prompt": prompt,
             "start_sec": start_sec,
             "duration_sec": duration_sec,
-            # The encoders are those of a family, so the small and the large model share their features.
-            "encoders": self.variant.name if self.variant.packaged else self.variant.family,
+            "encoders": self.variant.encoders,
             "precision": str(self.precision).removeprefix("torch."),
         }
 

@@ -27,7 +27,7 @@ from selva.media import prepare_audio, read_audio
 from selva.memmap import MemmapSet, is_memmap
 from selva.models.mel import MelSpectrogram
 from selva.models.vae import VAE
-from selva.models.zoo import Variant, build_mel
+from selva.models.zoo import Variant, build_mel, features_problem
 from selva.report import Progress
 from selva.sequence import (
     CLIP_FPS,
@@ -149,8 +149,10 @@ def plan_windows(clip: Clip, variant: Variant, max_duration_sec: float) -> tuple
     that length, spread evenly from its beginning to its end.
 
     Raises:
-        ValueError: the widths are not those of the variant, or the features are shorter than their duration says.
+        ValueError: the features are of other encoders than the variant's, or shorter than their duration says.
     """
+    if problem := features_problem(clip.extracted_for, variant):
+        raise ValueError(f"{clip.features_path}: {problem}")
     whole = sequence_config(variant.mode, clip.duration_sec)
     for name, (tokens, width), needed, wanted in (
         ("clip_features", clip.clip_shape, whole.clip_seq_len, variant.generator.clip_dim),

@@ -58,6 +58,7 @@ def test_everything_left_out_is_named_and_ids_stay_with_their_files(tmp_path):
 
 
 def test_the_choice_between_sounds_is_fixed_and_said(tmp_path, caplog):
+    """Pitfall A7."""
     put_clip(tmp_path, "a", suffix="")
     for suffix in (".ogg", ".mp3", ".FLAC", ".aif"):
         (tmp_path / f"a{suffix}").write_bytes(b"sound")

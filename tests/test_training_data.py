@@ -103,7 +103,7 @@ def test_windows_of_longer_clips_are_spread_over_them(tmp_path, seconds, limit, 
 def test_every_window_lies_inside_the_features(limit, variant):
     for seconds in np.linspace(limit, 17.0, 101):
         whole, config = sequence_config(variant.mode, seconds), variant.generator
-        clip = Clip("a", None, None, "", "folder", "", seconds, (whole.clip_seq_len, config.clip_dim),
+        clip = Clip("a", None, None, "", "folder", "", "", seconds, (whole.clip_seq_len, config.clip_dim),
                     (whole.sync_seq_len, config.sync_dim), None, "")
         window, starts = plan_windows(clip, variant, limit)
         assert starts[0] == 0 and len(set(starts)) == len(starts) <= 8

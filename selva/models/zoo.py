@@ -193,6 +193,11 @@ class Variant:
     packaged: bool = False
 
     @property
+    def encoders(self) -> str:
+        """What the encoders are known by; variants of one family share them, and so their features."""
+        return self.name if self.packaged else self.family
+
+    @property
     def parts(self) -> tuple[str, ...]:
         """The entries of PARTS that this variant has."""
         return tuple(part for part in PARTS if part != "t5" or self.t5 is not None)
@@ -353,3 +358,14 @@ def build_vocoder(which: str | VocoderConfig) -> Vocoder:
 def build_mel(which: str) -> MelSpectrogram:
     """Return the mel front-end of a mode ("16k", "44k") or of a variant name."""
     return MelSpectrogram(which if which in VAE_CONFIGS else get_variant(which).mode)
+
+
+def features_problem(made_for: str, variant: Variant) -> str | None:
+    """Return why features that name the variant ``made_for`` do not suit ``variant``; None if they do, or may.
+
+    SelVA's and MMAudio's features have the same shapes, so only the name can tell them apart.
+    """
+    source = VARIANTS.get(made_for)
+    if source is None or source.encoders == variant.encoders:
+        return None
+    return f"made with the encoders of {made_for}, which are not those of {variant.name}; extract again"

@@ -20,6 +20,7 @@ from selva.models.zoo import (
     build_vae,
     build_video_encoder,
     build_vocoder,
+    features_problem,
     get_variant,
 )
 from selva.sequence import sequence_config
@@ -239,3 +240,12 @@ def test_the_tiny_video_encoder_sees_motion_and_reads_text():
     assert features.shape == (1, 8, 64) and 0.1 < features.std() < 10
     for other in (encoder.encode(moving, texts[0], mask), encoder.encode(still, texts[1], mask)):
         assert (other - features).square().mean().sqrt() > 0.01
+
+
+def test_features_suit_the_variants_whose_encoders_made_them():
+    """Pitfall B9: the size of the generator is no matter; SelVA's and MMAudio's look alike and are not."""
+    large, tiny = get_variant("large_44k"), get_variant("tiny_16k")
+    assert features_problem("small_16k", large) is None and features_problem("", large) is None
+    assert features_problem("from_elsewhere", large) is None
+    assert "mmaudio_small_16k" in features_problem("mmaudio_small_16k", large)
+    assert features_problem("small_16k", tiny) is not None and features_problem("tiny_16k", tiny) is None

@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import soundfile
 import torch
@@ -384,10 +385,12 @@ def test_mistakes_are_one_line(feature_dir, tmp_path, capsys, arguments, code, m
     assert not (tmp_path / "run").exists()
 
 
-def test_features_of_another_model_are_refused(feature_dir, tmp_path, capsys):
-    import numpy as np
-
+@pytest.mark.parametrize(
+    "made_for, message",
+    [("mmaudio_small_16k", "made with the encoders of mmaudio_small_16k"), ("", "1024 wide, but tiny_16k takes")],
+)
+def test_features_of_another_model_are_refused(feature_dir, tmp_path, capsys, made_for, message):
     np.savez(feature_dir / "knock_1.npz", clip_features=np.zeros((1, 16, 1024), np.float32),
-             sync_features=np.zeros((1, 40, 768), np.float32), duration=2.0, prompt="x", variant="small_16k")
+             sync_features=np.zeros((1, 40, 768), np.float32), duration=2.0, prompt="x", variant=made_for)
     assert train(feature_dir, tmp_path / "run", "--no_preview") == 1
-    assert "1024 wide, but tiny_16k takes" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
