@@ -17,7 +17,6 @@ import argparse
 import dataclasses
 import logging
 import signal
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +27,7 @@ import torch
 from selva import cli, flow
 from selva.checkpoint import TrainingState, check_same_settings, load_checkpoint, load_newest_checkpoint
 from selva.data_summary import summarise
-from selva.distributed import World, join_world
+from selva.distributed import World, join_world, leave
 from selva.lora import LoRAConfig, inject_lora
 from selva.lora_config import PRESETS, parse_targets
 from selva.models.generator import cast_frozen_
@@ -444,4 +443,4 @@ def train(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())
