@@ -156,6 +156,8 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
             return {key: file[key] for key in _KEYS if key in file.files}
     except (ValueError, OSError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
         reason = str(error) or type(error).__name__
+        if "allow_pickle" in reason:  # NumPy's own words advise to load the file unsafely
+            reason = "it holds Python objects, which are never loaded"
         raise ValueError(f"{path}: cannot be read as a feature file ({reason}); extract it again") from error
 
 
