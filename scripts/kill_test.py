@@ -56,21 +56,36 @@ def newest_step(folder: Path) -> int:
     return max(steps, default=0)
 
 
+def undisturbed_run(command: list[str], folder: Path, quiet: dict) -> tuple[float, float]:
+    """Run to the end and return the seconds before the first step and those after it.
+
+    Raises:
+        ValueError: the run failed.
+    """
+    started, first_step = time.monotonic(), None
+    process = subprocess.Popen(command, **quiet)
+    while process.poll() is None:
+        if first_step is None and (folder / "config.yaml").exists():
+            first_step = time.monotonic()
+        time.sleep(0.02)
+    if process.returncode or first_step is None:
+        raise ValueError(f"the undisturbed run failed with exit code {process.returncode}: {' '.join(command)}")
+    return first_step - started, time.monotonic() - first_step
+
+
 @cli.entry_point
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     if args.work_dir.exists() and any(args.work_dir.iterdir()):
         raise cli.UsageError(f"--work_dir {args.work_dir}: is not empty")
-    started = time.monotonic()
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    subprocess.run(train_command(args, args.work_dir / "whole"), check=True, **quiet)
-    seconds = time.monotonic() - started
-    log.info("undisturbed run: %d steps in %.1f s", args.steps, seconds)
+    loading, training = undisturbed_run(train_command(args, args.work_dir / "whole"), args.work_dir / "whole", quiet)
+    log.info("undisturbed run: %d steps in %.1f s, after %.1f s of loading", args.steps, training, loading)
 
     killed, rng = args.work_dir / "killed", random.Random(args.seed)
     for number in range(1, args.kills + 1):
         process = subprocess.Popen(train_command(args, killed), **quiet)
-        wait = rng.uniform(0.2, 1.0) * seconds / 2
+        wait = rng.uniform(0.7 * loading, loading + 1.6 * training / args.kills)  # now and then while still loading
         try:
             process.wait(wait)
             log.info("kill %2d: the run had ended before it", number)

@@ -17,7 +17,7 @@ from selva.training import TrainingRun
 
 log = logging.getLogger(__name__)
 
-RUN_FILES = ("adapter_*", "sample_*", "loss_*.png", "metrics.jsonl", "meta.json", "config.yaml")
+RUN_FILES = ("adapter_*", "sample_*", "loss_*.png", "metrics.jsonl", "meta.json", "config.yaml", "tensorboard")
 SAMPLE_BYTES = 2 << 20  # a sample and its picture, generously
 
 
