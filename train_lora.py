@@ -125,7 +125,7 @@ def build_parser() -> cli.ArgumentParser:
 
     group = parser.add_argument_group("memory")
     group.add_argument("--grad_checkpointing", action="store_true",
-                       help="recompute blocks in the backward pass: far less memory, about a third more time")
+                       help="recompute blocks in the backward pass: less memory for more time")
     parser.add_common(precision="bf16")
     return parser
 

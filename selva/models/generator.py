@@ -103,7 +103,7 @@ class Generator(nn.Module):
     def __init__(self, config: GeneratorConfig) -> None:
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = False  # recompute the blocks in backward: less memory, about a third more time
+        self.gradient_checkpointing = False  # recompute the blocks in backward: less memory, more time
         dim, v2 = config.hidden_dim, config.v2
         width = gated_width(dim)
 
