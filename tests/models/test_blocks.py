@@ -20,7 +20,7 @@ def test_attention_is_the_softmax_of_scaled_products(dtype, tolerance):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_has_the_gradient_of_its_definition(dtype):
     inputs = [torch.randn(1, 2, 9, 4, dtype=torch.float64) for _ in range(3)]
-    exact, ours = ([x.to(d).requires_grad_() for x in inputs] for d in (torch.float64, dtype))
+    exact, ours = ([x.detach().to(d, copy=True).requires_grad_() for x in inputs] for d in (torch.float64, dtype))
     q, k, v = exact
     ((q @ k.mT / 2).softmax(-1) @ v).square().sum().backward()
     attend(*ours).square().sum().backward()
