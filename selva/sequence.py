@@ -19,6 +19,7 @@ SYNC_TOKENS_PER_SEGMENT = 8  # the encoder halves the frame rate inside a segmen
 LATENT_DOWNSAMPLE = 2  # mel frames per latent frame
 DEFAULT_DURATION_SEC = 8.0  # what the published models were trained on
 SHORTEST_SEC = SYNC_SEGMENT_FRAMES / SYNC_FPS  # one sync segment
+WINDOW_STEP_SEC = SYNC_SEGMENT_STEP / SYNC_FPS  # windows of longer clips start with a sync segment, every 0.32 s
 
 SAMPLING_RATES = {"16k": 16_000, "44k": 44_100}  # Hz
 HOP_LENGTHS = {"16k": 256, "44k": 512}  # samples per mel frame
@@ -27,6 +28,15 @@ HOP_LENGTHS = {"16k": 256, "44k": 512}  # samples per mel frame
 def num_sync_segments(num_frames: int) -> int:
     """Return how many overlapping 16-frame segments fit into ``num_frames`` frames (0 below 16 frames)."""
     return max(0, (num_frames - SYNC_SEGMENT_FRAMES) // SYNC_SEGMENT_STEP + 1)
+
+
+def first_clip_frame(segment: int) -> int:
+    """Return the CLIP frame with which a window begins whose first sync segment is ``segment``.
+
+    Segments are 0.32 s apart and CLIP frames 0.125 s, so the grids meet every 8 s only: the frame is the one on show
+    when the window begins, up to 0.125 s old.
+    """
+    return segment * SYNC_SEGMENT_STEP * int(CLIP_FPS) // int(SYNC_FPS)
 
 
 @dataclass(frozen=True)

@@ -30,12 +30,11 @@ from selva.models.vae import VAE
 from selva.models.zoo import Variant, build_mel, features_problem
 from selva.report import Progress
 from selva.sequence import (
-    CLIP_FPS,
     DEFAULT_DURATION_SEC,
-    SYNC_FPS,
-    SYNC_SEGMENT_STEP,
     SYNC_TOKENS_PER_SEGMENT,
+    WINDOW_STEP_SEC,
     SequenceConfig,
+    first_clip_frame,
     sequence_config,
 )
 from selva.training_set import Batch, BucketBatches, InMemorySet, Lengths, TrainingClip, TrainingSet, Visit, collate
@@ -51,7 +50,6 @@ __all__ = [
 # A video's sound may end a little before its picture; silence of up to this length is appended to the waveform.
 MAX_AUDIO_SHORTFALL_SEC = 0.25
 MAX_WINDOWS = 8  # stretches of a long clip, spread evenly, whose latents are kept
-WINDOW_STEP_SEC = SYNC_SEGMENT_STEP / SYNC_FPS  # windows start with a sync segment, every 0.32 s
 # Part of the cache's keys. Raise it when the mel filterbank, the VAE encoder or the preparation of sound changes, so
 # that latents of an older front end are not taken for right ones (pitfall A1).
 FRONT_END = "slaney-1"
@@ -173,15 +171,6 @@ def plan_windows(clip: Clip, variant: Variant, max_duration_sec: float) -> tuple
     )
     count = min(MAX_WINDOWS, last + 1)
     return window, tuple(round(i * last / max(1, count - 1)) for i in range(count))
-
-
-def first_clip_frame(segment: int) -> int:
-    """Return the CLIP frame with which a window begins whose first sync segment is ``segment``.
-
-    Segments are 0.32 s apart and CLIP frames 0.125 s, so the grids meet every 8 s only: the frame is the one on show
-    when the window begins, up to 0.125 s old.
-    """
-    return segment * SYNC_SEGMENT_STEP * int(CLIP_FPS) // int(SYNC_FPS)
 
 
 # ---------------------------------------------------------------------------------------------------------------
