@@ -1,4 +1,4 @@
-"""Flow matching: the path from noise to data, its velocity, the loss, times for training, and Euler sampling.
+"""Flow matching: the path from noise to data, its velocity, the loss, times for training, and solvers for sampling.
 
 Time runs as in MMAudio: t = 0 is noise, t = 1 is data. Functions of tensors only; sigma_min is 0 throughout.
 Source: Lipman et al., arXiv:2210.02747; MMAudio, arXiv:2412.15322.
@@ -6,7 +6,7 @@ Source: Lipman et al., arXiv:2210.02747; MMAudio, arXiv:2412.15322.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -39,28 +39,74 @@ def guided(v_cond: Tensor, v_uncond: Tensor, w: float) -> Tensor:
     return w * v_cond + (1 - w) * v_uncond
 
 
-def euler(
-    fn: Callable[[Tensor, Tensor], Tensor], x0: Tensor, num_steps: int, on_step: Callable[[int], None] | None = None
-) -> Tensor:
+Velocity = Callable[[Tensor, Tensor], Tensor]  # fn(t, x): scalar time and state -> velocity of the state's shape
+OnStep = Callable[[int], None]
+
+
+def _intervals(num_steps: int, device: torch.device) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Yield (number, t, t_next) of every step, scalar float32 times on ``device``, from t = 0 to t = 1.
+
+    The grid is ``linspace(0, 1, num_steps + 1)`` in float32 on the CPU, as in the reference; callers take the float32
+    difference of neighbours as the step.
+    """
+    if num_steps < 1:
+        raise ValueError(f"num_steps is {num_steps}, expected at least 1")
+    grid = torch.linspace(0, 1, num_steps + 1, dtype=torch.float32).to(device)
+    for i in range(num_steps):
+        yield i + 1, grid[i], grid[i + 1]
+
+
+def euler(fn: Velocity, x0: Tensor, num_steps: int, on_step: OnStep | None = None) -> Tensor:
     """Return the end point (t = 1) of ``dx/dt = fn(t, x)`` from ``x0`` (t = 0) with ``num_steps`` Euler steps.
+
+    First order, one evaluation per step. The solver of the reference: with it, the same seed gives the same sound.
 
     Args:
         fn: maps a float32 scalar time and the state to the velocity; never called at t = 1.
         x0: (B, N, C); the state keeps this dtype, so pass float32 whatever the network runs in.
         on_step: called with the number of steps done, for progress bars.
-
-    The grid is ``linspace(0, 1, num_steps + 1)`` in float32 on the CPU and each step is the float32 difference of its
-    neighbours, as in the reference, so that the same seed gives the same sound.
     """
-    if num_steps < 1:
-        raise ValueError(f"num_steps is {num_steps}, expected at least 1")
-    grid = torch.linspace(0, 1, num_steps + 1, dtype=torch.float32)
     x = x0
-    for i in range(num_steps):
-        x = x + (grid[i + 1] - grid[i]).to(x.device) * fn(grid[i].to(x.device), x)
+    for number, t, t_next in _intervals(num_steps, x0.device):
+        x = x + (t_next - t) * fn(t, x)
         if on_step is not None:
-            on_step(i + 1)
+            on_step(number)
     return x
+
+
+def midpoint(fn: Velocity, x0: Tensor, num_steps: int, on_step: OnStep | None = None) -> Tensor:
+    """Return the end point of ``dx/dt = fn(t, x)`` with ``num_steps`` midpoint steps; arguments as for :func:`euler`.
+
+    Second order, two evaluations per step: an Euler step over half the interval, then a whole step with the velocity
+    found there. ``fn`` is never called at t = 1.
+    """
+    x = x0
+    for number, t, t_next in _intervals(num_steps, x0.device):
+        half = (t_next - t) / 2
+        x = x + (t_next - t) * fn(t + half, x + half * fn(t, x))
+        if on_step is not None:
+            on_step(number)
+    return x
+
+
+def heun(fn: Velocity, x0: Tensor, num_steps: int, on_step: OnStep | None = None) -> Tensor:
+    """Return the end point of ``dx/dt = fn(t, x)`` with ``num_steps`` Heun steps; arguments as for :func:`euler`.
+
+    Second order, two evaluations per step: an Euler step, then the same step again with the mean of the velocities at
+    its two ends (the explicit trapezoidal rule). The last step calls ``fn`` at t = 1, where the velocity of a flow is
+    well defined but which training draws almost never.
+    """
+    x = x0
+    for number, t, t_next in _intervals(num_steps, x0.device):
+        step, v = t_next - t, fn(t, x)
+        x = x + step / 2 * (v + fn(t_next, x + step * v))
+        if on_step is not None:
+            on_step(number)
+    return x
+
+
+SOLVERS = {"euler": euler, "midpoint": midpoint, "heun": heun}
+EVALUATIONS_PER_STEP = {"euler": 1, "midpoint": 2, "heun": 2}
 
 
 def sample_times(
