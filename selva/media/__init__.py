@@ -1,9 +1,10 @@
 """Video and audio files <-> tensors: pictures at the two frame rates of the encoders, sound of a known rate.
 
     frames.py      read_video: the pictures of a clip for the two image encoders
+    masks.py       MaskSettings: what read_video keeps of the pictures
     sound.py       read_audio, prepare_audio, write_audio, extract_audio, audio_length
     mux.py         mux_video: a video with new sound
-    container.py   probe: what a header says; and what the other three need of FFmpeg
+    container.py   probe, video_length: what a header says; and what the others need of FFmpeg
 
 The only package that knows PyAV, soundfile and torchvision; each is imported where it is used.
 
@@ -13,7 +14,7 @@ Time 0 of a file is time stamp 0 of its container, for the pictures and for the 
 
 from __future__ import annotations
 
-from selva.media.container import probe
+from selva.media.container import probe, video_length
 from selva.media.frames import (
     SELVA_FILL_SEC,
     VideoFrames,
@@ -22,11 +23,14 @@ from selva.media.frames import (
     select_frames,
     shortened_duration,
 )
+from selva.media.masks import MASK_SUFFIXES, MaskSettings
 from selva.media.mux import mux_video
 from selva.media.sound import audio_length, extract_audio, prepare_audio, read_audio, write_audio
 
 __all__ = [
+    "MASK_SUFFIXES",
     "SELVA_FILL_SEC",
+    "MaskSettings",
     "VideoFrames",
     "audio_length",
     "extract_audio",
@@ -38,5 +42,6 @@ __all__ = [
     "resize_frame",
     "select_frames",
     "shortened_duration",
+    "video_length",
     "write_audio",
 ]

@@ -14,6 +14,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 PathLike = str | os.PathLike[str]
 
 _TRUNCATION_SEC = 0.5  # a stream that ends this much before the end in its header was cut short
@@ -152,6 +154,42 @@ def probe(path: PathLike) -> MediaInfo:
         )
 
 
+def video_length(path: PathLike) -> float:
+    """Return the seconds from time 0 to the end of the pictures, from the header; nothing is decoded.
+
+    Where the header does not say (a stream that was never finished), the packets of the file are counted.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a video, or without any frame.
+    """
+    with open_media(path) as container:
+        stream = video_stream(container, path)
+        declared = declared_end(container, stream)
+        if declared is not None and declared > 0:
+            return declared
+        starts = packet_times(path, container, stream)
+        return float(starts[-1] + (1 / stream.average_rate if stream.average_rate else 0))
+
+
+def packet_times(path: PathLike, container: Any, stream: Any) -> list[Fraction]:
+    """Return when each frame of ``stream`` is shown, ascending, in exact seconds; nothing is decoded.
+
+    Raises:
+        ValueError: no frames, or frames without time stamps.
+    """
+    origin = time_origin(container)
+    times: list[Fraction] = []
+    for packet in read_packets(path, container, stream):
+        if packet.pts is None:
+            raise ValueError(f"{path}: its frames have no time stamps; put it into an .mp4 first")
+        if not packet.is_discard:
+            times.append(packet.pts * packet.time_base - origin)
+    if not times:
+        raise ValueError(f"{path}: has a video stream, but no frames in it")
+    return sorted(times)
+
+
 def declared_end(container: Any, stream: Any) -> float | None:
     """Return the time at which the header says that ``stream`` ends, None if it says nothing about this stream."""
     origin_sec = float(time_origin(container))
@@ -196,6 +234,19 @@ def read_packets(path: PathLike, container: Any, stream: Any) -> Iterator[Any]:
                 yield packet
     except av.error.FFmpegError as error:
         raise ValueError(f"{path}: damaged, cannot be read to its end ({error.strerror})") from error
+
+
+def upright(picture: np.ndarray, frame: Any) -> np.ndarray:
+    """Return ``picture`` (H, W, ...), made from ``frame``, turned the way a player shows it."""
+    quarter_turns = round(frame.rotation / 90)  # counter-clockwise, as in NumPy
+    return np.rot90(picture, quarter_turns) if quarter_turns else picture
+
+
+def frame_duration(frame: Any, stream: Any) -> float:
+    """Return the seconds that a decoded frame is shown; 0.0 if the file does not say."""
+    if frame.duration:
+        return float(frame.duration * frame.time_base)
+    return float(1 / stream.average_rate) if stream.average_rate else 0.0
 
 
 def decode_frames(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +18,12 @@ from selva.media.container import (
     check_range,
     decode_frames,
     exact_seconds,
+    frame_duration,
     open_media,
+    upright,
     video_stream,
 )
+from selva.media.masks import Masker, MaskSettings
 from selva.sequence import CLIP_FPS, DEFAULT_DURATION_SEC, SYNC_FPS, SYNC_SEGMENT_FRAMES
 
 SELVA_FILL_SEC = 0.125  # SelVA's training data repeats the last frame for at most 1 CLIP and 3 sync frames
@@ -136,6 +140,7 @@ def read_video(
     sync_size: int = 224,
     sync_crop: bool = False,
     fill_sec: float = 0.0,
+    mask: MaskSettings | None = None,
 ) -> VideoFrames:
     """Return the pictures of ``duration_sec`` seconds from ``start_sec``, sampled at 8 and at 25 frames per second.
 
@@ -149,32 +154,40 @@ def read_video(
         fill_sec: if not more than this is missing between the last samples and the end (of the request, or of a
             shorter video), repeat the last frame, so that 50 frames at 25 fps are 2 s and not 1.96. 0.0 is what the
             published inference does; ``SELVA_FILL_SEC`` is what SelVA's training data do.
+        mask: what to keep of the pictures; the rest becomes grey before they are resized. See
+            :mod:`selva.media.masks`.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a video, damaged, nothing to see in the range, or less than 0.64 s (one sync segment).
+        ValueError: not a video, damaged, nothing to see in the range, less than 0.64 s (one sync segment), or a mask
+            that does not fit.
     """
     check_range(path, start_sec, duration_sec)
     clip: list[Tensor] = []
     sync: list[Tensor] = []
     clip_clock, sync_clock = _FrameClock(CLIP_FPS), _FrameClock(SYNC_FPS)
     size, end_sec, wanted_sec = (0, 0), 0.0, duration_sec
-    with open_media(path) as container:
+    with ExitStack() as stack:
+        container = stack.enter_context(open_media(path))
+        masker = None if mask is None else stack.enter_context(Masker(mask, path, exact_seconds(start_sec)))
         stream = video_stream(container, path)
         stream.thread_type = "AUTO"
         for exact_time, frame in decode_frames(path, container, stream, exact_seconds(start_sec)):
             time = float(exact_time)
-            end_sec = time + _frame_duration(frame, stream)
+            end_sec = time + frame_duration(frame, stream)
             if time > duration_sec:
                 break
             num_clip, num_sync = clip_clock.uses(time), sync_clock.uses(time)  # none before time 0
             if num_clip or num_sync:
                 picture = _upright_rgb(frame)  # (3, H, W)
                 size = (picture.shape[1], picture.shape[2])
+                masked = picture if masker is None else masker.apply(picture, exact_time)
                 if num_clip:
-                    clip += [resize_frame(picture, clip_size)] * num_clip
+                    seen = masked if mask is None or mask.clip else picture
+                    clip += [resize_frame(seen, clip_size)] * num_clip
                 if num_sync:
-                    sync += [resize_frame(picture, sync_size, sync_crop)] * num_sync
+                    seen = masked if mask is None or mask.sync else picture
+                    sync += [resize_frame(seen, sync_size, sync_crop)] * num_sync
             if shortened_duration(duration_sec, len(clip), len(sync)) == duration_sec:
                 break
         else:
@@ -197,18 +210,9 @@ def read_video(
     )
 
 
-def _frame_duration(frame: Any, stream: Any) -> float:
-    if frame.duration:
-        return float(frame.duration * frame.time_base)
-    return float(1 / stream.average_rate) if stream.average_rate else 0.0
-
-
 def _upright_rgb(frame: Any) -> Tensor:
     """Return a decoded frame as (3, H, W) uint8 RGB, turned the way a player shows it."""
-    picture = frame.to_ndarray(format="rgb24")  # (H, W, 3)
-    quarter_turns = round(frame.rotation / 90)  # counter-clockwise, as in NumPy
-    if quarter_turns:
-        picture = np.rot90(picture, quarter_turns)
+    picture = upright(frame.to_ndarray(format="rgb24"), frame)  # (H, W, 3)
     return torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1)  # (3, H, W)
 
 

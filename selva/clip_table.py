@@ -1,0 +1,166 @@
+"""The table of clips that users write: tab separated (.tsv) or with commas (.csv), one clip per row.
+
+    id        label       path           start  duration  mask        prompt
+    dog_3     dog bark    raw/dog.mp4    12.5   8         dog_3.png   a dog barking
+
+Only ``id`` is required. ``caption`` is another name of ``label``. ``path`` and ``mask`` are relative to the table;
+without ``path`` the video is ``<id>`` with a video suffix, beside the table or in a given folder. An empty cell counts
+as no cell. MMAudio's tables (``id``, ``label``) are such tables.
+"""
+
+from __future__ import annotations
+
+import csv
+import logging
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from selva.sequence import SHORTEST_SEC
+
+log = logging.getLogger(__name__)
+
+TABLE_SUFFIXES = (".tsv", ".csv")
+COLUMNS = ("id", "label", "caption", "path", "start", "duration", "mask", "prompt")
+
+_MAX_ID_BYTES = 200  # file names end at 255, and the id is followed by "_000" and a suffix
+_MAX_LISTED = 20
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """What is known of a clip before defaults are filled in; None and "" mean: not given."""
+
+    id: str
+    path: Path
+    start_sec: float | None = None
+    duration_sec: float | None = None
+    prompt: str = ""
+    label: str = ""
+    mask: Path | None = None
+
+
+def unsafe_id(id_: str) -> str | None:
+    """Return why ``id_`` cannot be the stem of a file inside a folder; None if it can."""
+    if not id_:
+        return "the id is empty"
+    if any(letter in id_ for letter in "/\\"):
+        return "an id is a file name, not a path; / and \\ are not allowed in it"
+    if any(ord(letter) < 32 or ord(letter) == 127 for letter in id_):
+        return "an id is a file name; control characters are not allowed in it"
+    if id_.startswith("."):
+        return "a file name that begins with a dot is hidden"
+    try:
+        num_bytes = len(id_.encode("utf-8"))
+    except UnicodeEncodeError:
+        return "the file name is not UTF-8"
+    if num_bytes > _MAX_ID_BYTES:
+        return f"an id has at most {_MAX_ID_BYTES} bytes"
+    return None
+
+
+def listed(items: Sequence[str], separator: str = ", ") -> str:
+    """Return the first twenty items as text, and how many there are beyond."""
+    more = len(items) - _MAX_LISTED
+    return separator.join(items[:_MAX_LISTED]) + (f"{separator}and {more} more" if more > 0 else "")
+
+
+def read_clip_table(path: Path, video_suffixes: Iterable[str], video_dir: Path | None = None) -> list[TableRow]:
+    """Return the rows of a table, in its order.
+
+    Args:
+        video_suffixes: of the videos to look for where no path is given, in order of preference.
+        video_dir: where they lie; None for beside the table. A ``path`` in the table is relative to it, too.
+
+    Raises:
+        FileNotFoundError: no such table or folder.
+        ValueError: not such a table; all problems are listed with their lines.
+    """
+    folder = path.parent if video_dir is None else video_dir
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    reader = _RowReader(path, folder, tuple(video_suffixes))
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            table = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
+            reader.check_columns(table.fieldnames or [])
+            rows = [reader.read(table.line_num, cells) for cells in table]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}: cannot be read as a table in UTF-8 ({error})") from error
+    if reader.problems:
+        raise ValueError(f"{path}: {listed(reader.problems, separator='; ')}")
+    if not rows:
+        raise ValueError(f"{path}: has no rows")
+    return [row for row in rows if row is not None]
+
+
+class _RowReader:
+    """Reads rows and remembers everything that is wrong with them."""
+
+    def __init__(self, path: Path, folder: Path, video_suffixes: tuple[str, ...]) -> None:
+        self.path, self.folder, self.video_suffixes = path, folder, video_suffixes
+        self.problems: list[str] = []
+        self.lines: dict[str, int] = {}  # id -> line
+        self.videos: dict[str, Path] | None = None  # stem -> video, listed when first needed
+
+    def check_columns(self, columns: Sequence[str]) -> None:
+        if "id" not in columns:
+            found = ", ".join(columns) or "nothing"
+            raise ValueError(f"{self.path}: column id missing (found: {found}); the first line names the columns")
+        unknown = [str(column) for column in columns if column not in COLUMNS]
+        if unknown:
+            log.warning("%s: columns not used: %s (known are %s)", self.path, ", ".join(unknown), ", ".join(COLUMNS))
+
+    def read(self, line: int, cells: dict[str | None, str | None]) -> TableRow | None:
+        before = len(self.problems)
+        self.line = line
+        if None in cells:
+            self._problem("more cells than columns")
+        text = {key: (value or "").strip() for key, value in cells.items() if key is not None}
+        id_ = text["id"]
+        if reason := unsafe_id(id_):
+            self._problem(f"id {id_!r}: {reason}")
+        elif self.lines.setdefault(id_, line) != line:
+            self._problem(f"id {id_!r} was given in line {self.lines[id_]} already")
+        start = self._seconds(text, "start", 0.0)
+        duration = self._seconds(text, "duration", SHORTEST_SEC)
+        mask = self._file(text, "mask", self.path.parent)
+        video = self._file(text, "path", self.folder)
+        if len(self.problems) > before:
+            return None
+        label = text.get("label") or text.get("caption", "")
+        return TableRow(id_, video or self._find(id_), start, duration, text.get("prompt", ""), label, mask)
+
+    def _problem(self, text: str) -> None:
+        self.problems.append(f"line {self.line}: {text}")
+
+    def _seconds(self, text: dict[str, str], column: str, least: float) -> float | None:
+        if not text.get(column):
+            return None
+        try:
+            value = float(text[column])
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and value >= least):
+            self._problem(f"{column} is {text[column]!r}, expected seconds, {least:g} or more")
+        return value
+
+    def _file(self, text: dict[str, str], column: str, folder: Path) -> Path | None:
+        if not text.get(column):
+            return None
+        if "\0" in text[column]:
+            self._problem(f"{column} has a NUL character in it")
+            return None
+        return folder / text[column]
+
+    def _find(self, id_: str) -> Path:
+        """Return the video of an id; where there is none, the name that it would have."""
+        if self.videos is None:
+            self.videos = {}
+            files = [p for p in self.folder.iterdir() if p.suffix.lower() in self.video_suffixes]
+            for file in sorted(files, key=lambda p: (self.video_suffixes.index(p.suffix.lower()), p.name)):
+                self.videos.setdefault(file.stem, file)
+        return self.videos.get(id_, self.folder / f"{id_}{self.video_suffixes[0]}")
