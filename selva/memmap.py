@@ -38,6 +38,29 @@ def is_memmap(folder: Path) -> bool:
     return (folder / META_FILE).is_file() and not any(folder.glob("*.npz"))
 
 
+def row_shapes(variant: Variant, video: bool) -> dict[str, tuple[int, int]]:
+    """Return the shape of one row of every tensor, in the order of ``meta.json``: 8 s of a variant.
+
+    Args:
+        video: False for a set of sound without pictures, which lacks the features of the frames.
+    """
+    config, sequence = variant.generator, sequence_config(variant.mode)
+    shapes = {
+        "mean": (sequence.latent_seq_len, config.latent_dim),
+        "std": (sequence.latent_seq_len, config.latent_dim),
+        "text_features": (config.text_seq_len, config.text_dim),
+        "clip_features": (sequence.clip_seq_len, config.clip_dim),
+        "sync_features": (sequence.sync_seq_len, config.sync_dim),
+    }
+    return shapes if video else {key: shapes[key] for key in SOUND_KEYS}
+
+
+def table_path(folder: Path) -> Path:
+    """Return the table that belongs to a memmap: beside the folder, with its name."""
+    folder = folder.resolve()
+    return folder.parent / f"{folder.name}.tsv"
+
+
 class MemmapSet(TrainingSet):
     """The rows of a memmap, 8 s each.
 
@@ -54,24 +77,14 @@ class MemmapSet(TrainingSet):
         self.folder, self.sequence = folder, sequence_config(variant.mode)
         meta = _read_meta(folder)
         self.has_video = any(key in meta for key in VIDEO_KEYS)
-        keys = (*SOUND_KEYS, *(VIDEO_KEYS if self.has_video else ()))
+        keys = tuple(row_shapes(variant, self.has_video))
         self.widths = {"clip": variant.generator.clip_dim, "sync": variant.generator.sync_dim}
-        _check_meta(folder, meta, keys, self._row_shapes(variant), variant.name)
+        _check_meta(folder, meta, keys, row_shapes(variant, self.has_video), variant.name)
         self.rows = {key: _map(folder / f"{key}.memmap", meta[key]) for key in keys}  # each (n, ·, ·)
-        self._ids, self.prompts = _read_table(_table_path(folder))
+        self._ids, self.prompts = _read_table(table_path(folder))
         if len(self._ids) != len(self.rows["mean"]):
-            raise ValueError(f"{_table_path(folder)}: has {len(self._ids)} rows, but the tensors in {folder} have "
+            raise ValueError(f"{table_path(folder)}: has {len(self._ids)} rows, but the tensors in {folder} have "
                              f"{len(self.rows['mean'])}; they belong to different extractions")
-
-    def _row_shapes(self, variant: Variant) -> dict[str, tuple[int, int]]:
-        config, sequence = variant.generator, self.sequence
-        return {
-            "mean": (sequence.latent_seq_len, config.latent_dim),
-            "std": (sequence.latent_seq_len, config.latent_dim),
-            "text_features": (config.text_seq_len, config.text_dim),
-            "clip_features": (sequence.clip_seq_len, config.clip_dim),
-            "sync_features": (sequence.sync_seq_len, config.sync_dim),
-        }
 
     @property
     def ids(self) -> list[str]:
@@ -102,11 +115,6 @@ class MemmapSet(TrainingSet):
 def _absent(tokens: int, width: int) -> Tensor:
     """Return what stands for the features of a video that does not exist, see :class:`TrainingClip`."""
     return torch.tensor(math.nan).expand(tokens, width)
-
-
-def _table_path(folder: Path) -> Path:
-    folder = folder.resolve()
-    return folder.parent / f"{folder.name}.tsv"
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:
