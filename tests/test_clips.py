@@ -6,7 +6,18 @@ import itertools
 
 import pytest
 
-from selva.clips import Window, partition, read_clips, window_length, window_starts, write_clips
+from selva.clips import (
+    Window,
+    caption_of,
+    partition,
+    read_captions,
+    read_clips,
+    table_captions,
+    window_length,
+    window_starts,
+    write_captions,
+    write_clips,
+)
 
 
 @pytest.mark.parametrize(
@@ -77,3 +88,37 @@ def test_tables_of_others_are_read_and_wrong_ones_named(tmp_path):
         read_clips(path)
     with pytest.raises(FileNotFoundError, match=r"none\.tsv"):
         read_clips(tmp_path / "none.tsv")
+
+
+def test_shorter_recordings_and_other_numbers_of_windows_on_request():
+    assert partition("a", 40_000, 16_000) == []
+    assert partition("a", 40_000, 16_000, min_length_sec=2.5) == [Window("a_0", "a", 0, 40_000)]
+    assert partition("a", 39_999, 16_000, min_length_sec=2.5) == []
+    assert partition("a", 0, 16_000, min_length_sec=0) == []
+    assert partition("a", 200_000, 16_000, min_length_sec=2.5) == partition("a", 200_000, 16_000)
+    assert partition("a", 200_000, 16_000, min_length_sec=20) == []
+    assert [w.start_sample for w in partition("a", 3_600_000, 16_000, max_windows=2)] == [0, 3_600_000 - 129_600]
+    assert len(partition("a", 3_600_000, 16_000, max_windows=100)) == 27
+
+
+def test_captions_of_recordings_are_as_published(tmp_path):
+    windows = partition("rain", 900_000, 44_100) + partition("dog", 400_000, 44_100)
+    captions = table_captions(windows, {}, {"rain": "heavy rain", "cat": "not in the table", "dog": ""})
+    assert captions == {"rain": "heavy rain"}
+    write_captions(tmp_path / "captions.tsv", captions)
+    assert (tmp_path / "captions.tsv").read_text() == "id\tcaption\nrain\theavy rain\n"
+    read = read_captions(tmp_path / "captions.tsv")
+    assert [caption_of(window, read) for window in windows] == ["heavy rain", "heavy rain", ""]
+
+
+def test_captions_of_clips_count_before_those_of_recordings():
+    windows = [Window("x", "talk", 0, 5), Window("y", "talk", 5, 9), Window("z", "rain", 0, 9)]
+    captions = table_captions(windows, {"x": "a man speaks"}, {"talk": "people talk"})
+    assert captions == {"x": "a man speaks", "y": "people talk"}
+    assert [caption_of(window, captions) for window in windows] == ["a man speaks", "people talk", ""]
+
+
+def test_a_clip_that_is_called_like_another_recording_keeps_its_own_caption():
+    windows = partition("a", 400_000, 44_100) + partition("a_0", 400_000, 44_100)
+    captions = table_captions(windows, {}, {"a": "rain", "a_0": "a dog"})
+    assert [caption_of(window, captions) for window in windows] == ["rain", "a dog"]
