@@ -141,7 +141,7 @@ def _check_times(start_sec: float, duration_sec: float, windows: bool, overlap_s
     if not (math.isfinite(duration_sec) and duration_sec >= SHORTEST_SEC):
         problems.append(f"duration is {duration_sec} s, expected at least {SHORTEST_SEC} s")
     elif not 0 <= overlap_sec < duration_sec:
-        problems.append(f"overlap is {overlap_sec} s, expected at least 0 and less than the {duration_sec:g} s of a clip")
+        problems.append(f"overlap is {overlap_sec} s, expected 0 to less than the {duration_sec:g} s of a clip")
     if overlap_sec and not windows:
         problems.append(f"overlap is {overlap_sec} s, but only windows overlap; ask for windows too")
     if problems:

@@ -2,8 +2,9 @@
 
     frames.py      read_video: the pictures of a clip for the two image encoders
     masks.py       MaskSettings: what read_video keeps of the pictures
-    sound.py       read_audio, prepare_audio, write_audio, extract_audio, audio_length
+    sound.py       read_audio, prepare_audio, write_audio, extract_audio, copy_audio, audio_length
     mux.py         mux_video: a video with new sound
+    make.py        write_video: pictures and sound that a program made
     container.py   probe, video_length: what a header says; and what the others need of FFmpeg
 
 The only package that knows PyAV, soundfile and torchvision; each is imported where it is used.
@@ -24,8 +25,17 @@ from selva.media.frames import (
     shortened_duration,
 )
 from selva.media.masks import MASK_SUFFIXES, MaskSettings
+from selva.media.make import write_video
 from selva.media.mux import mux_video
-from selva.media.sound import audio_length, extract_audio, prepare_audio, read_audio, write_audio
+from selva.media.sound import (
+    audio_length,
+    copied_audio_suffix,
+    copy_audio,
+    extract_audio,
+    prepare_audio,
+    read_audio,
+    write_audio,
+)
 
 __all__ = [
     "MASK_SUFFIXES",
@@ -33,6 +43,8 @@ __all__ = [
     "MaskSettings",
     "VideoFrames",
     "audio_length",
+    "copied_audio_suffix",
+    "copy_audio",
     "extract_audio",
     "mux_video",
     "prepare_audio",
@@ -44,4 +56,5 @@ __all__ = [
     "shortened_duration",
     "video_length",
     "write_audio",
+    "write_video",
 ]
