@@ -1,12 +1,13 @@
-"""Integrated loudness as ITU-R BS.1770-4 measures it.
+"""Loudness and true peak as ITU-R BS.1770-4 measures them, and bringing a sound to a level.
 
-torchaudio's own function limits the sound to full scale between the two filters, and so is up to several dB low for
+torchaudio's own loudness limits the sound to full scale between the two filters, and so is up to several dB low for
 loud sound; here the filters run without a limit, in float64.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,6 +15,15 @@ from torch import Tensor
 BLOCK_SEC, STEP_SEC = 0.4, 0.1
 ABSOLUTE_GATE_LUFS, RELATIVE_GATE_LU = -70.0, -10.0
 OFFSET_DB = -0.691  # makes a 997 Hz sine at full scale in one channel -3.01 LUFS
+
+TRUE_PEAK_OVERSAMPLING = 4  # BS.1770-4, annex 2
+TRUE_PEAK_FILTER_WIDTH = 16  # zero crossings on each side
+TRUE_PEAK_LIMIT_DB = -1.0  # EBU R 128
+SILENCE_DB = -90.0  # quieter sound is noise of the arithmetic, which no gain makes useful
+
+METHODS = ("none", "rms", "lufs", "peak")
+DEFAULT_TARGETS = {"rms": -27.0, "lufs": -23.0, "peak": -1.0}  # ComfyUI-SelVA; EBU R 128; EBU R 128
+UNITS = {"rms": "dBFS RMS", "lufs": "LUFS", "peak": "dBTP"}
 
 Filter = tuple[tuple[float, float, float], tuple[float, float, float]]  # b and a of a second-order section
 
@@ -62,3 +72,112 @@ def low_cut_filter(rate: int) -> Filter:
     k = math.tan(math.pi * centre / rate)
     a0 = 1 + k / quality + k * k
     return (1.0, -2.0, 1.0), (1.0, 2 * (k * k - 1) / a0, (1 - k / quality + k * k) / a0)
+
+
+def rms_db(waveform: Tensor) -> float:
+    """Return the root mean square over all samples and channels in dB of full scale; -inf for digital silence."""
+    return _decibels(waveform.double().square().mean().sqrt().item()) if waveform.numel() else -math.inf
+
+
+def true_peak_db(waveform: Tensor, rate: int) -> float:
+    """Return the true peak in dBTP: the largest magnitude that the sound reaches between its samples, too.
+
+    Measured at four times the rate (BS.1770-4, annex 2); never below the largest sample.
+
+    Args:
+        waveform: (..., samples), channels together. Returns -inf for digital silence or no samples.
+    """
+    from torchaudio.functional import resample
+
+    if not waveform.numel():
+        return -math.inf
+    waveform = waveform.double()
+    over = resample(waveform, 1, TRUE_PEAK_OVERSAMPLING, lowpass_filter_width=TRUE_PEAK_FILTER_WIDTH)
+    return _decibels(max(over.abs().max().item(), waveform.abs().max().item()))
+
+
+def _decibels(amplitude: float) -> float:
+    return 20 * math.log10(amplitude) if amplitude > 0 else -math.inf
+
+
+@dataclass(frozen=True)
+class LoudnessReport:
+    """What :func:`normalize_loudness` did; ``str()`` says it in one line.
+
+    Attributes:
+        method, target: as asked for. unit: of ``target`` and ``level``.
+        level: before the gain; None where it cannot be measured. gain_db: what was applied.
+        true_peak: after the gain, dBTP. limited: the gain is lower than the target needs, to keep the true peak down.
+        reason: why the level is as it was, "" if it was changed.
+    """
+
+    method: str
+    target: float | None
+    level: float | None
+    gain_db: float
+    true_peak: float
+    limited: bool = False
+    reason: str = ""
+
+    def __str__(self) -> str:
+        peak = f"true peak {self.true_peak:.1f} dBTP"
+        if self.reason:
+            return f"level left as it is ({self.reason}), {peak}"
+        unit = UNITS[self.method]
+        reached = self.level + self.gain_db
+        limited = f", not {self.target:g}, to keep the true peak down" if self.limited else ""
+        return f"{self.level:.1f} to {reached:.1f} {unit} ({self.gain_db:+.1f} dB{limited}), {peak}"
+
+
+def normalize_loudness(
+    waveform: Tensor,
+    rate: int,
+    method: str = "none",
+    target: float | None = None,
+    true_peak_limit_db: float = TRUE_PEAK_LIMIT_DB,
+) -> tuple[Tensor, LoudnessReport]:
+    """Return the sound at the level asked for, and a report of what was done.
+
+    One gain for the whole sound: nothing is clipped or compressed. If the true peak would exceed the limit, the gain is
+    lowered, and the sound stays quieter than ``target``.
+
+    Args:
+        waveform: (samples,) or (channels, samples).
+        method: "rms" over the whole sound, "lufs" (gated loudness, at least 0.4 s), "peak" (the true peak), or "none",
+            which changes nothing, whatever the peak is.
+        target: in dBFS, LUFS or dBTP; None is -27, -23 or -1.
+
+    Raises:
+        ValueError: unknown method, a target or limit that is not finite, or a sound with NaN or infinity.
+    """
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}, expected one of {', '.join(METHODS)}")
+    target = DEFAULT_TARGETS.get(method) if target is None else target
+    for what, value in (("target", target), ("true peak limit", true_peak_limit_db)):
+        if value is not None and not math.isfinite(value):
+            raise ValueError(f"{what} is {value}, expected a finite number of dB")
+    if not waveform.isfinite().all():
+        raise ValueError("the sound has samples that are NaN or infinite")
+    peak = true_peak_db(waveform, rate)
+    level = None if method == "none" else _measure(waveform, rate, method, peak)
+    reason = _reason_to_leave(waveform, method, level)
+    if reason:
+        return waveform, LoudnessReport(method, target, level, 0.0, peak, reason=reason)
+    allowed = true_peak_limit_db - peak
+    gain_db = min(target - level, allowed)
+    gained = waveform * 10 ** (gain_db / 20)
+    return gained, LoudnessReport(method, target, level, gain_db, peak + gain_db, limited=target - level > allowed)
+
+
+def _measure(waveform: Tensor, rate: int, method: str, peak: float) -> float | None:
+    if method == "lufs":
+        return integrated_loudness(torch.atleast_2d(waveform), rate)
+    return peak if method == "peak" else rms_db(waveform)
+
+
+def _reason_to_leave(waveform: Tensor, method: str, level: float | None) -> str:
+    if method == "none":
+        return "not normalised"
+    if rms_db(waveform) < SILENCE_DB:
+        return "silence"
+    return "too short or too quiet for LUFS" if level is None else ""
