@@ -17,6 +17,7 @@ from selva import flow
 from selva.models.generator import Conditions, Generator
 from selva.models.vae import VAE
 from selva.models.vocoder import Vocoder
+from selva.sequence import SAMPLING_RATES
 
 WHOLE_INTERVAL = (0.0, 1.0)
 TIME_TOLERANCE = 1e-6  # the float32 grid of times misses decimal bounds by less
@@ -131,10 +132,24 @@ def sample_latents(
 
 
 @torch.no_grad()
-def decode_latents(latents: Tensor, vae: VAE, vocoder: Vocoder) -> Tensor:
+def decode_latents(latents: Tensor, vae: VAE, vocoder: Vocoder, chunk_sec: float | None = None) -> Tensor:
     """Return (B, samples) float32 waveforms in [-1, 1] from latents (B, N, C): VAE decoder, then vocoder.
 
     Both run in the dtype of their own weights.
+
+    Args:
+        chunk_sec: the vocoder makes at most so many seconds at once, which bounds the memory for long sounds. Every
+            chunk is given the mel frames around it that it depends on, so the result is the whole's but for rounding.
+            None: all at once. The VAE, whose attention sees the whole length, always runs at once; it takes little.
+
+    Raises:
+        ValueError: ``chunk_sec`` is not positive.
     """
+    if chunk_sec is not None and not chunk_sec > 0:
+        raise ValueError(f"chunk_sec is {chunk_sec}, expected more than 0")
     mel = vae.decode(latents.mT.to(next(vae.parameters()).dtype))  # (B, n_mels, 2N)
-    return vocoder(mel.to(next(vocoder.parameters()).dtype))[:, 0].float()  # (B, samples)
+    mel = mel.to(next(vocoder.parameters()).dtype)
+    if chunk_sec is None:
+        return vocoder(mel)[:, 0].float()  # (B, samples)
+    frames = max(1, round(chunk_sec * SAMPLING_RATES[vae.config.mode] / vocoder.config.hop_length))
+    return vocoder.in_chunks(mel, frames)[:, 0].float()

@@ -24,6 +24,8 @@ from selva.models.blocks import load_strict_
 FILTER_TAPS = 12
 FILTER_CUTOFF = 0.25  # of the doubled sampling rate, the Nyquist frequency of the original one
 FILTER_HALF_WIDTH = 0.3  # of the transition band, relative to the original sampling rate
+ACTIVATION_REACH = 5  # samples to either side that an anti-aliased activation looks at, both filters together
+CONV_REACH = 3  # of the first and the last convolution, 7 wide
 FILTER_SUFFIXES = (".upsample.filter", ".downsample.lowpass.filter")
 # The two spellings of weight norm in published files: (magnitude g, direction v).
 WEIGHT_NORM_SUFFIXES = (
@@ -75,6 +77,23 @@ class VocoderConfig:
     def hop_length(self) -> int:
         """Samples per mel frame."""
         return math.prod(self.upsample_rates)
+
+    @property
+    def context_frames(self) -> int:
+        """Mel frames on each side of a stretch on which its samples may depend.
+
+        Counted backwards from the waveform: ``reach`` is how far, in samples of the current rate, one output sample
+        looks to either side.
+        """
+        reach = CONV_REACH + ACTIVATION_REACH
+        residual = max(
+            sum((kernel - 1) // 2 * (dilation + 1) + 2 * ACTIVATION_REACH for dilation in self.residual_dilations)
+            for kernel in self.residual_kernels
+        )
+        for rate, kernel in zip(reversed(self.upsample_rates), reversed(self.upsample_kernels), strict=True):
+            reach += residual
+            reach = -(-(reach + (kernel + rate) // 2 - 1) // rate)  # ceil; of the transposed convolution's two sides
+        return reach + CONV_REACH
 
 
 @functools.lru_cache(maxsize=16)
@@ -207,6 +226,22 @@ class Vocoder(nn.Module):
             x = sum(block(x) for block in blocks) / blocks_per_stage
         x = self.conv_post(self.activation_post(x))  # (B, 1, T * hop_length)
         return x.tanh() if self.config.final_tanh else x.clamp(-1, 1)
+
+    def in_chunks(self, mel: Tensor, chunk_frames: int) -> Tensor:
+        """Return what :meth:`forward` returns, computed ``chunk_frames`` mel frames at a time to need less memory.
+
+        Each chunk is given its ``context_frames`` on both sides, so nothing but rounding differs from the whole. Only
+        the ends of ``mel`` are padded, as in the whole.
+        """
+        if chunk_frames < 1:
+            raise ValueError(f"chunk_frames is {chunk_frames}, expected at least 1")
+        hop, context, total = self.config.hop_length, self.config.context_frames, mel.shape[-1]
+        chunks = []
+        for start in range(0, total, chunk_frames):
+            stop = min(start + chunk_frames, total)
+            left, right = max(0, start - context), min(total, stop + context)
+            chunks.append(self(mel[..., left:right])[..., (start - left) * hop : (stop - left) * hop].clone())
+        return torch.cat(chunks, dim=-1)
 
     def load_published(self, state_dict: Mapping[str, Any]) -> Vocoder:
         """Load the raw tensors of a published checkpoint and return self.
