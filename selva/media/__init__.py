@@ -24,10 +24,11 @@ from selva.media.frames import (
     select_frames,
     shortened_duration,
 )
-from selva.media.masks import MASK_SUFFIXES, MaskSettings
 from selva.media.make import write_video
+from selva.media.masks import MASK_SUFFIXES, MaskSettings
 from selva.media.mux import mux_video
 from selva.media.sound import (
+    audio_blocks,
     audio_length,
     copied_audio_suffix,
     copy_audio,
@@ -42,6 +43,7 @@ __all__ = [
     "SELVA_FILL_SEC",
     "MaskSettings",
     "VideoFrames",
+    "audio_blocks",
     "audio_length",
     "copied_audio_suffix",
     "copy_audio",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
@@ -95,9 +95,11 @@ def _read_audio_soundfile(
     wanted = file.frames - start
     if duration_sec is not None:
         wanted = min(wanted, round(duration_sec * rate))
+    # A frame of an MP3 needs bits of frames before it, which libsndfile does not fetch when it seeks.
+    preroll = min(start, int(_PREROLL_SEC * rate)) if file.format == "MP3" else 0
     try:
-        file.seek(start)
-        samples = file.read(wanted, dtype="float32", always_2d=True)  # (samples, channels)
+        file.seek(start - preroll)
+        samples = file.read(preroll + wanted, dtype="float32", always_2d=True)[preroll:]  # (samples, channels)
     except soundfile.LibsndfileError as error:
         raise ValueError(f"{path}: damaged, its sound cannot be decoded ({error})") from error
     if len(samples) < wanted:
@@ -125,33 +127,41 @@ def _assemble_sound(
 ) -> tuple[Tensor, int]:
     """Return the decoded frames laid out on the time line, beginning at time 0: (channels, samples) and the rate."""
     pieces: list[np.ndarray] = []
-    filled, position, rate, wanted = 0, 0, 0, math.inf
-    for time, frame in frames:
-        samples = _float_samples(frame)  # (channels, n)
-        stamp = round(time * frame.sample_rate)
-        if rate == 0:
-            rate, position = frame.sample_rate, stamp
-            pieces.append(np.zeros((len(samples), 0), dtype=np.float32))
-            if duration_sec is not None:
-                wanted = round(duration_sec * rate)
-        if frame.sample_rate != rate or len(samples) != len(pieces[0]):
-            found, expected = f"{len(samples)} x {frame.sample_rate} Hz", f"{len(pieces[0])} x {rate} Hz"
-            raise ValueError(f"{path}: sound changes from {expected} to {found} after {float(time):.2f} s; convert it")
-        if abs(stamp - position) > _STAMP_JITTER_SEC * rate:
-            position = stamp
-        if position > filled:
-            pieces.append(np.zeros((len(samples), position - filled), dtype=np.float32))
-            filled = position
-        kept = samples[:, filled - position :]  # nothing of it lies before time 0, or twice at the same time
-        pieces.append(kept)
-        filled += kept.shape[1]
-        position += samples.shape[1]
+    filled, rate, wanted = 0, 0, math.inf
+    for samples, rate in _time_line(path, frames):
+        if not pieces and duration_sec is not None:
+            wanted = round(duration_sec * rate)
+        pieces.append(samples)
+        filled += samples.shape[1]
         if filled >= wanted:
             break
     if not pieces:
         raise ValueError(f"{path}: has an audio stream, but no sound could be decoded from it")
     waveform = np.concatenate(pieces, axis=1)  # (channels, samples)
     return torch.from_numpy(waveform[:, : int(min(wanted, filled))].copy()), rate
+
+
+def _time_line(path: PathLike, frames: Iterable[tuple[Fraction, Any]]) -> Iterator[tuple[np.ndarray, int]]:
+    """Yield (channels, n) float32 and the rate, one after the other from time 0, with zeros where there is a gap."""
+    filled, position, rate, channels = 0, 0, 0, 0
+    for time, frame in frames:
+        samples = _float_samples(frame)  # (channels, n)
+        stamp = round(time * frame.sample_rate)
+        if rate == 0:
+            rate, position, channels = frame.sample_rate, stamp, len(samples)
+            yield np.zeros((channels, 0), dtype=np.float32), rate
+        if frame.sample_rate != rate or len(samples) != channels:
+            found, expected = f"{len(samples)} x {frame.sample_rate} Hz", f"{channels} x {rate} Hz"
+            raise ValueError(f"{path}: sound changes from {expected} to {found} after {float(time):.2f} s; convert it")
+        if abs(stamp - position) > _STAMP_JITTER_SEC * rate:
+            position = stamp
+        if position > filled:
+            yield np.zeros((channels, position - filled), dtype=np.float32), rate
+            filled = position
+        kept = samples[:, filled - position :]  # nothing of it lies before time 0, or twice at the same time
+        yield kept, rate
+        filled += kept.shape[1]
+        position += samples.shape[1]
 
 
 def _float_samples(frame: Any) -> np.ndarray:
@@ -164,6 +174,59 @@ def _float_samples(frame: Any) -> np.ndarray:
     if samples.dtype.kind == "i":
         return (samples / -float(np.iinfo(samples.dtype).min)).astype(np.float32)
     return samples.astype(np.float32)
+
+
+def audio_blocks(path: PathLike, block_sec: float = 10.0) -> Iterator[tuple[Tensor, int]]:
+    """Yield the sound of a file in pieces of ``block_sec``: (channels, samples) float32, full scale 1.0, and the rate.
+
+    The last piece is shorter. Together they are what :func:`read_audio` returns, but memory does not grow with the
+    length of the file.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`read_audio`, of damage when it is reached.
+    """
+    waiting: list[np.ndarray] = []
+    rate = size = held = 0
+    for samples, rate in _read_pieces(path, block_sec):
+        size = max(1, round(block_sec * rate))
+        waiting.append(samples)
+        held += samples.shape[1]
+        if held < size:
+            continue
+        joined = np.concatenate(waiting, axis=1)
+        whole = held // size * size
+        for start in range(0, whole, size):
+            yield torch.from_numpy(joined[:, start : start + size].copy()), rate
+        waiting, held = [joined[:, whole:]], held - whole
+    if held:
+        yield torch.from_numpy(np.concatenate(waiting, axis=1)), rate
+
+
+def _read_pieces(path: PathLike, block_sec: float) -> Iterator[tuple[np.ndarray, int]]:
+    """Yield (channels, n) and the rate in pieces of any length."""
+    check_file(path)
+    import soundfile
+
+    try:
+        file = soundfile.SoundFile(path)
+    except soundfile.LibsndfileError:
+        with open_media(path) as container:
+            stream = audio_stream(container, path)
+            begins_first = not has_pictures(container) and stream.start_time is not None
+            start = stream.start_time * stream.time_base if begins_first else Fraction(0)
+            filled = rate = 0
+            for samples, rate in _time_line(path, decode_frames(path, container, stream, start)):
+                filled += samples.shape[1]
+                yield samples, rate
+            if not rate:
+                raise ValueError(f"{path}: has an audio stream, but no sound could be decoded from it") from None
+            check_not_truncated(path, container, stream, float(start), None, filled / rate)
+        return
+    with file:
+        size = max(1, round(block_sec * file.samplerate))
+        for start in range(0, file.frames, size):
+            waveform, rate = _read_audio_soundfile(path, file, start / file.samplerate, size / file.samplerate)
+            yield waveform.numpy(), rate
 
 
 def audio_length(path: PathLike) -> tuple[int, int]:
@@ -374,7 +437,11 @@ def copy_audio(video_path: PathLike, out_path: PathLike, start_sec: float = 0.0)
 def _check_copy(video_path: PathLike, copy_path: PathLike) -> None:
     """Raise if a copy does not begin with the sound of the video; decoders differ a little, so not bit by bit."""
     expected, rate = read_audio(video_path, 0.0, _COPY_CHECK_SEC)
-    found, found_rate = read_audio(copy_path, 0.0, _COPY_CHECK_SEC)
+    try:
+        found, found_rate = read_audio(copy_path, 0.0, _COPY_CHECK_SEC)
+    except ValueError as error:
+        reason = str(error).removeprefix(f"{copy_path}: ")
+        raise ValueError(f"{video_path}: a copy of its sound cannot be read ({reason}); extract it") from error
     num_samples = min(found.shape[1], expected.shape[1])
     same = found_rate == rate and found.shape[0] == expected.shape[0]
     same = same and abs(found.shape[1] - expected.shape[1]) <= _COPY_LENGTH_SEC * rate

@@ -12,7 +12,7 @@ import soundfile
 import torch
 from make_media import click_time, clicks, make_video, picture_of
 
-from selva.media import audio_length, extract_audio, prepare_audio, read_audio, write_audio
+from selva.media import audio_blocks, audio_length, extract_audio, prepare_audio, read_audio, write_audio
 
 # --- read_audio -----------------------------------------------------------------------------------------------------
 
@@ -224,3 +224,38 @@ def test_overshooting_sound_is_scaled_not_clipped(tmp_path):
     extract_audio(tmp_path / "loud.wav", tmp_path / "out.flac")
     extracted = read_audio(tmp_path / "out.flac")[0][0, :3]
     torch.testing.assert_close(extracted, torch.tensor([0.25, -1.0, 0.75]), atol=2**-22, rtol=0)
+
+
+@pytest.mark.parametrize("suffix", [".flac", ".mp3", ".ogg", ".m4a", ".mkv"])
+def test_blocks_together_are_the_whole_sound(tmp_path, suffix):
+    rate = 16_000
+    sound = np.stack([np.sin(np.arange(3 * rate) / (7 + c)) for c in range(2)]).astype(np.float32) / 2
+    path = tmp_path / f"a{suffix}"
+    if suffix in (".flac", ".mp3", ".ogg"):
+        soundfile.write(path, sound.T, rate)
+    else:
+        make_video(path.with_suffix(".mp4" if suffix == ".m4a" else suffix), 3.0, sound=sound, rate=rate)
+        if suffix == ".m4a":
+            path.with_suffix(".mp4").rename(path)
+    whole, _ = read_audio(path)
+    blocks = list(audio_blocks(path, 0.7))
+    assert {r for _, r in blocks} == {rate}
+    assert [b.shape[1] for b, _ in blocks[:-1]] == [11_200] * (len(blocks) - 1)
+    assert 0 < blocks[-1][0].shape[1] <= 11_200
+    joined = torch.cat([b for b, _ in blocks], dim=1)
+    torch.testing.assert_close(joined, whole, rtol=0, atol=1e-6)
+
+
+def test_part_of_an_mp3_is_the_same_as_in_the_whole(tmp_path):
+    soundfile.write(tmp_path / "a.mp3", np.sin(np.arange(48_000) / 7) / 2, 16_000)
+    whole, _ = read_audio(tmp_path / "a.mp3")
+    part, _ = read_audio(tmp_path / "a.mp3", 1.5, 0.5)
+    torch.testing.assert_close(part, whole[:, 24_000:32_000], rtol=0, atol=1e-4)
+
+
+def test_blocks_of_a_file_that_was_cut_short_end_in_an_error(tmp_path):
+    soundfile.write(tmp_path / "a.flac", np.random.default_rng(0).standard_normal(48_000) / 9, 16_000)
+    data = (tmp_path / "a.flac").read_bytes()
+    (tmp_path / "a.flac").write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match=r"a\.flac: .*damaged"):
+        list(audio_blocks(tmp_path / "a.flac", 0.5))
