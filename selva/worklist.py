@@ -125,6 +125,8 @@ def collect_jobs(
     _check_ids((id_, row.path) for row, id_, _, _ in clips)
     masks = _Masks(mask)
     texts = _Prompts(prompts, prompt)
+    if prompts is None:
+        _point_to_lists([Path(item) for item in inputs])
     jobs = [
         ClipJob(id_, row.path, start, length, texts.of(row, id_), row.label, row.mask or masks.of(row, id_))
         for row, id_, start, length in clips
@@ -281,6 +283,12 @@ def _check_ids(clips: Iterable[tuple[str, Path]]) -> None:
 
 
 # --- prompts and masks ----------------------------------------------------------------------------------------------
+
+
+def _point_to_lists(inputs: list[Path]) -> None:
+    found = [str(item / PROMPTS_FILE) for item in inputs if (item / PROMPTS_FILE).is_file()]
+    if found:
+        log.warning("not used, give it as the list of prompts to use it: %s", listed(found))
 
 
 class _Prompts:
