@@ -36,9 +36,9 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         temporary = folder / path.name
         yield temporary
-        _flush_file(temporary)
+        flush_file(temporary)
         os.replace(temporary, path)
-        _flush_folder(path.parent)
+        flush_folder(path.parent)
     finally:
         shutil.rmtree(folder)
 
@@ -49,13 +49,14 @@ def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:
         temporary.write_bytes(text.encode("utf-8"))
 
 
-def _flush_file(path: Path) -> None:
+def flush_file(path: Path) -> None:
+    """Return when the content of a file is on the disk."""
     # Opened for update, because Windows cannot flush a file that is open for reading only.
     with open(path, "r+b") as file:
         os.fsync(file.fileno())
 
 
-def _flush_folder(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
     """Make the rename itself durable, where the system can open a folder (Windows cannot)."""
     if os.name == "nt":
         return
