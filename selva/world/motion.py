@@ -16,7 +16,8 @@ TAIL_SEC = 0.35  # ... or this close to the end, so that it can be heard
 SWING_SEC = 0.16  # a striker comes down this fast
 REBOUND_SEC = 0.14
 GLOW_SEC = 0.09  # decay of the visible reaction to an impact
-GATE_RAMP_SEC = 0.03  # a running source is up to level after this
+GATE_RAMP_SEC = 0.03  # a running source is up to level after this ...
+GATE_RELEASE_SEC = 0.2  # ... and silent again after this
 BALL_FLIGHT_SEC = 0.9  # a ball flies this long at most between two impacts
 GRAVITY = 4.0  # picture heights per second squared
 
@@ -119,13 +120,14 @@ def ball_height(times: np.ndarray, events: Sequence[Event]) -> np.ndarray:
     return height
 
 
-def gate(times: np.ndarray, events: Sequence[Event], ramp_sec: float = GATE_RAMP_SEC) -> np.ndarray:
+def gate(times: np.ndarray, events: Sequence[Event]) -> np.ndarray:
     """Return 0 where a running source is off and its strength where it is on, with short ramps."""
     result = np.zeros(len(times))
     for event in events:
-        rise = np.clip((times - event.time_sec) / ramp_sec, 0, 1)
-        fall = np.clip((event.end_sec + ramp_sec - times) / ramp_sec, 0, 1)
-        result += event.strength * np.minimum(rise, fall)
+        rise = np.clip((times - event.time_sec) / GATE_RAMP_SEC, 0, 1)
+        fall = np.clip((event.end_sec + GATE_RELEASE_SEC - times) / GATE_RELEASE_SEC, 0, 1)
+        level = np.minimum(rise, fall)
+        result += event.strength * level * level * (3 - 2 * level)  # no corners, which would click
     return result
 
 
@@ -133,7 +135,7 @@ def turns(times: np.ndarray, events: Sequence[Event], slowest_hz: float, fastest
     """Return the revolutions done since the start; while running, the speed grows with the strength of the run."""
     result = np.zeros(len(times))
     for event in events:
-        on = np.clip(times - event.time_sec, 0, event.end_sec - event.time_sec)
+        on = np.clip(times - event.time_sec, 0, event.end_sec + GATE_RELEASE_SEC - event.time_sec)  # it coasts to rest
         result += on * speed_hz(event, slowest_hz, fastest_hz)
     return result
 

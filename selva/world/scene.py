@@ -125,7 +125,10 @@ def _track(thing: Thing, rng: np.random.Generator, rate: int, duration_sec: floa
     track = np.zeros(num_samples)
     for event in thing.events:
         begin = round(event.time_sec * rate)
-        part = kind.sound(rate, thing.size, event.strength, rng)[: num_samples - begin]
+        part = kind.sound(rate, thing.size, event.strength, rng)
+        fade = len(part) // 3  # of the last third, so that a cut tail is no click
+        part[len(part) - fade :] *= 0.5 + 0.5 * np.cos(np.pi * np.arange(fade) / fade)
+        part = part[: num_samples - begin]
         track[begin : begin + len(part)] += kind.level * part
     return track
 

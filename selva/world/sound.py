@@ -150,7 +150,7 @@ def rain(rate: int, num_samples: int, size: float, events: Sequence[Event], rng:
 
 
 FAN_HZ = (0.7, 2.2)  # revolutions per second of the slowest and the fastest run; 4 blades
-LAMP_HZ = (0.8, 1.8)  # revolutions per second of the siren's light
+LAMP_HZ = (0.6, 1.2)  # revolutions per second of the siren's light
 
 
 def motor(rate: int, num_samples: int, size: float, events: Sequence[Event], rng: np.random.Generator) -> np.ndarray:
@@ -165,7 +165,7 @@ def motor(rate: int, num_samples: int, size: float, events: Sequence[Event], rng
 def siren(rate: int, num_samples: int, size: float, events: Sequence[Event], rng: np.random.Generator) -> np.ndarray:
     """Wail that rises and falls once with every turn of the light."""
     times = np.arange(num_samples) / rate
-    hertz = 800 / size * (1 - 0.3 * np.cos(2 * np.pi * turns(times, events, *LAMP_HZ)))
+    hertz = 800 / size * (1 - 0.25 * np.cos(2 * np.pi * turns(times, events, *LAMP_HZ)))
     wail = sweep(rate, hertz) + 0.4 * sweep(rate, 2 * hertz) + 0.3 * sweep(rate, 3 * hertz)
     return 0.6 * gate(times, events) * wail
 
