@@ -24,8 +24,9 @@ from selva.checkpoint import TrainingState
 from selva.distributed import World
 from selva.lora import load_lora_state_, lora_parameters, lora_plus_groups, named_factors
 from selva.models.generator import Generator
+from selva.projected import ProjectedBatch, ProjectedClips, can_project
 from selva.report import MetricsFile, Progress, clock, peak_memory_bytes, smoothed
-from selva.training_set import Batch, BucketBatches, TrainingSet, collate
+from selva.training_set import Batch, BucketBatches, TrainingSet, Visit, collate
 
 log = logging.getLogger(__name__)
 
@@ -157,12 +158,13 @@ def draw(shape: torch.Size, config: TrainConfig, rng: torch.Generator, progress:
 
 
 def flow_loss(
-    generator: Generator, batch: Batch, draws: Draws, config: TrainConfig, precision: torch.dtype
+    generator: Generator, batch: Batch | ProjectedBatch, draws: Draws, config: TrainConfig, precision: torch.dtype
 ) -> Tensor:
     """Return the (B,) flow-matching losses of a batch, in float32.
 
     Args:
-        batch: on the generator's device. draws: on the CPU, see :func:`draw`.
+        batch: on the generator's device; features, or what the generator projected them to.
+        draws: on the CPU, see :func:`draw`.
         precision: autocast dtype of the network; float32 switches autocast off.
     """
     device = batch.mean.device
@@ -175,15 +177,27 @@ def flow_loss(
     x1 = generator.normalize(latent)
     xt = flow.interpolate(x0, x1, t)
 
-    empty_clip, empty_sync, empty_text = generator.empty_features(1)
     drop_video = drop_video | ~batch.has_video
-    no_clip = torch.ones_like(drop_video) if config.clip_features == "empty" else drop_video
-    clip_f = torch.where(no_clip[:, None, None], empty_clip, batch.clip_f)
-    sync_f = torch.where(drop_video[:, None, None], empty_sync, batch.sync_f)
-    text_f = torch.where(drop_text[:, None, None], empty_text, batch.text_f)
+    drop_clip = torch.ones_like(drop_video) if config.clip_features == "empty" else drop_video
     with torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32):
-        velocity = generator(xt, clip_f, sync_f, text_f, t)
+        if isinstance(batch, ProjectedBatch):
+            conditions = batch.with_dropped(drop_clip, drop_video, drop_text)
+        else:
+            conditions = generator.preprocess_conditions(*_features(generator, batch, drop_clip, drop_video, drop_text))
+        velocity = generator.predict_flow(xt, t, conditions)
     return flow.loss(velocity, x0, x1)
+
+
+def _features(
+    generator: Generator, batch: Batch, drop_clip: Tensor, drop_video: Tensor, drop_text: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the CLIP, sync and text features of a batch with the learned empty ones where the (B,) masks are True."""
+    pairs = zip(
+        (drop_clip, drop_video, drop_text), generator.empty_features(1), (batch.clip_f, batch.sync_f, batch.text_f),
+        strict=True,
+    )
+    clip_f, sync_f, text_f = (torch.where(drop[:, None, None], empty, full) for drop, empty, full in pairs)
+    return clip_f, sync_f, text_f
 
 
 @torch.no_grad()
@@ -271,6 +285,8 @@ class TrainingRun:
         self.generator, self.val_clips, self.config, self.precision = generator, val_clips, config, precision
         self.world, self.device = world, generator.latent_mean.device
         self.batches = BucketBatches(clips, config.batch_size * world.size, config.seed)
+        known_once = can_project(generator, self.batches.clips, precision)
+        self.projected = ProjectedClips(generator, self.batches.clips, precision) if known_once else None
         self.rng = torch.Generator().manual_seed(config.seed)
         self.parameters = lora_parameters(generator)
         groups = lora_plus_groups(generator, config.lr, config.lora_plus_ratio)
@@ -291,7 +307,7 @@ class TrainingRun:
         total = torch.zeros((), device=self.device)
         for _ in range(config.grad_accum):
             visits = self.batches.draw()
-            batch = self.batches.load(visits[own]).to(self.device)
+            batch = self._load(visits[own])
             shape = torch.Size((len(visits), *batch.mean.shape[1:]))  # of the global batch
             draws = draw(shape, config, self.rng, progress=self.step / config.steps).part(own)
             loss = flow_loss(self.generator, batch, draws, config, self.precision).mean()
@@ -314,6 +330,11 @@ class TrainingRun:
         if self.ema is not None:
             self.ema.update(self.step)
         return total, norm
+
+    def _load(self, visits: Sequence[Visit]) -> Batch | ProjectedBatch:
+        if self.projected is not None:
+            return self.projected.load(visits)
+        return self.batches.load(visits).to(self.device)
 
     def evaluated(self) -> AbstractContextManager[None]:
         """Return a context in which the model holds what is validated, heard and saved: the average if there is one."""

@@ -170,11 +170,11 @@ def test_the_objective_is_float32_around_a_half_precision_network(monkeypatch):
     draws = draw(batch.mean.shape, CONFIG, torch.Generator().manual_seed(3), 0.0)
     seen = {}
 
-    def predict_nothing(xt, clip_f, sync_f, text_f, t):
+    def predict_nothing(xt, t, _conditions):
         seen.update(xt=xt, t=t)
         return torch.zeros_like(xt, dtype=torch.bfloat16)
 
-    monkeypatch.setattr(model, "forward", predict_nothing)
+    monkeypatch.setattr(model, "predict_flow", predict_nothing)
     found = flow_loss(model, batch, draws, CONFIG, torch.bfloat16)
     x1 = (batch.mean + batch.std * draws.posterior - model.latent_mean) / model.latent_std
     t = draws.t[:, None, None]
@@ -321,13 +321,13 @@ def test_batch_order_continues_from_its_state():
 
 
 def spoil_latents(run: TrainingRun) -> None:
-    load = run.batches.load
+    load = run.projected.load
 
     def spoilt(visits):
         batch = load(visits)
         return dataclasses.replace(batch, mean=torch.full_like(batch.mean, float("nan")))
 
-    run.batches.load = spoilt
+    run.projected.load = spoilt
 
 
 def test_a_bad_gradient_changes_nothing():

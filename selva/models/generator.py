@@ -10,7 +10,7 @@ revision behind ``large_44k_v2``: other activations, and a time embedding that s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +33,8 @@ from selva.sequence import SYNC_TOKENS_PER_SEGMENT
 
 # Tables that old checkpoints carry although they are computed; they are dropped on loading.
 COMPUTED_KEYS = ("t_embed.freqs", "latent_rot", "clip_rot")
+# Layers that see conditions only, neither the latent nor the time.
+CONDITION_PARTS = ("clip_input_proj.", "sync_input_proj.", "text_input_proj.", "clip_cond_proj", "text_cond_proj")
 
 
 @dataclass(frozen=True)
@@ -79,9 +81,14 @@ class Conditions:
     def tensors(self) -> tuple[Tensor, ...]:
         return self.clip_f, self.sync_f, self.text_f, self.clip_f_c, self.text_f_c
 
+    @staticmethod
+    def cat_all(batches: Sequence[Conditions]) -> Conditions:
+        """Return several batches as one."""
+        return Conditions(*map(torch.cat, zip(*(batch.tensors() for batch in batches), strict=True)))
+
     def cat(self, other: Conditions) -> Conditions:
         """Return both batches as one, for guidance in a single pass."""
-        return Conditions(*(torch.cat(pair) for pair in zip(self.tensors(), other.tensors(), strict=True)))
+        return Conditions.cat_all((self, other))
 
     def expand(self, batch_size: int) -> Conditions:
         """Return conditions of batch 1 repeated ``batch_size`` times without a copy."""
