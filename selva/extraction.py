@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from selva.features import FeatureBundle
-from selva.media import SELVA_FILL_SEC, VideoFrames, read_video
+from selva.media import SELVA_FILL_SEC, MaskSettings, VideoFrames, read_video
 from selva.models.zoo import Variant
 from selva.sequence import DEFAULT_DURATION_SEC
 from selva.weights import load_clip_image, load_clip_text, load_t5, load_video_encoder
@@ -116,8 +116,11 @@ class FeatureExtractor:
         text, mask = text.to(self.device, self.precision), mask.to(self.device)
         return self._video_encoder.encode(pictures, text, mask, segment_batch=segments).float().cpu()
 
-    def read(self, path: Path, duration_sec: float = DEFAULT_DURATION_SEC, start_sec: float = 0.0) -> VideoFrames:
-        """Return the frames of a video in the sizes of this variant's encoders.
+    def read(
+        self, path: Path, duration_sec: float = DEFAULT_DURATION_SEC, start_sec: float = 0.0,
+        mask: MaskSettings | None = None,
+    ) -> VideoFrames:
+        """Return the frames of a video in the sizes of this variant's encoders, with the mask laid on them.
 
         The last frame is held for up to 0.125 s, as in SelVA's training data, so that a video of exactly 8 s, whose
         last frame begins before its end, makes a clip of 8 s.
@@ -125,6 +128,7 @@ class FeatureExtractor:
         return read_video(
             path, duration_sec, start_sec, clip_size=self.variant.clip_image_size,
             sync_size=self.variant.sync_image_size, sync_crop=self.variant.sync_crop, fill_sec=SELVA_FILL_SEC,
+            mask=mask,
         )
 
     def extract(self, frames: VideoFrames, prompt: str, settings: dict[str, Any] | None = None) -> FeatureBundle:

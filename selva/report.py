@@ -8,7 +8,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,25 @@ def clock(seconds: float) -> str:
     if hours:
         return f"{hours}:{minutes:02d}:{rest:02d} h"
     return f"{minutes}:{rest:02d} min" if minutes else f"{rest} s"
+
+
+class StageTimes:
+    """Seconds spent in each named stage, in the order in which they were first entered; ``str()`` lists them."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Count the time of the block for ``name``; blocks may repeat, but not nest."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - start
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {f'{s:.1f} s' if s < 60 else clock(s)}" for name, s in self.seconds.items())
 
 
 def peak_memory_bytes(device: Any) -> int:

@@ -14,7 +14,7 @@ import pickle
 import shlex
 import struct
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -216,10 +216,11 @@ def load_video_encoder(
 
 
 def load_vae(
-    variant: str, selva_dir: Path | None = None, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    variant: str, selva_dir: Path | None = None, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
+    *, decoder_only: bool = False,
 ) -> VAE:
-    """Return the VAE; see :func:`load_generator`."""
-    return _load(variant, "vae", selva_dir, device, dtype)
+    """Return the VAE, with ``decoder_only`` without ever reading the encoder; see :func:`load_generator`."""
+    return _load(variant, "vae", selva_dir, device, dtype, VAE.drop_encoder if decoder_only else None)
 
 
 def load_vocoder(
@@ -258,10 +259,15 @@ def load_t5(
     return _load(variant, "t5", selva_dir, device, dtype)
 
 
-def _load(name: str, part: str, selva_dir: Path | None, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
+def _load(
+    name: str, part: str, selva_dir: Path | None, device: torch.device | str, dtype: torch.dtype,
+    reduce: Callable[[nn.Module], object] | None = None,
+) -> nn.Module:
     variant = get_variant(name)
     files = find_weights(variant, selva_dir, (part,))[part]
     network = _without_weights(variant, part, files)
+    if reduce is not None:
+        reduce(network)  # before its weights are read
     if variant.packaged:
         network.load_published(_packaged_weights(variant, part))
         return _finish(network, device, dtype)

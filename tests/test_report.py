@@ -77,3 +77,12 @@ def test_only_rank_zero_speaks(monkeypatch, capsys):
     logging.getLogger("selva.x").info("from rank 0")
     stderr = capsys.readouterr().err
     assert "from rank 1" not in stderr and "error: an error of rank 1" in stderr and "from rank 0" in stderr
+
+
+def test_stage_times_add_up_by_name_and_keep_their_order():
+    times = report.StageTimes()
+    for name in ("reading", "sampling", "reading"):
+        with times.stage(name):
+            pass
+    times.seconds.update(reading=1.25, sampling=61.0)
+    assert str(times) == "reading 1.2 s, sampling 1:01 min"

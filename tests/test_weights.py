@@ -313,6 +313,13 @@ def test_one_clip_tower_is_read_without_the_other(write, tmp_path, monkeypatch):
     assert names["clip_image"] and all(names["clip_image"])
 
 
+def test_a_vae_for_decoding_never_has_an_encoder():
+    half, whole = load_vae("tiny_16k", decoder_only=True), load_vae("tiny_16k")
+    assert half.encoder is None and whole.encoder is not None
+    latents = torch.randn(1, 20, 8)
+    assert torch.equal(half.decode(latents), whole.decode(latents))
+
+
 def test_weights_are_read_in_float32_and_cast_afterwards(write, tmp_path):
     root = write(tmp_path)
     exact = weights.load_vae("small_16k", root).state_dict()
