@@ -1,0 +1,84 @@
+"""A generator whose adapters can be exchanged, so that several settings can be heard from one loaded model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from selva.adapter import Adapter, merge_adapters
+from selva.models.generator import Generator, cast_frozen_
+
+AdapterPairs = Sequence[tuple[Adapter, float]]
+
+
+class AdapterSwitch:
+    """Holds a generator in ``dtype``, with the adapters merged that were asked for last.
+
+    Every setting starts from the float32 base weights and is rounded once, so that it equals, bit for bit, what a
+    fresh process makes of it; nothing is ever subtracted. The base weights of the layers that change are kept in
+    memory from the second setting on, or from the first if :meth:`expect` announced more; a setting that touches
+    others reads the weight file again.
+
+    Args:
+        load: returns the base generator in float32 on the CPU.
+        dtype: what the matrices are stored in. device: where the generator works.
+    """
+
+    def __init__(self, load: Callable[[], Generator], dtype: torch.dtype, device: torch.device) -> None:
+        self.generator: Generator | None = None
+        self._load, self._dtype, self._device = load, dtype, device
+        self._base: dict[str, dict[str, Tensor]] = {}  # layer -> float32 parameters on the CPU
+        self._kept: set[str] = set()  # layers whose base weights are kept when the generator is loaded
+        self._merged: set[str] = set()  # layers that differ from the base now
+
+    def expect(self, adapters: Iterable[Adapter]) -> None:
+        """Announce adapters that will be exchanged later."""
+        self._kept |= {name for adapter in adapters for name in adapter.layer_names()}
+
+    def set(self, adapters: AdapterPairs) -> Generator:
+        """Return the generator with these (adapter, strength) pairs merged, and no others.
+
+        Raises:
+            ValueError: an adapter does not fit; names every layer that it cannot be applied to.
+        """
+        names = {name for adapter, strength in adapters if strength != 0 for name in adapter.layer_names()}
+        if self.generator is not None and names | self._merged <= self._base.keys():
+            self._exchange(adapters, names)
+            return self.generator
+        if self.generator is not None:
+            self._kept |= names | self._merged
+        self.free()
+        generator = self._load()
+        layers = dict(generator.named_modules())
+        kept = {name: layers[name] for name in sorted(self._kept) if name in layers}
+        base = {name: {key: p.detach().clone() for key, p in _own(layer)} for name, layer in kept.items()}
+        merge_adapters(generator, adapters)
+        cast_frozen_(generator, self._dtype)
+        self.generator, self._base, self._merged = generator.to(self._device), base, names
+        return self.generator
+
+    @torch.no_grad()
+    def _exchange(self, adapters: AdapterPairs, names: set[str]) -> None:
+        layers = dict(self.generator.named_modules())
+        touched = [layers[name].float() for name in names | self._merged]
+        for name in names | self._merged:
+            for key, parameter in _own(layers[name]):
+                parameter.copy_(self._base[name][key])
+            layers[name].has_merged_adapter = False
+        self._merged = set()
+        try:
+            merge_adapters(self.generator, adapters)
+            self._merged = names
+        finally:
+            for layer in touched:
+                layer.to(self._dtype)
+
+    def free(self) -> None:
+        """Let go of the generator; the next :meth:`set` loads it again."""
+        self.generator, self._base, self._merged = None, {}, set()
+
+
+def _own(layer: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return list(layer.named_parameters(recurse=False))
