@@ -17,14 +17,12 @@ from selva.loudness import integrated_loudness
 from selva.media import read_audio
 from selva.report import Progress, clock
 from selva.sequence import SAMPLING_RATES
+from selva.silence import MOSTLY_SILENT, silent_share
 from selva.training_data import FolderSet, PlannedClip
 
-SILENCE_DB = -60.0  # RMS of a block below which it counts as silence, relative to full scale
-BLOCK_SEC = 0.05
 FULL_SCALE = 0.999
 CLIPPED_RUN = 3  # a single sample at full scale is a normalised peak, several in a row are a cut-off wave
 
-MOSTLY_SILENT = 0.5
 QUIET_LUFS = -50.0
 NAMED = 5  # clips that a warning names
 
@@ -169,21 +167,19 @@ def measure_sound(path: Path) -> SoundStats:
     Raises:
         FileNotFoundError, ValueError: it cannot be read.
     """
-    waveform, rate = read_audio(path)  # (channels, samples)
+    return measure_waveform(*read_audio(path))
+
+
+def measure_waveform(waveform: Tensor, rate: int) -> SoundStats:
+    """Return the measurements of (channels, samples)."""
     peak = waveform.abs().max().item()
     return SoundStats(
         duration_sec=waveform.shape[1] / rate, rate=rate, channels=len(waveform),
         loudness_lufs=integrated_loudness(waveform, rate),
         peak_db=20 * math.log10(peak) if peak > 0 else None,
-        silent_share=_silent_share(waveform, rate),
+        silent_share=silent_share(waveform, rate),
         clipped_samples=_clipped_samples(waveform),
     )
-
-
-def _silent_share(waveform: Tensor, rate: int) -> float:
-    size = min(waveform.shape[1], max(1, round(BLOCK_SEC * rate)))
-    power = waveform.unfold(1, size, size).square().mean(dim=(0, 2))  # (blocks,)
-    return (power < 10 ** (SILENCE_DB / 10)).float().mean().item()
 
 
 def _clipped_samples(waveform: Tensor) -> int:

@@ -1,0 +1,74 @@
+"""Which stretches of a sound are silent: one rule for cutting recordings and for judging clips.
+
+A block of 50 ms is silent if its RMS, over all channels, is below -60 dB of full scale. The rule looks at the level
+alone, never at how much it changes: rain, hum and engines are as steady as silence, and are sound.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from selva.media import audio_blocks
+from selva.media.container import PathLike
+
+SILENCE_DB = -60.0  # RMS of a block, relative to full scale
+BLOCK_SEC = 0.05
+MOSTLY_SILENT = 0.5  # share of a clip
+READ_SEC = 10.0  # what is held in memory while a long recording is read
+
+
+def block_power(waveform: Tensor, rate: int) -> Tensor:
+    """Return (blocks,) the mean square of every whole block of (channels, samples); of all of it if it is shorter."""
+    size = min(waveform.shape[1], max(1, round(BLOCK_SEC * rate)))
+    return waveform.unfold(1, size, size).square().mean(dim=(0, 2))
+
+
+def silent_share(waveform: Tensor, rate: int, silence_db: float = SILENCE_DB) -> float:
+    """Return how much of (channels, samples) is silent, 0 to 1."""
+    return (block_power(waveform, rate) < 10 ** (silence_db / 10)).float().mean().item()
+
+
+class SilenceMap:
+    """Where a recording is silent: one bit of knowledge per 50 ms, whatever its length.
+
+    Args:
+        silent: (blocks,) bool. rate: samples per second. num_samples: of the recording.
+    """
+
+    def __init__(self, silent: np.ndarray, rate: int, num_samples: int) -> None:
+        self.num_samples = num_samples
+        self.block = max(1, round(BLOCK_SEC * rate))
+        self._edges = np.minimum(np.arange(len(silent) + 1) * self.block, num_samples)
+        self._silent_before = np.concatenate([[0], np.cumsum(silent * np.diff(self._edges))])  # samples, at each edge
+
+    def share(self, start: np.ndarray | int, length: int) -> np.ndarray:
+        """Return how much of the ``length`` samples from ``start`` is silent, 0 to 1; for many starts at once."""
+        start = np.asarray(start)
+        before = np.interp(start, self._edges, self._silent_before)
+        return (np.interp(start + length, self._edges, self._silent_before) - before) / length
+
+
+def find_silence(path: PathLike, silence_db: float = SILENCE_DB) -> SilenceMap:
+    """Return where the sound of a file is silent; it is decoded in pieces of 10 s, so memory stays small.
+
+    Raises:
+        FileNotFoundError, ValueError: it cannot be read to its end, or has no sound.
+    """
+    silent: list[np.ndarray] = []
+    num_samples, rest, rate = 0, None, 0
+    for waveform, rate in audio_blocks(path, READ_SEC):
+        num_samples += waveform.shape[1]
+        if rest is not None:
+            waveform = torch.cat([rest, waveform], dim=1)
+        size = max(1, round(BLOCK_SEC * rate))
+        whole = waveform.shape[1] // size * size
+        rest = waveform[:, whole:]
+        if whole:
+            silent.append((block_power(waveform[:, :whole], rate) < 10 ** (silence_db / 10)).numpy())
+    if rest is None:
+        raise ValueError(f"{path}: has no sound in it")
+    if rest.shape[1]:  # the last block of a recording may be shorter
+        silent.append((block_power(rest, rate) < 10 ** (silence_db / 10)).numpy())
+    return SilenceMap(np.concatenate(silent), rate, num_samples)

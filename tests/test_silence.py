@@ -1,0 +1,65 @@
+"""Silence: which blocks count, and that a recording read in pieces gives what it gives as a whole."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from make_data import noise
+
+from selva import silence
+from selva.silence import find_silence, silent_share
+
+
+def put(path, sound, rate):
+    soundfile.write(path, sound, rate, subtype="FLOAT")
+    return path
+
+
+def test_the_threshold_is_the_level_of_a_block():
+    tone = torch.sin(torch.arange(16_000) / 5)[None] * 2**0.5  # RMS 1
+    assert silent_share(tone * 10 ** (-59.9 / 20), 16_000) == 0
+    assert silent_share(tone * 10 ** (-60.1 / 20), 16_000) == 1
+    assert silent_share(tone * 10 ** (-60.1 / 20), 16_000, silence_db=-61) == 0
+
+
+def test_steady_sound_is_no_silence():
+    """Pitfall J1: rain hardly changes its level."""
+    assert silent_share(0.005 * torch.randn(1, 48_000), 16_000) == 0
+
+
+@pytest.mark.parametrize("rate", [8_000, 11_025, 44_100])
+def test_silent_stretches_are_found_where_they_are(tmp_path, rate, monkeypatch):
+    monkeypatch.setattr(silence, "READ_SEC", 0.37)
+    sound = noise(6, rate)
+    sound[2 * rate : 5 * rate] = 0
+    found = find_silence(put(tmp_path / "a.wav", sound, rate))
+    assert found.num_samples == len(sound)
+    np.testing.assert_allclose(found.share(np.array([0, 2 * rate, 5 * rate]), rate), [0, 1, 0], atol=0.051)
+    assert found.share(rate, 2 * rate) == pytest.approx(0.5, abs=0.03)
+    assert found.share(0, 6 * rate) == pytest.approx(0.5, abs=0.02)
+
+
+def test_pieces_and_channels_do_not_change_the_result(tmp_path, monkeypatch):
+    sound = np.stack([noise(5), np.zeros(80_000, np.float32)], axis=1) * (np.arange(80_000) // 9_000 % 2)[:, None]
+    path = put(tmp_path / "a.wav", sound.astype(np.float32), 16_000)
+    whole = find_silence(path)
+    monkeypatch.setattr(silence, "READ_SEC", 0.123)
+    starts = np.arange(0, 60_000, 777)
+    np.testing.assert_array_equal(find_silence(path).share(starts, 16_000), whole.share(starts, 16_000))
+    assert 0.3 < whole.share(0, 80_000) < 0.7
+
+
+def test_memory_does_not_grow_with_the_recording(tmp_path):
+    """What one minute takes for itself is what ten take."""
+    import tracemalloc
+
+    peaks = []
+    for minutes in (1, 10):
+        path = put(tmp_path / f"{minutes}.wav", np.zeros(minutes * 60 * 8_000, np.float32), 8_000)
+        tracemalloc.start()
+        find_silence(path)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.3 * peaks[0]
