@@ -288,7 +288,7 @@ def _check_ids(clips: Iterable[tuple[str, Path]]) -> None:
 def _point_to_lists(inputs: list[Path]) -> None:
     found = [str(item / PROMPTS_FILE) for item in inputs if (item / PROMPTS_FILE).is_file()]
     if found:
-        log.warning("not used, give it as the list of prompts to use it: %s", listed(found))
+        log.warning("not used: %s; give it with --prompts", listed(found))
 
 
 class _Prompts:

@@ -203,7 +203,7 @@ def test_a_list_of_prompts_that_lies_beside_the_videos_is_not_overlooked(tmp_pat
     (tmp_path / "prompts.txt").write_text("a.npz: a dog\n")
     with caplog.at_level(logging.WARNING):
         assert [job.prompt for job in collect_jobs([tmp_path])] == ["", ""]
-    assert f"give it as the list of prompts to use it: {tmp_path / 'prompts.txt'}" in caplog.text
+    assert f"not used: {tmp_path / 'prompts.txt'}; give it with --prompts" in caplog.text
     caplog.clear()
     assert [job.prompt for job in collect_jobs([tmp_path], prompts=tmp_path / "prompts.txt")] == ["a dog", ""]
     assert not caplog.text

@@ -203,7 +203,7 @@ def _open_array(path: PathLike, video_path: PathLike, start: Fraction) -> _Sourc
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
         reason = str(error)
-        if "pickle" in reason:  # NumPy's own words advise to load the file unsafely
+        if "pickle" in reason or "Python objects" in reason:  # NumPy's own words advise to load the file unsafely
             reason = "it holds Python objects or is no NumPy array, and pickles are never loaded"
         raise ValueError(f"{path}: cannot be read as a mask ({reason})") from error
     if not isinstance(array, np.ndarray) or array.ndim not in (2, 3) or 0 in array.shape:
