@@ -314,7 +314,7 @@ def test_one_clip_tower_is_read_without_the_other(write, tmp_path, monkeypatch):
 
 
 def test_a_vae_for_decoding_never_has_an_encoder():
-    half, whole = load_vae("tiny_16k", decoder_only=True), load_vae("tiny_16k")
+    half, whole = weights.load_vae("tiny_16k", decoder_only=True), weights.load_vae("tiny_16k")
     assert half.encoder is None and whole.encoder is not None
     latents = torch.randn(1, 20, 8)
     assert torch.equal(half.decode(latents), whole.decode(latents))
