@@ -291,7 +291,8 @@ class TrainingRun:
         self.parameters = lora_parameters(generator)
         groups = lora_plus_groups(generator, config.lr, config.lora_plus_ratio)
         self.lr_factors = [group["lr"] / config.lr for group in groups]
-        self.optimizer = torch.optim.AdamW(groups, betas=config.betas, weight_decay=config.weight_decay)
+        # Fused: one kernel for all factors, which skips an update by a flag on the device, without the host's knowing.
+        self.optimizer = torch.optim.AdamW(groups, betas=config.betas, weight_decay=config.weight_decay, fused=True)
         # Half-precision gradients below 6e-8 would vanish; bfloat16 has the range of float32 and needs no scaling.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
         self.ema = AdapterAverage(generator, config.ema_decay) if config.ema_decay else None
@@ -323,7 +324,8 @@ class TrainingRun:
         if self.scaler.is_enabled():
             self.scaler.step(self.optimizer)  # skips by itself, and lowers the scale
             self.scaler.update()
-        elif torch.isfinite(norm):
+        else:
+            self.optimizer.found_inf = (~torch.isfinite(norm)).float()
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
@@ -377,7 +379,9 @@ class TrainingRun:
         """
         load_lora_state_(self.generator, saved.lora)
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(saved.optimizer)
+        # Loading puts the step counts where the stored groups say; the fused update wants them on the device.
+        stored_groups = [{**group, "fused": True} for group in saved.optimizer["param_groups"]]
+        self.optimizer.load_state_dict({**saved.optimizer, "param_groups": stored_groups})
         for group, own in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(own)
         self.step = saved.step

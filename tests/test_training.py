@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from pathlib import Path
 
@@ -333,11 +334,13 @@ def spoil_latents(run: TrainingRun) -> None:
 def test_a_bad_gradient_changes_nothing():
     run = make_run()
     run.train_step()
-    before = lora_state_dict(run.generator)
+    before, moments = lora_state_dict(run.generator), copy.deepcopy(run.optimizer.state_dict()["state"])
     spoil_latents(run)
     _, norm = run.train_step()
     assert not torch.isfinite(norm) and run.step == 2
     assert all(torch.equal(v, before[k]) for k, v in lora_state_dict(run.generator).items())
+    for number, state in run.optimizer.state_dict()["state"].items():
+        assert all(torch.equal(v, moments[number][k]) for k, v in state.items())
 
 
 def test_training_stops_when_no_gradient_is_finite(tmp_path, monkeypatch):
