@@ -159,10 +159,11 @@ class MemmapWriter:
 
     def _claim(self, index: int) -> None:
         """Make sure that nobody publishes before row ``index`` is accounted for anew."""
-        if self._generation is not None and index not in self._entries:
+        is_open = self._generation is not None and _is_open(self._generation)
+        if is_open and index not in self._entries:
             return  # nobody can: it is missing
         with self._lock:
-            if self._generation is None or not _is_open(self._generation):
+            if not (is_open and _is_open(self._generation)):
                 self._enter(force=True)
             if self._entries.pop(index, None) is not None:
                 self._pending.append(void_line(index))
@@ -301,7 +302,8 @@ class MemmapWriter:
     def _newest(self) -> Path | None:
         """Return the generation that counts, and delete what killed processes have left of others."""
         folders = sorted(path for path in self.partial.glob("*") if path.is_dir())
-        whole = [path for path in folders if (path / PLAN_FILE).is_file()]
+        whole = [path for path in folders if (path / PLAN_FILE).is_file()
+                 and ((path / SEAL_FILE).is_file() or (path / DATA_FOLDER).is_dir())]  # else it is published already
         for path in folders:
             if path not in whole[-1:]:
                 _remove(path)
