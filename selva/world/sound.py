@@ -116,10 +116,10 @@ def gong(rate: int, size: float, strength: float, rng: np.random.Generator) -> n
     """Large metal plate: many low inharmonic partials whose higher ones swell after the stroke, ringing for seconds."""
     f = 150 / size
     ratios = np.array((1.0, 1.41, 1.96, 2.44, 3.03, 3.57, 4.31, 5.2, 6.3, 7.7))
-    body = partials(rate, 2.6, f * ratios, 1 / np.sqrt(ratios), 1.3 / ratios**0.5)
+    body = partials(rate, 2.4, f * ratios, 1 / np.sqrt(ratios), 0.9 / ratios**0.5)
     t = np.arange(len(body)) / rate
     shimmer = 0.10 * band_noise(rng, rate, len(body), 500, 2400) * (1 - np.exp(-t / 0.06)) * np.exp(-t / 0.5)
-    return strength * _sum(body * np.minimum(1, t / 0.002), shimmer, 0.8 * _click(rng, rate, 200, 1500, 0.012))
+    return strength * _sum(body * np.minimum(1, t / 0.002), shimmer, 2.0 * _click(rng, rate, 300, 4500, 0.014))
 
 
 def chirp(rate: int, size: float, strength: float, rng: np.random.Generator) -> np.ndarray:
