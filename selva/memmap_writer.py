@@ -1,29 +1,22 @@
 """Write training data of MMAudio as a stream: row after row, by any number of processes, in the order of a work list.
 
-    data/vgg-train/               what is published, see :mod:`selva.memmap`; replaced only by another complete set
-    data/vgg-train.tsv            id and label (or caption) of every row
-    data/vgg-train.rows.json      ours: the work list, and for every row a digest of what decided its content
-    data/vgg-train.partial/0001/  unfinished: plan.json, journals (:mod:`selva.row_journal`), and in data/ a file per
-                                  tensor with a slot for every entry of the work list, sparse until it is written
+    with MemmapWriter("data/vgg-train", variant, [("a", "a dog barking"), ...], video=True) as writer:
+        if not writer.is_current(0, digest):
+            writer.write(0, {"mean": mean, ...}, digest)       # or writer.skip(0)
+        writer.publish_if_complete()                           # data/vgg-train/ and data/vgg-train.tsv are there
 
 A row goes to its slot as soon as it is made, so memory does not grow with the set and nothing has to be merged or
 sorted at the end. Whichever process finds all rows accounted for closes the gaps that left-out rows leave, and moves
-the folder into place. Before that it writes ``rows.json`` into the unfinished folder as a seal: from then on nothing
-changes any more, and a run that finds a seal finishes the move. So a process may be killed at any point.
+the folder into place. A process may be killed at any point: the next run does the rest, and the files are the same.
+:mod:`selva.memmap_files` says what lies where.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-import logging
-import math
 import os
-import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -33,19 +26,14 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from selva.files import atomic_write_text, flush_file, flush_folder
-from selva.memmap import META_FILE, row_shapes, table_path
+from selva.memmap import row_shapes
+from selva.memmap_files import DATA_FOLDER, SEAL_FILE, Plan, SetFiles, content_of, is_open, remove, remove_if_empty
 from selva.models.zoo import Variant
 from selva.row_journal import Entry, RowJournal, entry_line, living_writers, replay, void_line
 
-log = logging.getLogger(__name__)
-
-PLAN_FILE, SEAL_FILE, TABLE_FILE, DATA_FOLDER = "plan.json", "rows.json", "table.tsv", "data"
 # A line of the journal is written once the values of its row are on the disk, so it is true even after a power cut and
 # for another machine. Waiting for the disk at every row would cost more than making a few rows again.
 FLUSH_SEC, FLUSH_ROWS = 5.0, 64
-
-Plan = dict[str, Any]  # column, shapes, settings, rows: as JSON gives it back
 
 
 class MemmapWriter:
@@ -76,10 +64,7 @@ class MemmapWriter:
         video: bool,
         settings: Mapping[str, Any] | None = None,
     ) -> None:
-        self.folder = Path(folder).resolve()
-        self.table = table_path(self.folder)
-        self.record = self.folder.with_name(f"{self.folder.name}.{SEAL_FILE}")
-        self.partial = self.folder.with_name(f"{self.folder.name}.partial")
+        self.files = SetFiles(folder)
         self.shapes = row_shapes(variant, video)
         self.ids = [clip_id for clip_id, _ in rows]
         self._check_ids()
@@ -89,20 +74,20 @@ class MemmapWriter:
         self._entries: dict[int, Entry] = {}
         self._generation: Path | None = None  # None: what is published is the result of this work list
         self._journal: RowJournal | None = None
-        self._files: dict[str, FileIO] = {}
+        self._tensor_files: dict[str, FileIO] = {}
         self._pending: list[dict[str, Any]] = []
         self._flushed = time.monotonic()
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(self.folder.with_name(f".{self.folder.name}.lock"), thread_local=False)
+        self.files.folder.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(self.files.lock, thread_local=False)
         with self._lock:
             self._enter()
 
     def _check_ids(self) -> None:
         if not self.ids:
-            raise ValueError(f"{self.folder}: no clips to write")
+            raise ValueError(f"{self.files.folder}: no clips to write")
         if len(set(self.ids)) < len(self.ids):
             twice = next(clip_id for clip_id in self.ids if self.ids.count(clip_id) > 1)
-            raise ValueError(f"{self.folder}: the id {twice!r} comes more than once, every clip needs its own")
+            raise ValueError(f"{self.files.folder}: the id {twice!r} comes more than once, every clip needs its own")
 
     # -- rows -----------------------------------------------------------------------------------------------------
 
@@ -135,7 +120,7 @@ class MemmapWriter:
                              f"expected {', '.join(self.shapes)}")
         self._claim(index)
         for key, value in values.items():
-            _write_at(self._files[key], index * value.nbytes, value)
+            _write_at(self._tensor_files[key], index * value.nbytes, value)
         self._note(index, Entry(digest))
 
     def skip(self, index: int) -> None:
@@ -159,15 +144,17 @@ class MemmapWriter:
 
     def _claim(self, index: int) -> None:
         """Make sure that nobody publishes before row ``index`` is accounted for anew."""
-        is_open = self._generation is not None and _is_open(self._generation)
-        if is_open and index not in self._entries:
+        if self._is_open() and index not in self._entries:
             return  # nobody can: it is missing
         with self._lock:
-            if not (is_open and _is_open(self._generation)):
+            if not self._is_open():
                 self._enter(force=True)
             if self._entries.pop(index, None) is not None:
                 self._pending.append(void_line(index))
                 self.flush()
+
+    def _is_open(self) -> bool:
+        return self._generation is not None and is_open(self._generation)
 
     def _note(self, index: int, entry: Entry) -> None:
         self._entries[index] = entry
@@ -178,7 +165,7 @@ class MemmapWriter:
     def flush(self) -> None:
         """Bring everything that was written to the disk: first the values, then the lines that say so."""
         if self._pending:
-            for file in self._files.values():
+            for file in self._tensor_files.values():
                 os.fsync(file.fileno())
             self._journal.append(self._pending)
             self._pending = []
@@ -207,13 +194,14 @@ class MemmapWriter:
         if self._generation is None:
             return True
         with self._lock:
-            if not _is_open(self._generation):  # another process was faster
+            if not self._is_open():  # another process was faster
                 self._enter()
                 return self._generation is None
             self._entries = replay(self._generation)
             if self.num_missing:
                 return False
-            self._seal(self._generation)
+            digests = [self._entries[index].digest for index in range(len(self.ids))]
+            self.files.seal(self._generation, self._plan, digests)
             self._enter()
         return True
 
@@ -221,40 +209,6 @@ class MemmapWriter:
     def num_missing(self) -> int:
         """How many rows nobody has written, left out or confirmed, as far as this process knows."""
         return len(self.ids) - sum(not entry.carried for entry in self._entries.values())
-
-    def _seal(self, generation: Path) -> None:
-        """Fix what is to be published: from here on a generation is not written to any more."""
-        digests = [self._entries[index].digest for index in range(len(self.ids))]
-        kept = [row for row, digest in zip(self._plan["rows"], digests, strict=True) if digest is not None]
-        if not kept:
-            raise ValueError(f"{self.folder}: none of {len(digests)} clips could be used, nothing was published")
-        text = io.StringIO()
-        table = csv.writer(text, delimiter="\t", lineterminator="\n")
-        table.writerow(["id", self._plan["column"]])
-        table.writerows(kept)
-        atomic_write_text(generation / TABLE_FILE, text.getvalue())
-        record = {"plan": self._plan, "digests": digests}
-        atomic_write_text(generation / SEAL_FILE, json.dumps(record, ensure_ascii=False) + "\n")
-
-    def _publish(self, generation: Path) -> None:
-        """Do what a seal promises. Every step may have been done by a process that was killed after it."""
-        data, record = generation / DATA_FOLDER, _read_json(generation / SEAL_FILE)
-        if data.is_dir():
-            num_slots, shapes = len(record["digests"]), record["plan"]["shapes"]
-            kept = [slot for slot, digest in enumerate(record["digests"]) if digest is not None]
-            for key, shape in shapes.items():
-                _close_gaps(data / f"{key}.memmap", _row_bytes(shape), num_slots, kept)
-            (data / META_FILE).write_text(json.dumps(_meta(shapes, len(kept))), encoding="utf-8")
-            flush_file(data / META_FILE)
-            flush_folder(data)
-            if self.folder.is_dir():
-                os.rename(self.folder, generation / "replaced")
-            os.rename(data, self.folder)
-        if (generation / TABLE_FILE).is_file():
-            os.replace(generation / TABLE_FILE, self.table)
-        os.replace(generation / SEAL_FILE, self.record)
-        flush_folder(self.folder.parent)
-        _remove(generation)
 
     # -- generations: one per work list, the newest counts; all of this happens under the lock ---------------------
 
@@ -265,174 +219,39 @@ class MemmapWriter:
             force: begin one even then, because a row has changed.
         """
         self._leave()
-        generation = self._newest()
+        generation = self.files.newest()
         if generation is not None and (generation / SEAL_FILE).is_file():
-            self._publish(generation)
+            self.files.publish(generation)
             generation = None
-        published = self._published()
+        published = self.files.published()
         is_published = published is not None and published.plan == self._plan
-        found = _generation_content(generation) if generation is not None else None
+        found = content_of(generation) if generation is not None else None
         if found is not None and found.plan != self._plan:
             if writers := living_writers(generation):
-                raise ValueError(f"{self.folder}: another run with other clips or settings is writing it "
+                raise ValueError(f"{self.files.folder}: another run with other clips or settings is writing it "
                                  f"({', '.join(writers)}); wait for its end, or choose another folder")
             outdated = generation
-            generation = None if is_published else self._begin([found, published], carried=True)
-            _remove(outdated)
+            generation = None if is_published else self.files.begin(self._plan, [found, published], carried=True)
+            remove(outdated)
         if generation is None and (force or not is_published):
-            generation = self._begin([published], carried=not is_published)
+            generation = self.files.begin(self._plan, [published], carried=not is_published)
         self._generation = generation
         if generation is None:
             assert published is not None
             self._entries = published.entries
-            _remove_if_empty(self.partial)
+            remove_if_empty(self.files.partial)
             return
         self._entries = replay(generation)
         self._journal = RowJournal(generation)
         for key in self.shapes:
-            self._files[key] = FileIO(generation / DATA_FOLDER / f"{key}.memmap", "r+")
+            self._tensor_files[key] = FileIO(generation / DATA_FOLDER / f"{key}.memmap", "r+")
 
     def _leave(self) -> None:
-        for file in self._files.values():
+        for file in self._tensor_files.values():
             file.close()
         if self._journal is not None:
             self._journal.close()
-        self._files, self._journal, self._generation, self._pending = {}, None, None, []
-
-    def _newest(self) -> Path | None:
-        """Return the generation that counts, and delete what killed processes have left of others."""
-        folders = sorted(path for path in self.partial.glob("*") if path.is_dir())
-        whole = [path for path in folders if (path / PLAN_FILE).is_file()
-                 and ((path / SEAL_FILE).is_file() or (path / DATA_FOLDER).is_dir())]  # else it is published already
-        for path in folders:
-            if path not in whole[-1:]:
-                _remove(path)
-        return whole[-1] if whole else None
-
-    def _begin(self, sources: Sequence[_Content | None], carried: bool) -> Path:
-        """Return a new generation of this work list, with the rows of earlier ones that may still be current.
-
-        Args:
-            carried: the work list is another one, so every process has to confirm its rows; otherwise they count.
-        """
-        numbers = [int(path.name) for path in self.partial.glob("*") if path.name.isdigit()]
-        generation = self.partial / f"{max(numbers, default=0) + 1:04d}"
-        data = generation / DATA_FOLDER
-        data.mkdir(parents=True)
-        for key, shape in self.shapes.items():
-            with open(data / f"{key}.memmap", "wb") as file:
-                file.truncate(len(self.ids) * _row_bytes(shape))
-        entries: dict[int, Entry] = {}
-        for source in sources:
-            if source is not None and all(source.plan[name] == self._plan[name] for name in ("settings", "shapes")):
-                self._carry_over(source, data, carried, entries)
-        journal = RowJournal(generation)
-        journal.append(entry_line(index, entry) for index, entry in entries.items())
-        journal.close()
-        atomic_write_text(generation / PLAN_FILE, json.dumps(self._plan, ensure_ascii=False))  # now it counts
-        return generation
-
-    def _carry_over(self, source: _Content, data: Path, carried: bool, entries: dict[int, Entry]) -> None:
-        """Copy the rows of the same id and label that are not in ``entries`` yet, and add them there."""
-        old_rows = {tuple(row): number for number, row in enumerate(source.plan["rows"])}
-        moves = []  # (slot there, slot here)
-        for index, row in enumerate(self._plan["rows"]):
-            old = source.entries.get(old_rows.get(tuple(row), -1))
-            if index in entries or old is None:
-                continue
-            if old.digest is not None:
-                moves.append((source.slots[old_rows[tuple(row)]], index))
-                entries[index] = Entry(old.digest, carried)
-            elif not carried:
-                entries[index] = old
-        for key, shape in self.shapes.items():
-            size = _row_bytes(shape)
-            with open(source.folder / f"{key}.memmap", "rb") as old_file, open(data / f"{key}.memmap", "r+b") as file:
-                for there, here in moves:
-                    old_file.seek(there * size)
-                    file.seek(here * size)
-                    file.write(old_file.read(size))
-            flush_file(data / f"{key}.memmap")
-        if moves:
-            log.info("%s: %d rows of an earlier run are taken over", self.folder, len(moves))
-
-    def _published(self) -> _Content | None:
-        """Return what is published; None if there is nothing that we have written, or it is damaged."""
-        if not self.record.is_file():
-            for path in (self.folder, self.table):
-                if path.is_file() or (path.is_dir() and any(path.iterdir())):
-                    raise ValueError(f"{path}: is in the way, it was not written together with {self.record.name}; "
-                                     "move it, or choose another folder")
-            return None
-        record = _read_json(self.record)
-        kept = [row for row, digest in enumerate(record["digests"]) if digest is not None]
-        expected = {f"{key}.memmap": len(kept) * _row_bytes(s) for key, s in record["plan"]["shapes"].items()}
-        sizes = {path.name: path.stat().st_size for path in self.folder.glob("*.memmap")}
-        if sizes != expected or not (self.folder / META_FILE).is_file() or not self.table.is_file():
-            log.warning("%s: incomplete or damaged, made again", self.folder)
-            return None
-        entries = {row: Entry(digest) for row, digest in enumerate(record["digests"])}
-        return _Content(self.folder, record["plan"], entries, {row: slot for slot, row in enumerate(kept)})
-
-
-@dataclass(frozen=True)
-class _Content:
-    """Rows that lie somewhere.
-
-    Attributes:
-        folder: holds the ``.memmap`` files. entries: by row of the plan. slots: row of the plan -> place in the files.
-    """
-
-    folder: Path
-    plan: Plan
-    entries: dict[int, Entry]
-    slots: Mapping[int, int]
-
-
-def _generation_content(generation: Path) -> _Content:
-    plan = _read_json(generation / PLAN_FILE)
-    slots = {row: row for row in range(len(plan["rows"]))}
-    return _Content(generation / DATA_FOLDER, plan, replay(generation), slots)
-
-
-def _is_open(generation: Path) -> bool:
-    return (generation / PLAN_FILE).is_file() and not (generation / SEAL_FILE).is_file()
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: is not JSON ({error}); delete it with what lies beside it, or choose another folder"
-                         ) from error
-
-
-def _row_bytes(shape: Sequence[int]) -> int:
-    return math.prod(shape) * 4  # float32
-
-
-def _meta(shapes: Mapping[str, Sequence[int]], num_rows: int) -> dict[str, Any]:
-    """Return what tensordict writes into ``meta.json`` for tensors without a batch size."""
-    tensors = {
-        key: {"device": "cpu", "shape": [num_rows, *shape], "dtype": "torch.float32", "is_nested": False}
-        for key, shape in shapes.items()
-    }
-    return {**tensors, "shape": [], "device": "cpu", "_type": "<class 'tensordict._td.TensorDict'>",
-            "_format_version": 1, "_class": "tensordict:TensorDict"}
-
-
-def _close_gaps(path: Path, row_bytes: int, num_slots: int, kept: Sequence[int]) -> None:
-    """Move the kept slots of a file together; a file of their size has been done already."""
-    if path.stat().st_size == len(kept) * row_bytes:
-        return
-    assert path.stat().st_size == num_slots * row_bytes, path
-    packed = path.with_suffix(".packed")
-    with open(path, "rb") as source, open(packed, "wb") as target:
-        for slot in kept:
-            source.seek(slot * row_bytes)
-            target.write(source.read(row_bytes))
-    flush_file(packed)
-    os.replace(packed, path)
+        self._tensor_files, self._journal, self._generation, self._pending = {}, None, None, []
 
 
 def _write_at(file: FileIO, position: int, values: np.ndarray) -> None:
@@ -440,15 +259,3 @@ def _write_at(file: FileIO, position: int, values: np.ndarray) -> None:
     rest = memoryview(values).cast("B")
     while rest:  # a full disk, among others, takes only a part and complains at the next one
         rest = rest[file.write(rest) :]
-
-
-def _remove(generation: Path) -> None:
-    """Delete a generation; one that is half deleted has no plan any more, and so does not count."""
-    (generation / PLAN_FILE).unlink(missing_ok=True)
-    shutil.rmtree(generation, ignore_errors=True)  # files that others still have open may stay on some systems
-    _remove_if_empty(generation.parent)
-
-
-def _remove_if_empty(folder: Path) -> None:
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
