@@ -21,6 +21,7 @@ import torch
 
 from selva import __version__
 from selva.files import atomic_write_text
+from selva.media import MaskSettings
 from selva.models.zoo import VARIANTS
 from selva.report import setup_logging
 
@@ -86,6 +87,19 @@ class ArgumentParser(argparse.ArgumentParser):
                            help=f"base model, one of {', '.join(VARIANTS)}; tiny_16k is built in")
         group.add_argument("--selva_dir", type=Path, metavar="DIR",
                            help="folder of the published weights (scripts/download_weights.py fills it)")
+
+    def add_masks(self) -> None:
+        """Add ``--mask`` and how it is used; :func:`mask_settings` reads them."""
+        group = self.add_argument_group("masks")
+        group.add_argument("--mask", type=Path, metavar="PATH",
+                           help="what of the picture counts: an image, a video or .npy for all clips, white keeps; or "
+                           "a folder of them named like the clips. The rest becomes grey. A table's column mask wins")
+        group.add_argument("--mask_strength", type=float, default=MaskSettings.strength,
+                           help="1 makes the rest of the picture grey, 0 leaves it, between blends")
+        group.add_argument("--mask_clip", action=BooleanFlag, default=MaskSettings.clip,
+                           help="lay the mask on what CLIP sees")
+        group.add_argument("--mask_sync", action=BooleanFlag, default=MaskSettings.sync,
+                           help="lay the mask on what the video encoder sees")
 
     def parse_args(self, args: Sequence[str] | None = None, namespace=None) -> argparse.Namespace:
         given = [self._underscored(a) for a in (sys.argv[1:] if args is None else args)]
@@ -176,8 +190,22 @@ def positive_int(text: str) -> int:
     return value
 
 
-def write_settings(path: Path, args: argparse.Namespace) -> None:
-    """Write the resolved settings as YAML that ``--config`` reads back."""
+def mask_settings(args: argparse.Namespace, path: Path | None) -> MaskSettings | None:
+    """Return the mask of one clip as ``add_masks`` says it is used, None if it has none.
+
+    Raises:
+        UsageError: the settings make no sense.
+    """
+    if path is None:
+        return None
+    try:
+        return MaskSettings(path, args.mask_strength, args.mask_clip, args.mask_sync)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def settings_text(args: argparse.Namespace) -> str:
+    """Return the resolved settings as YAML that ``--config`` reads back."""
     import yaml
 
     def plain(value: Any) -> Any:
@@ -186,7 +214,12 @@ def write_settings(path: Path, args: argparse.Namespace) -> None:
         return str(value) if isinstance(value, Path) else value
 
     settings = {k: plain(v) for k, v in vars(args).items() if k not in NOT_SAVED}
-    atomic_write_text(path, yaml.safe_dump(settings, sort_keys=True, allow_unicode=True))
+    return yaml.safe_dump(settings, sort_keys=True, allow_unicode=True)
+
+
+def write_settings(path: Path, args: argparse.Namespace) -> None:
+    """Write the resolved settings as YAML that ``--config`` reads back."""
+    atomic_write_text(path, settings_text(args))
 
 
 def resolve_device(name: str) -> torch.device:

@@ -148,3 +148,14 @@ def test_help_shows_groups_defaults_and_examples(capsys):
     text = capsys.readouterr().out
     assert stop.value.code == 0
     assert "things:" in text and "rank (default: 16)" in text and "--no_preview" in text
+
+
+def test_mask_flags_become_mask_settings():
+    parser = cli.ArgumentParser("x")
+    parser.add_masks()
+    args = parser.parse_args(["--mask", "m.png", "--mask_strength", "0.5", "--no-mask_clip"])
+    settings = cli.mask_settings(args, args.mask)
+    assert (settings.path, settings.strength, settings.clip, settings.sync) == (Path("m.png"), 0.5, False, True)
+    assert cli.mask_settings(args, None) is None
+    with pytest.raises(cli.UsageError, match="neither"):
+        cli.mask_settings(parser.parse_args(["--no_mask_clip", "--no_mask_sync"]), Path("m.png"))
