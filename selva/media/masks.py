@@ -87,25 +87,29 @@ class Masker:
         self.settings, self.video_path = settings, video_path
         self._stack = ExitStack()
         self._source = _open_source(settings.path, video_path, start, self._stack)
-        self._brightest, self._applied, self._stretch_said = 0.0, 0, False
+        self._last: np.ndarray | None = None  # the mask that the weight was made of
+        self._weight: Tensor | None = None
+        self._brightest, self._stretch_said = 0.0, False
 
     def __enter__(self) -> Masker:
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         self._stack.close()
-        if kind is None and self._applied and self._brightest == 0:
+        if kind is None and self._weight is not None and self._brightest == 0:
             log.warning("%s: the mask is black in the whole clip, so the encoders see only grey of %s",
                         self.settings.path, self.video_path)
 
     def apply(self, picture: Tensor, time: Fraction) -> Tensor:
         """Return ``picture`` (3, H, W) uint8, shown ``time`` seconds after the start of the clip, with its mask."""
-        keep = torch.from_numpy(np.ascontiguousarray(self._source.at(time)))  # (h, w) float32
-        self._brightest = max(self._brightest, float(keep.max()))
-        self._applied += 1
-        keep = self._fitted(keep, picture.shape[1], picture.shape[2])
-        weight = 1 - self.settings.strength * (1 - keep)  # (H, W)
-        return (_GREY + weight * (picture - _GREY)).round_().to(torch.uint8)  # (3, H, W)
+        keep, size = self._source.at(time), (picture.shape[1], picture.shape[2])
+        if self._weight is None or keep is not self._last or self._weight.shape != size:
+            self._last = keep
+            self._brightest = max(self._brightest, float(keep.max()))
+            fitted = self._fitted(torch.from_numpy(np.ascontiguousarray(keep)), *size)
+            self._weight = 1 - self.settings.strength * (1 - fitted)  # (H, W)
+        faded = picture.to(torch.float32).sub_(_GREY).mul_(self._weight).add_(_GREY)
+        return faded.round_().to(torch.uint8)  # (3, H, W)
 
     def _fitted(self, keep: Tensor, height: int, width: int) -> Tensor:
         if keep.shape == (height, width):
