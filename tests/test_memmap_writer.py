@@ -62,6 +62,12 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder.parent)): path.read_bytes() for path in paths}
 
 
+@pytest.fixture(autouse=True)
+def _no_waiting_for_the_disk(monkeypatch):
+    """What the tests look at, and what a kill leaves, is in the system's cache; only a power cut needs the disk."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
 @pytest.fixture(scope="module")
 def one_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("one_run") / "data"
@@ -303,6 +309,17 @@ def test_a_damaged_set_is_made_again(tmp_path, one_run, caplog):
     os.truncate(tmp_path / "data" / "std.memmap", 100)
     assert len(extract(tmp_path / "data")[0]) == len(CLIPS)
     assert "incomplete or damaged" in caplog.text and files(tmp_path / "data") == one_run
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="asks /proc for the names of open files")
+def test_values_reach_the_disk_before_the_line_that_says_so(tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(os, "fsync", lambda fd: flushed.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name))
+    with open_writer(tmp_path / "data") as writer:
+        do(writer)
+        flushed.clear()
+        writer.flush()
+    assert flushed == [*(f"{key}.memmap" for key in writer.shapes), "journal-000002.jsonl"]
 
 
 # -- killed -----------------------------------------------------------------------------------------------------------
