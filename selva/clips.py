@@ -101,14 +101,14 @@ def write_captions(path: PathLike, captions: Mapping[str, str]) -> None:
     write_table(path, CAPTION_COLUMNS, captions.items())
 
 
-def read_captions(path: PathLike) -> dict[str, str]:
+def read_captions(path: PathLike, delimiter: str = "\t") -> dict[str, str]:
     """Return the captions of a table with the columns id and caption, see :func:`caption_of`; the last of an id counts.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: not such a table.
     """
-    rows = read_table(path, CAPTION_COLUMNS, "a table of captions")
+    rows = read_table(path, CAPTION_COLUMNS, "a table of captions", delimiter)
     return {row["id"] or "": (row["caption"] or "").strip() for _, row in rows}
 
 

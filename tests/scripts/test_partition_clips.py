@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import soundfile
 from make_media import make_video
 
 from partition_clips import main
-from selva.clips import read_clips
+from selva.clips import Window, read_captions, read_clips
 
 
 def record(folder, name, seconds, rate=8_000):
@@ -93,3 +95,134 @@ def test_nothing_to_do_is_an_error_and_writes_nothing(tmp_path, capsys):
     assert "none of 1 recordings gives a clip of 8.1 s" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert main(["--help"]) == 0
+
+
+def test_a_shorter_minimum_and_another_number_of_windows(recordings, tmp_path):
+    arguments = ["--data_dir", str(recordings), "--output_dir", str(tmp_path / "out")]
+    assert main([*arguments, "--min_length_sec", "8", "--max_segments", "1"]) == 0
+    windows = read_clips(tmp_path / "out" / "clips.tsv")
+    assert [(w.id, w.end_sample) for w in windows] == [
+        ("a_0", 64_800), ("b_0", 64_800), ("c_0", 64_000), ("d_0", 64_800)
+    ]
+    assert main([*arguments, "--min_length_sec", "10"]) == 0
+    assert {w.name for w in read_clips(tmp_path / "out" / "clips.tsv")} == {"b", "d"}
+
+
+def test_what_is_left_out_is_listed_with_the_reason(recordings, tmp_path, capsys):
+    (recordings / "e.wav").write_bytes(b"rubbish")
+    (recordings / "film.mp4").write_bytes(b"rubbish")
+    record(recordings, "a.ogg", 30)
+    arguments = ["--data_dir", str(recordings), "--output_dir", str(tmp_path / "out"), "--skip_silence"]
+    soundfile.write(recordings / "b.flac", np.random.default_rng(0).standard_normal(160_000) / 9, 8_000)
+    assert main(arguments) == 1
+    lines = (tmp_path / "out" / "left_out.tsv").read_text().splitlines()
+    assert lines[0] == "file\tid\tstart_sec\tend_sec\treason"
+    rows = {tuple(line.split("\t")[:4]): line.split("\t")[4] for line in lines[1:]}
+    silent = "more than half of it is silent, below -60 dB"
+    assert rows.pop(("e.wav", "", "", "")).startswith("cannot be read")
+    assert rows == {
+        ("a.wav", "", "0.000", "8.100"): silent, ("c.ogg", "", "", ""): "8.00 s long, a clip takes 8.1 s",
+        ("d.flac", "", "0.000", "8.100"): silent, ("d.flac", "", "8.900", "17.000"): silent,
+        ("film.mp4", "", "", ""): "a video; extract_features.py cuts these",
+        ("a.ogg", "", "", ""): "a.wav has the same name and goes before it",
+    }
+    assert capsys.readouterr().err.count("skipped") == 7
+    assert {w.name for w in read_clips(tmp_path / "out" / "clips.tsv")} == {"b"}
+
+
+def test_long_lists_are_cut_on_the_terminal(tmp_path, capsys):
+    for index in range(30):
+        record(tmp_path / "in", f"short_{index:02d}.wav", 1)
+    record(tmp_path / "in", "z.wav", 9)
+    (tmp_path / "in" / "zz.wav").write_bytes(b"rubbish")
+    assert main(["--data_dir", str(tmp_path / "in"), "--output_dir", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert error.count("skipped") == 20 and "zz.wav" in error and "and 11 more, see" in error
+    assert len((tmp_path / "out" / "left_out.tsv").read_text().splitlines()) == 32
+
+
+def test_no_recording_is_in_both_parts_of_a_split(tmp_path, capsys):
+    for index in range(10):
+        record(tmp_path / "in", f"take_{index}.flac", 20)
+    arguments = ["--data_dir", str(tmp_path / "in"), "--output_dir", str(tmp_path / "out"), "--val_fraction", "0.3"]
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        str(tmp_path / "out" / name) for name in ("clips.tsv", "clips_val.tsv")
+    ]
+
+    def both():
+        tables = [read_clips(tmp_path / "out" / name) for name in ("clips.tsv", "clips_val.tsv")]
+        assert [len(table) for table in tables] == [14, 6]
+        train, val = ({w.name for w in table} for table in tables)
+        assert len(train) == 7 and len(val) == 3 and not train & val
+        return val
+
+    val = both()
+    assert main(arguments) == 0 and both() == val
+    assert main([*arguments, "--seed", "7"]) == 0 and both() != val
+    capsys.readouterr()
+    assert main(arguments[:4]) == 0  # without a split nothing may stay in a table of held-out clips
+    assert not (tmp_path / "out" / "clips_val.tsv").exists() and "removed" in capsys.readouterr().err
+    assert len(read_clips(tmp_path / "out" / "clips.tsv")) == 20
+
+
+def test_captions_of_a_table_go_before_text_files_and_are_keyed_by_recording(recordings, tmp_path, capsys):
+    (recordings / "a.txt").write_text("from the\ntext file")
+    (recordings / "b.txt").write_text("not this one")
+    (tmp_path / "words.csv").write_text("id,caption\nb,a siren\nx,nothing\n")
+    arguments = ["--data_dir", str(recordings), "--output_dir", str(tmp_path / "out")]
+    assert main([*arguments, "--captions", str(tmp_path / "words.csv")]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.splitlines()[1:] == [str(tmp_path / "out" / "captions.tsv")]
+    assert "no recording for x" in captured.err
+    assert read_captions(tmp_path / "out" / "captions.tsv") == {"a": "from the text file", "b": "a siren"}
+
+
+def test_segments_of_whisper_become_clips_with_captions_and_sound(tmp_path, capsys):
+    sound = np.random.default_rng(0).standard_normal(80_000) / 9
+    (tmp_path / "in").mkdir()
+    soundfile.write(tmp_path / "in" / "talk.wav", sound, 8_000)
+    record(tmp_path / "in", "rain.wav", 9)
+    segments = [{"start": 0.5, "end": 4.0, "text": " Good morning. "}, {"start": 4.0, "end": 4.2, "text": "Oh."}]
+    (tmp_path / "talk.json").write_text(json.dumps({"segments": segments}))
+    (tmp_path / "more.tsv").write_text("name\tstart\tend\nrain\t1\t3\n")
+    (tmp_path / "in" / "rain.txt").write_text("heavy rain")
+    arguments = ["--data_dir", str(tmp_path / "in"), "--output_dir", str(tmp_path / "out"),
+                 "--segments", str(tmp_path / "talk.json"), str(tmp_path / "more.tsv"),
+                 "--write_audio", str(tmp_path / "out" / "sound")]
+    assert main(arguments) == 0
+    assert read_clips(tmp_path / "out" / "clips.tsv") == [
+        Window("rain_0", "rain", 8_000, 24_000), Window("talk_0", "talk", 4_000, 32_000)
+    ]
+    captions = read_captions(tmp_path / "out" / "captions.tsv")
+    assert captions == {"rain_0": "heavy rain", "talk_0": "Good morning."}
+    assert sorted(p.name for p in (tmp_path / "out" / "sound").iterdir()) == [
+        "rain_0.flac", "rain_0.txt", "talk_0.flac", "talk_0.txt"
+    ]
+    assert soundfile.info(tmp_path / "out" / "sound" / "talk_0.flac").frames == 28_000
+    assert "talk_1 (4.00 to 4.20 s): 0.20 s long" in capsys.readouterr().err
+    (tmp_path / "more.tsv").write_text("name\tstart\tend\nrian\t1\t3\n")
+    assert main(arguments) == 1
+    assert "no recording called 'rian'" in capsys.readouterr().err
+
+
+def test_pieces_that_cannot_be_read_leave_the_table(recordings, tmp_path, capsys):
+    (recordings / "b.flac").write_bytes((recordings / "b.flac").read_bytes()[:200])
+    arguments = ["--data_dir", str(recordings), "--output_dir", str(tmp_path / "out"),
+                 "--write_audio", str(tmp_path / "sound")]
+    assert main(arguments) == 1
+    kept = {w.id for w in read_clips(tmp_path / "out" / "clips.tsv")}
+    assert kept == {"a_0", "d_0", "d_1"} == {p.stem for p in (tmp_path / "sound").glob("*.flac")}
+    assert "b_0" in (tmp_path / "out" / "left_out.tsv").read_text() and "1 unreadable" in capsys.readouterr().err
+    assert main([*arguments, "--max_segments", "1"]) == 1
+    assert "of no clip of this run: d_1.flac" in capsys.readouterr().err
+
+
+def test_everything_wrong_with_the_arguments_is_said_at_once(recordings, tmp_path, capsys):
+    assert main([
+        "--data_dir", str(recordings), "--output_dir", str(tmp_path), "--val_fraction", "1", "--start", "-1",
+        "--segments", "a.csv", "--max_segments", "3", "--write_audio", str(recordings), "--silence_db", "6",
+    ]) == 2
+    error = capsys.readouterr().err
+    for flag in ("--val_fraction 1", "--start -1", "--max_segments:", "--write_audio", "--silence_db is 6"):
+        assert flag in error
