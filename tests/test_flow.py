@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import pytest
 import torch
 
@@ -23,6 +26,45 @@ def test_euler_visits_left_end_points_and_reports_steps():
 def test_euler_approaches_the_exponential():
     x = flow.euler(lambda t, x: x, torch.ones(1, 1, 1, dtype=torch.float64), 1000)
     torch.testing.assert_close(x.item(), (1 + 1 / 1000) ** 1000, rtol=1e-4, atol=0)
+
+
+def decay_error(solver: str, num_steps: int) -> float:
+    """Error at t = 1 of dx/dt = -x + t, x(0) = 1, whose solution is 2 exp(-t) + t - 1; in float64."""
+    x = flow.SOLVERS[solver](lambda t, x: -x + t.double(), torch.ones(1, 1, 1, dtype=torch.float64), num_steps)
+    assert x.dtype == torch.float64
+    return abs(x.item() - 2 * math.exp(-1))
+
+
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("midpoint", 2), ("heun", 2)])
+def test_order_of_convergence(solver, order):
+    """Half the step, half the error for first order, a quarter for second; the grid itself is float32."""
+    errors = [decay_error(solver, num_steps) for num_steps in (8, 16, 32, 64)]
+    found = [math.log2(coarse / fine) for coarse, fine in itertools.pairwise(errors)]
+    assert all(abs(f - order) < 0.15 for f in found), found
+
+
+@pytest.mark.parametrize("solver", ["midpoint", "heun"])
+def test_second_order_is_exact_where_velocity_is_linear_in_time(solver):
+    x = flow.SOLVERS[solver](lambda t, x: 3 + 2 * t.double(), torch.zeros(1, 1, 1, dtype=torch.float64), 7)
+    assert x.item() == pytest.approx(4, abs=1e-6)
+    assert abs(flow.euler(lambda t, x: 3 + 2 * t.double(), torch.zeros(1, 1, 1), 7).item() - 4) > 0.1
+
+
+def test_where_solvers_evaluate():
+    """One evaluation per Euler step, two for the others; only Heun looks at t = 1."""
+    visited = {}
+    for solver in flow.SOLVERS:
+        times, done = [], []
+        flow.SOLVERS[solver](lambda t, x, ts=times: (ts.append(t.item()), x)[1], torch.ones(1, 1, 1), 2, done.append)
+        assert done == [1, 2] and len(times) == 2 * flow.EVALUATIONS_PER_STEP[solver]
+        visited[solver] = times
+    assert visited == {"euler": [0, 0.5], "midpoint": [0, 0.25, 0.5, 0.75], "heun": [0, 0.5, 0.5, 1]}
+
+
+@pytest.mark.parametrize("solver", flow.SOLVERS)
+def test_no_solver_takes_no_steps(solver):
+    with pytest.raises(ValueError, match="num_steps is 0"):
+        flow.SOLVERS[solver](lambda t, x: x, torch.ones(1, 1, 1), 0)
 
 
 def test_the_path_starts_at_noise_ends_at_data_and_moves_with_the_target_velocity():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import recipe
 import torch
 
+from selva.models.random_weights import fill_random_
 from selva.models.vocoder import (
     AntiAliasedActivation,
     SnakeBeta,
@@ -20,6 +22,7 @@ from selva.models.vocoder import (
     fold_weight_norm,
     upsample_twice,
 )
+from selva.models.zoo import TINY_16K
 
 GOLDEN = Path(recipe.__file__).parent
 CONFIGS = {
@@ -218,6 +221,55 @@ def test_wrong_keys_and_shapes_are_named():
     half = {k: v for k, v in weights.items() if k != "ups.1.0" + G}
     with pytest.raises(ValueError, match=r"missing: ups\.1\.0\.weight; 1 unexpected: ups\.1\.0\.param.*original1$"):
         Vocoder(SMALL).load_published(half)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# in chunks
+# ---------------------------------------------------------------------------------------------------------------
+
+NARROW = {
+    "16k": dataclasses.replace(CONFIGS["bigvgan_16k"], initial_channels=64),
+    "44k": dataclasses.replace(CONFIGS["bigvgan_v2_44k"], initial_channels=64),
+    "tiny": dataclasses.replace(TINY_16K.vocoder, initial_channels=16),
+}
+
+
+def narrow_vocoder(name: str) -> Vocoder:
+    return fill_random_(Vocoder(NARROW[name])).double().requires_grad_(False)
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_context_is_what_the_samples_depend_on(name):
+    """Gradients of one frame's samples end inside the context, and at most one frame before its edge."""
+    vocoder, config = narrow_vocoder(name), NARROW[name]
+    context, hop = config.context_frames, config.hop_length
+    mel = torch.randn(1, config.num_mels, 2 * context + 5, dtype=torch.float64, requires_grad=True)
+    frame = context + 2
+    vocoder(mel)[..., frame * hop : (frame + 1) * hop].abs().sum().backward()
+    (reached,) = mel.grad[0].abs().sum(dim=0).nonzero(as_tuple=True)
+    assert context - 1 <= frame - reached[0] <= context and context - 1 <= reached[-1] - frame <= context
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_chunks_give_the_whole(name):
+    vocoder, config = narrow_vocoder(name), NARROW[name]
+    mel = torch.randn(1, config.num_mels, 2 * config.context_frames + 7, dtype=torch.float64)
+    whole = vocoder(mel)
+    for chunk_frames in (config.context_frames - 5, mel.shape[-1], 10_000):
+        torch.testing.assert_close(vocoder.in_chunks(mel, chunk_frames), whole, rtol=0, atol=1e-12)
+
+
+def test_less_context_is_not_enough(monkeypatch):
+    """So the test above can fail: a third of the context changes samples by more than rounding."""
+    vocoder, mel = narrow_vocoder("tiny"), torch.randn(1, 80, 60, dtype=torch.float64)
+    whole, context = vocoder(mel), vocoder.config.context_frames
+    monkeypatch.setattr(VocoderConfig, "context_frames", context // 3)
+    assert (vocoder.in_chunks(mel, 20) - whole).abs().max() > 1e-6
+
+
+def test_a_chunk_has_at_least_a_frame():
+    with pytest.raises(ValueError, match="chunk_frames is 0"):
+        Vocoder(SMALL).in_chunks(torch.zeros(1, 8, 4), 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------
