@@ -1,133 +1,109 @@
-"""Make a small set of videos with sound to try the toolkit on: a ball that bounces, with a tone at every impact.
+"""Make videos with sound to try the toolkit on: things of a small world that are struck, bounce, turn or flow.
 
-    python scripts/make_demo_clips.py --out demo_clips --count 6
+    python scripts/make_demo_clips.py --out demo_clips --count 6                     # a sound the built-in model lacks
+    python scripts/make_demo_clips.py --out demo_clips --sound bell --objects 2      # with something else beside it
+    python scripts/make_demo_clips.py --list
 
-Writes ball_001.mp4 ... (H.264 and AAC) and prompts.txt, a line for every clip. The same seed makes the same clips.
+Writes gong_001.mp4 ... (H.264 and AAC), gong_001.flac ... (the clean sound of the thing alone), prompts.txt (a line for
+every clip) and events.tsv (what happens when). The same seed makes the same clips. Prints the videos, one per line.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from selva import cli
-from selva.files import atomic_path, atomic_write_text
+from selva.files import atomic_write_text
+from selva.media import write_audio
 from selva.report import Progress
+from selva.world import CLASSES, UNSEEN, Scene, get_class, make_scene
 
-SIZE, FPS, RATE = 160, 25, 16_000  # pixels, pictures per second, samples per second
-GRAVITY = 2.5  # picture heights per second squared
-COLOURS = {"red": (220, 60, 50), "green": (60, 190, 90), "blue": (70, 110, 230), "yellow": (235, 205, 70)}
-
-
-@dataclass(frozen=True)
-class Bounces:
-    """One ball: where it is at every picture, and when and how fast it hits the floor.
-
-    Attributes:
-        heights: (pictures,) centre above the floor, in picture heights.
-        hits: (time in seconds, speed in picture heights per second) of every impact.
-    """
-
-    colour: str
-    radius: float
-    heights: np.ndarray
-    hits: list[tuple[float, float]]
-
-
-def drop_ball(rng: np.random.Generator, duration_sec: float) -> Bounces:
-    """Let a ball of random size fall, bounce and be dropped again whenever it has come to rest."""
-    radius, restitution = rng.uniform(0.06, 0.14), rng.uniform(0.75, 0.9)
-    hits, heights, start, speed, height = [], [], 0.0, 0.0, rng.uniform(0.45, 0.75)
-    for picture in range(round(duration_sec * FPS)):
-        time = picture / FPS
-        while (flight := _time_to_floor(height, speed)) <= time - start:
-            start += flight
-            impact = GRAVITY * flight - speed
-            hits.append((start, impact))
-            height, speed = 0.0, restitution * impact
-            if speed < 0.25:
-                height, speed = rng.uniform(0.45, 0.75), 0.0
-        since = time - start
-        heights.append(max(0.0, height + speed * since - GRAVITY * since**2 / 2))
-    return Bounces(str(rng.choice(list(COLOURS))), radius, np.array(heights), hits)
-
-
-def _time_to_floor(height: float, speed: float) -> float:
-    return (speed + np.sqrt(speed**2 + 2 * GRAVITY * height)) / GRAVITY
-
-
-def draw_pictures(ball: Bounces) -> np.ndarray:
-    """Return (pictures, SIZE, SIZE, 3) uint8 RGB: the ball over a floor, before a plain wall."""
-    rows, columns = np.mgrid[0:SIZE, 0:SIZE] / SIZE
-    floor = 0.9
-    background = np.where((rows > floor)[..., None], (70, 60, 55), (175, 180, 185)).astype(np.uint8)
-    pictures = np.repeat(background[None], len(ball.heights), axis=0)
-    for picture, height in zip(pictures, ball.heights, strict=True):
-        distance = np.hypot(rows - (floor - ball.radius - height), columns - 0.5)
-        picture[distance < ball.radius] = COLOURS[ball.colour]
-    return pictures
-
-
-def ring(ball: Bounces, num_samples: int) -> np.ndarray:
-    """Return (num_samples,) float32 sound: at every hit three decaying partials, lower for a larger ball."""
-    sound = np.zeros(num_samples)
-    pitch = 60 / ball.radius  # Hz
-    for time, speed in ball.hits:
-        begin = round(time * RATE)
-        t = np.arange(max(0, min(num_samples - begin, RATE))) / RATE
-        partials = sum(np.sin(2 * np.pi * pitch * k * t) * np.exp(-9 * k * t) / k for k in (1, 2.76, 5.4))
-        sound[begin : begin + len(t)] += speed * partials
-    return (0.5 * sound / np.abs(sound).max()).astype(np.float32)
-
-
-def write_clip(path: Path, pictures: np.ndarray, sound: np.ndarray) -> None:
-    """Write an .mp4 of H.264 pictures and AAC sound."""
-    import av
-
-    with atomic_path(path) as temporary, av.open(str(temporary), "w") as container:
-        video = container.add_stream("libx264", rate=FPS)
-        video.width = video.height = SIZE
-        video.pix_fmt = "yuv420p"
-        audio = container.add_stream("aac", rate=RATE)
-        audio.layout = "mono"
-        for picture in pictures:
-            container.mux(video.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(video.encode())
-        frame = av.AudioFrame.from_ndarray(sound[None], format="fltp", layout="mono")
-        frame.sample_rate = RATE
-        container.mux(audio.encode(frame))
-        container.mux(audio.encode())
+RATE = 16_000  # samples per second
+EVENT_COLUMNS = ("id", "object", "sound", "colour", "time_sec", "end_sec", "strength")
+DEFAULT_SOUND = next(iter(UNSEEN))
 
 
 def build_parser() -> cli.ArgumentParser:
     parser = cli.ArgumentParser(__doc__)
     group = parser.add_argument_group("clips")
-    group.add_argument("--out", type=Path, required=True, help="folder for the clips")
+    group.add_argument("--out", type=Path, help="folder for the clips")
+    group.add_argument("--sound", metavar="NAME", default=DEFAULT_SOUND, help="what is seen and heard; see --list")
+    group.add_argument("--list", action="store_true", help="print the sounds there are, and end")
     group.add_argument("--count", type=cli.positive_int, default=6, help="how many")
     group.add_argument("--duration", type=float, default=8.0, help="seconds each")
+    group.add_argument("--objects", type=int, choices=(1, 2), default=1,
+                       help="2 puts another thing beside it, which is heard in the video but not in the .flac")
+    group.add_argument("--size", type=cli.positive_int, default=224, help="pixels per side, even")
+    group.add_argument("--lossless", action="store_true", help="sound of the videos as FLAC instead of AAC")
     parser.add_common(device=False)
     return parser
+
+
+def list_sounds() -> str:
+    """Return a line for every sound: its name, whether the built-in model knows it, what it is."""
+    return "\n".join(
+        f"{name:8}  {'new to tiny_16k  ' if name in UNSEEN else 'known to tiny_16k'}  {kind.description}"
+        for name, kind in {**UNSEEN, **CLASSES}.items()
+    )
+
+
+def draw_scene(sound: str, num_objects: int, duration_sec: float, seed: int, number: int) -> tuple[Scene, int, str]:
+    """Return the scene of clip ``number``, which of its objects is ``sound``, and a prompt for it."""
+    rng = np.random.default_rng([seed, number])
+    others = [name for name in CLASSES if name != sound]
+    classes = [sound, str(rng.choice(others))][:num_objects]
+    scene = make_scene(int(rng.integers(2**32, 2**40)), classes, num_objects, duration_sec)
+    index = next(i for i, thing in enumerate(scene.objects) if thing.name == sound)
+    return scene, index, scene.prompt(rng, index)
+
+
+def event_rows(stem: str, scene: Scene) -> list[str]:
+    """Return a line of events.tsv for everything that happens."""
+    return [
+        "\t".join((stem, str(index), thing.name, thing.colour, f"{event.time_sec:.4f}",
+                   "" if event.end_sec is None else f"{event.end_sec:.4f}", f"{event.strength:.3f}"))
+        for index, thing in enumerate(scene.objects)
+        for event in thing.events
+    ]
 
 
 @cli.entry_point
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    if not 1 <= args.duration <= 60:
-        raise cli.UsageError(f"--duration is {args.duration}, expected 1 to 60 seconds")
-    prompts = []
+    if args.list:
+        print(list_sounds())
+        return 0
+    problems = []
+    if args.out is None:
+        problems.append("--out is missing: the folder for the clips")
+    if args.sound not in {**CLASSES, **UNSEEN}:
+        problems.append(f"--sound {args.sound}: expected one of {', '.join([*UNSEEN, *CLASSES])}")
+    if not 1.5 <= args.duration <= 60:
+        problems.append(f"--duration is {args.duration}, expected 1.5 to 60 seconds")
+    if args.size % 2 or not 32 <= args.size <= 1024:
+        problems.append(f"--size is {args.size}, expected an even number from 32 to 1024")
+    if args.seed < 0:
+        problems.append(f"--seed is {args.seed}, expected 0 or more")
+    if problems:
+        raise cli.UsageError("; ".join(problems))
+    sound, prompts, events = get_class(args.sound).name, [], []
     with Progress(args.count, "making clips", "clips") as progress:
         for number in range(1, args.count + 1):
-            ball = drop_ball(np.random.default_rng([args.seed, number]), args.duration)
-            path = args.out / f"ball_{number:03d}.mp4"
-            write_clip(path, draw_pictures(ball), ring(ball, round(args.duration * RATE)))
-            prompts.append(f"{path.stem}.npz: a {ball.colour} ball bouncing")
+            scene, index, prompt = draw_scene(sound, args.objects, args.duration, args.seed, number)
+            path = args.out / f"{sound}_{number:03d}.mp4"
+            scene.write(path, args.size, rate=RATE, lossless=args.lossless)
+            write_audio(path.with_suffix(".flac"), torch.from_numpy(scene.sound(RATE, only=index)), RATE)
+            prompts.append(f"{path.stem}.npz: {prompt}")
+            events += event_rows(path.stem, scene)
             print(path)
             progress.update(number)
     atomic_write_text(args.out / "prompts.txt", "\n".join(prompts) + "\n")
+    atomic_write_text(args.out / "events.tsv", "\n".join(["\t".join(EVENT_COLUMNS), *events]) + "\n")
     return 0
 
 
