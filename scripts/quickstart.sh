@@ -12,7 +12,7 @@ out="${OUT:-quickstart_out}"
 start=$SECONDS
 say() { printf '\n== %s\n' "$*"; }
 
-say "1. six short videos of a bouncing ball, with sound"
+say "1. six short videos of a gong, with sound"
 "$python" scripts/make_demo_clips.py --out "$out/clips" --count 6
 
 say "2. extract what the model sees and hears"
@@ -28,7 +28,7 @@ say "4. generate sound for a new video, before and after"
 for name in before after; do
     adapter=()
     [ "$name" = after ] && adapter=(--adapter "$out/run/adapter_final.pt")
-    "$python" infer.py --video "$out/new/ball_001.mp4" --prompt "a ball bouncing" --variant tiny_16k \
+    "$python" infer.py --video "$out/new/gong_001.mp4" --prompt "a gong is struck" --variant tiny_16k \
         --clip_features use "${adapter[@]}" --output "$out/$name"
 done
 
