@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from io import FileIO
@@ -41,7 +42,8 @@ class MemmapWriter:
 
     All processes are given the same work list and settings, each writes rows of its own. For every row of its share, a
     process asks :meth:`is_current` and then calls :meth:`write` or :meth:`skip`; at the end, and as often as it likes,
-    :meth:`publish_if_complete`. Rows of an earlier run with the same id, label and settings are taken over.
+    :meth:`publish_if_complete`. Rows of an earlier run with the same id, label and settings are taken over. The threads
+    of a process may share a writer.
 
     Args:
         folder: what is to be written; ``<folder>.tsv`` and ``<folder>.rows.json`` come to lie beside it.
@@ -79,6 +81,7 @@ class MemmapWriter:
         self._flushed = time.monotonic()
         self.files.folder.parent.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(self.files.lock, thread_local=False)
+        self._threads = threading.RLock()
         with self._lock:
             self._enter()
 
@@ -93,16 +96,24 @@ class MemmapWriter:
 
     def is_current(self, index: int, digest: str) -> bool:
         """Return whether row ``index`` holds already what ``digest`` stands for; if not, it has to be made."""
-        entry = self._entries.get(index)
-        if entry is None:
-            return False
-        if entry.digest != digest:
-            if self._generation is not None:
-                self._claim(index)  # so that nobody publishes what was just found to be out of date
-            return False
-        if entry.carried:
-            self._note(index, Entry(digest))
-        return True
+        with self._threads:
+            entry = self._entries.get(index)
+            if entry is None:
+                return False
+            if entry.digest != digest:
+                if self._generation is not None:
+                    self._claim(index)  # so that nobody publishes what was just found to be out of date
+                return False
+            if entry.carried:
+                self._note(index, Entry(digest))
+            return True
+
+    def digests(self) -> dict[int, str]:
+        """Return the digest of every row that is known to be there, by its index; a copy that other processes may use.
+
+        What it names, :meth:`is_current` still has to confirm.
+        """
+        return {index: entry.digest for index, entry in self._entries.items() if entry.digest is not None}
 
     def write(self, index: int, rows: Mapping[str, Tensor], digest: str) -> None:
         """Write row ``index`` of every tensor.
@@ -118,17 +129,19 @@ class MemmapWriter:
         if unknown := set(rows) - set(self.shapes):
             raise ValueError(f"clip {self.ids[index]!r}: {', '.join(sorted(unknown))} is not part of this set, "
                              f"expected {', '.join(self.shapes)}")
-        self._claim(index)
-        for key, value in values.items():
-            _write_at(self._tensor_files[key], index * value.nbytes, value)
-        self._note(index, Entry(digest))
+        with self._threads:
+            self._claim(index)
+            for key, value in values.items():
+                _write_at(self._tensor_files[key], index * value.nbytes, value)
+            self._note(index, Entry(digest))
 
     def skip(self, index: int) -> None:
         """Leave row ``index`` out: its clip cannot be used. The next run asks for it again."""
-        if self._generation is None and self._entries[index].digest is None:
-            return
-        self._claim(index)
-        self._note(index, Entry(None))
+        with self._threads:
+            if self._generation is None and self._entries[index].digest is None:
+                return
+            self._claim(index)
+            self._note(index, Entry(None))
 
     def _checked(self, index: int, key: str, rows: Mapping[str, Tensor]) -> np.ndarray:
         """Return one row of one tensor as it is stored."""
@@ -164,12 +177,13 @@ class MemmapWriter:
 
     def flush(self) -> None:
         """Bring everything that was written to the disk: first the values, then the lines that say so."""
-        if self._pending:
-            for file in self._tensor_files.values():
-                os.fsync(file.fileno())
-            self._journal.append(self._pending)
-            self._pending = []
-        self._flushed = time.monotonic()
+        with self._threads:
+            if self._pending:
+                for file in self._tensor_files.values():
+                    os.fsync(file.fileno())
+                self._journal.append(self._pending)
+                self._pending = []
+            self._flushed = time.monotonic()
 
     def close(self) -> None:
         """Flush, and let other runs write here."""
@@ -190,20 +204,21 @@ class MemmapWriter:
         Raises:
             ValueError: all rows are left out. What was published before stays.
         """
-        self.flush()
-        if self._generation is None:
-            return True
-        with self._lock:
-            if not self._is_open():  # another process was faster
+        with self._threads:
+            self.flush()
+            if self._generation is None:
+                return True
+            with self._lock:
+                if not self._is_open():  # another process was faster
+                    self._enter()
+                    return self._generation is None
+                self._entries = replay(self._generation)
+                if self.num_missing:
+                    return False
+                digests = [self._entries[index].digest for index in range(len(self.ids))]
+                self.files.seal(self._generation, self._plan, digests)
                 self._enter()
-                return self._generation is None
-            self._entries = replay(self._generation)
-            if self.num_missing:
-                return False
-            digests = [self._entries[index].digest for index in range(len(self.ids))]
-            self.files.seal(self._generation, self._plan, digests)
-            self._enter()
-        return True
+            return True
 
     @property
     def num_missing(self) -> int:
