@@ -157,7 +157,8 @@ def probe(path: PathLike) -> MediaInfo:
 def video_length(path: PathLike) -> float:
     """Return the seconds from time 0 to the end of the pictures, from the header; nothing is decoded.
 
-    Where the header does not say (a stream that was never finished), the packets of the file are counted.
+    Where there is no such header (a stream that was never finished; MPEG program streams, for which FFmpeg guesses),
+    the packets of the file are read.
 
     Raises:
         FileNotFoundError: no such file.
@@ -166,7 +167,7 @@ def video_length(path: PathLike) -> float:
     with open_media(path) as container:
         stream = video_stream(container, path)
         declared = declared_end(container, stream)
-        if declared is not None and declared > 0:
+        if declared is not None and declared > 0 and container.format.name != "mpeg":
             return declared
         starts = packet_times(path, container, stream)
         return float(starts[-1] + (1 / stream.average_rate if stream.average_rate else 0))
@@ -271,9 +272,10 @@ def decode_frames(
             sought = False
             yield time, frame
     except av.error.FFmpegError as error:
-        raise ValueError(
-            f"{path}: damaged after {float(time + start):.2f} s, cannot be decoded ({error.strerror})"
-        ) from error
+        if not sought:  # else the seek ended in the middle of a frame
+            raise ValueError(
+                f"{path}: damaged after {float(time + start):.2f} s, cannot be decoded ({error.strerror})"
+            ) from error
     if sought:  # Some containers only guess where a key frame or a time stamp lies; read those from the start.
         with open_media(path) as whole:
             yield from decode_frames(path, whole, whole.streams[stream.index], start, preroll_sec, seek=False)

@@ -1,0 +1,218 @@
+"""Videos as they come: containers, codecs, pixel formats, sizes, time stamps, missing streams."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+import torch
+from make_media import click_time, clicks, make_video, numbers_in, picture_of
+
+from selva.media import SELVA_FILL_SEC, extract_audio, probe, read_audio, read_video, select_frames, video_length
+from selva.media import container as container_module
+
+
+def write(
+    path, codec, pictures, pix_fmt="yuv420p", stamps=None, time_base=None, full_range=False, options=None
+):
+    """Write RGB pictures, 25 per second or at ``stamps`` in units of ``time_base``, with full control of the format."""
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream(codec, rate=25, options=options or {})
+        stream.height, stream.width, stream.pix_fmt = *pictures[0].shape[:2], pix_fmt
+        if full_range and pix_fmt != "rgb24":
+            stream.codec_context.color_range = av.video.reformatter.ColorRange.JPEG
+        if time_base is not None:
+            stream.codec_context.time_base = time_base
+        for index, picture in enumerate(pictures):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            if full_range:
+                frame = frame.reformat(format=pix_fmt, dst_color_range=av.video.reformatter.ColorRange.JPEG)
+            if stamps is not None:
+                frame.pts, frame.time_base = stamps[index], time_base
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode(None))
+    return path
+
+
+def counted(count, width=64, height=64):
+    return [picture_of(index, width, height) for index in range(count)]
+
+
+def shown_times(path):
+    with av.open(str(path)) as file:
+        return [float(frame.pts * frame.time_base) for frame in file.decode(video=0)]
+
+
+# --- containers and codecs ------------------------------------------------------------------------------------------
+
+KINDS = {
+    "mp4 h264 aac": ("v.mp4", "libx264", "aac", {}),
+    "mp4 h265 mp3": ("v.mp4", "libx265", "libmp3lame", {"x265-params": "log-level=none"}),
+    "mp4 mpeg4 aac": ("v.m4v", "mpeg4", "aac", {}),
+    "mov mjpeg pcm": ("v.mov", "mjpeg", "pcm_s16le", {"strict": "-2"}),
+    "mkv h264 flac": ("v.mkv", "libx264", "flac", {}),
+    "webm vp8 opus": ("v.webm", "libvpx", "libopus", {"b": "2M"}),
+    "webm vp9 opus": ("v.webm", "libvpx-vp9", "libopus", {"b": "2M", "cpu-used": "8"}),
+    "avi mpeg4 mp3": ("v.avi", "mpeg4", "libmp3lame", {}),
+    "mpg mpeg2 mp2": ("v.mpg", "mpeg2video", "mp2", {"b": "4M"}),
+    "ts h264 aac": ("v.ts", "libx264", "aac", {}),
+    "flv h264 aac": ("v.flv", "libx264", "aac", {}),
+    "wmv wmv2 mp3": ("v.wmv", "wmv2", "libmp3lame", {"b": "4M"}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_containers_and_codecs(kind, tmp_path):
+    """Pictures and sound of a part in the middle come out in time, and the header tells how long the video is."""
+    name, codec, audio_codec, options = KINDS[kind]
+    if codec not in av.codecs_available or audio_codec not in av.codecs_available:
+        pytest.skip(f"this PyAV has no {codec} or {audio_codec}")
+    rate = 48_000
+    path = make_video(tmp_path / name, 4.0, sound=clicks([2.5], 4.0, rate, channels=2), rate=rate, codec=codec,
+                      audio_codec=audio_codec, options={"g": "10", **options})
+    # Formats for broadcast begin at any stamp, which then is time 0; elsewhere the first picture is where it is.
+    origin = 0.0 if path.suffix in (".ts", ".mpg") else shown_times(path)[0]
+    video = read_video(path, 1.6, 1.6, clip_size=64, sync_size=64)
+    assert video.duration_sec == 1.6 and video.source_fps == pytest.approx(25, rel=0.01)
+    relative = [index / 25 + origin - 1.6 for index in range(100)]
+    assert numbers_in(video.clip_frames) == pytest.approx(select_frames(relative, 8.0, 0.0, 1.6)[:12], abs=1)
+    sound, rate = read_audio(path, 1.6, 1.6)
+    assert click_time(sound, rate) == pytest.approx(0.9 + origin, abs=0.05)
+    assert video_length(path) == pytest.approx(4.0, abs=0.15)
+    assert probe(path).streams.count("video") == probe(path).streams.count("audio") == 1
+
+
+# --- pictures -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(33, 47), (47, 33), (17, 301)])
+def test_odd_sizes(size, tmp_path):
+    width, height = size
+    wide = np.zeros((height, width, 3), np.uint8)
+    wide[:, width // 2 :] = 255
+    path = write(tmp_path / "v.mp4", "libx264", [wide] * 25, "yuv444p")
+    video = read_video(path, 0.8, clip_size=64, sync_size=32)
+    assert video.source_size == (height, width)
+    for frames in (video.clip_frames, video.sync_frames):
+        edge = frames.shape[-1]
+        assert frames[..., : edge // 2 - 3].max() < 30 and frames[..., edge // 2 + 3 :].min() > 225
+
+
+RANGES = {
+    "8 bits": ("libx264", "yuv420p", False),
+    "8 bits, full range": ("libx264", "yuv420p", True),
+    "8 bits, full range by its format": ("mjpeg", "yuvj420p", True),
+    "10 bits": ("libx264", "yuv420p10le", False),
+    "10 bits, full range": ("libx264", "yuv420p10le", True),
+    "10 bits, 4:2:2": ("libx264", "yuv422p10le", False),
+    "12 bits": ("libx265", "yuv420p12le", False),
+    "RGB": ("libx264rgb", "rgb24", True),
+    "lossless": ("ffv1", "yuv420p", False),
+}
+
+
+@pytest.mark.parametrize("kind", RANGES)
+def test_levels_survive_every_pixel_format(kind, tmp_path):
+    codec, pix_fmt, full_range = RANGES[kind]
+    if codec not in av.codecs_available:
+        pytest.skip(f"this PyAV has no {codec}")
+    levels = [0, 16, 64, 128, 200, 235, 255, 255]
+    picture = np.repeat(np.repeat(np.uint8(levels), 8)[None, :, None], 64, axis=0).repeat(3, axis=2)  # (64, 64, 3)
+    options = {"crf": "4", "x265-params": "log-level=none"} if "libx26" in codec else {"qmin": "1", "qmax": "1"}
+    try:
+        path = write(tmp_path / "v.mkv", codec, [picture] * 25, pix_fmt, full_range=full_range, options=options)
+    except (av.error.FFmpegError, ValueError) as error:
+        pytest.skip(f"this PyAV cannot write it: {error}")
+    with av.open(str(path)) as file:
+        frame = next(file.decode(video=0))
+        assert (frame.color_range == av.video.reformatter.ColorRange.JPEG) == full_range
+    seen = read_video(path, 0.8, clip_size=64, sync_size=64).sync_frames[10].float()
+    found = [seen[:, 8:-8, 8 * i + 2 : 8 * i + 6].mean().item() for i in range(8)]
+    assert found == pytest.approx(levels, abs=6)
+
+
+# --- time stamps ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_variable_frame_rate(suffix, tmp_path):
+    """A phone: 30 fps, then a pause, then 12 fps with jitter."""
+    steps = [33] * 30 + [400] + [83, 79, 90, 71] * 8
+    stamps = np.concatenate([[0], np.cumsum(steps)]).tolist()
+    path = write(tmp_path / f"v{suffix}", "libx264", counted(len(stamps)), stamps=stamps, time_base=Fraction(1, 1000))
+    for start in (0.0, 0.9, 1.5):
+        relative = [stamp / 1000 - start for stamp in stamps]
+        video = read_video(path, 1.6, start, 64, 64)
+        assert numbers_in(video.clip_frames) == select_frames(relative, 8.0, 0.0, 1.6)[: len(video.clip_frames)]
+        assert numbers_in(video.sync_frames) == select_frames(relative, 25.0, 0.0, 1.6)[: len(video.sync_frames)]
+        assert video.duration_sec >= 1.5  # the next frame may come after the end
+        assert read_video(path, 1.6, start, 64, 64, fill_sec=SELVA_FILL_SEC).duration_sec == 1.6
+    assert video_length(path) == pytest.approx(stamps[-1] / 1000, abs=0.1)
+
+
+def test_pictures_that_begin_late_and_earlier_than_0(tmp_path):
+    """Time 0 is that of the file, so that the sound stays where it is."""
+    stamps = [500 + 40 * index for index in range(75)]
+    late = write(tmp_path / "late.mkv", "libx264", counted(75), stamps=stamps, time_base=Fraction(1, 1000))
+    times = shown_times(late)
+    assert times[0] == 0.5
+    video = read_video(late, 1.6, 0.0, 64, 64)
+    assert numbers_in(video.clip_frames) == select_frames(times, 8.0, 0.0, 1.6)[:12]  # the first one stands in
+    assert numbers_in(read_video(late, 1.6, 0.8, 64, 64).clip_frames)[0] == 8
+    assert video_length(late) == pytest.approx(3.5, abs=0.05)
+
+
+# --- streams --------------------------------------------------------------------------------------------------------
+
+
+def test_a_video_without_sound(tmp_path):
+    path = make_video(tmp_path / "silent.mp4", 1.0)
+    assert read_video(path, 0.8, 0.0, 32, 32).duration_sec == 0.8
+    assert "audio" not in probe(path).streams
+    with pytest.raises(ValueError, match=r"silent\.mp4: has no audio stream \(found: video\)"):
+        extract_audio(path, tmp_path / "out.flac")
+    assert not (tmp_path / "out.flac").exists()
+
+
+def test_sound_without_pictures(tmp_path):
+    path = tmp_path / "sound.m4a"
+    with av.open(str(path), "w", format="mp4") as file:
+        stream = file.add_stream("aac", rate=16_000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 16_000), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 16_000
+        file.mux(stream.encode(frame))
+        file.mux(stream.encode(None))
+    for reader in (read_video, video_length):
+        with pytest.raises(ValueError, match=r"sound\.m4a: has no video stream \(found: audio\)"):
+            reader(path)
+
+
+# --- only what is needed --------------------------------------------------------------------------------------------
+
+
+def test_a_window_decodes_only_what_it_needs(tmp_path, monkeypatch):
+    """Of 40 s with a key frame per second, 2 s are at most 3 s of frames; nothing before, nothing after."""
+    path = make_video(tmp_path / "long.mp4", 40.0, 10, options={"g": "10"})
+    decoded = []
+    original = container_module.decode_frames
+
+    def count(*args, **kwargs):
+        for time, frame in original(*args, **kwargs):
+            decoded.append(float(time))
+            yield time, frame
+
+    monkeypatch.setattr("selva.media.frames.decode_frames", count)
+    video = read_video(path, 2.0, 30.5, 32, 32)
+    assert len(video.sync_frames) == 50
+    assert len(decoded) <= 31 and min(decoded) >= -1.0 and max(decoded) <= 2.0
+
+
+def test_pictures_that_are_not_sampled_are_not_converted(tmp_path, monkeypatch):
+    path = make_video(tmp_path / "fast.mp4", 2.0, 100)
+    converted = []
+    original = torch.from_numpy
+    monkeypatch.setattr("selva.media.frames.torch.from_numpy", lambda x: converted.append(1) or original(x))
+    assert len(read_video(path, 1.6, 0.0, 32, 32).sync_frames) == 40
+    assert len(converted) <= 40 + 13
