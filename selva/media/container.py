@@ -167,7 +167,7 @@ def video_length(path: PathLike) -> float:
     with open_media(path) as container:
         stream = video_stream(container, path)
         declared = declared_end(container, stream)
-        if declared is not None and declared > 0 and container.format.name != "mpeg":
+        if declared is not None and declared > 0:
             return declared
         starts = packet_times(path, container, stream)
         return float(starts[-1] + (1 / stream.average_rate if stream.average_rate else 0))
@@ -193,6 +193,8 @@ def packet_times(path: PathLike, container: Any, stream: Any) -> list[Fraction]:
 
 def declared_end(container: Any, stream: Any) -> float | None:
     """Return the time at which the header says that ``stream`` ends, None if it says nothing about this stream."""
+    if container.format.name == "mpeg":  # a program stream has no such header; FFmpeg guesses, and may be far off
+        return None
     origin_sec = float(time_origin(container))
     if stream.duration is not None:
         return float((stream.start_time or 0) + stream.duration) * float(stream.time_base) - origin_sec
