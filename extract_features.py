@@ -1,121 +1,181 @@
-"""Extract what the model sees: videos -> feature bundles (.npz) with their sound beside them.
+"""Extract what the model sees: videos -> feature files (.npz) with their sound beside them, or a packed data set.
 
     python extract_features.py clips/ --output_dir features/dog --prompt "a dog barking" --variant small_16k --selva_dir weights/
-    python extract_features.py a.mp4 b.mp4 --output_dir features/demo --variant tiny_16k --prompt "a bouncing ball"
+    python extract_features.py clips.tsv --output_dir features/all --windows --variant small_16k --selva_dir weights/
+    torchrun --nproc_per_node=8 extract_features.py clips.tsv --output_dir data/train --format memmap --selva_dir weights/
 
-Writes <stem>.npz (published ComfyUI-SelVA schema) and <stem>.flac for every video; train_lora.py reads that folder.
-Clips whose features are already there, made from the same content with the same settings, are left as they are.
+Writes <id>.npz (published ComfyUI-SelVA schema) and <id>.flac for every clip; train_lora.py reads that folder. What is
+there already, made from the same content with the same settings, is left as it is: an interrupted run is started again.
+manifest.jsonl says what became of every clip.
 """  # noqa: E501
 
 from __future__ import annotations
 
 import argparse
 import logging
-import sys
-import time
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from selva import cli
-from selva.datasets import read_prompts
-from selva.extraction import FeatureExtractor
-from selva.features import load_features, save_features
-from selva.media import extract_audio, probe
-from selva.models.zoo import get_variant
-from selva.report import Progress, clock, peak_memory_bytes
+import torch
+
+from selva import cli, distributed
+from selva.clip_reader import ClipReader, ReadSettings, default_workers, read_clips
+from selva.extract_outputs import FeatureFiles, MemmapRows
+from selva.extract_run import ClipEncoder, Summary, run
+from selva.extraction import EXTRACTION_VERSION, FeatureExtractor
+from selva.manifest import Accounts, Outcome, Shard
+from selva.models.zoo import Variant, get_variant
+from selva.report import StageTimes, clock, is_main_process
 from selva.sequence import DEFAULT_DURATION_SEC, sequence_config
+from selva.training_data import FRONT_END
 from selva.weights import check_weights
+from selva.worklist import ClipJob, collect_jobs
 
 log = logging.getLogger("selva.extract_features")
 
 ENCODER_PARTS = ("clip_text", "clip_image", "t5", "video_encoder")
-VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv", ".flv")
+CONFIG_FILE = "extract_config.yaml"
 
 
 def build_parser() -> cli.ArgumentParser:
     parser = cli.ArgumentParser(__doc__)
     group = parser.add_argument_group("input and output")
-    group.add_argument("inputs", nargs="*", type=Path, metavar="INPUT", help="videos, or folders of videos")
-    group.add_argument("--output_dir", type=Path, required=True, help="where the features go")
-    group.add_argument("--audio", choices=("extract", "none"), default="extract",
-                       help="write the sound of each clip beside its features")
+    group.add_argument("inputs", nargs="*", type=Path, metavar="INPUT",
+                       help="videos, folders of videos, or tables (.tsv, .csv) with the columns id and, as you like, "
+                       "path, start, duration, prompt, label or caption, mask")
+    group.add_argument("--recursive", action="store_true", help="take the subfolders of folders too")
+    group.add_argument("--video_dir", type=Path, metavar="DIR", help="where a table's videos lie, if not beside it")
+    group.add_argument("--output_dir", type=Path, required=True,
+                       help="where the features go; with --format memmap the data set itself, its table beside it")
+    group.add_argument("--format", choices=("npz", "memmap"), default="npz",
+                       help="npz: one file per clip; memmap: the packed format of MMAudio's own training, for clips "
+                       "of 8 s with sound")
+    group.add_argument("--audio", choices=("extract", "copy", "none"),
+                       help="the sound beside each .npz: extract decodes it and writes .flac (default); copy takes the "
+                       "stream as it is, for MP3, Vorbis, Opus, FLAC and PCM; none leaves it to you")
+    group.add_argument("--latents", action="store_true",
+                       help="encode the sound with the VAE too and store mean and deviation in the .npz")
+    group.add_argument("--name", help="call the clips NAME_001, NAME_002 ... in their order, instead of by their files")
+    group.add_argument("--preview", type=Path, metavar="DIR",
+                       help="write a picture per clip that shows what each encoder saw")
     group.add_argument("--overwrite", action="store_true", help="extract again even where features are current")
     group = parser.add_argument_group("clips")
-    group.add_argument("--prompt", default="", help="what is to be heard, for all videos")
+    group.add_argument("--prompt", default="", help="what is to be heard, for all clips without a prompt of their own")
     group.add_argument("--prompts", type=Path, metavar="FILE",
                        help="prompts.txt with lines `name.npz: prompt` that go before --prompt")
     group.add_argument("--start", type=float, default=0.0, help="seconds into the video where the clip begins")
     group.add_argument("--duration", type=float, default=DEFAULT_DURATION_SEC,
                        help="seconds to use; a shorter video makes a shorter clip")
+    group.add_argument("--windows", action="store_true",
+                       help="cut all of every video into clips of --duration, called <video>_000, <video>_001 ...")
+    group.add_argument("--overlap", type=float, default=0.0, help="seconds that each of these shares with the next")
+    parser.add_masks()
+    group = parser.add_argument_group("running")
+    group.add_argument("--workers", type=int,
+                       help="processes that read videos ahead of the encoders; 0 reads in the main process; by default "
+                       "what the cores of this machine allow")
+    group.add_argument("--shard", type=_shard, metavar="I/N",
+                       help="do every N-th clip only, counted from 1: one of N independent jobs, in any order, on any "
+                       "machines that share the output folder. Under torchrun its processes share this part")
+    group.add_argument("--strict", action="store_true", help="stop at the first clip that fails")
     parser.add_model()
     # The base models were trained on float32 features; half precision saves time on a GPU and rounds them.
     parser.add_common(precision="fp32")
     return parser
 
 
-def collect_videos(inputs: Sequence[Path]) -> list[Path]:
-    """Return the videos that the arguments name, folders expanded in sorted order.
-
-    Raises:
-        UsageError: a path does not exist, a folder holds no video, or two videos would share one output name.
-    """
-    if not inputs:
-        raise cli.UsageError("give at least one video or folder")
-    videos: list[Path] = []
-    for path in inputs:
-        if path.is_dir():
-            # Hidden files are nobody's videos: macOS leaves "._dog.mp4" on foreign disks.
-            visible = (p for p in path.iterdir() if not p.name.startswith("."))
-            found = sorted(p for p in visible if p.suffix.lower() in VIDEO_SUFFIXES)
-            if not found:
-                raise cli.UsageError(f"{path}: no videos in this folder; looked for {' '.join(VIDEO_SUFFIXES)}")
-            videos += found
-        elif path.exists():
-            videos.append(path)
-        else:
-            raise cli.UsageError(f"{path}: no such file or folder")
-    owner: dict[str, Path] = {}
-    for path in videos:
-        other = owner.setdefault(path.stem, path)
-        if other is not path:
-            raise cli.UsageError(f"{other} and {path} would both become {path.stem}.npz; rename one of them")
-    return videos
+def _shard(text: str) -> str:
+    """Return ``text`` if it is "I/N" with 1 <= I <= N."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a part like 2/8, from 1/8 to 8/8")
+    return text
 
 
-def is_current(path: Path, settings: dict, audio_path: Path | None) -> bool:
-    """Return whether ``path`` holds readable features made with ``settings``, and its sound is there if wanted."""
-    if not path.exists() or (audio_path is not None and not audio_path.exists()):
-        return False
+def check_arguments(args: argparse.Namespace, variant: Variant) -> None:
+    """Raise UsageError for what cannot be meant together."""
     try:
-        return load_features(path).settings == settings
-    except (ValueError, OSError) as error:
-        log.warning("%s; extracting again", error)
-        return False
+        sequence_config(variant.mode, args.duration)
+    except ValueError as error:
+        raise cli.UsageError(f"--duration: {error}") from error
+    if args.workers is not None and args.workers < 0:
+        raise cli.UsageError(f"--workers is {args.workers}, expected 0 or more")
+    if args.format == "memmap":
+        if args.audio is not None:
+            raise cli.UsageError("--audio: a memmap holds the encoded sound, it has no sound files; leave --audio out")
+        if args.duration != DEFAULT_DURATION_SEC:
+            raise cli.UsageError(f"--duration is {args.duration:g}, but the rows of a memmap are "
+                                 f"{DEFAULT_DURATION_SEC:g} s; leave --duration out, or use --format npz")
 
 
-def extract_one(extractor: FeatureExtractor, path: Path, prompt: str, args: argparse.Namespace) -> bool:
-    """Write the features and the sound of one video; return False if both were there already.
+def work_list(args: argparse.Namespace) -> list[ClipJob]:
+    """Return the clips that the arguments ask for.
 
     Raises:
-        ValueError, OSError: the video cannot be used.
+        UsageError: they ask for nothing, for something that does not exist, or for two clips of one name.
     """
-    target = args.output_dir / f"{path.stem}.npz"
-    has_sound = args.audio == "extract" and "audio" in probe(path).streams
-    audio_path = target.with_suffix(".flac") if has_sound else None
-    settings = extractor.settings(path, prompt, args.duration, args.start)
-    if not args.overwrite and is_current(target, settings, audio_path):
-        return False
-    frames = extractor.read(path, args.duration, args.start)
-    bundle = extractor.extract(frames, prompt, settings)
-    if audio_path is not None:
-        # The latent frames reach up to one frame beyond the clip; sound that is there is taken along for them.
-        lengths = sequence_config(extractor.variant.mode, bundle.duration)
-        extract_audio(path, audio_path, args.start, lengths.num_audio_frames / lengths.sampling_rate)
-    elif args.audio == "extract":
-        log.warning("%s: has no sound; the features are written, but training needs %s.wav or .flac beside them",
-                    path, path.stem)
-    save_features(target, bundle)
-    return True
+    try:
+        jobs = collect_jobs(
+            args.inputs, recursive=args.recursive, prompt=args.prompt, prompts=args.prompts, start_sec=args.start,
+            duration_sec=args.duration, windows=args.windows, overlap_sec=args.overlap, mask=args.mask, name=args.name,
+            video_dir=args.video_dir,
+        )
+    except (ValueError, FileNotFoundError) as error:
+        raise cli.UsageError(str(error)) from error
+    for job in jobs:
+        cli.mask_settings(args, job.mask)
+    without = sum(not job.prompt for job in jobs)
+    if without:
+        log.warning("%d of %d clips have no prompt: their sounds can later only be asked for without words, and the "
+                    "video encoder cannot look for anything. Give --prompt or --prompts", without, len(jobs))
+    return jobs
+
+
+def open_output(args: argparse.Namespace, variant: Variant, jobs: list[ClipJob]) -> FeatureFiles | MemmapRows:
+    """Return what takes the features; the config of the run is written beside it."""
+    if args.format == "memmap":
+        settings = {"extraction_version": EXTRACTION_VERSION, "encoders": variant.encoders, "mode": variant.mode,
+                    "precision": args.precision, "front_end": FRONT_END}
+        output = MemmapRows(args.output_dir, variant, jobs, settings)
+    else:
+        output = FeatureFiles(args.output_dir, variant)
+    if is_main_process():
+        cli.write_settings(output.beside(CONFIG_FILE), args)
+    return output
+
+
+def open_accounts(args: argparse.Namespace, output: FeatureFiles | MemmapRows, jobs: list[ClipJob]) -> Accounts:
+    """Return the books of this process about its share of the work list."""
+    index, count = map(int, args.shard.split("/")) if args.shard else (1, 1)
+    settings = {name: str(value) for name, value in vars(args).items() if name in (
+        "format", "audio", "latents", "variant", "precision", "mask_strength", "mask_clip", "mask_sync")}
+    settings["prompts"] = [job.prompt for job in jobs]
+    rows = [(job.id, str(job.path), job.start_sec) for job in jobs]
+    return Accounts(output.manifest, output.state, rows, settings, Shard.of_process(index - 1, count))
+
+
+def report(summary: Summary, outcome: Outcome | None, output: FeatureFiles | MemmapRows) -> None:
+    log.info("%s", summary.table())
+    log.info("%d extracted, %d already current, %d left out, %d failed, in %s", summary.extracted, summary.current,
+             summary.skipped, summary.failed, clock(summary.elapsed_sec))
+    if outcome is None:
+        log.error("stopped at the first clip that failed (--strict)")
+    elif not outcome.complete:
+        log.info("this part is finished; the manifest will be complete when the parts %s are",
+                 ", ".join(map(str, outcome.unfinished)))
+    else:
+        log.info("what became of every clip: %s", output.manifest)
+
+
+def exit_code(summary: Summary, outcome: Outcome | None, shard: Shard) -> int:
+    """Return 1 if a clip failed.
+
+    torchrun ends the other processes when one of them fails, so under torchrun the last one to finish speaks for all.
+    """
+    if outcome is None or len(shard.indices_in_group) == 1:
+        return cli.EXIT_FAILED if summary.failed else 0
+    return cli.EXIT_FAILED if outcome.group_complete and outcome.group_failed else 0
 
 
 @cli.entry_point
@@ -123,42 +183,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     device = cli.resolve_device(args.device)
     variant = get_variant(args.variant)
-    try:
-        sequence_config(variant.mode, args.duration)
-    except ValueError as error:
-        raise cli.UsageError(f"--duration: {error}") from error
-    videos = collect_videos(args.inputs)
-    written_prompts = read_prompts(args.prompts) if args.prompts else {}
-    unused = sorted(set(written_prompts) - {f"{path.stem}.npz" for path in videos})
-    if unused:
-        log.warning("%s: no video for %s", args.prompts, ", ".join(unused))
-    prompts = {path: written_prompts.get(f"{path.stem}.npz", args.prompt) for path in videos}
-    without = [path.name for path, prompt in prompts.items() if not prompt]
-    if without:
-        log.warning("%d of %d videos have no prompt: their sounds can later only be asked for without words, and the "
-                    "video encoder cannot look for anything. Give --prompt or --prompts", len(without), len(videos))
-    check_weights(variant.name, args.selva_dir, ENCODER_PARTS)
-    extractor = FeatureExtractor(variant, args.selva_dir, device, cli.PRECISIONS[args.precision])
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    cli.write_settings(args.output_dir / "extract_config.yaml", args)
+    check_arguments(args, variant)
+    jobs = work_list(args)
+    latents = args.latents or args.format == "memmap"
+    check_weights(variant.name, args.selva_dir, (*ENCODER_PARTS, *(("vae",) if latents else ())))
 
-    start, done, current, failed = time.monotonic(), 0, 0, []
-    with Progress(len(videos), "extracting", "clips") as progress:
-        for number, path in enumerate(videos, 1):
-            try:
-                if extract_one(extractor, path, prompts[path], args):
-                    done += 1
-                    print(args.output_dir / f"{path.stem}.npz", flush=True)
-                else:
-                    current += 1
-            except (ValueError, OSError) as error:
-                failed.append(path)
-                log.error("%s", error)
-            progress.update(number, path.name)
-    log.info("%d extracted, %d already current, %d failed, in %s, peak memory %.2f GiB", done, current, len(failed),
-             clock(time.monotonic() - start), peak_memory_bytes(device) / 2**30)
-    return cli.EXIT_FAILED if failed else 0
+    output = open_output(args, variant, jobs)
+    precision = cli.PRECISIONS[args.precision]
+    settings = ReadSettings(
+        variant.name, str(precision).removeprefix("torch."), None if args.format == "memmap" else args.output_dir,
+        args.audio or "extract", latents, args.overwrite, args.mask_strength, args.mask_clip, args.mask_sync,
+        args.preview,
+    )
+    reader = ClipReader(jobs, settings, output.digests)
+    extractor = FeatureExtractor(variant, args.selva_dir, device, precision)
+    with torch.no_grad(), open_accounts(args, output, jobs) as accounts:
+        own = accounts.shard.own(len(jobs))
+        workers = args.workers if args.workers is not None else default_workers(len(own))
+        encoder = ClipEncoder(extractor, jobs, own, StageTimes())
+        clips = read_clips(reader, own, workers, args.debug)
+        summary = run(clips, len(own), encoder, output, accounts, strict=args.strict, announce=announce)
+        stopped = args.strict and summary.failed
+        if not stopped:
+            for path in output.finish():
+                announce(path)
+        outcome = None if stopped else accounts.finish()
+    output.close()
+    report(summary, outcome, output)
+    return exit_code(summary, outcome, accounts.shard)
+
+
+def announce(path: Path) -> None:
+    print(path, flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    distributed.leave(main())

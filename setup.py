@@ -32,6 +32,7 @@ setup(
         "safetensors>=0.4.3",
         "huggingface_hub>=0.25",
         "tensordict>=0.6",
+        "filelock>=3.12",
         "pyyaml>=6",
         "tqdm>=4.66",
         "matplotlib>=3.8",

@@ -4,17 +4,22 @@
           --25 fps-> TextSynch (SelVA, with T5 of the prompt) or Synchformer (MMAudio) --> sync_features (1, S, ·)
     prompt --------> CLIP text tower --> text_features (1, 77, ·)
 
-Encoders are loaded when first needed. Texts are encoded for all clips at once, so that their towers can be freed before
-the picture encoders are loaded.
+Encoders are loaded when first needed. Few texts are encoded at once, so that their towers can be freed before the
+picture encoders are loaded; of many texts only the latest stay in memory.
+
+CLIP frames go through their tower in passes of a fixed number of frames, of one clip or of several. Every frame is
+computed by itself, and with the shape of a pass its arithmetic is fixed too: the features of a clip do not depend on
+which other clips went with it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +34,10 @@ log = logging.getLogger(__name__)
 
 # Overlapping 16-frame segments per pass of the video encoder: more only need more memory, and on a CPU are slower.
 SEGMENTS_PER_PASS = {"cpu": 2, "cuda": 8, "mps": 4}
+# Frames per pass of the CLIP tower; 8 s of video are 64.
+FRAMES_PER_PASS = {"cpu": 16, "cuda": 64, "mps": 16}
+# Encoded prompts kept in memory, half a megabyte each at full size.
+CACHED_TEXTS = 256
 
 # Part of the settings that decide whether existing features are current; raise it when the features change.
 EXTRACTION_VERSION = 1
@@ -47,9 +56,122 @@ def _digest(file: Any) -> str:  # Python 3.10
     return digest.hexdigest()
 
 
+def clip_settings(
+    path: Path,
+    sha256: str,
+    prompt: str,
+    start_sec: float,
+    duration_sec: float,
+    encoders: str,
+    precision: str,
+    mask: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Return everything that decides the features of a clip; equal settings mean that they need not be redone.
+
+    Args:
+        sha256: of the video's content. encoders: :attr:`Variant.encoders`. precision: "float32" ...
+        mask: what says which mask it was, and how it was used; None without one.
+    """
+    settings = {
+        "extraction_version": EXTRACTION_VERSION,
+        "source": path.name,
+        "source_sha256": sha256,
+        "prompt": prompt,
+        "start_sec": start_sec,
+        "duration_sec": duration_sec,
+        "encoders": encoders,
+        "precision": precision,
+    }
+    return settings if mask is None else {**settings, "mask": dict(mask)}
+
+
 def frames_to_sync_input(frames: Tensor) -> Tensor:
     """Return uint8 frames (F, 3, H, W) as the (1, F, 3, H, W) float32 input in [-1, 1] of the video encoders."""
     return (frames.float() / 255 - 0.5)[None] / 0.5
+
+
+Key = TypeVar("Key")
+
+
+class FramePasses(Generic[Key]):
+    """Brings the frames of many clips through an image tower, always the same number at a time.
+
+    Args:
+        encode: (frames_per_pass, 3, H, W) uint8 -> (frames_per_pass, D). frames_per_pass: size of every pass.
+    """
+
+    def __init__(self, encode: Callable[[Tensor], Tensor], frames_per_pass: int) -> None:
+        self.encode, self.frames_per_pass = encode, frames_per_pass
+        self._waiting: deque[tuple[Key, Tensor]] = deque()  # frames of a clip that were in no pass yet
+        self._encoded: dict[Key, list[Tensor]] = {}
+        self._num_waiting = 0
+
+    def add(self, key: Key, frames: Tensor) -> Iterator[tuple[Key, Tensor]]:
+        """Take (T, 3, H, W) uint8 frames of a clip; yield (key, (T, D)) of the clips that are complete with them."""
+        self._waiting.append((key, frames))
+        self._num_waiting += len(frames)
+        while self._num_waiting >= self.frames_per_pass:
+            yield from self._run_pass()
+
+    def flush(self) -> Iterator[tuple[Key, Tensor]]:
+        """Yield (key, (T, D)) of the clips that were still waiting for a full pass."""
+        if self._num_waiting:
+            yield from self._run_pass()
+
+    def _run_pass(self) -> Iterator[tuple[Key, Tensor]]:
+        taken: list[tuple[Key, Tensor, bool]] = []  # whose, frames, whether they are the last of the clip
+        room = self.frames_per_pass
+        while room and self._waiting:
+            key, frames = self._waiting.popleft()
+            if len(frames) > room:
+                self._waiting.appendleft((key, frames[room:]))
+            taken.append((key, frames[:room], len(frames) <= room))
+            room -= len(taken[-1][1])
+        self._num_waiting -= self.frames_per_pass - room
+        pictures = torch.cat([frames for _, frames, _ in taken])
+        if room:
+            pictures = torch.cat([pictures, pictures.new_zeros(room, *pictures.shape[1:])])
+        features = self.encode(pictures)
+        for key, frames, complete in taken:
+            own, features = features[: len(frames)], features[len(frames) :]
+            parts = self._encoded.setdefault(key, [])
+            parts.append(own)
+            if complete:
+                yield key, torch.cat(self._encoded.pop(key))
+
+
+class TextCache:
+    """The prompts that a text encoder has encoded lately; the encoder is loaded when one is not among them.
+
+    Args:
+        load: returns the encoder. encode: (encoder, prompt) -> tensors on the CPU.
+    """
+
+    def __init__(self, load: Callable[[], Any], encode: Callable[[Any, str], Any]) -> None:
+        self.load, self.encode = load, encode
+        self._encoder: Any = None
+        self._known: OrderedDict[str, Any] = OrderedDict()
+
+    def prepare(self, prompts: Iterable[str]) -> None:
+        """Encode prompts, and free the encoder."""
+        for prompt in sorted(set(prompts) - set(self._known)):
+            self[prompt]
+        self.free()
+
+    def free(self) -> None:
+        """Let go of the encoder; what it has encoded stays."""
+        self._encoder = None
+
+    def __getitem__(self, prompt: str) -> Any:
+        if prompt in self._known:
+            self._known.move_to_end(prompt)
+            return self._known[prompt]
+        if self._encoder is None:
+            self._encoder = self.load()
+        self._known[prompt] = self.encode(self._encoder, prompt)
+        while len(self._known) > CACHED_TEXTS:
+            self._known.popitem(last=False)
+        return self._known[prompt]
 
 
 class FeatureExtractor:
@@ -66,54 +188,73 @@ class FeatureExtractor:
         self, variant: Variant, selva_dir: Path | None, device: torch.device, precision: torch.dtype = torch.float32
     ) -> None:
         self.variant, self.selva_dir, self.device, self.precision = variant, selva_dir, device, precision
-        self._texts: dict[str, Tensor] = {}  # prompt -> (1, 77, text_dim)
-        self._t5: dict[str, tuple[Tensor, Tensor]] = {}  # prompt -> (1, L, ·) and its mask
+        where = (variant.name, selva_dir, device)
+        t5_dtype = torch.float32 if precision == torch.float16 else precision
+        # One by one: the length of another prompt in the batch would change the last bits.
+        self._texts = TextCache(  # prompt -> (1, 77, text_dim)
+            lambda: load_clip_text(*where, precision), lambda encoder, prompt: encoder.encode([prompt]).float().cpu()
+        )
+        self._t5 = TextCache(  # prompt -> (1, L, ·) and its mask
+            lambda: load_t5(*where, t5_dtype), lambda encoder, prompt: tuple(x.cpu() for x in encoder.encode([prompt]))
+        )
         self._clip_image = None
         self._video_encoder = None
 
-    @torch.no_grad()
-    def prepare_texts(self, prompts: Sequence[str], sync: bool = True) -> None:
+    def prepare_texts(self, prompts: Iterable[str], sync: bool = True) -> None:
         """Encode the prompts that are not known yet; the text encoders are loaded, used and freed.
+
+        More than ``CACHED_TEXTS`` cannot be kept: then the encoders stay, and each prompt is encoded when it is needed.
 
         Args:
             sync: also encode them for the text-conditioned video encoder.
         """
-        new = sorted(set(prompts) - set(self._texts))
-        if new:
-            encoder = load_clip_text(self.variant.name, self.selva_dir, self.device, self.precision)
-            self._texts.update((p, encoder.encode([p]).float().cpu()) for p in new)
-        new = sorted(set(prompts) - set(self._t5))
-        if new and sync and self.variant.t5 is not None:
-            dtype = torch.float32 if self.precision == torch.float16 else self.precision
-            encoder = load_t5(self.variant.name, self.selva_dir, self.device, dtype)
-            self._t5.update((p, tuple(x.cpu() for x in encoder.encode([p]))) for p in new)
+        prompts = set(prompts)
+        if len(prompts) > CACHED_TEXTS:
+            return
+        self._texts.prepare(prompts)
+        if sync and self.variant.t5 is not None:
+            self._t5.prepare(prompts)
 
+    @torch.no_grad()
     def text_features(self, prompt: str) -> Tensor:
         """Return (1, 77, text_dim) float32 on the CPU."""
-        self.prepare_texts([prompt], sync=False)
         return self._texts[prompt]
 
     @torch.no_grad()
+    def sync_text(self, prompt: str) -> tuple[Tensor, Tensor] | None:
+        """Return (1, L, t5_dim) and mask (1, L) on the CPU for the video encoder; None for one that reads no text."""
+        return None if self.variant.t5 is None else self._t5[prompt]
+
     def clip_features(self, frames: Tensor) -> Tensor:
         """Return (1, T, clip_dim) float32 on the CPU from uint8 frames (T, 3, H, W) at 8 per second."""
+        passes: FramePasses[str] = self.clip_passes()
+        ((_, features),) = [*passes.add("clip", frames), *passes.flush()]
+        return features[None]
+
+    def clip_passes(self) -> FramePasses:
+        """Return what brings the frames of many clips through the CLIP tower; its results are on the CPU, float32."""
+        return FramePasses(self._clip_pass, FRAMES_PER_PASS[self.device.type])
+
+    @torch.no_grad()
+    def _clip_pass(self, frames: Tensor) -> Tensor:
         if self._clip_image is None:
             self._clip_image = load_clip_image(self.variant.name, self.selva_dir, self.device, self.precision)
-        return self._clip_image.encode(frames)[None].float().cpu()
+            self._clip_image.batch_size = FRAMES_PER_PASS[self.device.type]
+        return self._clip_image.encode(frames).float().cpu()
 
     @torch.no_grad()
     def sync_features(self, frames: Tensor, prompt: str) -> Tensor:
         """Return (1, S, sync_dim) float32 on the CPU from uint8 frames (F, 3, H, W) at 25 per second."""
-        self.prepare_texts([prompt])
         if self._video_encoder is None:
             self._video_encoder = load_video_encoder(
                 self.variant.name, self.selva_dir, self.device, self.precision
             )
         pictures = frames_to_sync_input(frames).to(self.device, self.precision)
         segments = SEGMENTS_PER_PASS[self.device.type]
-        if self.variant.t5 is None:
+        known = self.sync_text(prompt)
+        if known is None:
             return self._video_encoder.encode(pictures, segment_batch=segments).float().cpu()
-        text, mask = self._t5[prompt]
-        text, mask = text.to(self.device, self.precision), mask.to(self.device)
+        text, mask = known[0].to(self.device, self.precision), known[1].to(self.device)
         return self._video_encoder.encode(pictures, text, mask, segment_batch=segments).float().cpu()
 
     def read(
@@ -143,19 +284,8 @@ class FeatureExtractor:
             settings=settings,
         )
 
-    def settings(self, path: Path, prompt: str, duration_sec: float, start_sec: float) -> dict[str, Any]:
-        """Return everything that decides the features of a clip; equal settings mean that they need not be redone."""
-        return {
-            "extraction_version": EXTRACTION_VERSION,
-            "source": path.name,
-            "source_sha256": source_hash(path),
-            "prompt": prompt,
-            "start_sec": start_sec,
-            "duration_sec": duration_sec,
-            "encoders": self.variant.encoders,
-            "precision": str(self.precision).removeprefix("torch."),
-        }
-
     def free(self) -> None:
-        """Let go of the picture encoders."""
+        """Let go of the encoders; encoded prompts stay."""
         self._clip_image = self._video_encoder = None
+        self._texts.free()
+        self._t5.free()

@@ -6,6 +6,10 @@
     prompt         text ()               the prompt that the sync features were extracted with
     variant        text ()               generator variant chosen when extracting; informational
     text_features  float32 (1, 77, Dt)   ours, optional: CLIP text tokens of the prompt
+    latent_mean    float32 (1, N, C)     ours, optional: VAE posterior of the sound of the clip, before normalisation
+    latent_std     float32 (1, N, C)
+    fps            float64 ()            ours, optional: average frame rate of the video
+    source_sha256  text ()               ours, optional: of the whole content of the video file
     settings       text ()               ours, optional: JSON object, how the features were made
 
 The first five are what ComfyUI-SelVA writes and reads; it ignores other keys, and so does this reader.
@@ -30,6 +34,7 @@ from selva.files import atomic_path
 from selva.sequence import CLIP_FPS, SYNC_TOKENS_PER_SEGMENT
 
 TEXT_TOKENS = 77
+OPTIONAL_TENSORS = ("text_features", "latent_mean", "latent_std")
 
 PathLike = str | os.PathLike[str]
 
@@ -45,6 +50,9 @@ class FeatureBundle:
         prompt: "" if unknown.
         variant: "" if unknown.
         text_features: (1, 77, Dt) or None.
+        latent_mean, latent_std: (1, N, C), both or neither.
+        fps: of the video file; None if unknown.
+        source_sha256: of the video file; "" if unknown.
         settings: anything that JSON can hold, or None.
 
     Raises:
@@ -57,10 +65,14 @@ class FeatureBundle:
     prompt: str = ""
     variant: str = ""
     text_features: Tensor | None = None
+    latent_mean: Tensor | None = None
+    latent_std: Tensor | None = None
+    fps: float | None = None
+    source_sha256: str = ""
     settings: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("clip_features", "sync_features", "text_features"):
+        for name in ("clip_features", "sync_features", *OPTIONAL_TENSORS):
             value = getattr(self, name)
             if value is not None:
                 value = torch.as_tensor(value).detach().to("cpu", torch.float32)
@@ -68,6 +80,11 @@ class FeatureBundle:
                 _check_tensor(name, value)
         if not (math.isfinite(self.duration) and self.duration > 0):
             raise ValueError(f"duration is {self.duration}, expected a positive number of seconds")
+        shapes = [None if x is None else tuple(x.shape) for x in (self.latent_mean, self.latent_std)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"latent_mean is {shapes[0]} and latent_std is {shapes[1]}, expected the same shape")
+        if self.fps is not None and not (math.isfinite(self.fps) and self.fps > 0):
+            raise ValueError(f"fps is {self.fps}, expected a positive number")
 
 
 def _check_tensor(name: str, value: Tensor) -> None:
@@ -75,6 +92,8 @@ def _check_tensor(name: str, value: Tensor) -> None:
         "clip_features": "(1, frames, channels)",
         "sync_features": f"(1, tokens, channels) with a multiple of {SYNC_TOKENS_PER_SEGMENT} tokens",
         "text_features": f"(1, {TEXT_TOKENS}, channels)",
+        "latent_mean": "(1, frames, channels)",
+        "latent_std": "(1, frames, channels)",
     }[name]
     shape = tuple(value.shape)
     fits = len(shape) == 3 and shape[0] == 1 and 0 not in shape
@@ -105,8 +124,12 @@ def save_features(path: PathLike, bundle: FeatureBundle) -> None:
         "prompt": np.str_(bundle.prompt),
         "variant": np.str_(bundle.variant),
     }
-    if bundle.text_features is not None:
-        arrays["text_features"] = bundle.text_features.numpy()
+    optional = {name: getattr(bundle, name) for name in OPTIONAL_TENSORS}
+    arrays |= {name: value.numpy() for name, value in optional.items() if value is not None}
+    if bundle.fps is not None:
+        arrays["fps"] = np.float64(bundle.fps)
+    if bundle.source_sha256:
+        arrays["source_sha256"] = np.str_(bundle.source_sha256)
     if bundle.settings is not None:
         arrays["settings"] = np.str_(json.dumps(bundle.settings, sort_keys=True, ensure_ascii=False))
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
@@ -137,14 +160,17 @@ def load_features(path: PathLike) -> FeatureBundle:
             duration=_duration(arrays),
             prompt=_text(arrays, "prompt"),
             variant=_text(arrays, "variant"),
-            text_features=_floats(arrays, "text_features") if "text_features" in arrays else None,
+            **{name: _floats(arrays, name) for name in OPTIONAL_TENSORS if name in arrays},
+            fps=_number(arrays, "fps") if "fps" in arrays else None,
+            source_sha256=_text(arrays, "source_sha256"),
             settings=_settings(arrays),
         )
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-_KEYS = ("clip_features", "sync_features", "duration", "prompt", "variant", "text_features", "settings")
+_KEYS = ("clip_features", "sync_features", "duration", "prompt", "variant", *OPTIONAL_TENSORS, "fps", "source_sha256",
+         "settings")
 
 
 def _read_arrays(path: Path) -> dict[str, np.ndarray]:
@@ -172,9 +198,13 @@ def _duration(arrays: dict[str, np.ndarray]) -> float:
     if "duration" not in arrays:
         clip = arrays["clip_features"]
         return clip.shape[1] / CLIP_FPS if clip.ndim == 3 else math.nan  # a wrong shape is reported before this
-    array = arrays["duration"]
+    return _number(arrays, "duration")
+
+
+def _number(arrays: dict[str, np.ndarray], key: str) -> float:
+    array = arrays[key]
     if array.shape != () or array.dtype.kind not in "fiu":
-        raise ValueError(f"duration is {array.dtype} {array.shape}, expected a single number")
+        raise ValueError(f"{key} is {array.dtype} {array.shape}, expected a single number")
     return float(array)
 
 

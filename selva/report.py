@@ -72,7 +72,8 @@ class Progress:
             self._last_line = time.monotonic()
             seconds = self._last_line - self.start
             eta = seconds / max(done, 1) * (self.total - done)
-            log.info("%s %d/%d %s, %s left %s", self.what, done, self.total, self.unit, clock(eta), note)
+            log.info("%s %d/%d %s, %.2g %s/s, %s left %s", self.what, done, self.total, self.unit, done / seconds,
+                     self.unit, clock(eta), note)
 
     def close(self) -> None:
         if self._bar is not None:

@@ -107,7 +107,8 @@ def test_bad_videos_are_named_and_the_others_done(clip_dir, tmp_path, capsys):
     assert extract_features.main([str(tmp_path), "--output_dir", str(tmp_path / "out"), "--prompt", "x", *TINY]) == 1
     out, err = capsys.readouterr()
     assert out.strip().endswith("good.npz") and "cut.mp4" in err and "text.mp4" in err
-    assert "has no sound" in err and "1 extracted, 0 already current, 2 failed" in err and "Traceback" not in err
+    assert "has no sound" in err and "Traceback" not in err
+    assert "1 extracted, 0 already current, 0 left out, 2 failed" in err
     assert names(tmp_path / "out", ".npz") == ["good"] and names(tmp_path / "out", ".flac") == []
 
 
@@ -118,7 +119,11 @@ def test_bad_videos_are_named_and_the_others_done(clip_dir, tmp_path, capsys):
         (["nowhere.mp4"], "nowhere.mp4: no such file"),
         (["{clips}", "--duration", "0.3"], "expected at least 0.64"),
         (["{clips}", "--variant", "small"], "invalid choice: 'small'"),
-        (["{clips}/knock_0.mp4", "{clips}/knock_0.mp4"], "would both become knock_0.npz"),
+        (["{clips}/knock_0.mp4", "--shard", "0/4"], "from 1/8 to 8/8"),
+        (["{clips}/knock_0.mp4", "--workers", "-1"], "--workers is -1"),
+        (["{clips}/knock_0.mp4", "--overlap", "1"], "only windows overlap"),
+        (["{clips}", "--format", "memmap", "--duration", "4"], "--duration is 4, but the rows of a memmap are 8 s"),
+        (["{clips}", "--format", "memmap", "--audio", "copy"], "leave --audio out"),
     ],
 )
 def test_wrong_usage(clip_dir, tmp_path, capsys, arguments, message):

@@ -1,0 +1,225 @@
+"""What became of every clip of a work list, written by any number of processes that need not know of each other.
+
+    manifest.jsonl              one line per clip in the order of the work list, once all of it has been gone through
+    manifest.incomplete.jsonl   the same before that; clips that nobody has finished yet are "pending"
+    <state>/shard_2_of_4.jsonl  journal of one process: who it is, a line per clip, and that it has come to the end
+
+A process writes only its own journal. At its end it takes a lock for a moment, says so, and joins what all journals of
+this work list say, so the last one to finish writes the manifest; nobody waits for anybody. The manifest says what the
+output holds, not which run made it: after an interruption and a second run it is the same, byte for byte.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from selva.files import atomic_write_text
+
+log = logging.getLogger(__name__)
+
+MANIFEST_FILE, INCOMPLETE_FILE = "manifest.jsonl", "manifest.incomplete.jsonl"
+DONE, SKIPPED, FAILED, PENDING = "done", "skipped", "failed", "pending"
+
+Row = dict[str, Any]  # id, source, start_sec, status, reason, files, duration_sec
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Which share of a work list this process does: every ``count``-th clip, beginning with ``index``.
+
+    Attributes:
+        index, count: 0 of 1 is everything.
+        group: the shards that were started together and end together; this one alone if None.
+        launch: what tells processes that were started together from those of an earlier time.
+    """
+
+    index: int = 0
+    count: int = 1
+    group: range | None = None
+    launch: str = ""
+
+    @classmethod
+    def of_process(cls, index: int = 0, count: int = 1) -> Shard:
+        """Return the share of this process, if ``torchrun`` divides the share ``index`` of ``count`` once more."""
+        rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        launch = ""
+        if size > 1:
+            names = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")
+            launch = " ".join(os.environ.get(name, "") for name in names)
+            if os.environ.get("LOCAL_WORLD_SIZE") == str(size):  # one machine: its torchrun is our parent
+                launch += f" {socket.gethostname()} {os.getppid()}"
+        return cls(index * size + rank, count * size, range(index * size, (index + 1) * size), launch)
+
+    @property
+    def indices_in_group(self) -> range:
+        return self.group if self.group is not None else range(self.index, self.index + 1)
+
+    def own(self, num_clips: int) -> range:
+        """Return the indices of this share."""
+        return range(self.index, num_clips, self.count)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How things stand when a process has finished.
+
+    Attributes:
+        complete: all shards have finished, the manifest is written.
+        group_complete: all shards that were started together with this one have.
+        group_failed: failed clips of that group so far.
+        unfinished: numbers, from 1, of the shards that have not finished.
+    """
+
+    complete: bool
+    group_complete: bool
+    group_failed: int
+    unfinished: tuple[int, ...]
+
+
+class Accounts:
+    """The books of one process about its share of a work list.
+
+    Args:
+        manifest: the file to be written in the end. state: folder for the journals.
+        rows: (id, source, start_sec) of every clip of the whole list, in order.
+        settings: whatever else makes two runs different; journals of other settings or lists do not count.
+        shard: the share of this process.
+    """
+
+    def __init__(
+        self, manifest: Path, state: Path, rows: Sequence[tuple[str, str, float]], settings: Any, shard: Shard
+    ) -> None:
+        self.manifest, self.state, self.rows, self.shard = manifest, state, list(rows), shard
+        self.incomplete = manifest.with_name(manifest.name.replace(MANIFEST_FILE, INCOMPLETE_FILE))
+        text = json.dumps([self.rows, settings], sort_keys=True, ensure_ascii=False)
+        self.work_list = hashlib.sha256(text.encode()).hexdigest()
+        state.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(state / "lock")
+        with self._lock:  # what is there from earlier is no longer certain
+            manifest.unlink(missing_ok=True)
+            self._journal = open(self._path(shard.index), "w", encoding="utf-8")  # noqa: SIM115 -- closed by close()
+            self._write({"work_list": self.work_list, "shard": shard.index, "of": shard.count, "launch": shard.launch})
+
+    def record(
+        self, index: int, status: str, reason: str = "", files: Sequence[str] = (), duration_sec: float | None = None
+    ) -> None:
+        """Note what became of clip ``index``. ``files`` are relative to the folder of the manifest."""
+        content = {"status": status, "reason": reason, "files": list(files), "duration_sec": duration_sec}
+        self._write({"index": index, **content})
+
+    def finish(self) -> Outcome:
+        """Say that this share has been gone through, and write the manifest of what all shares have come to."""
+        with self._lock:
+            self._write({"finished": True})
+            journals = {number: self._read(number) for number in range(self.shard.count)}
+            unfinished = tuple(number + 1 for number, journal in journals.items() if not journal.finished)
+            target = self.incomplete if unfinished else self.manifest
+            atomic_write_text(target, self._joined(journals))
+            if not unfinished:
+                self.incomplete.unlink(missing_ok=True)
+                self._remove_foreign_journals()
+        group = [journals[number] for number in self.shard.indices_in_group]
+        return Outcome(
+            complete=not unfinished,
+            group_complete=all(journal.finished and journal.launch == self.shard.launch for journal in group),
+            group_failed=sum(row["status"] == FAILED for journal in group for row in journal.rows.values()),
+            unfinished=unfinished,
+        )
+
+    def close(self) -> None:
+        self._journal.close()
+
+    def __enter__(self) -> Accounts:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+    # -- journals -------------------------------------------------------------------------------------------------
+
+    def _path(self, number: int) -> Path:
+        return self.state / f"shard_{number + 1}_of_{self.shard.count}.jsonl"
+
+    def _write(self, line: dict[str, Any]) -> None:
+        self._journal.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self._journal.flush()
+
+    def _read(self, number: int) -> _Journal:
+        """Return what a shard has written about this work list; nothing, if it has not begun."""
+        lines = list(_lines(self._path(number)))
+        if not lines or lines[0].get("work_list") != self.work_list:
+            return _Journal("", {}, finished=False)
+        rows = {line["index"]: line for line in lines[1:] if "index" in line}
+        return _Journal(lines[0].get("launch", ""), rows, finished="finished" in lines[-1])
+
+    def _joined(self, journals: dict[int, _Journal]) -> str:
+        text = []
+        for index, (clip_id, source, start_sec) in enumerate(self.rows):
+            number = index % self.shard.count
+            found = journals[number].rows.get(index)
+            if found is None:
+                reason = f"shard {number + 1} of {self.shard.count} has not finished"
+                found = {"status": PENDING, "reason": reason, "files": [], "duration_sec": None}
+            row: Row = {"id": clip_id, "source": source, "start_sec": start_sec}
+            row |= {key: found[key] for key in ("status", "reason", "files", "duration_sec")}
+            text.append(json.dumps(row, ensure_ascii=False) + "\n")
+        return "".join(text)
+
+    def _remove_foreign_journals(self) -> None:
+        """Delete what earlier runs with another number of shards have left."""
+        own = {self._path(number) for number in range(self.shard.count)}
+        for path in self.state.glob("shard_*_of_*.jsonl"):
+            if path not in own:
+                path.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class _Journal:
+    launch: str
+    rows: dict[int, dict[str, Any]]
+    finished: bool
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a journal; one that a killed process left unfinished counts as not written."""
+    if not path.is_file():
+        return []
+    lines = []
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                content = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(content, dict):
+                lines.append(content)
+    return lines
+
+
+def read_manifest(path: str | os.PathLike[str]) -> list[Row]:
+    """Return the rows of a manifest, in the order of the work list.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a line is not a JSON object with an id and a status.
+    """
+    rows = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}: line {number} is not JSON ({error})") from error
+        if not isinstance(row, dict) or "id" not in row or "status" not in row:
+            raise ValueError(f"{path}: line {number} is no row of a manifest, expected an id and a status")
+        rows.append(row)
+    return rows
