@@ -1,0 +1,189 @@
+"""Measuring two ways of doing one thing: interleaved, medians, peak memory, and the machine's own ceiling."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import resource
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+MEMORY_POLL_SEC = 0.002
+CEILING_SIZE = {"cpu": 2048, "cuda": 8192, "mps": 4096}  # rows and columns of the matrices whose product is timed
+
+
+@dataclass(frozen=True)
+class Result:
+    """One line of the table.
+
+    Attributes:
+        plain_sec, ours_sec: medians; plain_sec is None where there is nothing to compare with.
+        ratio: ours over plain, from the medians.
+        plain_mib, ours_mib: how far memory rose above its level before the call.
+        error: relative difference of the two results. tolerance: what it may be.
+        tflops: arithmetic of our way, and share: the part of the machine's measured rate that it reaches.
+    """
+
+    stage: str
+    size: str
+    plain_sec: float | None
+    ours_sec: float
+    ratio: float | None = None
+    plain_mib: float | None = None
+    ours_mib: float | None = None
+    error: float | None = None
+    tolerance: float | None = None
+    tflops: float | None = None
+    share: float | None = None
+    note: str = ""
+
+    def row(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Bench:
+    """Times calls on one device.
+
+    Args:
+        repeats: of each way, interleaved; the median counts.
+        ceilings: dtype -> matrix-multiply rate in TFLOP/s.
+    """
+
+    def __init__(self, device: torch.device, repeats: int, dtype: torch.dtype) -> None:
+        self.device, self.repeats, self.dtype = device, repeats, dtype
+        self.ceilings = {d: matmul_rate(device, d) for d in {dtype, torch.float32}}
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def seconds(self, call: Callable[[], Any]) -> float:
+        self.synchronize()
+        start = time.perf_counter()
+        call()
+        self.synchronize()
+        return time.perf_counter() - start
+
+    def compare(
+        self,
+        stage: str,
+        size: str,
+        plain: Callable[[], Any],
+        ours: Callable[[], Any],
+        *,
+        error: float | None = None,
+        tolerance: float | None = None,
+        dtype: torch.dtype | None = None,
+        memory: bool = False,
+        note: str = "",
+    ) -> Result:
+        """Time both ways in turn, after one warm-up each; with ``memory`` measure the rise of memory apart."""
+        flops = count_flops(ours)
+        plain()
+        pairs = [(self.seconds(plain), self.seconds(ours)) for _ in range(self.repeats)]
+        plain_sec, ours_sec = (statistics.median(times) for times in zip(*pairs, strict=True))
+        tflops = flops / ours_sec / 1e12
+        return Result(
+            stage, size, plain_sec, ours_sec, ours_sec / plain_sec,
+            self.memory_rise(plain) if memory else None, self.memory_rise(ours) if memory else None,
+            error, tolerance, tflops, tflops / self.ceilings[dtype or self.dtype], note,
+        )
+
+    def memory_rise(self, call: Callable[[], Any]) -> float:
+        """Return by how many MiB memory rises during a call: the allocator's peak on CUDA, resident memory else."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            before = torch.cuda.memory_allocated(self.device)
+            call()
+            self.synchronize()
+            return (torch.cuda.max_memory_allocated(self.device) - before) / 2**20
+        return resident_rise(call)
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the best rate in TFLOP/s of a few large matrix products: what this machine can do at most."""
+    size = CEILING_SIZE[device.type]
+    # Through a linear layer, which on CPUs takes a faster path than a bare product for some types.
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(5):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        torch.nn.functional.linear(a, b)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best / 1e12
+
+
+def count_flops(call: Callable[[], Any]) -> int:
+    """Return the floating-point operations of matrix products, convolutions and attention in a call."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+def resident_rise(call: Callable[[], Any]) -> float:
+    """Return by how many MiB the resident memory of this process rises at most while ``call`` runs (Linux)."""
+    if sys.platform != "linux":
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        call()
+        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier calls left in the allocator would hide the rise
+    peak, done = [resident_bytes()], threading.Event()
+    before = peak[0]
+
+    def watch() -> None:
+        while not done.wait(MEMORY_POLL_SEC):
+            peak[0] = max(peak[0], resident_bytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        call()
+        peak[0] = max(peak[0], resident_bytes())
+    finally:
+        done.set()
+        watcher.join()
+    return (peak[0] - before) / 2**20
+
+
+def resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    found, expected = found.float(), expected.float()
+    return float((found - expected).norm() / expected.norm())
+
+
+def markdown(results: list[Result]) -> str:
+    """Return the results as a table."""
+    header = ("stage", "size", "plain", "ours", "ratio", "memory plain / ours", "difference", "of the ceiling", "")
+    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    for r in results:
+        memory = f"{r.plain_mib:.0f} / {r.ours_mib:.0f} MiB" if r.plain_mib is not None else ""
+        cells = (
+            r.stage, r.size, clock(r.plain_sec), clock(r.ours_sec), f"**{r.ratio:.2f}**" if r.ratio else "", memory,
+            f"{r.error:.1e}" if r.error is not None else "", f"{r.share:.0%}" if r.share is not None else "", r.note,
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def clock(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
