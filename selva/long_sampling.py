@@ -166,7 +166,7 @@ def sample_long(
         negative_text, precision, on_step: as for sample_latents.
 
     Raises:
-        ValueError: features of other lengths, or see :func:`window_grid`.
+        ValueError: features of other lengths or not one per seed, or see :func:`window_grid`.
     """
     config = config or SamplingConfig()
     if windows_per_pass < 1:
@@ -175,7 +175,7 @@ def sample_long(
     with _set_to(generator, grid.whole):
         empty_clip, empty_sync, _ = generator.empty_features(len(seeds))
     clip_f, sync_f = empty_clip if clip_f is None else clip_f, empty_sync if sync_f is None else sync_f
-    _check_lengths(grid.whole, clip_f, sync_f)
+    _check_features(grid.whole, clip_f, sync_f, text_f, len(seeds))
     if len(grid.segments) == 1:
         with _set_to(generator, grid.whole):
             return sample_latents(generator, clip_f, sync_f, text_f, seeds, config, negative_text=negative_text,
@@ -190,7 +190,10 @@ def sample_long(
     return generator.unnormalize(latents)
 
 
-def _check_lengths(whole: SequenceConfig, clip_f: Tensor, sync_f: Tensor) -> None:
+def _check_features(whole: SequenceConfig, clip_f: Tensor, sync_f: Tensor, text_f: Tensor, num_items: int) -> None:
+    batches = [len(clip_f), len(sync_f), len(text_f)]
+    if batches != [num_items] * 3:
+        raise ValueError(f"clip, sync and text features of {batches} items, expected {num_items}, one per seed")
     for what, features, expected in (
         ("clip features", clip_f, whole.clip_seq_len), ("sync features", sync_f, whole.sync_seq_len)
     ):
