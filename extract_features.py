@@ -3,6 +3,7 @@
     python extract_features.py clips/ --output_dir features/dog --prompt "a dog barking" --variant small_16k --selva_dir weights/
     python extract_features.py clips.tsv --output_dir features/all --windows --variant small_16k --selva_dir weights/
     torchrun --nproc_per_node=8 extract_features.py clips.tsv --output_dir data/train --format memmap --selva_dir weights/
+    python extract_features.py cut/clips.tsv --recordings sounds/ --captions captions.tsv --output_dir data/sounds --selva_dir weights/
 
 Writes <id>.npz (published ComfyUI-SelVA schema) and <id>.flac for every clip; train_lora.py reads that folder. What is
 there already, made from the same content with the same settings, is left as it is: an interrupted run is started again.
@@ -17,12 +18,11 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from selva import cli, distributed
+from selva.audio_set import AudioSetExtractor, plan_audio_set
 from selva.clip_reader import ClipReader, ReadSettings, default_workers, read_clips
-from selva.extract_outputs import FeatureFiles, MemmapRows
-from selva.extract_run import ClipEncoder, Summary, run
+from selva.extract_outputs import FeatureFiles, MemmapRows, beside_memmap, memmap_manifest
+from selva.extract_run import ClipEncoder, Summary, run, run_sounds
 from selva.extraction import EXTRACTION_VERSION, FeatureExtractor
 from selva.manifest import Accounts, Outcome, Shard
 from selva.models.zoo import Variant, get_variant
@@ -36,6 +36,9 @@ log = logging.getLogger("selva.extract_features")
 
 ENCODER_PARTS = ("clip_text", "clip_image", "t5", "video_encoder")
 CONFIG_FILE = "extract_config.yaml"
+# What has no meaning for sound without pictures.
+VIDEO_ONLY = ("recursive", "video_dir", "audio", "latents", "name", "preview", "overwrite", "prompt", "prompts", "start",
+              "windows", "overlap", "mask")
 
 
 def build_parser() -> cli.ArgumentParser:
@@ -71,6 +74,11 @@ def build_parser() -> cli.ArgumentParser:
                        help="cut all of every video into clips of --duration, called <video>_000, <video>_001 ...")
     group.add_argument("--overlap", type=float, default=0.0, help="seconds that each of these shares with the next")
     parser.add_masks()
+    group = parser.add_argument_group("sound without pictures (always a memmap)")
+    group.add_argument("--recordings", type=Path, metavar="DIR",
+                       help="the folder of recordings that INPUT, a clips.tsv of partition_clips.py, cuts")
+    group.add_argument("--captions", type=Path, metavar="FILE",
+                       help="table with the columns id, a recording's name or a clip's id, and caption")
     group = parser.add_argument_group("running")
     group.add_argument("--workers", type=int,
                        help="processes that read videos ahead of the encoders; 0 reads in the main process; by default "
@@ -101,6 +109,11 @@ def check_arguments(args: argparse.Namespace, variant: Variant) -> None:
         raise cli.UsageError(f"--duration: {error}") from error
     if args.workers is not None and args.workers < 0:
         raise cli.UsageError(f"--workers is {args.workers}, expected 0 or more")
+    if (args.recordings is None) != (args.captions is None) or (args.recordings and len(args.inputs) != 1):
+        raise cli.UsageError("sound without pictures needs one table of clips, --recordings and --captions")
+    given = [f"--{name}" for name in VIDEO_ONLY if getattr(args, name) not in (None, False, "", 0.0)]
+    if args.recordings and given:
+        raise cli.UsageError(f"{', '.join(given)}: only for videos, not for sound without pictures; leave it out")
     if args.format == "memmap":
         if args.audio is not None:
             raise cli.UsageError("--audio: a memmap holds the encoded sound, it has no sound files; leave --audio out")
@@ -124,7 +137,7 @@ def work_list(args: argparse.Namespace) -> list[ClipJob]:
     except (ValueError, FileNotFoundError) as error:
         raise cli.UsageError(str(error)) from error
     for job in jobs:
-        cli.mask_settings(args, job.mask)
+        cli.mask_settings(args, job.mask)  # says what is wrong with them
     without = sum(not job.prompt for job in jobs)
     if without:
         log.warning("%d of %d clips have no prompt: their sounds can later only be asked for without words, and the "
@@ -145,17 +158,17 @@ def open_output(args: argparse.Namespace, variant: Variant, jobs: list[ClipJob])
     return output
 
 
-def open_accounts(args: argparse.Namespace, output: FeatureFiles | MemmapRows, jobs: list[ClipJob]) -> Accounts:
+def open_accounts(
+    args: argparse.Namespace, manifest: Path, state: Path, rows: list[tuple[str, str, float | None]], prompts: list[str]
+) -> Accounts:
     """Return the books of this process about its share of the work list."""
     index, count = map(int, args.shard.split("/")) if args.shard else (1, 1)
     settings = {name: str(value) for name, value in vars(args).items() if name in (
         "format", "audio", "latents", "variant", "precision", "mask_strength", "mask_clip", "mask_sync")}
-    settings["prompts"] = [job.prompt for job in jobs]
-    rows = [(job.id, str(job.path), job.start_sec) for job in jobs]
-    return Accounts(output.manifest, output.state, rows, settings, Shard.of_process(index - 1, count))
+    return Accounts(manifest, state, rows, [settings, prompts], Shard.of_process(index - 1, count))
 
 
-def report(summary: Summary, outcome: Outcome | None, output: FeatureFiles | MemmapRows) -> None:
+def report(summary: Summary, outcome: Outcome | None, manifest: Path) -> None:
     log.info("%s", summary.table())
     log.info("%d extracted, %d already current, %d left out, %d failed, in %s", summary.extracted, summary.current,
              summary.skipped, summary.failed, clock(summary.elapsed_sec))
@@ -165,7 +178,7 @@ def report(summary: Summary, outcome: Outcome | None, output: FeatureFiles | Mem
         log.info("this part is finished; the manifest will be complete when the parts %s are",
                  ", ".join(map(str, outcome.unfinished)))
     else:
-        log.info("what became of every clip: %s", output.manifest)
+        log.info("what became of every clip: %s", manifest)
 
 
 def exit_code(summary: Summary, outcome: Outcome | None, shard: Shard) -> int:
@@ -178,39 +191,66 @@ def exit_code(summary: Summary, outcome: Outcome | None, shard: Shard) -> int:
     return cli.EXIT_FAILED if outcome.group_complete and outcome.group_failed else 0
 
 
-@cli.entry_point
-def main(argv: Sequence[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
-    device = cli.resolve_device(args.device)
-    variant = get_variant(args.variant)
-    check_arguments(args, variant)
-    jobs = work_list(args)
+def extract_videos(args: argparse.Namespace, extractor: FeatureExtractor) -> int:
+    """Extract what the arguments ask for, and return the exit code."""
+    variant, jobs = extractor.variant, work_list(args)
     latents = args.latents or args.format == "memmap"
     check_weights(variant.name, args.selva_dir, (*ENCODER_PARTS, *(("vae",) if latents else ())))
-
     output = open_output(args, variant, jobs)
-    precision = cli.PRECISIONS[args.precision]
     settings = ReadSettings(
-        variant.name, str(precision).removeprefix("torch."), None if args.format == "memmap" else args.output_dir,
-        args.audio or "extract", latents, args.overwrite, args.mask_strength, args.mask_clip, args.mask_sync,
-        args.preview,
+        variant.name, str(extractor.precision).removeprefix("torch."),
+        None if args.format == "memmap" else args.output_dir, args.audio or "extract", latents, args.overwrite,
+        args.mask_strength, args.mask_clip, args.mask_sync, args.preview,
     )
     reader = ClipReader(jobs, settings, output.digests)
-    extractor = FeatureExtractor(variant, args.selva_dir, device, precision)
-    with torch.no_grad(), open_accounts(args, output, jobs) as accounts:
+    rows = [(job.id, str(job.path), job.start_sec) for job in jobs]
+    with open_accounts(args, output.manifest, output.state, rows, [job.prompt for job in jobs]) as accounts:
         own = accounts.shard.own(len(jobs))
         workers = args.workers if args.workers is not None else default_workers(len(own))
         encoder = ClipEncoder(extractor, jobs, own, StageTimes())
         clips = read_clips(reader, own, workers, args.debug)
         summary = run(clips, len(own), encoder, output, accounts, strict=args.strict, announce=announce)
         stopped = args.strict and summary.failed
-        if not stopped:
-            for path in output.finish():
-                announce(path)
+        for path in [] if stopped else output.finish():
+            announce(path)
         outcome = None if stopped else accounts.finish()
     output.close()
-    report(summary, outcome, output)
+    report(summary, outcome, output.manifest)
     return exit_code(summary, outcome, accounts.shard)
+
+
+def extract_sounds(args: argparse.Namespace, extractor: FeatureExtractor) -> int:
+    """Make a set of sound without pictures, and return the exit code."""
+    jobs = plan_audio_set(args.inputs[0], args.captions, args.recordings)
+    check_weights(extractor.variant.name, args.selva_dir, ("clip_text", "vae"))
+    rows = [(job.window.id, str(job.path or job.window.name), None) for job in jobs]
+    workers = args.workers if args.workers is not None else default_workers(len(jobs))
+    sounds = AudioSetExtractor(extractor, num_workers=workers)
+    with sounds.open_writer(args.output_dir, jobs) as writer:
+        manifest, state = memmap_manifest(args.output_dir)
+        if is_main_process():
+            cli.write_settings(beside_memmap(args.output_dir, CONFIG_FILE), args)
+        with open_accounts(args, manifest, state, rows, [job.caption for job in jobs]) as accounts:
+            own = accounts.shard.own_groups([job.window.name for job in jobs])  # a recording is read once
+            extractor.prepare_texts({jobs[index].caption for index in own}, sync=False)
+            results = sounds.run(jobs, writer, own)
+            summary = run_sounds(results, len(own), jobs, accounts, args.output_dir.name, args.strict)
+            stopped = args.strict and summary.failed
+            if not stopped and writer.publish_if_complete():
+                announce(args.output_dir)
+            outcome = None if stopped else accounts.finish()
+    report(summary, outcome, manifest)
+    return exit_code(summary, outcome, accounts.shard)
+
+
+@cli.entry_point
+def main(argv: Sequence[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    device = cli.resolve_device(args.device)
+    variant = get_variant(args.variant)
+    check_arguments(args, variant)
+    extractor = FeatureExtractor(variant, args.selva_dir, device, cli.PRECISIONS[args.precision])
+    return extract_sounds(args, extractor) if args.recordings else extract_videos(args, extractor)
 
 
 def announce(path: Path) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from selva.contact_sheet import write_contact_sheet
 from selva.extraction import clip_settings, source_hash
 from selva.features import load_features
 from selva.manifest import DONE, FAILED, SKIPPED
@@ -156,14 +157,13 @@ class ClipReader:
             sound_name, remark = ("", "") if options.is_memmap else _sound_file(job, options.audio)
             current = None if options.overwrite else self._current(index, job, settings, digest, sound_name)
         if current is not None:
+            self._preview(job, times)
             return ReadClip(index, DONE, remark, settings, digest, duration_sec=current, sound_file=sound_name)
         with times.stage("decode"):
             frames = self._frames(job)
         with times.stage("sound"):
             waveform, why_not = self._sound(job, frames.duration_sec, sound_name)
-        if options.preview_dir is not None:
-            with times.stage("preview"):
-                self._preview(job, frames)
+        self._preview(job, times, frames)
         return ReadClip(
             index, READY, remark or why_not, settings, digest, frames.clip_frames.numpy(), frames.sync_frames.numpy(),
             waveform, frames.duration_sec, frames.source_fps, sound_name,
@@ -237,10 +237,15 @@ class ClipReader:
                 raise
             return None, f"{error}; its features are written without latents"
 
-    def _preview(self, job: ClipJob, frames: VideoFrames) -> None:
-        from selva.media import write_preview
-
-        write_preview(self.settings.preview_dir / f"{job.id}.png", frames)
+    def _preview(self, job: ClipJob, times: StageTimes, frames: VideoFrames | None = None) -> None:
+        """Show what the encoders see, or have seen: ``frames`` is None for a clip whose features are current."""
+        if self.settings.preview_dir is None:
+            return
+        path = self.settings.preview_dir / f"{job.id}.png"
+        if frames is None and path.exists():
+            return
+        with times.stage("preview"):
+            write_contact_sheet(path, frames or self._frames(job), f"{job.id}: {job.prompt}")
 
 
 def digest_of(settings: dict[str, Any]) -> str:

@@ -20,6 +20,16 @@ from selva.models.zoo import Variant
 from selva.worklist import ClipJob
 
 
+def beside_memmap(folder: Path, name: str) -> Path:
+    """Return where a file about a memmap goes: not into it, whose files belong to its format."""
+    return folder.with_name(f"{folder.name}.{name}")
+
+
+def memmap_manifest(folder: Path) -> tuple[Path, Path]:
+    """Return the manifest of a memmap, and the folder for its journals."""
+    return beside_memmap(folder, MANIFEST_FILE), folder.with_name(f".{folder.name}.extract")
+
+
 @dataclass(frozen=True)
 class Encoded:
     """What the encoders made of one clip, all float32 on the CPU.
@@ -101,13 +111,13 @@ class MemmapRows:
 
     def __init__(self, folder: Path, variant: Variant, jobs: Sequence[ClipJob], settings: Any) -> None:
         self.folder = folder
-        self.manifest, self.state = self.beside(MANIFEST_FILE), folder.with_name(f".{folder.name}.extract")
+        self.manifest, self.state = memmap_manifest(folder)
         rows = [(job.id, job.prompt) for job in jobs]
         self.writer = MemmapWriter(folder, variant, rows, video=True, settings=settings)
         self.digests = self.writer.digests()
 
     def beside(self, name: str) -> Path:
-        return self.folder.with_name(f"{self.folder.name}.{name}")
+        return beside_memmap(self.folder, name)
 
     def confirm(self, index: int, digest: str) -> bool:
         return self.writer.is_current(index, digest)

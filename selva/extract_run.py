@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,9 +22,13 @@ from selva.extraction import FeatureExtractor, FramePasses
 from selva.manifest import DONE, FAILED, SKIPPED, Accounts
 from selva.models.zoo import build_mel
 from selva.report import Progress, StageTimes, peak_memory_bytes
+from selva.sequence import DEFAULT_DURATION_SEC
 from selva.training_data import encode_latents
 from selva.weights import load_vae
 from selva.worklist import ClipJob
+
+if TYPE_CHECKING:
+    from selva.audio_set import SoundJob, SoundResult
 
 log = logging.getLogger(__name__)
 
@@ -169,7 +174,7 @@ class Summary:
     def table(self) -> str:
         """Return lines that say what the time and the memory went to."""
         number = self.extracted + self.current + self.skipped + self.failed
-        lines = [f"{'stage':22}{'seconds':>9}{'share':>7}{'ms per clip':>13}"]
+        lines = [f"{'stage':22}{'seconds':>9}{'share':>7}{'ms per clip':>13}"] if self.seconds else []
         for name, seconds in self.seconds.items():
             share, each = seconds / max(self.elapsed_sec, 1e-9), 1000 * seconds / max(number, 1)
             lines.append(f"{name:22}{seconds:9.1f}{share:7.0%}{each:13.1f}")
@@ -222,6 +227,38 @@ def run(
             if strict and summary.failed:
                 break
     summary.elapsed_sec, summary.memory = time.monotonic() - started, peak_memory_bytes(encoder.extractor.device)
+    return summary
+
+
+def run_sounds(
+    results: Iterable[SoundResult],
+    num_clips: int,
+    jobs: Sequence[SoundJob],
+    accounts: Accounts,
+    folder_name: str,
+    strict: bool = False,
+) -> Summary:
+    """Account for the rows of a set of sound while they are made; return what became of them.
+
+    Args:
+        results: see :meth:`selva.audio_set.AudioSetExtractor.run`. num_clips: how many will come.
+        folder_name: of the memmap.
+        strict: stop at the first clip that failed; the rest stays unaccounted for.
+    """
+    summary, started = Summary(), time.monotonic()
+    with Progress(num_clips, "encoding sound", "clips") as progress:
+        for number, result in enumerate(results, 1):
+            status = FAILED if result.problem else DONE
+            accounts.record(result.index, status, result.problem,
+                            [folder_name] if status == DONE else (),
+                            DEFAULT_DURATION_SEC if status == DONE else None)
+            summary.count(status, result.made)
+            if result.problem:
+                log.error("%s", result.problem)
+            progress.update(number, jobs[result.index].window.id)
+            if strict and summary.failed:
+                break
+    summary.elapsed_sec, summary.memory = time.monotonic() - started, peak_memory_bytes("cpu")
     return summary
 
 

@@ -16,7 +16,7 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,11 @@ class Shard:
         """Return the indices of this share."""
         return range(self.index, num_clips, self.count)
 
+    def own_groups(self, keys: Sequence[Hashable]) -> list[int]:
+        """Return the indices of this share if clips with the same key have to stay together."""
+        numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+        return [index for index, key in enumerate(keys) if numbers[key] % self.count == self.index]
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -91,13 +96,13 @@ class Accounts:
 
     Args:
         manifest: the file to be written in the end. state: folder for the journals.
-        rows: (id, source, start_sec) of every clip of the whole list, in order.
+        rows: (id, source, start_sec or None) of every clip of the whole list, in order.
         settings: whatever else makes two runs different; journals of other settings or lists do not count.
         shard: the share of this process.
     """
 
     def __init__(
-        self, manifest: Path, state: Path, rows: Sequence[tuple[str, str, float]], settings: Any, shard: Shard
+        self, manifest: Path, state: Path, rows: Sequence[tuple[str, str, float | None]], settings: Any, shard: Shard
     ) -> None:
         self.manifest, self.state, self.rows, self.shard = manifest, state, list(rows), shard
         self.incomplete = manifest.with_name(manifest.name.replace(MANIFEST_FILE, INCOMPLETE_FILE))
@@ -163,15 +168,12 @@ class Accounts:
         return _Journal(lines[0].get("launch", ""), rows, finished="finished" in lines[-1])
 
     def _joined(self, journals: dict[int, _Journal]) -> str:
+        found = {index: row for journal in journals.values() for index, row in journal.rows.items()}
+        pending = {"status": PENDING, "reason": "no process has finished it yet", "files": [], "duration_sec": None}
         text = []
         for index, (clip_id, source, start_sec) in enumerate(self.rows):
-            number = index % self.shard.count
-            found = journals[number].rows.get(index)
-            if found is None:
-                reason = f"shard {number + 1} of {self.shard.count} has not finished"
-                found = {"status": PENDING, "reason": reason, "files": [], "duration_sec": None}
             row: Row = {"id": clip_id, "source": source, "start_sec": start_sec}
-            row |= {key: found[key] for key in ("status", "reason", "files", "duration_sec")}
+            row |= {key: found.get(index, pending)[key] for key in pending}
             text.append(json.dumps(row, ensure_ascii=False) + "\n")
         return "".join(text)
 
