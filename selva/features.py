@@ -22,6 +22,7 @@ import math
 import os
 import zipfile
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -173,13 +174,29 @@ _KEYS = ("clip_features", "sync_features", "duration", "prompt", "variant", *OPT
          "settings")
 
 
-def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+def load_settings(path: PathLike) -> dict[str, Any] | None:
+    """Return how the features in ``path`` were made, reading nothing else of the file; None if it does not say.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: unreadable, or settings that are no JSON object.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        return _settings(_read_arrays(path, ("settings",)))
+    except ValueError as error:
+        raise ValueError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from error
+
+
+def _read_arrays(path: Path, keys: Sequence[str] | None = None) -> dict[str, np.ndarray]:
     try:
         file = np.load(path, allow_pickle=False)
         if isinstance(file, np.ndarray):
             raise ValueError("it holds a single array")
         with file:
-            return {key: file[key] for key in _KEYS if key in file.files}
+            return {key: file[key] for key in (_KEYS if keys is None else keys) if key in file.files}
     except (ValueError, OSError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
         reason = str(error) or type(error).__name__
         if "allow_pickle" in reason:  # NumPy's own words advise to load the file unsafely

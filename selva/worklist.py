@@ -27,6 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from selva.clip_names import numbered_names
 from selva.clip_table import TABLE_SUFFIXES, TableRow, listed, read_clip_table, unsafe_id
 from selva.datasets import PROMPTS_FILE, read_prompts
 from selva.media import MASK_SUFFIXES, video_length
@@ -77,6 +78,7 @@ def collect_jobs(
     overlap_sec: float = 0.0,
     mask: PathLike | None = None,
     name: str | None = None,
+    name_dir: PathLike | None = None,
     video_dir: PathLike | None = None,
 ) -> list[ClipJob]:
     """Return the clips that the inputs ask for, in the order that the module describes.
@@ -95,8 +97,9 @@ def collect_jobs(
         overlap_sec: seconds that a window shares with the one before it.
         mask: image, video or .npy for all clips, or a folder with ``<id>.*`` or ``<video stem>.*``; a table's column
             ``mask`` wins over it.
-        name: call the clips ``name_001``, ``name_002`` ... in the order of the list. Numbers follow from the order
-            alone, so the same inputs get the same names again; a video that is added in front moves all others by one.
+        name: call the clips ``name_001``, ``name_002`` ... in the order of the list.
+        name_dir: where clips were written before: they keep their numbers, and new ones get the first that are free,
+            see :mod:`selva.clip_names`. Without it, numbers follow from the order alone.
         video_dir: where a table's videos lie, if not beside it.
 
     Raises:
@@ -120,7 +123,8 @@ def collect_jobs(
             for row in rows
         ]
     if name is not None:
-        ids = _numbered(name, len(clips))
+        keys = [(row.path.name, start) for row, _, start, _ in clips]
+        ids = numbered_names(name, keys, None if name_dir is None else Path(name_dir))
         clips = [(row, new, start, length) for (row, _, start, length), new in zip(clips, ids, strict=True)]
     _check_ids((id_, row.path) for row, id_, _, _ in clips)
     masks = _Masks(mask)
@@ -259,13 +263,6 @@ def _length(path: Path) -> float | None:
     except (ValueError, OSError) as error:
         log.debug("%s", error)  # the work on this clip will say it again
         return None
-
-
-def _numbered(name: str, count: int) -> list[str]:
-    clean = name.translate(str.maketrans("/\\\0", "___"))  # as ComfyUI-SelVA cleans names
-    if not clean:
-        raise ValueError("the name of the clips is empty")
-    return [f"{clean}_{number:03d}" for number in range(1, count + 1)]
 
 
 def _check_ids(clips: Iterable[tuple[str, Path]]) -> None:
