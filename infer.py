@@ -1,82 +1,90 @@
-"""Generate sound for a video, with or without an adapter.
+"""Generate sound for videos, with or without adapters.
 
     python infer.py --video cat.mp4 --prompt "a cat purring" --variant small_16k --selva_dir weights/ --adapter runs/cat/adapter_final.pt
+    python infer.py clips/ --prompt "a cat purring" --variant small_16k --selva_dir weights/ --output sounds
+    python infer.py clips.tsv --variant tiny_16k --num_variations 3 --output sounds
     python infer.py --features features/demo/clip.npz --variant tiny_16k --output demo.flac
     python infer.py --prompt "rain on a tin roof" --duration 8 --variant tiny_16k
+    python infer.py clips/ --variant tiny_16k --compare adapters.txt --output comparison
 
 Writes <name>.flac and, for a video, <name>.mp4 with the new sound, and <name>.yaml with the settings. Prints the paths of
-the sound and the video, one per line. The same seed gives the same sound.
+the sounds and the videos, one per line. The same seed gives the same sound. What is there already, made from the same
+content with the same settings, is left as it is.
 """  # noqa: E501
 
 from __future__ import annotations
 
 import argparse
 import logging
+import math
 import re
 import sys
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from selva import cli
-from selva.checkpoint import load_adapter
-from selva.extraction import FeatureExtractor
-from selva.features import load_features
-from selva.lora import Adapter, merge_adapters
-from selva.media import mux_video, write_audio
-from selva.models.generator import Generator, cast_frozen_
-from selva.models.zoo import Variant, features_problem, get_variant
-from selva.report import Progress, clock, peak_memory_bytes
-from selva.sampling import SamplingConfig, decode_latents, sample_latents
-from selva.sequence import DEFAULT_DURATION_SEC, SHORTEST_SEC, SequenceConfig, sequence_config
-from selva.weights import check_weights, load_generator, load_vae, load_vocoder
+from selva.clip_table import TABLE_SUFFIXES, listed
+from selva.compare import check_reference_dir, read_compare_list, write_comparison
+from selva.flow import SOLVERS
+from selva.inference import (
+    AUDIO_SUFFIXES,
+    CLIP_FEATURE_CHOICES,
+    DEFAULT_BATCH_SIZE,
+    OFFLOAD_CHOICES,
+    VIDEO_SUFFIXES,
+    SoundGenerator,
+    SoundRequest,
+    load_adapters,
+)
+from selva.loudness import DEFAULT_TARGETS, METHODS
+from selva.media import video_length
+from selva.models.zoo import get_variant
+from selva.report import peak_memory_bytes
+from selva.sampling import SamplingConfig
+from selva.sequence import DEFAULT_DURATION_SEC, SHORTEST_SEC
+from selva.sound_batch import Clip, Setting, SoundBatch, Take, common_clip_features, write_manifest
+from selva.sound_files import shared_names, sound_files
+from selva.worklist import ClipJob, collect_jobs
 
 log = logging.getLogger("selva.infer")
 
-AUDIO_SUFFIXES, VIDEO_SUFFIXES = (".flac", ".wav"), (".mp4", ".mov", ".mkv", ".m4v")
-CLIP_FEATURE_CHOICES = ("auto", "use", "empty")
-
-
-@dataclass(frozen=True)
-class Conditions:
-    """What one sound is generated from; features (1, tokens, channels) float32 on the CPU.
-
-    Attributes:
-        clip_f, sync_f: None where nothing was given, which becomes the learned empty features.
-        negative: text features to guide away from, None for the learned empty text.
-        name: stem of the output files.
-    """
-
-    name: str
-    sequence: SequenceConfig
-    clip_f: Tensor | None
-    sync_f: Tensor | None
-    text_f: Tensor | None
-    negative: Tensor | None
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# settings
-# ---------------------------------------------------------------------------------------------------------------
+WHOLE_VIDEO_SEC = 86_400.0  # longer than any; a video that ends earlier makes a shorter clip
 
 
 def build_parser() -> cli.ArgumentParser:
     parser = cli.ArgumentParser(__doc__)
     group = parser.add_argument_group("what to make sound for")
-    group.add_argument("--video", type=Path, help="the video")
-    group.add_argument("--features", type=Path, metavar="FILE.npz", help="features from extract_features.py instead")
-    group.add_argument("--prompt", help="what is to be heard (default with --features: their own prompt)")
+    group.add_argument("inputs", nargs="*", type=Path, metavar="INPUT",
+                       help="videos, folders of videos, or tables (.tsv, .csv) with the columns id, and optionally "
+                       "prompt, path, start, duration, mask")
+    group.add_argument("--video", type=Path, action="append", default=[], metavar="FILE",
+                       help="a video; may be given several times")
+    group.add_argument("--features", type=Path, action="append", default=[], metavar="PATH",
+                       help="features from extract_features.py instead: an .npz or a folder of them; may be given "
+                       "several times")
+    group.add_argument("--recursive", action="store_true", help="take the subfolders of a folder too")
+    group.add_argument("--prompt", help="what is to be heard (default with --features: their own prompt); alone, sound "
+                       "is made from words only")
+    group.add_argument("--prompts", type=Path, metavar="FILE", help="prompts.txt with lines `name.npz: prompt`")
     group.add_argument("--negative_prompt", default="", help="what is not to be heard")
     group.add_argument("--start", type=float, default=0.0, help="seconds into the video where the sound begins")
     group.add_argument("--duration", type=float,
-                       help=f"seconds of sound (default {DEFAULT_DURATION_SEC:g}, or what the features cover)")
+                       help=f"seconds of sound (default {DEFAULT_DURATION_SEC:g}, or what the features cover; with "
+                       "--long to the end of the video)")
+    group.add_argument("--long", action="store_true",
+                       help=f"go through more than {DEFAULT_DURATION_SEC:g} s in overlapping windows that are sampled "
+                       "together")
+    parser.add_masks()
+    group = parser.add_argument_group("what to write")
     group.add_argument("--output", type=Path, default=Path("output"),
-                       help="a folder, or a file name ending in .flac, .wav or .mp4")
+                       help="a folder, or for one sound a file name ending in .flac, .wav, .mp4, .mov, .mkv or .m4v")
     group.add_argument("--audio_only", action="store_true", help="write no video")
+    group.add_argument("--normalize", choices=METHODS, default="none",
+                       help="bring each sound to a level: its RMS, its loudness or its true peak, which is kept below "
+                       "-1 dBTP in any case. none: the level that the model makes")
+    group.add_argument("--target", type=float, metavar="DB",
+                       help="that level (default " + ", ".join(f"{k} {v:g}" for k, v in DEFAULT_TARGETS.items()) + ")")
+    group.add_argument("--overwrite", action="store_true", help="make again what is there already")
     parser.add_model()
     group = parser.add_argument_group("adapters")
     group.add_argument("--adapter", type=Path, action="append", default=[], metavar="FILE",
@@ -86,10 +94,28 @@ def build_parser() -> cli.ArgumentParser:
     group.add_argument("--clip_features", choices=CLIP_FEATURE_CHOICES, default="auto",
                        help="pass CLIP frame features, or the learned nothing. auto: what the adapter was trained "
                        "with; without one, empty for SelVA and use for MMAudio, as officially released")
+    group.add_argument("--compare", type=Path, metavar="FILE",
+                       help="the same clips and seeds with each line of this list: `path strength [label]`, or `base`; "
+                       "writes one sheet of spectrograms and the figures")
+    group.add_argument("--reference", type=Path, metavar="DIR",
+                       help="with --compare: sounds named like the clips to compare with (default: the video's own "
+                       "sound, or the one beside the features)")
     group = parser.add_argument_group("sampling")
-    group.add_argument("--num_steps", type=int, default=SamplingConfig.num_steps, help="Euler steps")
+    group.add_argument("--num_steps", type=int, default=SamplingConfig.num_steps, help="steps of the solver")
+    group.add_argument("--solver", choices=SOLVERS, default=SamplingConfig.solver,
+                       help="midpoint and heun take twice the time per step")
     group.add_argument("--cfg_strength", type=float, default=SamplingConfig.cfg_strength,
                        help="guidance: how strictly video and prompt are followed; below 1 there is none")
+    group.add_argument("--cfg_interval", type=float, nargs=2, metavar=("LO", "HI"),
+                       default=list(SamplingConfig.cfg_interval),
+                       help="guidance only between these times; 0 is noise, 1 is sound (default: 0 1)")
+    group.add_argument("--num_variations", type=cli.positive_int, default=1, metavar="N",
+                       help="sounds per clip, with the seeds --seed to --seed + N - 1, called <name>_1 to <name>_N")
+    group.add_argument("--batch_size", type=cli.positive_int, default=DEFAULT_BATCH_SIZE,
+                       help="sounds of equal length that are sampled at once")
+    group.add_argument("--offload", choices=OFFLOAD_CHOICES, default="auto",
+                       help="auto: load one network after the other and free it, which takes the least memory; none: "
+                       "keep all loaded, which is quicker for many clips")
     parser.add_common(precision="bf16")
     return parser
 
@@ -97,195 +123,203 @@ def build_parser() -> cli.ArgumentParser:
 def check_arguments(args: argparse.Namespace) -> None:
     """Raise a UsageError that lists everything wrong with the command line."""
     problems = []
-    if args.video and args.features:
-        problems.append("give --video or --features, not both")
-    if not (args.video or args.features or args.prompt):
-        problems.append("give --video, --features or --prompt")
-    problems += [f"{p}: no such file" for p in (args.video, args.features, *args.adapter) if p and not p.is_file()]
+    videos = bool(args.inputs or args.video)
+    if videos and args.features:
+        problems.append("give videos or --features, not both")
+    if not (videos or args.features or args.prompt):
+        problems.append("give a video, --features or --prompt")
+    files = (*args.adapter, args.prompts, args.compare)
+    problems += [f"{path}: no such file" for path in files if path and not path.is_file()]
+    problems += [f"{path}: no such file" for path in (*args.inputs, *args.video, *args.features) if not path.exists()]
     if len(args.strength) > len(args.adapter):
         problems.append(f"{len(args.strength)} --strength for {len(args.adapter)} --adapter")
+    if args.compare and args.adapter:
+        problems.append("with --compare the adapters stand in its list, not in --adapter")
+    if args.reference and not args.compare:
+        problems.append("--reference belongs to --compare")
     suffix = args.output.suffix.lower()
     if suffix and suffix not in AUDIO_SUFFIXES + VIDEO_SUFFIXES and not args.output.is_dir():
         problems.append(f"--output {args.output}: expected a folder or a name ending in "
                         f"{', '.join(AUDIO_SUFFIXES + VIDEO_SUFFIXES)}")
-    if suffix in VIDEO_SUFFIXES and (args.audio_only or not args.video):
+    if is_file_name(args.output) and args.compare:
+        problems.append(f"--output {args.output}: --compare writes a folder")
+    if suffix in VIDEO_SUFFIXES and (args.audio_only or not videos):
         problems.append(f"--output {args.output}: a video is only written with --video and without --audio_only")
-    if args.num_steps < 1:
-        problems.append(f"--num_steps is {args.num_steps}, expected at least 1")
-    if args.video and args.output.is_file() and args.output.samefile(args.video):
-        problems.append(f"--output {args.output}: is the video itself")
-    if args.duration is not None and not args.duration >= SHORTEST_SEC:
+    for path in (*args.inputs, *args.video):
+        if args.output.is_file() and path.is_file() and args.output.samefile(path):
+            problems.append(f"--output {args.output}: is the video itself")
+    if args.duration is not None and not (args.duration >= SHORTEST_SEC and math.isfinite(args.duration)):
         problems.append(f"--duration is {args.duration}, expected at least {SHORTEST_SEC} seconds")
-    if args.features and args.start:
-        problems.append("--start belongs to --video; features begin where they were extracted")
+    if not videos and (args.start or args.mask or args.prompts):
+        problems.append("--start, --mask and --prompts belong to videos; features have theirs already")
+    if args.target is not None and (args.normalize == "none" or not math.isfinite(args.target)):
+        problems.append(f"--target {args.target:g}: expected a number of dB, together with --normalize")
+    try:
+        sampling_config(args)
+    except ValueError as error:
+        problems.append(str(error))
     if problems:
         raise cli.UsageError("; ".join(problems))
 
 
-def load_adapters(args: argparse.Namespace, variant: Variant) -> list[tuple[Adapter, float]]:
-    """Return (adapter, strength) pairs; an adapter that says it was trained for another variant is refused."""
-    strengths = args.strength + [1.0] * (len(args.adapter) - len(args.strength))
-    pairs = []
-    for path, strength in zip(args.adapter, strengths, strict=True):
-        adapter = load_adapter(path)
-        trained_for = adapter.meta.get("variant")
-        if trained_for is not None and trained_for != variant.name:
-            raise ValueError(f"{path}: was trained for variant {trained_for}, not {variant.name}; "
-                             f"use --variant {trained_for}")
-        log.info("adapter %s at strength %g", path, strength)
-        pairs.append((adapter, strength))
-    return pairs
+def is_file_name(output: Path) -> bool:
+    return output.suffix.lower() in AUDIO_SUFFIXES + VIDEO_SUFFIXES and not output.is_dir()
 
 
-def uses_clip_features(choice: str, variant: Variant, adapters: Sequence[tuple[Adapter, float]]) -> bool:
-    """Return whether CLIP frame features are passed: as asked for, as the adapters were trained, or as released.
-
-    Adapters of ComfyUI-SelVA do not say; that trainer always passes them.
-
-    Raises:
-        ValueError: two adapters were trained differently, and nothing was asked for.
-    """
-    if choice != "auto":
-        return choice == "use"
-    trained = {adapter.meta.get("clip_features", "use") for adapter, _ in adapters}
-    if len(trained) > 1:
-        raise ValueError("the adapters were trained with different --clip_features; choose one")
-    return trained.pop() == "use" if trained else variant.family == "mmaudio"
+def sampling_config(args: argparse.Namespace) -> SamplingConfig:
+    return SamplingConfig(args.num_steps, args.cfg_strength, args.solver, tuple(args.cfg_interval))
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# the stages, in the order in which networks are loaded and freed
+# what there is to do
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def read_conditions(args: argparse.Namespace, variant: Variant, device: torch.device, use_clip: bool) -> Conditions:
-    """Encode what was given: a video, stored features, or only a prompt."""
-    # Features are float32 as those that the base models and adapters were trained on.
-    extractor = FeatureExtractor(variant, args.selva_dir, device)
-    prompt, clip_f, sync_f, text_f = args.prompt or "", None, None, None
+def collect_requests(args: argparse.Namespace) -> dict[str, SoundRequest]:
+    """Return what sound is to be made for, by the name of the output."""
     if args.features:
-        bundle = load_features(args.features)
-        if problem := features_problem(bundle.variant, variant):
-            raise ValueError(f"{args.features}: {problem}")
-        duration = min(bundle.duration, args.duration or bundle.duration)
-        name, clip_f, sync_f = args.features.stem, bundle.clip_features, bundle.sync_features
-        if args.prompt is None:
-            prompt, text_f = bundle.prompt, bundle.text_features
-        elif args.prompt != bundle.prompt and variant.family == "selva":
-            log.warning("%s: the sync features were extracted with prompt %r and keep it", args.features, bundle.prompt)
-    elif args.video:
-        frames = extractor.read(args.video, args.duration or DEFAULT_DURATION_SEC, args.start)
-        duration, name = frames.duration_sec, args.video.stem
-        extractor.prepare_texts([prompt])
-        clip_f = extractor.clip_features(frames.clip_frames) if use_clip else None
-        sync_f = extractor.sync_features(frames.sync_frames, prompt)
-    else:
-        duration = args.duration or DEFAULT_DURATION_SEC
-        name = re.sub(r"\W+", "_", prompt).strip("_")[:60] or "sound"
-    sequence = sequence_config(variant.mode, duration)
-    if text_f is None:
-        text_f = extractor.text_features(prompt)
-    conditions = Conditions(
-        name=name,
-        sequence=sequence,
-        clip_f=clip_f[:, : sequence.clip_seq_len] if clip_f is not None and use_clip else None,
-        sync_f=sync_f[:, : sequence.sync_seq_len] if sync_f is not None else None,
-        text_f=text_f,
-        negative=extractor.text_features(args.negative_prompt) if args.negative_prompt else None,
+        return feature_requests(args)
+    if not (args.inputs or args.video):
+        name = re.sub(r"\W+", "_", args.prompt).strip("_")[:60] or "sound"
+        return {name: SoundRequest(None, None, args.prompt, args.negative_prompt, duration_sec=args.duration)}
+    jobs = collect_jobs(
+        [*args.inputs, *args.video], recursive=args.recursive, prompt=args.prompt or "", prompts=args.prompts,
+        start_sec=args.start, mask=args.mask,
+        duration_sec=args.duration or (WHOLE_VIDEO_SEC if args.long else DEFAULT_DURATION_SEC),
     )
-    check_widths(conditions, variant, args.features)
-    return conditions
+    warn_of_long_videos(args, jobs)
+    # Words typed for a video that was named itself are meant; a folder's or a table's own prompts go first.
+    named = {path for path in (*args.inputs, *args.video) if path.is_file()}
+    prompts = {job.id: args.prompt if args.prompt and job.path in named else job.prompt for job in jobs}
+    if without := [id_ for id_, prompt in prompts.items() if not prompt]:
+        log.warning("no prompt for %s: the model is not told what is to be heard", listed(without))
+    return {
+        job.id: SoundRequest(job.path, None, prompts[job.id], args.negative_prompt, job.start_sec, job.duration_sec,
+                             cli.mask_settings(args, job.mask))
+        for job in jobs
+    }
 
 
-def check_widths(conditions: Conditions, variant: Variant, source: Path | None) -> None:
-    """Raise a ValueError if features from a file are not those of the variant's encoders."""
-    config = variant.generator
-    for what, features, width in (
-        ("clip_features", conditions.clip_f, config.clip_dim),
-        ("sync_features", conditions.sync_f, config.sync_dim),
-        ("text_features", conditions.text_f, config.text_dim),
-    ):
-        if features is not None and features.shape[2] != width:
-            raise ValueError(f"{source}: {what} are {features.shape[2]} wide, but {variant.name} takes {width}; "
-                             f"extract again with --variant {variant.name}")
+def feature_requests(args: argparse.Namespace) -> dict[str, SoundRequest]:
+    requests: dict[str, SoundRequest] = {}
+    for path in args.features:
+        found = sorted(p for p in path.glob("*.npz") if not p.name.startswith(".")) if path.is_dir() else [path]
+        if not found:
+            raise cli.UsageError(f"{path}: no .npz in this folder")
+        for file in found:
+            if file.stem in requests:
+                raise cli.UsageError(f"{requests[file.stem].features} and {file} would both become {file.stem}.flac")
+            requests[file.stem] = SoundRequest(None, file, args.prompt, args.negative_prompt,
+                                               duration_sec=args.duration)
+    return requests
 
 
-def prepared_generator(
-    args: argparse.Namespace, variant: Variant, adapters: Sequence[tuple[Adapter, float]], device: torch.device
-) -> Generator:
-    """Return the generator with the adapters merged in float32, then stored in ``--precision``."""
-    generator = load_generator(variant.name, args.selva_dir)
-    merge_adapters(generator, adapters)
-    cast_frozen_(generator, cli.PRECISIONS[args.precision])
-    return generator.to(device)
+def warn_of_long_videos(args: argparse.Namespace, jobs: Sequence[ClipJob]) -> None:
+    """Say which videos get sound for their beginning only because nothing else was asked for."""
+    if args.long or args.duration is not None:
+        return
+    longer = []
+    for job in jobs:
+        try:
+            seconds = video_length(job.path) - job.start_sec
+        except (ValueError, OSError):
+            continue  # it will fail by name
+        if job.duration_sec == DEFAULT_DURATION_SEC and seconds > DEFAULT_DURATION_SEC + 0.5:
+            longer.append(f"{job.path.name} ({seconds:.1f} s)")
+    if longer:
+        log.warning("sound is made for the first %g s only of %s; --long goes through the whole video",
+                    DEFAULT_DURATION_SEC, listed(longer))
 
 
-def generate(args: argparse.Namespace, generator: Generator, conditions: Conditions) -> Tensor:
-    """Return (1, N, C) latents."""
-    device, sequence = generator.latent_mean.device, conditions.sequence
-    generator.set_sequence(sequence.latent_seq_len, sequence.clip_seq_len, sequence.sync_seq_len)
-    empty_clip, empty_sync, _ = generator.empty_features(1)
-    clip_f = empty_clip if conditions.clip_f is None else conditions.clip_f.to(device)
-    sync_f = empty_sync if conditions.sync_f is None else conditions.sync_f.to(device)
-    negative = None if conditions.negative is None else conditions.negative.to(device)
-    sampling = SamplingConfig(num_steps=args.num_steps, cfg_strength=args.cfg_strength)
-    with Progress(sampling.num_steps, "sampling", "steps") as progress:
-        return sample_latents(
-            generator, clip_f, sync_f, conditions.text_f.to(device), [args.seed], sampling, negative_text=negative,
-            precision=cli.PRECISIONS[args.precision], on_step=progress.update,
-        )
+def adapter_settings(args: argparse.Namespace) -> list[Setting]:
+    """Return the adapters and strengths to use: one setting, or those of the list to compare."""
+    variant = get_variant(args.variant)
+    if args.compare:
+        lines = read_compare_list(args.compare)
+        return [Setting(line.label, load_adapters(line.adapters, variant), line.adapters) for line in lines]
+    strengths = args.strength + [1.0] * (len(args.adapter) - len(args.strength))
+    specs = tuple(zip(args.adapter, strengths, strict=True))
+    for path, strength in specs:
+        log.info("adapter %s at strength %g", path, strength)
+    return [Setting("", load_adapters(specs, variant), specs)]
 
 
-def output_paths(args: argparse.Namespace, name: str) -> tuple[Path | None, Path | None]:
-    """Return (audio path, video path); None for what is not written."""
-    suffix = args.output.suffix.lower()
-    if suffix in AUDIO_SUFFIXES and not args.output.is_dir():
-        return args.output, None
-    if suffix in VIDEO_SUFFIXES and not args.output.is_dir():
-        return None, args.output
-    return args.output / f"{name}.flac", args.output / f"{name}.mp4" if args.video and not args.audio_only else None
+def plan_clip(args: argparse.Namespace, name: str, request: SoundRequest, settings: Sequence[Setting]) -> Clip:
+    """Return a clip with one take for every setting and seed."""
+    takes = []
+    for index, setting in enumerate(settings):
+        output = args.output / setting.label if args.compare else args.output
+        for number in range(1, args.num_variations + 1):
+            seed = args.seed + number - 1
+            files = sound_files(output, name, request.video is not None, args.audio_only,
+                                number if args.num_variations > 1 else None)
+            own = take_settings(args, request, setting, seed, output, files.written[0])
+            takes.append(Take(index, seed, files, own))
+    return Clip(name, request, takes)
+
+
+def take_settings(
+    args: argparse.Namespace, request: SoundRequest, setting: Setting, seed: int, output: Path, file: Path
+) -> argparse.Namespace:
+    """Return the arguments that make this one sound again."""
+    own = {
+        "inputs": [], "video": [request.video] if request.video else [], "prompts": None, "recursive": False,
+        "features": [request.features] if request.features else [], "prompt": request.prompt, "seed": seed,
+        "start": request.start_sec, "mask": request.mask.path if request.mask else None,
+        "duration": None if request.duration_sec == WHOLE_VIDEO_SEC else request.duration_sec,
+        "adapter": [path for path, _ in setting.specs], "strength": [strength for _, strength in setting.specs],
+        "compare": None, "reference": None, "overwrite": False, "num_variations": 1,
+        # The name of a variation is that of its file; a folder would call it like the clip.
+        "output": file if args.num_variations > 1 else output,
+    }
+    return argparse.Namespace(**(vars(args) | own))
+
+
+def check_names(args: argparse.Namespace, clips: Sequence[Clip]) -> None:
+    """Raise a UsageError if two sounds would be written to one file."""
+    if is_file_name(args.output) and len(clips) > 1:
+        raise cli.UsageError(f"--output {args.output}: is one file, but there are {len(clips)} clips; name a folder")
+    if shared := shared_names(take.files for clip in clips for take in clip.takes):
+        raise cli.UsageError(f"{shared[0]} would be written twice; rename one of the clips, or another --output")
 
 
 @cli.entry_point
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     check_arguments(args)
-    device, variant = cli.resolve_device(args.device), get_variant(args.variant)
-    adapters = load_adapters(args, variant)
-    use_clip = uses_clip_features(args.clip_features, variant, adapters)
-    needs = ["generator", "vae", "vocoder", "clip_text"]
-    if args.video:
-        needs += ["video_encoder", "t5", *(["clip_image"] if use_clip else [])]
-    check_weights(variant.name, args.selva_dir, needs)
+    if args.reference:
+        check_reference_dir(args.reference)
+    settings = adapter_settings(args)
+    args.clip_features = common_clip_features(args.clip_features, settings)
+    generator = SoundGenerator(
+        args.variant, args.selva_dir, clip_features=args.clip_features, sampling=sampling_config(args), long=args.long,
+        normalize=args.normalize, target=args.target, device=args.device, precision=args.precision,
+        batch_size=args.batch_size, offload=args.offload,
+    )
+    clips = [plan_clip(args, name, request, settings) for name, request in collect_requests(args).items()]
+    check_names(args, clips)
+    lists = any(path.is_dir() or path.suffix.lower() in TABLE_SUFFIXES for path in (*args.inputs, *args.features))
+    is_batch = not is_file_name(args.output) and (lists or len(clips) > 1)
 
-    started = time.monotonic()
-    conditions = read_conditions(args, variant, device, use_clip)
-    log.info("%s: %g s, CLIP frame features %s", conditions.name, conditions.sequence.duration_sec,
-             "passed" if conditions.clip_f is not None else "empty")
-    encoded = time.monotonic()
-    generator = prepared_generator(args, variant, adapters, device)
-    latents = generate(args, generator, conditions)
-    del generator
-    sampled = time.monotonic()
-    vae = load_vae(variant.name, args.selva_dir, device).drop_encoder()
-    waveform = decode_latents(latents, vae, load_vocoder(variant.name, args.selva_dir, device))[0].cpu()
-    rate = conditions.sequence.sampling_rate
-    # The last latent frame may reach beyond the clip; the sound ends exactly with it.
-    waveform = waveform[: round(conditions.sequence.duration_sec * rate)]
+    def report(clip: Clip) -> None:
+        for path in clip.paths:
+            print(path, flush=True)
+        if is_batch:
+            write_manifest(args.output, clips, finished=clip is clips[-1])
 
-    audio_path, video_path = output_paths(args, conditions.name)
-    if audio_path is not None:
-        write_audio(audio_path, waveform, rate)
-    if video_path is not None:
-        mux_video(args.video, waveform, rate, video_path, args.start, conditions.sequence.duration_sec)
-    log.info("encoded in %s, sampled in %s, decoded and written in %s, peak memory %.2f GiB",
-             clock(encoded - started), clock(sampled - encoded), clock(time.monotonic() - sampled),
-             peak_memory_bytes(device) / 2**30)
-    written = [path for path in (audio_path, video_path) if path is not None]
-    cli.write_settings(written[0].with_suffix(".yaml"), args)
-    for path in written:
-        print(path)
-    return 0
+    batch = SoundBatch(generator, settings, overwrite=args.overwrite, on_clip=report)
+    generator.check_weights(any(clip.request.video for clip in clips), batch.needs_clip)
+    batch.run(clips)
+    if args.compare and any(clip.made for clip in clips):
+        with generator.times.stage("comparing"):
+            for path in write_comparison(args.output, clips, settings, args.reference):
+                print(path)
+    failed, kept = sum(bool(clip.problem) for clip in clips), sum(clip.kept for clip in clips)
+    made = sum(len(clip.made) for clip in clips) - kept
+    log.info("%d made, %d already there, %d of %d clips failed", made, kept, failed, len(clips))
+    if made:
+        log.info("%s; peak memory %.2f GiB", generator.times, peak_memory_bytes(generator.device) / 2**30)
+    return cli.EXIT_FAILED if failed else 0
 
 
 if __name__ == "__main__":

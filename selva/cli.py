@@ -280,8 +280,8 @@ def entry_point(main: Callable[[Sequence[str] | None], int]) -> Callable[[Sequen
             return _report(error, EXIT_FAILED, debug)
         except torch.OutOfMemoryError as error:
             log.error("the device is out of memory: %s", str(error).split(". ")[0])
-            log.error("what helps training, in order of effect: --grad_checkpointing; a smaller --batch_size with more "
-                      "--grad_accum; --precision bf16; a smaller --variant")
+            log.error("what helps, in order of effect: when training, --grad_checkpointing; a smaller --batch_size, "
+                      "with more --grad_accum when training; --precision bf16; a smaller --variant")
             return EXIT_FAILED
         finally:
             if in_main_thread:

@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 AUDIO_SUFFIXES, VIDEO_SUFFIXES = (".flac", ".wav"), (".mp4", ".mov", ".mkv", ".m4v")
 CLIP_FEATURE_CHOICES = ("auto", "use", "empty")
 OFFLOAD_CHOICES = ("auto", "none")
+DEFAULT_BATCH_SIZE = 4
 ENCODERS, GENERATOR, DECODERS = "encoders", "generator", "decoders"  # what is loaded together
 DECODER_CHUNK_SEC = 8.0  # of longer sounds the vocoder makes this much at once
 
@@ -214,7 +215,7 @@ class SoundGenerator:
         target: float | None = None,
         device: str = "auto",
         precision: str = "bf16",
-        batch_size: int = 4,
+        batch_size: int = DEFAULT_BATCH_SIZE,
         offload: str = "none",
     ) -> None:
         for what, value, choices in (("clip_features", clip_features, CLIP_FEATURE_CHOICES),
@@ -231,6 +232,7 @@ class SoundGenerator:
         self._extractor = FeatureExtractor(self.variant, self.selva_dir, self.device)
         self._switch = AdapterSwitch(self._load_generator, self.precision, self.device)
         self._decoders: tuple[Any, Any] | None = None
+        self._stage = ""
         self.set_adapters(adapters)
 
     def set_adapters(self, adapters: Iterable[AdapterSpec]) -> None:
@@ -454,8 +456,9 @@ class SoundGenerator:
 
     def _enter(self, stage: str) -> None:
         """Free what the stage does not need, if networks are not to stay."""
-        if self.offload == "none":
+        if self.offload == "none" or stage == self._stage:
             return
+        self._stage = stage
         if stage != ENCODERS:
             self._extractor.free()
         if stage != GENERATOR:

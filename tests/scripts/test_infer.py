@@ -125,24 +125,10 @@ def test_start_and_duration_cut_the_video(clip_dir, tmp_path):
     assert not list(tmp_path.glob("*.flac"))
 
 
-def test_adapters_say_which_clip_features_they_want(adapter, tmp_path):
-    """Pitfall B2: official SelVA passes the empty CLIP sequence, so no adapter means empty."""
-    variant = infer.get_variant("tiny_16k")
-    trained = infer.load_adapter(adapter)
-    empty = infer.Adapter(trained.tensors, {**trained.meta, "clip_features": "empty"})
-    assert infer.uses_clip_features("auto", variant, []) is False
-    assert infer.uses_clip_features("auto", infer.get_variant("mmaudio_small_16k"), []) is True
-    assert infer.uses_clip_features("auto", variant, [(trained, 1.0)]) is True
-    assert infer.uses_clip_features("auto", variant, [(empty, 1.0)]) is False
-    assert infer.uses_clip_features("use", variant, [(empty, 1.0)]) is True
-    with pytest.raises(ValueError, match="different --clip_features"):
-        infer.uses_clip_features("auto", variant, [(empty, 1.0), (trained, 1.0)])
-
-
 @pytest.mark.parametrize(
     "arguments, code, message",
     [
-        ([], 2, "give --video, --features or --prompt"),
+        ([], 2, "give a video, --features or --prompt"),
         (["--video", "nowhere.mp4"], 2, "nowhere.mp4: no such file"),
         (["--prompt", "x", "--output", "a.mp4"], 2, "a video is only written with --video"),
         (["--prompt", "x", "--output", "a.mp3"], 2, "expected a folder or a name ending in"),
@@ -152,10 +138,19 @@ def test_adapters_say_which_clip_features_they_want(adapter, tmp_path):
         (["--prompt", "x", "--adapter", "{tmp}/junk.pt"], 1, "junk.pt"),
         (["--prompt", "x", "--adapter", "{tmp}/other.pt"], 1, "was trained for variant small_16k"),
         (["--video", "{tmp}/junk.pt", "--prompt", "x"], 1, "junk.pt"),
+        (["{tmp}/junk.pt", "--features", "{tmp}/junk.pt"], 2, "give videos or --features, not both"),
+        (["--prompt", "x", "--compare", "{tmp}/list", "--adapter", "{tmp}/other.pt"], 2, "adapters stand in its list"),
+        (["--prompt", "x", "--compare", "{tmp}/list", "--output", "a.flac"], 2, "--compare writes a folder"),
+        (["--prompt", "x", "--compare", "{tmp}/list"], 1, "line 2: nowhere.pt: no such file; line 3: the strength is"),
+        (["--prompt", "x", "--reference", "{tmp}"], 2, "--reference belongs to --compare"),
+        (["--prompt", "x", "--target", "-20"], 2, "together with --normalize"),
+        (["--prompt", "x", "--cfg_interval", "0.5", "0.2"], 2, "cfg_interval is (0.5, 0.2)"),
+        (["--prompt", "x", "--mask", "m.png"], 2, "belong to videos"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, capsys, adapter, arguments, code, message):
     """Pitfall H4 among them: an adapter of another variant is refused."""
+    (tmp_path / "list").write_text("base\nnowhere.pt 1\nother.pt x\n")
     (tmp_path / "junk.pt").write_bytes(b"<html>not found</html>")
     content = torch.load(adapter, weights_only=True)
     content["meta"]["variant"] = "small_16k"

@@ -1,0 +1,222 @@
+"""Many sounds in one run: clips, each with several seeds, each under several settings of the adapters.
+
+    clips --rounds of 16--> encode what is not there yet -> sample setting by setting -> decode -> write
+
+Every network is loaded once per round at most (with ``offload="none"`` once in all), a clip that cannot be used does
+not stop the others, and what an interrupted run has finished is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from selva.adapter_switch import AdapterPairs
+from selva.files import atomic_write_text
+from selva.inference import Conditions, Sound, SoundGenerator, SoundRequest
+from selva.loudness import TRUE_PEAK_LIMIT_DB
+from selva.manifest import DONE, FAILED, INCOMPLETE_FILE, MANIFEST_FILE, PENDING
+from selva.report import Progress
+from selva.sound_files import SoundFiles, fingerprint, model_recipe, request_recipe
+
+log = logging.getLogger(__name__)
+
+# The pictures of so many clips are in memory at once, about 60 MB each at full size.
+ROUND_CLIPS = 16
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The adapters that sounds are made with, and their files; ``label`` names them in a comparison."""
+
+    label: str
+    adapters: AdapterPairs
+    specs: Sequence[tuple[Path, float]] = ()
+
+
+def common_clip_features(choice: str, settings: Sequence[Setting]) -> str:
+    """Return ``--clip_features`` for settings that are compared: one for all, so that only the adapters differ.
+
+    "auto" is what the adapters were trained with, for the base model too. If they disagree, it stays: each setting then
+    follows its own, and what is heard is the difference of both.
+    """
+    adapters = [adapter for setting in settings for adapter, _ in setting.adapters]
+    if choice != "auto" or len(settings) == 1 or not adapters:
+        return choice
+    trained = {adapter.meta.get("clip_features", "use") for adapter in adapters}
+    if len(trained) == 1:
+        return trained.pop()
+    log.warning("the adapters were trained with different --clip_features; each is heard with its own")
+    return choice
+
+
+@dataclass(frozen=True)
+class Take:
+    """One sound to be made.
+
+    Attributes:
+        setting: index of its setting. seed: of its noise.
+        files: where it goes. settings: what is written beside it.
+    """
+
+    setting: int
+    seed: int
+    files: SoundFiles
+    settings: argparse.Namespace
+
+
+@dataclass
+class Clip:
+    """A request, the takes of it, and what became of them.
+
+    Attributes:
+        duration_sec: of the sound, once it is known.
+        problem: why it failed; "" if it has not.
+        kept: takes that were there already.
+        made: takes that are there now, kept ones included.
+    """
+
+    name: str
+    request: SoundRequest
+    takes: Sequence[Take]
+    duration_sec: float | None = None
+    problem: str = ""
+    kept: int = 0
+    made: list[Take] = field(default_factory=list)
+
+    @property
+    def paths(self) -> list[Path]:
+        return [path for take in self.takes if take in self.made for path in take.files.written]
+
+
+class SoundBatch:
+    """Makes the takes of all clips.
+
+    Args:
+        generator: makes the sounds. settings: of the adapters, one for each value of ``Take.setting``.
+        overwrite: make again what is there already.
+        on_clip: called with every clip when it is done or has failed, in order.
+    """
+
+    def __init__(
+        self, generator: SoundGenerator, settings: Sequence[Setting], *, overwrite: bool = False,
+        on_clip: Callable[[Clip], None] | None = None,
+    ) -> None:
+        self.generator, self.settings, self.overwrite, self.on_clip = generator, settings, overwrite, on_clip
+        generator.expect_adapters([a for setting in settings for a, _ in setting.adapters] if len(settings) > 1 else [])
+        self.recipes = []
+        self.needs_clip = False
+        for setting in settings:
+            generator.set_adapters(setting.adapters)
+            self.recipes.append(model_recipe(generator))
+            self.needs_clip |= generator.uses_clip
+
+    def run(self, clips: Sequence[Clip]) -> None:
+        """Make and write everything; what happened stands in the clips afterwards."""
+        for first in range(0, len(clips), ROUND_CLIPS):
+            part = clips[first : first + ROUND_CLIPS]
+            if len(clips) > ROUND_CLIPS:
+                log.info("clips %d to %d of %d", first + 1, first + len(part), len(clips))
+            self._round(part)
+            for clip in part:
+                if clip.problem:
+                    log.error("%s: %s", clip.name, clip.problem)
+                if self.on_clip is not None:
+                    self.on_clip(clip)
+
+    def _round(self, clips: Sequence[Clip]) -> None:
+        prints = {id(take): mark for clip in clips for take, mark in self._missing(clip)}
+        todo = [clip for clip in clips if any(id(take) in prints for take in clip.takes)]
+        if not todo:
+            return
+
+        def failed(index: int, error: Exception) -> None:
+            todo[index].problem = str(error)
+
+        encoded = self.generator.encode([clip.request for clip in todo], clip=self.needs_clip, on_error=failed)
+        sounds: list[tuple[Clip, Take, Conditions]] = []
+        for clip, conditions in zip(todo, encoded, strict=True):
+            if conditions is not None:
+                clip.duration_sec = conditions.sequence.duration_sec
+                sounds += [(clip, take, conditions) for take in clip.takes if id(take) in prints]
+        latents = self._sample(sounds)
+        with_latents = [(*sound, latents[id(sound[1])]) for sound in sounds]
+        for clip, take, conditions, latent in with_latents:
+            # One by one: sounds are written as they are made, and not all held in memory.
+            sound = self.generator.decode([conditions], [latent])[0]
+            self._write(clip, take, sound, prints[id(take)])
+
+    def _missing(self, clip: Clip) -> Iterator[tuple[Take, str]]:
+        """Yield the takes of a clip that are still to be made, with their fingerprints."""
+        try:
+            request = request_recipe(clip.request)
+        except OSError as error:
+            clip.problem = f"{error.filename}: {error.strerror}"
+            return
+        for take in clip.takes:
+            mark = fingerprint(self.recipes[take.setting], request, take.seed)
+            if not self.overwrite and take.files.are_current(mark):
+                clip.kept += 1
+                clip.made.append(take)
+            else:
+                yield take, mark
+
+    def _sample(self, sounds: Sequence[tuple[Clip, Take, Conditions]]) -> dict[int, Tensor]:
+        """Return the latents of every take by its id, made setting by setting."""
+        generator, latents, done = self.generator, {}, 0
+        groups = [[s for s in sounds if s[1].setting == index] for index in range(len(self.settings))]
+        batches = [len(generator.batches([conditions for *_, conditions in group])) for group in groups]
+        steps = generator.sampling.num_steps
+        with Progress(sum(batches) * steps, "sampling", "steps") as progress:
+            for setting, group, count in zip(self.settings, groups, batches, strict=True):
+                if not group:
+                    continue
+                generator.set_adapters(setting.adapters)
+                rows = generator.sample(
+                    [conditions for *_, conditions in group], [take.seed for _, take, _ in group],
+                    lambda step, done=done, label=setting.label: progress.update(done + step, label),
+                )
+                latents.update((id(take), row) for (_, take, _), row in zip(group, rows, strict=True))
+                done += count * steps
+        return latents
+
+    def _write(self, clip: Clip, take: Take, sound: Sound, mark: str) -> None:
+        try:
+            with self.generator.times.stage("writing"):
+                take.files.save(sound, take.settings, mark)
+        except (ValueError, OSError) as error:
+            clip.problem = str(error)
+            return
+        clip.made.append(take)
+        name = take.files.written[0]
+        log.info("%s: %s", name, sound.level)
+        if self.generator.normalize == "none" and sound.level.true_peak > TRUE_PEAK_LIMIT_DB:
+            log.warning("%s: peaks at %.1f dBTP, which a player may clip; --normalize peak keeps it below %g", name,
+                        sound.level.true_peak, TRUE_PEAK_LIMIT_DB)
+
+
+def write_manifest(folder: Path, clips: Sequence[Clip], finished: bool) -> Path:
+    """Write what became of every clip, one JSON object per line, in the order of the clips; return the path."""
+    lines = []
+    for clip in clips:
+        complete = len(clip.made) == len(clip.takes)
+        row = {
+            "id": clip.name,
+            "source": clip.request.source,
+            "start_sec": clip.request.start_sec,
+            "status": FAILED if clip.problem else DONE if complete else PENDING,
+            "reason": clip.problem,
+            "files": [str(path.relative_to(folder)) for path in clip.paths],
+            "seeds": sorted({take.seed for take in clip.takes}),
+        }
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    path = folder / (MANIFEST_FILE if finished else INCOMPLETE_FILE)
+    atomic_write_text(path, "".join(lines))
+    (folder / (INCOMPLETE_FILE if finished else MANIFEST_FILE)).unlink(missing_ok=True)
+    return path
