@@ -103,11 +103,13 @@ class Masker:
     def apply(self, picture: Tensor, time: Fraction) -> Tensor:
         """Return ``picture`` (3, H, W) uint8, shown ``time`` seconds after the start of the clip, with its mask."""
         keep, size = self._source.at(time), (picture.shape[1], picture.shape[2])
-        if self._weight is None or keep is not self._last or self._weight.shape != size:
+        if self._weight is None or keep is not self._last or self._weight.shape[1:] != size:
             self._last = keep
             self._brightest = max(self._brightest, float(keep.max()))
             fitted = self._fitted(torch.from_numpy(np.ascontiguousarray(keep)), *size)
-            self._weight = 1 - self.settings.strength * (1 - fitted)  # (H, W)
+            weight = 1 - self.settings.strength * (1 - fitted)  # (H, W)
+            # Laid out like the decoded pictures, channels last: then the blend is a single loop, twice as fast.
+            self._weight = weight[..., None].expand(*size, 3).contiguous().permute(2, 0, 1)  # (3, H, W)
         faded = picture.to(torch.float32).sub_(_GREY).mul_(self._weight).add_(_GREY)
         return faded.round_().to(torch.uint8)  # (3, H, W)
 
