@@ -112,7 +112,7 @@ def scan_folder(data_dir: PathLike) -> FolderScan:
             skipped.append((path, str(error).removeprefix(f"{path}: ")))
             continue
         sound = _choose_sound(sounds[path.stem])
-        prompt, source = _choose_prompt(prompts.get(path.name), bundle.prompt, data_dir)
+        prompt, source = choose_prompt(prompts.get(path.name), bundle.prompt, data_dir)
         clips.append(_describe(path, sound, prompt, source, bundle))
 
     stems = {path.stem for path in features}
@@ -134,7 +134,8 @@ def _describe(path: Path, sound: Path, prompt: str, source: PromptSource, bundle
     )
 
 
-def _choose_prompt(written: str | None, extracted: str, data_dir: Path) -> tuple[str, PromptSource]:
+def choose_prompt(written: str | None, extracted: str, data_dir: Path) -> tuple[str, PromptSource]:
+    """Return the prompt of a clip and where it is from: prompts.txt, the features, or the name of the folder."""
     if written is not None:
         return written, "prompts.txt"
     if extracted:

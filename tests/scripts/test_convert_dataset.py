@@ -1,0 +1,213 @@
+"""scripts/convert_dataset.py on small data sets, in-process."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from make_data import TINY, put_clip, put_memmap
+from script_args import TINY as ARGS
+
+from scripts import convert_dataset
+from selva.datasets import scan_folder
+from selva.extraction import FeatureExtractor
+from selva.features import load_features
+from selva.media import read_audio
+from selva.memmap import MemmapSet
+from selva.models.zoo import build_mel
+from selva.sequence import sequence_config
+from selva.training_data import encode_latents, load_training_set, load_waveform
+from selva.weights import load_vae
+
+
+def convert(*arguments) -> int:
+    return convert_dataset.main([*map(str, arguments), *ARGS])
+
+
+def put_folder(folder: Path) -> Path:
+    """Write three clips of 8 s, one of them with another rate and text features, and one that is too short."""
+    put_clip(folder, "a", 8.0, "a knock", seed=1)
+    put_clip(folder, "b", 8.0, "a bell", seed=2, rate=44_100, text=True)
+    put_clip(folder, "c", 8.0, "a dog", seed=3)
+    return folder
+
+
+def snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:
+    return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir() if path.is_file()}
+
+
+# -- folder -> memmap -------------------------------------------------------------------------------------------------
+
+
+def test_a_memmap_holds_what_training_on_the_folder_would_use(tmp_path, capsys):
+    source = put_folder(tmp_path / "clips")
+    (source / "prompts.txt").write_text("c.npz: a wolf\n")
+    assert convert(source, tmp_path / "data") == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'data'}\n"
+
+    found = MemmapSet(tmp_path / "data", TINY)
+    expected, problems = load_training_set(source, TINY, None, torch.device("cpu"))
+    assert problems == [] and found.ids == expected.ids == ["a", "b", "c"]
+    for index in range(3):
+        row, clip = found.clip(index), expected.clip(index)
+        assert row.prompt == clip.prompt
+        for name in ("mean", "std", "text_f", "clip_f", "sync_f"):
+            assert torch.equal(getattr(row, name), getattr(clip, name)), (name, index)
+    assert found.prompts == ["a knock", "a bell", "a wolf"]
+
+
+def test_tensordict_alone_reads_it(tmp_path):
+    from tensordict import TensorDict
+
+    convert(put_folder(tmp_path / "clips"), tmp_path / "data")
+    tensors = TensorDict.load_memmap(tmp_path / "data")
+    waveform = load_waveform(tmp_path / "clips" / "b.wav", sequence_config("16k"), "peak")
+    mean, _ = encode_latents(waveform[None], build_mel("16k"), load_vae("tiny_16k", None, "cpu"))
+    assert torch.equal(tensors["mean"][1], mean[0])
+    assert (tensors["text_features"][1] == 0.5).all()  # those of the feature file
+    text = FeatureExtractor(TINY, None, torch.device("cpu")).text_features("a knock")
+    assert torch.equal(tensors["text_features"][0], text[0])
+
+
+def test_clips_that_cannot_be_converted_are_named(tmp_path, caplog):
+    source = put_folder(tmp_path / "clips")
+    put_clip(source, "short", 3.0)
+    put_clip(source, "long", 10.0)
+    put_clip(source, "silent", 8.0, sound=np.zeros(8 * 16_000, np.float32))
+    put_clip(source, "mute", 8.0)
+    (source / "mute.wav").unlink()
+    assert convert(source, tmp_path / "data") == 1
+    assert MemmapSet(tmp_path / "data", TINY).ids == ["a", "b", "c"]
+    for text in ("short.npz: covers 3 s", "long.npz: covers 10 s", "silent.wav: the sound is silent",
+                 "mute.npz: no sound beside it"):
+        assert f"left out {source}/{text}" in caplog.text
+    assert "3 converted, 0 already current, 4 left out" in caplog.text
+
+
+def test_a_second_run_converts_what_has_changed(tmp_path, caplog):
+    source = put_folder(tmp_path / "clips")
+    convert(source, tmp_path / "data")
+    before = snapshot(tmp_path / "data")
+    assert convert(source, tmp_path / "data") == 0
+    assert snapshot(tmp_path / "data") == before and "0 converted, 3 already current" in caplog.text
+
+    put_clip(source, "b", 8.0, "a bell", seed=9, text=True)
+    assert convert(source, tmp_path / "data") == 0
+    assert "1 converted, 2 already current" in caplog.text
+    assert snapshot(tmp_path / "data")["mean.memmap"] != before["mean.memmap"]
+    assert convert(source, tmp_path / "data", "--normalize_audio", "none") == 0
+    assert "3 converted, 0 already current" in caplog.text
+
+
+# -- memmap -> folder -------------------------------------------------------------------------------------------------
+
+
+def test_feature_files_hold_everything_of_the_rows(tmp_path, capsys, caplog):
+    tensors = put_memmap(tmp_path / "data", rows=3)
+    assert convert(tmp_path / "data", tmp_path / "clips") == 0
+    assert capsys.readouterr().out.split() == [str(tmp_path / "clips" / f"id_{i}.npz") for i in range(3)]
+    assert "a memmap holds no sound" in caplog.text
+    for index in range(3):
+        bundle = load_features(tmp_path / "clips" / f"id_{index}.npz")
+        assert (bundle.duration, bundle.prompt, bundle.variant) == (8.0, f'says "{index}"', "tiny_16k")
+        for key, value in (("mean", bundle.latent_mean), ("std", bundle.latent_std),
+                           ("text_features", bundle.text_features), ("clip_features", bundle.clip_features),
+                           ("sync_features", bundle.sync_features)):
+            assert torch.equal(value[0], tensors[key][index])
+
+
+@pytest.mark.parametrize("flags", [[], ["--decode_audio"]])
+def test_there_and_back_is_the_same_set(tmp_path, flags):
+    put_memmap(tmp_path / "data", rows=3)
+    assert convert(tmp_path / "data", tmp_path / "clips", *flags) == 0
+    assert convert(tmp_path / "clips", tmp_path / "again") == 0
+    for path in (tmp_path / "data").iterdir():
+        if path.suffix == ".memmap":
+            assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
+    assert (tmp_path / "data.tsv").read_bytes() == (tmp_path / "again.tsv").read_bytes()
+
+
+def test_a_folder_comes_back_with_all_but_its_sound(tmp_path):
+    source = put_folder(tmp_path / "clips")
+    convert(source, tmp_path / "data")
+    convert(tmp_path / "data", tmp_path / "back")
+    for path in source.glob("*.npz"):
+        before, after = load_features(path), load_features(tmp_path / "back" / path.name)
+        assert torch.equal(before.clip_features, after.clip_features)
+        assert torch.equal(before.sync_features, after.sync_features)
+        assert (before.prompt, before.duration) == (after.prompt, after.duration)
+    assert not list((tmp_path / "back").glob("*.wav"))
+
+
+def test_decoded_sound_lies_beside_the_features(tmp_path, caplog):
+    convert(put_folder(tmp_path / "clips"), tmp_path / "data")
+    assert convert(tmp_path / "data", tmp_path / "back", "--decode_audio") == 0
+    assert "approximations" in caplog.text
+    scan = scan_folder(tmp_path / "back")
+    assert [clip.id for clip in scan.clips] == ["a", "b", "c"] and scan.skipped == []
+    waveform, rate = read_audio(tmp_path / "back" / "a.flac")
+    assert (tuple(waveform.shape), rate) == ((1, 128_000), 16_000) and waveform.abs().max() > 1e-3
+
+
+def test_sound_that_replaces_what_was_decoded_counts(tmp_path):
+    put_memmap(tmp_path / "data", rows=1)
+    convert(tmp_path / "data", tmp_path / "clips", "--decode_audio")
+    (tmp_path / "clips" / "id_0.flac").unlink()
+    put_clip(tmp_path / "other", "id_0", 8.0)
+    shutil.copy(tmp_path / "other" / "id_0.wav", tmp_path / "clips")
+    convert(tmp_path / "clips", tmp_path / "again")
+    waveform = load_waveform(tmp_path / "clips" / "id_0.wav", sequence_config("16k"), "peak")
+    mean, _ = encode_latents(waveform[None], build_mel("16k"), load_vae("tiny_16k", None, "cpu"))
+    assert torch.equal(MemmapSet(tmp_path / "again", TINY).clip(0).mean, mean[0])
+
+
+def test_a_second_run_writes_what_is_missing(tmp_path, capsys):
+    put_memmap(tmp_path / "data", rows=3)
+    convert(tmp_path / "data", tmp_path / "clips")
+    before = snapshot(tmp_path / "clips")
+    (tmp_path / "clips" / "id_1.npz").unlink()
+    capsys.readouterr()
+    assert convert(tmp_path / "data", tmp_path / "clips") == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'clips' / 'id_1.npz'}\n"
+    after = snapshot(tmp_path / "clips")
+    assert after["id_1.npz"][0] == before.pop("id_1.npz")[0] and before.items() <= after.items()
+    convert(tmp_path / "data", tmp_path / "clips", "--decode_audio")
+    assert len(list((tmp_path / "clips").glob("*.flac"))) == 3
+
+
+def test_rows_that_cannot_be_converted_are_named(tmp_path, caplog):
+    put_memmap(tmp_path / "data", rows=5)
+    (tmp_path / "data.tsv").write_text("id\tlabel\na\tx\na\ty\n../b\tz\nc\tx\nd\tx\n")
+    with open(tmp_path / "data" / "mean.memmap", "r+b") as file:
+        file.seek(3 * 250 * 20 * 4)
+        file.write(b"\x00\x00\xc0\x7f")
+    put_clip(tmp_path / "clips", "d", 8.0)
+    mine = (tmp_path / "clips" / "d.npz").read_bytes()
+    assert convert(tmp_path / "data", tmp_path / "clips") == 1
+    assert sorted(path.name for path in (tmp_path / "clips").glob("*.npz")) == ["a.npz", "d.npz"]
+    assert (tmp_path / "clips" / "d.npz").read_bytes() == mine and not (tmp_path / "b.npz").exists()
+    for text in ("row 1 ('a'): the id comes more than once", "row 2 ('../b'): an id is a file name",
+                 "row 3 ('c'): latent_mean has 1 values that are not finite", "d.npz is in the way"):
+        assert text in caplog.text
+
+
+# -- wrong usage ------------------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_asked_for(tmp_path, capsys):
+    put_memmap(tmp_path / "sound", rows=2, video=False)
+    put_folder(tmp_path / "clips")
+    (tmp_path / "empty").mkdir()
+    for arguments, code, message in (
+        ((tmp_path / "sound", tmp_path / "x"), 1, "is a set of sound without pictures"),
+        ((tmp_path / "clips", tmp_path / "x", "--decode_audio"), 2, "is a folder of features"),
+        ((tmp_path / "clips", tmp_path / "clips"), 2, "source and target at once"),
+        ((tmp_path / "nothing", tmp_path / "x"), 1, "no such folder"),
+        ((tmp_path / "empty", tmp_path / "x"), 1, "no clips in it"),
+    ):
+        assert convert(*arguments) == code
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
