@@ -1,0 +1,295 @@
+"""Measure what the built-in model tiny_16k can do, on scenes of its world that it was never trained on.
+
+    python benchmarks/tiny_quality.py                          # everything; writes docs/tiny_model.md
+    python benchmarks/tiny_quality.py --only base --count 2    # a quick look at part of it
+
+base        timing and class of single sounds, beside the ceiling (true sound through VAE and vocoder) and the floors
+            (the same sounds judged by other videos' events; a generator with random weights)
+selection   scenes with two objects: do onsets follow the one that the prompt names?
+adaptation  a class it was not trained on, taught by train_lora.py: recognised before and after, timing, what it knew
+guidance    the strength of guidance, and negative prompts
+
+Figures go to a JSON file as soon as a part is done, and parts that are not measured again keep their figures. The
+tables in the document are made from that file. A part that fails its goal is still written as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from selva import cli
+from selva.adapter import Adapter, merge_adapter
+from selva.checkpoint import load_adapter
+from selva.files import atomic_write_text
+from selva.models.generator import Generator
+from selva.models.random_weights import random_state_dict
+from selva.models.zoo import build_generator
+from selva.report import Progress, clock
+from selva.sampling import SamplingConfig
+from selva.weights import load_generator
+from selva.world import CLASSES, UNSEEN
+from selva.world.judging import Classifier, fit_classifier, timing
+from selva.world.measure import (
+    MEASURE_SEED,
+    Case,
+    SoundMaker,
+    mean,
+    pair_cases,
+    recognised,
+    shuffled_events,
+    single_cases,
+    timing_f1,
+)
+from selva.world.tables import PARTS, figures_text, updated_document
+
+log = logging.getLogger("selva.tiny_quality")
+
+ROOT = Path(__file__).resolve().parents[1]
+VARIANT, DURATION_SEC = "tiny_16k", 8.0
+STRENGTHS = (0.0, 2.0, 4.5, 7.0)  # of guidance; 0 is none
+
+
+def build_parser() -> cli.ArgumentParser:
+    parser = cli.ArgumentParser(__doc__)
+    group = parser.add_argument_group("measurement")
+    group.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts to measure")
+    group.add_argument("--count", type=cli.positive_int, default=4, help="scenes per class and question")
+    group.add_argument("--sounds", nargs="+", choices=list(UNSEEN), default=list(UNSEEN),
+                       help="new classes of the adaptation")
+    group.add_argument("--clips", type=cli.positive_int, default=20, help="clips that teach a new class")
+    group.add_argument("--preset", type=Path, default=ROOT / "configs" / "tiny_new_sound.yaml",
+                       help="settings of train_lora.py")
+    group.add_argument("--clip_features", choices=("use", "empty"), default="empty",
+                       help="what the generator is given without an adapter; empty is the default of infer.py. An "
+                       "adapter is judged, before and after, with what it was trained with")
+    group.add_argument("--num_steps", type=cli.positive_int, default=SamplingConfig.num_steps, help="sampling steps")
+    group.add_argument("--threads", type=int, default=0, help="threads of PyTorch; 0 leaves them")
+    group.add_argument("--output", type=Path, default=Path("tiny_quality.json"), help="figures; added to if it exists")
+    group.add_argument("--document", type=Path, default=ROOT / "docs" / "tiny_model.md",
+                       help="the tables between its two marks are replaced")
+    parser.add_common()
+    return parser
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# the parts; each returns what JSON can hold
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Bench:
+    """What the parts share: networks, classifier, progress."""
+
+    def __init__(self, args) -> None:
+        self.args, self.device = args, cli.resolve_device(args.device)
+        sampling = SamplingConfig(num_steps=args.num_steps)
+        self.maker = SoundMaker(VARIANT, self.device, sampling, args.clip_features == "use")
+        self.classifier: Classifier = fit_classifier()
+
+    def generator(self) -> Generator:
+        return load_generator(VARIANT, None, self.device)
+
+    def made(self, what: str, generator: Generator, encoded: Sequence, **options: Any) -> list[np.ndarray]:
+        with Progress(len(encoded), what, "sounds") as progress:
+            return self.maker.sounds(generator, encoded, DURATION_SEC, progress.update, self.args.seed, **options)
+
+    def encoded(self, cases: Sequence[Case]) -> list:
+        with Progress(len(cases), "encoding", "scenes") as progress:
+            return self.maker.encode(cases, progress.update)
+
+    def judged(self, sounds: Sequence[np.ndarray], cases: Sequence[Case]) -> dict[str, list]:
+        """Return timing F1, whether the class is recognised, and the floor of timing, for every sound."""
+        return {
+            "timing_f1": timing_f1(sounds, [case.events() for case in cases]),
+            "class_accuracy": recognised(sounds, [case.name for case in cases], self.classifier),
+            "shuffled_f1": timing_f1(sounds, shuffled_events(cases)),
+        }
+
+    def scores(self, sounds: Sequence[np.ndarray], cases: Sequence[Case]) -> dict[str, float]:
+        """Return the means of :meth:`judged`."""
+        return {name: mean(values) for name, values in self.judged(sounds, cases).items()}
+
+
+def measure_base(bench: Bench) -> dict[str, Any]:
+    """Return scores of generated sounds, of the ceiling and of the floors, and of every class."""
+    cases = single_cases(list(CLASSES), bench.args.count, MEASURE_SEED)
+    encoded = bench.encoded(cases)
+    sounds = bench.made("generating", bench.generator(), encoded)
+    true = [case.scene.sound() for case in cases]
+    with Progress(len(true), "ceiling", "sounds") as progress:
+        ceiling = []
+        for sound in true:
+            ceiling.append(bench.maker.through_codec(sound))
+            progress.update(len(ceiling))
+    unlearned = bench.made("random weights", random_generator(bench.generator()), encoded[: 2 * len(CLASSES)])
+    judged, best = bench.judged(sounds, cases), timing_f1(ceiling, [case.events() for case in cases])
+    per_class = {}
+    for name in CLASSES:
+        own = [i for i, case in enumerate(cases) if case.name == name]
+        per_class[name] = {
+            **{what: mean([values[i] for i in own]) for what, values in judged.items()},
+            "ceiling_f1": mean([best[i] for i in own]),
+            "taken_for": sorted({bench.classifier.classify(sounds[i]) for i in own} - {name}),
+        }
+    return {
+        "scenes": len(cases),
+        "generated": bench.scores(sounds, cases),
+        "ceiling": bench.scores(ceiling, cases),
+        "true_sound": bench.scores(true, cases),
+        "random_weights": bench.scores(unlearned, cases[: len(unlearned)]),
+        "classes": per_class,
+    }
+
+
+def random_generator(like: Generator) -> Generator:
+    """Return a generator that never learned anything, on the scale of ``like``'s latents."""
+    generator = build_generator(like.config)
+    weights = random_state_dict(generator, seed=1)
+    weights.update({name: value for name, value in like.state_dict().items() if name.startswith("latent_")})
+    generator.load_published(weights)
+    return generator.to(like.latent_mean.device).eval()
+
+
+def measure_selection(bench: Bench) -> dict[str, Any]:
+    """Return how onsets follow the object that is named, and the one that is not, in scenes with two."""
+    cases = pair_cases(3 * bench.args.count, MEASURE_SEED + 100_000)
+    sounds = bench.made("two objects", bench.generator(), bench.encoded(cases))
+    named = timing_f1(sounds, [case.events() for case in cases])
+    other = timing_f1(sounds, [case.other_events() for case in cases])
+    return {
+        "scenes": len(cases) // 2,
+        "f1_named": mean(named),
+        "f1_other": mean(other),
+        "difference": mean(named) - mean(other),
+        "class_accuracy": mean(recognised(sounds, [case.name for case in cases], bench.classifier)),
+    }
+
+
+def measure_guidance(bench: Bench) -> dict[str, Any]:
+    """Return scores at several strengths of guidance, and what a negative prompt does in scenes with two objects."""
+    cases = single_cases(list(CLASSES), max(1, bench.args.count // 2), MEASURE_SEED + 200_000)
+    encoded, generator = bench.encoded(cases), bench.generator()
+    strengths = {}
+    for strength in STRENGTHS:
+        sampling = SamplingConfig(num_steps=bench.args.num_steps, cfg_strength=strength)
+        sounds = bench.made(f"guidance {strength:g}", generator, encoded, sampling=sampling)
+        strengths[f"{strength:g}"] = {**bench.scores(sounds, cases), "margin": mean(margins(sounds, cases, bench))}
+    both = [Case(case.scene, case.index, "") for case in pair_cases(2 * bench.args.count, MEASURE_SEED + 300_000)[::2]]
+    encoded = bench.encoded(both)
+    avoided = [case.scene.prompt(np.random.default_rng(case.scene.seed)) for case in both]
+    plain = bench.made("no words", generator, encoded)
+    negative = bench.made("negative prompts", generator, encoded, negatives=avoided)
+    recall = {
+        what: {
+            "avoided": mean([timing(s, case.events()).recall for s, case in zip(sounds, both, strict=True)]),
+            "other": mean([timing(s, case.other_events()).recall for s, case in zip(sounds, both, strict=True)]),
+            "sounds_like_avoided": mean([bench.classifier.classify(s) == c.name
+                                         for s, c in zip(sounds, both, strict=True)]),
+        }
+        for what, sounds in (("without", plain), ("with", negative))
+    }
+    return {"scenes": len(cases), "strengths": strengths, "negative_scenes": len(both), "negative": recall}
+
+
+def margins(sounds: Sequence[np.ndarray], cases: Sequence[Case], bench: Bench) -> list[float]:
+    """Return by how much the class that should be heard beats the best other one, in units of log probability."""
+    result = []
+    for sound, case in zip(sounds, cases, strict=True):
+        scores = bench.classifier.scores(sound)
+        own = bench.classifier.names.index(case.name)
+        result.append(float(scores[own] - np.delete(scores, own).max()))
+    return result
+
+
+def measure_adaptation(bench: Bench) -> dict[str, Any]:
+    """Return, for every new class, what teaching it to the model changes."""
+    result = {}
+    for number, name in enumerate(bench.args.sounds):
+        with tempfile.TemporaryDirectory() as folder:
+            adapter, seconds = teach(name, Path(folder), bench.args)
+        maker = bench.maker
+        before_use, maker.clip_features = maker.clip_features, adapter.meta.get("clip_features", "use") == "use"
+        new = single_cases([name], 3 * bench.args.count, MEASURE_SEED + 400_000 + 10_000 * number)
+        known = single_cases(list(CLASSES), max(1, bench.args.count // 2), MEASURE_SEED + 500_000)
+        encoded_new, encoded_known = bench.encoded(new), bench.encoded(known)
+        base, off, taught = bench.generator(), bench.generator(), bench.generator()
+        merge_adapter(off, adapter, 0.0)
+        merge_adapter(taught, adapter, 1.0)
+        first = encoded_new[:2]
+        same = torch.equal(maker.latents(base, first, DURATION_SEC), maker.latents(off, first, DURATION_SEC))
+        result[name] = {
+            "clips": bench.args.clips,
+            "training_seconds": seconds,
+            "before": bench.scores(bench.made(f"{name} before", base, encoded_new), new),
+            "after": bench.scores(bench.made(f"{name} after", taught, encoded_new), new),
+            "known_before": bench.scores(bench.made("known before", base, encoded_known), known),
+            "known_after": bench.scores(bench.made("known after", taught, encoded_known), known),
+            "strength_0_is_the_base_model": same,
+            "scenes": len(new), "known_scenes": len(known),
+        }
+        maker.clip_features = before_use
+    return result
+
+
+def teach(name: str, folder: Path, args) -> tuple[Adapter, float]:
+    """Train an adapter on clips of a new class with the scripts that users have; return it and the seconds it took."""
+    clips, features, run = folder / "clips", folder / "features", folder / "run"
+    _run("scripts/make_demo_clips.py", "--sound", name, "--count", args.clips, "--out", clips, "--seed", args.seed)
+    _run("extract_features.py", clips, "--output_dir", features, "--prompts", clips / "prompts.txt",
+         "--variant", VARIANT, "--device", args.device)
+    started = time.monotonic()
+    _run("train_lora.py", "--config", args.preset, "--data_dir", features, "--output_dir", run, "--variant", VARIANT,
+         "--device", args.device, "--seed", args.seed)
+    seconds = time.monotonic() - started
+    return load_adapter(run / "adapter_final.pt"), seconds
+
+
+def _run(script: str, *arguments: Any) -> None:
+    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+    log.info("%s", " ".join(command[1:]))
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
+    if done.returncode:
+        raise ValueError(f"{script} ended with exit code {done.returncode}; its messages are above")
+
+
+MEASURES: dict[str, Callable[[Bench], dict[str, Any]]] = {
+    "base": measure_base,
+    "selection": measure_selection,
+    "adaptation": measure_adaptation,
+    "guidance": measure_guidance,
+}
+
+
+@cli.entry_point
+def main(argv: Sequence[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    if args.threads > 0:
+        torch.set_num_threads(args.threads)
+    figures = json.loads(args.output.read_text(encoding="utf-8")) if args.output.is_file() else {}
+    started, bench = time.monotonic(), Bench(args)
+    log.info("classifier fitted in %s", clock(time.monotonic() - started))
+    for name in args.only:
+        started = time.monotonic()
+        figures[name] = MEASURES[name](bench)
+        log.info("%s measured in %s", name, clock(time.monotonic() - started))
+        atomic_write_text(args.output, json.dumps(figures, indent=2) + "\n")
+    text = args.document.read_text(encoding="utf-8") if args.document.is_file() else ""
+    atomic_write_text(args.document, updated_document(text, figures))
+    print(figures_text(figures))
+    print(args.output)
+    print(args.document)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
