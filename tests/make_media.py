@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -9,6 +10,9 @@ from pathlib import Path
 import av
 import numpy as np
 from torch import Tensor
+
+# (a, b, c, d) of ISO 14496-12: x' = a x + c y, y' = b x + d y with y downwards
+TURNS = {"top right": (0, 1, -1, 0), "bottom left": (0, -1, 1, 0), "bottom right": (-1, 0, 0, -1)}
 
 
 def picture_of(number: int, width: int = 64, height: int = 64) -> np.ndarray:
@@ -92,3 +96,32 @@ def decode(path: Path):
                 sounds.append(frame.to_ndarray())
                 rate = frame.sample_rate
     return frames, (np.concatenate(sounds, axis=1) if sounds else None), rate
+
+
+def turn(path, matrix):
+    """Write a display matrix (a, b, c, d) into the only video track of an .mp4."""
+    content = bytearray(path.read_bytes())
+    at = content.find(b"tkhd") + 4 + 4 + 20 + 16
+    one, a, b, c, d = 1 << 16, *(value << 16 for value in matrix)
+    assert struct.unpack_from(">9i", content, at) == (one, 0, 0, 0, one, 0, 0, 0, 1 << 30)
+    struct.pack_into(">9i", content, at, a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    path.write_bytes(content)
+
+
+def corner_picture(_):
+    """Landscape picture with a white patch at the top left."""
+    picture = np.zeros((64, 96, 3), dtype=np.uint8)
+    picture[:24, :24] = 255
+    return picture
+
+
+def white_corner(picture):
+    """Return at which corner a (3, H, W) picture is brightest."""
+    grey = picture.float().mean(dim=0)
+    corners = {
+        "top left": grey[4, 4],
+        "top right": grey[4, -5],
+        "bottom left": grey[-5, 4],
+        "bottom right": grey[-5, -5],
+    }
+    return max(corners, key=corners.get)

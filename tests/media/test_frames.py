@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import struct
 from fractions import Fraction
 
 import av
@@ -13,7 +12,7 @@ import pytest
 import soundfile
 import torch
 from golden_case import GOLDEN
-from make_media import clicks, make_video, numbers_in
+from make_media import TURNS, clicks, corner_picture, make_video, numbers_in, turn, white_corner
 from recipe import select
 
 from selva.media import SELVA_FILL_SEC, mux_video, read_video, resize_frame, select_frames, shortened_duration
@@ -107,38 +106,6 @@ def test_transport_streams_begin_at_time_0(tmp_path):
         15,
         16,
     ]  # a container that cannot seek exactly
-
-
-def turn(path, matrix):
-    """Write a display matrix (a, b, c, d) into the only video track of an .mp4."""
-    content = bytearray(path.read_bytes())
-    at = content.find(b"tkhd") + 4 + 4 + 20 + 16
-    one, a, b, c, d = 1 << 16, *(value << 16 for value in matrix)
-    assert struct.unpack_from(">9i", content, at) == (one, 0, 0, 0, one, 0, 0, 0, 1 << 30)
-    struct.pack_into(">9i", content, at, a, b, 0, c, d, 0, 0, 0, 1 << 30)
-    path.write_bytes(content)
-
-
-def corner_picture(_):
-    """Landscape picture with a white patch at the top left."""
-    picture = np.zeros((64, 96, 3), dtype=np.uint8)
-    picture[:24, :24] = 255
-    return picture
-
-
-def white_corner(picture):
-    grey = picture.float().mean(dim=0)
-    corners = {
-        "top left": grey[4, 4],
-        "top right": grey[4, -5],
-        "bottom left": grey[-5, 4],
-        "bottom right": grey[-5, -5],
-    }
-    return max(corners, key=corners.get)
-
-
-# (a, b, c, d) of ISO 14496-12: x' = a x + c y, y' = b x + d y with y downwards
-TURNS = {"top right": (0, 1, -1, 0), "bottom left": (0, -1, 1, 0), "bottom right": (-1, 0, 0, -1)}
 
 
 @pytest.mark.parametrize("corner", TURNS)

@@ -8,9 +8,8 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from make_media import make_video, numbers_in
+from make_media import TURNS, make_video, numbers_in, turn, white_corner
 from PIL import Image
-from test_frames import TURNS, turn, white_corner
 
 from selva.media import SELVA_FILL_SEC, MaskSettings, read_video
 
