@@ -119,9 +119,9 @@ def test_feature_files_hold_everything_of_the_rows(tmp_path, capsys, caplog):
             assert torch.equal(value[0], tensors[key][index])
 
 
-@pytest.mark.parametrize("flags", [[], ["--decode_audio"]])
-def test_there_and_back_is_the_same_set(tmp_path, flags):
-    put_memmap(tmp_path / "data", rows=3)
+@pytest.mark.parametrize(("rows", "flags"), [(3, []), (1, ["--decode_audio"])])
+def test_there_and_back_is_the_same_set(tmp_path, rows, flags):
+    put_memmap(tmp_path / "data", rows)
     assert convert(tmp_path / "data", tmp_path / "clips", *flags) == 0
     assert convert(tmp_path / "clips", tmp_path / "again") == 0
     for path in (tmp_path / "data").iterdir():
@@ -143,12 +143,13 @@ def test_a_folder_comes_back_with_all_but_its_sound(tmp_path):
 
 
 def test_decoded_sound_lies_beside_the_features(tmp_path, caplog):
-    convert(put_folder(tmp_path / "clips"), tmp_path / "data")
+    put_memmap(tmp_path / "data", rows=1)
+    assert convert(tmp_path / "data", tmp_path / "back") == 0
     assert convert(tmp_path / "data", tmp_path / "back", "--decode_audio") == 0
     assert "approximations" in caplog.text
     scan = scan_folder(tmp_path / "back")
-    assert [clip.id for clip in scan.clips] == ["a", "b", "c"] and scan.skipped == []
-    waveform, rate = read_audio(tmp_path / "back" / "a.flac")
+    assert [clip.id for clip in scan.clips] == ["id_0"] and scan.skipped == []
+    waveform, rate = read_audio(tmp_path / "back" / "id_0.flac")
     assert (tuple(waveform.shape), rate) == ((1, 128_000), 16_000) and waveform.abs().max() > 1e-3
 
 
@@ -174,8 +175,6 @@ def test_a_second_run_writes_what_is_missing(tmp_path, capsys):
     assert capsys.readouterr().out == f"{tmp_path / 'clips' / 'id_1.npz'}\n"
     after = snapshot(tmp_path / "clips")
     assert after["id_1.npz"][0] == before.pop("id_1.npz")[0] and before.items() <= after.items()
-    convert(tmp_path / "data", tmp_path / "clips", "--decode_audio")
-    assert len(list((tmp_path / "clips").glob("*.flac"))) == 3
 
 
 def test_rows_that_cannot_be_converted_are_named(tmp_path, caplog):
