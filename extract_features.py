@@ -37,8 +37,8 @@ log = logging.getLogger("selva.extract_features")
 ENCODER_PARTS = ("clip_text", "clip_image", "t5", "video_encoder")
 CONFIG_FILE = "extract_config.yaml"
 # What has no meaning for sound without pictures.
-VIDEO_ONLY = ("recursive", "video_dir", "audio", "latents", "name", "preview", "overwrite", "prompt", "prompts", "start",
-              "windows", "overlap", "mask")
+VIDEO_ONLY = ("recursive", "video_dir", "audio", "latents", "name", "preview", "overwrite", "prompt", "prompts",
+              "start", "windows", "overlap", "mask")
 
 
 def build_parser() -> cli.ArgumentParser:
@@ -132,7 +132,7 @@ def work_list(args: argparse.Namespace) -> list[ClipJob]:
         jobs = collect_jobs(
             args.inputs, recursive=args.recursive, prompt=args.prompt, prompts=args.prompts, start_sec=args.start,
             duration_sec=args.duration, windows=args.windows, overlap_sec=args.overlap, mask=args.mask, name=args.name,
-            video_dir=args.video_dir,
+            name_dir=args.output_dir if args.format == "npz" else None, video_dir=args.video_dir,
         )
     except (ValueError, FileNotFoundError) as error:
         raise cli.UsageError(str(error)) from error
@@ -211,9 +211,9 @@ def extract_videos(args: argparse.Namespace, extractor: FeatureExtractor) -> int
         clips = read_clips(reader, own, workers, args.debug)
         summary = run(clips, len(own), encoder, output, accounts, strict=args.strict, announce=announce)
         stopped = args.strict and summary.failed
+        outcome = None if stopped else accounts.finish()
         for path in [] if stopped else output.finish():
             announce(path)
-        outcome = None if stopped else accounts.finish()
     output.close()
     report(summary, outcome, output.manifest)
     return exit_code(summary, outcome, accounts.shard)
@@ -236,9 +236,9 @@ def extract_sounds(args: argparse.Namespace, extractor: FeatureExtractor) -> int
             results = sounds.run(jobs, writer, own)
             summary = run_sounds(results, len(own), jobs, accounts, args.output_dir.name, args.strict)
             stopped = args.strict and summary.failed
+            outcome = None if stopped else accounts.finish()
             if not stopped and writer.publish_if_complete():
                 announce(args.output_dir)
-            outcome = None if stopped else accounts.finish()
     report(summary, outcome, manifest)
     return exit_code(summary, outcome, accounts.shard)
 
