@@ -164,10 +164,11 @@ class ArgumentParser(argparse.ArgumentParser):
         values = value if isinstance(value, list) else [value]
         if isinstance(action, argparse._AppendAction):
             return [f"{flag}={v}" for v in values]
-        if action.nargs in ("+", "*"):
+        if action.nargs in ("+", "*") or len(values) == action.nargs:
             return [flag, *map(str, values)]
-        if len(values) != 1 or isinstance(values[0], dict):
-            self.error(f"--config {path}: {action.dest} is {value!r}, expected a single value")
+        if len(values) != 1 or isinstance(values[0], dict) or action.nargs is not None:
+            expected = "a single value" if action.nargs is None else f"{action.nargs} values"
+            self.error(f"--config {path}: {action.dest} is {value!r}, expected {expected}")
         return [f"{flag}={values[0]}"]
 
 

@@ -159,3 +159,16 @@ def test_mask_flags_become_mask_settings():
     assert cli.mask_settings(args, None) is None
     with pytest.raises(cli.UsageError, match="neither"):
         cli.mask_settings(parser.parse_args(["--no_mask_clip", "--no_mask_sync"]), Path("m.png"))
+
+
+def test_settings_files_give_flags_of_several_values(tmp_path, capsys):
+    parser = cli.ArgumentParser("x")
+    parser.add_common()
+    parser.add_argument("--interval", type=float, nargs=2)
+    path = tmp_path / "s.yaml"
+    path.write_text("interval: [0.5, 1]\n")
+    assert parser.parse_args(["--config", str(path)]).interval == [0.5, 1.0]
+    path.write_text("interval: 0.5\n")
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--config", str(path)])
+    assert "interval is 0.5, expected 2 values" in capsys.readouterr().err

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import soundfile
 import torch
-from make_media import decode
+from make_media import clicks, decode, make_video
 from script_args import TINY
 
 import infer
+import train_lora
+from selva import inference
 from selva.checkpoint import save_adapter
 from selva.lora import LoRAConfig, inject_lora, lora_parameters
+from selva.metrics import onset_times
 from selva.weights import load_generator
+
+ROOT = Path(__file__).parents[2]
 
 QUICK = [*TINY, "--num_steps", "3"]
 
@@ -109,7 +119,8 @@ def test_strength_zero_is_the_base_model_and_one_is_not(feature_dir, tmp_path, a
 
 @pytest.mark.parametrize(
     "more", [["--negative_prompt", "music"], ["--cfg_strength", "1.0"], ["--cfg_strength", "0"], ["--num_steps", "4"],
-             ["--clip_features", "use"], ["--prompt", "a bell"]]
+             ["--clip_features", "use"], ["--prompt", "a bell"], ["--solver", "midpoint"], ["--solver", "heun"],
+             ["--cfg_interval", "0.3", "1"], ["--normalize", "lufs"]]
 )
 def test_every_setting_changes_the_sound(feature_dir, tmp_path, more):
     assert run("--features", feature_dir / "knock_0.npz", "--output", tmp_path / "plain.wav") == 0
@@ -123,6 +134,252 @@ def test_start_and_duration_cut_the_video(clip_dir, tmp_path):
     frames, samples, rate = decode(tmp_path / "cut.mp4")
     assert len(frames) == 25 and samples.shape[1] / rate == pytest.approx(1.0, abs=1024 / rate)
     assert not list(tmp_path.glob("*.flac"))
+
+
+# --- picture and sound ----------------------------------------------------------------------------------------------
+
+
+def stream_ends(path: Path) -> dict[str, float]:
+    """Return when the pictures and the sound of a file end, by its packets."""
+    ends: dict[str, float] = {}
+    with av.open(str(path)) as container:
+        for packet in container.demux():
+            if packet.pts is not None and not packet.is_discard:
+                end = float((packet.pts + (packet.duration or 0)) * packet.time_base)
+                ends[packet.stream.type] = max(end, ends.get(packet.stream.type, 0.0))
+    return ends
+
+
+def coded_pictures(path: Path) -> list[bytes]:
+    with av.open(str(path)) as container:
+        return [bytes(packet) for packet in container.demux(video=0) if packet.size]
+
+
+@pytest.mark.parametrize("name, copied", [("whole.mp4", True), ("whole.mkv", True), ("old.avi", False)])
+def test_the_video_has_both_streams_of_one_length(tmp_path, name, copied):
+    """The pictures are copied where the container allows it, and encoded again where not."""
+    video = make_video(tmp_path / name, 1.48)
+    assert run("--video", video, "--prompt", "x", "--output", tmp_path / "out") == 0
+    result = tmp_path / "out" / f"{video.stem}.mp4"
+    ends = stream_ends(result)
+    assert set(ends) == {"video", "audio"} and abs(ends["video"] - ends["audio"]) <= 1 / 25
+    assert ends["video"] == pytest.approx(1.48, abs=0.001)
+    assert (coded_pictures(result) == coded_pictures(video)) == copied
+    assert soundfile.info(result.with_suffix(".flac")).frames == pytest.approx(1.48 * 16_000, abs=640)
+
+
+@pytest.mark.parametrize("start, seconds", [(0.0, 4.0), (0.52, 3.0)])
+def test_clicks_stay_on_the_flashes(tmp_path, monkeypatch, start, seconds):
+    """A click track in place of the generated sound, through everything that writes, and decoded again."""
+    flashes = [1.0, 1.6, 2.4, 3.2]
+    bright = {round(time * 25) for time in flashes}
+    video = make_video(tmp_path / "flash.mp4", 4.0, bframes=2,
+                       pictures=lambda i: np.full((64, 64, 3), 255 if i in bright else 0, np.uint8))
+    track = torch.from_numpy(clicks([time - start for time in flashes if time - start < seconds], seconds)[0])
+    monkeypatch.setattr(inference, "decode_latents", lambda *_args, **_more: track[None])
+    assert run("--video", video, "--prompt", "x", "--start", start, "--duration", seconds, "--output",
+               tmp_path / "out") == 0
+    frames, samples, rate = decode(tmp_path / "out" / "flash.mp4")
+    seen = [time for time, picture in frames if picture.mean() > 127]
+    heard = onset_times(torch.from_numpy(samples[0]), rate)
+    assert len(seen) == len(heard) >= 3
+    assert max(abs(a - b) for a, b in zip(seen, heard, strict=True)) < 0.020
+
+
+@pytest.mark.parametrize("more, seconds, said", [
+    ([], 8.0, True), (["--duration", "8"], 8.0, False), (["--long"], 9.0, False),
+    (["--long", "--duration", "8.5"], 8.5, False),
+])
+def test_long_videos(tmp_path, capsys, more, seconds, said):
+    video = make_video(tmp_path / "long.mp4", 9.0)
+    assert run("--video", video, "--prompt", "x", *more, "--output", tmp_path / "out") == 0
+    assert soundfile.info(tmp_path / "out" / "long.flac").frames == round(seconds * 16_000)
+    assert stream_ends(tmp_path / "out" / "long.mp4")["video"] == pytest.approx(seconds, abs=0.041)
+    assert ("sound is made for the first 8 s only of long.mp4 (9.0 s); --long" in capsys.readouterr().err) == said
+
+
+def test_masks_hide_what_is_not_to_be_heard(clip_dir, tmp_path):
+    mask = np.zeros((64, 96), np.uint8)
+    mask[:, :40] = 1
+    np.save(tmp_path / "mask.npy", mask)
+    (tmp_path / "masks").mkdir()
+    shutil.copy(tmp_path / "mask.npy", tmp_path / "masks" / "knock_0.npy")
+    settings = {
+        "none": [], "mask": ["--mask", "mask.npy"], "folder": ["--mask", "masks"],
+        "off": ["--mask", "mask.npy", "--mask_strength", "0"],
+        "clip": ["--mask", "mask.npy", "--no_mask_sync"], "sync": ["--mask", "mask.npy", "--no_mask_clip"],
+    }
+    sounds = {}
+    for name, more in settings.items():
+        more = [str(tmp_path / m) if m.startswith("mask") else m for m in more]
+        assert run("--video", clip_dir / "knock_0.mp4", "--prompt", "x", "--clip_features", "use", *more, "--output",
+                   tmp_path / f"{name}.wav") == 0
+        sounds[name] = sound(tmp_path / f"{name}.wav").tobytes()
+    assert sounds["none"] == sounds["off"] and sounds["mask"] == sounds["folder"]
+    assert len({sounds[name] for name in ("none", "mask", "clip", "sync")}) == 4
+
+
+# --- batches --------------------------------------------------------------------------------------------------------
+
+
+def manifest(folder: Path) -> dict[str, dict]:
+    rows = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
+    return {row["id"]: row for row in rows}
+
+
+def times(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in folder.iterdir() if path.name != "manifest.jsonl"}
+
+
+@pytest.fixture
+def two_clips(clip_dir, tmp_path) -> Path:
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    for number in (0, 5):
+        shutil.copy(clip_dir / f"knock_{number}.mp4", folder)
+    return folder
+
+
+def test_a_second_run_makes_only_what_is_missing_or_other(two_clips, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run(two_clips, "--prompt", "a knock", "--output", out) == 0
+    printed = capsys.readouterr().out.split()
+    assert printed == [str(out / f"knock_{n}.{s}") for n in (0, 5) for s in ("flac", "mp4")]
+    first = times(out)
+    assert run(two_clips, "--prompt", "a knock", "--output", out, "--batch_size", "1", "--offload", "none") == 0
+    captured = capsys.readouterr()
+    assert times(out) == first and captured.out.split() == printed and "0 made, 2 already there" in captured.err
+
+    (out / "knock_0.mp4").unlink()  # as if the run had been stopped there
+    make_video(two_clips / "knock_5.mp4", 1.0)  # other content under the same name
+    assert run(two_clips, "--prompt", "a knock", "--output", out) == 0
+    assert all(times(out)[name] != first[name] for name in first)
+    second = times(out)
+    assert run(two_clips / "knock_0.mp4", "--prompt", "a knock", "--seed", "1", "--output", out) == 0
+    changed = {name for name, time in times(out).items() if time != second[name]}
+    assert changed == {"knock_0.flac", "knock_0.mp4", "knock_0.yaml"}
+    assert run(two_clips / "knock_0.mp4", "--prompt", "a knock", "--seed", "1", "--output", out, "--overwrite") == 0
+    assert times(out)["knock_0.flac"] != second["knock_0.flac"]
+
+
+def test_one_bad_clip_does_not_stop_the_others(two_clips, tmp_path, capsys):
+    (two_clips / "a_bad.mp4").write_bytes(b"no video at all")
+    assert run(two_clips, "--prompt", "a knock", "--output", tmp_path / "out", "--audio_only") == 1
+    captured = capsys.readouterr()
+    assert captured.out.split() == [str(tmp_path / "out" / f"knock_{n}.flac") for n in (0, 5)]
+    assert "a_bad.mp4" in captured.err and "1 of 3 clips failed" in captured.err and "Traceback" not in captured.err
+    rows = manifest(tmp_path / "out")
+    assert list(rows) == ["a_bad", "knock_0", "knock_5"] and rows["a_bad"]["files"] == []
+    assert [row["status"] for row in rows.values()] == ["failed", "done", "done"]
+    assert "a_bad.mp4" in rows["a_bad"]["reason"]
+    make_video(two_clips / "a_bad.mp4", 1.0)
+    assert run(two_clips, "--prompt", "a knock", "--output", tmp_path / "out", "--audio_only") == 0
+    assert "1 made, 2 already there" in capsys.readouterr().err
+    assert {row["status"] for row in manifest(tmp_path / "out").values()} == {"done"}
+
+
+def test_a_table_says_prompt_start_and_duration(clip_dir, tmp_path, capsys):
+    table = tmp_path / "clips.tsv"
+    table.write_text(f"id\tpath\tprompt\tstart\tduration\nfirst\t{clip_dir}/knock_0.mp4\ta gong\t0.4\t1\n"
+                     f"second\t{clip_dir}/knock_0.mp4\t\t\t\n")
+    assert run(table, "--prompt", "a knock", "--output", tmp_path / "out") == 0
+    assert [Path(p).name for p in capsys.readouterr().out.split()] == [
+        "first.flac", "first.mp4", "second.flac", "second.mp4"
+    ]
+    lengths = [soundfile.info(tmp_path / "out" / f"{name}.flac").frames for name in ("first", "second")]
+    assert lengths == [16_000, 32_000] and list(manifest(tmp_path / "out")) == ["first", "second"]
+    alone = ["--video", clip_dir / "knock_0.mp4", "--prompt", "a gong", "--start", "0.4", "--duration", "1"]
+    assert run(*alone, "--output", tmp_path / "alone.flac") == 0
+    assert np.array_equal(sound(tmp_path / "alone.flac"), sound(tmp_path / "out" / "first.flac"))
+
+
+def test_typed_words_win_for_a_named_video_and_its_own_in_a_folder(two_clips, tmp_path):
+    (two_clips / "knock_0.txt").write_text("a sidecar")
+    for source, expected in ((two_clips / "knock_0.mp4", "typed"), (two_clips, "a sidecar")):
+        assert run(source, "--prompt", "typed", "--output", tmp_path / "out", "--audio_only") == 0
+        assert f"prompt: {expected}" in (tmp_path / "out" / "knock_0.yaml").read_text()
+
+
+def test_variations_have_numbers_and_seeds_of_their_own(feature_dir, tmp_path, capsys):
+    out, one = tmp_path / "out", ["--features", feature_dir / "knock_0.npz", "--precision", "fp32"]
+    assert run(*one, "--num_variations", "3", "--seed", "7", "--output", out) == 0
+    printed = [Path(path).name for path in capsys.readouterr().out.split()]
+    assert printed == ["knock_0_1.flac", "knock_0_2.flac", "knock_0_3.flac"]
+    sounds = [sound(out / name) / 2**31 for name in printed]
+    for number, seed in ((0, 7), (2, 9)):
+        assert run(*one, "--seed", seed, "--output", tmp_path / "alone.wav") == 0
+        np.testing.assert_allclose(sounds[number], sound(tmp_path / "alone.wav") / 2**31, atol=1e-4)
+    assert np.abs(sounds[0] - sounds[1]).max() > 1e-3
+
+
+def test_the_settings_beside_a_sound_make_it_again(two_clips, tmp_path):
+    out = tmp_path / "out"
+    assert run(two_clips, "--prompt", "a knock", "--num_variations", "2", "--batch_size", "1", "--output", out) == 0
+    before = (out / "knock_5_2.flac").read_bytes()
+    (out / "knock_5_2.flac").unlink()
+    assert infer.main(["--config", str(out / "knock_5_2.yaml")]) == 0
+    assert (out / "knock_5_2.flac").read_bytes() == before
+
+
+def test_a_folder_of_features(feature_dir, tmp_path, capsys):
+    assert run("--features", feature_dir, "--output", tmp_path / "out") == 0
+    assert len(capsys.readouterr().out.split()) == 6 and len(manifest(tmp_path / "out")) == 6
+
+
+def test_paths_go_to_stdout_and_everything_else_to_stderr(tmp_path):
+    command = [sys.executable, str(ROOT / "infer.py"), *QUICK, "--prompt", "x", "--duration", "1", "--output", "out"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout == "out/x.flac\n"
+    assert "sampling" in done.stderr and "peak memory" in done.stderr and "dBTP" in done.stderr
+
+
+# --- adapters -------------------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_from_train_lora_changes_the_sound(feature_dir, tmp_path):
+    quick = ["--steps", "4", "--batch_size", "2", "--rank", "2", "--lr", "1e-2", "--warmup_steps", "0"]
+    assert train_lora.main(["--data_dir", str(feature_dir), "--output_dir", str(tmp_path / "run"), *TINY, *quick]) == 0
+    trained = ["--adapter", tmp_path / "run" / "adapter_final.pt"]
+    one = ["--features", feature_dir / "knock_0.npz", "--clip_features", "use"]
+    for name, more in (("base", []), ("one", trained), ("zero", [*trained, "--strength", "0"])):
+        assert run(*one, *more, "--output", tmp_path / f"{name}.wav") == 0
+    base, one, zero = (sound(tmp_path / f"{name}.wav") for name in ("base", "one", "zero"))
+    assert np.array_equal(base, zero) and not np.array_equal(base, one)
+
+
+def test_strength_zero_needs_no_other_flag_to_be_the_base_model(feature_dir, tmp_path, adapter):
+    for name, more in (("none", []), ("zero", ["--adapter", adapter, "--strength", "0"])):
+        assert run("--features", feature_dir / "knock_0.npz", "--output", tmp_path / f"{name}.wav", *more) == 0
+    assert (tmp_path / "none.wav").read_bytes() == (tmp_path / "zero.wav").read_bytes()
+
+
+def test_a_comparison_is_what_single_runs_make(two_clips, tmp_path, adapter, capsys):
+    """Exchanging adapters in one process leaves no trace: every sound equals, bit for bit, that of its own run."""
+    (tmp_path / "list.txt").write_text(f"base  # as it comes\n{adapter} 0\n\n{adapter} 0.5 half\nbase\n")
+    assert run(two_clips, "--prompt", "x", "--compare", tmp_path / "list.txt", "--output", tmp_path / "cmp") == 1
+    assert "line 5: the label 'base' is used twice" in capsys.readouterr().err
+    (tmp_path / "list.txt").write_text(f"base  # as it comes\n{adapter} 0\n\n{adapter} 0.5 half\n")
+    arguments = [two_clips, "--prompt", "x", "--compare", tmp_path / "list.txt", "--output", tmp_path / "cmp"]
+    assert run(*arguments) == 0
+    printed = [Path(line).relative_to(tmp_path / "cmp") for line in capsys.readouterr().out.splitlines()]
+    settings = {"base": [], "loud 0": ["--adapter", adapter, "--strength", "0"],
+                "half": ["--adapter", adapter, "--strength", "0.5"]}
+    assert set(map(str, printed)) == {
+        *(f"{label}/knock_{n}.{suffix}" for label in settings for n in (0, 5) for suffix in ("flac", "mp4")),
+        "comparison.png", "comparison.json",
+    }
+    for label, more in settings.items():
+        assert run(two_clips, "--prompt", "x", "--clip_features", "use", *more, "--audio_only", "--output",
+                   tmp_path / "single" / label) == 0
+        for name in ("knock_0.flac", "knock_5.flac"):
+            assert np.array_equal(sound(tmp_path / "cmp" / label / name), sound(tmp_path / "single" / label / name))
+    content = json.loads((tmp_path / "cmp" / "comparison.json").read_text())
+    assert [setting["label"] for setting in content["settings"]] == list(settings) and len(content["sounds"]) == 6
+    assert all(one["has_reference"] and one["log_spectral_distance_db"] > 0 for one in content["sounds"])
+    capsys.readouterr()
+    assert run(*arguments) == 0
+    assert "0 made, 6 already there" in capsys.readouterr().err
+    assert json.loads((tmp_path / "cmp" / "comparison.json").read_text()) == content
 
 
 @pytest.mark.parametrize(
