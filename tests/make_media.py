@@ -73,7 +73,7 @@ def make_video(
         audio = None
         if sound is not None:
             layout = "mono" if len(sound) == 1 else "stereo"
-            audio = container.add_stream(audio_codec, rate=rate, layout=layout)
+            audio = container.add_stream(audio_codec, rate=rate, layout=layout, options={"strict": "-2"})
             frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(sound), format="fltp", layout=layout)
             frame.sample_rate, frame.pts, frame.time_base = rate, 0, Fraction(1, rate)
             container.mux(audio.encode(frame))

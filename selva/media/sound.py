@@ -38,6 +38,7 @@ PEAK_LEVEL = 0.95  # of full scale; what the base models were trained on
 SILENCE_LEVEL = 1e-6  # a waveform that never exceeds this is silent
 
 _PREROLL_SEC = Fraction(1)  # decoders need some sound before a cut to be sample-exact after it
+_HEADER_ERROR_SEC = 0.05  # Ogg files may promise a few samples more than they hold
 _STAMP_JITTER_SEC = 0.02  # Matroska rounds time stamps to milliseconds; smaller jumps are no gaps
 _SUBTYPE = "PCM_24"  # 16 bits would put noise above the floor of the log-mel
 # Codecs that can be taken out of a video as they are, and the file that libsndfile reads them from.
@@ -102,7 +103,7 @@ def _read_audio_soundfile(
         samples = file.read(preroll + wanted, dtype="float32", always_2d=True)[preroll:]  # (samples, channels)
     except soundfile.LibsndfileError as error:
         raise ValueError(f"{path}: damaged, its sound cannot be decoded ({error})") from error
-    if len(samples) < wanted:
+    if len(samples) < wanted - _HEADER_ERROR_SEC * rate:
         found, promised = (start + len(samples)) / rate, file.frames / rate
         raise ValueError(f"{path}: ends after {found:.2f} s of {promised:.2f} s: cut short or damaged, copy it again")
     return torch.from_numpy(np.ascontiguousarray(samples.T)), rate  # (channels, samples)

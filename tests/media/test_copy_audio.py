@@ -88,3 +88,17 @@ def test_what_cannot_be_copied_is_refused(tmp_path):
     with pytest.raises(ValueError, match="would not begin where the pictures do"):
         copy_audio(late, tmp_path / "out.flac")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["aac.mp4", "flac.mkv", "late.mkv", "silent.mp4"]
+
+
+def test_a_header_that_promises_a_few_samples_too_many_is_no_damage(tmp_path):
+    """FFmpeg writes such Ogg files when it copies Vorbis."""
+    video = make_video(tmp_path / "v.mkv", 2.0, sound=noise(), rate=RATE, audio_codec="vorbis")
+    with av.open(str(video)) as source, av.open(str(tmp_path / "out.ogg"), "w") as target:
+        copy = target.add_stream_from_template(source.streams.audio[0])
+        for packet in source.demux(source.streams.audio[0]):
+            if packet.size:
+                packet.stream = copy
+                target.mux(packet)
+    promised = soundfile.info(tmp_path / "out.ogg").frames
+    found = read_audio(tmp_path / "out.ogg")[0].shape[1]
+    assert promised - 0.05 * RATE < found < promised
