@@ -163,7 +163,7 @@ def test_the_video_has_both_streams_of_one_length(tmp_path, name, copied):
     result = tmp_path / "out" / f"{video.stem}.mp4"
     ends = stream_ends(result)
     assert set(ends) == {"video", "audio"} and abs(ends["video"] - ends["audio"]) <= 1 / 25
-    assert ends["video"] == pytest.approx(1.48, abs=0.001)
+    assert ends["video"] == pytest.approx(1.48, abs=0.041)  # AVI has no time stamps of its own
     assert (coded_pictures(result) == coded_pictures(video)) == copied
     assert soundfile.info(result.with_suffix(".flac")).frames == pytest.approx(1.48 * 16_000, abs=640)
 
