@@ -185,7 +185,7 @@ def sample_long(
     enabled = precision != torch.float32
     with _set_to(generator, grid.window), torch.autocast(device.type, dtype=precision, enabled=enabled):
         passes = _window_passes(generator, grid, clip_f, sync_f, text_f, negative_text, config, windows_per_pass)
-        velocity = blended_velocity(passes, grid)
+        velocity = blended_velocity(passes, grid, device)
         latents = flow.SOLVERS[config.solver](velocity, noise, config.num_steps, on_step)
     return generator.unnormalize(latents)
 
@@ -236,16 +236,16 @@ def _window_passes(
     return passes
 
 
-def blended_velocity(passes: Sequence[WindowPass], grid: WindowGrid) -> flow.Velocity:
+def blended_velocity(passes: Sequence[WindowPass], grid: WindowGrid, device: torch.device) -> flow.Velocity:
     """Return ``fn(t, x)``, the velocity (B, N, C) of the whole clip, averaged over the windows that cover a frame."""
-    weights = grid.weights()[:, :, None]  # (windows, n, 1)
+    weights = grid.weights()[:, :, None].to(device)  # (windows, n, 1)
 
     def velocity(t: Tensor, x: Tensor) -> Tensor:
         total = torch.zeros_like(x)
         for part in passes:
             rows = part.velocity(t, torch.stack([x[item, grid.latents(window)] for item, window in part.places]))
             for (item, window), row in zip(part.places, rows, strict=True):
-                total[item, grid.latents(window)] += weights[window].to(x.device) * row
+                total[item, grid.latents(window)] += weights[window] * row
         return total
 
     return velocity

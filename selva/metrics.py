@@ -42,6 +42,7 @@ ONSET_FLOOR_DB = -95.0  # of full scale; below, likewise
 ONSET_BROAD_RISE_DB = 5.0  # mean rise over all bands that makes an onset
 ONSET_NARROW_RISE_DB = 12.0  # mean rise, weighted by power, that makes one too: a low note moves few of the bands
 ONSET_AROUND_SEC = 0.5  # to either side: rises count above what is usual there
+ONSET_BLOCK_FRAMES = 4096  # analysed at once
 ONSET_GAP_SEC = 0.06  # the closest that two onsets can be
 ONSET_SHARE = 0.75  # of a peak's strength at which the onset is timed; the peak itself comes up to 18 ms late
 MATCH_TOLERANCE_SEC = 0.08
@@ -250,9 +251,7 @@ def onset_strength(waveform: Tensor, rate: int) -> tuple[np.ndarray, np.ndarray]
     8 kHz. The strength is the mean rise over 5 dB, or the mean weighted by the bands' power over 12 dB, whichever is
     more. What was before the beginning is taken to be what is usual in the first half second.
     """
-    power = power_frames(waveform, rate, ONSET_FRAME_SEC, ONSET_STEP_SEC, padded=False)
-    low, high = ONSET_BANDS_HZ
-    bands = power @ _mel_bands(power.shape[1], rate, ONSET_BANDS, low, min(high, rate / 2))  # (frames, bands)
+    bands = _onset_bands(waveform, rate)  # (frames, bands)
     level = 10 * bands.clamp(min=1e-30).log10()
     floor = max(ONSET_FLOOR_DB, level.max().item() - ONSET_RANGE_DB)
     level = level.clamp(min=floor)
@@ -264,6 +263,18 @@ def onset_strength(waveform: Tensor, rate: int) -> tuple[np.ndarray, np.ndarray]
     strength = torch.maximum(rise.mean(dim=1) / ONSET_BROAD_RISE_DB, (share * rise).sum(dim=1) / ONSET_NARROW_RISE_DB)
     centre, step = _frame_size(rate, ONSET_FRAME_SEC) / 2, round(ONSET_STEP_SEC * rate)
     return strength.numpy(), (centre + step * np.arange(len(level))) / rate
+
+
+def _onset_bands(waveform: Tensor, rate: int) -> Tensor:
+    """Return (frames, bands) float64 power in mel bands, computed in blocks: the frames of minutes are gigabytes."""
+    size, step = _frame_size(rate, ONSET_FRAME_SEC), round(ONSET_STEP_SEC * rate)
+    low, high = ONSET_BANDS_HZ
+    to_bands = _mel_bands(size // 2 + 1, rate, ONSET_BANDS, low, min(high, rate / 2))
+    blocks = []
+    for first in range(0, max(0, len(waveform) - size) // step + 1, ONSET_BLOCK_FRAMES):
+        block = waveform[first * step : (first + ONSET_BLOCK_FRAMES - 1) * step + size]
+        blocks.append(power_frames(block, rate, ONSET_FRAME_SEC, ONSET_STEP_SEC, padded=False) @ to_bands)
+    return torch.cat(blocks)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from selva.metrics import (
     log_spectral_distance,
     match_events,
     mel_cepstral_distortion,
+    onset_strength,
     onset_times,
     power_frames,
     spectral_shape,
@@ -189,6 +190,14 @@ def test_onsets_do_not_depend_on_the_level():
     sound = impacts([0.5, 1.1, 2.0], 16_000, np.random.default_rng(3), seconds=3)
     assert len(onset_times(sound, 16_000)) == 3
     assert np.allclose(onset_times(sound, 16_000), onset_times(sound * 0.1, 16_000), atol=0.009)
+
+
+def test_blocks_do_not_show(monkeypatch):
+    sound = impacts([0.5, 1.1, 2.0], 16_000, np.random.default_rng(3), seconds=3)
+    whole = onset_strength(sound, 16_000)
+    monkeypatch.setattr("selva.metrics.ONSET_BLOCK_FRAMES", 100)
+    for a, b in zip(whole, onset_strength(sound, 16_000), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-9)
 
 
 @pytest.mark.parametrize("samples", [1, 100, 700])
