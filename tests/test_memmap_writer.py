@@ -221,6 +221,15 @@ def test_a_job_array_confirms_every_row_of_a_changed_list(tmp_path):
     assert len(MemmapSet(tmp_path / "data", SMALL)) == 7
 
 
+def test_a_change_in_one_job_needs_no_other_job_to_run_again(tmp_path):
+    """Neither for the rows of the others nor for those that they left out."""
+    extract(tmp_path / "data", skipped=("clip_0",))
+    with open_writer(tmp_path / "data") as writer:
+        assert do(writer, share=[4, 5], versions={"clip_4": "changed"}) == ["clip_4"]
+        assert writer.publish_if_complete()
+    assert MemmapSet(tmp_path / "data", SMALL).ids == [f"clip_{number}" for number in range(1, 6)]
+
+
 def test_an_outdated_row_is_not_published_while_it_is_made_again(tmp_path):
     with open_writer(tmp_path / "data") as writer:
         do(writer)  # and is killed before it publishes
