@@ -280,7 +280,7 @@ TINY_16K = Variant(
     ),
     generator_file=None,
     video_encoder=VideoEncoderConfig(
-        embed_dim=64, depth=3, num_heads=2, mlp_dim=256, image_size=112, text_dim=64, num_sup_tokens=5
+        embed_dim=64, depth=2, num_heads=2, mlp_dim=256, image_size=80, text_dim=64, num_sup_tokens=5
     ),
     vae=VAEConfig(mode="16k", hidden_dim=32, latent_dim=20),
     vocoder=VocoderConfig(
@@ -295,7 +295,7 @@ TINY_16K = Variant(
         vocab_size=259, d_model=64, d_kv=32, d_ff=128, num_layers=2, num_heads=2, byte_tokens=True
     ),
     clip_image_size=64,
-    sync_image_size=112,
+    sync_image_size=80,
     packaged=True,
 )
 

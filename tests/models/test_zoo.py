@@ -233,8 +233,9 @@ def test_the_tiny_networks_make_sound_of_a_sensible_level():
 @torch.no_grad()
 def test_the_tiny_video_encoder_sees_motion_and_reads_text():
     encoder = fill_random_(build_video_encoder("tiny_16k")).eval()
-    still = torch.rand(1, 1, 3, 112, 112).expand(1, 16, -1, -1, -1) * 2 - 1
-    moving = torch.rand(1, 16, 3, 112, 112) * 2 - 1
+    side = get_variant("tiny_16k").sync_image_size
+    still = torch.rand(1, 1, 3, side, side).expand(1, 16, -1, -1, -1) * 2 - 1
+    moving = torch.rand(1, 16, 3, side, side) * 2 - 1
     texts, mask = torch.randn(2, 1, 4, 64), torch.ones(1, 4, dtype=torch.bool)
     features = encoder.encode(still, texts[0], mask)
     assert features.shape == (1, 8, 64) and 0.1 < features.std() < 10
