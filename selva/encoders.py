@@ -153,6 +153,12 @@ class ClipImage(nn.Module):
 
 def meta_clip(config: ClipConfig) -> nn.Module:
     """Return open_clip's whole CLIP model on the meta device: names and shapes, no memory."""
+    with torch.device("meta"):
+        return build_clip(config)
+
+
+def build_clip(config: ClipConfig) -> nn.Module:
+    """Return open_clip's whole CLIP model with the weights that its training starts from."""
     from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 
     vision = CLIPVisionCfg(
@@ -169,8 +175,7 @@ def meta_clip(config: ClipConfig) -> nn.Module:
         heads=config.text_heads,
         layers=config.text_layers,
     )
-    with torch.device("meta"):
-        return CLIP(config.embed_dim, vision, text, quick_gelu=config.quick_gelu)
+    return CLIP(config.embed_dim, vision, text, quick_gelu=config.quick_gelu)
 
 
 def _clip_tokenizer(config: ClipConfig) -> Callable[[Sequence[str]], Tensor]:
