@@ -295,6 +295,7 @@ class _Prompts:
         self.path, self.for_all = path, for_all.strip()
         self.written = read_prompts(path) if path is not None else {}
         self.used: set[str] = set()
+        self.labelled = 0
         self.sidecars: dict[Path, str] = {}  # the windows of a video share one
 
     def of(self, row: TableRow, id_: str) -> str:
@@ -303,7 +304,9 @@ class _Prompts:
             if key in self.written:
                 self.used.add(key)
                 written = self.written[key]
-        return row.prompt or written or self._sidecar(row.path) or self.for_all or row.label
+        text = row.prompt or written or self._sidecar(row.path) or self.for_all
+        self.labelled += not text and bool(row.label)
+        return text or row.label
 
     def _sidecar(self, video: Path) -> str:
         path = video.with_suffix(".txt")
@@ -315,6 +318,8 @@ class _Prompts:
         unused = sorted(set(self.written) - self.used)
         if unused:
             log.warning("%s: no clip for %s", self.path, listed(unused))
+        if self.labelled:
+            log.info("%d clips take their label as their prompt", self.labelled)
 
 
 def read_sidecar(path: PathLike) -> str:

@@ -172,6 +172,7 @@ def read_video(
         masker = None if mask is None else stack.enter_context(Masker(mask, path, exact_seconds(start_sec)))
         stream = video_stream(container, path)
         stream.thread_type = "AUTO"
+        stream.codec_context.thread_count = torch.get_num_threads()  # one in a worker that reads ahead, else all
         for exact_time, frame in decode_frames(path, container, stream, exact_seconds(start_sec)):
             time = float(exact_time)
             end_sec = time + frame_duration(frame, stream)
