@@ -10,17 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 from make_media import make_video
+from tiny_adapter import make_adapter
 
 from selva.adapter import Adapter
-from selva.adapter_switch import AdapterSwitch
 from selva.checkpoint import save_adapter
 from selva.features import FeatureBundle, load_features, save_features
 from selva.inference import SoundGenerator, SoundRequest, uses_clip_features
-from selva.lora import LoRAConfig, adapter_tensors, inject_lora, lora_parameters
 from selva.models.zoo import get_variant
 from selva.sampling import SamplingConfig
 from selva.sequence import sequence_config
-from selva.weights import load_generator
 
 ROOT = Path(__file__).parents[1]
 QUICK = {"device": "cpu", "precision": "fp32", "sampling": SamplingConfig(num_steps=3)}
@@ -28,15 +26,6 @@ QUICK = {"device": "cpu", "precision": "fp32", "sampling": SamplingConfig(num_st
 
 def tiny(**more) -> SoundGenerator:
     return SoundGenerator("tiny_16k", **{**QUICK, **more})
-
-
-def make_adapter(seed: int = 0, targets: tuple[str, ...] = ("attn.qkv",), **more) -> Adapter:
-    model = load_generator("tiny_16k")
-    inject_lora(model, LoRAConfig(rank=2, targets=targets, **more), torch.Generator().manual_seed(seed))
-    with torch.no_grad():
-        for parameter in lora_parameters(model):
-            parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(seed))
-    return Adapter(adapter_tensors(model), {"variant": "tiny_16k", "clip_features": "use"})
 
 
 def put_features(path: Path, seconds: float = 1.0, seed: int = 0) -> Path:
@@ -164,53 +153,6 @@ def test_the_level_is_brought_to_the_target(bundles):
 
 
 # --- adapters -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("expected", [True, False])
-def test_exchanged_adapters_leave_no_trace(dtype, expected):
-    """Every setting holds the bits of a fresh one, convolutions and DoRA included."""
-    plain = make_adapter(1, ("attn.qkv", "linear1"))
-    dora = make_adapter(2, ("attn.qkv", "text_block.linear1"), dora=True)
-    settings = [[], [(plain, 0.7)], [(dora, 1.0), (plain, 0.3)], [(plain, 0.0)], [(dora, -0.5)], [(plain, 0.7)], []]
-
-    def load():
-        return load_generator("tiny_16k")
-
-    switch = AdapterSwitch(load, dtype, torch.device("cpu"))
-    if expected:
-        switch.expect([plain, dora])
-    for setting in settings:
-        fresh = AdapterSwitch(load, dtype, torch.device("cpu")).set(setting).state_dict()
-        exchanged = switch.set(setting).state_dict()
-        for key, value in fresh.items():
-            assert exchanged[key].dtype == value.dtype and torch.equal(exchanged[key], value), (key, setting)
-
-
-def test_announced_adapters_are_exchanged_without_reading_the_weights_again():
-    loads = []
-
-    def load():
-        loads.append(1)
-        return load_generator("tiny_16k")
-
-    a, b = make_adapter(1), make_adapter(2, ("linear1",))
-    switch = AdapterSwitch(load, torch.bfloat16, torch.device("cpu"))
-    switch.expect([a, b])
-    for setting in ([(a, 1.0)], [(b, 1.0)], [], [(a, 0.5), (b, 0.5)]):
-        switch.set(setting)
-    assert len(loads) == 1
-
-
-def test_an_adapter_that_does_not_fit_leaves_the_base_model():
-    good = make_adapter()
-    bad = Adapter({key: torch.zeros(2, 3) for key in ("nowhere.lora_A", "nowhere.lora_B")}, source="bad.pt")
-    switch = AdapterSwitch(lambda: load_generator("tiny_16k"), torch.float32, torch.device("cpu"))
-    switch.expect([good])
-    switch.set([(good, 1.0)])
-    with pytest.raises(ValueError, match=r"bad\.pt"):
-        switch.set([(bad, 1.0)])
-    assert all(map(torch.equal, switch.set([]).parameters(), load_generator("tiny_16k").parameters()))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
