@@ -30,7 +30,6 @@ from selva.media.sound import PEAK_LEVEL, SILENCE_LEVEL
 from selva.memmap_writer import MemmapWriter
 from selva.models.zoo import Variant
 from selva.partition import collect_recordings
-from selva.report import Progress
 from selva.sequence import SequenceConfig, sequence_config
 from selva.training_data import FRONT_END
 
@@ -246,31 +245,6 @@ class AudioSetExtractor:
             writer.skip(index)
             return SoundResult(index, made=False, problem=f"{job.path}: {error}")
         return SoundResult(index, made=True)
-
-
-def extract_audio_set(
-    makes: AudioSetExtractor,
-    jobs: Sequence[SoundJob],
-    folder: Path,
-    share: Sequence[int] | None = None,
-    report: Callable[[SoundJob, SoundResult], None] = lambda job, result: None,
-) -> bool:
-    """Make the rows of a set that are not current; return whether the set is complete and in its place.
-
-    Args:
-        jobs: of all processes. share: indices of those that this process is to make; None for all.
-        folder: of the memmap; its table comes to lie beside it.
-        report: is told about every row; what it raises ends the run, and the next one does the rest.
-
-    Raises:
-        ValueError: as :class:`selva.memmap_writer.MemmapWriter`, or no row of the whole set could be made.
-    """
-    share = range(len(jobs)) if share is None else share
-    with makes.open_writer(folder, jobs) as writer, Progress(len(share), "encoding sound", "clips") as progress:
-        for number, result in enumerate(makes.run(jobs, writer, share), 1):
-            report(jobs[result.index], result)
-            progress.update(number, jobs[result.index].window.id)
-        return writer.publish_if_complete()
 
 
 def _digest(content: str, job: SoundJob) -> str:

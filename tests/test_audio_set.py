@@ -9,7 +9,7 @@ import soundfile
 import torch
 from make_data import TINY, noise
 
-from selva.audio_set import AudioSetExtractor, ahead, extract_audio_set, plan_audio_set, read_windows
+from selva.audio_set import AudioSetExtractor, ahead, plan_audio_set, read_windows
 from selva.clips import Window, partition, write_captions, write_clips
 from selva.extraction import FeatureExtractor
 from selva.media import prepare_audio
@@ -48,14 +48,9 @@ def extractor(**kwargs) -> AudioSetExtractor:
 
 def extract(folder: Path, jobs, share=None, **kwargs):
     """Extract a set; return the results and whether it is published."""
-    results = []
-
-    def report(job, result):
-        assert job is jobs[result.index]
-        results.append(result)
-
-    published = extract_audio_set(extractor(**kwargs), jobs, folder, share, report)
-    return results, published
+    makes = extractor(**kwargs)
+    with makes.open_writer(folder, jobs) as writer:
+        return list(makes.run(jobs, writer, share)), writer.publish_if_complete()
 
 
 # -- the work list ----------------------------------------------------------------------------------------------------
