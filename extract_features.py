@@ -59,7 +59,9 @@ def build_parser() -> cli.ArgumentParser:
                        "stream as it is, for MP3, Vorbis, Opus, FLAC and PCM; none leaves it to you")
     group.add_argument("--latents", action="store_true",
                        help="encode the sound with the VAE too and store mean and deviation in the .npz")
-    group.add_argument("--name", help="call the clips NAME_001, NAME_002 ... in their order, instead of by their files")
+    group.add_argument("--name",
+                       help="call the clips NAME_001, NAME_002 ... instead of by their files; a clip that has a number "
+                       "in the output folder keeps it")
     group.add_argument("--preview", type=Path, metavar="DIR",
                        help="write a picture per clip that shows what each encoder saw")
     group.add_argument("--overwrite", action="store_true", help="extract again even where features are current")

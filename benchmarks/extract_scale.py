@@ -144,9 +144,11 @@ def killed_run(given: list[str], log: Path, kills: int, expected_sec: float, rng
 
 def contents(folder: Path) -> dict[str, str]:
     """Return file name -> SHA-256 of everything that a run has written, but for its log and its settings."""
-    files = [path for path in folder.rglob("*") if path.is_file() and not any(p.startswith(".") for p in path.parts)]
-    kept = [path for path in files if not path.name.endswith(("config.yaml", ".log"))]
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in kept}
+    files = {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(name): hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()
+        if not name.name.endswith(("config.yaml", ".log")) and not any(part.startswith(".") for part in name.parts)
+    }
 
 
 def check_manifest(output: Path, args: argparse.Namespace) -> None:
