@@ -39,14 +39,15 @@ def test_copies_are_found_whatever_was_done_to_them(make, tmp_path):
     others = [(make(seed), RATE) for seed in (2, 3, 4)]
     groups = same_sounds([sound_print(*item) for item in [*others, *copies]])
     assert [indices for indices, _ in groups] == [tuple(range(3, 11))]
-    assert 0.95 <= groups[0][1] <= 1.001
+    assert 0.85 <= groups[0][1] <= 1.001
 
 
 def test_steady_sounds_and_silence_are_nobodys_copy():
     """Pitfall J1: two recordings of rain, of a hum, or of nothing are not the same clip."""
     hum = torch.sin(torch.arange(64_000) * 0.1)[None]
     phases = [torch.sin(torch.arange(64_000) * 0.1 + p)[None] for p in (1, 2)]
-    sounds = [rain(1), rain(2), hum, *phases, torch.zeros(1, 64_000), torch.zeros(1, 64_000), rain(3, 0.05)]
+    gusts = [rain(seed) * (1.2 + torch.sin(torch.arange(64_000) / 16_000 + 1)) for seed in (7, 8)]
+    sounds = [rain(1), rain(2), hum, *phases, *gusts, torch.zeros(1, 64_000), torch.zeros(1, 64_000), rain(3, 0.05)]
     assert same_sounds([sound_print(sound, RATE) for sound in sounds]) == []
     assert same_sounds([]) == []
 

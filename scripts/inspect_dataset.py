@@ -1,0 +1,69 @@
+"""Look at a data set before training on it: what is in it, what cannot be used, what is odd.
+
+    python scripts/inspect_dataset.py features/dog
+    python scripts/inspect_dataset.py features/dog --videos clips/ --png dog.png --json dog.json
+    python scripts/inspect_dataset.py data/vgg-train                                   # a memmap of MMAudio
+
+DIR is what train_lora.py takes: features (.npz) with their sound, or a memmap with its table beside it. A folder of
+sounds or videos without features is measured too. Prints a table and a sentence for everything that deserves a look;
+"!" cannot be used, "?" may be meant. Nothing in DIR is changed. Exit code 1 if something cannot be used.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from selva import cli
+from selva.files import atomic_write_text
+from selva.inspection import inspect
+from selva.inspection_report import sentences, summary, table, to_json
+from selva.models.zoo import VARIANTS, get_variant
+
+log = logging.getLogger("selva.inspect_dataset")
+
+
+def build_parser() -> cli.ArgumentParser:
+    parser = cli.ArgumentParser(__doc__)
+    parser.add_argument("data_dir", type=Path, nargs="?", metavar="DIR", help="the data set")
+    parser.add_argument("--variant", choices=VARIANTS, metavar="NAME",
+                        help="model that is to be trained, one of " + ", ".join(VARIANTS) + "; by default the one that "
+                             "the features name, or whose shapes a memmap has")
+    group = parser.add_argument_group("output")
+    group.add_argument("--json", type=Path, metavar="FILE", help="write all measurements")
+    group.add_argument("--png", type=Path, metavar="FILE",
+                       help="write a picture: spectrogram and waveform of every clip, its frames above")
+    group.add_argument("--png_clips", type=cli.positive_int, default=24, metavar="N",
+                       help="clips in the picture; those that deserve a look first, then others spread evenly")
+    group.add_argument("--videos", type=Path, metavar="DIR2",
+                       help="folder of the videos that the features are of, for the frames; by default those beside "
+                            "the features, or none")
+    parser.add_common(seed=False, device=False)
+    return parser
+
+
+@cli.entry_point
+def main(argv: Sequence[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    if args.data_dir is None:
+        raise cli.UsageError("give the folder to look at")
+    if args.videos is not None and not args.videos.is_dir():
+        raise cli.UsageError(f"--videos {args.videos}: no such folder")
+    inspection = inspect(args.data_dir, get_variant(args.variant) if args.variant else None)
+    for line in [*table(inspection), "", *sentences(inspection), summary(inspection)]:
+        print(line)
+    if args.json is not None:
+        atomic_write_text(args.json, to_json(inspection))
+        log.info("measurements: %s", args.json)
+    if args.png is not None:
+        from selva.overview import write_overview
+
+        write_overview(inspection, args.png, args.videos or args.data_dir, args.png_clips)
+        log.info("overview: %s", args.png)
+    return 0 if inspection.usable else cli.EXIT_FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main())
