@@ -114,7 +114,8 @@ def collect_jobs(
     for item in inputs:
         rows += _rows_of(Path(item), recursive, None if video_dir is None else Path(video_dir))
     rows = _without_repeats(rows)
-    _warn_of_missing(rows)
+    folders = _Folders()
+    _warn_of_missing(rows, folders)
     if windows:
         clips = _cut(rows, start_sec, duration_sec, overlap_sec)
     else:
@@ -128,7 +129,7 @@ def collect_jobs(
         clips = [(row, new, start, length) for (row, _, start, length), new in zip(clips, ids, strict=True)]
     _check_ids((id_, row.path) for row, id_, _, _ in clips)
     masks = _Masks(mask)
-    texts = _Prompts(prompts, prompt)
+    texts = _Prompts(prompts, prompt, folders)
     if prompts is None:
         _point_to_lists([Path(item) for item in inputs])
     jobs = [
@@ -203,9 +204,28 @@ def _without_repeats(rows: list[TableRow]) -> list[TableRow]:
     return list(kept.values())
 
 
-def _warn_of_missing(rows: list[TableRow]) -> None:
-    videos = [str(row.path) for row in rows if not row.path.is_file()]
-    masks = sorted({str(row.mask) for row in rows if row.mask is not None and not row.mask.is_file()})
+class _Folders:
+    """The names in folders, each listed once: asking the system for every file takes minutes on network disks."""
+
+    def __init__(self) -> None:
+        self._names: dict[str, set[str]] = {}
+
+    def hold(self, path: Path) -> bool:
+        parent, name = os.path.split(path)
+        if parent not in self._names:
+            try:
+                self._names[parent] = set(os.listdir(parent or "."))
+            except OSError:
+                self._names[parent] = set()
+        return name in self._names[parent]
+
+
+def _warn_of_missing(rows: list[TableRow], folders: _Folders) -> None:
+    def exists(path: Path) -> bool:
+        return folders.hold(path) or path.is_file()  # some systems take DOG.mp4 for dog.mp4
+
+    videos = [str(row.path) for row in rows if not exists(row.path)]
+    masks = sorted({str(row.mask) for row in rows if row.mask is not None and not exists(row.mask)})
     if len(videos) == len(rows):
         raise FileNotFoundError(f"none of the {len(rows)} videos exists; looked for {listed(videos)}")
     for kind, missing in (("videos", videos), ("masks", masks)):
@@ -291,8 +311,8 @@ def _point_to_lists(inputs: list[Path]) -> None:
 class _Prompts:
     """Where the prompt of a clip comes from."""
 
-    def __init__(self, path: PathLike | None, for_all: str) -> None:
-        self.path, self.for_all = path, for_all.strip()
+    def __init__(self, path: PathLike | None, for_all: str, folders: _Folders) -> None:
+        self.path, self.for_all, self.folders = path, for_all.strip(), folders
         self.written = read_prompts(path) if path is not None else {}
         self.used: set[str] = set()
         self.labelled = 0
@@ -311,7 +331,8 @@ class _Prompts:
     def _sidecar(self, video: Path) -> str:
         path = video.with_suffix(".txt")
         if path not in self.sidecars:
-            self.sidecars[path] = read_sidecar(path) if path.name != PROMPTS_FILE and path.is_file() else ""
+            exists = path.name != PROMPTS_FILE and self.folders.hold(path) and path.is_file()
+            self.sidecars[path] = read_sidecar(path) if exists else ""
         return self.sidecars[path]
 
     def report(self) -> None:
