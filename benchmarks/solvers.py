@@ -5,8 +5,8 @@
 
 Every row starts from the same noise and conditions as the reference, Euler with --reference_steps. The error is that of
 the normalised latents, in dB of their power: -20 dB is a tenth of the amplitude. The spectral distance is that of the
-decoded sounds. Both are means over clips and seeds. Rows of one block evaluate the velocity equally often, so they
-cost the same; with an interval, part of the evaluations needs the conditional branch only.
+decoded sounds. Both are means over clips and seeds. Solvers that evaluate the velocity equally often cost the same. An
+evaluation with guidance is two passes of the network, one per branch; outside an interval it is one.
 
 Without --features the sounds are made from --prompt alone. Prints two Markdown tables and writes a JSON file.
 """
@@ -18,7 +18,6 @@ import logging
 import math
 import statistics
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -71,13 +70,14 @@ class Clip:
         empty, device = generator.empty_features(1), generator.latent_mean.device
         self.features = [given if own is None else own.to(device) for own, given in zip(features, empty, strict=True)]
 
-    def sample(self, seed: int, config: SamplingConfig) -> tuple[Tensor, float]:
-        """Return (1, N, C) latents and the seconds that they took."""
-        lengths = self.sequence
+    def sample(self, seed: int, config: SamplingConfig) -> tuple[Tensor, int]:
+        """Return (1, N, C) latents, and how often the network ran: with guidance, twice per evaluation."""
+        lengths, batches = self.sequence, []
         self.generator.set_sequence(lengths.latent_seq_len, lengths.clip_seq_len, lengths.sync_seq_len)
-        started = time.monotonic()
-        latents = sample_latents(self.generator, *self.features, [seed], config).cpu()  # waits for the device
-        return latents, time.monotonic() - started
+        hook = self.generator.audio_input_proj.register_forward_pre_hook(lambda _, x: batches.append(len(x[0])))
+        latents = sample_latents(self.generator, *self.features, [seed], config).cpu()
+        hook.remove()
+        return latents, sum(batches)
 
 
 def read_clips(args, variant: Variant, generator: Generator) -> list[Clip]:
@@ -128,10 +128,10 @@ def measure(args, variant: Variant, generator: Generator, clips: list[Clip]) -> 
                 reference, _ = clip.sample(seed, SamplingConfig(args.reference_steps, args.cfg_strength))
                 sound = decode_latents(reference.to(device), vae, vocoder)[0].cpu()
                 for config in configs:
-                    latents, seconds = clip.sample(seed, config)
+                    latents, passes = clip.sample(seed, config)
                     found = decode_latents(latents.to(device), vae, vocoder)[0].cpu()
                     normalized = (generator.normalize(x.to(device)) for x in (latents, reference))
-                    rows.append({"config": config, "seconds": seconds, "error_db": error_db(*normalized),
+                    rows.append({"config": config, "passes": passes, "error_db": error_db(*normalized),
                                  "distance_db": log_spectral_distance(found, sound, rate)})
                     progress.update(progress.done + 1)
     return rows
@@ -142,7 +142,7 @@ def summaries(rows: list[dict[str, Any]]) -> dict[SamplingConfig, dict[str, floa
     return {
         config: {
             key: statistics.fmean(row[key] for row in rows if row["config"] == config)
-            for key in ("error_db", "distance_db", "seconds")
+            for key in ("error_db", "distance_db", "passes")
         }
         for config in dict.fromkeys(row["config"] for row in rows)
     }
@@ -150,16 +150,16 @@ def summaries(rows: list[dict[str, Any]]) -> dict[SamplingConfig, dict[str, floa
 
 def markdown(means: dict[SamplingConfig, dict[str, float]], interval_steps: int) -> str:
     """Return the table of solvers and the table of intervals."""
-    solvers = ["| evaluations | solver | steps | error | spectral distance | seconds |", "|---|---|---|---|---|---|"]
-    intervals = [f"| guidance from t to t, {interval_steps} Euler steps | error | spectral distance | seconds |",
+    solvers = ["| evaluations | solver | steps | error | spectral distance |", "|---|---|---|---|---|"]
+    intervals = [f"| guidance from t to t, {interval_steps} Euler steps | network passes | error | spectral distance |",
                  "|---|---|---|---|"]
     for config, mean in means.items():
-        cells = f"{mean['error_db']:.1f} dB | {mean['distance_db']:.2f} dB | {mean['seconds']:.2f} |"
+        cells = f"{mean['error_db']:.1f} dB | {mean['distance_db']:.2f} dB |"
         start, end = config.cfg_interval
         if (start, end) == WHOLE_INTERVAL:
             solvers.append(f"| {config.num_evaluations} | {config.solver} | {config.num_steps} | {cells}")
         if config.solver == "euler" and config.num_steps == interval_steps:
-            intervals.append(f"| {start:g} to {end:g} | {cells}")
+            intervals.append(f"| {start:g} to {end:g} | {mean['passes']:.0f} | {cells}")
     return "\n".join([*solvers, "", *intervals])
 
 

@@ -22,4 +22,6 @@ def test_a_small_comparison(tmp_path, capsys):
     assert ran == [("euler", 4, 4), ("euler", 3, 3), ("midpoint", 2, 4), ("heun", 2, 4), ("euler", 6, 6)]
     errors = {(row["solver"], row["num_steps"]): row["error_db"] for row in results if row["cfg_interval"] == [0, 1]}
     assert errors["euler", 3] > errors["euler", 6]
+    passes = {tuple(row["cfg_interval"]): row["passes"] for row in results if row["num_steps"] == 6}
+    assert passes[0.0, 1.0] == 12 and passes[0.2, 0.8] == 6 + 3  # of 0, 1/6, … 5/6 three lie inside
     assert len(results) == len(ran) + len(solvers.INTERVALS) - 1
