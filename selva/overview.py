@@ -144,7 +144,7 @@ class _Cell:
             (words, 0.31, 6.5, COLOURS[sign] if sign != " " else "#5f6368"),
         ):
             self.figure.text(self.left / self.total_width, (self.top - down) / self.total_height,
-                             fit(text, 88 if size < 8 else 70), fontsize=size, color=colour, va="center")
+                             fit(text, 98 if size < 8 else 70), fontsize=size, color=colour, va="center")
         self.top -= 0.42
 
     def sound(self, report: ClipReport, strip: float, video: tuple[Path, float] | None) -> None:

@@ -100,12 +100,13 @@ def collect_recordings(data_dir: Path) -> tuple[list[Path], list[LeftOut]]:
         raise FileNotFoundError(f"{data_dir}: no such folder")
     recordings: dict[str, Path] = {}
     left_out: list[LeftOut] = []
+    videos: list[Path] = []
     for path in sorted(data_dir.iterdir(), key=lambda path: path.name):
         if path.name.startswith(".") or not path.is_file():
             continue
         suffix = path.suffix.lower()
         if suffix in VIDEO_SUFFIXES:
-            left_out.append(LeftOut(path, "a video; extract_features.py cuts these"))
+            videos.append(path)
         if suffix not in AUDIO_SUFFIXES:
             continue
         other = recordings.setdefault(path.stem, path)
@@ -115,6 +116,9 @@ def collect_recordings(data_dir: Path) -> tuple[list[Path], list[LeftOut]]:
             left_out.append(LeftOut(left, f"{kept.name} has the same name and goes before it"))
     if not recordings:
         raise ValueError(f"{data_dir}: no recordings in it, expected files like {', '.join(AUDIO_SUFFIXES)}")
+    # A video beside a recording of its name is what the recording belongs to.
+    left_out += [LeftOut(path, "a video; extract_features.py cuts these")
+                 for path in videos if path.stem not in recordings]
     return list(recordings.values()), left_out
 
 

@@ -111,6 +111,7 @@ def test_a_shorter_minimum_and_another_number_of_windows(recordings, tmp_path):
 def test_what_is_left_out_is_listed_with_the_reason(recordings, tmp_path, capsys):
     (recordings / "e.wav").write_bytes(b"rubbish")
     (recordings / "film.mp4").write_bytes(b"rubbish")
+    (recordings / "b.mp4").write_bytes(b"the pictures of b.flac")
     record(recordings, "a.ogg", 30)
     arguments = ["--data_dir", str(recordings), "--output_dir", str(tmp_path / "out"), "--skip_silence"]
     soundfile.write(recordings / "b.flac", np.random.default_rng(0).standard_normal(160_000) / 9, 8_000)
