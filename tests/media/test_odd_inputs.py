@@ -84,6 +84,31 @@ def test_containers_and_codecs(kind, tmp_path):
     assert probe(path).streams.count("video") == probe(path).streams.count("audio") == 1
 
 
+STREAMED = {
+    "mp4 in fragments": ("v.mp4", "libx264", "aac", {"movflags": "frag_keyframe+empty_moov+default_base_moof"}),
+    "webm of a browser": ("v.webm", "libvpx", "libopus", {"live": "1"}),
+}
+
+
+@pytest.mark.parametrize("kind", STREAMED)
+def test_streams_whose_header_was_written_before_they_ended(kind, tmp_path):
+    name, codec, audio_codec, container_options = STREAMED[kind]
+    if codec not in av.codecs_available or audio_codec not in av.codecs_available:
+        pytest.skip(f"this PyAV has no {codec} or {audio_codec}")
+    path = make_video(tmp_path / name, 4.0, sound=clicks([2.5], 4.0, 48_000), rate=48_000, codec=codec,
+                      audio_codec=audio_codec, options={"g": "10"}, container_options=container_options)
+    relative = [time - 1.6 for time in shown_times(path)]
+    assert numbers_in(read_video(path, 1.6, 1.6, 64, 64).clip_frames) == select_frames(relative, 8.0, 0.0, 1.6)[:12]
+    sound, rate = read_audio(path, 1.6, 1.6)
+    assert click_time(sound, rate) == pytest.approx(0.9 + shown_times(path)[0], abs=0.03)
+    assert video_length(path) == pytest.approx(4.0 + shown_times(path)[0], abs=0.01)
+
+
+def test_animations_are_videos(tmp_path):
+    path = write(tmp_path / "v.gif", "gif", counted(75), "rgb8")
+    assert numbers_in(read_video(path, 1.6, 0.8, 64, 64).clip_frames)[:3] == [20, 24, 27]
+
+
 # --- pictures -------------------------------------------------------------------------------------------------------
 
 
