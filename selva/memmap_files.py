@@ -116,6 +116,9 @@ class SetFiles:
         journal = RowJournal(generation)
         journal.append(entry_line(index, entry) for index, entry in entries.items())
         journal.close()
+        for key in plan["shapes"]:
+            flush_file(data / f"{key}.memmap")
+        flush_folder(data)
         atomic_write_text(generation / PLAN_FILE, json.dumps(plan, ensure_ascii=False))  # now it counts
         return generation
 
@@ -205,7 +208,6 @@ def _carry_over(source: Content, plan: Plan, data: Path, carried: bool, entries:
                 old_file.seek(there * size)
                 file.seek(here * size)
                 file.write(old_file.read(size))
-        flush_file(data / f"{key}.memmap")
     if moves:
         log.info("%d rows of an earlier run are taken over", len(moves))
 

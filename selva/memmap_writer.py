@@ -244,7 +244,8 @@ class MemmapWriter:
         if found is not None and found.plan != self._plan:
             if writers := living_writers(generation):
                 raise ValueError(f"{self.files.folder}: another run with other clips or settings is writing it "
-                                 f"({', '.join(writers)}); wait for its end, or choose another folder")
+                                 f"({', '.join(writers)}); wait for its end, or choose another folder. If it runs no "
+                                 f"more, delete {generation}/*.lock")
             outdated = generation
             generation = None if is_published else self.files.begin(self._plan, [found, published], carried=True)
             remove(outdated)
