@@ -122,7 +122,7 @@ class Bench:
 
 def measure_base(bench: Bench) -> dict[str, Any]:
     """Return scores of generated sounds, of the ceiling and of the floors, and of every class."""
-    cases = single_cases(list(CLASSES), bench.args.count, MEASURE_SEED)
+    cases = single_cases(list(CLASSES), bench.args.count, MEASURE_SEED, DURATION_SEC)
     encoded = bench.encoded(cases)
     sounds = bench.made("generating", bench.generator(), encoded)
     true = [case.scene.sound() for case in cases]
@@ -162,7 +162,7 @@ def random_generator(like: Generator) -> Generator:
 
 def measure_selection(bench: Bench) -> dict[str, Any]:
     """Return how onsets follow the object that is named, and the one that is not, in scenes with two."""
-    cases = pair_cases(3 * bench.args.count, MEASURE_SEED + 100_000)
+    cases = pair_cases(3 * bench.args.count, MEASURE_SEED + 100_000, DURATION_SEC)
     sounds = bench.made("two objects", bench.generator(), bench.encoded(cases))
     named = timing_f1(sounds, [case.events() for case in cases])
     other = timing_f1(sounds, [case.other_events() for case in cases])
@@ -177,14 +177,15 @@ def measure_selection(bench: Bench) -> dict[str, Any]:
 
 def measure_guidance(bench: Bench) -> dict[str, Any]:
     """Return scores at several strengths of guidance, and what a negative prompt does in scenes with two objects."""
-    cases = single_cases(list(CLASSES), max(1, bench.args.count // 2), MEASURE_SEED + 200_000)
+    cases = single_cases(list(CLASSES), max(1, bench.args.count // 2), MEASURE_SEED + 200_000, DURATION_SEC)
     encoded, generator = bench.encoded(cases), bench.generator()
     strengths = {}
     for strength in STRENGTHS:
         sampling = SamplingConfig(num_steps=bench.args.num_steps, cfg_strength=strength)
         sounds = bench.made(f"guidance {strength:g}", generator, encoded, sampling=sampling)
         strengths[f"{strength:g}"] = {**bench.scores(sounds, cases), "margin": mean(margins(sounds, cases, bench))}
-    both = [Case(case.scene, case.index, "") for case in pair_cases(2 * bench.args.count, MEASURE_SEED + 300_000)[::2]]
+    pairs = pair_cases(2 * bench.args.count, MEASURE_SEED + 300_000, DURATION_SEC)
+    both = [Case(case.scene, case.index, "") for case in pairs[::2]]
     encoded = bench.encoded(both)
     avoided = [case.scene.prompt(np.random.default_rng(case.scene.seed)) for case in both]
     plain = bench.made("no words", generator, encoded)
@@ -219,8 +220,9 @@ def measure_adaptation(bench: Bench) -> dict[str, Any]:
             adapter, seconds = teach(name, Path(folder), bench.args)
         maker = bench.maker
         before_use, maker.clip_features = maker.clip_features, adapter.meta.get("clip_features", "use") == "use"
-        new = single_cases([name], 3 * bench.args.count, MEASURE_SEED + 400_000 + 10_000 * number)
-        known = single_cases(list(CLASSES), max(1, bench.args.count // 2), MEASURE_SEED + 500_000)
+        seed, few = MEASURE_SEED + 400_000, max(1, bench.args.count // 2)
+        new = single_cases([name], 3 * bench.args.count, seed + 10_000 * number, DURATION_SEC)
+        known = single_cases(list(CLASSES), few, seed + 100_000, DURATION_SEC)
         encoded_new, encoded_known = bench.encoded(new), bench.encoded(known)
         base, off, taught = bench.generator(), bench.generator(), bench.generator()
         merge_adapter(off, adapter, 0.0)

@@ -18,6 +18,7 @@ from selva.world.scene import make_scene
 
 RATE = 16_000
 REFRACTORY_SEC = 0.2  # events of the world are further apart; nearer onsets are the inner structure of one sound
+END_SEC = 0.1  # in the world nothing begins so close to the end
 _BANDS = 20  # neighbouring mel bands are pooled, so that a vocoder's fine errors do not matter
 _RANGE = 2.0  # decades of amplitude below the loudest band that count
 _SHRINKAGE = 0.1  # of the covariance towards a multiple of the identity
@@ -25,9 +26,11 @@ FIT_SEED = 9_000_000  # the classifier's scenes; neither training nor benchmarks
 
 
 def heard_events(sound: np.ndarray, rate: int = RATE) -> list[float]:
-    """Return the times in seconds at which something happens in (samples,)."""
+    """Return the times in seconds at which something happens in (samples,); where the sound is cut off is no event."""
     times: list[float] = []
     for time in onset_times(torch.from_numpy(np.asarray(sound, dtype=np.float32)), rate):
+        if time > len(sound) / rate - END_SEC:
+            break
         if not times or time - times[-1] > REFRACTORY_SEC:
             times.append(time)
     return times

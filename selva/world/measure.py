@@ -169,9 +169,11 @@ class SoundMaker:
     @torch.no_grad()
     def through_codec(self, sound: np.ndarray) -> np.ndarray:
         """Return (samples,) as VAE and vocoder give it back: the best that any generator could reach."""
-        mel = self.mel(torch.from_numpy(sound)[None].to(self.device))
-        mean, _ = self.vae.encode(mel)
-        return self.decode(mean.mT, len(sound) / RATE)[0]
+        duration_sec = len(sound) / RATE
+        whole = np.zeros(sequence_config(self.variant.mode, duration_sec).num_audio_frames, dtype=np.float32)
+        whole[: len(sound)] = sound
+        mean, _ = self.vae.encode(self.mel(torch.from_numpy(whole)[None].to(self.device)))
+        return self.decode(mean.mT, duration_sec)[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,201 @@
+"""Write one HTML page about a training run: new videos with the sound before and after, loss curves, numbers.
+
+    python infer.py new/ --variant small_16k --selva_dir weights --prompt "a dog barking" --output before
+    python infer.py new/ --variant small_16k --selva_dir weights --prompt "a dog barking" --output after \\
+        --adapter runs/dog/adapter_final.pt
+    python scripts/make_report.py --run runs/dog --before before --after after --output report.html
+
+Clips of one name in both folders are shown side by side; --true adds the videos with the sound that they really have.
+Where that folder holds an events.tsv of make_demo_clips.py, the page also says how well the onsets fit what happens
+(F1 within 80 ms), and what a classifier takes each sound for. The page needs no other file and no network. Prints its
+path, and the numbers on stderr.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from selva import cli
+from selva.html_report import Page, Take, loss_png
+from selva.media import prepare_audio, read_audio
+from selva.report import MetricsFile, Progress, clock
+from selva.world.judging import RATE, Classifier, fit_classifier, timing
+
+log = logging.getLogger("selva.make_report")
+
+MEDIA_SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".flac", ".wav")  # the first that is there is played
+LABELS = {"before": "before", "after": "with the adapter", "true": "true sound"}
+FIT_COUNT = 25  # scenes per class for the classifier
+
+
+@dataclass
+class Judged:
+    """What is known about the sounds of one kind: "before", "after" or "true"."""
+
+    f1: list[float] = field(default_factory=list)
+    heard_as: list[str] = field(default_factory=list)
+
+
+def build_parser() -> cli.ArgumentParser:
+    parser = cli.ArgumentParser(__doc__)
+    group = parser.add_argument_group("report")
+    group.add_argument("--run", type=Path, required=True, help="output folder of train_lora.py")
+    group.add_argument("--before", type=Path, required=True, help="output folder of infer.py without the adapter")
+    group.add_argument("--after", type=Path, required=True, help="the same with it")
+    group.add_argument("--true", type=Path, help="folder of the videos with their true sound")
+    group.add_argument("--title", default="A new sound", help="of the page")
+    group.add_argument("--commands", type=Path, metavar="FILE", help="text to show as what was run")
+    group.add_argument("--output", type=Path, default=Path("report.html"), help="the page")
+    parser.add_common(seed=False, device=False)
+    return parser
+
+
+def media_of(folder: Path | None, stem: str) -> Path | None:
+    """Return the file of that stem that a page can play, a video rather than a sound."""
+    if folder is None:
+        return None
+    return next((path for s in MEDIA_SUFFIXES if (path := folder / f"{stem}{s}").is_file()), None)
+
+
+def clip_names(before: Path, after: Path) -> list[str]:
+    """Return the stems that both folders have something to play of."""
+    for folder in (before, after):
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder}: no such folder; it is the --output of infer.py")
+    stems = sorted({path.stem for path in after.iterdir() if path.suffix.lower() in MEDIA_SUFFIXES})
+    shared = [stem for stem in stems if media_of(before, stem)]
+    if not shared:
+        raise ValueError(f"{before} and {after} have no clip of the same name; use the same videos for both")
+    for stem in sorted(set(stems) - set(shared)):
+        log.warning("%s: not in %s, left out", stem, before)
+    return shared
+
+
+def read_events(folder: Path | None) -> dict[str, tuple[str, list[float]]]:
+    """Return {clip: (sound, times in seconds)} from the events.tsv of a folder, empty if it has none.
+
+    Of a clip with two objects, the one counts that the file is named after.
+    """
+    path = folder / "events.tsv" if folder is not None else None
+    if path is None or not path.is_file():
+        return {}
+    times: dict[str, tuple[str, list[float]]] = defaultdict(lambda: ("", []))
+    with path.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file, delimiter="\t"):
+            try:
+                clip, sound, time = row["id"], row["sound"], float(row["time_sec"])
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(f"{path}: not an events.tsv of make_demo_clips.py ({error})") from error
+            if clip.startswith(f"{sound}_"):
+                times[clip] = (sound, [*times[clip][1], time])
+    return dict(times)
+
+
+def mono(path: Path) -> tuple[np.ndarray, int]:
+    """Return (samples,) and the rate of the sound of a file, as it is."""
+    waveform, rate = read_audio(path)
+    return waveform.mean(dim=0).numpy(), rate
+
+
+def judge(
+    waveform: np.ndarray, rate: int, truth: tuple[str, list[float]], classifier: Classifier, into: Judged
+) -> str:
+    """Return one line on how well a sound fits what is seen."""
+    if np.abs(waveform).max() < 1e-4:
+        heard, f1 = "silence", 0.0
+    else:
+        sound = prepare_audio(torch.from_numpy(waveform), rate, RATE).numpy()
+        heard, f1 = classifier.classify(sound), timing(sound, truth[1]).f1
+    into.f1.append(f1)
+    into.heard_as.append(heard)
+    return f"heard as: {heard}; onset F1 {f1:.2f}"
+
+
+def run_facts(run: Path) -> tuple[dict, MetricsFile]:
+    """Return meta.json and the metrics of a training run."""
+    if not (run / "meta.json").is_file():
+        raise FileNotFoundError(f"{run}/meta.json: no such file; --run is the --output_dir of train_lora.py")
+    return json.loads((run / "meta.json").read_text(encoding="utf-8")), MetricsFile(run / "metrics.jsonl")
+
+
+def training_seconds(metrics: MetricsFile) -> float | None:
+    """Return how long the steps took, None if the run did not note it."""
+    _, seconds = metrics.series("sec_per_step")  # a row for every step
+    return sum(seconds) if seconds else None
+
+
+def summary(judged: dict[str, Judged], truths: dict[str, tuple[str, list[float]]]) -> list[tuple[str, str, str]]:
+    """Return the cards that say what changed; empty where nothing is known about the truth."""
+    if not truths:
+        return []
+    names = sorted({sound for sound, _ in truths.values()})
+    wanted = " or ".join(names)
+    counts = {kind: sum(heard in names for heard in row.heard_as) for kind, row in judged.items()}
+    f1 = {kind: float(np.mean(row.f1)) for kind, row in judged.items() if row.f1}
+    total = len(judged["after"].heard_as)
+    beside = f"; true sound {f1['true']:.2f}" if "true" in f1 else ""
+    return [
+        (f"recognised as {wanted}", f"{counts['before']} of {total} → {counts['after']} of {total}",
+         "before → with the adapter"),
+        ("onset F1 within 80 ms", f"{f1['before']:.2f} → {f1['after']:.2f}", f"before → with the adapter{beside}"),
+    ]
+
+
+@cli.entry_point
+def main(argv: Sequence[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    meta, metrics = run_facts(args.run)
+    names = clip_names(args.before, args.after)
+    truths = {name: truth for name, truth in read_events(args.true).items() if name in names}
+    classifier = fit_classifier(FIT_COUNT) if truths else None
+    judged: dict[str, Judged] = defaultdict(Judged)
+    rows: list[tuple[str, list[Take], list[float]]] = []
+    with Progress(len(names), "looking at clips", "clips") as progress:
+        for number, name in enumerate(names, 1):
+            takes, truth = [], truths.get(name)
+            for kind, folder in (("before", args.before), ("after", args.after), ("true", args.true)):
+                media = media_of(folder, name)
+                if media is None:
+                    continue
+                waveform, rate = mono(media)
+                note = judge(waveform, rate, truth, classifier, judged[kind]) if truth else ""
+                takes.append(Take(LABELS[kind], note, media, waveform, rate))
+            rows.append((name, takes, truth[1] if truth else []))
+            progress.update(number)
+
+    seconds, steps = training_seconds(metrics), metrics.series("loss")[0]
+    trained = f"{steps[-1] if steps else 0} steps" + (f" in {clock(seconds)}" if seconds else "")
+    page = Page(args.title, f"{meta.get('variant', 'a model')}, rank {meta.get('rank', '?')}, {trained}")
+    cards = summary(judged, truths)
+    size = sum(path.stat().st_size for path in args.run.glob("adapter_final.pt"))
+    page.cards([*cards, ("training", trained, f"adapter of {size / 2**20:.1f} MB" if size else "")])
+    page.section("Listen", "New videos that the adapter was not trained on. "
+                 + ("The green marks are the moments at which something happens in the picture." if truths else ""))
+    for name, takes, marks in rows:
+        page.takes(name, takes, marks)
+    picture = loss_png(metrics)
+    if picture is not None:
+        page.section("Training", "How well the flow is predicted; lower is better.")
+        page.image(picture, "training and validation loss")
+    if args.commands is not None:
+        page.section("How this was made")
+        page.code(args.commands.read_text(encoding="utf-8").strip())
+    page.write(args.output)
+    for what, value, note in cards:
+        log.info("%s: %s (%s)", what, value, note)
+    print(args.output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

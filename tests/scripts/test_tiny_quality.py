@@ -1,0 +1,73 @@
+"""The benchmark of the built-in model, at its smallest; what it says of the model is not judged here."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import tiny_quality
+from selva.weights import load_generator
+from selva.world import measure
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Two classes, short scenes, a quickly fitted classifier."""
+    classes = {name: tiny_quality.CLASSES[name] for name in ("bell", "rain")}
+    for module in (tiny_quality, measure):
+        monkeypatch.setattr(module, "CLASSES", classes)
+    monkeypatch.setattr(tiny_quality, "fit_classifier", measure_classifier)
+    monkeypatch.setattr(tiny_quality, "DURATION_SEC", 2.0)
+
+
+def measure_classifier():
+    from selva.world.judging import fit_classifier
+
+    return fit_classifier(count=3, names=("bell", "rain", "gong"))
+
+
+def run(tmp_path, *options: str) -> int:
+    return tiny_quality.main([
+        "--output", str(tmp_path / "figures.json"), "--document", str(tmp_path / "model.md"), "--count", "1",
+        "--num_steps", "1", "--device", "cpu", *options,
+    ])
+
+
+def test_parts_are_measured_and_kept(tmp_path, capsys):
+    assert run(tmp_path, "--only", "base") == 0
+    assert run(tmp_path, "--only", "selection") == 0
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert set(figures) == {"base", "selection"}
+    base = figures["base"]
+    assert base["scenes"] == 2 and base["true_sound"]["timing_f1"] > 0.9 and base["true_sound"]["class_accuracy"] == 1
+    assert set(base["classes"]) == {"bell", "rain"}
+    assert figures["selection"]["scenes"] == 3
+    text = (tmp_path / "model.md").read_text()
+    assert "## Timing and class" in text and "## Selection" in text and "| true sound" not in text
+    assert text.count("the true sound itself") == 1
+    assert str(tmp_path / "model.md") in capsys.readouterr().out
+
+
+def test_the_random_generator_has_the_scale_but_not_the_weights_of_the_real_one():
+    like = load_generator("tiny_16k")
+    other = tiny_quality.random_generator(like)
+    torch.testing.assert_close(other.latent_std, like.latent_std)
+    torch.testing.assert_close(other.latent_mean, like.latent_mean)
+    assert not torch.equal(other.final_layer.conv.weight, like.final_layer.conv.weight)
+
+
+def test_margins_are_of_the_right_class():
+    class Scores:
+        names = ("bell", "rain")
+
+        def scores(self, sound):
+            return np.array([3.0, 1.0])
+
+    class Bench:
+        classifier = Scores()
+
+    cases = measure.single_cases(["bell", "rain"], 1, 0, 2.0)
+    assert tiny_quality.margins([np.zeros(1)] * 2, cases, Bench()) == [2.0, -2.0]
