@@ -105,8 +105,6 @@ def to_folder(args: argparse.Namespace) -> int:
 @cli.entry_point
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    if not args.source.is_dir():
-        raise FileNotFoundError(f"{args.source}: no such folder")
     if args.source.resolve() == args.target.resolve():
         raise cli.UsageError(f"{args.source}: is source and target at once; choose another target")
     if is_memmap(args.source):

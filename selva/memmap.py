@@ -34,7 +34,14 @@ VIDEO_KEYS = ("clip_features", "sync_features")
 
 
 def is_memmap(folder: Path) -> bool:
-    """Return whether a data folder is a TensorDict memmap rather than a folder of ``.npz`` files."""
+    """Return whether a data folder is a TensorDict memmap rather than a folder of ``.npz`` files.
+
+    Raises:
+        FileNotFoundError: there is no such folder yet, because its extraction has not come to the end.
+    """
+    if not folder.exists() and partial_path(folder).is_dir():
+        raise FileNotFoundError(f"{folder}: is not complete yet, its rows are in {partial_path(folder)}; run the "
+                                "extraction again, all of its parts")
     return (folder / META_FILE).is_file() and not any(folder.glob("*.npz"))
 
 
@@ -59,6 +66,12 @@ def table_path(folder: Path) -> Path:
     """Return the table that belongs to a memmap: beside the folder, with its name."""
     folder = folder.resolve()
     return folder.parent / f"{folder.name}.tsv"
+
+
+def partial_path(folder: Path) -> Path:
+    """Return where a memmap is while it is being written: beside the folder."""
+    folder = folder.resolve()
+    return folder.parent / f"{folder.name}.partial"
 
 
 class MemmapSet(TrainingSet):

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from selva.files import atomic_write_text, flush_file, flush_folder
-from selva.memmap import META_FILE, table_path
+from selva.memmap import META_FILE, partial_path, table_path
 from selva.row_journal import Entry, RowJournal, entry_line, replay
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class SetFiles:
         self.folder = Path(folder).resolve()
         self.table = table_path(self.folder)
         self.record = self.folder.with_name(f"{self.folder.name}.{SEAL_FILE}")
-        self.partial = self.folder.with_name(f"{self.folder.name}.partial")
+        self.partial = partial_path(self.folder)
         self.lock = self.folder.with_name(f".{self.folder.name}.lock")
 
     def published(self) -> Content | None:

@@ -15,6 +15,7 @@ from make_data import TINY
 
 from selva.memmap import MemmapSet
 from selva.memmap_writer import MemmapWriter
+from selva.training_data import load_training_set
 
 SMALL = replace(TINY, generator=replace(TINY.generator, text_dim=4, clip_dim=4, sync_dim=4))
 CLIPS = [(f"clip_{number}", f'says "{number}"') for number in range(6)]
@@ -297,6 +298,15 @@ def test_only_what_has_changed_is_made_again(tmp_path, change, start):
     assert extract(tmp_path / "a" / "data", clips, versions=versions) == (expected, True)
     extract(tmp_path / "b" / "data", clips, versions=versions)
     assert files(tmp_path / "a" / "data") == files(tmp_path / "b" / "data")
+
+
+def test_training_on_an_unfinished_set_says_so(tmp_path):
+    with open_writer(tmp_path / "data") as writer:
+        do(writer, share=range(3))
+    with pytest.raises(FileNotFoundError, match=r"data: is not complete yet, its rows are in .*data\.partial"):
+        load_training_set(tmp_path / "data", SMALL, None, torch.device("cpu"))
+    with pytest.raises(FileNotFoundError, match="nothing: no such folder"):
+        load_training_set(tmp_path / "nothing", SMALL, None, torch.device("cpu"))
 
 
 def test_an_unfinished_change_that_is_taken_back_leaves_the_published_set(tmp_path, one_run):
