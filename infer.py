@@ -27,13 +27,11 @@ from selva.clip_table import TABLE_SUFFIXES, listed
 from selva.compare import check_reference_dir, read_compare_list, write_comparison
 from selva.flow import SOLVERS
 from selva.inference import (
-    AUDIO_SUFFIXES,
     CLIP_FEATURE_CHOICES,
     DEFAULT_BATCH_SIZE,
     OFFLOAD_CHOICES,
-    VIDEO_SUFFIXES,
+    WHOLE_VIDEO_SEC,
     SoundGenerator,
-    SoundRequest,
     load_adapters,
 )
 from selva.loudness import DEFAULT_TARGETS, METHODS
@@ -42,13 +40,12 @@ from selva.models.zoo import get_variant
 from selva.report import peak_memory_bytes
 from selva.sampling import SamplingConfig
 from selva.sequence import DEFAULT_DURATION_SEC, SHORTEST_SEC
+from selva.sound import AUDIO_SUFFIXES, VIDEO_SUFFIXES, SoundRequest
 from selva.sound_batch import Clip, Setting, SoundBatch, Take, common_clip_features, write_manifest
 from selva.sound_files import shared_names, sound_files
 from selva.worklist import ClipJob, collect_jobs
 
 log = logging.getLogger("selva.infer")
-
-WHOLE_VIDEO_SEC = 86_400.0  # longer than any; a video that ends earlier makes a shorter clip
 
 
 def build_parser() -> cli.ArgumentParser:
@@ -216,7 +213,12 @@ def feature_requests(args: argparse.Namespace) -> dict[str, SoundRequest]:
 
 def warn_of_long_videos(args: argparse.Namespace, jobs: Sequence[ClipJob]) -> None:
     """Say which videos get sound for their beginning only because nothing else was asked for."""
-    if args.long or args.duration is not None:
+    if args.long:
+        return
+    if args.duration is not None:
+        if args.duration > DEFAULT_DURATION_SEC:
+            log.info("%g s in one pass; the models were trained on %g s, and --long goes on in windows of that",
+                     args.duration, DEFAULT_DURATION_SEC)
         return
     longer = []
     for job in jobs:

@@ -30,10 +30,10 @@ import torch
 from torch import Tensor
 
 from selva.files import atomic_write_text
-from selva.inference import AUDIO_SUFFIXES, SoundRequest
 from selva.media import prepare_audio, probe, read_audio
 from selva.metrics import compare_sounds
 from selva.report import new_figure, save_figure
+from selva.sound import AUDIO_SUFFIXES, SoundRequest
 from selva.sound_batch import Clip, Setting
 
 log = logging.getLogger(__name__)

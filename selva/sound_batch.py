@@ -19,10 +19,11 @@ from torch import Tensor
 
 from selva.adapter_switch import AdapterPairs
 from selva.files import atomic_write_text
-from selva.inference import Conditions, Sound, SoundGenerator, SoundRequest
+from selva.inference import SoundGenerator
 from selva.loudness import TRUE_PEAK_LIMIT_DB
 from selva.manifest import DONE, FAILED, INCOMPLETE_FILE, MANIFEST_FILE, PENDING
 from selva.report import Progress
+from selva.sound import Conditions, Sound, SoundRequest
 from selva.sound_files import SoundFiles, fingerprint, model_recipe, request_recipe
 
 log = logging.getLogger(__name__)

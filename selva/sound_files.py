@@ -21,7 +21,8 @@ from selva.cli import settings_text
 from selva.extraction import source_hash
 from selva.features import FeatureBundle
 from selva.files import atomic_write_text
-from selva.inference import AUDIO_SUFFIXES, VIDEO_SUFFIXES, Sound, SoundGenerator, SoundRequest
+from selva.inference import SoundGenerator
+from selva.sound import AUDIO_SUFFIXES, VIDEO_SUFFIXES, Sound, SoundRequest
 from selva.weights import find_weights
 
 SETTINGS_SUFFIX = ".yaml"

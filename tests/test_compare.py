@@ -15,7 +15,7 @@ from make_media import make_video
 
 from selva import compare
 from selva.compare import check_reference_dir, figures_table, mean_figures, read_compare_list, reference_sound
-from selva.inference import SoundRequest
+from selva.sound import SoundRequest
 from selva.sound_batch import Clip, Setting, Take, common_clip_features
 from selva.sound_files import SoundFiles
 

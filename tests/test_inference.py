@@ -15,10 +15,11 @@ from tiny_adapter import make_adapter
 from selva.adapter import Adapter
 from selva.checkpoint import save_adapter
 from selva.features import FeatureBundle, load_features, save_features
-from selva.inference import SoundGenerator, SoundRequest, uses_clip_features
+from selva.inference import SoundGenerator, uses_clip_features
 from selva.models.zoo import get_variant
 from selva.sampling import SamplingConfig
 from selva.sequence import sequence_config
+from selva.sound import SoundRequest
 
 ROOT = Path(__file__).parents[1]
 QUICK = {"device": "cpu", "precision": "fp32", "sampling": SamplingConfig(num_steps=3)}
@@ -142,6 +143,13 @@ def test_long_sounds_are_made_in_windows_and_short_ones_as_ever():
     )
 
 
+def test_long_means_all_of_a_video(tmp_path):
+    video = make_video(tmp_path / "a.mp4", 8.4)
+    request = [SoundRequest(video=video, prompt="x")]
+    assert tiny(long=True).encode(request)[0].sequence.duration_sec == 8.4
+    assert tiny().encode(request)[0].sequence.duration_sec == 8.0
+
+
 def test_the_level_is_brought_to_the_target(bundles):
     plain = tiny().generate(features=bundles[0])
     loud = tiny(normalize="rms", target=-30.0).generate(features=bundles[0])
@@ -192,7 +200,8 @@ def test_clip_features_that_were_not_encoded_are_missed(tmp_path):
 def loaded(generator: SoundGenerator) -> set[str]:
     extractor = generator._extractor
     parts = {
-        "texts": extractor._texts._encoder, "clip": extractor._clip_image, "video": extractor._video_encoder,
+        "texts": extractor._texts._encoder, "t5": extractor._t5._encoder,
+        "clip": extractor._clip_image, "video": extractor._video_encoder,
         "generator": generator._switch.generator, "decoders": generator._decoders,
     }
     return {name for name, network in parts.items() if network is not None}
@@ -203,11 +212,12 @@ def test_networks_are_freed_or_kept(tmp_path, offload):
     generator = tiny(offload=offload, clip_features="use")
     keep = offload == "none"
     conditions = generator.encode([SoundRequest(video=make_video(tmp_path / "a.mp4", 1.0), prompt="x")])
-    assert loaded(generator) == ({"clip", "video"} if keep else {"video"})
+    encoders = {"texts", "t5", "clip", "video"}
+    assert loaded(generator) == (encoders if keep else {"video"})
     latents = generator.sample(conditions, [1])
-    assert loaded(generator) == ({"clip", "video", "generator"} if keep else {"generator"})
+    assert loaded(generator) == (encoders | {"generator"} if keep else {"generator"})
     (sound,) = generator.decode(conditions, latents)
-    assert loaded(generator) == ({"clip", "video", "generator", "decoders"} if keep else {"decoders"})
+    assert loaded(generator) == (encoders | {"generator", "decoders"} if keep else {"decoders"})
     assert generator._decoders[0].encoder is None  # the VAE's, which sound is never made with
     generator.free()
     assert not loaded(generator)

@@ -9,10 +9,11 @@ import pytest
 import torch
 from tiny_adapter import make_adapter
 
-from selva.inference import Sound, SoundGenerator, SoundRequest
+from selva.inference import SoundGenerator
 from selva.loudness import normalize_loudness
 from selva.media import MaskSettings
 from selva.sampling import SamplingConfig
+from selva.sound import Sound, SoundRequest
 from selva.sound_files import SoundFiles, fingerprint, model_recipe, request_recipe, shared_names, sound_files
 
 
