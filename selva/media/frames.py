@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -25,6 +26,8 @@ from selva.media.container import (
 )
 from selva.media.masks import Masker, MaskSettings
 from selva.sequence import CLIP_FPS, DEFAULT_DURATION_SEC, SYNC_FPS, SYNC_SEGMENT_FRAMES
+
+log = logging.getLogger(__name__)
 
 SELVA_FILL_SEC = 0.125  # SelVA's training data repeats the last frame for at most 1 CLIP and 3 sync frames
 
@@ -148,7 +151,8 @@ def read_video(
     says how. Frames are resized as they are decoded, so memory does not depend on the size of the video.
 
     A video that ends early makes a shorter clip: its duration becomes what the sampled frames cover (191 frames at
-    23.976 fps give 7.96 s). A file that ends before the end in its own header is damaged and an error.
+    23.976 fps give 7.96 s). So does one whose last frame is held for long, with a warning. A file that ends before the
+    end in its own header is damaged and an error.
 
     Args:
         fill_sec: if not more than this is missing between the last samples and the end (of the request, or of a
@@ -199,6 +203,10 @@ def read_video(
     num_filled = _fill_end(clip, sync, wanted_sec, fill_sec)
     covered_sec = shortened_duration(wanted_sec, len(clip), len(sync))
     _check_enough(path, covered_sec, start_sec, duration_sec, end_sec)
+    shown_sec = min(duration_sec, end_sec)
+    if covered_sec < shown_sec - SELVA_FILL_SEC:  # a screen recording, say: no new frame while nothing moves
+        log.warning("%s: no frame begins in the %.2f s before %.2f s, so the clip is that much shorter; convert the "
+                    "video to a constant frame rate to use all of it", path, shown_sec - covered_sec, start_sec + shown_sec)
     return VideoFrames(
         clip_frames=torch.stack(clip[: int(covered_sec * CLIP_FPS)]),  # (T, 3, clip_size, clip_size)
         sync_frames=torch.stack(sync[: int(covered_sec * SYNC_FPS)]),  # (F, 3, sync_size, sync_size)

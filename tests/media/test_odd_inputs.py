@@ -177,6 +177,17 @@ def test_variable_frame_rate(suffix, tmp_path):
     assert video_length(path) == pytest.approx(stamps[-1] / 1000, abs=0.1)
 
 
+@pytest.mark.parametrize("more", [0, 1])
+def test_a_pause_at_the_end_shortens_the_clip_with_a_warning(more, tmp_path, caplog):
+    """A screen recording has no frames while nothing moves; the rule takes the first frame after each sample."""
+    stamps = [40 * index for index in range(40)] + [4000, 4040][: 1 + more]
+    path = write(tmp_path / "v.mkv", "libx264", counted(len(stamps)), stamps=stamps, time_base=Fraction(1, 1000))
+    assert read_video(path, 1.2, 0.0, 64, 64).duration_sec == 1.2
+    assert not caplog.text
+    assert read_video(path, 3.0, 0.0, 64, 64).duration_sec == pytest.approx(1.6, abs=0.05)
+    assert "no frame begins in the 1.44 s before 3.00 s" in caplog.text
+
+
 def test_pictures_that_begin_late_and_earlier_than_0(tmp_path):
     """Time 0 is that of the file, so that the sound stays where it is."""
     stamps = [500 + 40 * index for index in range(75)]
