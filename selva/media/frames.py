@@ -206,7 +206,8 @@ def read_video(
     shown_sec = min(duration_sec, end_sec)
     if covered_sec < shown_sec - SELVA_FILL_SEC:  # a screen recording, say: no new frame while nothing moves
         log.warning("%s: no frame begins in the %.2f s before %.2f s, so the clip is that much shorter; convert the "
-                    "video to a constant frame rate to use all of it", path, shown_sec - covered_sec, start_sec + shown_sec)
+                    "video to a constant frame rate to use all of it",
+                    path, shown_sec - covered_sec, start_sec + shown_sec)
     return VideoFrames(
         clip_frames=torch.stack(clip[: int(covered_sec * CLIP_FPS)]),  # (T, 3, clip_size, clip_size)
         sync_frames=torch.stack(sync[: int(covered_sec * SYNC_FPS)]),  # (F, 3, sync_size, sync_size)
