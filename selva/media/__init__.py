@@ -2,7 +2,8 @@
 
     frames.py      read_video: the pictures of a clip for the two image encoders
     masks.py       MaskSettings: what read_video keeps of the pictures
-    sound.py       read_audio, prepare_audio, write_audio, extract_audio, copy_audio, audio_length
+    sound.py       read_audio, prepare_audio, write_audio, extract_audio, audio_length
+    copying.py     copy_audio: the sound of a video without decoding it
     mux.py         mux_video: a video with new sound
     make.py        write_video: pictures and sound that a program made
     container.py   probe, video_length: what a header says; and what the others need of FFmpeg
@@ -16,6 +17,7 @@ Time 0 of a file is time stamp 0 of its container, for the pictures and for the 
 from __future__ import annotations
 
 from selva.media.container import probe, video_length
+from selva.media.copying import copied_audio_suffix, copy_audio
 from selva.media.frames import (
     SELVA_FILL_SEC,
     VideoFrames,
@@ -30,8 +32,6 @@ from selva.media.mux import mux_video
 from selva.media.sound import (
     audio_blocks,
     audio_length,
-    copied_audio_suffix,
-    copy_audio,
     extract_audio,
     prepare_audio,
     read_audio,
