@@ -249,7 +249,7 @@ class FeatureExtractor:
             self._video_encoder = load_video_encoder(
                 self.variant.name, self.selva_dir, self.device, self.precision
             )
-        pictures = frames_to_sync_input(frames).to(self.device, self.precision)
+        pictures = frames_to_sync_input(frames.to(self.device)).to(self.precision)  # bytes travel four times as fast
         segments = SEGMENTS_PER_PASS[self.device.type]
         known = self.sync_text(prompt)
         if known is None:
