@@ -27,7 +27,7 @@ log = logging.getLogger("selva.inspect_dataset")
 
 def build_parser() -> cli.ArgumentParser:
     parser = cli.ArgumentParser(__doc__)
-    parser.add_argument("data_dir", type=Path, nargs="?", metavar="DIR", help="the data set")
+    parser.add_argument("data_dir", type=Path, nargs="*", metavar="DIR", help="the data set")
     parser.add_argument("--variant", choices=VARIANTS, metavar="NAME",
                         help="model that is to be trained, one of " + ", ".join(VARIANTS) + "; by default the one that "
                              "the features name, or whose shapes a memmap has")
@@ -47,11 +47,12 @@ def build_parser() -> cli.ArgumentParser:
 @cli.entry_point
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    if args.data_dir is None:
-        raise cli.UsageError("give the folder to look at")
+    if len(args.data_dir) != 1:
+        raise cli.UsageError(f"give one folder to look at, got {len(args.data_dir)}")
+    (data_dir,) = args.data_dir
     if args.videos is not None and not args.videos.is_dir():
         raise cli.UsageError(f"--videos {args.videos}: no such folder")
-    inspection = inspect(args.data_dir, get_variant(args.variant) if args.variant else None)
+    inspection = inspect(data_dir, get_variant(args.variant) if args.variant else None)
     for line in [*table(inspection), "", *sentences(inspection), summary(inspection)]:
         print(line)
     if args.json is not None:
@@ -60,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.png is not None:
         from selva.overview import write_overview
 
-        write_overview(inspection, args.png, args.videos or args.data_dir, args.png_clips)
+        write_overview(inspection, args.png, args.videos or data_dir, args.png_clips)
         log.info("overview: %s", args.png)
     return 0 if inspection.usable else cli.EXIT_FAILED
 

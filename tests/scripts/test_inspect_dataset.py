@@ -64,12 +64,18 @@ def test_a_memmap(main, tmp_path, capsys):
 
 
 def test_wrong_usage(main, tmp_path, capsys):
-    assert main([]) == 2
+    assert main([]) == 2 and main([str(tmp_path), str(tmp_path)]) == 2
     assert main([str(tmp_path), "--videos", str(tmp_path / "none")]) == 2
     assert main([str(tmp_path / "none")]) == 1
     assert main([str(tmp_path)]) == 1
     assert "holds neither features" in capsys.readouterr().err
     assert main(["--help"]) == 0
+
+
+def test_a_settings_file(main, feature_dir, tmp_path, capsys):
+    (tmp_path / "settings.yaml").write_text(f"data_dir: {feature_dir}\njson: {tmp_path / 'a.json'}\n")
+    assert main(["--config", str(tmp_path / "settings.yaml")]) == 0
+    assert (tmp_path / "a.json").exists() and "6 pairs" in capsys.readouterr().out
 
 
 def test_only_png_is_written(main, feature_dir, tmp_path, capsys):

@@ -202,6 +202,10 @@ def test_segments_of_whisper_become_clips_with_captions_and_sound(tmp_path, caps
     ]
     assert soundfile.info(tmp_path / "out" / "sound" / "talk_0.flac").frames == 28_000
     assert "talk_1 (4.00 to 4.20 s): 0.20 s long" in capsys.readouterr().err
+    table = (tmp_path / "out" / "clips.tsv").read_text()
+    (tmp_path / "out" / "clips.tsv").unlink()
+    assert main(["--config", str(tmp_path / "out" / "clips_config.yaml")]) == 0
+    assert (tmp_path / "out" / "clips.tsv").read_text() == table
     (tmp_path / "more.tsv").write_text("name\tstart\tend\nrian\t1\t3\n")
     assert main(arguments) == 1
     assert "no recording called 'rian'" in capsys.readouterr().err
