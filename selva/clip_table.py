@@ -3,9 +3,9 @@
     id        label       path           start  duration  mask        prompt
     dog_3     dog bark    raw/dog.mp4    12.5   8         dog_3.png   a dog barking
 
-Only ``id`` is required. ``caption`` is another name of ``label``. ``path`` and ``mask`` are relative to the table;
-without ``path`` the video is ``<id>`` with a video suffix, beside the table or in a given folder. An empty cell counts
-as no cell. MMAudio's tables (``id``, ``label``) are such tables.
+Only ``id`` is required; the case of the names does not matter. ``caption`` is another name of ``label``. ``path`` and
+``mask`` are relative to the table; without ``path`` the video is ``<id>`` with a video suffix, beside the table or in a
+given folder. An empty cell counts as no cell. MMAudio's tables (``id``, ``label``) are such tables.
 """
 
 from __future__ import annotations
@@ -83,13 +83,17 @@ def read_clip_table(path: Path, video_suffixes: Iterable[str], video_dir: Path |
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     reader = _RowReader(path, folder, tuple(video_suffixes))
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            table = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
-            reader.check_columns(table.fieldnames or [])
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        table = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
+        try:
+            table.fieldnames = [name.strip().lower() for name in table.fieldnames or []]
+            reader.check_columns(table.fieldnames)
             rows = [reader.read(table.line_num, cells) for cells in table]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path}: cannot be read as a table in UTF-8 ({error})") from error
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: is not UTF-8 text (after line {table.line_num}); save it as UTF-8") from error
+        except csv.Error as error:
+            raise ValueError(f"{path}: after line {table.line_num} there is no row ({error}); a cell that begins with a "
+                             'quotation mark has to end with one, and "" stands for a mark inside') from error
     if reader.problems:
         raise ValueError(f"{path}: {listed(reader.problems, separator='; ')}")
     if not rows:
@@ -106,10 +110,13 @@ class _RowReader:
         self.lines: dict[str, int] = {}  # id -> line
         self.videos: dict[str, Path] | None = None  # stem -> video, listed when first needed
 
-    def check_columns(self, columns: Sequence[str]) -> None:
+    def check_columns(self, columns: list[str]) -> None:
         if "id" not in columns:
             found = ", ".join(columns) or "nothing"
             raise ValueError(f"{self.path}: column id missing (found: {found}); the first line names the columns")
+        twice = sorted({column for column in columns if columns.count(column) > 1 and column in COLUMNS})
+        if twice:
+            raise ValueError(f"{self.path}: column {', '.join(twice)} is there more than once")
         unknown = [str(column) for column in columns if column not in COLUMNS]
         if unknown:
             log.warning("%s: columns not used: %s (known are %s)", self.path, ", ".join(unknown), ", ".join(COLUMNS))

@@ -112,7 +112,7 @@ def test_a_table_says_everything_about_a_clip(tmp_path, caplog):
 
 def test_csv_captions_and_another_folder_of_videos(tmp_path):
     touch(tmp_path / "videos" / "x.webm", tmp_path / "videos" / "y.mp4")
-    table = write_table(tmp_path / "clips.csv", "caption,id,path", '"rain, on tin",x,', "wind,y2,y.mp4")
+    table = write_table(tmp_path / "clips.csv", " Caption, ID,path", '"rain, on tin",x,', "wind,y2,y.mp4")
     jobs = collect_jobs([table], video_dir=tmp_path / "videos")
     assert [(job.id, job.path.name, job.prompt) for job in jobs] == [
         ("x", "x.webm", "rain, on tin"), ("y2", "y.mp4", "wind"),
@@ -157,8 +157,9 @@ def test_all_problems_of_a_table_come_together(tmp_path):
         (b"name\tlabel\na\tb\n", r"column id missing \(found: name, label\)"),
         (b"", r"column id missing \(found: nothing"),
         (b"id\n", "has no rows"),
-        (b"id\n\xff\xfe\n", "cannot be read as a table in UTF-8"),
-        (b'id\n"a\n', "cannot be read as a table"),
+        (b"id\n\xff\xfe\n", r"is not UTF-8 text \(after line"),
+        (b'id\tlabel\na\tb\nc\t"hello" he said\n', "after line 2 there is no row"),
+        (b"id\tlabel\tLabel\na\tb\tc\n", "column label is there more than once"),
     ],
 )
 def test_what_is_no_table(content, message, tmp_path):
