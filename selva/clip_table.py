@@ -92,8 +92,8 @@ def read_clip_table(path: Path, video_suffixes: Iterable[str], video_dir: Path |
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: is not UTF-8 text (after line {table.line_num}); save it as UTF-8") from error
         except csv.Error as error:
-            raise ValueError(f"{path}: after line {table.line_num} there is no row ({error}); a cell that begins with a "
-                             'quotation mark has to end with one, and "" stands for a mark inside') from error
+            raise ValueError(f"{path}: after line {table.line_num} there is no row ({error}); a cell that begins with "
+                             'a quotation mark has to end with one, and "" stands for a mark inside') from error
     if reader.problems:
         raise ValueError(f"{path}: {listed(reader.problems, separator='; ')}")
     if not rows:
