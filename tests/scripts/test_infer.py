@@ -21,7 +21,6 @@ import train_lora
 from selva import inference
 from selva.checkpoint import save_adapter
 from selva.lora import LoRAConfig, inject_lora, lora_parameters
-from selva.metrics import onset_times
 from selva.weights import load_generator
 
 ROOT = Path(__file__).parents[2]
@@ -181,7 +180,8 @@ def test_clicks_stay_on_the_flashes(tmp_path, monkeypatch, start, seconds):
                tmp_path / "out") == 0
     frames, samples, rate = decode(tmp_path / "out" / "flash.mp4")
     seen = [time for time, picture in frames if picture.mean() > 127]
-    heard = onset_times(torch.from_numpy(samples[0]), rate)
+    loud = np.flatnonzero(np.abs(samples[0]) > 0.3 * np.abs(samples).max()) / rate
+    heard = loud[np.diff(loud, prepend=-1) > 0.1]  # where each click begins
     assert len(seen) == len(heard) >= 3
     assert max(abs(a - b) for a, b in zip(seen, heard, strict=True)) < 0.020
 
