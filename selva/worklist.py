@@ -230,7 +230,7 @@ def _warn_of_missing(rows: list[TableRow], folders: _Folders) -> None:
         raise FileNotFoundError(f"none of the {len(rows)} videos exists; looked for {listed(videos)}")
     for kind, missing in (("videos", videos), ("masks", masks)):
         if missing:
-            log.warning("%d %s are missing, their clips will fail: %s", len(missing), kind, listed(missing))
+            log.warning("missing %s, whose clips will fail: %s", kind, listed(missing))
 
 
 # --- windows and names ----------------------------------------------------------------------------------------------

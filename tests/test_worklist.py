@@ -173,8 +173,8 @@ def test_a_missing_video_is_said_at_once_and_stays_in_the_list(tmp_path, caplog)
     table = write_table(tmp_path / "clips.tsv", "id\tmask", "a\tm.png", "b\t")
     with caplog.at_level(logging.WARNING):
         assert ids(collect_jobs([table])) == ["a", "b"]
-    assert "1 videos are missing" in caplog.text and "b.mp4" in caplog.text
-    assert "1 masks are missing" in caplog.text and "m.png" in caplog.text
+    assert "missing videos, whose clips will fail" in caplog.text and "b.mp4" in caplog.text
+    assert "missing masks, whose clips will fail" in caplog.text and "m.png" in caplog.text
     with pytest.raises(FileNotFoundError, match="none of the 2 videos exists"):
         collect_jobs([table], video_dir=Path(__file__).parent)
 
