@@ -155,9 +155,14 @@ def open_output(args: argparse.Namespace, variant: Variant, jobs: list[ClipJob])
         output = MemmapRows(args.output_dir, variant, jobs, settings)
     else:
         output = FeatureFiles(args.output_dir, variant)
-    if is_main_process():
-        cli.write_settings(output.beside(CONFIG_FILE), args)
+    write_config(output.beside(CONFIG_FILE), args)
     return output
+
+
+def write_config(path: Path, args: argparse.Namespace) -> None:
+    """Write the settings that all processes of a run share."""
+    if is_main_process():
+        cli.write_settings(path, argparse.Namespace(**{**vars(args), "shard": None}))
 
 
 def open_accounts(
@@ -230,8 +235,7 @@ def extract_sounds(args: argparse.Namespace, extractor: FeatureExtractor) -> int
     sounds = AudioSetExtractor(extractor, num_workers=workers)
     with sounds.open_writer(args.output_dir, jobs) as writer:
         manifest, state = memmap_manifest(args.output_dir)
-        if is_main_process():
-            cli.write_settings(beside_memmap(args.output_dir, CONFIG_FILE), args)
+        write_config(beside_memmap(args.output_dir, CONFIG_FILE), args)
         with open_accounts(args, manifest, state, rows, [job.caption for job in jobs]) as accounts:
             own = accounts.shard.own_groups([job.window.name for job in jobs])  # a recording is read once
             extractor.prepare_texts({jobs[index].caption for index in own}, sync=False)
