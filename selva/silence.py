@@ -56,19 +56,19 @@ def find_silence(path: PathLike, silence_db: float = SILENCE_DB) -> SilenceMap:
     Raises:
         FileNotFoundError, ValueError: it cannot be read to its end, or has no sound.
     """
-    silent: list[np.ndarray] = []
+    silent = bytearray()  # grows in one piece; many small arrays would keep freed blocks from being used again
     num_samples, rest, rate = 0, None, 0
     for waveform, rate in audio_blocks(path, READ_SEC):
         num_samples += waveform.shape[1]
-        if rest is not None:
+        if rest is not None and rest.shape[1]:
             waveform = torch.cat([rest, waveform], dim=1)
         size = max(1, round(BLOCK_SEC * rate))
         whole = waveform.shape[1] // size * size
-        rest = waveform[:, whole:]
+        rest = waveform[:, whole:].clone()
         if whole:
-            silent.append((block_power(waveform[:, :whole], rate) < 10 ** (silence_db / 10)).numpy())
+            silent += (block_power(waveform[:, :whole], rate) < 10 ** (silence_db / 10)).numpy().tobytes()
     if rest is None:
         raise ValueError(f"{path}: has no sound in it")
     if rest.shape[1]:  # the last block of a recording may be shorter
-        silent.append((block_power(rest, rate) < 10 ** (silence_db / 10)).numpy())
-    return SilenceMap(np.concatenate(silent), rate, num_samples)
+        silent += (block_power(rest, rate) < 10 ** (silence_db / 10)).numpy().tobytes()
+    return SilenceMap(np.frombuffer(silent, dtype=bool), rate, num_samples)
