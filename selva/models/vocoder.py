@@ -236,12 +236,14 @@ class Vocoder(nn.Module):
         if chunk_frames < 1:
             raise ValueError(f"chunk_frames is {chunk_frames}, expected at least 1")
         hop, context, total = self.config.hop_length, self.config.context_frames, mel.shape[-1]
-        chunks = []
+        # Allocated first: kept between chunks, small results would lie in the way of their large intermediate ones.
+        waveform = torch.empty(len(mel), 1, total * hop, dtype=self.conv_pre.weight.dtype, device=mel.device)
         for start in range(0, total, chunk_frames):
             stop = min(start + chunk_frames, total)
             left, right = max(0, start - context), min(total, stop + context)
-            chunks.append(self(mel[..., left:right])[..., (start - left) * hop : (stop - left) * hop].clone())
-        return torch.cat(chunks, dim=-1)
+            chunk = self(mel[..., left:right])
+            waveform[..., start * hop : stop * hop] = chunk[..., (start - left) * hop : (stop - left) * hop]
+        return waveform
 
     def load_published(self, state_dict: Mapping[str, Any]) -> Vocoder:
         """Load the raw tensors of a published checkpoint and return self.
