@@ -43,7 +43,7 @@ def page_text(tmp_path):
     sound.write_bytes(b"sound")
     page = Page("Gong <1>", "a & b")
     page.cards([("what", "0 → 1", 'a "note"')])
-    page.section("Listen", "now")
+    page.section("<Listen>", "now")
     tone = np.sin(np.arange(16_000) / 5).astype(np.float32)
     page.takes("clip", [Take("before", "x<y", video, tone, 16_000), Take("after", "", sound, tone, 16_000)], [0.5])
     page.table(("a", "b"), [("1", "<script>")])
@@ -65,6 +65,7 @@ def test_the_page_is_well_formed_and_holds_everything_itself(page_text):
 
 def test_texts_cannot_become_markup(page_text):
     assert "<script>" not in page_text and "&lt;script&gt;" in page_text
+    assert "<h2>&lt;Listen&gt;</h2>" in page_text
     assert "<title>Gong &lt;1&gt;</title>" in page_text and "x&lt;y" in page_text and "python x &gt; y" in page_text
 
 
