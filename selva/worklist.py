@@ -247,7 +247,7 @@ def window_starts(
     if end_sec - start_sec <= duration_sec:
         return [start_sec], 0.0
     step = duration_sec - overlap_sec
-    count = 1 + math.floor((end_sec - start_sec - duration_sec) / step + 1e-6)  # 22.2 / 7.4 is less than 3 here
+    count = 1 + math.floor((end_sec - start_sec - duration_sec) / step + 1e-6)  # 2.7 / (8 - 5.3) is less than 1
     starts = [round(start_sec + index * step, 6) for index in range(count)]
     rest = end_sec - (starts[-1] + duration_sec)
     if rest < duration_sec / 2:

@@ -249,7 +249,7 @@ def test_masks_for_all_or_from_a_folder(tmp_path, caplog):
     [
         (0, 24, 0, [0, 8, 16], 0),
         (0, 23.9996, 0, [0, 8, 15.999], 0),  # every window is full, down to the frame
-        (0, 30.2, 0.6, [0, 7.4, 14.8, 22.2], 0),  # the last one fits, but for rounding
+        (0, 10.7, 5.3, [0, 2.7], 0),  # the last one fits, but for rounding
         (0, 27.9, 0, [0, 8, 16], 3.9),  # less than half a window
         (0, 28, 0, [0, 8, 16, 20], 0),  # moved back to end with the video
         (5, 24, 0, [5, 13], 3),
