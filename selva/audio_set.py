@@ -112,7 +112,9 @@ def read_windows(
             raise ValueError(f"{path}: the sound has values that are not finite (NaN or infinite)")
         peak = max(peak, mono.abs().max().item())
         for window, kept in zip(windows, pieces, strict=True):
-            kept.append(mono[max(0, window.start_sample - position) : max(0, window.end_sample - position)].clone())
+            part = mono[max(0, window.start_sample - position) : max(0, window.end_sample - position)]
+            if len(part):  # many empty ones in between would keep freed blocks from being used again
+                kept.append(part.clone())
         position += len(mono)
     if peak <= SILENCE_LEVEL:
         raise ValueError(f"{path}: the sound is silent (peak {peak:.1e}, expected more than {SILENCE_LEVEL:.0e})")
