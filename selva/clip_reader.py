@@ -12,7 +12,9 @@ import functools
 import hashlib
 import json
 import logging
+import multiprocessing
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +37,7 @@ from selva.media import (
     read_audio,
     read_video,
 )
+from selva.media.container import check_file
 from selva.models.zoo import get_variant
 from selva.report import StageTimes, peak_memory_bytes, setup_logging
 from selva.sequence import DEFAULT_DURATION_SEC, sequence_config
@@ -290,6 +293,7 @@ def _hash_of(path: Path, _size: int, _time_ns: int) -> str:
 
 def _file_hash(path: Path) -> str:
     """Return the SHA-256 of a file; the windows of one video read it once."""
+    check_file(path)  # with words that belong into a manifest
     status = path.stat()
     return _hash_of(path, status.st_size, status.st_mtime_ns)
 
@@ -363,3 +367,16 @@ def _unchanged(clip: ReadClip) -> ReadClip:
 
 def _set_up_worker(debug: bool, _worker: int) -> None:
     setup_logging(debug)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End this worker when the main process is gone, however it ended.
+
+    DataLoader's own watchdog looks at the parent in the sense of the system, which here is the fork server; and that
+    one lives as long as its children. After a SIGKILL of the main process both would stay for ever.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
