@@ -16,6 +16,7 @@ from selva import weights
 from selva.models import zoo
 from selva.models.synchformer import Synchformer
 from selva.models.textsynch import TextSynch
+from selva.models.vocoder import VocoderConfig
 
 LOADERS = {
     "generator": weights.load_generator,
@@ -40,8 +41,12 @@ COMFYUI_FILES = {
 def small_published_variants(monkeypatch, tmp_path):
     """Published names and files in the sizes of the tiny model, and a Hugging Face cache of our own."""
     tiny = zoo.get_variant("tiny_16k")
+    vocoder = VocoderConfig(
+        num_mels=80, upsample_rates=(8, 8, 4), upsample_kernels=(16, 16, 8), initial_channels=96, final_bias=True,
+        final_tanh=True,
+    )
     selva = dataclasses.replace(
-        tiny, name="small_16k", generator_file="generator_small_16k_sup_5.pth", packaged=False,
+        tiny, name="small_16k", generator_file="generator_small_16k_sup_5.pth", packaged=False, vocoder=vocoder,
         t5=dataclasses.replace(tiny.t5, byte_tokens=False),
     )
     mmaudio = dataclasses.replace(
@@ -49,7 +54,7 @@ def small_published_variants(monkeypatch, tmp_path):
         generator_file="mmaudio_small_44k.pth",
         vae=dataclasses.replace(tiny.vae, mode="44k"),
         vocoder=dataclasses.replace(
-            tiny.vocoder, num_mels=128, upsample_rates=(8, 8, 8), upsample_kernels=(16, 16, 16), final_bias=False,
+            vocoder, num_mels=128, upsample_rates=(8, 8, 8), upsample_kernels=(16, 16, 16), final_bias=False,
             final_tanh=False,
         ),
     )
@@ -356,7 +361,7 @@ def test_the_packaged_networks_work_together():
     assert flow.shape == (1, 250, 20) and 0.1 < flow.std() < 10
     mel = weights.load_vae("tiny_16k").decode(generator.unnormalize(flow[:, :50]).mT)
     waveform = weights.load_vocoder("tiny_16k")(mel)
-    assert waveform.shape == (1, 1, 25_600) and 0.02 < waveform.std() < 0.5
+    assert waveform.shape == (1, 1, 25_600) and 0.001 < waveform.std() < 0.8
 
 
 def test_t5_is_refused_where_it_does_not_work(tmp_path):

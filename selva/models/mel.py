@@ -117,13 +117,24 @@ class MelSpectrogram(nn.Module):
         Raises:
             ValueError: not two axes, or too few samples for one window.
         """
+        with torch.autocast(waveform.device.type, enabled=False):
+            magnitude = self.magnitudes(waveform)
+            _, filterbank = _tables(self.config, waveform.device)
+            mel = (filterbank @ magnitude).clamp(min=MEL_FLOOR)  # (B, num_mels, T)
+            return mel.log10() if self.config.log10 else mel.log()
+
+    def magnitudes(self, waveform: Tensor) -> Tensor:
+        """Return the (B, n_fft // 2 + 1, samples // hop_length) float32 STFT magnitudes that the bands are sums of.
+
+        Takes and raises what :meth:`forward` does.
+        """
         cfg = self.config
         if waveform.ndim != 2 or waveform.shape[-1] < cfg.n_fft // 2:
             raise ValueError(
                 f"waveform is {tuple(waveform.shape)}, expected (batch, samples) with at least {cfg.n_fft // 2} samples"
             )
         with torch.autocast(waveform.device.type, enabled=False):
-            window, filterbank = _tables(cfg, waveform.device)
+            window, _ = _tables(cfg, waveform.device)
             waveform = waveform.float().clamp(-1, 1)
             # This padding, without centring, gives exactly one frame per hop.
             margin = (cfg.n_fft - cfg.hop_length) // 2
@@ -131,6 +142,4 @@ class MelSpectrogram(nn.Module):
             spectrum = torch.stft(
                 padded, cfg.n_fft, cfg.hop_length, window=window, center=False, onesided=True, return_complex=True
             )  # (B, n_fft // 2 + 1, T)
-            magnitude = (torch.view_as_real(spectrum).square().sum(-1) + MAGNITUDE_EPS).sqrt()
-            mel = (filterbank @ magnitude).clamp(min=MEL_FLOOR)  # (B, num_mels, T)
-            return mel.log10() if cfg.log10 else mel.log()
+            return (torch.view_as_real(spectrum).square().sum(-1) + MAGNITUDE_EPS).sqrt()

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from selva.models.generator import Generator, GeneratorConfig
 from selva.models.mel import MelSpectrogram
+from selva.models.mel_inversion import MelInversion, MelInversionConfig
 from selva.models.synchformer import Synchformer, VideoEncoderConfig
 from selva.models.textsynch import TextSynch
 from selva.models.vae import VAE, VAEConfig
@@ -184,7 +185,7 @@ class Variant:
     generator_file: str | None
     video_encoder: VideoEncoderConfig
     vae: VAEConfig
-    vocoder: VocoderConfig
+    vocoder: VocoderConfig | MelInversionConfig
     clip: ClipConfig
     t5: T5Config | None
     clip_image_size: int = 384
@@ -283,10 +284,7 @@ TINY_16K = Variant(
         embed_dim=64, depth=2, num_heads=2, mlp_dim=256, image_size=80, text_dim=64, num_sup_tokens=5
     ),
     vae=VAEConfig(mode="16k", hidden_dim=32, latent_dim=20),
-    vocoder=VocoderConfig(
-        num_mels=80, upsample_rates=(8, 8, 4), upsample_kernels=(16, 16, 8), initial_channels=96,
-        final_bias=True, final_tanh=True,
-    ),
+    vocoder=MelInversionConfig(mode="16k"),
     clip=ClipConfig(
         embed_dim=64, image_size=64, patch_size=8, vision_layers=3, vision_width=64, vision_head_width=32,
         text_width=64, text_heads=2, text_layers=2, vocab_size=259, byte_tokens=True,
@@ -348,11 +346,11 @@ def build_vae(which: str | VAEConfig) -> VAE:
     return VAE(VAE_CONFIGS[which] if which in VAE_CONFIGS else get_variant(which).vae)
 
 
-def build_vocoder(which: str | VocoderConfig) -> Vocoder:
+def build_vocoder(which: str | VocoderConfig | MelInversionConfig) -> Vocoder | MelInversion:
     """Return the vocoder of a mode ("16k", "44k"), of a variant name or of a configuration."""
-    if isinstance(which, VocoderConfig):
-        return Vocoder(which)
-    return Vocoder(VOCODER_CONFIGS[which] if which in VOCODER_CONFIGS else get_variant(which).vocoder)
+    if isinstance(which, str):
+        which = VOCODER_CONFIGS[which] if which in VOCODER_CONFIGS else get_variant(which).vocoder
+    return (MelInversion if isinstance(which, MelInversionConfig) else Vocoder)(which)
 
 
 def build_mel(which: str) -> MelSpectrogram:
