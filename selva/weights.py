@@ -61,6 +61,7 @@ READ_ERRORS = (
 VOCODER_KEY = "generator"  # the published vocoder files hold their tensors under this key
 CLIP_PREFIXES = {"clip_text": CLIP_TEXT_PREFIXES, "clip_image": (CLIP_IMAGE_PREFIX,)}
 PACKAGED_SEED = 0
+ASSETS = Path(__file__).parent / "assets"
 
 
 # -- finding ----------------------------------------------------------------------------------------------------------
@@ -321,8 +322,19 @@ def _build(variant: Variant, part: str) -> nn.Module:
     return build_vocoder(variant.vocoder)
 
 
+def asset_name(variant: str, part: str) -> str:
+    """Return the file name of one part of a packaged variant in the package's folder of assets."""
+    return f"{variant}_{part}.safetensors"
+
+
 def _packaged_weights(variant: Variant, part: str) -> dict[str, Tensor]:
-    """Return the weights of a variant that needs no files: fixed random values, the same on every machine."""
+    """Return the weights that the package brings, as ``scripts/train_tiny.py --export`` writes them.
+
+    A part that was not trained yet has fixed random values, the same on every machine.
+    """
+    path = ASSETS / asset_name(variant.name, part)
+    if path.is_file():
+        return read_checkpoint(path)
     if part.startswith("clip"):
         template = meta_clip(variant.clip)
     elif part == "t5":

@@ -1,0 +1,140 @@
+"""Stages "vae" and "vocoder": the autoencoder of log-mel spectrograms, and magnitudes for them.
+
+The magnitude-preserving layers have rows of unit norm. Training keeps them there by projecting after every step, so
+the weights are those that ``VAE.state_dict`` holds and :meth:`VAE.load_state_dict` reads.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from selva.models.mel import MelSpectrogram
+from selva.models.mel_inversion import MelInversion
+from selva.models.vae import VAE, Conv
+from selva.world_training.loop import Task, torch_rng
+
+KL_WEIGHT = 0.003  # per latent value, beside the mean absolute error per normalised mel value
+NARROWEST = 0.2  # of a band's deviation: keeps bands that never sound from being blown up
+
+
+LEVEL_MARK = 2.0  # deviations by which neighbouring bands are shifted apart, see band_statistics
+
+
+def band_statistics(mels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what the VAE takes for mean and deviation of the bands, each (1, bands, 1) float32, from log-mels.
+
+    The first layer divides every frame by its magnitude. Bands that are centred would lose their level there: a faint
+    and a strong deviation from the mean look alike. Shifting even bands up and odd bands down leaves a mark of known
+    size in every frame, against which levels can be read.
+
+    Args:
+        mels: (n, bands, frames).
+    """
+    x = mels.float()
+    std = x.std(dim=(0, 2)).clamp(min=NARROWEST)
+    mark = LEVEL_MARK * std * torch.tensor([1.0, -1.0]).repeat(len(std) // 2)
+    return (x.mean(dim=(0, 2)) - mark)[None, :, None], std[None, :, None]
+
+
+class VaeTask(Task):
+    """Reconstruct mels from noisy latents of limited information.
+
+    Args:
+        train, held_out: (sounds, bands, frames) log-mels.
+        frames: length of the random crops that are trained on.
+    """
+
+    def __init__(self, vae: VAE, train: Tensor, held_out: Tensor, frames: int = 128) -> None:
+        self.network, self.vae = vae, vae
+        self.train, self.held_out, self.frames = train, held_out, frames
+
+    def loss(self, rng: np.random.Generator, batch_size: int) -> tuple[Tensor, dict[str, float | Tensor]]:
+        chosen = torch.from_numpy(rng.integers(len(self.train), size=batch_size))
+        start = int(rng.integers(self.train.shape[2] - self.frames + 1))
+        mel = self.train[chosen, :, start : start + self.frames].float().to(self.vae.data_mean.device)
+        mean, std = self.vae.encode(mel)
+        noise = torch.randn(mean.shape, generator=torch_rng(rng)).to(mean.device)
+        rebuilt = self.vae.decode(mean + std * noise)
+        error = (rebuilt - mel).float().div(self.vae.data_std)
+        l1 = error.abs().mean()
+        kl = 0.5 * (mean.square() + std.square() - 1 - 2 * std.clamp(min=1e-8).log()).float().mean()
+        return l1 + 0.5 * error.square().mean() + KL_WEIGHT * kl, {"l1": l1.detach(), "kl": kl.detach()}
+
+    @torch.no_grad()
+    def after_update_(self) -> None:
+        project_(self.vae)
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        mel = self.held_out.float().to(self.vae.data_mean.device)
+        mean, std = self.vae.encode(mel)
+        rebuilt = self.vae.decode(mean)
+        return {
+            "val_l1_log10": float((rebuilt - mel).abs().mean()), "val_std": float(std.mean()),
+            "val_mean_rms": float(mean.square().mean().sqrt()),
+        }
+
+
+@torch.no_grad()
+def project_(network: nn.Module) -> None:
+    """Give every row of every magnitude-preserving convolution unit norm again."""
+    for module in network.modules():
+        if isinstance(module, Conv):
+            module.weight.div_(torch.linalg.vector_norm(module.weight, dim=(1, 2), keepdim=True).clamp(min=1e-8))
+
+
+def as_published(vae: VAE) -> dict[str, Tensor]:
+    """Return a state dict for :meth:`VAE.load_published`, which normalises: rows of unit root mean square."""
+    convolutions = {f"{name}.weight" for name, module in vae.named_modules() if isinstance(module, Conv)}
+    return {
+        name: tensor * tensor[0].numel() ** 0.5 if name in convolutions else tensor
+        for name, tensor in vae.state_dict().items()
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# vocoder
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class VocoderTask(Task):
+    """Learn the magnitudes that belong to a mel, on a scale on which quiet bins count less than loud ones.
+
+    Args:
+        sounds: (n, samples) float32. held_out: likewise.
+    """
+
+    def __init__(self, vocoder: MelInversion, mel: MelSpectrogram, sounds: Tensor, held_out: Tensor) -> None:
+        self.network, self.vocoder, self.mel = vocoder, vocoder, mel
+        self.sounds, self.held_out = sounds, held_out
+        self.length = 64 * mel.config.hop_length  # of the random crops
+
+    def loss(self, rng: np.random.Generator, batch_size: int) -> tuple[Tensor, dict[str, float | Tensor]]:
+        start = int(rng.integers(self.sounds.shape[1] - self.length + 1))
+        chosen = torch.from_numpy(rng.integers(len(self.sounds), size=batch_size))
+        sound = self.sounds[chosen, start : start + self.length].to(next(self.vocoder.parameters()).device)
+        with torch.autocast(sound.device.type, enabled=False):
+            error, plain = self._errors(sound)
+        return error, {"plain": plain}
+
+    def _errors(self, sound: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the error of the magnitudes, and what it would be without the network."""
+        mel, wanted = self.mel(sound), _compressed(self.mel.magnitudes(sound))
+        return (
+            (_compressed(self.vocoder.magnitudes(mel)) - wanted).abs().mean(),
+            (_compressed(self.vocoder.plain_magnitudes(mel)) - wanted).abs().mean(),
+        )
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        sound = self.held_out.to(next(self.vocoder.parameters()).device)
+        error, plain = self._errors(sound)
+        rebuilt = self.vocoder(self.mel(sound))[:, 0]
+        distance = (self.mel(rebuilt) - self.mel(sound)).abs().mean()
+        return {"val_error": float(error), "val_plain": float(plain), "val_mel_log10": float(distance)}
+
+
+def _compressed(magnitude: Tensor) -> Tensor:
+    return (magnitude + 1e-5).pow(0.3)

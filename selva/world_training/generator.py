@@ -1,0 +1,200 @@
+"""Stages "generator" and "finetune": flow matching on features and latents of scenes that were encoded once.
+
+An item is one object of a scene: the features of the picture and of prompts for it, and the latents of its sound alone.
+Scenes of 8 s are cut into windows of many lengths, which start with a sync segment; 0.32 s are ten latent frames.
+
+Stage "generator" reads the features that the video encoder should give, computed from the ground truth, so it needs no
+pictures and does not wait for the encoder. Stage "finetune" continues with those that it does give.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from selva.encoders import ClipImage, ClipText
+from selva.files import atomic_path
+from selva.models.generator import Generator
+from selva.models.mel import MelSpectrogram
+from selva.models.vae import VAE
+from selva.report import Progress
+from selva.sequence import (
+    CLIP_FPS,
+    SYNC_FPS,
+    SYNC_SEGMENT_STEP,
+    SYNC_TOKENS_PER_SEGMENT,
+    sequence_config,
+)
+from selva.training import TrainConfig, draw, flow_loss
+from selva.training_set import Batch
+from selva.world import Scene
+from selva.world_training.encoders import SyncNetwork, ideal_features
+from selva.world_training.loop import Task, torch_rng
+from selva.world_training.prompts import vary
+from selva.world_training.scenes import PoolConfig
+
+PEAK = 0.95  # of a training sound, as in selva.media.prepare_audio
+SEGMENT_SEC = SYNC_SEGMENT_STEP / SYNC_FPS
+LATENTS_PER_SEGMENT = 10
+WORDINGS = 4  # prompts per object whose CLIP features are kept
+CLIP_DROP = 0.6  # SelVA's generator is used without CLIP frame features by default, so it mostly learns without
+DURATIONS_SEC = (8.0, 8.0, 8.0, 6.0, 5.0, 4.0, 4.0, 3.0, 2.56)  # of windows, drawn evenly
+SECONDS_PER_ITEM = 8.0  # a batch of n items holds n times this much sound, in more windows if they are shorter
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """The trained networks of the earlier stages, frozen, in eval mode; ``sync`` is None where it is not needed."""
+
+    sync: SyncNetwork | None
+    clip_text: ClipText
+    clip_image: ClipImage
+    vae: VAE
+    mel: MelSpectrogram
+
+
+class EncodedScenes:
+    """Everything the generator is trained on, stacked over items, in half precision.
+
+    Attributes:
+        mean, std: (items, N, C). sync: (items, S, D). text: (items, WORDINGS, 77, D).
+        clip: (items, T, D); without pictures, (items, 0, D).
+        places: (scene, object) of every item.
+    """
+
+    FIELDS = ("mean", "std", "sync", "clip", "text")
+
+    def __init__(self, tensors: dict[str, Tensor], places: Sequence[tuple[int, int]], config: PoolConfig) -> None:
+        self.mean, self.std, self.sync, self.clip, self.text = (tensors[name] for name in self.FIELDS)
+        self.places, self.config = list(places), config
+        self.sequence = sequence_config("16k", config.duration_sec)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    @classmethod
+    def load_or_make(
+        cls, config: PoolConfig, encoders: Encoders, clip_size: int | None, path: Path, fingerprint: str
+    ) -> EncodedScenes:
+        """Return what ``path`` holds if it was made from the same scenes and weights, else encode and write it.
+
+        Without ``clip_size`` no pictures are painted: sync features are the ideal ones, CLIP features there are none.
+        """
+        places = [(i, k) for i in range(config.count) for k in range(len(config.scene(i).objects))]
+        key = f"{config} {clip_size} {fingerprint}"
+        if path.is_file():
+            stored = torch.load(path, weights_only=True)
+            if stored["key"] == key:
+                return cls(stored["tensors"], places, config)
+        tensors = _encode(config, encoders, clip_size)
+        with atomic_path(path) as temporary:
+            torch.save({"key": key, "tensors": tensors}, temporary)
+        return cls(tensors, places, config)
+
+    def batch(self, items: Sequence[int], segment: Sequence[int], duration_sec: float, wording: Sequence[int]) -> Batch:
+        """Return windows of ``duration_sec`` that start at a sync segment each."""
+        lengths = sequence_config("16k", duration_sec)
+
+        def cut(x: Tensor, starts: Sequence[int], length: int) -> Tensor:
+            return torch.stack([x[i, s : s + length] for i, s in zip(items, starts, strict=True)]).float()
+
+        latent = [s * LATENTS_PER_SEGMENT for s in segment]
+        clip = [int(s * SEGMENT_SEC * CLIP_FPS) for s in segment]
+        text = torch.stack([self.text[i, w] for i, w in zip(items, wording, strict=True)]).float()
+        if self.clip.shape[1]:
+            clip_f = cut(self.clip, clip, lengths.clip_seq_len)
+        else:
+            clip_f = torch.zeros(len(items), lengths.clip_seq_len, self.clip.shape[2])
+        return Batch(
+            cut(self.mean, latent, lengths.latent_seq_len), cut(self.std, latent, lengths.latent_seq_len), clip_f,
+            cut(self.sync, [s * SYNC_TOKENS_PER_SEGMENT for s in segment], lengths.sync_seq_len),
+            text, torch.ones(len(items), dtype=torch.bool), tuple(map(str, items)),
+        )
+
+
+@torch.no_grad()
+def _encode(config: PoolConfig, encoders: Encoders, clip_size: int | None) -> dict[str, Tensor]:
+    rows: dict[str, list[Tensor]] = {name: [] for name in EncodedScenes.FIELDS}
+    device = encoders.vae.data_mean.device
+    known: dict[str, Tensor] = {}
+    with Progress(config.count, "encode", "scenes") as progress:
+        for index in range(config.count):
+            scene = config.scene(index)
+            for named in range(len(scene.objects)):
+                rng = np.random.default_rng((config.first_seed + index, named))
+                prompts = [vary(rng, scene.prompt(rng, named)) for _ in range(WORDINGS)]
+                for prompt in set(prompts) - set(known):
+                    known[prompt] = encoders.clip_text.encode([prompt])[0]
+                rows["text"].append(torch.stack([known[prompt] for prompt in prompts]))
+                sync, clip = _picture_features(scene, named, prompts[0], config, encoders, clip_size)
+                rows["sync"].append(sync)
+                rows["clip"].append(clip)
+                sound = scene.sound(encoders.mel.config.sampling_rate, only=named)
+                sound = torch.from_numpy(sound / np.abs(sound).max() * PEAK)[None].to(device)
+                mean, std = encoders.vae.encode(encoders.mel(sound))
+                rows["mean"].append(mean[0].mT)
+                rows["std"].append(std[0].mT)
+            progress.update(index + 1)
+    return {name: torch.stack([x.half().cpu() for x in values]) for name, values in rows.items()}
+
+
+def _picture_features(
+    scene: Scene, named: int, prompt: str, config: PoolConfig, encoders: Encoders, clip_size: int | None
+) -> tuple[Tensor, Tensor]:
+    """Return sync features (S, D) and CLIP features (T, D), or ideal ones and none."""
+    if clip_size is None:
+        sync = torch.from_numpy(ideal_features(scene, [named]))
+        return sync, sync.new_zeros(0, encoders.clip_image.config.embed_dim)
+    device = encoders.vae.data_mean.device
+    pictures = torch.from_numpy(scene.frames(config.fps, config.size)).permute(0, 3, 1, 2)[None].to(device)
+    small = torch.from_numpy(scene.frames(CLIP_FPS, clip_size)).permute(0, 3, 1, 2)
+    return encoders.sync.encode(pictures, [prompt])[0], encoders.clip_image.encode(small)
+
+
+class GeneratorTask(Task):
+    """Flow matching on random windows of encoded scenes."""
+
+    def __init__(self, generator: Generator, train: EncodedScenes, held_out: EncodedScenes, precision: str) -> None:
+        self.network, self.generator, self.train, self.held_out = generator, generator, train, held_out
+        self.precision = torch.bfloat16 if precision == "bf16" else torch.float32
+        self.objective = TrainConfig()
+
+    def loss(self, rng: np.random.Generator, batch_size: int) -> tuple[Tensor, dict[str, float | Tensor]]:
+        batch = self._windows(self.train, rng, batch_size, float(rng.choice(DURATIONS_SEC)))
+        draws = draw(batch.mean.shape, self.objective, torch_rng(rng), progress=0.0)
+        loss = self._loss(batch, draws, torch.from_numpy(rng.random(len(batch.ids)) < CLIP_DROP))
+        return loss.mean(), {}
+
+    def _loss(self, batch: Batch, draws, no_clip: Tensor) -> Tensor:
+        batch = batch.to(self.generator.latent_mean.device)
+        empty = self.generator.empty_clip_feat
+        if not self.train.clip.shape[1]:
+            no_clip = torch.ones_like(no_clip)
+        clip = torch.where(no_clip.to(empty.device)[:, None, None], empty, batch.clip_f)
+        batch = Batch(batch.mean, batch.std, clip, batch.sync_f, batch.text_f, batch.has_video, batch.ids)
+        return flow_loss(self.generator, batch, draws, self.objective, self.precision)
+
+    def _windows(self, scenes: EncodedScenes, rng: np.random.Generator, batch_size: int, duration_sec: float) -> Batch:
+        count = max(1, round(batch_size * SECONDS_PER_ITEM / duration_sec))
+        lengths = sequence_config("16k", duration_sec)
+        last = (scenes.sequence.sync_seq_len - lengths.sync_seq_len) // SYNC_TOKENS_PER_SEGMENT
+        last = min(last, (scenes.sequence.latent_seq_len - lengths.latent_seq_len) // LATENTS_PER_SEGMENT)
+        items = rng.integers(len(scenes), size=count)
+        return scenes.batch(items, rng.integers(last + 1, size=count), duration_sec, rng.integers(WORDINGS, size=count))
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Return the held-out loss of whole scenes on fixed noise, without CLIP features, nothing dropped."""
+        rng, total = np.random.default_rng(0), []
+        objective = TrainConfig(null_prob=0.0, timestep_mode="uniform")
+        for first in range(0, len(self.held_out), 8):
+            items = range(first, min(first + 8, len(self.held_out)))
+            batch = self.held_out.batch(items, [0] * len(items), self.held_out.config.duration_sec, [0] * len(items))
+            draws = draw(batch.mean.shape, objective, torch_rng(rng), progress=0.0)
+            total.append(self._loss(batch, draws, torch.ones(len(items), dtype=torch.bool)))
+        return {"val_loss": float(torch.cat(total).mean())}
