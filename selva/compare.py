@@ -70,7 +70,8 @@ class CompareLine:
 def read_compare_list(path: Path) -> list[CompareLine]:
     """Return the settings in a list of lines ``path strength [label]`` or ``base``; # begins a comment.
 
-    Labels, which become folders, default to the file's stem and the strength.
+    Labels, which become folders, default to the name of the file (of a training run's, with its folder) and the
+    strength.
 
     Raises:
         ValueError: names every line that is wrong: a missing file, a strength that is no number, a label used twice.
@@ -107,10 +108,16 @@ def _compare_line(words: list[str], folder: Path) -> CompareLine:
         strength = math.nan
     if not math.isfinite(strength):
         raise ValueError(f"the strength is {words[1]!r}, expected a number")
-    label = words[2] if len(words) == 3 else f"{found.stem} {strength:g}"
+    label = words[2] if len(words) == 3 else f"{_short_name(found)} {strength:g}"
     if re.search(r'[/\\:*?"<>|\0]', label) or label.startswith(".") or not label.strip():
         raise ValueError(f"the label {label!r} cannot name a folder")
     return CompareLine(label, ((found, strength),))
+
+
+def _short_name(path: Path) -> str:
+    """Return "dog final" for runs/dog/adapter_final.pt, whose stem alone says little, and else the stem."""
+    run = path.absolute().parent.name
+    return f"{run} {path.stem.removeprefix('adapter_')}" if path.stem.startswith("adapter_") and run else path.stem
 
 
 # ---------------------------------------------------------------------------------------------------------------

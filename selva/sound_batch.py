@@ -195,11 +195,12 @@ class SoundBatch:
             clip.problem = str(error)
             return
         clip.made.append(take)
-        name = take.files.written[0]
-        log.info("%s: %s", name, sound.level)
-        if self.generator.normalize == "none" and sound.level.true_peak > TRUE_PEAK_LIMIT_DB:
-            log.warning("%s: peaks at %.1f dBTP, which a player may clip; --normalize peak keeps it below %g", name,
-                        sound.level.true_peak, TRUE_PEAK_LIMIT_DB)
+        name, level = take.files.written[0], sound.level
+        if self.generator.normalize == "none" and level.true_peak > TRUE_PEAK_LIMIT_DB:
+            log.warning("%s: %s, which a player may clip; --normalize peak keeps it below %g", name, level,
+                        TRUE_PEAK_LIMIT_DB)
+        else:
+            log.info("%s: %s", name, level)
 
 
 def write_manifest(folder: Path, clips: Sequence[Clip], finished: bool) -> Path:

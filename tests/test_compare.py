@@ -35,16 +35,18 @@ def knocks(times: list[float], seconds: float = 1.0) -> np.ndarray:
 
 
 def test_the_list_names_files_strengths_and_labels(tmp_path):
-    for name in ("dog.pt", "my dog.safetensors"):
+    (tmp_path / "run").mkdir()
+    for name in ("dog.pt", "my dog.safetensors", "run/adapter_final.pt"):
         (tmp_path / name).touch()
     (tmp_path / "list.txt").write_text(
         f"# what to hear\nbase\n\n{tmp_path}/dog.pt 0.5\ndog.pt -1 minus  # relative to this file\n"
-        "'my dog.safetensors' 1e0 \"my dog, full\"\n", encoding="utf-8",
+        "'my dog.safetensors' 1e0 \"my dog, full\"\nrun/adapter_final.pt 1\n", encoding="utf-8",
     )
     lines = read_compare_list(tmp_path / "list.txt")
-    assert [line.label for line in lines] == ["base", "dog 0.5", "minus", "my dog, full"]
+    assert [line.label for line in lines] == ["base", "dog 0.5", "minus", "my dog, full", "run final 1"]
     assert [line.adapters for line in lines] == [
-        (), ((tmp_path / "dog.pt", 0.5),), ((tmp_path / "dog.pt", -1.0),), ((tmp_path / "my dog.safetensors", 1.0),)
+        (), ((tmp_path / "dog.pt", 0.5),), ((tmp_path / "dog.pt", -1.0),), ((tmp_path / "my dog.safetensors", 1.0),),
+        ((tmp_path / "run" / "adapter_final.pt", 1.0),),
     ]
 
 
