@@ -112,7 +112,7 @@ def summary(inspection: Inspection) -> str:
     odd = sum(bool(clip.notes) and not clip.problems for clip in inspection.clips)
     seconds = sum(clip.duration_sec or 0 for clip in inspection.clips)
     return (f"{len(inspection.clips)} {kind[inspection.kind]}, {clock(seconds)} in all; cannot be used: {bad}; "
-            f"worth a look: {odd}")
+            f"worth a look: {odd}" + (f"; groups of copies: {len(inspection.alike)}" if inspection.alike else ""))
 
 
 def to_json(inspection: Inspection) -> str:
