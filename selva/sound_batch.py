@@ -147,11 +147,13 @@ class SoundBatch:
                 clip.duration_sec = conditions.sequence.duration_sec
                 sounds += [(clip, take, conditions) for take in clip.takes if id(take) in prints]
         latents = self._sample(sounds)
-        with_latents = [(*sound, latents[id(sound[1])]) for sound in sounds]
-        for clip, take, conditions, latent in with_latents:
+        for clip, take, conditions in sounds:
             # One by one: sounds are written as they are made, and not all held in memory.
-            sound = self.generator.decode([conditions], [latent])[0]
-            self._write(clip, take, sound, prints[id(take)])
+            try:
+                (sound,) = self.generator.decode([conditions], [latents[id(take)]])
+                self._write(clip, take, sound, prints[id(take)])
+            except (ValueError, OSError) as error:
+                clip.problem = str(error)
 
     def _missing(self, clip: Clip) -> Iterator[tuple[Take, str]]:
         """Yield the takes of a clip that are still to be made, with their fingerprints."""
@@ -188,12 +190,8 @@ class SoundBatch:
         return latents
 
     def _write(self, clip: Clip, take: Take, sound: Sound, mark: str) -> None:
-        try:
-            with self.generator.times.stage("writing"):
-                take.files.save(sound, take.settings, mark)
-        except (ValueError, OSError) as error:
-            clip.problem = str(error)
-            return
+        with self.generator.times.stage("writing"):
+            take.files.save(sound, take.settings, mark)
         clip.made.append(take)
         name, level = take.files.written[0], sound.level
         if self.generator.normalize == "none" and level.true_peak > TRUE_PEAK_LIMIT_DB:

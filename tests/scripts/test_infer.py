@@ -299,6 +299,19 @@ def test_a_stopped_run_goes_on(two_clips, tmp_path, capsys, monkeypatch):
     assert {row["status"] for row in manifest(tmp_path / "out").values()} == {"done"}
 
 
+def test_a_sound_that_is_not_finite_is_a_failure_of_its_clip(two_clips, tmp_path, capsys, monkeypatch):
+    decode_latents = inference.decode_latents
+
+    def broken(latents, *args, **more):
+        return decode_latents(latents, *args, **more) * (float("nan") if latents.shape[1] < 60 else 1)
+
+    monkeypatch.setattr(inference, "decode_latents", broken)  # for the shorter clip only
+    assert run(two_clips, "--prompt", "a knock", "--output", tmp_path / "out") == 1
+    captured = capsys.readouterr()
+    assert "knock_5: the sound has samples that are NaN" in captured.err and "Traceback" not in captured.err
+    assert [Path(path).stem for path in captured.out.split()] == ["knock_0"] * 2
+
+
 def test_a_table_says_prompt_start_and_duration(clip_dir, tmp_path, capsys):
     table = tmp_path / "clips.tsv"
     table.write_text(f"id\tpath\tprompt\tstart\tduration\nfirst\t{clip_dir}/knock_0.mp4\ta gong\t0.4\t1\n"
