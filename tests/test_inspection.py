@@ -136,7 +136,7 @@ def test_copies_are_found(tmp_path):
     text = said(inspect(data))
     assert "? a, b: the same sound; they count twice" in text and "? a, d: the same video; validation" in text
     assert "? c, d: nearly the same (0.9" in text
-    assert summary(inspect(data)).endswith("worth a look: 0; groups of copies: 3")
+    assert summary(inspect(data)).endswith("; groups of copies: 3")
 
 
 def test_of_very_many_clips_only_equal_content_is_found(tmp_path, monkeypatch):
