@@ -230,18 +230,19 @@ class Vocoder(nn.Module):
     def in_chunks(self, mel: Tensor, chunk_frames: int) -> Tensor:
         """Return what :meth:`forward` returns, computed ``chunk_frames`` mel frames at a time to need less memory.
 
-        Each chunk is given its ``context_frames`` on both sides, so nothing but rounding differs from the whole. Only
-        the ends of ``mel`` are padded, as in the whole.
+        Each chunk is given at least its ``context_frames`` on both sides, so nothing but rounding differs from the
+        whole. Only the ends of ``mel`` are padded, as in the whole. All chunks are computed at one length, and the
+        result is allocated first: so the memory of one chunk serves the next.
         """
         if chunk_frames < 1:
             raise ValueError(f"chunk_frames is {chunk_frames}, expected at least 1")
         hop, context, total = self.config.hop_length, self.config.context_frames, mel.shape[-1]
-        # Allocated first: kept between chunks, small results would lie in the way of their large intermediate ones.
+        length = min(total, chunk_frames + 2 * context)
         waveform = torch.empty(len(mel), 1, total * hop, dtype=self.conv_pre.weight.dtype, device=mel.device)
         for start in range(0, total, chunk_frames):
             stop = min(start + chunk_frames, total)
-            left, right = max(0, start - context), min(total, stop + context)
-            chunk = self(mel[..., left:right])
+            left = min(max(0, start - context), total - length)
+            chunk = self(mel[..., left : left + length])
             waveform[..., start * hop : stop * hop] = chunk[..., (start - left) * hop : (stop - left) * hop]
         return waveform
 
