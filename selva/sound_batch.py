@@ -12,7 +12,7 @@ import argparse
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -22,6 +22,7 @@ from selva.files import atomic_write_text
 from selva.inference import SoundGenerator
 from selva.loudness import TRUE_PEAK_LIMIT_DB
 from selva.manifest import DONE, FAILED, INCOMPLETE_FILE, MANIFEST_FILE, PENDING
+from selva.media import video_length
 from selva.report import Progress
 from selva.sound import Conditions, Sound, SoundRequest
 from selva.sound_files import SoundFiles, fingerprint, model_recipe, request_recipe
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 
 # The pictures of so many clips are in memory at once, about 60 MB each at full size.
 ROUND_CLIPS = 16
+PART_SEC = 0.1  # a video longer than the sound by more is used in part
 
 
 @dataclass(frozen=True)
@@ -191,7 +193,7 @@ class SoundBatch:
 
     def _write(self, clip: Clip, take: Take, sound: Sound, mark: str) -> None:
         with self.generator.times.stage("writing"):
-            take.files.save(sound, take.settings, mark)
+            take.files.save(_with_pictures_of_another_take(sound, clip), take.settings, mark)
         clip.made.append(take)
         name, level = take.files.written[0], sound.level
         if self.generator.normalize == "none" and level.true_peak > TRUE_PEAK_LIMIT_DB:
@@ -199,6 +201,18 @@ class SoundBatch:
                         TRUE_PEAK_LIMIT_DB)
         else:
             log.info("%s: %s", name, level)
+
+
+def _with_pictures_of_another_take(sound: Sound, clip: Clip) -> Sound:
+    """Return the sound with the pictures of a video that was written already, where only a part of them is used.
+
+    A part has to be encoded again, which takes longer than everything else; once per clip is enough.
+    """
+    written = next((take.files.video for take in clip.made if take.files.video is not None), None)
+    if sound.video is None or written is None:
+        return sound
+    is_part = sound.start_sec > 0 or video_length(sound.video) - sound.duration_sec > PART_SEC
+    return replace(sound, video=written, start_sec=0.0) if is_part else sound
 
 
 def write_manifest(folder: Path, clips: Sequence[Clip], finished: bool) -> Path:

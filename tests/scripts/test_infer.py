@@ -21,6 +21,7 @@ import train_lora
 from selva import inference
 from selva.checkpoint import save_adapter
 from selva.lora import LoRAConfig, inject_lora, lora_parameters
+from selva.media import mux
 from selva.weights import load_generator
 
 ROOT = Path(__file__).parents[2]
@@ -217,6 +218,19 @@ def test_masks_hide_what_is_not_to_be_heard(clip_dir, tmp_path):
         sounds[name] = sound(tmp_path / f"{name}.wav").tobytes()
     assert sounds["none"] == sounds["off"] and sounds["mask"] == sounds["folder"]
     assert len({sounds[name] for name in ("none", "mask", "clip", "sync")}) == 4
+
+
+def test_a_part_of_a_video_is_encoded_once_for_all_variations(tmp_path, monkeypatch):
+    video, encoded = make_video(tmp_path / "a.mp4", 2.0, bframes=2), []
+    original = mux._encoded_pictures
+    monkeypatch.setattr(mux, "_encoded_pictures", lambda *args: encoded.append(1) or original(*args))
+    assert run("--video", video, "--prompt", "x", "--start", "0.4", "--num_variations", "3", "--output", tmp_path) == 0
+    results = [tmp_path / f"a_{number}.mp4" for number in (1, 2, 3)]
+    assert len(encoded) == 1 and coded_pictures(results[0]) == coded_pictures(results[1]) == coded_pictures(results[2])
+    assert [stream_ends(path)["video"] for path in results] == pytest.approx([1.6] * 3, abs=0.001)
+    assert len({sound(path.with_suffix(".flac")).tobytes() for path in results}) == 3
+    assert run("--video", video, "--prompt", "x", "--num_variations", "2", "--output", tmp_path / "whole") == 0
+    assert len(encoded) == 1 and coded_pictures(tmp_path / "whole" / "a_2.mp4") == coded_pictures(video)
 
 
 # --- batches --------------------------------------------------------------------------------------------------------
