@@ -43,12 +43,13 @@ class VaeTask(Task):
 
     Args:
         train, held_out: (sounds, bands, frames) log-mels.
-        frames: length of the random crops that are trained on.
+        frames: length of the random crops that are trained on; shorter sounds are taken whole.
     """
 
     def __init__(self, vae: VAE, train: Tensor, held_out: Tensor, frames: int = 128) -> None:
         self.network, self.vae = vae, vae
-        self.train, self.held_out, self.frames = train, held_out, frames
+        even = train.shape[2] // 2 * 2  # a latent frame stands for two
+        self.train, self.held_out, self.frames = train, held_out[..., :even], min(frames, even)
 
     def loss(self, rng: np.random.Generator, batch_size: int) -> tuple[Tensor, dict[str, float | Tensor]]:
         chosen = torch.from_numpy(rng.integers(len(self.train), size=batch_size))

@@ -9,6 +9,7 @@ pictures and does not wait for the encoder. Stage "finetune" continues with thos
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,8 @@ from selva.world_training.scenes import PoolConfig
 PEAK = 0.95  # of a training sound, as in selva.media.prepare_audio
 SEGMENT_SEC = SYNC_SEGMENT_STEP / SYNC_FPS
 LATENTS_PER_SEGMENT = 10
+FEATURE_NOISE = 0.3  # largest deviation of the noise on ideal features, whose values reach FEATURE_SCALE
+CERTAINTY = (0.6, 1.1)  # what ideal features are multiplied by
 WORDINGS = 4  # prompts per object whose CLIP features are kept
 CLIP_DROP = 0.6  # SelVA's generator is used without CLIP frame features by default, so it mostly learns without
 DURATIONS_SEC = (8.0, 8.0, 8.0, 6.0, 5.0, 4.0, 4.0, 3.0, 2.56)  # of windows, drawn evenly
@@ -77,6 +80,11 @@ class EncodedScenes:
     def __len__(self) -> int:
         return len(self.places)
 
+    @property
+    def has_pictures(self) -> bool:
+        """Whether features are those of pictures, not ideal ones."""
+        return self.clip.shape[1] > 0
+
     @classmethod
     def load_or_make(
         cls, config: PoolConfig, encoders: Encoders, clip_size: int | None, path: Path, fingerprint: str
@@ -101,12 +109,12 @@ class EncodedScenes:
         lengths = sequence_config("16k", duration_sec)
 
         def cut(x: Tensor, starts: Sequence[int], length: int) -> Tensor:
-            return torch.stack([x[i, s : s + length] for i, s in zip(items, starts, strict=True)]).float()
+            return torch.stack([x[i, s : s + length].float() for i, s in zip(items, starts, strict=True)])
 
         latent = [s * LATENTS_PER_SEGMENT for s in segment]
         clip = [int(s * SEGMENT_SEC * CLIP_FPS) for s in segment]
-        text = torch.stack([self.text[i, w] for i, w in zip(items, wording, strict=True)]).float()
-        if self.clip.shape[1]:
+        text = torch.stack([self.text[i, w].float() for i, w in zip(items, wording, strict=True)])
+        if self.has_pictures:
             clip_f = cut(self.clip, clip, lengths.clip_seq_len)
         else:
             clip_f = torch.zeros(len(items), lengths.clip_seq_len, self.clip.shape[2])
@@ -156,6 +164,13 @@ def _picture_features(
     return encoders.sync.encode(pictures, [prompt])[0], encoders.clip_image.encode(small)
 
 
+def imperfect(sync_f: Tensor, rng: np.random.Generator) -> Tensor:
+    """Return ideal features (B, S, D) as uncertain and as noisy as an encoder may give them."""
+    noise = torch.randn(sync_f.shape, generator=torch_rng(rng)) * FEATURE_NOISE * float(rng.random())
+    sure = torch.from_numpy(rng.uniform(*CERTAINTY, len(sync_f)).astype(np.float32))[:, None, None]
+    return sync_f * sure + noise
+
+
 class GeneratorTask(Task):
     """Flow matching on random windows of encoded scenes."""
 
@@ -163,9 +178,12 @@ class GeneratorTask(Task):
         self.network, self.generator, self.train, self.held_out = generator, generator, train, held_out
         self.precision = torch.bfloat16 if precision == "bf16" else torch.float32
         self.objective = TrainConfig()
+        self.durations = [d for d in DURATIONS_SEC if d <= train.config.duration_sec]
 
     def loss(self, rng: np.random.Generator, batch_size: int) -> tuple[Tensor, dict[str, float | Tensor]]:
-        batch = self._windows(self.train, rng, batch_size, float(rng.choice(DURATIONS_SEC)))
+        batch = self._windows(self.train, rng, batch_size, float(rng.choice(self.durations)))
+        if not self.train.has_pictures:
+            batch = dataclasses.replace(batch, sync_f=imperfect(batch.sync_f, rng))
         draws = draw(batch.mean.shape, self.objective, torch_rng(rng), progress=0.0)
         loss = self._loss(batch, draws, torch.from_numpy(rng.random(len(batch.ids)) < CLIP_DROP))
         return loss.mean(), {}
@@ -173,11 +191,10 @@ class GeneratorTask(Task):
     def _loss(self, batch: Batch, draws, no_clip: Tensor) -> Tensor:
         batch = batch.to(self.generator.latent_mean.device)
         empty = self.generator.empty_clip_feat
-        if not self.train.clip.shape[1]:
+        if not self.train.has_pictures:
             no_clip = torch.ones_like(no_clip)
         clip = torch.where(no_clip.to(empty.device)[:, None, None], empty, batch.clip_f)
-        batch = Batch(batch.mean, batch.std, clip, batch.sync_f, batch.text_f, batch.has_video, batch.ids)
-        return flow_loss(self.generator, batch, draws, self.objective, self.precision)
+        return flow_loss(self.generator, dataclasses.replace(batch, clip_f=clip), draws, self.objective, self.precision)
 
     def _windows(self, scenes: EncodedScenes, rng: np.random.Generator, batch_size: int, duration_sec: float) -> Batch:
         count = max(1, round(batch_size * SECONDS_PER_ITEM / duration_sec))

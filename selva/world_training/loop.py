@@ -135,7 +135,7 @@ def train(task: Task, config: LoopConfig, folder: Path, device: torch.device, re
             optimizer.zero_grad(set_to_none=True)
             task.after_update_()
             average.update_(step)
-            for name, value in {"loss": loss, "grad_norm": norm, **numbers}.items():
+            for name, value in {"loss": loss.detach(), "grad_norm": norm, **numbers}.items():
                 sums[name] = sums.get(name, 0.0) + float(value)
             done = step + 1
             if done % config.log_every == 0 or done == config.steps:

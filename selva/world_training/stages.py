@@ -83,10 +83,10 @@ class Recipe:
     })
 
     def scaled(self, share: float) -> Recipe:
-        """Return the recipe with more or less data, at least 8 of everything."""
+        """Return the recipe with more or less data, at least 4 of everything."""
         counts = ("sounds", "broad_sounds", "clip_scenes", "sync_scenes", "generator_scenes", "finetune_scenes",
                   "held_out")
-        return dataclasses.replace(self, **{name: max(8, round(share * getattr(self, name))) for name in counts})
+        return dataclasses.replace(self, **{name: max(4, round(share * getattr(self, name))) for name in counts})
 
     def with_loops(self, **changes: object) -> Recipe:
         """Return the recipe with some settings of all its loops replaced; None leaves them."""
