@@ -1,6 +1,6 @@
 """Many sounds in one run: clips, each with several seeds, each under several settings of the adapters.
 
-    clips --rounds of 16--> encode what is not there yet -> sample setting by setting -> decode -> write
+    clips --rounds of up to 16--> encode what is not there yet -> sample setting by setting -> decode -> write
 
 Every network is loaded once per round at most (with ``offload="none"`` once in all), a clip that cannot be used does
 not stop the others, and what an interrupted run has finished is kept.
@@ -22,15 +22,16 @@ from selva.files import atomic_write_text
 from selva.inference import SoundGenerator
 from selva.loudness import TRUE_PEAK_LIMIT_DB
 from selva.manifest import DONE, FAILED, INCOMPLETE_FILE, MANIFEST_FILE, PENDING
-from selva.media import video_length
+from selva.media import audio_length, video_length
 from selva.report import Progress
+from selva.sequence import DEFAULT_DURATION_SEC
 from selva.sound import Conditions, Sound, SoundRequest
 from selva.sound_files import SoundFiles, fingerprint, model_recipe, request_recipe
 
 log = logging.getLogger(__name__)
 
-# The pictures of so many clips are in memory at once, about 60 MB each at full size.
-ROUND_CLIPS = 16
+# The pictures of one round are in memory at once: at full size about 8 MB per second, so 1 GB.
+ROUND_CLIPS, ROUND_SEC = 16, 128.0
 PART_SEC = 0.1  # a video longer than the sound by more is used in part
 
 
@@ -79,7 +80,6 @@ class Clip:
     """A request, the takes of it, and what became of them.
 
     Attributes:
-        duration_sec: of the sound, once it is known.
         problem: why it failed; "" if it has not.
         kept: takes that were there already.
         made: takes that are there now, kept ones included.
@@ -88,7 +88,6 @@ class Clip:
     name: str
     request: SoundRequest
     takes: Sequence[Take]
-    duration_sec: float | None = None
     problem: str = ""
     kept: int = 0
     made: list[Take] = field(default_factory=list)
@@ -122,9 +121,8 @@ class SoundBatch:
 
     def run(self, clips: Sequence[Clip]) -> None:
         """Make and write everything; what happened stands in the clips afterwards."""
-        for first in range(0, len(clips), ROUND_CLIPS):
-            part = clips[first : first + ROUND_CLIPS]
-            if len(clips) > ROUND_CLIPS:
+        for first, part in rounds(clips):
+            if len(part) < len(clips):
                 log.info("clips %d to %d of %d", first + 1, first + len(part), len(clips))
             self._round(part)
             for clip in part:
@@ -146,7 +144,6 @@ class SoundBatch:
         sounds: list[tuple[Clip, Take, Conditions]] = []
         for clip, conditions in zip(todo, encoded, strict=True):
             if conditions is not None:
-                clip.duration_sec = conditions.sequence.duration_sec
                 sounds += [(clip, take, conditions) for take in clip.takes if id(take) in prints]
         latents = self._sample(sounds)
         for clip, take, conditions in sounds:
@@ -203,6 +200,31 @@ class SoundBatch:
             log.info("%s: %s", name, level)
 
 
+def rounds(clips: Sequence[Clip]) -> Iterator[tuple[int, Sequence[Clip]]]:
+    """Yield (index of the first, clips) of parts whose pictures fit into memory together; one clip at least."""
+    first, seconds = 0, 0.0
+    for index, clip in enumerate(clips):
+        own = _picture_seconds(clip.request)
+        if index > first and (index - first == ROUND_CLIPS or seconds + own > ROUND_SEC):
+            yield first, clips[first:index]
+            first, seconds = index, 0.0
+        seconds += own
+    if clips:
+        yield first, clips[first:]
+
+
+def _picture_seconds(request: SoundRequest) -> float:
+    if request.video is None:
+        return 0.0
+    wanted = DEFAULT_DURATION_SEC if request.duration_sec is None else request.duration_sec
+    if wanted <= DEFAULT_DURATION_SEC:
+        return wanted
+    try:
+        return min(wanted, video_length(request.video))
+    except (ValueError, OSError):
+        return 0.0  # it will fail by name
+
+
 def _with_pictures_of_another_take(sound: Sound, clip: Clip) -> Sound:
     """Return the sound with the pictures of a video that was written already, where only a part of them is used.
 
@@ -213,6 +235,13 @@ def _with_pictures_of_another_take(sound: Sound, clip: Clip) -> Sound:
         return sound
     is_part = sound.start_sec > 0 or video_length(sound.video) - sound.duration_sec > PART_SEC
     return replace(sound, video=written, start_sec=0.0) if is_part else sound
+
+
+def _duration(clip: Clip) -> float | None:
+    if not clip.made:
+        return None
+    samples, rate = audio_length(clip.made[0].files.written[0])
+    return samples / rate
 
 
 def write_manifest(folder: Path, clips: Sequence[Clip], finished: bool) -> Path:
@@ -227,6 +256,7 @@ def write_manifest(folder: Path, clips: Sequence[Clip], finished: bool) -> Path:
             "status": FAILED if clip.problem else DONE if complete else PENDING,
             "reason": clip.problem,
             "files": [str(path.relative_to(folder)) for path in clip.paths],
+            "duration_sec": _duration(clip),
             "seeds": sorted({take.seed for take in clip.takes}),
         }
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")

@@ -285,6 +285,7 @@ def test_one_bad_clip_does_not_stop_the_others(two_clips, tmp_path, capsys):
     rows = manifest(tmp_path / "out")
     assert list(rows) == ["a_bad", "knock_0", "knock_5"] and rows["a_bad"]["files"] == []
     assert [row["status"] for row in rows.values()] == ["failed", "done", "done"]
+    assert [row["duration_sec"] for row in rows.values()] == pytest.approx([None, 2.0, 1.2])
     assert "a_bad.mp4" in rows["a_bad"]["reason"]
     make_video(two_clips / "a_bad.mp4", 1.0)
     assert run(two_clips, "--prompt", "a knock", "--output", tmp_path / "out", "--audio_only") == 0
