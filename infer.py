@@ -179,11 +179,14 @@ def collect_requests(args: argparse.Namespace) -> dict[str, SoundRequest]:
     if not (args.inputs or args.video):
         name = re.sub(r"\W+", "_", args.prompt).strip("_")[:60] or "sound"
         return {name: SoundRequest(None, None, args.prompt, args.negative_prompt, duration_sec=args.duration)}
-    jobs = collect_jobs(
-        [*args.inputs, *args.video], recursive=args.recursive, prompt=args.prompt or "", prompts=args.prompts,
-        start_sec=args.start, mask=args.mask,
-        duration_sec=args.duration or (WHOLE_VIDEO_SEC if args.long else DEFAULT_DURATION_SEC),
-    )
+    try:
+        jobs = collect_jobs(
+            [*args.inputs, *args.video], recursive=args.recursive, prompt=args.prompt or "", prompts=args.prompts,
+            start_sec=args.start, mask=args.mask,
+            duration_sec=args.duration or (WHOLE_VIDEO_SEC if args.long else DEFAULT_DURATION_SEC),
+        )
+    except (ValueError, OSError) as error:
+        raise cli.UsageError(str(error)) from error
     warn_of_long_videos(args, jobs)
     # Words typed for a video that was named itself are meant; a folder's or a table's own prompts go first.
     named = {path for path in (*args.inputs, *args.video) if path.is_file()}

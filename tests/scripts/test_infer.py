@@ -449,6 +449,10 @@ def test_a_comparison_is_what_single_runs_make(two_clips, tmp_path, adapter, cap
         (["--prompt", "x", "--compare", "{tmp}/list", "--adapter", "{tmp}/other.pt"], 2, "adapters stand in its list"),
         (["--prompt", "x", "--compare", "{tmp}/list", "--output", "a.flac"], 2, "--compare writes a folder"),
         (["--prompt", "x", "--compare", "{tmp}/list"], 1, "line 2: nowhere.pt: no such file; line 3: the strength is"),
+        (["{tmp}", "--prompt", "x"], 2, "no videos in this folder"),
+        (["{tmp}/clips.tsv", "--prompt", "x"], 2, "clips.tsv"),
+        (["--features", "{tmp}"], 2, "no .npz in this folder"),
+        (["{tmp}/junk.pt", "{tmp}/list", "--prompt", "x", "--output", "a.flac"], 2, "is one file, but there are 2 clips"),
         (["--prompt", "x", "--reference", "{tmp}"], 2, "--reference belongs to --compare"),
         (["--prompt", "x", "--target", "-20"], 2, "together with --normalize"),
         (["--prompt", "x", "--cfg_interval", "0.5", "0.2"], 2, "cfg_interval is (0.5, 0.2)"),
@@ -457,6 +461,7 @@ def test_a_comparison_is_what_single_runs_make(two_clips, tmp_path, adapter, cap
 )
 def test_mistakes_are_one_line(tmp_path, capsys, adapter, arguments, code, message):
     """Pitfall H4 among them: an adapter of another variant is refused."""
+    (tmp_path / "clips.tsv").write_text("name\nx\n")
     (tmp_path / "list").write_text("base\nnowhere.pt 1\nother.pt x\n")
     (tmp_path / "junk.pt").write_bytes(b"<html>not found</html>")
     content = torch.load(adapter, weights_only=True)
