@@ -33,6 +33,7 @@ from selva.inference import (
     WHOLE_VIDEO_SEC,
     SoundGenerator,
     load_adapters,
+    uses_clip_features,
 )
 from selva.loudness import DEFAULT_TARGETS, METHODS
 from selva.media import video_length
@@ -177,8 +178,8 @@ def collect_requests(args: argparse.Namespace) -> dict[str, SoundRequest]:
     if args.features:
         return feature_requests(args)
     if not (args.inputs or args.video):
-        name = re.sub(r"\W+", "_", args.prompt).strip("_")[:60] or "sound"
-        return {name: SoundRequest(None, None, args.prompt, args.negative_prompt, duration_sec=args.duration)}
+        request = SoundRequest(None, None, args.prompt, args.negative_prompt, duration_sec=args.duration)
+        return {name_of_words(args.prompt): request}
     try:
         jobs = collect_jobs(
             [*args.inputs, *args.video], recursive=args.recursive, prompt=args.prompt or "", prompts=args.prompts,
@@ -198,6 +199,11 @@ def collect_requests(args: argparse.Namespace) -> dict[str, SoundRequest]:
                              cli.mask_settings(args, job.mask))
         for job in jobs
     }
+
+
+def name_of_words(prompt: str | None) -> str:
+    """Return a file name for the sound of words alone."""
+    return re.sub(r"\W+", "_", prompt or "").strip("_")[:60] or "sound"
 
 
 def feature_requests(args: argparse.Namespace) -> dict[str, SoundRequest]:
@@ -258,13 +264,15 @@ def plan_clip(args: argparse.Namespace, name: str, request: SoundRequest, settin
             seed = args.seed + number - 1
             files = sound_files(output, name, request.video is not None, args.audio_only,
                                 number if args.num_variations > 1 else None)
-            own = take_settings(args, request, setting, seed, output, files.written[0])
-            takes.append(Take(index, seed, files, own))
+            # From a folder, the settings would name the sound after its source, and know no number.
+            own_name = args.num_variations == 1 and name in (Path(request.source).stem, name_of_words(request.prompt))
+            target = output if own_name else files.written[0]
+            takes.append(Take(index, seed, files, take_settings(args, request, setting, seed, target)))
     return Clip(name, request, takes)
 
 
 def take_settings(
-    args: argparse.Namespace, request: SoundRequest, setting: Setting, seed: int, output: Path, file: Path
+    args: argparse.Namespace, request: SoundRequest, setting: Setting, seed: int, output: Path
 ) -> argparse.Namespace:
     """Return the arguments that make this one sound again."""
     own = {
@@ -273,9 +281,7 @@ def take_settings(
         "start": request.start_sec, "mask": request.mask.path if request.mask else None,
         "duration": None if request.duration_sec == WHOLE_VIDEO_SEC else request.duration_sec,
         "adapter": [path for path, _ in setting.specs], "strength": [strength for _, strength in setting.specs],
-        "compare": None, "reference": None, "overwrite": False, "num_variations": 1,
-        # The name of a variation is that of its file; a folder would call it like the clip.
-        "output": file if args.num_variations > 1 else output,
+        "compare": None, "reference": None, "overwrite": False, "num_variations": 1, "output": output,
     }
     return argparse.Namespace(**(vars(args) | own))
 
@@ -286,6 +292,16 @@ def check_names(args: argparse.Namespace, clips: Sequence[Clip]) -> None:
         raise cli.UsageError(f"--output {args.output}: is one file, but there are {len(clips)} clips; name a folder")
     if shared := shared_names(take.files for clip in clips for take in clip.takes):
         raise cli.UsageError(f"{shared[0]} would be written twice; rename one of the clips, or another --output")
+
+
+def log_outcome(clips: Sequence[Clip], generator: SoundGenerator) -> int:
+    """Say what was done, and return the exit code."""
+    failed, kept = sum(bool(clip.problem) for clip in clips), sum(clip.kept for clip in clips)
+    made = sum(len(clip.made) for clip in clips) - kept
+    log.info("%d made, %d already there, %d of %d clips failed", made, kept, failed, len(clips))
+    if made:
+        log.info("%s; peak memory %.2f GiB", generator.times, peak_memory_bytes(generator.device) / 2**30)
+    return cli.EXIT_FAILED if failed else 0
 
 
 @cli.entry_point
@@ -312,19 +328,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if is_batch:
             write_manifest(args.output, clips, finished=clip is clips[-1])
 
-    batch = SoundBatch(generator, settings, overwrite=args.overwrite, on_clip=report)
-    generator.check_weights(any(clip.request.video for clip in clips), batch.needs_clip)
-    batch.run(clips)
+    needs_clip = any(uses_clip_features(args.clip_features, generator.variant, s.adapters) for s in settings)
+    generator.check_weights(any(clip.request.video for clip in clips), needs_clip)
+    SoundBatch(generator, settings, overwrite=args.overwrite, on_clip=report).run(clips)
     if args.compare and any(clip.made for clip in clips):
         with generator.times.stage("comparing"):
             for path in write_comparison(args.output, clips, settings, args.reference):
                 print(path)
-    failed, kept = sum(bool(clip.problem) for clip in clips), sum(clip.kept for clip in clips)
-    made = sum(len(clip.made) for clip in clips) - kept
-    log.info("%d made, %d already there, %d of %d clips failed", made, kept, failed, len(clips))
-    if made:
-        log.info("%s; peak memory %.2f GiB", generator.times, peak_memory_bytes(generator.device) / 2**30)
-    return cli.EXIT_FAILED if failed else 0
+    return log_outcome(clips, generator)
 
 
 if __name__ == "__main__":

@@ -340,6 +340,10 @@ def test_a_table_says_prompt_start_and_duration(clip_dir, tmp_path, capsys):
     alone = ["--video", clip_dir / "knock_0.mp4", "--prompt", "a gong", "--start", "0.4", "--duration", "1"]
     assert run(*alone, "--output", tmp_path / "alone.flac") == 0
     assert np.array_equal(sound(tmp_path / "alone.flac"), sound(tmp_path / "out" / "first.flac"))
+    first = tmp_path / "out" / "first.flac"
+    first.unlink()
+    assert infer.main(["--config", str(first.with_suffix(".yaml"))]) == 0
+    assert np.array_equal(sound(tmp_path / "alone.flac"), sound(first))  # under its own name, not the video's
 
 
 def test_typed_words_win_for_a_named_video_and_its_own_in_a_folder(two_clips, tmp_path):
@@ -452,7 +456,8 @@ def test_a_comparison_is_what_single_runs_make(two_clips, tmp_path, adapter, cap
         (["{tmp}", "--prompt", "x"], 2, "no videos in this folder"),
         (["{tmp}/clips.tsv", "--prompt", "x"], 2, "clips.tsv"),
         (["--features", "{tmp}"], 2, "no .npz in this folder"),
-        (["{tmp}/junk.pt", "{tmp}/list", "--prompt", "x", "--output", "a.flac"], 2, "is one file, but there are 2 clips"),
+        (["{tmp}/junk.pt", "{tmp}/list", "--prompt", "x", "--output", "a.flac"], 2, "is one file, but there are 2"),
+        (["{tmp}/junk.pt", "--prompt", "x", "--variant", "small_16k"], 1, "video_enc_sup_5.pth"),  # not only the first
         (["--prompt", "x", "--reference", "{tmp}"], 2, "--reference belongs to --compare"),
         (["--prompt", "x", "--target", "-20"], 2, "together with --normalize"),
         (["--prompt", "x", "--cfg_interval", "0.5", "0.2"], 2, "cfg_interval is (0.5, 0.2)"),
