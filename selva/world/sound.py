@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from selva.world.motion import Event, gate, speed_hz, turns
+from selva.world.motion import Event, gate, turns
 
 _HIGHEST = 0.47  # of the rate: partials above would fold back
 
@@ -154,25 +154,21 @@ LAMP_HZ = (0.6, 1.2)  # revolutions per second of the siren's light
 
 
 def motor(rate: int, num_samples: int, size: float, events: Sequence[Event], rng: np.random.Generator) -> np.ndarray:
-    """Hum of an electric motor: harmonics of a pitch proportional to the speed, softly beating with the blades."""
+    """Hum of a fan: harmonics of a pitch proportional to its speed, softly beating with the blades, and moved air."""
     times = np.arange(num_samples) / rate
     cycles = 75 / size * turns(times, events, *FAN_HZ)
-    hum = sum(np.sin(2 * np.pi * k * cycles) * level for k, level in ((1, 1.0), (2, 0.8), (3, 0.5), (4, 0.4), (6, 0.3)))
+    hum = sum(np.sin(2 * np.pi * k * cycles + k * k) / np.sqrt(k) for k in range(1, 13))
     beat = 1 + 0.15 * np.cos(2 * np.pi * 4 * turns(times, events, *FAN_HZ))
-    return 0.4 * gate(times, events) * beat * hum
+    air = band_noise(rng, rate, num_samples, 150, 1800)
+    return 0.25 * gate(times, events) * (beat * hum + 0.8 * air)
 
 
 def siren(rate: int, num_samples: int, size: float, events: Sequence[Event], rng: np.random.Generator) -> np.ndarray:
-    """Wail that rises and falls once with every turn of the light."""
+    """Buzzing horn that rises and falls once with every turn of the light."""
     times = np.arange(num_samples) / rate
-    hertz = 800 / size * (1 - 0.25 * np.cos(2 * np.pi * turns(times, events, *LAMP_HZ)))
-    wail = sweep(rate, hertz) + 0.4 * sweep(rate, 2 * hertz) + 0.3 * sweep(rate, 3 * hertz)
-    return 0.6 * gate(times, events) * wail
-
-
-def fan_pitch_hz(event: Event, size: float) -> float:
-    """Return the fundamental of :func:`motor` during one run."""
-    return 75 / size * speed_hz(event, *FAN_HZ)
+    hertz = 500 / size * (1 - 0.2 * np.cos(2 * np.pi * turns(times, events, *LAMP_HZ)))
+    horn = sum((k * hertz < _HIGHEST * rate) * sweep(rate, k * hertz) / k**0.3 for k in range(1, 15))
+    return 0.2 * gate(times, events) * horn
 
 
 # --- beyond the classes ----------------------------------------------------------------------------------------------
