@@ -287,11 +287,17 @@ def take_settings(
 
 
 def check_names(args: argparse.Namespace, clips: Sequence[Clip]) -> None:
-    """Raise a UsageError if two sounds would be written to one file."""
+    """Raise a UsageError if two sounds would be written to one file, or one over somebody else's."""
     if is_file_name(args.output) and len(clips) > 1:
         raise cli.UsageError(f"--output {args.output}: is one file, but there are {len(clips)} clips; name a folder")
     if shared := shared_names(take.files for clip in clips for take in clip.takes):
         raise cli.UsageError(f"{shared[0]} would be written twice; rename one of the clips, or another --output")
+    if is_file_name(args.output) or args.overwrite:
+        return  # that very file is meant
+    foreign = [str(path) for clip in clips for take in clip.takes for path in take.files.foreign()]
+    if foreign:
+        raise cli.UsageError(f"{listed(foreign)}: there already, and not made by infer.py, which would have left a "
+                             ".yaml beside it; name another --output, or replace it with --overwrite")
 
 
 def log_outcome(clips: Sequence[Clip], generator: SoundGenerator) -> int:

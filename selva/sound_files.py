@@ -1,8 +1,8 @@
 """What is written for a sound: its files, the settings beside them, and whether both are there already.
 
     dog.flac  dog.mp4    the sound, and the video with it
-    dog.yaml             the settings, which `infer.py --config dog.yaml` reads back; written last. Its last line holds
-                         a fingerprint of everything that decides the sound, contents of files included
+    dog.yaml             the settings, which `infer.py --config dog.yaml` reads back. The last line is written last: a
+                         fingerprint of everything that decides the sound, contents of files included
 """
 
 from __future__ import annotations
@@ -54,12 +54,17 @@ class SoundFiles:
         text = self.settings.read_text(encoding="utf-8", errors="replace")
         return text.rstrip("\n").rsplit("\n", 1)[-1] == FINGERPRINT_LINE + fingerprint
 
+    def foreign(self) -> list[Path]:
+        """Return what is there without settings beside it: somebody else's, such as the recorded sound of a clip."""
+        return [] if self.settings.exists() else [path for path in self.written if path.exists()]
+
     def save(self, sound: Sound, settings: argparse.Namespace, fingerprint: str) -> None:
-        """Write the sound, the video and the settings; the old settings go first, the new ones come last."""
-        self.settings.unlink(missing_ok=True)
+        """Write the sound, the video and the settings; these first without, and in the end with the fingerprint."""
+        text = settings_text(settings) + FINGERPRINT_LINE
+        atomic_write_text(self.settings, f"{text}unfinished\n")
         for path in self.written:
             sound.save(path)
-        atomic_write_text(self.settings, f"{settings_text(settings)}{FINGERPRINT_LINE}{fingerprint}\n")
+        atomic_write_text(self.settings, f"{text}{fingerprint}\n")
 
 
 def sound_files(

@@ -244,7 +244,7 @@ def test_importing_the_package_loads_nothing_heavy():
 @pytest.mark.parametrize("document", ["README.md", "docs/inference.md"])
 def test_the_lines_of_the_documents_work(document, tmp_path, monkeypatch):
     text = (ROOT / document).read_text(encoding="utf-8").split("## From Python")[1]
-    code = re.search(r"```python\n(.*?)```", text, re.DOTALL).group(1)
+    code = "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
     code = code.replace('"small_16k", "weights"', '"tiny_16k"')
     monkeypatch.chdir(tmp_path)
     for name in re.findall(r'"([\w/]+\.mp4)"', code)[:1]:

@@ -54,7 +54,16 @@ def test_a_sound_is_current_when_all_of_it_is_there_and_means_the_same(tmp_path)
     assert not files.are_current("1")
 
 
-def test_settings_go_before_and_come_after_the_sound(tmp_path, monkeypatch):
+def test_what_others_made_is_noticed(tmp_path):
+    files = SoundFiles(tmp_path / "a.flac", tmp_path / "a.mp4")
+    assert files.foreign() == []
+    files.audio.touch()  # a recording
+    assert files.foreign() == [files.audio]
+    files.settings.touch()
+    assert files.foreign() == []
+
+
+def test_settings_come_before_and_are_completed_after_the_sound(tmp_path, monkeypatch):
     """A run that is stopped while it writes leaves nothing that looks finished."""
     files = SoundFiles(tmp_path / "a.flac", None)
     files.save(a_sound(), argparse.Namespace(), "1")
@@ -65,7 +74,7 @@ def test_settings_go_before_and_come_after_the_sound(tmp_path, monkeypatch):
     monkeypatch.setattr(Sound, "save", interrupted)
     with pytest.raises(KeyboardInterrupt):
         files.save(a_sound(), argparse.Namespace(), "2")
-    assert not files.are_current("1") and not files.are_current("2")
+    assert not files.are_current("1") and not files.are_current("2") and not files.foreign()
 
 
 def test_everything_that_decides_a_sound_changes_its_fingerprint(tmp_path):

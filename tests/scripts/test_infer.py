@@ -327,6 +327,16 @@ def test_a_sound_that_is_not_finite_is_a_failure_of_its_clip(two_clips, tmp_path
     assert [Path(path).stem for path in captured.out.split()] == ["knock_0"] * 2
 
 
+def test_a_recording_is_not_replaced_by_mistake(feature_dir, two_clips, capsys):
+    recorded = (feature_dir / "knock_0.flac").read_bytes()
+    assert run("--features", feature_dir / "knock_0.npz", "--output", feature_dir) == 2
+    assert run(two_clips, "--prompt", "x", "--output", two_clips) == 2
+    assert "knock_0.flac: there already, and not made by infer.py" in capsys.readouterr().err
+    assert (feature_dir / "knock_0.flac").read_bytes() == recorded
+    assert run("--features", feature_dir / "knock_0.npz", "--output", feature_dir, "--overwrite") == 0
+    assert (feature_dir / "knock_0.flac").read_bytes() != recorded
+
+
 def test_a_table_says_prompt_start_and_duration(clip_dir, tmp_path, capsys):
     table = tmp_path / "clips.tsv"
     table.write_text(f"id\tpath\tprompt\tstart\tduration\nfirst\t{clip_dir}/knock_0.mp4\ta gong\t0.4\t1\n"
