@@ -123,13 +123,13 @@ def gong(rate: int, size: float, strength: float, rng: np.random.Generator) -> n
 
 
 def chirp(rate: int, size: float, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """Bird: a tweet of two quick sweeps, down and up again, between 2 and 5 kHz."""
-    t = np.arange(round(0.17 * rate)) / rate
-    low = 2500 / size**0.6
-    hertz = low * np.where(t < 0.07, 1.75 - 0.75 * t / 0.07, 1.0 + 0.9 * (t - 0.07) / 0.10)
-    shape = np.minimum(1, t / 0.003) * np.where(t < 0.07, 1, 0.8) * np.clip((0.17 - t) / 0.03, 0, 1)
-    shape *= 1 - 0.95 * np.exp(-(((t - 0.07) / 0.008) ** 2))  # a breath between the two
-    return strength * shape * (sweep(rate, hertz) + 0.15 * sweep(rate, 2 * hertz))
+    """Bird: a tweet of two quick sweeps, down and up again, around 2 kHz."""
+    t = np.arange(round(0.21 * rate)) / rate
+    low = 1700 / size**0.6
+    hertz = low * np.where(t < 0.09, 1.5 - 0.5 * t / 0.09, 1.0 + 0.6 * (t - 0.09) / 0.12)
+    shape = np.minimum(1, t / 0.003) * np.clip((0.21 - t) / 0.03, 0, 1)
+    shape *= 1 - 0.9 * np.exp(-(((t - 0.09) / 0.01) ** 2))  # a breath between the two
+    return strength * shape * (sweep(rate, hertz) + 0.3 * sweep(rate, 2 * hertz))
 
 
 def laser(rate: int, size: float, strength: float, rng: np.random.Generator) -> np.ndarray:
@@ -166,7 +166,7 @@ def motor(rate: int, num_samples: int, size: float, events: Sequence[Event], rng
 def siren(rate: int, num_samples: int, size: float, events: Sequence[Event], rng: np.random.Generator) -> np.ndarray:
     """Buzzing horn that rises and falls once with every turn of the light."""
     times = np.arange(num_samples) / rate
-    hertz = 500 / size * (1 - 0.2 * np.cos(2 * np.pi * turns(times, events, *LAMP_HZ)))
+    hertz = 500 / size * (1 - 0.15 * np.cos(2 * np.pi * turns(times, events, *LAMP_HZ)))
     horn = sum((k * hertz < _HIGHEST * rate) * sweep(rate, k * hertz) / k**0.3 for k in range(1, 15))
     return 0.2 * gate(times, events) * horn
 
