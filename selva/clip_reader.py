@@ -373,8 +373,8 @@ def _set_up_worker(debug: bool, _worker: int) -> None:
 def _end_with_parent() -> None:
     """End this worker when the main process is gone, however it ended.
 
-    DataLoader's own watchdog looks at the parent in the sense of the system, which here is the fork server; and that
-    one lives as long as its children. After a SIGKILL of the main process both would stay for ever.
+    A worker that hands over a clip may wait for ever for somebody to take it, and the fork server for the worker:
+    DataLoader's own watchdog takes that server for the main process.
     """
     parent = multiprocessing.parent_process()
     if parent is not None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +66,45 @@ def test_a_crash_costs_the_clip_that_caused_it_and_no_other():
     clips = list(read_clips(reader, range(9), 1))
     assert [clip.index for clip in clips] == list(range(9))
     assert [clip.index for clip in clips if clip.status == "failed"] == [5] and "died" in clips[5].reason
+
+
+class Large(ClipReader):
+    """A reader of clips that do not fit into a pipe."""
+
+    def __getitem__(self, index: int) -> ReadClip:
+        return ReadClip(index, "ready", clip_frames=np.zeros(10_000_000, dtype=np.uint8), process=os.getpid())
+
+
+TAKE_ONE_AND_DIE = """
+import os, time
+from test_clip_reader import Large, read_clips, settings
+clips = read_clips(Large([None] * 9, settings(None)), range(9), 1)
+print(next(clips).process, flush=True)
+time.sleep(1)
+os.kill(os.getpid(), 9)
+"""
+
+
+def test_workers_do_not_outlive_the_main_process():
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    process = subprocess.Popen([sys.executable, "-c", TAKE_ONE_AND_DIE], stdout=subprocess.PIPE, text=True,
+                               env=environment)
+    worker = int(process.stdout.readline())  # not to its end: a worker that stays keeps it open
+    assert process.wait() == -signal.SIGKILL
+    deadline = time.monotonic() + 30
+    while is_running(worker) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    if is_running(worker):
+        os.kill(worker, signal.SIGKILL)
+        pytest.fail("the worker stays")
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def test_an_unforeseen_error_costs_one_clip_too(tmp_path, video, monkeypatch):

@@ -65,14 +65,44 @@ def test_parts_make_the_whole(clip_dir, tmp_path, whole, capsys):
     assert contents(tmp_path) == whole
 
 
+def descendants(pid: int) -> list[int]:
+    """Return the processes that a process has started, and those that they have, as Linux lists them."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(path.read_text().rpartition(")")[2].split()[1])
+        except OSError:  # it has just ended
+            continue
+        if parent == pid:
+            found += [int(path.parent.name), *descendants(int(path.parent.name))]
+    return found
+
+
+def ended(pids: list[int], within_sec: float) -> bool:
+    """Return whether processes end by themselves; those that do not are ended."""
+    def living() -> list[int]:
+        return [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+
+    deadline = time.monotonic() + within_sec
+    while living() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    left = living()
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    return not left
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the helper processes as Linux lists them")
 def test_a_run_that_is_killed_is_finished_by_the_next(clip_dir, tmp_path, whole):
     command = [sys.executable, str(SCRIPT), str(clip_dir), "--output_dir", str(tmp_path), "--prompt", "a knock", *TINY,
                "--workers", "1"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None and len(list(tmp_path.glob("*.npz"))) < 2:
         time.sleep(0.01)
+    helpers = descendants(process.pid)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL and not (tmp_path / "manifest.jsonl").exists()
+    assert helpers and ended(helpers, within_sec=60)
     assert 2 <= len(list(tmp_path.glob("*.npz"))) < 6
     assert extract(clip_dir, tmp_path, "--workers", "0") == 0
     assert contents(tmp_path) == whole
