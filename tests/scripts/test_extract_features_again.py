@@ -11,12 +11,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from make_media import clicks, make_video
 from script_args import TINY
 
 import extract_features
+from selva.clips import Window, write_captions, write_clips
 from selva.features import load_features
 from selva.manifest import read_manifest
+from selva.media import write_audio
+from selva.memmap import MemmapSet
+from selva.models.zoo import get_variant
 
 SCRIPT = Path(extract_features.__file__)
 
@@ -174,8 +179,6 @@ def test_optional_keys_of_the_feature_files(clip_dir, tmp_path):
 
 def test_stored_latents_are_those_of_the_sound_beside_them(clip_dir, tmp_path):
     """So that whoever trains on them, trains on what our own training would compute."""
-    import torch
-
     from selva.models.zoo import build_mel
     from selva.sequence import sequence_config
     from selva.training_data import encode_latents, load_waveform
@@ -210,3 +213,42 @@ def test_windows_names_and_previews(clip_dir, tmp_path):
     assert sorted(path.stem for path in (tmp_path / "p").glob("*.png")) == ids
     assert extract(clip_dir, tmp_path / "named", "--name", "dog", "--audio", "none") == 0
     assert list(statuses(tmp_path / "named")) == [f"dog_{number:03d}" for number in range(1, 7)]
+
+
+def test_sound_without_pictures_becomes_a_memmap(tmp_path, capsys):
+    recordings, captions = tmp_path / "recordings", tmp_path / "captions.tsv"
+    for seed, name in enumerate(("rain", "wind")):
+        samples = 0.1 * np.random.default_rng(seed).standard_normal(9 * 16_000)
+        write_audio(recordings / f"{name}.flac", torch.from_numpy(samples).float(), 16_000)
+    write_clips(tmp_path / "clips.tsv", [Window(f"{name}_0", name, 0, 8 * 16_000) for name in ("rain", "wind")])
+    write_captions(captions, {"rain": "rain on a roof"})
+    run = [str(tmp_path / "clips.tsv"), "--recordings", str(recordings), "--captions", str(captions), *TINY,
+           "--output_dir", str(tmp_path / "set")]
+    assert extract_features.main(run) == 1 and "no caption for wind" in capsys.readouterr().err
+    rows = read_manifest(tmp_path / "set.manifest.jsonl")
+    assert [(row["id"], row["status"]) for row in rows] == [("rain_0", "done"), ("wind_0", "failed")]
+    write_captions(captions, {"rain": "rain on a roof", "wind": "wind"})
+    assert extract_features.main(run) == 0
+    assert MemmapSet(tmp_path / "set", get_variant("tiny_16k")).prompts == ["rain on a roof", "wind"]
+    assert extract_features.main([*run, "--latents"]) == 2 and "only for videos" in capsys.readouterr().err
+    assert extract_features.main(run[:3] + run[5:]) == 2
+
+
+def test_a_memmap_in_parts_is_the_same(tmp_path):
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    for number in range(3):
+        make_video(videos / f"v{number}.mp4", 8.0, fps=8, sound=clicks([0.5 + number], 8.1))
+    make_video(videos / "w.mp4", 2.0, sound=clicks([0.5], 2.1))
+    whole = ["--format", "memmap", "--workers", "0"]
+    assert extract(videos, tmp_path / "a" / "set", *whole) == 0
+    for part in ("2/2", "1/2"):
+        assert not (tmp_path / "b" / "set").exists()
+        assert extract(videos, tmp_path / "b" / "set", *whole, "--shard", part) == 0
+    one, two = (
+        {name: data for name, data in contents(tmp_path / folder).items() if not name.endswith("config.yaml")}
+        for folder in "ab"
+    )
+    assert one == two and "set.manifest.jsonl" in one and "set/sync_features.memmap" in one
+    rows = read_manifest(tmp_path / "a" / "set.manifest.jsonl")
+    assert [row["status"] for row in rows] == ["done", "done", "done", "skipped"]
