@@ -32,7 +32,7 @@ from selva.world_training.scenes import ScenePool, onset_map
 OFFSET_SEC = 0.04  # a token answers for its own time and for some steps before and after
 OFFSETS = np.arange(-10, 11) * OFFSET_SEC
 ONSET_WIDTH_SEC = 0.02
-DECISION = 0.4  # level of the onset map above which there is an event
+DECISION = 0.12  # of the onset curve, above which there is an event; a cautious encoder gives low curves
 MAP_WIDTH = 3 * len(OFFSETS)  # onset, strength, level; with the size of the thing they fill a feature
 FEATURE_SCALE = 3.0  # of the values in a feature, which are mostly 0 and at most 1
 CLASS_NAMES = list(CLASSES)

@@ -36,7 +36,7 @@ from selva.world_training.encoders import (
     SyncTask,
     start_from_components_,
 )
-from selva.world_training.generator import EncodedScenes, Encoders, GeneratorTask
+from selva.world_training.generator import EncodedScenes, Encoders, GeneratorTask, start_with_a_sense_of_place_
 from selva.world_training.loop import STATE_FILE, LoopConfig, Task, train
 from selva.world_training.scenes import PoolConfig, ScenePool
 
@@ -71,8 +71,8 @@ class Recipe:
     held_out: int = 24
     loops: dict[str, LoopConfig] = field(default_factory=lambda: {
         "vae": LoopConfig(steps=6000, lr=2e-3, batch_size=16, decay_fraction=0.4, val_every=500),
-        "vocoder": LoopConfig(steps=1500, lr=2e-3, batch_size=16, val_every=500),
-        "clip": LoopConfig(steps=1500, lr=1e-3, batch_size=32, val_every=500),
+        "vocoder": LoopConfig(steps=1000, lr=2e-3, batch_size=4, val_every=500),
+        "clip": LoopConfig(steps=1500, lr=1e-3, batch_size=24, val_every=500),
         "sync": LoopConfig(steps=8000, lr=1e-3, batch_size=16, val_every=1000, precision="bf16"),
         "generator": LoopConfig(
             steps=20_000, lr=1e-3, batch_size=4, val_every=1000, ema_decay=0.999, precision="bf16"
@@ -211,6 +211,7 @@ class Workshop:
         sets = self._encoded(self.encoders(with_sync=False), self.recipe.generator_scenes, None, ("vae", "clip"))
         generator = build_generator(self.variant.name)
         prepare_(generator, sets[0], self.encoders(with_sync=False).clip_text)
+        start_with_a_sense_of_place_(generator)
         loop = self.recipe.loops["generator"]
         self._train("generator", GeneratorTask(generator, *sets, loop.precision))
 
