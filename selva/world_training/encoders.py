@@ -36,6 +36,7 @@ DECISION = 0.12  # of the onset curve, above which there is an event; a cautious
 MAP_WIDTH = 3 * len(OFFSETS)  # onset, strength, level; with the size of the thing they fill a feature
 FEATURE_SCALE = 3.0  # of the values in a feature, which are mostly 0 and at most 1
 CLASS_NAMES = list(CLASSES)
+SEGMENTS_AT_ONCE = 4  # of a whole clip; more is slower on a CPU
 MOST_SHIFT = 6  # pixels that a picture is moved by in training
 
 
@@ -87,7 +88,7 @@ class SyncNetwork(nn.Module):
     def encode(self, frames: Tensor, texts: list[str]) -> Tensor:
         """Return (B, tokens, dim) features of uint8 frames (B, F, 3, H, W)."""
         with small_attention(frames.device):
-            return self.encoder.encode(pixels_to_input(frames), *self.text(texts))
+            return self.encoder.encode(pixels_to_input(frames), *self.text(texts), segment_batch=SEGMENTS_AT_ONCE)
 
     def forward(self, segments: Tensor, texts: list[str]) -> tuple[Tensor, Tensor, Tensor]:
         """Return features (B, slots, dim), and what is read off patch tokens before and after the text (B, slots,

@@ -43,10 +43,12 @@ PEAK = 0.95  # of a training sound, as in selva.media.prepare_audio
 SEGMENT_SEC = SYNC_SEGMENT_STEP / SYNC_FPS
 LATENTS_PER_SEGMENT = 10
 FEATURE_NOISE = 0.3  # largest deviation of the noise on ideal features, whose values reach FEATURE_SCALE
-CERTAINTY = (0.6, 1.1)  # what ideal features are multiplied by
+CERTAINTY = (0.35, 1.1)  # what ideal features are multiplied by
+LEAK = 0.4  # at most so much of the other thing's features, in relation to those of the named one
 WORDINGS = 4  # prompts per object whose CLIP features are kept
 CLIP_DROP = 0.6  # SelVA's generator is used without CLIP frame features by default, so it mostly learns without
 DURATIONS_SEC = (8.0,) * 8 + (4.0, 2.56)  # of windows, drawn evenly
+FRAME_SHARE = 0.1  # of what frame features would do, before there was any training with them
 PLACE_PAIR = 8  # of rotary frequencies: turns by 2.5 radians in 250 latent frames
 PLACE_SHARE = 0.53  # of a query that looks for its place
 PLACE_BIAS = 4.0  # against projections of unit deviation
@@ -128,6 +130,18 @@ class EncodedScenes:
         )
 
 
+    def other_sync(self, items: Sequence[int], segment: Sequence[int], length: int) -> Tensor:
+        """Return (B, length, D) sync features of the other thing in the scene of every item, 0 where there is none."""
+        numbers = {place: number for number, place in enumerate(self.places)}
+        rows = []
+        for item, start in zip(items, segment, strict=True):
+            scene, thing = self.places[item]
+            other, first = numbers.get((scene, 1 - thing)), start * SYNC_TOKENS_PER_SEGMENT
+            row = self.sync[item if other is None else other, first : first + length].float()
+            rows.append(torch.zeros_like(row) if other is None else row)
+        return torch.stack(rows)
+
+
 @torch.no_grad()
 def _encode(config: PoolConfig, encoders: Encoders, clip_size: int | None) -> dict[str, Tensor]:
     rows: dict[str, list[Tensor]] = {name: [] for name in EncodedScenes.FIELDS}
@@ -189,8 +203,18 @@ def start_with_a_sense_of_place_(generator: Generator) -> None:
     block.text_block.attn.qkv.bias.unflatten(0, (heads, -1, 3))[0, :, 2] = 1.0  # what attention to the text brings
 
 
-def imperfect(sync_f: Tensor, rng: np.random.Generator) -> Tensor:
-    """Return ideal features (B, S, D) as uncertain and as noisy as an encoder may give them."""
+@torch.no_grad()
+def quieten_frames_(generator: Generator) -> None:
+    """Bring CLIP frame features, which a generator has never met, near to the learned "nothing" that it knows."""
+    projection = generator.clip_input_proj[0]
+    projection.bias.add_((1 - FRAME_SHARE) * generator.empty_clip_feat[0] @ projection.weight.T)
+    projection.weight.mul_(FRAME_SHARE)
+
+
+def imperfect(sync_f: Tensor, other_f: Tensor, rng: np.random.Generator) -> Tensor:
+    """Return ideal features (B, S, D) as uncertain and noisy as an encoder may give them, with some of the other's."""
+    leak = torch.from_numpy(rng.uniform(0, LEAK, len(sync_f)).astype(np.float32))[:, None, None]
+    sync_f = sync_f + leak * other_f
     noise = torch.randn(sync_f.shape, generator=torch_rng(rng)) * FEATURE_NOISE * float(rng.random())
     sure = torch.from_numpy(rng.uniform(*CERTAINTY, len(sync_f)).astype(np.float32))[:, None, None]
     return sync_f * sure + noise
@@ -207,8 +231,6 @@ class GeneratorTask(Task):
 
     def loss(self, rng: np.random.Generator, batch_size: int) -> tuple[Tensor, dict[str, float | Tensor]]:
         batch = self._windows(self.train, rng, batch_size, float(rng.choice(self.durations)))
-        if not self.train.has_pictures:
-            batch = dataclasses.replace(batch, sync_f=imperfect(batch.sync_f, rng))
         draws = draw(batch.mean.shape, self.objective, torch_rng(rng), progress=0.0)
         loss = self._loss(batch, draws, torch.from_numpy(rng.random(len(batch.ids)) < CLIP_DROP))
         return loss.mean(), {}
@@ -226,8 +248,12 @@ class GeneratorTask(Task):
         lengths = sequence_config("16k", duration_sec)
         last = (scenes.sequence.sync_seq_len - lengths.sync_seq_len) // SYNC_TOKENS_PER_SEGMENT
         last = min(last, (scenes.sequence.latent_seq_len - lengths.latent_seq_len) // LATENTS_PER_SEGMENT)
-        items = rng.integers(len(scenes), size=count)
-        return scenes.batch(items, rng.integers(last + 1, size=count), duration_sec, rng.integers(WORDINGS, size=count))
+        items, segment = rng.integers(len(scenes), size=count), rng.integers(last + 1, size=count)
+        batch = scenes.batch(items, segment, duration_sec, rng.integers(WORDINGS, size=count))
+        if scenes.has_pictures:
+            return batch
+        other_f = scenes.other_sync(items, segment, lengths.sync_seq_len)
+        return dataclasses.replace(batch, sync_f=imperfect(batch.sync_f, other_f, rng))
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:

@@ -36,7 +36,13 @@ from selva.world_training.encoders import (
     SyncTask,
     start_from_components_,
 )
-from selva.world_training.generator import EncodedScenes, Encoders, GeneratorTask, start_with_a_sense_of_place_
+from selva.world_training.generator import (
+    EncodedScenes,
+    Encoders,
+    GeneratorTask,
+    quieten_frames_,
+    start_with_a_sense_of_place_,
+)
 from selva.world_training.loop import STATE_FILE, LoopConfig, Task, train
 from selva.world_training.scenes import PoolConfig, ScenePool
 
@@ -212,8 +218,13 @@ class Workshop:
         generator = build_generator(self.variant.name)
         prepare_(generator, sets[0], self.encoders(with_sync=False).clip_text)
         start_with_a_sense_of_place_(generator)
-        loop = self.recipe.loops["generator"]
-        self._train("generator", GeneratorTask(generator, *sets, loop.precision))
+        task = GeneratorTask(generator, *sets, self.loop("generator").precision)
+
+        def with_quiet_frames() -> dict[str, Tensor]:
+            quieten_frames_(generator)
+            return generator.state_dict()
+
+        self._train("generator", task, keep=with_quiet_frames)
 
     def _finetune(self) -> None:
         sets = self._encoded(
@@ -222,8 +233,7 @@ class Workshop:
         generator = self._read("generator", build_generator(self.variant.name))
         for name, parameter in generator.named_parameters():
             parameter.requires_grad_(name not in MEASURED)
-        loop = self.recipe.loops["finetune"]
-        self._train("finetune", GeneratorTask(generator, *sets, loop.precision))
+        self._train("finetune", GeneratorTask(generator, *sets, self.loop("finetune").precision))
 
     def _encoded(
         self, encoders: Encoders, count: int, clip_size: int | None, depends_on: tuple[str, ...]
