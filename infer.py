@@ -23,10 +23,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from selva import cli
-from selva.clip_table import TABLE_SUFFIXES, listed
-from selva.compare import check_reference_dir, read_compare_list, write_comparison
 from selva.flow import SOLVERS
-from selva.inference import (
+from selva.inference.batch import Clip, Setting, SoundBatch, Take, common_clip_features, write_manifest
+from selva.inference.compare import check_reference_dir, read_compare_list, write_comparison
+from selva.inference.engine import (
     CLIP_FEATURE_CHOICES,
     DEFAULT_BATCH_SIZE,
     OFFLOAD_CHOICES,
@@ -35,16 +35,16 @@ from selva.inference import (
     load_adapters,
     uses_clip_features,
 )
+from selva.inference.files import shared_names, sound_files
+from selva.inference.sound import AUDIO_SUFFIXES, VIDEO_SUFFIXES, SoundRequest
 from selva.loudness import DEFAULT_TARGETS, METHODS
 from selva.media import video_length
 from selva.models.zoo import get_variant
 from selva.report import peak_memory_bytes
 from selva.sampling import SamplingConfig
 from selva.sequence import DEFAULT_DURATION_SEC, SHORTEST_SEC
-from selva.sound import AUDIO_SUFFIXES, VIDEO_SUFFIXES, SoundRequest
-from selva.sound_batch import Clip, Setting, SoundBatch, Take, common_clip_features, write_manifest
-from selva.sound_files import shared_names, sound_files
-from selva.worklist import ClipJob, collect_jobs
+from selva.worklist.jobs import ClipJob, collect_jobs
+from selva.worklist.table import TABLE_SUFFIXES, listed
 
 log = logging.getLogger("selva.infer")
 

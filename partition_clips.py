@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from selva import cli
-from selva.clip_table import listed
 from selva.clips import (
     MAX_WINDOWS,
     WINDOW_SEC,
@@ -42,7 +41,8 @@ from selva.partition import (
 )
 from selva.report import Progress
 from selva.segments import Segment, find_delimiter, read_segments
-from selva.worklist import read_sidecar
+from selva.worklist.jobs import read_sidecar
+from selva.worklist.table import listed
 
 log = logging.getLogger("selva.partition_clips")
 

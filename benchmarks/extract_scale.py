@@ -28,7 +28,7 @@ import numpy as np
 
 from selva import cli
 from selva.clips import write_table
-from selva.manifest import DONE, FAILED, SKIPPED, read_manifest
+from selva.extraction.manifest import DONE, FAILED, SKIPPED, read_manifest
 from selva.media import write_video
 from selva.report import clock
 

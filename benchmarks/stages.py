@@ -25,7 +25,7 @@ from torch import Tensor
 
 from selva.adapter import Adapter, merge_adapters
 from selva.lora import LoRAConfig, adapter_tensors, inject_lora, lora_parameters
-from selva.memmap import MemmapSet
+from selva.memmap.reader import MemmapSet
 from selva.models.generator import Generator, cast_frozen_
 from selva.models.random_weights import random_state_dict
 from selva.models.zoo import Variant, build_generator, build_video_encoder, build_vocoder
@@ -200,7 +200,7 @@ def random_generator_like(model: Generator) -> Generator:
 
 def video_encoder(bench: Bench, variant: Variant, batches: list[int]) -> Iterator[Result]:
     """Sync features of one clip in float32, as extraction makes them."""
-    from selva.extraction import SEGMENTS_PER_PASS
+    from selva.extraction.extractor import SEGMENTS_PER_PASS
 
     encoder = build_video_encoder(variant.name)
     encoder.load_published(random_state_dict(encoder))
@@ -251,7 +251,7 @@ def vocoder(bench: Bench, variant: Variant, batches: list[int]) -> Iterator[Resu
 
 def memmap_reading(bench: Bench, variant: Variant, batches: list[int]) -> Iterator[Result]:
     """Rows of a memmap in random order, and how many of them a training step eats."""
-    from selva.memmap_writer import MemmapWriter
+    from selva.memmap.writer import MemmapWriter
 
     rows, clip = 256, random_clips(variant, 1)[0]
     with tempfile.TemporaryDirectory() as folder:

@@ -14,9 +14,9 @@ __version__ = "0.1.0"
 # Name -> module; imported on first use, because most of them need PyTorch, and `import selva` should cost nothing.
 _EXPORTS = {
     "SamplingConfig": "selva.sampling",
-    "Sound": "selva.sound",
-    "SoundGenerator": "selva.inference",
-    "SoundRequest": "selva.sound",
+    "Sound": "selva.inference.sound",
+    "SoundGenerator": "selva.inference.engine",
+    "SoundRequest": "selva.inference.sound",
     "load_adapter": "selva.checkpoint",
     "load_features": "selva.features",
     "merge_adapter": "selva.adapter",

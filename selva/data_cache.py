@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selva.extraction import source_hash
+from selva.extraction.extractor import source_hash
 from selva.files import atomic_path, atomic_write_text
 
 log = logging.getLogger(__name__)

@@ -22,7 +22,7 @@ from selva.media import audio_length, read_audio, write_audio
 from selva.segments import Segment
 from selva.sequence import SHORTEST_SEC
 from selva.silence import MOSTLY_SILENT, SILENCE_DB, SilenceMap, find_silence
-from selva.worklist import VIDEO_SUFFIXES
+from selva.worklist.jobs import VIDEO_SUFFIXES
 
 log = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from selva.clip_table import listed, unsafe_id
 from selva.clips import read_table
+from selva.worklist.table import listed, unsafe_id
 
 log = logging.getLogger(__name__)
 

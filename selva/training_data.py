@@ -24,7 +24,7 @@ from selva.data_cache import DataCache, Settings
 from selva.datasets import AUDIO_SUFFIXES, Clip, FolderScan, scan_folder
 from selva.features import load_features
 from selva.media import prepare_audio, read_audio
-from selva.memmap import MemmapSet, is_memmap
+from selva.memmap.reader import MemmapSet, is_memmap
 from selva.models.mel import MelSpectrogram
 from selva.models.vae import VAE
 from selva.models.zoo import Variant, build_mel, features_problem

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from selva.extraction import FeatureExtractor
+from selva.extraction.extractor import FeatureExtractor
 from selva.models.generator import Generator
 from selva.models.zoo import build_mel, get_variant
 from selva.sampling import SamplingConfig, decode_latents, sample_latents

@@ -13,10 +13,10 @@ from script_args import TINY as ARGS
 
 from scripts import convert_dataset
 from selva.datasets import scan_folder
-from selva.extraction import FeatureExtractor
+from selva.extraction.extractor import FeatureExtractor
 from selva.features import load_features
 from selva.media import read_audio
-from selva.memmap import MemmapSet
+from selva.memmap.reader import MemmapSet
 from selva.models.zoo import build_mel
 from selva.sequence import sequence_config
 from selva.training_data import encode_latents, load_training_set, load_waveform

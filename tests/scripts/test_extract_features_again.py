@@ -17,10 +17,10 @@ from script_args import TINY
 
 import extract_features
 from selva.clips import Window, write_captions, write_clips
+from selva.extraction.manifest import read_manifest
 from selva.features import load_features
-from selva.manifest import read_manifest
 from selva.media import write_audio
-from selva.memmap import MemmapSet
+from selva.memmap.reader import MemmapSet
 from selva.models.zoo import get_variant
 
 SCRIPT = Path(extract_features.__file__)

@@ -18,8 +18,8 @@ from script_args import TINY
 
 import infer
 import train_lora
-from selva import inference
 from selva.checkpoint import save_adapter
+from selva.inference import engine
 from selva.lora import LoRAConfig, inject_lora, lora_parameters
 from selva.media import mux
 from selva.weights import load_generator
@@ -176,7 +176,7 @@ def test_clicks_stay_on_the_flashes(tmp_path, monkeypatch, start, seconds):
     video = make_video(tmp_path / "flash.mp4", 4.0, bframes=2,
                        pictures=lambda i: np.full((64, 64, 3), 255 if i in bright else 0, np.uint8))
     track = torch.from_numpy(clicks([time - start for time in flashes if time - start < seconds], seconds)[0])
-    monkeypatch.setattr(inference, "decode_latents", lambda *_args, **_more: track[None])
+    monkeypatch.setattr(engine, "decode_latents", lambda *_args, **_more: track[None])
     assert run("--video", video, "--prompt", "x", "--start", start, "--duration", seconds, "--output",
                tmp_path / "out") == 0
     frames, samples, rate = decode(tmp_path / "out" / "flash.mp4")
@@ -294,7 +294,7 @@ def test_one_bad_clip_does_not_stop_the_others(two_clips, tmp_path, capsys):
 
 
 def test_a_stopped_run_goes_on(two_clips, tmp_path, capsys, monkeypatch):
-    save, saved = inference.Sound.save, []
+    save, saved = engine.Sound.save, []
 
     def stopped(sound, path):
         if saved:
@@ -304,7 +304,7 @@ def test_a_stopped_run_goes_on(two_clips, tmp_path, capsys, monkeypatch):
 
     arguments = [two_clips, "--prompt", "a knock", "--audio_only", "--output", tmp_path / "out"]
     with monkeypatch.context() as patched:
-        patched.setattr(inference.Sound, "save", stopped)
+        patched.setattr(engine.Sound, "save", stopped)
         assert run(*arguments) == 130
     assert not (tmp_path / "out" / "manifest.jsonl").exists()
     capsys.readouterr()
@@ -315,12 +315,12 @@ def test_a_stopped_run_goes_on(two_clips, tmp_path, capsys, monkeypatch):
 
 
 def test_a_sound_that_is_not_finite_is_a_failure_of_its_clip(two_clips, tmp_path, capsys, monkeypatch):
-    decode_latents = inference.decode_latents
+    decode_latents = engine.decode_latents
 
     def broken(latents, *args, **more):
         return decode_latents(latents, *args, **more) * (float("nan") if latents.shape[1] < 60 else 1)
 
-    monkeypatch.setattr(inference, "decode_latents", broken)  # for the shorter clip only
+    monkeypatch.setattr(engine, "decode_latents", broken)  # for the shorter clip only
     assert run(two_clips, "--prompt", "a knock", "--output", tmp_path / "out") == 1
     captured = capsys.readouterr()
     assert "knock_5: the sound has samples that are NaN" in captured.err and "Traceback" not in captured.err

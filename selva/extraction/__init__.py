@@ -1,0 +1,1 @@
+"""From clips to feature files and data sets: read ahead, encoded, written, accounted for."""

@@ -1,0 +1,277 @@
+"""Sets of sound without pictures: windows of recordings, with captions -> rows of a memmap.
+
+    clips.tsv, captions.tsv, recordings/ --plan_audio_set--> jobs --AudioSetExtractor--> mean, std, text_features
+
+As MMAudio prepares such data: the level of a whole recording is normalised before it is cut, every window is resampled
+on its own and cut to the length of the model. A recording is read once for all of its windows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from selva.clips import Window, caption_of, read_captions, read_clips
+from selva.extraction.extractor import FeatureExtractor, source_hash
+from selva.extraction.run import SoundEncoder
+from selva.media import audio_blocks, prepare_audio
+from selva.media.sound import PEAK_LEVEL, SILENCE_LEVEL
+from selva.memmap.writer import MemmapWriter
+from selva.models.zoo import Variant
+from selva.partition import collect_recordings
+from selva.sequence import SequenceConfig, sequence_config
+from selva.training_data import FRONT_END
+from selva.worklist.table import listed
+
+log = logging.getLogger(__name__)
+
+# Part of the settings that decide whether existing rows are current; raise it when the rows change.
+AUDIO_SET_VERSION = 1
+READ_AHEAD = 2  # recordings per thread
+
+Normalize = Literal["peak", "none"]
+Item, Result = TypeVar("Item"), TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class SoundJob:
+    """One row to be made: a window of a recording, and what is to be heard in it.
+
+    Attributes:
+        path: the recording; None if there is none of that name.
+        problem: why the row cannot be made; "" as far as is known before the recording is read.
+    """
+
+    window: Window
+    path: Path | None
+    caption: str
+    problem: str = ""
+
+
+def plan_audio_set(clips: Path, captions: Path, data_dir: Path) -> list[SoundJob]:
+    """Return a job for every clip of a table, in its order.
+
+    Args:
+        clips: ``clips.tsv`` of ``partition_clips.py``.
+        captions: a table of captions, whose ids are names of recordings or ids of clips.
+        data_dir: the recordings; of two with one name, FLAC goes before WAV and WAV before the others.
+
+    Raises:
+        FileNotFoundError: a table or the folder does not exist.
+        ValueError: a table is none, an id comes twice, or not a single clip has both a recording and a caption.
+    """
+    windows, texts = read_clips(clips), read_captions(captions)
+    paths = {path.stem: path for path in collect_recordings(data_dir)[0]}
+    if twice := [clip_id for clip_id, count in Counter(window.id for window in windows).items() if count > 1]:
+        raise ValueError(f"{clips}: {listed(twice)} come more than once, every clip needs an id of its own")
+    jobs = []
+    for window in windows:
+        path, caption, problem = paths.get(window.name), caption_of(window, texts), ""
+        if path is None:
+            problem = f"{data_dir}: there is no recording {window.name}.flac, .wav or of another kind in it"
+        elif not caption:
+            problem = f"{captions}: has no caption for {window.name}"
+        jobs.append(SoundJob(window, path, caption, problem))
+    known = {window.id for window in windows} | {window.name for window in windows}
+    if unused := sorted(set(texts) - known):
+        log.warning("%s: no clip for %s", captions, listed(unused))
+    if all(job.problem for job in jobs):
+        raise ValueError(jobs[0].problem if jobs else f"{clips}: there are no clips in it")
+    return jobs
+
+
+# -- sound ------------------------------------------------------------------------------------------------------------
+
+
+def read_windows(
+    path: Path, windows: Sequence[Window], sequence: SequenceConfig, normalize: Normalize = "peak"
+) -> list[Tensor | str]:
+    """Return for each window of a recording its (samples,) float32 for the model, or why it cannot be used.
+
+    Memory holds the windows, never the recording.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is damaged, silent or not finite.
+    """
+    pieces: list[list[Tensor]] = [[] for _ in windows]
+    position, peak, rate = 0, 0.0, 0
+    for block, block_rate in audio_blocks(path):
+        mono, rate = block.mean(dim=0), block_rate
+        if not torch.isfinite(mono).all():
+            raise ValueError(f"{path}: the sound has values that are not finite (NaN or infinite)")
+        peak = max(peak, mono.abs().max().item())
+        for window, kept in zip(windows, pieces, strict=True):
+            part = mono[max(0, window.start_sample - position) : max(0, window.end_sample - position)]
+            if len(part):  # many empty ones in between would keep freed blocks from being used again
+                kept.append(part.clone())
+        position += len(mono)
+    if peak <= SILENCE_LEVEL:
+        raise ValueError(f"{path}: the sound is silent (peak {peak:.1e}, expected more than {SILENCE_LEVEL:.0e})")
+    results: list[Tensor | str] = []
+    for window, kept in zip(windows, pieces, strict=True):
+        if window.end_sample > position:
+            results.append(f"{path}: ends with sample {position}, but the clip ends with {window.end_sample}; cut anew")
+            continue
+        sound = torch.cat(kept)
+        if normalize == "peak":
+            sound = sound / peak * PEAK_LEVEL
+        try:
+            results.append(prepare_audio(sound, rate, sequence.sampling_rate, sequence.num_audio_frames, "none"))
+        except ValueError as error:
+            results.append(f"{path}, samples {window.start_sample} to {window.end_sample}: {error}")
+    return results
+
+
+# -- rows -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SoundResult:
+    """What became of a row.
+
+    Attributes:
+        index: of the job. made: False if the row was current already, or could not be made.
+        problem: why it could not be made; "" if it is there.
+    """
+
+    index: int
+    made: bool
+    problem: str = ""
+
+
+@dataclass
+class _Recording:
+    """A recording that has been looked at: digests of its rows, and the sound of those that are not current."""
+
+    indices: list[int]
+    digests: list[str]
+    sounds: list[Tensor | str | None]  # None: current
+    problem: str = ""  # with all of it
+
+
+class AudioSetExtractor:
+    """Makes the rows of an audio set; the VAE and the text encoder are loaded when the first one is to be made.
+
+    Args:
+        extractor: brings the variant, where its weights are, and the device. The mel front end and the VAE run in
+            float32 in any case.
+        normalize: "none" keeps the level of the recordings.
+        num_workers: threads that read and resample ahead.
+    """
+
+    def __init__(self, extractor: FeatureExtractor, normalize: Normalize = "peak", num_workers: int = 2) -> None:
+        self.extractor, self.normalize, self.num_workers = extractor, normalize, num_workers
+        self.variant: Variant = extractor.variant
+        self.sequence = sequence_config(self.variant.mode)
+        self.sound = SoundEncoder(extractor)
+
+    def settings(self) -> dict[str, Any]:
+        """Return what decides the content of all rows alike."""
+        return {
+            "audio_set_version": AUDIO_SET_VERSION, "front_end": FRONT_END, "mode": self.variant.mode,
+            "encoders": self.variant.encoders, "precision": str(self.extractor.precision).removeprefix("torch."),
+            "normalize": self.normalize,
+        }
+
+    def open_writer(self, folder: Path, jobs: Sequence[SoundJob]) -> MemmapWriter:
+        """Return the writer of a set, see there; ``jobs`` are those of all processes."""
+        rows = [(job.window.id, job.caption) for job in jobs]
+        return MemmapWriter(folder, self.variant, rows, video=False, settings=self.settings())
+
+    def run(
+        self, jobs: Sequence[SoundJob], writer: MemmapWriter, share: Iterable[int] | None = None
+    ) -> Iterator[SoundResult]:
+        """Make the rows that are not current, and yield what became of each, recording by recording.
+
+        Args:
+            share: indices of the rows that this process is to make; None for all.
+        """
+        groups: dict[Path, list[int]] = {}
+        for index in range(len(jobs)) if share is None else share:
+            job = jobs[index]
+            if job.problem:
+                writer.skip(index)
+                yield SoundResult(index, made=False, problem=job.problem)
+            else:
+                groups.setdefault(job.path, []).append(index)
+
+        def read(indices: list[int]) -> _Recording:
+            return self._read([jobs[index] for index in indices], indices, writer)
+
+        for recording in ahead(read, list(groups.values()), self.num_workers):
+            for number, index in enumerate(recording.indices):
+                yield self._finish(jobs[index], index, recording, number, writer)
+                if recording.sounds:
+                    recording.sounds[number] = None  # lets go of it
+
+    def _read(self, jobs: Sequence[SoundJob], indices: list[int], writer: MemmapWriter) -> _Recording:
+        """Return the sound of the windows of one recording whose rows are not current."""
+        path = jobs[0].path
+        try:
+            content = source_hash(path)
+            digests = [_digest(content, job) for job in jobs]
+            current = [writer.is_current(index, digest) for index, digest in zip(indices, digests, strict=True)]
+            windows = [job.window for job, done in zip(jobs, current, strict=True) if not done]
+            found = iter(read_windows(path, windows, self.sequence, self.normalize) if windows else ())
+            return _Recording(indices, digests, [None if done else next(found) for done in current])
+        except (ValueError, OSError) as error:
+            return _Recording(indices, [], [], str(error))
+
+    @torch.no_grad()
+    def _finish(
+        self, job: SoundJob, index: int, recording: _Recording, number: int, writer: MemmapWriter
+    ) -> SoundResult:
+        sound = recording.problem or recording.sounds[number]
+        if sound is None:
+            return SoundResult(index, made=False)
+        if isinstance(sound, str):
+            writer.skip(index)
+            return SoundResult(index, made=False, problem=sound)
+        try:
+            mean, std = self.sound.encode(sound)
+            text = self.extractor.text_features(job.caption)
+            rows = {"mean": mean[0], "std": std[0], "text_features": text[0]}
+            writer.write(index, rows, recording.digests[number])
+        except ValueError as error:
+            writer.skip(index)
+            return SoundResult(index, made=False, problem=f"{job.path}: {error}")
+        return SoundResult(index, made=True)
+
+
+def _digest(content: str, job: SoundJob) -> str:
+    """Return what stands for everything that decides a row, but for the settings of the set."""
+    decides = [content, job.window.start_sample, job.window.end_sample, job.caption]
+    return hashlib.sha256(json.dumps(decides, ensure_ascii=False).encode()).hexdigest()
+
+
+def ahead(function: Callable[[Item], Result], items: Sequence[Item], num_workers: int) -> Iterator[Result]:
+    """Yield the results of a function in the order of the items; threads work a few items ahead.
+
+    Args:
+        num_workers: threads; 0 does everything when it is asked for.
+    """
+    if num_workers == 0:
+        yield from map(function, items)
+        return
+    with ThreadPoolExecutor(num_workers) as pool:
+        waiting: deque[Future[Result]] = deque()
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) > READ_AHEAD * num_workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)  # where the caller has stopped early

@@ -1,0 +1,144 @@
+"""Where extracted clips go: feature files with their sound beside them, or the rows of a memmap.
+
+Both outputs have the same methods, so that the run (:mod:`selva.extraction.run`) need not know which one it feeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from selva.extraction.clip_reader import ReadClip
+from selva.extraction.manifest import MANIFEST_FILE
+from selva.features import FeatureBundle, save_features
+from selva.memmap.writer import MemmapWriter
+from selva.models.zoo import Variant
+from selva.worklist.jobs import ClipJob
+
+
+def beside_memmap(folder: Path, name: str) -> Path:
+    """Return where a file about a memmap goes: not into it, whose files belong to its format."""
+    return folder.with_name(f"{folder.name}.{name}")
+
+
+def memmap_manifest(folder: Path) -> tuple[Path, Path]:
+    """Return the manifest of a memmap, and the folder for its journals."""
+    return beside_memmap(folder, MANIFEST_FILE), folder.with_name(f".{folder.name}.extract")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What the encoders made of one clip, all float32 on the CPU.
+
+    Attributes:
+        clip_features: (T, clip_dim). sync_features: (1, S, sync_dim). text_features: (1, 77, text_dim).
+        latents: mean and deviation, each (1, N, C); None if the clip was read without sound.
+    """
+
+    clip_features: Tensor
+    sync_features: Tensor
+    text_features: Tensor
+    latents: tuple[Tensor, Tensor] | None
+
+
+class FeatureFiles:
+    """One ``.npz`` per clip in a folder; the readers of the clips have put the sound there already.
+
+    Args:
+        folder: of the files. variant: stored in them, for information.
+    """
+
+    def __init__(self, folder: Path, variant: Variant) -> None:
+        self.folder, self.variant = folder, variant
+        self.manifest, self.state = folder / MANIFEST_FILE, folder / ".extract"
+        self.digests: dict[int, str] = {}  # the readers look into the files instead
+
+    def beside(self, name: str) -> Path:
+        """Return where a file about the whole output goes."""
+        return self.folder / name
+
+    def confirm(self, index: int, digest: str) -> bool:
+        """Return whether a clip that its reader found to be current is so."""
+        return True
+
+    def write(self, job: ClipJob, clip: ReadClip, encoded: Encoded) -> None:
+        """Write the features of a clip, whole or not at all."""
+        mean, std = encoded.latents or (None, None)
+        save_features(self.path_of(job), FeatureBundle(
+            clip_features=encoded.clip_features[None],
+            sync_features=encoded.sync_features,
+            duration=clip.duration_sec,
+            prompt=job.prompt,
+            variant=self.variant.name,
+            text_features=encoded.text_features,
+            latent_mean=mean,
+            latent_std=std,
+            fps=clip.fps or None,
+            source_sha256=clip.settings["source_sha256"],
+            settings=clip.settings,
+        ))
+
+    def leave_out(self, index: int) -> None:
+        """Nothing needs to be done for a clip without features."""
+
+    def files_of(self, job: ClipJob, clip: ReadClip) -> list[str]:
+        """Return the names of a clip's files, in the folder of the manifest."""
+        return [f"{job.id}.npz", *([clip.sound_file] if clip.sound_file else [])]
+
+    def path_of(self, job: ClipJob) -> Path | None:
+        """Return the file of a clip's features; None if there is no such file."""
+        return self.folder / f"{job.id}.npz"
+
+    def finish(self) -> list[Path]:
+        """Return what appeared only now that everything is done."""
+        return []
+
+    def close(self) -> None:
+        pass
+
+
+class MemmapRows:
+    """One row per clip in the memmap ``folder``, with ``folder.tsv`` beside it; readable once all rows are there.
+
+    Args:
+        folder: of the memmap. variant: whose latents and features. jobs: the whole work list.
+        settings: what decides the content of all rows alike.
+    """
+
+    def __init__(self, folder: Path, variant: Variant, jobs: Sequence[ClipJob], settings: Any) -> None:
+        self.folder = folder
+        self.manifest, self.state = memmap_manifest(folder)
+        rows = [(job.id, job.prompt) for job in jobs]
+        self.writer = MemmapWriter(folder, variant, rows, video=True, settings=settings)
+        self.digests = self.writer.digests()
+
+    def beside(self, name: str) -> Path:
+        return beside_memmap(self.folder, name)
+
+    def confirm(self, index: int, digest: str) -> bool:
+        return self.writer.is_current(index, digest)
+
+    def write(self, job: ClipJob, clip: ReadClip, encoded: Encoded) -> None:
+        mean, std = encoded.latents
+        rows = {"mean": mean[0], "std": std[0], "text_features": encoded.text_features[0],
+                "clip_features": encoded.clip_features, "sync_features": encoded.sync_features[0]}
+        self.writer.write(clip.index, rows, clip.digest)
+
+    def leave_out(self, index: int) -> None:
+        self.writer.skip(index)
+
+    def files_of(self, job: ClipJob, clip: ReadClip) -> list[str]:
+        return [self.folder.name]
+
+    def path_of(self, job: ClipJob) -> Path | None:
+        return None
+
+    def finish(self) -> list[Path]:
+        return [self.folder] if self.writer.publish_if_complete() else []
+
+    def close(self) -> None:
+        self.writer.close()

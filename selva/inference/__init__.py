@@ -1,0 +1,1 @@
+"""From videos, features or words to sound; one or many, compared or not."""

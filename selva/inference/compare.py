@@ -1,0 +1,354 @@
+"""Several adapters and strengths on the same clips and seeds, side by side: one sheet of spectrograms, and figures.
+
+    adapters.txt        # path strength [label]; quote what has spaces; paths as given, or relative to this file
+                        base
+                        runs/dog/adapter_final.pt 0.5
+                        runs/dog/adapter_final.pt 1.0  "dog, full"
+
+    comparison.png      a row per clip and seed, a column per setting; the recorded sound first where there is one
+    comparison.json     every figure of every sound, and their means per setting
+
+Everything is measured on the files as they were written, so that a restarted run says the same.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+import shlex
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from selva.files import atomic_write_text
+from selva.inference.batch import Clip, Setting
+from selva.inference.sound import AUDIO_SUFFIXES, SoundRequest
+from selva.media import prepare_audio, probe, read_audio
+from selva.metrics import compare_sounds
+from selva.report import new_figure, save_figure
+
+log = logging.getLogger(__name__)
+
+BASE_LABEL = "base"
+SHEET_FILE, FIGURES_FILE = "comparison.png", "comparison.json"
+ROWS_PER_SHEET = 16
+
+# What the table and the sheet show of the figures: key of compare_sounds, heading, format.
+SHOWN = (
+    ("log_spectral_distance_db", "LSD dB", "{:.1f}"),
+    ("mel_cepstral_distortion_db", "MCD dB", "{:.1f}"),
+    ("onset_f1", "onset F1", "{:.2f}"),
+    ("lufs", "LUFS", "{:.1f}"),
+    ("centroid_hz", "centroid Hz", "{:.0f}"),
+    ("rolloff_hz", "roll-off Hz", "{:.0f}"),
+    ("flatness", "flatness", "{:.3f}"),
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# the list
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CompareLine:
+    """One setting: its name, and (file, strength) of its adapters, none for the base model."""
+
+    label: str
+    adapters: tuple[tuple[Path, float], ...]
+
+
+def read_compare_list(path: Path) -> list[CompareLine]:
+    """Return the settings in a list of lines ``path strength [label]`` or ``base``; # begins a comment.
+
+    Labels, which become folders, default to the name of the file (of a training run's, with its folder) and the
+    strength.
+
+    Raises:
+        ValueError: names every line that is wrong: a missing file, a strength that is no number, a label used twice.
+    """
+    lines, problems = [], []
+    for number, text in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+        try:
+            words = shlex.split(text, comments=True)
+            if words:
+                lines.append(_compare_line(words, path.parent))
+                if any(line.label == lines[-1].label for line in lines[:-1]):
+                    raise ValueError(f"the label {lines[-1].label!r} is used twice; give another as the third word")
+        except ValueError as error:
+            problems.append(f"line {number}: {error}")
+    if not lines and not problems:
+        problems.append("it is empty, expected lines like `adapter.pt 1.0`")
+    if problems:
+        raise ValueError(f"{path}: {'; '.join(problems)}")
+    return lines
+
+
+def _compare_line(words: list[str], folder: Path) -> CompareLine:
+    if words == [BASE_LABEL]:
+        return CompareLine(BASE_LABEL, ())
+    if not 2 <= len(words) <= 3:
+        raise ValueError(f"{' '.join(words)!r} is not `base`, nor `path strength [label]`; quote what has spaces")
+    path = Path(words[0])
+    found = next((candidate for candidate in (path, folder / path) if candidate.is_file()), None)
+    if found is None:
+        raise ValueError(f"{path}: no such file")
+    try:
+        strength = float(words[1])
+    except ValueError:
+        strength = math.nan
+    if not math.isfinite(strength):
+        raise ValueError(f"the strength is {words[1]!r}, expected a number")
+    label = words[2] if len(words) == 3 else f"{_short_name(found)} {strength:g}"
+    if re.search(r'[/\\:*?"<>|\0]', label) or label.startswith(".") or not label.strip():
+        raise ValueError(f"the label {label!r} cannot name a folder")
+    return CompareLine(label, ((found, strength),))
+
+
+def _short_name(path: Path) -> str:
+    """Return "dog final" for runs/dog/adapter_final.pt, whose stem alone says little, and else the stem."""
+    run = path.absolute().parent.name
+    return f"{run} {path.stem.removeprefix('adapter_')}" if path.stem.startswith("adapter_") and run else path.stem
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# recorded sounds
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def check_reference_dir(folder: Path) -> None:
+    """Raise a ValueError if ``folder`` holds no sound to compare with."""
+    if not folder.is_dir() or not any(path.suffix.lower() in AUDIO_SUFFIXES for path in folder.iterdir()):
+        raise ValueError(f"--reference {folder}: expected a folder with {' or '.join(AUDIO_SUFFIXES)}")
+
+
+def reference_sound(
+    name: str, request: SoundRequest, folder: Path | None, duration_sec: float, rate: int
+) -> Tensor | None:
+    """Return (samples,) of the sound that was recorded with a clip, None if there is none.
+
+    From ``folder`` if one is given (a sound that begins with the clip), else from the video itself or from beside the
+    features. A recording that ends early is followed by silence.
+    """
+    path, start_sec = None, 0.0
+    beside = request.features if isinstance(request.features, Path) else None
+    if folder is not None or beside is not None:
+        stem = folder / name if folder is not None else beside.with_suffix("")
+        path = next((p for s in AUDIO_SUFFIXES if (p := stem.with_name(stem.name + s)).is_file()), None)
+    elif request.video is not None and "audio" in probe(request.video).streams:
+        path, start_sec = request.video, request.start_sec
+    if path is None:
+        return None
+    try:
+        waveform, source_rate = read_audio(path, start_sec, duration_sec)
+        return prepare_audio(waveform, source_rate, rate, round(duration_sec * rate), normalize="none", pad=True)
+    except ValueError as error:
+        log.warning("%s: not compared with its recorded sound: %s", name, error)
+        return None
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# figures
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """One clip with one seed: its sounds by the index of their setting.
+
+    Attributes:
+        reference: (samples,) recorded sound or None. sounds: (samples,) each, at ``rate``.
+        figures: of every sound, by setting.
+    """
+
+    name: str
+    seed: int
+    prompt: str
+    rate: int
+    reference: Tensor | None
+    sounds: dict[int, Tensor]
+    figures: dict[int, dict[str, Any]]
+
+
+def write_comparison(
+    folder: Path, clips: Sequence[Clip], settings: Sequence[Setting], reference_dir: Path | None
+) -> list[Path]:
+    """Write the figures and the sheets of everything that was made; return their paths."""
+    rows = compare_rows(clips, reference_dir)
+    means = [mean_figures([row.figures[i] for row in rows if i in row.figures]) for i in range(len(settings))]
+    for line in figures_table(settings, means):
+        log.info("%s", line)
+    content = {
+        "settings": [
+            {"label": setting.label, "adapters": [[str(path), s] for path, s in setting.specs], "mean": mean}
+            for setting, mean in zip(settings, means, strict=True)
+        ],
+        "sounds": [
+            {"clip": row.name, "seed": row.seed, "prompt": row.prompt, "setting": settings[index].label,
+             "has_reference": row.reference is not None, **row.figures[index]}
+            for row in rows for index in sorted(row.figures)
+        ],
+    }
+    paths = [folder / FIGURES_FILE]
+    atomic_write_text(paths[0], json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    for first in range(0, len(rows), ROWS_PER_SHEET):
+        number = first // ROWS_PER_SHEET + 1
+        name = SHEET_FILE if number == 1 else SHEET_FILE.replace(".png", f"_{number}.png")
+        plot_sheet(rows[first : first + ROWS_PER_SHEET], [setting.label for setting in settings], folder / name)
+        paths.append(folder / name)
+    return paths
+
+
+def compare_rows(clips: Sequence[Clip], reference_dir: Path | None = None) -> list[Row]:
+    """Return the rows of all clips of which something was made, read and measured."""
+    rows = []
+    for clip in clips:
+        made = [(take, *_read_sound(take.files.written[0])) for take in clip.made]
+        if not made:
+            continue
+        rate = made[0][2]
+        duration_sec = len(made[0][1]) / rate
+        reference = reference_sound(clip.name, clip.request, reference_dir, duration_sec, rate)
+        for seed in sorted({take.seed for take, *_ in made}):
+            sounds = {take.setting: sound for take, sound, _ in made if take.seed == seed}
+            figures = {index: compare_sounds(sound, reference, rate) for index, sound in sounds.items()}
+            rows.append(Row(clip.name, seed, clip.request.prompt or "", rate, reference, sounds, figures))
+    return rows
+
+
+def _read_sound(path: Path) -> tuple[Tensor, int]:
+    waveform, rate = read_audio(path)
+    return waveform.mean(dim=0), rate
+
+
+def mean_figures(figures: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+    """Return the mean of every figure over the sounds that have it."""
+    keys = dict.fromkeys(key for one in figures for key in one)
+    means = {}
+    for key in keys:
+        values = [one[key] for one in figures if one.get(key) is not None]
+        means[key] = sum(values) / len(values) if values else None
+    return means
+
+
+def figures_table(settings: Sequence[Setting], means: Sequence[dict[str, float | None]]) -> list[str]:
+    """Return the lines of a table of the means, one per setting, with the figures that any of them has."""
+    shown = [column for column in SHOWN if any(mean.get(column[0]) is not None for mean in means)]
+    table = [["mean over all sounds", *(heading for _, heading, _ in shown)]]
+    for setting, mean in zip(settings, means, strict=True):
+        table.append([setting.label, *(_formatted(mean.get(key), form) for key, _, form in shown)])
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in table]
+
+
+def _formatted(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# the sheet
+# ---------------------------------------------------------------------------------------------------------------
+
+CELL_WIDTH_IN, CELL_HEIGHT_IN = 2.6, 1.5
+RANGE_DB = 70.0  # from the loudest part of the sheet to black
+TICKS_HZ = (100, 500, 1000, 2000, 4000, 8000, 16_000)
+NUM_PIXELS = 160  # of a spectrogram, up
+CAPTION = (  # below a spectrogram
+    ("log_spectral_distance_db", "LSD {:.1f}"), ("mel_cepstral_distortion_db", "MCD {:.1f}"),
+    ("onset_f1", "F1 {:.2f}"), ("lufs", "{:.1f} LUFS"),
+)
+
+
+def plot_sheet(rows: Sequence[Row], labels: Sequence[str], path: Path) -> None:
+    """Write a grid of spectrograms: a row per clip and seed, the recorded sound first where any row has one."""
+    with_reference = any(row.reference is not None for row in rows)
+    columns = [*(["recorded"] if with_reference else []), *labels]
+    images = [[_spectrogram(sound, row.rate) for sound in _cells(row, len(labels), with_reference)] for row in rows]
+    loudest = max(np.percentile(image, 99.9) for line in images for image in line if image is not None)
+    figure = new_figure(2.2 + CELL_WIDTH_IN * len(columns), 0.7 + CELL_HEIGHT_IN * len(rows))
+    grid = figure.subplots(len(rows), len(columns), squeeze=False, sharex="row", sharey=True)
+    drawn = None
+    for line, row, cells in zip(grid, rows, images, strict=True):
+        seconds = max(len(sound) for sound in row.sounds.values()) / row.rate
+        for column, (axes, image) in enumerate(zip(line, cells, strict=True)):
+            if image is None:
+                axes.set_frame_on(False)
+                axes.tick_params(left=False, bottom=False, labelleft=False, labelbottom=False)
+                axes.text(0.5, 0.5, "none", transform=axes.transAxes, ha="center", va="center", color="gray")
+                continue
+            drawn = axes.imshow(image, origin="lower", aspect="auto", cmap="magma", interpolation="nearest",
+                                vmin=loudest - RANGE_DB, vmax=loudest, extent=(0, seconds, 0, NUM_PIXELS))
+            axes.set_xlabel(_caption(row, column - with_reference), fontsize=7, labelpad=2)
+            axes.tick_params(labelsize=7, length=2, pad=2)
+            axes.locator_params(axis="x", nbins=4)
+            axes.xaxis.set_major_formatter("{x:g} s")
+        _label_row(line[0], row)
+    for axes, label in zip(grid[0], columns, strict=True):
+        axes.set_title(label, fontsize=9, fontweight="bold")
+    places, names = _frequency_ticks(rows[0].rate)
+    grid[0][0].set_yticks(places, [f"{name} kHz" for name in names])  # the axes share them
+    bar = figure.colorbar(drawn, ax=grid.ravel().tolist(), label="dB of full scale", aspect=40, pad=0.01)
+    bar.ax.tick_params(labelsize=7)
+    save_figure(figure, path)
+
+
+def _cells(row: Row, num_settings: int, with_reference: bool) -> list[Tensor | None]:
+    return [*([row.reference] if with_reference else []), *(row.sounds.get(index) for index in range(num_settings))]
+
+
+def _label_row(axes: Any, row: Row) -> None:
+    lines = [*textwrap.wrap(row.name, 20)[:2], f"seed {row.seed}", *textwrap.wrap(row.prompt, 20)[:3]]
+    axes.set_ylabel("\n".join(lines), fontsize=8, rotation=0, ha="right", va="center")
+
+
+def _caption(row: Row, index: int) -> str:
+    """Return what stands below a spectrogram: seconds run along the axis, so only the figures are named."""
+    figures = row.figures.get(index)
+    if figures is None:
+        return ""
+    shown = [(figures.get(key), short) for key, short in CAPTION]
+    return "   ".join(short.format(value) for value, short in shown if value is not None)
+
+
+def _spectrogram(sound: Tensor | None, rate: int) -> np.ndarray | None:
+    """Return (NUM_PIXELS, frames) dB, evenly spaced on the mel scale from 0 to half the rate."""
+    if sound is None:
+        return None
+    size = 1024 if rate < 32_000 else 2048
+    samples = torch.nn.functional.pad(sound.double(), (size // 2, size // 2))
+    window = torch.hann_window(size, dtype=torch.float64)
+    frames = samples.unfold(0, size, size // 4) * window
+    power = (torch.fft.rfft(frames).abs() * 2 / window.sum()).square().T.numpy()  # (bins, frames)
+    edges = _hertz(np.linspace(0, _mel(rate / 2), NUM_PIXELS + 1)) / (rate / 2) * (power.shape[0] - 1)
+    # A pixel shows the loudest bin it covers, or what lies at its middle where it covers none.
+    image = np.empty((NUM_PIXELS, power.shape[1]))
+    for pixel, (low, high) in enumerate(pairwise(edges)):
+        first, last = math.ceil(low), math.floor(high)
+        if last >= first:
+            image[pixel] = power[first : last + 1].max(axis=0)
+        else:
+            below, share = math.floor(low), (low + high) / 2 - math.floor(low)
+            image[pixel] = (1 - share) * power[below] + share * power[min(below + 1, len(power) - 1)]
+    return 10 * np.log10(image + 1e-12)
+
+
+def _mel(hertz: Any) -> Any:
+    return 2595 * np.log10(1 + np.asarray(hertz) / 700)
+
+
+def _hertz(mel: Any) -> Any:
+    return 700 * (10 ** (np.asarray(mel) / 2595) - 1)
+
+
+def _frequency_ticks(rate: int) -> tuple[list[float], list[str]]:
+    shown = [hertz for hertz in TICKS_HZ if hertz <= rate / 2]
+    return [float(_mel(f) / _mel(rate / 2) * NUM_PIXELS) for f in shown], [f"{f / 1000:g}" for f in shown]

@@ -1,0 +1,407 @@
+"""From videos, features or words to sound; the engine behind ``infer.py`` and ``from selva import SoundGenerator``.
+
+    request --encoders--> Conditions --generator--> latents --VAE decoder, vocoder--> waveform --level--> Sound
+
+:meth:`SoundGenerator.generate` makes one sound. Batches call the three stages themselves, each for many clips at once,
+so that only one network needs to be loaded at a time: :meth:`~SoundGenerator.encode`, :meth:`~SoundGenerator.sample`,
+:meth:`~SoundGenerator.decode`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selva.adapter import Adapter
+from selva.checkpoint import load_adapter
+from selva.cli import PRECISIONS, resolve_device
+from selva.extraction.extractor import FeatureExtractor
+from selva.features import FeatureBundle, load_features
+from selva.inference.adapter_switch import AdapterPairs, AdapterSwitch
+from selva.inference.sound import Conditions, Sound, SoundRequest, check_widths
+from selva.long_sampling import sample_long
+from selva.loudness import normalize_loudness
+from selva.media import MaskSettings, VideoFrames
+from selva.models.generator import Generator
+from selva.models.zoo import Variant, features_problem, get_variant
+from selva.report import StageTimes
+from selva.sampling import SamplingConfig, decode_latents, sample_latents
+from selva.sequence import DEFAULT_DURATION_SEC, SequenceConfig, sequence_config
+from selva.weights import check_weights, load_generator, load_vae, load_vocoder
+
+log = logging.getLogger(__name__)
+
+CLIP_FEATURE_CHOICES = ("auto", "use", "empty")
+OFFLOAD_CHOICES = ("auto", "none")
+DEFAULT_BATCH_SIZE = 4
+ENCODERS, GENERATOR, DECODERS = "encoders", "generator", "decoders"  # what is loaded together
+DECODER_CHUNK_SEC = 8.0  # of longer sounds the vocoder makes this much at once
+
+WHOLE_VIDEO_SEC = 86_400.0  # longer than any; a video that ends earlier makes a shorter clip
+
+PathLike = str | Path
+AdapterSpec = PathLike | Adapter | tuple[PathLike | Adapter, float]
+OnError = Callable[[int, Exception], None]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# adapters
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def load_adapters(specs: Iterable[AdapterSpec], variant: Variant) -> list[tuple[Adapter, float]]:
+    """Return (adapter, strength) pairs from files or adapters, each with or without a strength (default 1).
+
+    Raises:
+        ValueError: an adapter says that it was trained for another variant, or is none.
+    """
+    pairs = []
+    for spec in specs:
+        source, strength = spec if isinstance(spec, tuple) else (spec, 1.0)
+        adapter = source if isinstance(source, Adapter) else load_adapter(source)
+        trained_for = adapter.meta.get("variant")
+        if trained_for is not None and trained_for != variant.name:
+            raise ValueError(f"{adapter.source if source is adapter else source}: was trained for variant "
+                             f"{trained_for}, not {variant.name}; use --variant {trained_for}")
+        pairs.append((adapter, float(strength)))
+    return pairs
+
+
+def uses_clip_features(choice: str, variant: Variant, adapters: AdapterPairs) -> bool:
+    """Return whether CLIP frame features are passed: as asked for, as the adapters were trained, or as released.
+
+    Adapters of ComfyUI-SelVA do not say; that trainer always passes them. An adapter at strength 0 has no say, so that
+    it is the same as no adapter.
+
+    Raises:
+        ValueError: two adapters were trained differently, and nothing was asked for.
+    """
+    if choice != "auto":
+        return choice == "use"
+    trained = {adapter.meta.get("clip_features", "use") for adapter, strength in adapters if strength != 0}
+    if len(trained) > 1:
+        raise ValueError("the adapters were trained with different --clip_features; choose one")
+    return trained.pop() == "use" if trained else variant.family == "mmaudio"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# the engine
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class SoundGenerator:
+    """Makes sounds with one base model, with or without adapters.
+
+    Args:
+        variant: a name from :data:`selva.models.zoo.VARIANTS`. selva_dir: where its weights are; not for tiny_16k.
+        adapters: files or adapters, or pairs of one and a strength; :meth:`set_adapters` exchanges them.
+        clip_features: "use" or "empty" CLIP features of the pictures; "auto" as the adapters were trained.
+        sampling: steps, solver, guidance. long: go through more than 8 s in overlapping windows.
+        normalize, target: the level of the sounds, see :func:`selva.loudness.normalize_loudness`.
+        batch_size: sounds that go through the generator at once.
+        offload: "none" keeps every network once it is loaded; "auto" frees each before the next one is loaded.
+
+    Raises:
+        ValueError: an unknown name or choice, or adapters that do not suit the variant or each other.
+        FileNotFoundError: an adapter is missing.
+    """
+
+    def __init__(
+        self,
+        variant: str = "large_44k",
+        selva_dir: PathLike | None = None,
+        adapters: Iterable[AdapterSpec] = (),
+        *,
+        clip_features: str = "auto",
+        sampling: SamplingConfig | None = None,
+        long: bool = False,
+        normalize: str = "none",
+        target: float | None = None,
+        device: str = "auto",
+        precision: str = "bf16",
+        batch_size: int = DEFAULT_BATCH_SIZE,
+        offload: str = "none",
+    ) -> None:
+        for what, value, choices in (("clip_features", clip_features, CLIP_FEATURE_CHOICES),
+                                     ("precision", precision, PRECISIONS), ("offload", offload, OFFLOAD_CHOICES)):
+            if value not in choices:
+                raise ValueError(f"{what} is {value!r}, expected one of {', '.join(choices)}")
+        self.variant, self.selva_dir = get_variant(variant), None if selva_dir is None else Path(selva_dir)
+        self.device, self.precision = resolve_device(device), PRECISIONS[precision]
+        self.sampling, self.long = sampling or SamplingConfig(), long
+        self.batch_size, self.offload = batch_size, offload
+        self.normalize, self.target, self.clip_features = normalize, target, clip_features
+        self.times = StageTimes()
+        # Features are float32 as those that the base models and adapters were trained on.
+        self._extractor = FeatureExtractor(self.variant, self.selva_dir, self.device)
+        self._switch = AdapterSwitch(self._load_generator, self.precision, self.device)
+        self._decoders: tuple[Any, Any] | None = None
+        self._stage = ""
+        self.set_adapters(adapters)
+
+    def set_adapters(self, adapters: Iterable[AdapterSpec]) -> None:
+        """Use these adapters from now on, and no others; the weights change when the next sound is sampled."""
+        pairs = load_adapters(adapters, self.variant)
+        self.uses_clip = uses_clip_features(self.clip_features, self.variant, pairs)
+        self.adapters = pairs
+
+    def expect_adapters(self, adapters: Iterable[Adapter]) -> None:
+        """Announce what :meth:`set_adapters` will be called with, which saves reading the weights again."""
+        self._switch.expect(adapters)
+
+    def check_weights(self, video: bool, clip: bool | None = None) -> None:
+        """Return if the files for making sound are all there; with ``video``, those of the picture encoders too.
+
+        Raises:
+            FileNotFoundError: names every missing file, and how to get it.
+        """
+        pictures = ["video_encoder", "t5", *(["clip_image"] if (self.uses_clip if clip is None else clip) else [])]
+        needs = ["generator", "vae", "vocoder", "clip_text", *(pictures if video else [])]
+        check_weights(self.variant.name, self.selva_dir, needs)
+
+    def generate(
+        self,
+        video: PathLike | None = None,
+        prompt: str | None = None,
+        *,
+        features: PathLike | FeatureBundle | None = None,
+        seed: int = 42,
+        negative_prompt: str = "",
+        start_sec: float = 0.0,
+        duration_sec: float | None = None,
+        mask: PathLike | MaskSettings | None = None,
+        on_step: Callable[[int], None] | None = None,
+    ) -> Sound:
+        """Return the sound for a video, for stored features, or for words alone; see :class:`SoundRequest`.
+
+        Raises:
+            ValueError, FileNotFoundError: what was given cannot be used; says why.
+        """
+        request = SoundRequest(
+            None if video is None else Path(video), Path(features) if isinstance(features, str) else features, prompt,
+            negative_prompt, start_sec, duration_sec,
+            MaskSettings(Path(mask)) if isinstance(mask, str | Path) else mask,
+        )
+        conditions = self.encode([request])
+        return self.decode(conditions, self.sample(conditions, [seed], on_step))[0]
+
+    # -- stage 1: encoders --------------------------------------------------------------------------------------
+
+    def encode(
+        self, requests: Sequence[SoundRequest], *, clip: bool | None = None, on_error: OnError | None = None
+    ) -> list[Conditions | None]:
+        """Return the conditions of every request.
+
+        Args:
+            clip: whether to make CLIP features of videos; None as the adapters of the moment want it.
+            on_error: called with the index and the error of a request that cannot be used, which becomes None; without
+                it the error is raised.
+        """
+        self._enter(ENCODERS)
+        clip = self.uses_clip if clip is None else clip
+
+        def attempt(index: int, function: Callable, *args: Any) -> Any:
+            try:
+                return function(*args)
+            except (ValueError, OSError) as error:
+                if on_error is None:
+                    raise
+                on_error(index, error)
+                return None
+
+        drafts = [attempt(index, self._opened, request) for index, request in enumerate(requests)]
+        usable = [draft for draft in drafts if draft is not None]
+        self._encode_texts(usable)
+        self._encode_pictures([draft for draft in usable if draft.frames is not None], clip)
+        return [draft and attempt(index, self._conditions, draft) for index, draft in enumerate(drafts)]
+
+    def _opened(self, request: SoundRequest) -> _Draft:
+        with self.times.stage("reading"):
+            if request.video is not None:
+                default = WHOLE_VIDEO_SEC if self.long else DEFAULT_DURATION_SEC
+                duration = default if request.duration_sec is None else request.duration_sec
+                frames = self._extractor.read(request.video, duration, request.start_sec, request.mask)
+                return _Draft(request, request.prompt or "", frames.duration_sec, frames)
+            if request.features is None:
+                return _Draft(request, request.prompt, request.duration_sec or DEFAULT_DURATION_SEC)
+            bundle = request.features
+            if not isinstance(bundle, FeatureBundle):
+                bundle = load_features(bundle)
+        if problem := features_problem(bundle.variant, self.variant):
+            raise ValueError(f"{request.source}: {problem}")
+        draft = _Draft(request, bundle.prompt if request.prompt is None else request.prompt,
+                       min(bundle.duration, request.duration_sec or bundle.duration),
+                       clip_f=bundle.clip_features, sync_f=bundle.sync_features)
+        if draft.prompt == bundle.prompt:
+            draft.text_f = bundle.text_features
+        elif self.variant.family == "selva":
+            log.warning("%s: the sync features were extracted with prompt %r and keep it", request.source,
+                        bundle.prompt)
+        return draft
+
+    def _encode_texts(self, drafts: Sequence[_Draft]) -> None:
+        extractor = self._extractor
+        texts = {draft.prompt for draft in drafts if draft.text_f is None}
+        texts |= {draft.request.negative_prompt for draft in drafts if draft.request.negative_prompt}
+        with self.times.stage("text encoders"):
+            if self.offload == "none":
+                for text in sorted(texts):
+                    extractor.text_features(text)  # loads the encoder, and keeps it
+            else:
+                extractor.prepare_texts(texts, sync=False)
+                extractor.prepare_texts({draft.prompt for draft in drafts if draft.frames is not None})
+
+    def _encode_pictures(self, drafts: Sequence[_Draft], clip: bool) -> None:
+        if clip and drafts:
+            with self.times.stage("CLIP"):
+                for draft in drafts:
+                    draft.clip_f = self._extractor.clip_features(draft.frames.clip_frames)
+            if self.offload == "auto":
+                self._extractor.free()
+        with self.times.stage("video encoder"):
+            for draft in drafts:
+                draft.sync_f = self._extractor.sync_features(draft.frames.sync_frames, draft.prompt)
+                draft.frames = None
+
+    def _conditions(self, draft: _Draft) -> Conditions:
+        request, sequence = draft.request, sequence_config(self.variant.mode, draft.duration_sec)
+        conditions = Conditions(
+            request=request,
+            sequence=sequence,
+            prompt=draft.prompt,
+            clip_f=None if draft.clip_f is None else draft.clip_f[:, : sequence.clip_seq_len],
+            sync_f=None if draft.sync_f is None else draft.sync_f[:, : sequence.sync_seq_len],
+            text_f=self._extractor.text_features(draft.prompt) if draft.text_f is None else draft.text_f,
+            negative=self._extractor.text_features(request.negative_prompt) if request.negative_prompt else None,
+        )
+        check_widths(conditions, self.variant)
+        return conditions
+
+    # -- stage 2: generator -------------------------------------------------------------------------------------
+
+    def sample(
+        self, conditions: Sequence[Conditions], seeds: Sequence[int], on_step: Callable[[int], None] | None = None
+    ) -> list[Tensor]:
+        """Return (N, C) float32 latents on the CPU for each item; what fits together is sampled together.
+
+        Args:
+            conditions: may name the same clip several times. seeds: one for each of them.
+            on_step: called with the number of solver steps done, of ``num_steps * len(self.batches(conditions))``.
+        """
+        self._enter(GENERATOR)
+        with self.times.stage("loading the generator"):
+            generator = self._switch.set(self.adapters)
+        latents: dict[int, Tensor] = {}
+        with self.times.stage("sampling"):
+            for number, batch in enumerate(self.batches(conditions)):
+                before = number * self.sampling.num_steps
+                step = None if on_step is None else lambda done, before=before: on_step(before + done)
+                rows = self._sample_batch(generator, [conditions[i] for i in batch], [seeds[i] for i in batch], step)
+                latents.update(zip(batch, rows, strict=True))
+        return [latents[index] for index in range(len(conditions))]
+
+    def batches(self, conditions: Sequence[Conditions]) -> list[list[int]]:
+        """Return the indices that are sampled together: clips of one length, at most ``batch_size`` at once."""
+        groups: dict[SequenceConfig, list[int]] = {}
+        for index, item in enumerate(conditions):
+            groups.setdefault(item.sequence, []).append(index)
+        size = self.batch_size
+        return [group[i : i + size] for group in groups.values() for i in range(0, len(group), size)]
+
+    def _sample_batch(
+        self, generator: Generator, items: Sequence[Conditions], seeds: Sequence[int],
+        on_step: Callable[[int], None] | None,
+    ) -> list[Tensor]:
+        sequence = items[0].sequence
+        generator.set_sequence(sequence.latent_seq_len, sequence.clip_seq_len, sequence.sync_seq_len)
+        empty_clip, empty_sync, empty_text = generator.empty_features(1)
+        missing = [item.request.source for item in items if self.uses_clip and _lacks_clip(item)]
+        if missing:
+            raise ValueError(f"{missing[0]}: was encoded without the CLIP features that are asked for; encode it again")
+
+        def stacked(features: Iterable[Tensor | None], empty: Tensor) -> Tensor:
+            return torch.cat([empty if x is None else x.to(empty.device) for x in features])  # (B, tokens, channels)
+
+        arguments = (
+            generator,
+            stacked([item.clip_f if self.uses_clip else None for item in items], empty_clip),
+            stacked([item.sync_f for item in items], empty_sync),
+            stacked([item.text_f for item in items], empty_text),
+            seeds, self.sampling,
+        )
+        negative = None
+        if any(item.negative is not None for item in items):
+            negative = stacked([item.negative for item in items], empty_text)
+        more = {"negative_text": negative, "precision": self.precision, "on_step": on_step}
+        if self.long:
+            more |= {"mode": self.variant.mode, "duration_sec": sequence.duration_sec}
+        latents = (sample_long if self.long else sample_latents)(*arguments, **more)
+        return list(latents.cpu())
+
+    def _load_generator(self) -> Generator:
+        return load_generator(self.variant.name, self.selva_dir)
+
+    # -- stage 3: decoders --------------------------------------------------------------------------------------
+
+    def decode(self, conditions: Sequence[Conditions], latents: Sequence[Tensor]) -> list[Sound]:
+        """Return the sounds of latents, one after the other, exactly as long as their clips."""
+        self._enter(DECODERS)
+        with self.times.stage("decoding"):
+            if self._decoders is None:
+                vae = load_vae(self.variant.name, self.selva_dir, self.device, decoder_only=True)
+                self._decoders = vae, load_vocoder(self.variant.name, self.selva_dir, self.device)
+            return [self._sound(c, x) for c, x in zip(conditions, latents, strict=True)]
+
+    def _sound(self, conditions: Conditions, latents: Tensor) -> Sound:
+        sequence, request = conditions.sequence, conditions.request
+        chunk_sec = DECODER_CHUNK_SEC if sequence.duration_sec > DECODER_CHUNK_SEC else None
+        waveform = decode_latents(latents[None].to(self.device), *self._decoders, chunk_sec=chunk_sec)[0].cpu()
+        # The last latent frame may reach beyond the clip; the sound ends exactly with it.
+        waveform = waveform[: round(sequence.duration_sec * sequence.sampling_rate)]
+        waveform, level = normalize_loudness(waveform, sequence.sampling_rate, self.normalize, self.target)
+        return Sound(waveform, sequence.sampling_rate, level, request.video, request.start_sec)
+
+    # -- memory -------------------------------------------------------------------------------------------------
+
+    def _enter(self, stage: str) -> None:
+        """Free what the stage does not need, if networks are not to stay."""
+        if self.offload == "none" or stage == self._stage:
+            return
+        self._stage = stage
+        if stage != ENCODERS:
+            self._extractor.free()
+        if stage != GENERATOR:
+            self._switch.free()
+        if stage != DECODERS:
+            self._decoders = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def free(self) -> None:
+        """Let go of all networks; they are loaded again when needed."""
+        self._extractor.free()
+        self._switch.free()
+        self._decoders = None
+
+
+@dataclass
+class _Draft:
+    """A request on its way to :class:`Conditions`."""
+
+    request: SoundRequest
+    prompt: str
+    duration_sec: float
+    frames: VideoFrames | None = None
+    clip_f: Tensor | None = None
+    sync_f: Tensor | None = None
+    text_f: Tensor | None = None
+
+
+def _lacks_clip(item: Conditions) -> bool:
+    return item.request.video is not None and item.clip_f is None

@@ -1,0 +1,1 @@
+"""MMAudio's packed data sets: reading, writing by many processes, converting."""

@@ -1,0 +1,1 @@
+"""From videos, folders and tables to one job per clip."""

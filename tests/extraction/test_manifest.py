@@ -1,0 +1,121 @@
+"""What became of every clip, from one process or from several that know nothing of each other."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from selva.extraction.manifest import Accounts, Shard, read_manifest
+
+ROWS = [(name, f"{name}.mp4", 0.0) for name in "abcde"]
+
+
+def accounts(folder, shard=None, settings="s", rows=ROWS) -> Accounts:
+    return Accounts(folder / "manifest.jsonl", folder / ".extract", rows, settings, shard or Shard())
+
+
+def do_share(folder, index: int, count: int, **given):
+    with accounts(folder, Shard(index, count), **given) as books:
+        for clip in books.shard.own(len(books.rows)):
+            books.record(clip, "done", files=[f"{books.rows[clip][0]}.npz"], duration_sec=8.0)
+        return books.finish()
+
+
+def statuses(path) -> str:
+    return " ".join(row["status"] for row in read_manifest(path))
+
+
+def test_every_clip_has_its_line_in_the_order_of_the_list(tmp_path):
+    with accounts(tmp_path) as books:
+        for index in (4, 2, 0, 1):  # order does not matter
+            books.record(index, "done", files=["x.npz"], duration_sec=8.0)
+        books.record(3, "failed", "d.mp4: broken")
+        outcome = books.finish()
+    assert outcome.complete and outcome.group_complete and outcome.group_failed == 1 and not outcome.unfinished
+    rows = read_manifest(tmp_path / "manifest.jsonl")
+    assert [row["id"] for row in rows] == list("abcde")
+    assert rows[3] == {"id": "d", "source": "d.mp4", "start_sec": 0.0, "status": "failed", "reason": "d.mp4: broken",
+                       "files": [], "duration_sec": None}
+    assert rows[0]["files"] == ["x.npz"] and not (tmp_path / "manifest.incomplete.jsonl").exists()
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
+def test_the_last_share_completes_the_manifest(tmp_path, order):
+    whole = tmp_path / "whole"
+    do_share(whole, 0, 1)
+    first = do_share(tmp_path, order[0], 3)
+    assert not first.complete and first.unfinished == tuple(sorted(n + 1 for n in order[1:]))
+    partial = read_manifest(tmp_path / "manifest.incomplete.jsonl")
+    assert {row["id"]: row["status"] for row in partial} == {
+        name: "done" if index % 3 == order[0] else "pending" for index, name in enumerate("abcde")}
+    assert not (tmp_path / "manifest.jsonl").exists()
+    do_share(tmp_path, order[1], 3)
+    assert do_share(tmp_path, order[2], 3).complete
+    assert (tmp_path / "manifest.jsonl").read_bytes() == (whole / "manifest.jsonl").read_bytes()
+    assert not (tmp_path / "manifest.incomplete.jsonl").exists()
+
+
+def test_a_share_that_is_done_again_takes_its_word_back_first(tmp_path):
+    for index in range(2):
+        do_share(tmp_path, index, 2)
+    before = (tmp_path / "manifest.jsonl").read_bytes()
+    with accounts(tmp_path, Shard(1, 2)) as books:
+        assert not (tmp_path / "manifest.jsonl").exists()
+        books.record(1, "done")  # and then it is killed: neither finished nor closed
+    assert not do_share(tmp_path, 0, 2).complete
+    assert statuses(tmp_path / "manifest.incomplete.jsonl") == "done done done pending done"
+    assert do_share(tmp_path, 1, 2).complete and (tmp_path / "manifest.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("other", [{"settings": "t"}, {"rows": [*ROWS, ("f", "f.mp4", 0.0)]}])
+def test_shares_of_another_list_or_of_other_settings_do_not_count(tmp_path, other):
+    do_share(tmp_path, 0, 2)
+    outcome = do_share(tmp_path, 1, 2, **other)
+    assert outcome.unfinished == (1,)
+
+
+def test_journals_of_another_number_of_shares_are_cleared_away(tmp_path):
+    do_share(tmp_path, 1, 3)
+    assert do_share(tmp_path, 0, 1).complete
+    assert [path.name for path in (tmp_path / ".extract").glob("*.jsonl")] == ["shard_1_of_1.jsonl"]
+
+
+def test_a_line_that_a_killed_process_left_unfinished_does_not_count(tmp_path):
+    with accounts(tmp_path, Shard(0, 2)) as books:
+        books.record(0, "done")
+        books._journal.write('{"index": 2, "status": "do')
+    do_share(tmp_path, 1, 2)
+    assert statuses(tmp_path / "manifest.incomplete.jsonl") == "done done pending done pending"
+
+
+def test_processes_of_one_torchrun_share_a_part(monkeypatch):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    shard = Shard.of_process(2, 3)
+    assert (shard.index, shard.count, shard.group) == (5, 6, range(4, 6)) and list(shard.own(13)) == [5, 11]
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.delenv("RANK")
+    assert list(Shard.of_process(2, 3).own(8)) == [2, 5] and Shard.of_process().launch == ""
+
+
+def test_only_processes_that_were_started_together_end_together(tmp_path):
+    """One that is still to begin must not be taken for finished because of an earlier run."""
+    for launch in ("monday", "tuesday"):
+        for index in range(2):
+            with accounts(tmp_path, Shard(index, 2, range(2), launch)) as books:
+                outcome = books.finish()
+            assert outcome.group_complete == (index == 1)
+
+
+def test_clips_of_a_recording_stay_together():
+    keys = ["a", "a", "b", "c", "c", "b"]
+    assert [Shard(index, 2).own_groups(keys) for index in range(2)] == [[0, 1, 3, 4], [2, 5]]
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"id": "a"}'])
+def test_a_manifest_that_is_none(tmp_path, line):
+    path = tmp_path / "manifest.jsonl"
+    path.write_text(json.dumps({"id": "a", "status": "done"}) + "\n" + line + "\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="line 2"):
+        read_manifest(path)

@@ -1,0 +1,58 @@
+"""selva.inference.adapter_switch: adapters come and go, and the base weights stay what they were."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_adapter import make_adapter
+
+from selva.adapter import Adapter
+from selva.inference.adapter_switch import AdapterSwitch
+from selva.weights import load_generator
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("expected", [True, False])
+def test_exchanged_adapters_leave_no_trace(dtype, expected):
+    """Every setting holds the bits of a fresh one, convolutions and DoRA included."""
+    plain = make_adapter(1, ("attn.qkv", "linear1"))
+    dora = make_adapter(2, ("attn.qkv", "text_block.linear1"), dora=True)
+    settings = [[], [(plain, 0.7)], [(dora, 1.0), (plain, 0.3)], [(plain, 0.0)], [(dora, -0.5)], [(plain, 0.7)], []]
+
+    def load():
+        return load_generator("tiny_16k")
+
+    switch = AdapterSwitch(load, dtype, torch.device("cpu"))
+    if expected:
+        switch.expect([plain, dora])
+    for setting in settings:
+        fresh = AdapterSwitch(load, dtype, torch.device("cpu")).set(setting).state_dict()
+        exchanged = switch.set(setting).state_dict()
+        for key, value in fresh.items():
+            assert exchanged[key].dtype == value.dtype and torch.equal(exchanged[key], value), (key, setting)
+
+
+def test_announced_adapters_are_exchanged_without_reading_the_weights_again():
+    loads = []
+
+    def load():
+        loads.append(1)
+        return load_generator("tiny_16k")
+
+    a, b = make_adapter(1), make_adapter(2, ("linear1",))
+    switch = AdapterSwitch(load, torch.bfloat16, torch.device("cpu"))
+    switch.expect([a, b])
+    for setting in ([(a, 1.0)], [(b, 1.0)], [], [(a, 0.5), (b, 0.5)]):
+        switch.set(setting)
+    assert len(loads) == 1
+
+
+def test_an_adapter_that_does_not_fit_leaves_the_base_model():
+    good = make_adapter()
+    bad = Adapter({key: torch.zeros(2, 3) for key in ("nowhere.lora_A", "nowhere.lora_B")}, source="bad.pt")
+    switch = AdapterSwitch(lambda: load_generator("tiny_16k"), torch.float32, torch.device("cpu"))
+    switch.expect([good])
+    switch.set([(good, 1.0)])
+    with pytest.raises(ValueError, match=r"bad\.pt"):
+        switch.set([(bad, 1.0)])
+    assert all(map(torch.equal, switch.set([]).parameters(), load_generator("tiny_16k").parameters()))

@@ -1,0 +1,193 @@
+"""selva.inference.compare: the list of settings, recorded sounds, figures and the sheet."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from make_data import put_sound
+from make_media import make_video
+
+from selva.inference import compare
+from selva.inference.batch import Clip, Setting, Take, common_clip_features
+from selva.inference.compare import check_reference_dir, figures_table, mean_figures, read_compare_list, reference_sound
+from selva.inference.files import SoundFiles
+from selva.inference.sound import SoundRequest
+
+RATE = 16_000
+
+
+def tone(hertz: float = 440.0, seconds: float = 1.0, level: float = 0.5) -> np.ndarray:
+    return (level * np.sin(2 * np.pi * hertz * np.arange(round(seconds * RATE)) / RATE)).astype(np.float32)
+
+
+def knocks(times: list[float], seconds: float = 1.0) -> np.ndarray:
+    t = np.arange(round(seconds * RATE)) / RATE
+    return sum(0.5 * np.exp(-40 * np.clip(t - s, 0, None)) * np.sin(4000 * (t - s)) * (t >= s) for s in times)
+
+
+# --- the list -------------------------------------------------------------------------------------------------------
+
+
+def test_the_list_names_files_strengths_and_labels(tmp_path):
+    (tmp_path / "run").mkdir()
+    for name in ("dog.pt", "my dog.safetensors", "run/adapter_final.pt"):
+        (tmp_path / name).touch()
+    (tmp_path / "list.txt").write_text(
+        f"# what to hear\nbase\n\n{tmp_path}/dog.pt 0.5\ndog.pt -1 minus  # relative to this file\n"
+        "'my dog.safetensors' 1e0 \"my dog, full\"\nrun/adapter_final.pt 1\n", encoding="utf-8",
+    )
+    lines = read_compare_list(tmp_path / "list.txt")
+    assert [line.label for line in lines] == ["base", "dog 0.5", "minus", "my dog, full", "run final 1"]
+    assert [line.adapters for line in lines] == [
+        (), ((tmp_path / "dog.pt", 0.5),), ((tmp_path / "dog.pt", -1.0),), ((tmp_path / "my dog.safetensors", 1.0),),
+        ((tmp_path / "run" / "adapter_final.pt", 1.0),),
+    ]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "it is empty"),
+        ("# nothing\n", "it is empty"),
+        ("nowhere.pt 1", "line 1: nowhere.pt: no such file"),
+        ("base\ndog.pt", "line 2: 'dog.pt' is not `base`"),
+        ("dog.pt full", "line 1: the strength is 'full', expected a number"),
+        ("dog.pt nan", "the strength is 'nan'"),
+        ("dog.pt 1 a b", "quote what has spaces"),
+        ("dog.pt 1 ../up", "the label '../up' cannot name a folder"),
+        ("dog.pt 1\ndog.pt 1.0", "line 2: the label 'dog 1' is used twice"),
+        ("dog.pt 1 'open", "line 1: No closing quotation"),
+        ("nowhere.pt 1\ndog.pt x", "line 1: .*; line 2: "),
+    ],
+)
+def test_every_wrong_line_is_named(tmp_path, text, message):
+    (tmp_path / "dog.pt").touch()
+    (tmp_path / "list.txt").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_compare_list(tmp_path / "list.txt")
+
+
+def test_compared_settings_share_their_clip_features(caplog):
+    def setting(*clip_features: str) -> Setting:
+        return Setting("x", [(argparse.Namespace(meta={"clip_features": c}), 1.0) for c in clip_features])
+
+    base = Setting("base", [])
+    assert common_clip_features("auto", [base, setting("use"), setting("use")]) == "use"
+    assert common_clip_features("auto", [base, setting("empty")]) == "empty"
+    assert common_clip_features("empty", [base, setting("use")]) == "empty"
+    assert common_clip_features("auto", [base, base]) == "auto"
+    assert common_clip_features("auto", [setting("use")]) == "auto"
+    assert common_clip_features("auto", [setting("use"), setting("empty")]) == "auto" and "its own" in caplog.text
+
+
+# --- recorded sounds ------------------------------------------------------------------------------------------------
+
+
+def test_the_recorded_sound_is_that_of_the_folder_the_video_or_the_features(tmp_path):
+    loud, quiet = tone(level=0.5, seconds=2.0), tone(level=0.1, seconds=2.0)
+    video = make_video(tmp_path / "a.mp4", 2.0, sound=loud[None])
+    (tmp_path / "refs").mkdir()
+    put_sound(tmp_path / "refs" / "a.wav", quiet, RATE)
+    put_sound(tmp_path / "b.wav", quiet, RATE)  # beside b.npz
+    request = SoundRequest(video=video, start_sec=0.5)
+
+    def level(sound: torch.Tensor) -> float:
+        return sound[4000:12_000].abs().max().item()
+
+    assert level(reference_sound("a", request, None, 1.0, RATE)) == pytest.approx(0.5, abs=0.05)
+    assert level(reference_sound("a", request, tmp_path / "refs", 1.0, RATE)) == pytest.approx(0.1, abs=0.01)
+    assert reference_sound("other", request, tmp_path / "refs", 1.0, RATE) is None
+    features = SoundRequest(features=tmp_path / "b.npz")
+    assert level(reference_sound("b", features, None, 1.0, RATE)) == pytest.approx(0.1, abs=0.01)
+    assert reference_sound("a", SoundRequest(video=make_video(tmp_path / "mute.mp4", 1.0)), None, 1.0, RATE) is None
+    assert reference_sound("rain", SoundRequest(prompt="rain"), None, 1.0, RATE) is None
+
+
+def test_the_recorded_sound_begins_with_the_clip_and_has_its_length_and_rate(tmp_path):
+    video = make_video(tmp_path / "a.mp4", 2.0, sound=knocks([1.5], 2.0)[None].astype(np.float32))
+    sound = reference_sound("a", SoundRequest(video=video, start_sec=1.0), None, 1.2, 8000)
+    assert len(sound) == 9600 and sound.abs().argmax() / 8000 == pytest.approx(0.5, abs=0.005)
+    assert sound[8200:].abs().max() == 0  # after the end of the recording
+
+
+def test_a_silent_recording_is_said_and_not_compared_with(tmp_path, caplog):
+    put_sound(tmp_path / "a.wav", np.zeros(RATE, np.float32), RATE)
+    assert reference_sound("a", SoundRequest(prompt="x"), tmp_path, 1.0, RATE) is None
+    assert "a: not compared with its recorded sound: " in caplog.text
+
+
+def test_a_reference_folder_without_sounds_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"expected a folder with \.flac or \.wav"):
+        check_reference_dir(tmp_path)
+
+
+# --- figures and sheet ----------------------------------------------------------------------------------------------
+
+
+def clip_of(folder: Path, name: str, sounds: dict[int, np.ndarray], seeds: tuple[int, ...] = (1,)) -> Clip:
+    """Return a clip whose takes were made: ``sounds`` by setting, for every seed."""
+    takes = []
+    for setting, sound in sounds.items():
+        for seed in seeds:
+            path = folder / str(setting) / f"{name}_{seed}.flac"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            soundfile.write(path, sound, RATE, subtype="PCM_24")
+            takes.append(Take(setting, seed, SoundFiles(path, None), argparse.Namespace()))
+    return Clip(name, SoundRequest(prompt="a knock"), takes, made=list(takes))
+
+
+def test_figures_tell_the_settings_apart(tmp_path):
+    true, shifted = knocks([0.2, 0.5, 0.8]), knocks([0.35, 0.65, 0.95])
+    (tmp_path / "refs").mkdir()
+    put_sound(tmp_path / "refs" / "a.wav", true, RATE)
+    clips = [clip_of(tmp_path, "a", {0: shifted, 1: true}, seeds=(1, 2)), clip_of(tmp_path, "b", {0: shifted, 1: true})]
+    settings = [Setting("base", []), Setting("dog", [], [(Path("dog.pt"), 0.5)])]
+    paths = compare.write_comparison(tmp_path / "out", clips, settings, tmp_path / "refs")
+    assert [path.name for path in paths] == ["comparison.json", "comparison.png"]
+    content = json.loads(paths[0].read_text())
+    base, dog = (setting["mean"] for setting in content["settings"])
+    assert base["onset_f1"] == 0 and dog["onset_f1"] == 1
+    assert dog["log_spectral_distance_db"] < 0.5 < base["log_spectral_distance_db"]
+    assert content["settings"][1]["adapters"] == [["dog.pt", 0.5]]
+    assert [(s["clip"], s["seed"], s["setting"], s["has_reference"]) for s in content["sounds"]] == [
+        ("a", 1, "base", True), ("a", 1, "dog", True), ("a", 2, "base", True), ("a", 2, "dog", True),
+        ("b", 1, "base", False), ("b", 1, "dog", False),
+    ]
+    lines = figures_table(settings, [base, dog])
+    assert len({len(line) for line in lines}) == 1 and lines[2].startswith("dog") and "1.00" in lines[2]
+
+
+def test_means_leave_out_what_has_no_value():
+    assert mean_figures([{"a": 1.0, "b": None}, {"a": 3.0, "b": None}, {"a": None}]) == {"a": 2.0, "b": None}
+
+
+def test_a_sheet_has_a_row_per_clip_and_a_column_per_setting(tmp_path, monkeypatch):
+    """Many rows go on several sheets, so that each can be looked at; nothing is left out."""
+    monkeypatch.setattr(compare, "ROWS_PER_SHEET", 2)
+    clips = [clip_of(tmp_path, name, {0: tone(500), 1: tone(2000)}) for name in "abc"]
+    clips.append(Clip("failed", SoundRequest(prompt="x"), [], problem="broken"))
+    settings = [Setting("low", []), Setting("high", [])]
+    sheets = compare.write_comparison(tmp_path / "out", clips, settings, None)[1:]
+    assert [path.name for path in sheets] == ["comparison.png", "comparison_2.png"]
+    heights, widths = zip(*(read_png(path).shape[:2] for path in sheets), strict=True)
+    assert heights[0] - heights[1] == pytest.approx(compare.CELL_HEIGHT_IN * 100, abs=1) and widths[0] == widths[1]
+
+
+def test_a_spectrogram_shows_a_tone_at_its_place():
+    for hertz in (200.0, 1000.0, 4000.0):
+        image = compare._spectrogram(torch.from_numpy(tone(hertz)), RATE)
+        row = image.mean(axis=1).argmax() + 0.5
+        assert compare._hertz(row / compare.NUM_PIXELS * compare._mel(RATE / 2)) == pytest.approx(hertz, rel=0.05)
+        assert image.max() == pytest.approx(20 * np.log10(0.5), abs=1.5)
+
+
+def read_png(path: Path) -> np.ndarray:
+    from matplotlib.image import imread
+
+    return imread(path)
