@@ -13,11 +13,12 @@ from selva.models.vocoder import FILTER_SUFFIXES
 
 @pytest.fixture(autouse=True)
 def small_variant(monkeypatch):
-    """``small_16k`` with its published file names and the sizes of the tiny model."""
+    """``small_16k`` with its published file names, the sizes of the tiny model and a narrow vocoder."""
     tiny = zoo.get_variant("tiny_16k")
     variant = dataclasses.replace(
         tiny, name="small_16k", generator_file="generator_small_16k_sup_5.pth", packaged=False,
         t5=dataclasses.replace(tiny.t5, byte_tokens=False),
+        vocoder=dataclasses.replace(zoo.get_variant("small_16k").vocoder, initial_channels=128),
     )
     monkeypatch.setitem(zoo.VARIANTS, "small_16k", variant)
     return variant
