@@ -27,11 +27,8 @@ from selva.encoders import (
     ClipImage,
     ClipText,
     T5Text,
-    meta_clip,
-    meta_t5,
 )
 from selva.models.generator import Generator
-from selva.models.random_weights import random_state_dict
 from selva.models.synchformer import Synchformer
 from selva.models.textsynch import TextSynch
 from selva.models.vae import DATA_BUFFERS, VAE
@@ -60,7 +57,6 @@ READ_ERRORS = (
 
 VOCODER_KEY = "generator"  # the published vocoder files hold their tensors under this key
 CLIP_PREFIXES = {"clip_text": CLIP_TEXT_PREFIXES, "clip_image": (CLIP_IMAGE_PREFIX,)}
-PACKAGED_SEED = 0
 ASSETS = Path(__file__).parent / "assets"
 
 
@@ -328,17 +324,12 @@ def asset_name(variant: str, part: str) -> str:
 
 
 def _packaged_weights(variant: Variant, part: str) -> dict[str, Tensor]:
-    """Return the weights that the package brings, as ``scripts/train_tiny.py --export`` writes them.
+    """Return the weights that the package brings, float16, as ``scripts/train_tiny.py --export`` writes them.
 
-    A part that was not trained yet has fixed random values, the same on every machine.
+    Raises:
+        FileNotFoundError: the installation lacks them.
     """
     path = ASSETS / asset_name(variant.name, part)
-    if path.is_file():
-        return read_checkpoint(path)
-    if part.startswith("clip"):
-        template = meta_clip(variant.clip)
-    elif part == "t5":
-        template = meta_t5(variant.t5)
-    else:
-        template = _build(variant, part)
-    return random_state_dict(template, PACKAGED_SEED)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: the weights of {variant.name} are part of the package; install it again")
+    return read_checkpoint(path)

@@ -380,3 +380,9 @@ def test_importing_the_module_loads_no_encoder_library():
     code = "import sys, selva.weights; print([m for m in ('open_clip', 'transformers', 'av') if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_a_package_without_its_weights_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr(weights, "ASSETS", tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"tiny_16k_vae.safetensors: the weights of tiny_16k are part of the"):
+        weights.load_vae("tiny_16k")

@@ -270,7 +270,7 @@ def _published(family: str, size: str) -> Variant:
     )
 
 
-# About 6 million parameters in all. Lengths are those of small_16k, so a clip of 8 s has the same shapes in time.
+# About 5.5 million parameters in all. Lengths are those of small_16k, so a clip of 8 s has the same shapes in time.
 TINY_16K = Variant(
     name="tiny_16k",
     mode="16k",
