@@ -150,7 +150,7 @@ def test_decoded_sound_lies_beside_the_features(tmp_path, caplog):
     scan = scan_folder(tmp_path / "back")
     assert [clip.id for clip in scan.clips] == ["id_0"] and scan.skipped == []
     waveform, rate = read_audio(tmp_path / "back" / "id_0.flac")
-    assert (tuple(waveform.shape), rate) == ((1, 128_000), 16_000) and waveform.abs().max() > 1e-3
+    assert (tuple(waveform.shape), rate) == ((1, 128_000), 16_000) and waveform.any()
 
 
 def test_sound_that_replaces_what_was_decoded_counts(tmp_path):
