@@ -90,15 +90,15 @@ def test_the_same_seed_gives_the_same_bytes(generator, decoder):
 
 
 @pytest.mark.parametrize("solver", flow.SOLVERS)
-def test_a_batch_of_four_sounds_like_four_batches_of_one(generator, decoder, solver):
-    """Other prompts and features per item; only rounding may differ, which finding phases multiplies."""
+def test_a_batch_of_four_is_four_batches_of_one(generator, solver):
+    """Other prompts and features per item; only the rounding of batched matrix products may differ."""
     clip, sync, text = features(4)
     config = SamplingConfig(4, solver=solver)
-    together = decode_latents(sample_latents(generator, clip, sync, text, [7, 8, 9, 10], config), *decoder)
+    together = sample_latents(generator, clip, sync, text, [7, 8, 9, 10], config)
     for i, seed in enumerate([7, 8, 9, 10]):
         part = slice(i, i + 1)
         alone = sample_latents(generator, clip[part], sync[part], text[part], [seed], config)
-        assert decibels(decode_latents(alone, *decoder)[0] - together[i], together[i]) < -40
+        assert decibels(alone[0] - together[i], together[i]) < -80
     assert decibels(together[0] - together[1], together[0]) > -20  # and the items are not all the same
 
 
