@@ -29,7 +29,7 @@ from selva.models.zoo import Variant, get_variant
 from selva.report import StageTimes, clock, is_main_process
 from selva.sequence import DEFAULT_DURATION_SEC, sequence_config
 from selva.training_data import FRONT_END
-from selva.weights import check_weights
+from selva.weights import check_weights, encoders_identity
 from selva.worklist.jobs import ClipJob, collect_jobs
 
 log = logging.getLogger("selva.extract_features")
@@ -150,8 +150,8 @@ def work_list(args: argparse.Namespace) -> list[ClipJob]:
 def open_output(args: argparse.Namespace, variant: Variant, jobs: list[ClipJob]) -> FeatureFiles | MemmapRows:
     """Return what takes the features; the config of the run is written beside it."""
     if args.format == "memmap":
-        settings = {"extraction_version": EXTRACTION_VERSION, "encoders": variant.encoders, "mode": variant.mode,
-                    "precision": args.precision, "front_end": FRONT_END}
+        settings = {"extraction_version": EXTRACTION_VERSION, "encoders": encoders_identity(variant),
+                    "mode": variant.mode, "precision": args.precision, "front_end": FRONT_END}
         output = MemmapRows(args.output_dir, variant, jobs, settings)
     else:
         output = FeatureFiles(args.output_dir, variant)

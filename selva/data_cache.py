@@ -21,8 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selva.extraction.extractor import source_hash
-from selva.files import atomic_path, atomic_write_text
+from selva.files import atomic_path, atomic_write_text, source_hash
 
 log = logging.getLogger(__name__)
 

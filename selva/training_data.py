@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import selva
 from selva.data_cache import DataCache, Settings
 from selva.datasets import AUDIO_SUFFIXES, Clip, FolderScan, scan_folder
 from selva.features import load_features
@@ -38,7 +37,7 @@ from selva.sequence import (
     sequence_config,
 )
 from selva.training_set import Batch, BucketBatches, InMemorySet, Lengths, TrainingClip, TrainingSet, Visit, collate
-from selva.weights import find_weights, load_clip_text, load_vae
+from selva.weights import find_weights, load_clip_text, load_vae, packaged_identity
 
 log = logging.getLogger(__name__)
 
@@ -357,12 +356,11 @@ class FolderSet(TrainingSet):
         """Return what tells the weights of a part from other ones; looked up once per run."""
         if part not in self._weights:
             if self.variant.packaged:
-                paths = sorted((Path(selva.__file__).parent / "assets").glob("*"))
-                name = f"{self.variant.name} of selva {selva.__version__}"
+                self._weights[part] = [self.variant.name, packaged_identity(self.variant.name)]
             else:
-                paths, name = find_weights(self.variant, self.selva_dir, (part,))[part], "published"
-            stats = [(path.name, path.stat()) for path in paths]
-            self._weights[part] = [name, *([file, stat.st_size, stat.st_mtime_ns] for file, stat in stats)]
+                paths = find_weights(self.variant, self.selva_dir, (part,))[part]
+                stats = [(path.name, path.stat()) for path in paths]
+                self._weights[part] = ["published", *([file, stat.st_size, stat.st_mtime_ns] for file, stat in stats)]
         return self._weights[part]
 
 

@@ -10,6 +10,8 @@ Files are found in the layouts of ComfyUI (``models/selva`` with ``ext/``) and o
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import pickle
 import shlex
 import struct
@@ -28,6 +30,7 @@ from selva.encoders import (
     ClipText,
     T5Text,
 )
+from selva.files import source_hash
 from selva.models.generator import Generator
 from selva.models.synchformer import Synchformer
 from selva.models.textsynch import TextSynch
@@ -321,6 +324,23 @@ def _build(variant: Variant, part: str) -> nn.Module:
 def asset_name(variant: str, part: str) -> str:
     """Return the file name of one part of a packaged variant in the package's folder of assets."""
     return f"{variant}_{part}.safetensors"
+
+
+@functools.cache
+def packaged_identity(variant: str) -> str:
+    """Return 12 hexadecimal digits that change with any packaged weight of ``variant``."""
+    digest = hashlib.sha256()
+    for path in sorted(ASSETS.glob(asset_name(variant, "*"))):
+        digest.update(f"{path.name} {source_hash(path)}".encode())
+    return digest.hexdigest()[:12]
+
+
+def encoders_identity(variant: Variant) -> str:
+    """Return what decides the features that a variant's encoders make, for files that remember how they were made.
+
+    Published encoders never change; those of a packaged variant may, with the package.
+    """
+    return f"{variant.encoders} {packaged_identity(variant.name)}" if variant.packaged else variant.encoders
 
 
 def _packaged_weights(variant: Variant, part: str) -> dict[str, Tensor]:

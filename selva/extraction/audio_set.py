@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from selva.clips import Window, caption_of, read_captions, read_clips
-from selva.extraction.extractor import FeatureExtractor, source_hash
+from selva.extraction.extractor import FeatureExtractor
 from selva.extraction.run import SoundEncoder
+from selva.files import source_hash
 from selva.media import audio_blocks, prepare_audio
 from selva.media.sound import PEAK_LEVEL, SILENCE_LEVEL
 from selva.memmap.writer import MemmapWriter
@@ -31,6 +32,7 @@ from selva.models.zoo import Variant
 from selva.partition import collect_recordings
 from selva.sequence import SequenceConfig, sequence_config
 from selva.training_data import FRONT_END
+from selva.weights import encoders_identity
 from selva.worklist.table import listed
 
 log = logging.getLogger(__name__)
@@ -180,8 +182,8 @@ class AudioSetExtractor:
         """Return what decides the content of all rows alike."""
         return {
             "audio_set_version": AUDIO_SET_VERSION, "front_end": FRONT_END, "mode": self.variant.mode,
-            "encoders": self.variant.encoders, "precision": str(self.extractor.precision).removeprefix("torch."),
-            "normalize": self.normalize,
+            "encoders": encoders_identity(self.variant), "normalize": self.normalize,
+            "precision": str(self.extractor.precision).removeprefix("torch."),
         }
 
     def open_writer(self, folder: Path, jobs: Sequence[SoundJob]) -> MemmapWriter:

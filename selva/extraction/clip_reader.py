@@ -23,9 +23,10 @@ from typing import Any
 import numpy as np
 
 from selva.extraction.contact_sheet import write_contact_sheet
-from selva.extraction.extractor import clip_settings, source_hash
+from selva.extraction.extractor import clip_settings
 from selva.extraction.manifest import DONE, FAILED, SKIPPED
 from selva.features import load_features
+from selva.files import source_hash
 from selva.media import (
     SELVA_FILL_SEC,
     MaskSettings,
@@ -42,6 +43,7 @@ from selva.models.zoo import get_variant
 from selva.report import StageTimes, peak_memory_bytes, setup_logging
 from selva.sequence import DEFAULT_DURATION_SEC, sequence_config
 from selva.training_data import FRONT_END, MAX_AUDIO_SHORTFALL_SEC
+from selva.weights import encoders_identity
 from selva.worklist.jobs import ClipJob
 
 log = logging.getLogger(__name__)
@@ -182,7 +184,7 @@ class ClipReader:
             described = {"sha256": _file_hash(mask.path), "strength": mask.strength, "clip": mask.clip,
                          "sync": mask.sync}
         settings = clip_settings(
-            job.path, _file_hash(job.path), job.prompt, job.start_sec, job.duration_sec, variant.encoders,
+            job.path, _file_hash(job.path), job.prompt, job.start_sec, job.duration_sec, encoders_identity(variant),
             options.precision, described,
         )
         if options.latents:

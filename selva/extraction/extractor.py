@@ -14,7 +14,6 @@ which other clips went with it.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -43,19 +42,6 @@ CACHED_TEXTS = 256
 EXTRACTION_VERSION = 1
 
 
-def source_hash(path: Path) -> str:
-    """Return the SHA-256 of a file's whole content, as 64 hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
-
-
-def _digest(file: Any) -> str:  # Python 3.10
-    digest = hashlib.sha256()
-    while chunk := file.read(1 << 20):
-        digest.update(chunk)
-    return digest.hexdigest()
-
-
 def clip_settings(
     path: Path,
     sha256: str,
@@ -69,7 +55,7 @@ def clip_settings(
     """Return everything that decides the features of a clip; equal settings mean that they need not be redone.
 
     Args:
-        sha256: of the video's content. encoders: :attr:`Variant.encoders`. precision: "float32" ...
+        sha256: of the video's content. encoders: :func:`selva.weights.encoders_identity`. precision: "float32" ...
         mask: what says which mask it was, and how it was used; None without one.
     """
     settings = {

@@ -18,12 +18,11 @@ from typing import Any
 from selva import __version__
 from selva.adapter import Adapter
 from selva.cli import settings_text
-from selva.extraction.extractor import source_hash
 from selva.features import FeatureBundle
-from selva.files import atomic_write_text
+from selva.files import atomic_write_text, source_hash
 from selva.inference.engine import SoundGenerator
 from selva.inference.sound import AUDIO_SUFFIXES, VIDEO_SUFFIXES, Sound, SoundRequest
-from selva.weights import find_weights
+from selva.weights import find_weights, packaged_identity
 
 SETTINGS_SUFFIX = ".yaml"
 FINGERPRINT_LINE = "# fingerprint: "
@@ -141,7 +140,9 @@ def adapter_hash(adapter: Adapter) -> str:
     return digest.hexdigest()
 
 
-def _weight_sizes(generator: SoundGenerator) -> list[list[Any]]:
+def _weight_sizes(generator: SoundGenerator) -> list[list[Any]] | str:
+    if generator.variant.packaged:
+        return packaged_identity(generator.variant.name)
     found = find_weights(generator.variant, generator.selva_dir, ("generator", "vae", "vocoder"))
     return [[path.name, path.stat().st_size] for files in found.values() for path in files]
 

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from selva.datasets import PROMPTS_FILE, choose_prompt, read_prompts, scan_folder
-from selva.extraction.extractor import FeatureExtractor, source_hash
+from selva.extraction.extractor import FeatureExtractor
 from selva.extraction.run import SoundEncoder
 from selva.features import FeatureBundle, load_features, save_features
+from selva.files import source_hash
 from selva.media import write_audio
 from selva.memmap.reader import MemmapSet
 from selva.memmap.writer import MemmapWriter

@@ -7,8 +7,9 @@ import torch
 
 from selva.datasets import scan_folder
 from selva.extraction import extractor
-from selva.extraction.extractor import FeatureExtractor, FramePasses, TextCache, clip_settings, source_hash
+from selva.extraction.extractor import FeatureExtractor, FramePasses, TextCache, clip_settings
 from selva.features import FeatureBundle, save_features
+from selva.files import source_hash
 from selva.models.zoo import get_variant
 from selva.sequence import sequence_config
 from selva.training_data import plan_windows
