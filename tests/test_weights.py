@@ -390,11 +390,11 @@ def test_a_package_without_its_weights_says_so(monkeypatch, tmp_path):
 
 def test_features_are_known_by_the_packaged_weights_that_made_them(tmp_path, monkeypatch):
     monkeypatch.setattr(weights, "ASSETS", tmp_path)
-    tiny, seen = get_variant("tiny_16k"), []
+    tiny, seen = zoo.get_variant("tiny_16k"), []
     for content in (b"1", b"2", b"1"):
         (tmp_path / weights.asset_name("tiny_16k", "vae")).write_bytes(content)
         weights.packaged_identity.cache_clear()
         seen.append(weights.encoders_identity(tiny))
     weights.packaged_identity.cache_clear()
     assert seen[0] == seen[2] != seen[1] and all(name.startswith("tiny_16k ") for name in seen)
-    assert weights.encoders_identity(get_variant("small_44k")) == "selva"
+    assert weights.encoders_identity(zoo.get_variant("small_44k")) == "selva"
