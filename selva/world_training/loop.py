@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -52,16 +53,16 @@ class LoopConfig:
     val_every: int = 1000
 
 
-class Task:
+class Task(ABC):
     """What a stage learns. ``network`` holds everything that is trained, temporary heads included."""
 
     network: nn.Module
 
+    @abstractmethod
     def loss(self, rng: np.random.Generator, batch_size: int) -> tuple[Tensor, dict[str, float | Tensor]]:
         """Return the loss of one random batch, and numbers worth logging."""
-        raise NotImplementedError
 
-    def after_update_(self) -> None:
+    def after_update_(self) -> None:  # noqa: B027 -- most stages have nothing to do there
         """Called after every optimiser step."""
 
     def validate(self) -> dict[str, float]:
