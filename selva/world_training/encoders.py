@@ -26,7 +26,7 @@ from selva.models.zoo import Variant, build_video_encoder
 from selva.sequence import SYNC_FPS, SYNC_SEGMENT_FRAMES, SYNC_SEGMENT_STEP, num_sync_segments
 from selva.world import CLASSES, Scene, Thing
 from selva.world_training.loop import Task
-from selva.world_training.prompts import made_up_word, prompt_for, sentence, vary
+from selva.world_training.prompts import made_up_word, prompts_for, sentence, vary
 from selva.world_training.scenes import ScenePool, onset_map
 
 OFFSET_SEC = 0.04  # a token answers for its own time and for some steps before and after
@@ -91,13 +91,22 @@ class SyncNetwork(nn.Module):
             return self.encoder.encode(pixels_to_input(frames), *self.text(texts), segment_batch=SEGMENTS_AT_ONCE)
 
     def forward(self, segments: Tensor, texts: list[str]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return features (B, slots, dim), and what is read off patch tokens before and after the text (B, slots,
-        patches, ·), of uint8 segments (B, 16, 3, H, W)."""
+        """Return what a segment holds for each of its texts.
+
+        Args:
+            segments: (B, 16, 3, H, W) uint8.
+            texts: equally many for every segment, those of the first one first: n B.
+
+        Returns:
+            Features (n B, slots, dim), what is read off patch tokens before the text (B, slots, patches, ·), and after
+            it (n B, slots, patches, ·).
+        """
         encoder, trunk = self.encoder, self.encoder.vfeat_extractor
         with small_attention(segments.device):
             text, mask = encoder.prepend_supplementary(*self.text(texts))
             text = encoder.text_proj(text)
-            before = after = trunk.patch_tokens(pixels_to_input(segments))
+            before = trunk.patch_tokens(pixels_to_input(segments))
+            after = before.repeat_interleave(len(texts) // len(segments), dim=0)
             for block in encoder.synch_text_cross_blocks:
                 after = block(after, text, mask)
             features = trunk.aggregate(after)
@@ -111,7 +120,7 @@ class SyncNetwork(nn.Module):
 
 def pixels_to_input(frames: Tensor) -> Tensor:
     """Return uint8 frames as the video encoder takes them, float32 in [-1, 1]."""
-    return (frames.float() / 255 - 0.5) / 0.5
+    return frames.float().div_(127.5).sub_(1)
 
 
 def small_attention(device: torch.device) -> AbstractContextManager[None]:
@@ -149,7 +158,11 @@ def start_from_components_(encoder: TextSynch, pool: ScenePool, samples: int = 4
 
 
 class SyncTask(Task):
-    """Answer for random segments of 16 pictures of random scenes."""
+    """Answer for random segments of 16 pictures of random scenes, each with two prompts.
+
+    Most of the work is looking, before any text is read, so a second prompt costs little; where there are two things it
+    names the other one, so that the same pictures ask for opposite answers.
+    """
 
     def __init__(self, network: SyncNetwork, pool: ScenePool, held_out: ScenePool) -> None:
         self.network, self.pool, self.held_out = network, pool, held_out
@@ -158,10 +171,14 @@ class SyncTask(Task):
     def loss(self, rng: np.random.Generator, batch_size: int) -> tuple[Tensor, dict[str, float | Tensor]]:
         drawn = [self._draw(rng) for _ in range(batch_size)]
         device = self.network.place_head.weight.device
-        frames, texts = np.stack([x["frames"] for x in drawn]), [x["text"] for x in drawn]
+        frames, texts = np.stack([x["frames"] for x in drawn]), [text for x in drawn for text in x["texts"]]
         wanted = {
-            name: torch.from_numpy(np.stack([x[name] for x in drawn])).to(device)
-            for name in ("features", "place_map", "place_class", "place_named", "place_named_map")
+            name: torch.from_numpy(join([x[name] for x in drawn])).to(device)
+            for join, names in (
+                (np.stack, ("place_map", "place_class")),
+                (np.concatenate, ("features", "place_named", "place_named_map")),
+            )
+            for name in names
         }
         features, places, named = self.network(torch.from_numpy(frames).permute(0, 1, 4, 2, 3).to(device), texts)
         feature = F.mse_loss(features, wanted["features"])
@@ -175,26 +192,29 @@ class SyncTask(Task):
         return total, {name: value.detach() for name, value in parts.items()}
 
     def _draw(self, rng: np.random.Generator) -> dict:
-        """Return a segment, a prompt and the right answers."""
+        """Return a segment, two prompts and the right answers; those that depend on the prompt begin with (2, …)."""
         index = int(rng.integers(len(self.pool.scenes)))
         scene = self.pool.scenes[index]
         first = int(rng.integers(self.pool.frames.shape[1] - SYNC_SEGMENT_FRAMES + 1))
-        text, asked = prompt_for(scene, rng)
+        prompts = prompts_for(scene, rng)
         view = View.random(rng)
         start = first / SYNC_FPS
         slots, patches = SYNC_SEGMENT_FRAMES // 2, self.grid**2
         place_map = np.zeros((slots, patches, MAP_WIDTH), np.float32)
-        named_map, place_named = np.zeros_like(place_map), np.zeros((slots, patches), np.float32)
+        named_map = np.zeros((len(prompts), *place_map.shape), np.float32)
+        place_named = np.zeros(named_map.shape[:-1], np.float32)
         place_class = np.full((slots, patches), len(CLASSES))
         for i, thing in enumerate(scene.objects):
             here = view.covered(thing, self.grid, self.pool.config.size)
             place_map[:, here] = segment_map(scene, [i], start)[:, None]
             place_class[:, here] = CLASS_NAMES.index(thing.name)
-            if i in asked:
-                place_named[:, here], named_map[:, here] = 1, place_map[:, here]
+            for row, (_, asked) in enumerate(prompts):
+                if i in asked:
+                    place_named[row, :, here], named_map[row][:, here] = 1, place_map[:, here]
         return {
-            "frames": view.apply(self.pool.frames[index, first : first + SYNC_SEGMENT_FRAMES]), "text": text,
-            "features": ideal_segment(scene, asked, start),
+            "frames": view.apply(self.pool.frames[index, first : first + SYNC_SEGMENT_FRAMES]),
+            "texts": [text for text, _ in prompts],
+            "features": np.stack([ideal_segment(scene, asked, start) for _, asked in prompts]),
             "place_map": place_map, "place_class": place_class, "place_named": place_named,
             "place_named_map": named_map,
         }

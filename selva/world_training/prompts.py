@@ -47,13 +47,23 @@ def vary(rng: np.random.Generator, prompt: str) -> str:
     return prompt
 
 
-def prompt_for(scene: Scene, rng: np.random.Generator) -> tuple[str, list[int]]:
-    """Return a prompt and the objects whose sound it asks for."""
+def prompts_for(scene: Scene, rng: np.random.Generator) -> list[tuple[str, list[int]]]:
+    """Return two prompts, each with the objects whose sound it asks for; of two objects, mostly one each."""
+    first = _prompt_for(scene, rng)
+    if len(scene.objects) == 2 and len(first[1]) == 1:
+        return [first, _naming(scene, rng, 1 - first[1][0])]
+    return [first, _prompt_for(scene, rng)]
+
+
+def _prompt_for(scene: Scene, rng: np.random.Generator) -> tuple[str, list[int]]:
     everything = list(range(len(scene.objects)))
     draw = rng.random()
     if draw < 0.08:
         return str(rng.choice(ANYTHING)), everything
     if draw < 0.3 and len(everything) == 1:
         return sentence(rng, made_up_word(rng)), everything  # what nobody knows, but there is only one thing to hear
-    index = int(rng.integers(len(everything)))
+    return _naming(scene, rng, int(rng.integers(len(everything))))
+
+
+def _naming(scene: Scene, rng: np.random.Generator, index: int) -> tuple[str, list[int]]:
     return vary(rng, scene.prompt(rng, index)), [index]

@@ -69,7 +69,7 @@ class Recipe:
     broad_sounds: int = 2000
     codec_sec: float = 4.0
     clip_scenes: int = 1000
-    sync_scenes: int = 1000
+    sync_scenes: int = 2000
     sync_sec: float = 4.0
     generator_scenes: int = 1500
     finetune_scenes: int = 500
@@ -79,9 +79,11 @@ class Recipe:
         "vae": LoopConfig(steps=6000, lr=2e-3, batch_size=16, decay_fraction=0.4, val_every=500),
         "vocoder": LoopConfig(steps=1000, lr=2e-3, batch_size=4, val_every=500),
         "clip": LoopConfig(steps=1500, lr=1e-3, batch_size=24, val_every=500),
-        "sync": LoopConfig(steps=8000, lr=1e-3, batch_size=16, val_every=1000, precision="bf16"),
+        "sync": LoopConfig(
+            steps=14_000, lr=1.5e-3, batch_size=16, decay_fraction=0.4, val_every=1000, precision="bf16"
+        ),
         "generator": LoopConfig(
-            steps=20_000, lr=1e-3, batch_size=4, val_every=1000, ema_decay=0.999, precision="bf16"
+            steps=10_000, lr=1e-3, batch_size=4, val_every=1000, ema_decay=0.999, precision="bf16"
         ),
         "finetune": LoopConfig(
             steps=3000, lr=3e-4, batch_size=4, val_every=500, ema_decay=0.998, precision="bf16"

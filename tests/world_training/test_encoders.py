@@ -14,7 +14,7 @@ from selva.world_training.encoders import (
     read_events,
     start_from_components_,
 )
-from selva.world_training.prompts import made_up_word, prompt_for, sentence
+from selva.world_training.prompts import made_up_word, prompts_for, sentence
 from selva.world_training.scenes import PoolConfig, ScenePool
 
 SIZE = TINY_16K.sync_image_size
@@ -94,7 +94,10 @@ def test_one_batch_can_be_learned(pool):
 
 def test_prompts_ask_for_what_they_name():
     scene, rng = make_scene(11, num_objects=2), np.random.default_rng(0)
-    for prompt, asked in (prompt_for(scene, rng) for _ in range(60)):
+    pairs = [prompts_for(scene, rng) for _ in range(40)]
+    assert all(len(first) + len(second) != 2 or first != second for (_, first), (_, second) in pairs)
+    assert sum(sorted(first + second) == [0, 1] for (_, first), (_, second) in pairs) > 30
+    for prompt, asked in (prompt for pair in pairs for prompt in pair):
         named = [i for i, thing in enumerate(scene.objects) if any(
             wording.format(colour=thing.colour).lower() in prompt.lower() for wording in thing.kind.prompts
         )]
