@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from selva.models import fast_conv
+
 RMS_EPS = 1.1920929e-07  # float32 machine epsilon: what the reference uses for every input dtype
 ROPE_THETA = 10_000.0
 
@@ -89,6 +91,8 @@ class ConvMLP(nn.Module):
         self.w3 = nn.Conv1d(dim, hidden_dim, kernel_size, padding=pad, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if fast_conv.pays(x, self.w1, self.w2, self.w3):
+            return fast_conv.gated_mlp(x.mT, self.w1, self.w2, self.w3).mT
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
@@ -247,7 +251,9 @@ class Stream(nn.Module):
         return x + self._along_tokens(self.ffn, modulate(self.norm2(x), shift, scale)) * gate_ffn
 
     def _along_tokens(self, layer: nn.Module, x: Tensor) -> Tensor:
-        return layer(x.mT).mT if self.convolves else layer(x)
+        if not self.convolves:
+            return layer(x)
+        return fast_conv.conv(x, layer) if fast_conv.pays(x, layer) else layer(x.mT).mT
 
 
 class JointBlock(nn.Module):
