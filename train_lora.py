@@ -32,6 +32,7 @@ from selva.lora import LoRAConfig, inject_lora
 from selva.lora_config import PRESETS, parse_targets
 from selva.models.generator import cast_frozen_
 from selva.models.zoo import Variant, get_variant
+from selva.preservation import num_preserved, with_preserved
 from selva.preview import Preview
 from selva.report import MetricsFile, clock, peak_memory_bytes
 from selva.run_folder import RunFolder, check_disk_space
@@ -47,7 +48,7 @@ from selva.training import (
 )
 from selva.training_data import FolderSet, load_training_set
 from selva.training_set import TrainingSet
-from selva.weights import check_weights, load_generator
+from selva.weights import check_weights, load_clip_text, load_generator
 
 log = logging.getLogger("selva.train_lora")
 
@@ -123,6 +124,12 @@ def build_parser() -> cli.ArgumentParser:
     group.add_argument("--tensorboard", action="store_true", help="write the curves for TensorBoard too")
     group.add_argument("--preview", action=cli.BooleanFlag, default=True, help="generate a sample at every checkpoint")
 
+    group = parser.add_argument_group("keeping what the model knows")
+    group.add_argument("--preserve", nargs="+", default=[], metavar="PROMPT",
+                       help="sounds that shall stay as they are; the model also trains on what it makes of these "
+                       "prompts now. Without them, a new sound may take over others at full strength")
+    group.add_argument("--preserve_share", type=float, default=0.5, help="share of the training that goes into that")
+
     group = parser.add_argument_group("memory")
     group.add_argument("--grad_checkpointing", action="store_true",
                        help="recompute blocks in the backward pass: less memory for more time")
@@ -161,6 +168,10 @@ def configs_from(args: argparse.Namespace) -> tuple[TrainConfig, LoRAConfig]:
         problems.append(str(error))
     if not 0 <= args.val_fraction < 1:
         problems.append(f"val_fraction is {args.val_fraction}, expected 0 to below 1")
+    try:
+        num_preserved(1, args.preserve_share)
+    except ValueError as error:
+        problems.append(str(error))
     if args.keep_last < 0:
         problems.append(f"keep_last is {args.keep_last}, expected at least 0")
     folders = {"--data_dir": args.data_dir, "--val_dir": args.val_dir}
@@ -186,6 +197,8 @@ def adapter_meta(variant: Variant, args: argparse.Namespace, config: TrainConfig
         "train_config": {**dataclasses.asdict(config), "betas": list(config.betas)},
         "normalize_audio": args.normalize_audio,
         "precision": args.precision,
+        "preserve": list(args.preserve),
+        "preserve_share": args.preserve_share,
     }
 
 
@@ -222,7 +235,8 @@ def check_resumable(
     check_same_settings(saved, lora_config)
     before = saved.meta.get("train_config", {})
     pairs = {name: (before[name], getattr(config, name)) for name in FIXED_SETTINGS if name in before}
-    for name, now in (("variant", args.variant), ("normalize_audio", args.normalize_audio)):
+    for name, now in (("variant", args.variant), ("normalize_audio", args.normalize_audio),
+                      ("preserve", list(args.preserve)), ("preserve_share", args.preserve_share)):
         pairs[name] = (saved.meta.get(name, now), now)
     different = [f"{name} was {was!r} and is {now!r} now" for name, (was, now) in pairs.items() if was != now]
     if different:
@@ -338,6 +352,15 @@ def build_run(
     report = inject_lora(generator, lora_config, torch.Generator().manual_seed(args.seed))
     generator.to(device)
     generator.gradient_checkpointing = args.grad_checkpointing
+    if args.preserve:
+        text_features = load_clip_text(variant.name, args.selva_dir, device).encode(args.preserve)
+        clips = (
+            with_preserved(
+                generator, clips[0], args.preserve, text_features, args.preserve_share, seed=args.seed,
+                precision=precision, use_clip_features=config.clip_features == "use",
+            ),
+            clips[1],
+        )
     total = sum(p.numel() for p in generator.parameters())
     log.info("%s: %s of %s in all", variant.name, report.summary(), f"{total:,}")
     for line in report.notice:

@@ -170,6 +170,33 @@ class InMemorySet(TrainingSet):
         return self.clips[index]
 
 
+class Joined(TrainingSet):
+    """Two sets one after the other."""
+
+    def __init__(self, first: TrainingSet, second: TrainingSet) -> None:
+        self.first, self.second = first, second
+
+    @property
+    def ids(self) -> list[str]:
+        return [*self.first.ids, *self.second.ids]
+
+    def lengths(self, index: int) -> Lengths:
+        owner, own = self._find(index)
+        return owner.lengths(own)
+
+    def num_windows(self, index: int) -> int:
+        owner, own = self._find(index)
+        return owner.num_windows(own)
+
+    def clip(self, index: int, window: int = 0) -> TrainingClip:
+        owner, own = self._find(index)
+        return owner.clip(own, window)
+
+    def _find(self, index: int) -> tuple[TrainingSet, int]:
+        count = len(self.first)
+        return (self.first, index) if index < count else (self.second, index - count)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # order
 # ---------------------------------------------------------------------------------------------------------------

@@ -83,7 +83,7 @@ class Recipe:
             steps=14_000, lr=1.5e-3, batch_size=16, decay_fraction=0.4, val_every=1000, precision="bf16"
         ),
         "generator": LoopConfig(
-            steps=10_000, lr=1e-3, batch_size=4, val_every=1000, ema_decay=0.999, precision="bf16"
+            steps=7000, lr=1e-3, batch_size=4, val_every=1000, ema_decay=0.999, precision="bf16"
         ),
         "finetune": LoopConfig(
             steps=3000, lr=3e-4, batch_size=4, val_every=500, ema_decay=0.998, precision="bf16"

@@ -165,6 +165,21 @@ def test_resume_gives_the_same_bits_and_keeps_the_finished_adapter(feature_dir, 
     assert [r["step"] for r in rows if "loss" in r] == [1, 2, 3, 4]
 
 
+def test_sounds_to_preserve_are_trained_on_and_resumed_exactly(feature_dir, tmp_path, capsys):
+    plain, whole, parts = (tmp_path / name for name in ("plain", "whole", "parts"))
+    preserve = ("--no_preview", "--preserve", "rain", "a bell", "--preserve_share", "0.4")
+    assert train(feature_dir, plain, "--no_preview") == 0
+    assert train(feature_dir, whole, *preserve) == 0
+    assert train(feature_dir, parts, *preserve, "--steps", "2") == 0
+    assert train(feature_dir, parts, *preserve, "--resume", "auto") == 0
+    assert same(tensors(whole / "adapter_final.pt"), tensors(parts / "adapter_final_001.pt"))
+    assert not same(tensors(whole / "adapter_final.pt"), tensors(plain / "adapter_final.pt"))
+    meta = json.loads((whole / "meta.json").read_text())
+    assert meta["preserve"] == ["rain", "a bell"] and meta["preserve_share"] == 0.4 and meta["num_clips"] == 5
+    assert train(feature_dir, parts, "--no_preview", "--resume", "auto", "--steps", "9") == 1
+    assert "preserve was ['rain', 'a bell'] and is [] now" in capsys.readouterr().err
+
+
 def test_a_fresh_start_moves_the_old_run_aside(feature_dir, tmp_path, capsys):
     out = tmp_path / "run"
     assert train(feature_dir, out, "--no_preview") == 0
@@ -376,6 +391,7 @@ def test_an_empty_folder(feature_dir, tmp_path, capsys):
         (["--target", "attn.qvk"], 1, "attn.qvk"),
         (["--device", "cuda:7"], 2, "--device cuda:7"),
         (["--val_fraction", "1"], 2, "val_fraction is 1.0"),
+        (["--preserve", "rain", "--preserve_share", "1"], 2, "preserve_share is 1.0"),
     ],
 )
 def test_mistakes_are_one_line(feature_dir, tmp_path, capsys, arguments, code, message):

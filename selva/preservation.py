@@ -1,0 +1,98 @@
+"""Keeping what a model knows while it learns something new: its own sounds among the training clips.
+
+A few dozen clips of one sound teach a model that everything sounds like that. Beside them it is therefore trained on
+what it makes itself, before any training, for prompts of sounds that shall stay (as DreamBooth keeps a class,
+arXiv:2208.12242). They are sampled without guidance: on a model's own samples the flow matching loss has its minimum
+where nothing changes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from selva.models.generator import Generator
+from selva.report import Progress
+from selva.sampling import SamplingConfig, sample_latents
+from selva.training_set import InMemorySet, Joined, TrainingClip, TrainingSet
+
+log = logging.getLogger(__name__)
+
+UNGUIDED = SamplingConfig(cfg_strength=0.0)
+MOST_SOUNDS = 200  # kept in memory, about 1 MB each; a larger share of a large set meets each of them more than once
+
+
+def num_preserved(num_clips: int, share: float) -> int:
+    """Return how many sounds of its own the model is trained on beside ``num_clips`` clips, so that they make ``share``
+    of all, at least one.
+
+    Raises:
+        ValueError: ``share`` is not between 0 and 1.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"preserve_share is {share}, expected more than 0 and less than 1")
+    return max(1, round(num_clips * share / (1 - share)))
+
+
+def with_preserved(
+    generator: Generator,
+    clips: TrainingSet,
+    prompts: Sequence[str],
+    text_features: Tensor,
+    share: float,
+    *,
+    seed: int,
+    precision: torch.dtype,
+    use_clip_features: bool = True,
+) -> TrainingSet:
+    """Return the clips, and sounds that the generator makes for ``prompts`` as ``share`` of all.
+
+    Each borrows the pictures of one of the clips: clip i those of clip i, with the prompts in turn, so that pictures
+    decide when, and only the words what. Depends on nothing but the arguments.
+
+    Args:
+        generator: the base model, on its device; its adapter, if there is one, must not have learned anything.
+        text_features: (prompts, 77, text_dim).
+        seed: of the noise. precision: autocast dtype of the network.
+        use_clip_features: whether CLIP features of pictures are passed on, as in the training to come.
+
+    Raises:
+        ValueError: ``share`` is not between 0 and 1.
+    """
+    wanted = num_preserved(len(clips), share)
+    made = []
+    was_training = generator.training
+    generator.eval()
+    with Progress(min(wanted, MOST_SOUNDS), "sounds to preserve", "sounds") as progress:
+        for number in range(min(wanted, MOST_SOUNDS)):
+            clip, which = clips.clip(number % len(clips)), number % len(prompts)
+            made.append(_as_made(generator, clip, prompts[which], text_features[which], seed + number, precision,
+                                 use_clip_features))
+            progress.update(number + 1)
+    generator.train(was_training)
+    preserved = InMemorySet(made)
+    return Joined(clips, preserved.subset(i % len(preserved) for i in range(wanted)))
+
+
+def _as_made(
+    generator: Generator, clip: TrainingClip, prompt: str, text_f: Tensor, seed: int, precision: torch.dtype,
+    use_clip_features: bool,
+) -> TrainingClip:
+    """Return a clip of the same pictures with another prompt, and with what the generator makes of both."""
+    device = generator.latent_mean.device
+    generator.set_sequence(*clip.lengths)
+    empty_clip, empty_sync, _ = generator.empty_features(1)
+    latents = sample_latents(
+        generator,
+        clip.clip_f[None].to(device) if clip.has_video and use_clip_features else empty_clip,
+        clip.sync_f[None].to(device) if clip.has_video else empty_sync,
+        text_f[None].to(device), [seed], UNGUIDED, precision=precision,
+    )[0].cpu()
+    return TrainingClip(
+        id=f"{clip.id}, preserved with {prompt!r}", prompt=prompt, audio_path=None, sequence=clip.sequence,
+        mean=latents, std=torch.zeros_like(latents), clip_f=clip.clip_f, sync_f=clip.sync_f,
+        text_f=text_f.float().cpu(), has_video=clip.has_video,
+    )
