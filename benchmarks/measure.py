@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 MEMORY_POLL_SEC = 0.002
+ROW_SEC = 45.0  # a row of the table is not repeated beyond this, but always LEAST_REPEATS times
+LEAST_REPEATS = 3
 CEILING_SIZE = {"cpu": 2048, "cuda": 8192, "mps": 4096}  # rows and columns of the matrices whose product is timed
 
 
@@ -31,6 +34,7 @@ class Result:
         plain_mib, ours_mib: how far memory rose above its level before the call.
         error: relative difference of the two results. tolerance: what it may be.
         tflops: arithmetic of our way, and share: the part of the machine's measured rate that it reaches.
+        amount, unit: of what the stage works on, where there are rows of several sizes: 4 clips, 8 s of sound.
     """
 
     stage: str
@@ -45,6 +49,8 @@ class Result:
     tflops: float | None = None
     share: float | None = None
     note: str = ""
+    amount: float | None = None
+    unit: str = ""
 
     def row(self) -> dict[str, Any]:
         return asdict(self)
@@ -54,7 +60,7 @@ class Bench:
     """Times calls on one device.
 
     Args:
-        repeats: of each way, interleaved; the median counts.
+        repeats: of each way, interleaved, fewer where a call takes long; the median counts.
         ceilings: dtype -> matrix-multiply rate in TFLOP/s.
     """
 
@@ -80,22 +86,33 @@ class Bench:
         plain: Callable[[], Any],
         ours: Callable[[], Any],
         *,
+        tolerance: float,
         error: float | None = None,
-        tolerance: float | None = None,
         dtype: torch.dtype | None = None,
-        memory: bool = False,
         note: str = "",
+        amount: float | None = None,
+        unit: str = "",
     ) -> Result:
-        """Time both ways in turn, after one warm-up each; with ``memory`` measure the rise of memory apart."""
-        flops = count_flops(ours)
-        plain()
-        pairs = [(self.seconds(plain), self.seconds(ours)) for _ in range(self.repeats)]
+        """Time both ways in turn, after one warm-up each; measure the rise of memory apart.
+
+        Args:
+            error: how far the two ways differ; None to compare the tensors that they return.
+            dtype: of the arithmetic, where it is not that of the whole run.
+        """
+        flops, found = count_flops(ours)
+        expected = plain()
+        if error is None:
+            error = relative_error(found, expected)
+        del found, expected
+        pairs: list[tuple[float, float]] = []
+        while len(pairs) < self.repeats and (len(pairs) < LEAST_REPEATS or sum(map(sum, pairs)) < ROW_SEC):
+            pairs.append((self.seconds(plain), self.seconds(ours)))
         plain_sec, ours_sec = (statistics.median(times) for times in zip(*pairs, strict=True))
         tflops = flops / ours_sec / 1e12
         return Result(
-            stage, size, plain_sec, ours_sec, ours_sec / plain_sec,
-            self.memory_rise(plain) if memory else None, self.memory_rise(ours) if memory else None,
-            error, tolerance, tflops, tflops / self.ceilings[dtype or self.dtype], note,
+            stage, size, plain_sec, ours_sec, ours_sec / plain_sec, self.memory_rise(plain), self.memory_rise(ours),
+            error, tolerance, tflops, tflops / self.ceilings[dtype or self.dtype] if flops else None, note, amount,
+            unit,
         )
 
     def memory_rise(self, call: Callable[[], Any]) -> float:
@@ -127,11 +144,11 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / best / 1e12
 
 
-def count_flops(call: Callable[[], Any]) -> int:
-    """Return the floating-point operations of matrix products, convolutions and attention in a call."""
+def count_flops(call: Callable[[], Any]) -> tuple[int, Any]:
+    """Return the operations of the matrix products, convolutions and attention in a call, and what it returned."""
     with FlopCounterMode(display=False) as counter:
-        call()
-    return counter.get_total_flops()
+        result = call()
+    return counter.get_total_flops(), result
 
 
 def resident_rise(call: Callable[[], Any]) -> float:
@@ -174,13 +191,35 @@ def markdown(results: list[Result]) -> str:
     header = ("stage", "size", "plain", "ours", "ratio", "memory plain / ours", "difference", "of the ceiling", "")
     lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     for r in results:
-        memory = f"{r.plain_mib:.0f} / {r.ours_mib:.0f} MiB" if r.plain_mib is not None else ""
+        memory = "" if r.ours_mib is None else f"{r.ours_mib:.0f} MiB"
+        memory = memory if r.plain_mib is None else f"{r.plain_mib:.0f} / {memory}"
         cells = (
             r.stage, r.size, clock(r.plain_sec), clock(r.ours_sec), f"**{r.ratio:.2f}**" if r.ratio else "", memory,
             f"{r.error:.1e}" if r.error is not None else "", f"{r.share:.0%}" if r.share is not None else "", r.note,
         )
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def growth_table(results: list[Result]) -> str:
+    """Return a table of how time and memory grow between the smallest and the largest amount of a stage."""
+    lines = ["| stage | from, to | work | time plain | time ours | memory plain | memory ours |", "|---" * 7 + "|"]
+    sized = [r for r in results if r.amount is not None]
+    for (stage, unit), group in groupby(sorted(sized, key=_family), key=_family):
+        rows = sorted(group, key=lambda r: r.amount)
+        first, last = rows[0], rows[-1]
+        if first.amount == last.amount:
+            continue
+        pairs = ((first.plain_sec, last.plain_sec), (first.ours_sec, last.ours_sec),
+                 (first.plain_mib, last.plain_mib), (first.ours_mib, last.ours_mib))
+        factors = [f"× {b / a:.2f}" if a and b else "" for a, b in pairs]
+        sizes = f"{first.amount:g}, {last.amount:g} {unit}"
+        lines.append("| " + " | ".join((stage, sizes, f"× {last.amount / first.amount:g}", *factors)) + " |")
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def _family(result: Result) -> tuple[str, str]:
+    return result.stage, result.unit
 
 
 def clock(seconds: float | None) -> str:

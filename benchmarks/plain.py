@@ -3,28 +3,34 @@
 After the description of the published trainer (docs/fidelity.md): the whole model and the adapter in one dtype,
 conditions projected at every step, a host synchronisation per step, two passes for guidance, the adapter not merged,
 attention written out with einsum in the video encoder, convolutions along the tokens between transposes, activations of
-the vocoder in three separate passes.
+the vocoder in three separate passes. At every start all weights are read into memory, CLIP as a whole, and every prompt
+and every sound is encoded again. A video is decoded as a whole before its frames are chosen.
 
 Functions of our modules' weights, so both ways compute the same thing from the same numbers; none of our forward passes
-is called.
+is called. CLIP is open_clip's network either way.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from selva.encoders import IMAGE_MEAN, IMAGE_STD, build_clip
+from selva.media import resize_frame, select_frames
 from selva.models.blocks import nearest_index, rotary_table, time_frequencies
 from selva.models.generator import Generator
 from selva.models.synchformer import VisualTrunk
 from selva.models.textsynch import TextSynch
+from selva.models.vae import LOG_VARIANCE_RANGE, VAE, limit, magnitude_silu, magnitude_sum, pixel_norm
 from selva.models.vocoder import AntiAliasedActivation, Vocoder, antialias_filter
-from selva.sequence import SYNC_SEGMENT_FRAMES, SYNC_SEGMENT_STEP, SYNC_TOKENS_PER_SEGMENT
+from selva.models.zoo import ClipConfig
+from selva.sequence import CLIP_FPS, SYNC_FPS, SYNC_SEGMENT_FRAMES, SYNC_SEGMENT_STEP, SYNC_TOKENS_PER_SEGMENT
 
 RMS_EPS = torch.finfo(torch.float32).eps
 
@@ -339,3 +345,86 @@ def plain_vocoder(vocoder: Vocoder, mel: Tensor) -> Tensor:
 
 def _dilated(layer: nn.Conv1d, x: Tensor) -> Tensor:
     return F.conv1d(x, layer.weight, layer.bias, padding=layer.padding, dilation=layer.dilation)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# files, CLIP and VAE
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def plain_weights(paths: Sequence[Path]) -> dict[str, Tensor]:
+    """Return the tensors of weight files, read into memory as a whole."""
+    from safetensors.torch import load_file
+
+    weights: dict[str, Tensor] = {}
+    for path in paths:
+        of_file = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+        weights.update(of_file)
+    return weights
+
+
+def plain_clip(config: ClipConfig, paths: Sequence[Path]) -> nn.Module:
+    """Return the whole of CLIP: drawn at random, then overwritten by what its files hold."""
+    clip = build_clip(config)
+    clip.load_state_dict(plain_weights(paths), strict=False)  # the files of tiny_16k lack what no feature needs
+    return clip.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def plain_text_features(clip: nn.Module, tokens: Tensor) -> Tensor:
+    """Return (B, 77, D), each of length 1, from token ids (B, 77)."""
+    x = clip.token_embedding(tokens) + clip.positional_embedding
+    return F.normalize(clip.ln_final(clip.transformer(x, attn_mask=clip.attn_mask)), dim=-1)
+
+
+@torch.no_grad()
+def plain_clip_features(clip: nn.Module, frames: Tensor) -> Tensor:
+    """Return (T, D), each of length 1, from all uint8 frames (T, 3, H, W) in one pass."""
+    mean, std = (torch.tensor(x, device=frames.device)[:, None, None] for x in (IMAGE_MEAN, IMAGE_STD))
+    return F.normalize(clip.visual((frames.float() / 255 - mean) / std), dim=-1)
+
+
+def plain_frames(path: Path, clip_size: int, sync_size: int) -> tuple[Tensor, Tensor]:
+    """Return the frames at 8 and at 25 per second, (T, 3, H, W) and (F, 3, H, W) uint8, of a whole decoded video."""
+    import av
+
+    with av.open(str(path)) as container:
+        decoded = [(frame.time, frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
+    times = [time for time, _ in decoded]
+    pictures = torch.stack([torch.from_numpy(picture).permute(2, 0, 1) for _, picture in decoded])
+    clip, sync = (
+        torch.stack([resize_frame(pictures[index], size) for index in select_frames(times, fps)])
+        for fps, size in ((CLIP_FPS, clip_size), (SYNC_FPS, sync_size))
+    )
+    return clip, sync
+
+
+@torch.no_grad()
+def plain_latents(vae: VAE, mel: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and deviation of the posterior, each (B, N, C), of a log-mel spectrogram (B, bands, T)."""
+    encoder = vae.encoder
+    x = _same(encoder.conv_in, (mel - vae.data_mean) / vae.data_std)
+    for level in encoder.down:
+        for block in level.block:
+            x = limit(_plain_residual(block, x))
+        if level.downsample is not None:
+            x = _same(level.downsample.conv2, F.avg_pool1d(_same(level.downsample.conv1, x), 2))
+    x = _plain_residual(encoder.mid.block_1, x)
+    attn = encoder.mid.attn_1
+    q, k, v = pixel_norm(rearrange(_same(attn.qkv, x), "b (c j) t -> b c j t", j=3)).unbind(2)
+    weights = (torch.einsum("b c i, b c j -> b i j", q, k) * q.shape[1] ** -0.5).softmax(-1)
+    x = magnitude_sum(x, _same(attn.proj_out, torch.einsum("b i j, b c j -> b c i", weights, v)))
+    x = limit(_plain_residual(encoder.mid.block_2, x))
+    x = _same(encoder.conv_out, magnitude_silu(x)) * (1 + encoder.learnable_gain)
+    mean, log_variance = x.chunk(2, dim=1)
+    return mean.mT, (0.5 * log_variance.clamp(*LOG_VARIANCE_RANGE)).exp().mT
+
+
+def _plain_residual(block: nn.Module, x: Tensor) -> Tensor:
+    x = pixel_norm(x)
+    branch = _same(block.conv2, magnitude_silu(_same(block.conv1, magnitude_silu(x))))
+    return magnitude_sum(x if block.nin_shortcut is None else _same(block.nin_shortcut, x), branch)
+
+
+def _same(layer: nn.Conv1d, x: Tensor) -> Tensor:
+    return F.conv1d(x, layer.weight, padding=layer.padding)

@@ -1,11 +1,13 @@
 """Measure our way against the plain way, side by side, on this machine.
 
-    python benchmarks/run.py --variant small_16k --precision bf16 --out benchmarks/results
-    python benchmarks/run.py --variant tiny_16k --only train,vocoder --repeats 3
+    python scripts/make_test_weights.py --variant small_16k --selva_dir test_weights
+    python benchmarks/run.py --variant small_16k --selva_dir test_weights --docs docs/performance.md
+    python benchmarks/run.py --variant tiny_16k --only start,memmap
 
-Both ways (benchmarks/plain.py is the plain one) get the same random weights and take turns; the medians are compared, and
-a check shows that they compute the same. Prints a Markdown table and writes it beside a JSON file with all figures.
-"""  # noqa: E501
+Both ways (benchmarks/plain.py is the plain one) get the same random weights and take turns; the medians are compared,
+and a check shows that they compute the same. Prints Markdown tables and writes them beside a JSON file with all
+figures; a second table shows how each stage grows with clips, batch and duration.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +18,12 @@ import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from measure import Bench, markdown
-from stages import STAGES
+from data_stages import extraction, startup
+from measure import Bench, Result, clock, growth_table, markdown
+from stages import Sizes, Stage, checkpointed_step, memmap_reading, sampling, training_step, vocoder
 
 from selva import __version__, cli
 from selva.files import atomic_write_text
@@ -27,15 +31,40 @@ from selva.models.zoo import get_variant
 
 log = logging.getLogger("selva.benchmark")
 
+BEGIN_MARK, END_MARK = "<!-- figures: benchmarks/run.py -->", "<!-- end of figures -->"
+
+STAGES: dict[str, Stage] = {
+    "train": training_step,
+    "checkpoint": checkpointed_step,
+    "start": startup,
+    "extract": extraction,
+    "sample": sampling,
+    "vocoder": vocoder,
+    "memmap": memmap_reading,
+}
+
 
 def build_parser() -> cli.ArgumentParser:
     parser = cli.ArgumentParser(__doc__)
     group = parser.add_argument_group("what to measure")
     group.add_argument("--only", default="", metavar="STAGE,...", help=f"stages, of {', '.join(STAGES)}; all without")
-    group.add_argument("--batches", type=cli.positive_int, nargs="+", default=[1, 4], help="batch sizes")
-    group.add_argument("--repeats", type=cli.positive_int, default=5, help="of each way; the median counts")
-    group.add_argument("--out", type=Path, default=Path("benchmark_results"), help="folder for table and figures")
-    group.add_argument("--variant", default="small_16k", metavar="NAME", help="whose sizes; weights are random")
+    group.add_argument("--batches", type=cli.positive_int, nargs="+", default=[1, 4, 16], help="batch sizes")
+    group.add_argument("--durations", type=float, nargs="+", default=[2.0, 4.0, 8.0, 16.0],
+                       help="seconds of sound to sample and to decode")
+    group.add_argument("--clips", type=cli.positive_int, nargs="+",
+                       help="clips to start a training on (default: 8; 8 32 128 with tiny_16k, whose start is short)")
+    group.add_argument("--rows", type=cli.positive_int, nargs="+", default=[256, 4096],
+                       help="rows of a memmap to read from; 4096 take 5 GB on the disk at full size")
+    group.add_argument("--repeats", type=cli.positive_int, default=5,
+                       help="of each way, at least 3 where they take long; the median counts")
+    group.add_argument("--out", type=Path, default=Path("benchmark_results"), help="folder for tables and figures")
+    group.add_argument("--docs", type=Path, metavar="FILE",
+                       help="document in which the tables of all results in --out replace what is between its marks")
+    group = parser.add_argument_group("model, of random weights")
+    group.add_argument("--variant", default="small_16k", metavar="NAME", help="whose sizes")
+    group.add_argument("--selva_dir", type=Path,
+                       help="weight files to start a training with, e.g. of scripts/make_test_weights.py; only for "
+                       "start, and not for tiny_16k")
     parser.add_common(precision="bf16", seed=False)
     return parser
 
@@ -53,6 +82,22 @@ def _lines(path: str) -> list[str]:
     return Path(path).read_text().splitlines() if Path(path).exists() else []
 
 
+def tables(figures: dict[str, Any]) -> str:
+    """Return the figures of one run as Markdown."""
+    results = [Result(**row) for row in figures["results"]]
+    growth = growth_table(results)
+    return f"{figures['title']}\n\n{markdown(results)}\n" + (f"\nHow it grows:\n\n{growth}\n" if growth else "")
+
+
+def updated_document(text: str, all_figures: Sequence[dict[str, Any]]) -> str:
+    """Return a document with the tables between its marks replaced, or added at its end where it has no marks."""
+    sections = [f"### {figures['name']}\n\n{tables(figures)}" for figures in all_figures]
+    new = "\n".join([BEGIN_MARK, "", *sections, END_MARK, ""])
+    if BEGIN_MARK in text and END_MARK in text:
+        return text[: text.index(BEGIN_MARK)] + new + text[text.index(END_MARK) + len(END_MARK) + 1 :]
+    return f"{text.rstrip()}\n\n{new}" if text else new
+
+
 @cli.entry_point
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
@@ -63,24 +108,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         variant = get_variant(args.variant)
     except ValueError as error:
         raise cli.UsageError(f"--variant: {error}") from error
+    if args.selva_dir is None and "start" in chosen and not variant.packaged:
+        raise cli.UsageError(f"--selva_dir is missing: a start of {variant.name} reads weight files; write random ones "
+                             "with scripts/make_test_weights.py, or leave start out with --only")
     device, dtype = cli.resolve_device(args.device), cli.PRECISIONS[args.precision]
+    clips = args.clips or ([8, 32, 128] if variant.packaged else [8])
+    sizes = Sizes(variant, args.batches, args.durations, clips, args.rows, None if variant.packaged else args.selva_dir)
     bench = Bench(device, args.repeats, dtype)
     rates = ", ".join(f"{str(d).removeprefix('torch.')} {rate:.2f}" for d, rate in bench.ceilings.items())
     title = f"{variant.name}, {args.precision}, {describe_machine(device)}; matrix products in TFLOP/s: {rates}"
     log.info("%s", title)
     results, wrong = [], []
     for name in chosen:
-        for result in STAGES[name](bench, variant, args.batches):
+        for result in STAGES[name](bench, sizes):
             results.append(result)
-            log.info("%s, %s: %s", result.stage, result.size, result.note if result.ratio is None else result.ratio)
-            if result.tolerance is not None and not result.error <= result.tolerance:
+            log.info("%s, %s: %s", result.stage, result.size,
+                     clock(result.ours_sec) if result.ratio is None else f"{result.ratio:.2f}")
+            if result.error is not None and not result.error <= result.tolerance:
                 wrong.append(f"{result.stage}, {result.size}: the two ways differ by {result.error:.2g}")
-    table = f"{title}\n\n{markdown(results)}\n"
-    name = f"{variant.name}_{args.precision}_{device.type}"
-    figures = {"title": title, "selva": __version__, "results": [result.row() for result in results]}
+    name = "_".join([variant.name, args.precision, device.type, *(chosen if args.only else [])])
+    figures = {"name": name, "title": title, "selva": __version__, "results": [result.row() for result in results]}
     atomic_write_text(args.out / f"{name}.json", json.dumps(figures, indent=2) + "\n")
-    atomic_write_text(args.out / f"{name}.md", table)
-    print(table)
+    atomic_write_text(args.out / f"{name}.md", tables(figures))
+    print(tables(figures))
+    if args.docs is not None:
+        text = args.docs.read_text(encoding="utf-8") if args.docs.is_file() else ""
+        stored = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(args.out.glob("*.json"))]
+        atomic_write_text(args.docs, updated_document(text, stored))
     if wrong:
         raise ValueError("; ".join(wrong))
     return 0

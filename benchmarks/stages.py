@@ -1,11 +1,12 @@
-"""The stages that ``run.py`` measures: each sets up one thing, checks that both ways agree, and times them."""
+"""The stages of training and sampling that ``run.py`` measures: each sets up one thing and times both ways of it."""
 
 from __future__ import annotations
 
 import copy
+import functools
 import tempfile
-import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,6 @@ from measure import Bench, Result, relative_error, resident_bytes
 from plain import (
     plain_conditions,
     plain_sampling,
-    plain_sync_features,
     plain_training,
     plain_velocity,
     plain_vocoder,
@@ -26,9 +26,11 @@ from torch import Tensor
 from selva.adapter import Adapter, merge_adapters
 from selva.lora import LoRAConfig, adapter_tensors, inject_lora, lora_parameters
 from selva.memmap.reader import MemmapSet
+from selva.memmap.writer import MemmapWriter
 from selva.models.generator import Generator, cast_frozen_
+from selva.models.mel_inversion import MelInversionConfig
 from selva.models.random_weights import random_state_dict
-from selva.models.zoo import Variant, build_generator, build_video_encoder, build_vocoder
+from selva.models.zoo import Variant, build_generator, build_vocoder
 from selva.sampling import SamplingConfig, draw_noise, sample_latents
 from selva.sequence import sequence_config
 from selva.training import TrainConfig, TrainingRun
@@ -38,8 +40,29 @@ RANK, TARGET, STEPS = 16, "attn.qkv", 25
 DURATION_SEC = 8.0
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 NUM_CLIPS = 16
+READS = 256  # rows that are read of a memmap, whatever its size
+# Of the sampling of batches: on a CPU, 16 sounds of 8 s would take minutes.
+BATCH_SEC = {"cpu": 2.0, "cuda": 8.0, "mps": 8.0}
 
-Stage = Callable[[Bench, Variant, "list[int]"], Iterator[Result]]
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured.
+
+    Attributes:
+        batches: batch sizes. durations: seconds of sound. clips: of a data folder. rows: of a memmap.
+        selva_dir: weights for starting a training; None for a packaged variant.
+    """
+
+    variant: Variant
+    batches: list[int]
+    durations: list[float]
+    clips: list[int]
+    rows: list[int]
+    selva_dir: Path | None
+
+
+Stage = Callable[[Bench, Sizes], Iterator[Result]]  # results as they come
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -48,9 +71,14 @@ Stage = Callable[[Bench, Variant, "list[int]"], Iterator[Result]]
 
 
 def random_generator(variant: Variant) -> Generator:
-    generator = build_generator(variant.generator)
-    generator.load_published(random_state_dict(generator))
-    return generator.requires_grad_(False)
+    with torch.device("meta"):  # without drawing what is overwritten
+        generator = build_generator(variant.generator)
+    return generator.to_empty(device="cpu").load_published(random_weights(variant)).requires_grad_(False)
+
+
+@functools.lru_cache(maxsize=1)
+def random_weights(variant: Variant) -> dict[str, Tensor]:
+    return random_state_dict(build_generator(variant.generator))
 
 
 def random_clips(variant: Variant, count: int = NUM_CLIPS, seconds: float = DURATION_SEC) -> list[TrainingClip]:
@@ -97,8 +125,8 @@ def plain_run(variant: Variant, bench: Bench, batch_size: int) -> Iterator[float
     return plain_training(generator, parameters, plain_clips(random_clips(variant)), batch_size, lr=1e-4)
 
 
-def set_lengths(generator: Generator, variant: Variant) -> None:
-    sequence = sequence_config(variant.mode, DURATION_SEC)
+def set_lengths(generator: Generator, variant: Variant, seconds: float = DURATION_SEC) -> None:
+    sequence = sequence_config(variant.mode, seconds)
     generator.set_sequence(sequence.latent_seq_len, sequence.clip_seq_len, sequence.sync_seq_len)
 
 
@@ -128,57 +156,61 @@ def velocities_differ(variant: Variant, bench: Bench) -> float:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def training_step(bench: Bench, variant: Variant, batches: list[int]) -> Iterator[Result]:
+def training_step(bench: Bench, sizes: Sizes) -> Iterator[Result]:
     """One optimiser update: our loop against the plain one."""
-    error = velocities_differ(variant, bench)
-    for batch in batches:
-        run, plain = our_run(variant, bench, batch), plain_run(variant, bench, batch)
+    yield from _steps(bench, sizes, "training step", checkpointing=False)
+
+
+def checkpointed_step(bench: Bench, sizes: Sizes) -> Iterator[Result]:
+    """The same with gradient checkpointing, less memory for more time, against the plain one without."""
+    yield from _steps(bench, sizes, "step, checkpointed", checkpointing=True)
+
+
+def _steps(bench: Bench, sizes: Sizes, stage: str, checkpointing: bool) -> Iterator[Result]:
+    error = velocities_differ(sizes.variant, bench)
+    for batch in sizes.batches:
+        run = our_run(sizes.variant, bench, batch, checkpointing)
+        plain = plain_run(sizes.variant, bench, batch)
         yield bench.compare(
-            "training step", f"batch {batch}", lambda plain=plain: next(plain),
+            stage, f"batch {batch}", lambda plain=plain: next(plain),
             lambda run=run: [x.item() for x in run.train_step()],
-            error=error, tolerance=TOLERANCE[bench.dtype], memory=True,
+            error=error, tolerance=TOLERANCE[bench.dtype], amount=batch, unit="clips",
         )
 
 
-def checkpointed_step(bench: Bench, variant: Variant, batches: list[int]) -> Iterator[Result]:
-    """The same with gradient checkpointing: less memory for more time."""
-    for batch in batches:
-        run, plain = our_run(variant, bench, batch, checkpointing=True), plain_run(variant, bench, batch)
-        yield bench.compare(
-            "step, checkpointed", f"batch {batch}", lambda plain=plain: next(plain),
-            lambda run=run: [x.item() for x in run.train_step()], memory=True,
-        )
-
-
-def sampling(bench: Bench, variant: Variant, batches: list[int]) -> Iterator[Result]:
+def sampling(bench: Bench, sizes: Sizes) -> Iterator[Result]:
     """25 guided Euler steps of an adapted model: merged and batched against two passes of an unmerged one."""
-    for batch in batches:
-        features = features_of(random_clips(variant, batch), bench.device)
-        ours = random_generator(variant)
-        set_lengths(ours, variant)
-        theirs = copy.deepcopy(ours).to(bench.device, bench.dtype)
-        parameters = wrap_plainly_(theirs, TARGET, RANK)
-        with torch.no_grad():
-            for parameter in parameters:
-                parameter.normal_(std=0.02)
-        merge_adapters(ours, [(as_adapter(theirs), 1.0)])
-        cast_frozen_(ours, bench.dtype)
-        ours.to(bench.device)
-        seeds = list(range(batch))
-        noise = draw_noise(ours, seeds).to(bench.device)
-        config = SamplingConfig(num_steps=STEPS)
+    for seconds in sizes.durations:
+        yield _sampling_row(bench, sizes.variant, 1, seconds, "one sound", seconds, "s")
+    seconds = BATCH_SEC[bench.device.type]
+    for batch in sizes.batches:
+        yield _sampling_row(bench, sizes.variant, batch, seconds, f"{seconds:g} s each", batch, "sounds")
 
-        def run_ours(ours=ours, features=features, seeds=seeds, config=config) -> Tensor:
-            return sample_latents(ours, *features, seeds, config, precision=bench.dtype)
 
-        def run_plain(theirs=theirs, features=features, noise=noise, config=config) -> Tensor:
-            return plain_sampling(theirs, features, noise, config.num_steps, config.cfg_strength)
-
-        # Guidance multiplies rounding: in half precision the two sounds are compared loosely.
-        yield bench.compare(
-            f"sampling, {STEPS} steps", f"batch {batch}", run_plain, run_ours,
-            error=relative_error(run_ours(), run_plain()), tolerance=5 * TOLERANCE[bench.dtype], memory=True,
-        )
+def _sampling_row(
+    bench: Bench, variant: Variant, batch: int, seconds: float, what: str, amount: float, unit: str
+) -> Result:
+    features = features_of(random_clips(variant, batch, seconds), bench.device)
+    ours = random_generator(variant)
+    set_lengths(ours, variant, seconds)
+    theirs = copy.deepcopy(ours).to(bench.device, bench.dtype)
+    parameters = wrap_plainly_(theirs, TARGET, RANK)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.normal_(std=0.02)
+    merge_adapters(ours, [(as_adapter(theirs), 1.0)])
+    cast_frozen_(ours, bench.dtype)
+    ours.to(bench.device)
+    seeds = list(range(batch))
+    noise = draw_noise(ours, seeds).to(bench.device)
+    config = SamplingConfig(num_steps=STEPS)
+    # Guidance multiplies rounding: in half precision the two sounds are compared loosely.
+    return bench.compare(
+        f"sampling, {STEPS} steps, {what}", f"{amount:g} {unit}",
+        lambda: plain_sampling(theirs, features, noise, config.num_steps, config.cfg_strength),
+        lambda: sample_latents(ours, *features, seeds, config, precision=bench.dtype),
+        tolerance=5 * TOLERANCE[bench.dtype], amount=amount, unit=unit,
+    )
 
 
 def as_adapter(model: Generator) -> Adapter:
@@ -198,40 +230,15 @@ def random_generator_like(model: Generator) -> Generator:
     return build_generator(model.config).requires_grad_(False)
 
 
-def video_encoder(bench: Bench, variant: Variant, batches: list[int]) -> Iterator[Result]:
-    """Sync features of one clip in float32, as extraction makes them."""
-    from selva.extraction.extractor import SEGMENTS_PER_PASS
-
-    encoder = build_video_encoder(variant.name)
-    encoder.load_published(random_state_dict(encoder))
-    encoder.to(bench.device).eval().requires_grad_(False)
-    frames_per_clip = 56 if bench.device.type == "cpu" else 200  # 6 segments, or all 24 of 8 s
-    size, text_dim = variant.sync_image_size, encoder.config.text_dim
-    rng = torch.Generator().manual_seed(0)
-    frames = (torch.rand(1, frames_per_clip, 3, size, size, generator=rng) * 2 - 1).to(bench.device)
-    text, mask = torch.randn(1, 6, text_dim, generator=rng).to(bench.device), torch.ones(1, 6, dtype=torch.bool)
-    mask = mask.to(bench.device)
-    passes = SEGMENTS_PER_PASS[bench.device.type]
-
-    @torch.no_grad()
-    def ours() -> Tensor:
-        return encoder.encode(frames, text, mask, segment_batch=passes)
-
-    def plain() -> Tensor:
-        return plain_sync_features(encoder, frames, text, mask)
-
-    yield bench.compare(
-        "video encoder, fp32", f"{frames_per_clip} frames", plain, ours, error=relative_error(ours(), plain()),
-        tolerance=TOLERANCE[torch.float32], dtype=torch.float32, memory=True,
-    )
-
-
-def vocoder(bench: Bench, variant: Variant, batches: list[int]) -> Iterator[Result]:
+def vocoder(bench: Bench, sizes: Sizes) -> Iterator[Result]:
     """Mel to waveform in float32, as inference does it."""
+    variant = sizes.variant
+    if isinstance(variant.vocoder, MelInversionConfig):
+        return  # the stand-in of tiny_16k, which has no plain counterpart
     network = build_vocoder(variant.vocoder)
     network.load_published(random_state_dict(network))
     network.to(bench.device).eval().requires_grad_(False)
-    for seconds in (2.0, 8.0):
+    for seconds in sizes.durations:
         frames = 2 * sequence_config(variant.mode, seconds).latent_seq_len
         mel = torch.randn(1, variant.vocoder.num_mels, frames, generator=torch.Generator().manual_seed(0))
         mel = mel.to(bench.device)
@@ -244,47 +251,37 @@ def vocoder(bench: Bench, variant: Variant, batches: list[int]) -> Iterator[Resu
             return plain_vocoder(network, mel)
 
         yield bench.compare(
-            "vocoder, fp32", f"{seconds:g} s", plain, ours, error=relative_error(ours(), plain()),
-            tolerance=TOLERANCE[torch.float32], dtype=torch.float32, memory=True,
+            "vocoder, fp32", f"{seconds:g} s", plain, ours, tolerance=TOLERANCE[torch.float32], dtype=torch.float32,
+            amount=seconds, unit="s",
         )
 
 
-def memmap_reading(bench: Bench, variant: Variant, batches: list[int]) -> Iterator[Result]:
-    """Rows of a memmap in random order, and how many of them a training step eats."""
-    from selva.memmap.writer import MemmapWriter
-
-    rows, clip = 256, random_clips(variant, 1)[0]
-    with tempfile.TemporaryDirectory() as folder:
-        values = {"mean": clip.mean, "std": clip.std.contiguous(), "text_features": clip.text_f,
-                  "clip_features": clip.clip_f, "sync_features": clip.sync_f}
-        target = Path(folder) / "set"
-        with MemmapWriter(target, variant, [(f"c{i}", "") for i in range(rows)], video=True) as writer:
-            for row in range(rows):
-                writer.write(row, values, "digest")
-            assert writer.publish_if_complete()
-        clips = MemmapSet(target, variant)
-        order = np.random.default_rng(0).permutation(rows).tolist()
-        before = resident_bytes()
-        start = time.perf_counter()
-        for index in order:
-            clips.clip(index)
-        per_row = (time.perf_counter() - start) / rows
-        rise = (resident_bytes() - before) / 2**20
-    run = our_run(variant, bench, 4)
-    run.train_step()
-    step = bench.seconds(lambda: run.train_step()) / 4
-    yield Result(
-        "memmap row", "random order", None, per_row,
-        note=f"{1 / per_row:.0f} rows/s, {step / per_row:.0f} times what a step at batch 4 eats; "
-             f"memory rose by {rise:.0f} MiB (the operating system may take it back)",
-    )
+def memmap_reading(bench: Bench, sizes: Sizes) -> Iterator[Result]:
+    """Rows of a memmap in random order, from sets of several sizes: neither time nor memory may grow."""
+    clip = random_clips(sizes.variant, 1)[0]
+    for rows in sizes.rows:
+        with tempfile.TemporaryDirectory() as folder:
+            clips = write_memmap(Path(folder) / "set", sizes.variant, clip, rows)
+            order = np.random.default_rng(0).permutation(rows)[:READS].tolist()
+            before = resident_bytes()
+            seconds = bench.seconds(lambda clips=clips, order=order: [clips.clip(index) for index in order][:0])
+            rise = (resident_bytes() - before) / 2**20
+            error = relative_error(clips.clip(order[-1]).sync_f, clip.sync_f)
+            del clips
+        yield Result(
+            "memmap row", f"of {rows} rows", None, seconds / len(order), ours_mib=rise, error=error, tolerance=0.0,
+            note=f"{len(order)} rows in random order, {len(order) / seconds:.0f} rows/s; the memory is the system's "
+                 "cache, which it may take back", amount=rows, unit="rows",
+        )
 
 
-STAGES: dict[str, Stage] = {
-    "train": training_step,
-    "checkpoint": checkpointed_step,
-    "sample": sampling,
-    "video": video_encoder,
-    "vocoder": vocoder,
-    "memmap": memmap_reading,
-}
+def write_memmap(target: Path, variant: Variant, clip: TrainingClip, rows: int) -> MemmapSet:
+    """Write the same clip to every row of a memmap."""
+    values = {"mean": clip.mean, "std": clip.std.contiguous(), "text_features": clip.text_f,
+              "clip_features": clip.clip_f, "sync_features": clip.sync_f}
+    with MemmapWriter(target, variant, [(f"c{i}", "") for i in range(rows)], video=True) as writer:
+        for row in range(rows):
+            writer.write(row, values, "digest")
+        assert writer.publish_if_complete()
+    return MemmapSet(target, variant)
+

@@ -1,0 +1,175 @@
+"""One start of a training in a process of its own, up to and including the first step; run.py starts these.
+
+    python benchmarks/startup.py ours --variant tiny_16k --data_dir features --out start.json
+
+ours    what train_lora.py does: its own functions, in its order
+plain   as one writes it first (benchmarks/plain.py): every weight file read into memory, CLIP as a whole, every prompt
+        and every sound encoded anew
+
+Writes a JSON file of seconds per stage, and beside it tensors by which the two ways are compared.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch._dynamo  # the first use of torch.optim imports it anyway, in both ways: no part of what is compared
+from measure import resident_bytes
+from plain import (
+    plain_clip,
+    plain_conditions,
+    plain_latents,
+    plain_text_features,
+    plain_training,
+    plain_velocity,
+    plain_weights,
+    wrap_plainly_,
+)
+from torch import Tensor, nn
+
+import train_lora
+from selva import cli
+from selva.datasets import AUDIO_SUFFIXES
+from selva.distributed import World
+from selva.encoders import _clip_tokenizer  # which words become which numbers is no part of what is compared
+from selva.features import load_features
+from selva.lora import LoRAConfig
+from selva.models.zoo import Variant, build_generator, build_mel, build_vae, get_variant
+from selva.report import StageTimes, peak_memory_bytes
+from selva.sequence import sequence_config
+from selva.training import TrainConfig
+from selva.training_data import load_waveform
+from selva.weights import ASSETS, asset_name, find_weights
+
+CHECK_TIME = 0.3  # of the flow, at which the two velocities are compared
+
+
+def build_parser() -> cli.ArgumentParser:
+    parser = cli.ArgumentParser(__doc__)
+    parser.add_argument("way", choices=("ours", "plain"), help="what to start")
+    parser.add_argument("--data_dir", type=Path, required=True, help="folder of .npz and sounds")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file of the seconds; tensors go beside it")
+    parser.add_argument("--began", type=float, help="time.monotonic() when this process was started")
+    parser.add_model()
+    parser.add_common(precision="bf16")
+    return parser
+
+
+def weight_paths(variant: Variant, selva_dir: Path | None, *parts: str) -> list[Path]:
+    """Return the files of some parts, each once."""
+    if variant.packaged:
+        return [ASSETS / asset_name(variant.name, part) for part in parts]
+    found = find_weights(variant, selva_dir, parts)
+    return list(dict.fromkeys(found[part][0] for part in parts))
+
+
+def start_ours(args, times: StageTimes) -> Callable[[], dict[str, Tensor]]:
+    """Start as train_lora.py does, and return a function that makes what is compared."""
+    given = ["--data_dir", args.data_dir, "--variant", args.variant, "--device", args.device,
+             "--precision", args.precision, "--val_fraction", 0]
+    given += ["--selva_dir", args.selva_dir] if args.selva_dir else []
+    options = train_lora.build_parser().parse_args([str(word) for word in given])
+    config, lora_config = train_lora.configs_from(options)
+    device, variant = cli.resolve_device(options.device), get_variant(options.variant)
+    with times.stage("data"):
+        clips = train_lora.load_split(options, variant, device, World())
+    with times.stage("model"):
+        run = train_lora.build_run(options, config, lora_config, variant, clips, device, World())
+    with times.stage("first step"):
+        run.generator.train()
+        run.train_step()[0].item()
+
+    def check() -> dict[str, Tensor]:
+        clip, generator = clips[0].clip(0), without_update(run.generator)
+        features = [x[None].to(device) for x in (clip.clip_f, clip.sync_f, clip.text_f)]
+        noise, t = check_point(clip.mean, device)
+        with torch.no_grad(), torch.autocast(device.type, dtype=run.precision, enabled=run.precision != torch.float32):
+            velocity = generator.predict_flow(noise, t, generator.preprocess_conditions(*features))
+        return {"latents": clip.mean, "text": clip.text_f, "velocity": velocity}
+
+    return check
+
+
+def start_plain(args, times: StageTimes) -> Callable[[], dict[str, Tensor]]:
+    """Start the plain way, and return a function that makes what is compared."""
+    device, variant = cli.resolve_device(args.device), get_variant(args.variant)
+    sequence, dtype = sequence_config(variant.mode), cli.PRECISIONS[args.precision]
+    with times.stage("model"):
+        generator = build_generator(variant.generator)
+        generator.load_published(plain_weights(weight_paths(variant, args.selva_dir, "generator")))
+        generator.set_sequence(sequence.latent_seq_len, sequence.clip_seq_len, sequence.sync_seq_len)
+        generator.to(device, dtype)
+        lora = LoRAConfig()
+        parameters = wrap_plainly_(generator, lora.targets[0], lora.rank)
+    with times.stage("CLIP and prompts"):
+        clip = plain_clip(variant.clip, weight_paths(variant, args.selva_dir, "clip_text", "clip_image")).to(device)
+        tokenize = _clip_tokenizer(variant.clip)
+        bundles = [load_features(path) for path in sorted(args.data_dir.glob("*.npz"))]
+        texts = [plain_text_features(clip, tokenize([bundle.prompt]).to(device))[0] for bundle in bundles]
+    with times.stage("VAE and sound"):
+        vae = build_vae(variant.vae)
+        vae.load_published(plain_weights(weight_paths(variant, args.selva_dir, "vae")))
+        vae.to(device).requires_grad_(False)
+        mel = build_mel(variant.mode).to(device)
+        sounds = sorted(path for path in args.data_dir.iterdir() if path.suffix in AUDIO_SUFFIXES)
+        latents = [
+            plain_latents(vae, mel(load_waveform(path, sequence, "peak")[None].to(device)))[0][0] for path in sounds
+        ]
+    with times.stage("first step"):
+        clips = [
+            {"x1": x1, "clip": bundle.clip_features[0], "sync": bundle.sync_features[0], "text": text}
+            for x1, text, bundle in zip(latents, texts, bundles, strict=True)
+        ]
+        config = TrainConfig()
+        next(plain_training(generator, parameters, clips, config.batch_size, config.lr))
+
+    def check() -> dict[str, Tensor]:
+        features = [clips[0][name][None].to(device) for name in ("clip", "sync", "text")]
+        noise, t = check_point(latents[0], device)
+        with torch.no_grad():
+            velocity = plain_velocity(without_update(generator), noise, t, plain_conditions(generator, *features))
+        return {"latents": latents[0], "text": texts[0], "velocity": velocity}
+
+    return check
+
+
+@torch.no_grad()
+def without_update(generator: nn.Module) -> nn.Module:
+    """Return the generator with its adapter back at the start, where it changes nothing."""
+    for name, parameter in generator.named_parameters():
+        if name.endswith("lora_B"):
+            parameter.zero_()
+    return generator
+
+
+def check_point(like: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the same noise (1, N, C) and time (1,) in every process."""
+    noise = np.random.default_rng(0).standard_normal((1, *like.shape))
+    return torch.from_numpy(noise).float().to(device), torch.tensor([CHECK_TIME], device=device)
+
+
+@cli.entry_point
+def main(argv: Sequence[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    imports_sec = None if args.began is None else time.monotonic() - args.began
+    gc.collect()
+    before, times = resident_bytes(), StageTimes()
+    check = {"ours": start_ours, "plain": start_plain}[args.way](args, times)
+    device = cli.resolve_device(args.device)
+    peak = peak_memory_bytes(device) - (before if device.type != "cuda" else 0)
+    torch.save({name: x.float().cpu() for name, x in check().items()}, args.out.with_suffix(".pt"))
+    total = sum(times.seconds.values())
+    figures = {"total": total, "stages": times.seconds, "imports": imports_sec, "mib": peak / 2**20}
+    args.out.write_text(json.dumps(figures), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
