@@ -14,11 +14,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from selva.models.blocks import load_strict_
+from selva.models.blocks import attend, load_strict_
+from selva.models.onednn import linear, use_onednn_
 from selva.sequence import SYNC_SEGMENT_FRAMES, SYNC_SEGMENT_STEP, num_sync_segments
 
 NORM_EPS = 1e-6
@@ -127,26 +127,21 @@ class DividedAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
         self.num_heads = num_heads
-        self.grouped = {"time": "(n p) h f c", "space": "(n f) h p c"}[axis]
+        self.grouped = {"time": "n p h f c", "space": "n f h p c"}[axis]
+        self.attended = {"time": "(n p) f d", "space": "(n f) p d"}[axis]
 
     def forward(self, x: Tensor, num_slots: int) -> Tensor:
         """Return (n, 1 + f p, dim), as ``x``: the class token, then p tokens for each of f = ``num_slots`` steps."""
-        q, k, v = rearrange(self.qkv(x), "n t (qkv h c) -> qkv n h t c", qkv=3, h=self.num_heads)
+        qkv = rearrange(self.qkv(x), "n t (qkv h c) -> qkv n h t c", qkv=3, h=self.num_heads)
+        of_class = attend(qkv[0, :, :, :1], qkv[1], qkv[2])  # (n, 1, dim)
+
         sizes = {"f": num_slots, "p": (x.shape[1] - 1) // num_slots}
-
-        def group(tokens: Tensor) -> Tensor:
-            return rearrange(tokens[:, :, 1:], f"n h (f p) c -> {self.grouped}", **sizes)
-
-        def group_with_class(tokens: Tensor) -> Tensor:
-            patches = group(tokens)
-            class_token = tokens[:, :, :1].repeat_interleave(patches.shape[0] // x.shape[0], dim=0)
-            return torch.cat((class_token, patches), dim=2)  # (groups, h, 1 + members, c)
-
-        of_class = F.scaled_dot_product_attention(q[:, :, :1], k, v)  # (n, h, 1, c)
-        of_patches = F.scaled_dot_product_attention(group(q), group_with_class(k), group_with_class(v))
-        of_patches = rearrange(of_patches, f"{self.grouped} -> n h (f p) c", **sizes)
-        attended = torch.cat((of_class, of_patches), dim=2)  # (n, h, 1 + f p, c)
-        return self.proj(rearrange(attended, "n h t c -> n t (h c)"))
+        patches = rearrange(qkv[:, :, :, 1:], f"qkv n h (f p) c -> qkv {self.grouped}", **sizes)  # not copied yet
+        class_kv = qkv[1:, :, None, :, :1].expand(-1, -1, patches.shape[2], -1, -1, -1)
+        k, v = torch.cat((class_kv, patches[1:]), dim=-2).flatten(1, 2)  # (n groups, h, 1 + members, c)
+        of_patches = attend(patches[0].flatten(0, 1), k, v)  # (n groups, members, dim)
+        of_patches = rearrange(of_patches, f"{self.attended} -> n (f p) d", **sizes)
+        return self.proj(torch.cat((of_class, of_patches), dim=1))
 
 
 class MLP(nn.Module):
@@ -158,7 +153,7 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(linear(x, self.fc1.weight, self.fc1.bias, gelu=True))
 
 
 class DividedBlock(nn.Module):
@@ -202,7 +197,7 @@ class SpatialAggregation(nn.Module):
         class_token = self.cls_token.expand(patches.shape[0], -1, -1).to(patches.dtype)  # (m, 1, dim)
         tokens = self.norm1(torch.cat((class_token, patches), dim=1))  # (m, 1 + p, dim)
         x = class_token + self.self_attn(tokens[:, :1], tokens, tokens, need_weights=False)[0]
-        x = x + self.linear2(F.gelu(self.linear1(self.norm2(x))))
+        x = x + self.linear2(linear(self.norm2(x), self.linear1.weight, self.linear1.bias, gelu=True))
         return x[:, 0]  # (m, dim)
 
 
@@ -254,6 +249,7 @@ class Synchformer(nn.Module):
         super().__init__()
         self.config = config or VideoEncoderConfig()
         self.vfeat_extractor = VisualTrunk(self.config)
+        use_onednn_(self)
 
     def encode(self, frames: Tensor, segment_batch: int | None = None) -> Tensor:
         """Return (B, segments * 8, embed_dim) sync features, in the dtype of the network.

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from selva.models.blocks import GatedMLP, RMSNorm, gated_width, load_strict_
+from selva.models.onednn import use_onednn_
 from selva.models.synchformer import VideoEncoderConfig, VisualTrunk, check_frames, iterate_segments
 
 CROSS_NORM_EPS = 1e-5
@@ -79,6 +80,7 @@ class TextSynch(nn.Module):
         self.vfeat_extractor = VisualTrunk(self.config)
         self.text_proj = nn.Sequential(nn.Linear(text_dim, dim), nn.SiLU(), GatedMLP(dim, gated_width(dim)))
         self.synch_text_cross_blocks = nn.ModuleList((TextCrossBlock(dim, self.config.num_heads),))
+        use_onednn_(self)
 
     def prepend_supplementary(self, text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Return text and mask with the learned tokens in front: (B, num_sup_tokens + L, text_dim) and (B, same)."""

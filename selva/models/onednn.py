@@ -1,0 +1,88 @@
+"""Layers of frozen networks that run at the rate of the processor: :func:`use_onednn_` gives them to a network.
+
+PyTorch multiplies float32 matrices with MKL, which leaves the AVX-512 units of AMD processors unused; oneDNN, with
+which PyTorch multiplies bfloat16 matrices anyway, does not. Only the last bits differ: 5e-7 of the size in float32.
+Nothing changes on other devices, under autocast or where a gradient may be wanted.
+"""
+
+from __future__ import annotations
+
+import functools
+import platform
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from selva.models.blocks import attend
+
+
+@functools.cache
+def onednn_dtypes() -> frozenset[torch.dtype]:
+    """Return in which dtypes this processor multiplies matrices faster when oneDNN is asked for it directly.
+
+    Measured on an AMD processor with AVX-512 and layers 768 to 5120 wide: float32 175 to 195 GFLOP/s per thread instead
+    of 95; bfloat16 by a tenth, because a call leaves out what PyTorch does around it. Intel's MKL needs no help.
+    """
+    if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return frozenset()
+    cpuinfo = Path("/proc/cpuinfo")
+    processor = cpuinfo.read_text() if cpuinfo.exists() else platform.processor()
+    return frozenset({torch.bfloat16} | ({torch.float32} if "AuthenticAMD" in processor else set()))
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
+    """Return ``x @ weight.T + bias`` (..., out), through the exact GELU if ``gelu``; ``x`` is (..., in)."""
+    if (
+        x.device.type == "cpu" and x.dtype == weight.dtype and x.dtype in onednn_dtypes()
+        and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+    ):
+        # The only door to oneDNN's linear layer that takes ordinary tensors; torch.compile goes through it too.
+        activation, kind = ("gelu", "none") if gelu else ("none", "")
+        return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, activation, [], kind)
+    y = F.linear(x, weight, bias)
+    return F.gelu(y) if gelu else y
+
+
+class Linear(nn.Linear):
+    """``nn.Linear`` through :func:`linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+class Attention(nn.MultiheadAttention):
+    """``nn.MultiheadAttention`` (batch first) through :func:`linear`, returning no weights.
+
+    PyTorch's own takes a path without fused attention: twice the time of this one for the pictures of CLIP.
+    """
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool = False, attn_mask: Tensor | None = None
+    ) -> tuple[Tensor, None]:
+        """Return (B, l, dim) and None; ``query`` is (B, l, dim), ``key`` and ``value`` are one and the same tensor.
+
+        Args:
+            attn_mask: added to the scores, or False where a key is not seen; broadcast to (B, heads, l, keys).
+        """
+        assert key is value and not need_weights
+        weight, bias, dim = self.in_proj_weight, self.in_proj_bias, self.embed_dim
+        if query is key:
+            q, k, v = linear(query, weight, bias).chunk(3, dim=-1)
+        else:
+            q = linear(query, weight[:dim], bias[:dim])
+            k, v = linear(key, weight[dim:], bias[dim:]).chunk(2, dim=-1)
+        q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, heads, ·, c)
+        if attn_mask is None:
+            attended = attend(q, k, v)
+        else:
+            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask).transpose(1, 2).flatten(2)
+        return linear(attended, self.out_proj.weight, self.out_proj.bias), None
+
+
+def use_onednn_(network: nn.Module) -> None:
+    """Let the linear and attention layers of ``network`` be those above; parameters and their names stay."""
+    faster = {nn.Linear: Linear, nn.MultiheadAttention: Attention}
+    for layer in network.modules():
+        layer.__class__ = faster.get(type(layer), type(layer))
