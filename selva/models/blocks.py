@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from selva.models import fast_conv
+from selva.models.heads import RMS_EPS, normed_heads
 
-RMS_EPS = 1.1920929e-07  # float32 machine epsilon: what the reference uses for every input dtype
 ROPE_THETA = 10_000.0
 
 
@@ -106,18 +106,12 @@ class ConvMLP(nn.Module):
 def rotary_table(num_tokens: int, head_dim: int, step: float, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return cos and sin, each (num_tokens, head_dim / 2) float32, of the angles ``p * step * theta^(-2k/head_dim)``.
 
-    ``step`` is 1 for latent tokens and N/T for CLIP tokens, which puts CLIP token j at latent position j*N/T.
+    ``step`` is 1 for latent tokens and N/T for CLIP tokens, which puts CLIP token j at latent position j*N/T; 0, for
+    text, rotates by nothing.
     """
     frequency = step * ROPE_THETA ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     angle = torch.outer(torch.arange(num_tokens, dtype=torch.float64), frequency)
     return angle.cos().float().to(device), angle.sin().float().to(device)
-
-
-def apply_rotary(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Return ``x`` (..., tokens, head_dim) with every channel pair (2k, 2k+1) rotated by the angle of its token."""
-    cos, sin = table
-    even, odd = x[..., 0::2], x[..., 1::2]
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
 
 
 @functools.lru_cache(maxsize=16)
@@ -158,9 +152,14 @@ def nearest_index(num_source: int, num_target: int, device: torch.device) -> Ten
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Return ``x * (1 + scale) + shift`` (DiT, arXiv:2212.09748, adaptive layer norm)."""
-    return x * (1 + scale) + shift
+def modulated_norm(norm: nn.LayerNorm, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Return ``norm(x) * (1 + scale) + shift`` in the dtype of ``x`` (DiT, arXiv:2212.09748, adaptive layer norm).
+
+    Without autocast, which would widen the result to float32 for no more than one rounding, and keep it so for the
+    backward pass. The norm itself computes in float32 whatever it is given.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.addcmul(shift, norm(x), 1 + scale).to(x.dtype)
 
 
 class SelfAttention(nn.Module):
@@ -174,17 +173,9 @@ class SelfAttention(nn.Module):
         self.q_norm = RMSNorm(head_dim)
         self.k_norm = RMSNorm(head_dim)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Return q, k, v, each (B, heads, tokens, head_dim), of ``x`` (B, tokens, dim)."""
-        # The published rows interleave q, k and v per channel, so the selector is the last and fastest axis.
-        qkv = self.qkv(x).unflatten(-1, (self.num_heads, -1, 3))  # (B, n, H, d, 3)
-        # Copied once: the fused attention kernels refuse a last axis with gaps and would fall back to a slow one.
-        q, k, v = qkv.permute(4, 0, 2, 1, 3).contiguous()  # each (B, H, n, d)
-        dtype = v.dtype
-        q, k = self.q_norm(q), self.k_norm(k)
-        if rotary is not None:
-            q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
-        return q.to(dtype), k.to(dtype), v
+        return normed_heads(self.qkv(x), self.q_norm.weight, self.k_norm.weight, rotary)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -233,22 +224,22 @@ class Stream(nn.Module):
             self.ffn = GatedMLP(dim, width)
 
     def pre_attention(
-        self, x: Tensor, c: Tensor, rotary: tuple[Tensor, Tensor] | None
+        self, x: Tensor, c: Tensor, rotary: tuple[Tensor, Tensor]
     ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, ...]]:
         """Return (q, k, v) and the modulation that :meth:`post_attention` needs.
 
         Args:
-            x: (B, tokens, dim). c: (B, 1, dim) or (B, tokens, dim) condition. rotary: positions, or None for text.
+            x: (B, tokens, dim). c: (B, 1, dim) or (B, tokens, dim) condition. rotary: positions.
         """
         modulation = self.adaLN_modulation(c).chunk(2 if self.pre_only else 6, dim=-1)
         shift, scale = modulation[:2]
-        return self.attn(modulate(self.norm1(x), shift, scale), rotary), modulation[2:]
+        return self.attn(modulated_norm(self.norm1, x, shift, scale), rotary), modulation[2:]
 
     def post_attention(self, x: Tensor, attended: Tensor, modulation: tuple[Tensor, ...]) -> Tensor:
         """Return the updated stream (B, tokens, dim)."""
         gate_attn, shift, scale, gate_ffn = modulation
-        x = x + self._along_tokens(self.linear1, attended) * gate_attn
-        return x + self._along_tokens(self.ffn, modulate(self.norm2(x), shift, scale)) * gate_ffn
+        x = torch.addcmul(x, self._along_tokens(self.linear1, attended), gate_attn)
+        return torch.addcmul(x, self._along_tokens(self.ffn, modulated_norm(self.norm2, x, shift, scale)), gate_ffn)
 
     def _along_tokens(self, layer: nn.Module, x: Tensor) -> Tensor:
         if not self.convolves:
@@ -268,7 +259,7 @@ class JointBlock(nn.Module):
 
     def forward(
         self, latent: Tensor, clip: Tensor, text: Tensor, global_c: Tensor, extended_c: Tensor,
-        latent_rotary: tuple[Tensor, Tensor], clip_rotary: tuple[Tensor, Tensor],
+        latent_rotary: tuple[Tensor, Tensor], clip_rotary: tuple[Tensor, Tensor], text_rotary: tuple[Tensor, Tensor],
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the three updated streams; with ``pre_only`` clip and text come back as they were.
 
@@ -278,7 +269,7 @@ class JointBlock(nn.Module):
         """
         latent_qkv, latent_mod = self.latent_block.pre_attention(latent, extended_c, latent_rotary)
         clip_qkv, clip_mod = self.clip_block.pre_attention(clip, global_c, clip_rotary)
-        text_qkv, text_mod = self.text_block.pre_attention(text, global_c, None)
+        text_qkv, text_mod = self.text_block.pre_attention(text, global_c, text_rotary)
         q, k, v = (torch.cat(parts, dim=2) for parts in zip(latent_qkv, clip_qkv, text_qkv, strict=True))
         attended = attend(q, k, v)  # (B, N + T + 77, D)
         of_latent, of_clip, of_text = attended.split((latent.shape[1], clip.shape[1], text.shape[1]), dim=1)
@@ -314,4 +305,4 @@ class FinalLayer(nn.Module):
 
     def forward(self, latent: Tensor, global_c: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(global_c).chunk(2, dim=-1)
-        return self.conv(modulate(self.norm(latent), shift, scale).mT).mT  # (B, N, latent_dim)
+        return self.conv(modulated_norm(self.norm, latent, shift, scale).mT).mT  # (B, N, latent_dim)

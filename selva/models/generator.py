@@ -253,13 +253,16 @@ class Generator(nn.Module):
         clip_rotary = rotary_table(
             self.clip_seq_len, head_dim, self.latent_seq_len / self.clip_seq_len, latent.device
         )
+        text_rotary = rotary_table(self.config.text_seq_len, head_dim, 0.0, latent.device)
         x = self.audio_input_proj(latent)  # (B, N, D)
         clip, text = conditions.clip_f, conditions.text_f
         pooled = self.global_cond_mlp(conditions.clip_f_c + conditions.text_f_c)
         global_c = (self.t_embed(t) + pooled)[:, None]  # (B, 1, D)
         extended_c = global_c + conditions.sync_f  # (B, N, D)
         for block in self.joint_blocks:
-            x, clip, text = self._run(block, x, clip, text, global_c, extended_c, latent_rotary, clip_rotary)
+            x, clip, text = self._run(
+                block, x, clip, text, global_c, extended_c, latent_rotary, clip_rotary, text_rotary
+            )
         for block in self.fused_blocks:
             x = self._run(block, x, extended_c, latent_rotary)
         return self.final_layer(x, global_c)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from selva import flow
-from selva.models.blocks import apply_rotary, nearest_index, rotary_table, time_frequencies
+from selva.models.blocks import nearest_index, rotary_table, time_frequencies
 from selva.models.generator import Generator, GeneratorConfig
 from selva.sampling import guided_velocity
 
@@ -190,15 +190,6 @@ def test_half_precision_module_keeps_exact_time():
     model.t_embed(t)
     model.to(torch.bfloat16).t_embed(t)
     torch.testing.assert_close(seen[0], seen[1], atol=4e-3, rtol=0)  # one bf16 rounding of values up to 1
-
-
-def test_rotation_keeps_lengths_and_depends_on_distance_only():
-    table = rotary_table(12, 8, 1.0, torch.device("cpu"))
-    q, k = torch.randn(1, 8).expand(12, 8), torch.randn(1, 8).expand(12, 8)
-    q, k = apply_rotary(q, table), apply_rotary(k, table)
-    torch.testing.assert_close(q.norm(dim=-1), q.norm(dim=-1)[:1].expand(12))
-    products = q @ k.mT
-    torch.testing.assert_close(products.diagonal(-3), products[3, 0].expand(9), rtol=1e-4, atol=1e-4)
 
 
 def test_tables_made_while_sampling_serve_training():
