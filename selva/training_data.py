@@ -298,7 +298,7 @@ class FolderSet(TrainingSet):
         if not missing:
             return []
         problems: Problems = []
-        vae = load_vae(self.variant.name, self.selva_dir, device).drop_decoder()
+        vae = load_vae(self.variant.name, self.selva_dir, device, encoder_only=True)
         mel = build_mel(self.variant.mode).to(device)
         with Progress(len(missing), "encoding sound", "clips") as progress:
             for number, clip in enumerate(missing, 1):

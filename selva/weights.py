@@ -217,10 +217,15 @@ def load_video_encoder(
 
 def load_vae(
     variant: str, selva_dir: Path | None = None, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
-    *, decoder_only: bool = False,
+    *, decoder_only: bool = False, encoder_only: bool = False,
 ) -> VAE:
-    """Return the VAE, with ``decoder_only`` without ever reading the encoder; see :func:`load_generator`."""
-    return _load(variant, "vae", selva_dir, device, dtype, VAE.drop_encoder if decoder_only else None)
+    """Return the VAE, with ``decoder_only`` or ``encoder_only`` without ever reading the other half.
+
+    See :func:`load_generator`.
+    """
+    assert not (decoder_only and encoder_only)
+    reduce = VAE.drop_encoder if decoder_only else VAE.drop_decoder if encoder_only else None
+    return _load(variant, "vae", selva_dir, device, dtype, reduce)
 
 
 def load_vocoder(

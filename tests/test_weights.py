@@ -325,6 +325,13 @@ def test_a_vae_for_decoding_never_has_an_encoder():
     assert torch.equal(half.decode(latents), whole.decode(latents))
 
 
+def test_a_vae_for_encoding_never_has_a_decoder():
+    half, whole = weights.load_vae("tiny_16k", encoder_only=True), weights.load_vae("tiny_16k")
+    assert half.decoder is None and whole.decoder is not None
+    mel = torch.randn(1, 80, 16)
+    assert all(torch.equal(a, b) for a, b in zip(half.encode(mel), whole.encode(mel), strict=True))
+
+
 def test_weights_are_read_in_float32_and_cast_afterwards(write, tmp_path):
     root = write(tmp_path)
     exact = weights.load_vae("small_16k", root).state_dict()
