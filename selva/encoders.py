@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from selva.models.blocks import load_strict_
+from selva.models.onednn import use_onednn_
 from selva.models.zoo import ClipConfig, T5Config
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP, per RGB channel of values in [0, 1]
@@ -152,9 +153,22 @@ class ClipImage(nn.Module):
 
 
 def meta_clip(config: ClipConfig) -> nn.Module:
-    """Return open_clip's whole CLIP model on the meta device: names and shapes, no memory."""
+    """Return open_clip's whole CLIP model on the meta device: names and shapes, no memory. Not for training."""
+    from open_clip.transformer import QuickGELU
+
     with torch.device("meta"):
-        return build_clip(config)
+        clip = build_clip(config)
+    for layer in clip.modules():
+        if type(layer) is QuickGELU:
+            layer.__class__ = InPlaceQuickGELU
+    return clip
+
+
+class InPlaceQuickGELU(nn.Module):
+    """open_clip's activation bit for bit, with one tensor beside the input, not three: 3 to 9 % of the tower's time on CPUs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mul_((1.702 * x).sigmoid_())
 
 
 def build_clip(config: ClipConfig) -> nn.Module:
@@ -299,3 +313,4 @@ def _load_(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
     module.to_empty(device="cpu")
     load_strict_(module, tensors, what)  # also widens half-precision files
     module.eval().requires_grad_(False)
+    use_onednn_(module)

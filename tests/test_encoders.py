@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from selva.encoders import ClipImage, ClipText, T5Text, meta_clip, meta_t5
+from selva.encoders import ClipImage, ClipText, InPlaceQuickGELU, T5Text, meta_clip, meta_t5
 from selva.models.random_weights import random_state_dict
 from selva.models.zoo import ClipConfig, T5Config, get_variant
 
@@ -121,6 +121,18 @@ def test_frames_may_be_bytes_or_fractions_and_batches_do_not_matter():
     torch.testing.assert_close(clip.encode(frames.float() / 255), features)
     clip.batch_size = 2
     torch.testing.assert_close(clip.encode(frames), features)
+
+
+@torch.no_grad()
+def test_the_activation_in_place_is_that_of_open_clip():
+    from open_clip.transformer import QuickGELU
+
+    clip = meta_clip(ClipConfig(text_layers=1, vision_layers=1))
+    x = torch.randn(1000)
+    expected = [QuickGELU()(x), QuickGELU()(x.bfloat16())]
+    in_place = InPlaceQuickGELU()
+    assert sum(type(layer) is InPlaceQuickGELU for layer in clip.modules()) == 2
+    assert torch.equal(in_place(x.bfloat16()), expected[1]) and torch.equal(in_place(x), expected[0])
 
 
 def test_pixels_beyond_the_last_whole_patch_are_ignored():

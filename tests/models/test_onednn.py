@@ -59,7 +59,7 @@ def test_gradients_and_autocast_take_the_ordinary_path(pointwise_calls):
 @pytest.mark.parametrize("same", [True, False])
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("gradients", [True, False])
-def test_attention_is_that_of_pytorch(same, masked, gradients):
+def test_attention_is_that_of_pytorch(pointwise_calls, same, masked, gradients):
     theirs = nn.MultiheadAttention(24, 3, batch_first=True).eval()
     nn.init.normal_(theirs.in_proj_bias)
     nn.init.normal_(theirs.out_proj.bias)
@@ -73,6 +73,7 @@ def test_attention_is_that_of_pytorch(same, masked, gradients):
         found = network["attn"](query, tokens, tokens, need_weights=False, attn_mask=mask)[0]
     assert type(network["attn"]) is Attention and type(network["fc"]) is Linear
     assert list(network.state_dict()) == names
+    assert bool(pointwise_calls) is not gradients
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
