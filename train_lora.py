@@ -133,6 +133,8 @@ def build_parser() -> cli.ArgumentParser:
     group = parser.add_argument_group("memory")
     group.add_argument("--grad_checkpointing", action="store_true",
                        help="recompute blocks in the backward pass: less memory for more time")
+    group.add_argument("--checkpoint_blocks", type=cli.positive_int, metavar="N",
+                       help="recompute only the first N blocks, as few as the memory needs")
     parser.add_common(precision="bf16")
     return parser
 
@@ -351,7 +353,7 @@ def build_run(
     cast_frozen_(generator, precision)
     report = inject_lora(generator, lora_config, torch.Generator().manual_seed(args.seed))
     generator.to(device)
-    generator.gradient_checkpointing = args.grad_checkpointing
+    generator.gradient_checkpointing = args.checkpoint_blocks or args.grad_checkpointing
     if args.preserve:
         text_features = load_clip_text(variant.name, args.selva_dir, device).encode(args.preserve)
         clips = (

@@ -110,7 +110,8 @@ class Generator(nn.Module):
     def __init__(self, config: GeneratorConfig) -> None:
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = False  # recompute the blocks in backward: less memory, more time
+        # How many blocks, from the first on, are recomputed in backward (True: all): less memory, more time.
+        self.gradient_checkpointing: bool | int = False
         dim, v2 = config.hidden_dim, config.v2
         width = gated_width(dim)
 
@@ -259,20 +260,21 @@ class Generator(nn.Module):
         pooled = self.global_cond_mlp(conditions.clip_f_c + conditions.text_f_c)
         global_c = (self.t_embed(t) + pooled)[:, None]  # (B, 1, D)
         extended_c = global_c + conditions.sync_f  # (B, N, D)
-        for block in self.joint_blocks:
+        for i, block in enumerate(self.joint_blocks):
             x, clip, text = self._run(
-                block, x, clip, text, global_c, extended_c, latent_rotary, clip_rotary, text_rotary
+                i, block, x, clip, text, global_c, extended_c, latent_rotary, clip_rotary, text_rotary
             )
-        for block in self.fused_blocks:
-            x = self._run(block, x, extended_c, latent_rotary)
+        for i, block in enumerate(self.fused_blocks, start=len(self.joint_blocks)):
+            x = self._run(i, block, x, extended_c, latent_rotary)
         return self.final_layer(x, global_c)
 
     def forward(self, latent: Tensor, clip_f: Tensor, sync_f: Tensor, text_f: Tensor, t: Tensor) -> Tensor:
         """Return the velocity from raw features: :meth:`preprocess_conditions`, then :meth:`predict_flow`."""
         return self.predict_flow(latent, t, self.preprocess_conditions(clip_f, sync_f, text_f))
 
-    def _run(self, block: nn.Module, *args):
-        if self.gradient_checkpointing and torch.is_grad_enabled():
+    def _run(self, index: int, block: nn.Module, *args):
+        recomputed = self.gradient_checkpointing is True or index < self.gradient_checkpointing
+        if recomputed and torch.is_grad_enabled():
             return checkpoint(block, *args, use_reentrant=False)
         return block(*args)
 

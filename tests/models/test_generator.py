@@ -177,8 +177,27 @@ def test_gradient_checkpointing_changes_no_gradient():
         return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
     plain = gradients()
-    model.gradient_checkpointing = True
-    assert plain and all(torch.equal(a, b) for a, b in zip(plain, gradients(), strict=True))
+    for blocks in (True, 1):
+        model.gradient_checkpointing = blocks
+        assert plain and all(torch.equal(a, b) for a, b in zip(plain, gradients(), strict=True))
+
+
+@pytest.mark.parametrize(("setting", "twice"), [(False, 0), (1, 1), (2, 2), (True, 3)])
+def test_as_many_blocks_are_recomputed_as_asked_for(setting, twice):
+    model = randomise_(Generator(TINY))
+    blocks = [*model.joint_blocks, *model.fused_blocks]
+    runs = [0] * len(blocks)
+
+    def count(index: int):
+        def hook(*_args) -> None:
+            runs[index] += 1
+        return hook
+
+    for i, block in enumerate(blocks):
+        block.register_forward_pre_hook(count(i))
+    model.gradient_checkpointing = setting
+    model(torch.randn(2, 20, 6), *features(), torch.rand(2)).square().sum().backward()
+    assert runs == [2] * twice + [1] * (len(blocks) - twice)
 
 
 def test_half_precision_module_keeps_exact_time():

@@ -263,6 +263,14 @@ def test_a_dry_run_writes_nothing(feature_dir, tmp_path, capsys):
     assert not (tmp_path / "run").exists() and sorted(p.name for p in feature_dir.iterdir()) == before
 
 
+def test_how_many_blocks_are_recomputed(feature_dir, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(train_lora, "estimate", lambda run: seen.append(run.generator.gradient_checkpointing))
+    for flags in ((), ("--grad_checkpointing",), ("--checkpoint_blocks", "2")):
+        assert train(feature_dir, tmp_path / "run", "--dry_run", *flags) == 0
+    assert seen == [False, True, 2]
+
+
 def test_clips_of_another_folder_can_be_held_out(feature_dir, tmp_path, capsys):
     assert train(feature_dir, tmp_path / "run", "--no_preview", "--val_dir", str(feature_dir)) == 0
     assert "6 clips to train on, 6 held out" in capsys.readouterr().err
