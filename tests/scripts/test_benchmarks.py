@@ -1,0 +1,98 @@
+"""benchmarks/run.py at its smallest: both ways agree, and the figures are stored. No figure is judged."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+SMALL = ["--variant", "tiny_16k", "--device", "cpu", "--precision", "fp32", "--repeats", "1", "--batches", "1", "2",
+         "--durations", "1", "--clips", "2", "--rows", "4", "8"]
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    """``benchmark("run")`` imports a module of the folder as a script there would."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    measure = importlib.import_module("measure")
+    monkeypatch.setattr(measure, "CEILING_SIZE", {"cpu": 64})
+    return importlib.import_module
+
+
+def test_a_small_run_of_every_stage_but_the_slow_ones(benchmark, tmp_path, capsys, monkeypatch):
+    data_stages, run = benchmark("data_stages"), benchmark("run")
+    monkeypatch.setattr(data_stages, "SCENE_SIZE", 32)
+    monkeypatch.setattr(data_stages, "DURATION_SEC", 1.5)
+    monkeypatch.setattr(benchmark("stages"), "STEPS", 2)
+    monkeypatch.setitem(benchmark("stages").BATCH_SEC, "cpu", 1.0)
+    document = tmp_path / "page.md"
+    document.write_text(f"before\n\n{run.BEGIN_MARK}\nold\n{run.END_MARK}\n\nafter\n", encoding="utf-8")
+    stages = ["train", "checkpoint", "extract", "sample", "memmap"]
+    given = [*SMALL, "--only", ",".join(stages), "--out", str(tmp_path / "out"), "--docs", str(document)]
+    assert run.main(given) == 0  # 1 if the two ways differ
+    name = f"tiny_16k_fp32_cpu_{'_'.join(stages)}"
+    figures = json.loads((tmp_path / "out" / f"{name}.json").read_text(encoding="utf-8"))
+    rows = figures["results"]
+    compared = {row["stage"]: row for row in rows if row["plain_sec"] is not None}
+    assert set(compared) == {
+        "training step", "step, checkpointed", "extraction: reading", "extraction: text", "extraction: CLIP",
+        "extraction: video encoder", "extraction: VAE", "sampling, 2 steps, one sound",
+        "sampling, 2 steps, 1 s each",
+    }
+    for row in compared.values():
+        assert row["error"] <= row["tolerance"] <= 5e-4 and row["ours_sec"] > 0
+        assert row["ratio"] == pytest.approx(row["ours_sec"] / row["plain_sec"])
+        assert row["plain_mib"] >= 0 and row["ours_mib"] >= 0
+    assert [row["amount"] for row in rows if row["stage"] == "memmap row"] == [4, 8]
+
+    table = (tmp_path / "out" / f"{name}.md").read_text(encoding="utf-8")
+    lines = [line for line in table.splitlines() if line.startswith("|")]
+    stages_end = next(i for i, line in enumerate(lines) if line.startswith("| stage | from, to"))
+    assert len(lines[:stages_end]) == 2 + len(rows)
+    assert len({line.count("|") for line in lines[:stages_end]}) == 1
+    assert [line.split(" | ")[1] for line in lines[stages_end + 2 :]] == [
+        "4, 8 rows", "1, 2 sounds", "1, 2 clips", "1, 2 clips"
+    ]
+    text = document.read_text(encoding="utf-8")
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text and table in text
+    assert run.main([*SMALL, "--only", "memmap", *given[-4:]]) == 0
+    text = document.read_text(encoding="utf-8")
+    assert text.count("### tiny_16k_fp32_cpu") == 2 and text.count(run.BEGIN_MARK) == 1
+    capsys.readouterr()
+
+
+def test_a_start_prepares_and_computes_the_same_either_way(benchmark, tmp_path):
+    data_stages, startup = benchmark("data_stages"), benchmark("startup")
+    data_stages.write_data(tmp_path / "data", startup.get_variant("tiny_16k"), 2)
+    common = ["--variant", "tiny_16k", "--data_dir", str(tmp_path / "data"), "--device", "cpu", "--precision", "fp32"]
+    for way in ("plain", "ours", "ours"):
+        assert startup.main([way, *common, "--out", str(tmp_path / f"{way}.json")]) == 0
+    plain, ours = (torch.load(tmp_path / f"{way}.pt", weights_only=True) for way in ("plain", "ours"))
+    assert set(plain) == set(ours) == {"latents", "text", "velocity"}
+    for key, expected in plain.items():
+        torch.testing.assert_close(ours[key], expected, rtol=1e-4, atol=1e-4)
+    figures = {way: json.loads((tmp_path / f"{way}.json").read_text()) for way in ("plain", "ours")}
+    assert list(figures["ours"]["stages"]) == ["data", "model", "first step"]
+    for row in figures.values():
+        assert row["total"] == pytest.approx(sum(row["stages"].values())) and row["mib"] > 0
+
+
+def test_a_difference_fails_the_run(benchmark, tmp_path, monkeypatch, capsys):
+    run = benchmark("run")
+    wrong = benchmark("measure").Result("stage", "size", 2.0, 1.0, 0.5, error=0.1, tolerance=0.01)
+    monkeypatch.setitem(run.STAGES, "train", lambda bench, sizes: [wrong])
+    assert run.main([*SMALL, "--only", "train", "--out", str(tmp_path)]) == 1
+    assert "**0.50**" in capsys.readouterr().out  # the figures are shown all the same
+
+
+@pytest.mark.parametrize("given, said", [
+    (["--only", "nothing"], "expected some of"),
+    (["--variant", "small_16k", "--only", "start"], "make_test_weights.py"),
+])
+def test_mistakes_are_named(benchmark, given, said, caplog):
+    assert benchmark("run").main(given) == 2
+    assert said in caplog.text
