@@ -29,6 +29,9 @@ CONV_REACH = 3  # of the first and the last convolution, 7 wide
 # Values per chunk of an activation on CPUs: few enough that all steps reuse the same memory instead of asking for
 # new pages, which took up to two thirds of the time of long sounds, and enough to hide the cost of a call.
 ACTIVATION_CHUNK = 2**18
+# With channels last, a convolution first copies its weights to that layout. A short input is rearranged instead: to the
+# time axis, to oneDNN's blocks, and both ways back.
+LAYOUT_PASSES = 4
 FILTER_SUFFIXES = (".upsample.filter", ".downsample.lowpass.filter")
 # The two spellings of weight norm in published files: (magnitude g, direction v).
 WEIGHT_NORM_SUFFIXES = (
@@ -191,10 +194,17 @@ class AntiAliasedActivation(nn.Module):
         return downsample_twice(self.act(fine))
 
 
+def is_short(x: Tensor, weight: Tensor) -> bool:
+    """Whether rearranging ``x``, which has its channels last, costs less than copying ``weight`` to that layout."""
+    return x.stride(1) == 1 and LAYOUT_PASSES * x.numel() < weight.numel()
+
+
 class Conv1d(nn.Conv1d):
     """A convolution that keeps the layout of its input in memory, where PyTorch's makes the time axis the inner one."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if is_short(x, self.weight):
+            return super().forward(x).mT.contiguous().mT
         padding, dilation = (0, *self.padding), (1, *self.dilation)
         x, weight = x[:, :, None], self.weight[:, :, None]
         return F.conv2d(x, weight, self.bias, padding=padding, dilation=dilation)[:, :, 0]
@@ -204,6 +214,8 @@ class ConvTranspose1d(nn.ConvTranspose1d):
     """The same for a transposed convolution."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if is_short(x, self.weight):
+            return super().forward(x).mT.contiguous().mT
         stride, padding = (1, *self.stride), (0, *self.padding)
         x, weight = x[:, :, None], self.weight[:, :, None]
         return F.conv_transpose2d(x, weight, self.bias, stride=stride, padding=padding)[:, :, 0]

@@ -16,12 +16,15 @@ from selva.models import vocoder as vocoder_module
 from selva.models.random_weights import fill_random_
 from selva.models.vocoder import (
     AntiAliasedActivation,
+    Conv1d,
+    ConvTranspose1d,
     SnakeBeta,
     Vocoder,
     VocoderConfig,
     antialias_filter,
     downsample_twice,
     fold_weight_norm,
+    is_short,
     upsample_twice,
 )
 
@@ -175,6 +178,18 @@ def test_channels_stay_the_inner_axis(monkeypatch):
     layers = (AntiAliasedActivation(16), 16), (vocoder.conv_pre, 8), (vocoder.ups[0][0], 16), (vocoder.resblocks[0], 8)
     for layer, channels in layers:
         assert layer(torch.randn(1, 20, channels).mT).stride(1) == 1
+
+
+@pytest.mark.parametrize("length", [3, 60])
+def test_convolutions_of_short_and_long_inputs_are_pytorchs(length):
+    dilated, bare = Conv1d(6, 5, 7, padding=9, dilation=3), Conv1d(6, 5, 7, padding=3, bias=False)
+    for layer in (dilated, bare, ConvTranspose1d(6, 5, 8, stride=4, padding=2)):
+        x = torch.randn(2, length, 6).mT
+        assert is_short(x, layer.weight) == (length == 3)
+        assert not is_short(x.contiguous(), layer.weight)
+        expected = type(layer).__base__.forward(layer, x)
+        for layout in (x, x.contiguous()):
+            torch.testing.assert_close(layer(layout), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_channels_do_not_mix():
