@@ -19,7 +19,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 MEMORY_POLL_SEC = 0.002
-ROW_SEC = 45.0  # a row of the table is not repeated beyond this, but always LEAST_REPEATS times
+ROW_SEC = 20.0  # a row of the table is not repeated beyond this, but always LEAST_REPEATS times
 LEAST_REPEATS = 3
 CEILING_SIZE = {"cpu": 2048, "cuda": 8192, "mps": 4096}  # rows and columns of the matrices whose product is timed
 

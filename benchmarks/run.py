@@ -49,7 +49,7 @@ def build_parser() -> cli.ArgumentParser:
     group = parser.add_argument_group("what to measure")
     group.add_argument("--only", default="", metavar="STAGE,...", help=f"stages, of {', '.join(STAGES)}; all without")
     group.add_argument("--batches", type=cli.positive_int, nargs="+", default=[1, 4, 16], help="batch sizes")
-    group.add_argument("--durations", type=float, nargs="+", default=[2.0, 4.0, 8.0, 16.0],
+    group.add_argument("--durations", type=float, nargs="+", default=[2.0, 8.0, 16.0],
                        help="seconds of sound to sample and to decode")
     group.add_argument("--clips", type=cli.positive_int, nargs="+",
                        help="clips to start a training on (default: 8; 8 32 128 with tiny_16k, whose start is short)")

@@ -41,8 +41,8 @@ DURATION_SEC = 8.0
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 NUM_CLIPS = 16
 READS = 256  # rows that are read of a memmap, whatever its size
-# Of the sampling of batches: on a CPU, 16 sounds of 8 s would take minutes.
-BATCH_SEC = {"cpu": 2.0, "cuda": 8.0, "mps": 8.0}
+# Of the sampling of batches: on a CPU, 16 sounds of 8 s would take many minutes.
+BATCH_SEC = {"cpu": 1.0, "cuda": 8.0, "mps": 8.0}
 
 
 @dataclass(frozen=True)

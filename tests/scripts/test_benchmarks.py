@@ -28,7 +28,6 @@ def test_a_small_run_of_every_stage_but_the_slow_ones(benchmark, tmp_path, capsy
     monkeypatch.setattr(data_stages, "SCENE_SIZE", 32)
     monkeypatch.setattr(data_stages, "DURATION_SEC", 1.5)
     monkeypatch.setattr(benchmark("stages"), "STEPS", 2)
-    monkeypatch.setitem(benchmark("stages").BATCH_SEC, "cpu", 1.0)
     document = tmp_path / "page.md"
     document.write_text(f"before\n\n{run.BEGIN_MARK}\nold\n{run.END_MARK}\n\nafter\n", encoding="utf-8")
     stages = ["train", "checkpoint", "extract", "sample", "memmap"]
