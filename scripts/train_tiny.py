@@ -5,6 +5,7 @@
     python scripts/train_tiny.py --output_dir runs/tiny --stages --export selva/assets
 
 vae         log-mel spectrograms <-> latents, on sounds of the world and of no class
+decoder     latents -> spectrograms once more, with weight on what is loud
 vocoder     the magnitudes that a mel spectrogram stands for
 clip        which picture goes with which sentence
 sync        when the thing that the prompt names is struck, or runs: T5 and the video encoder together

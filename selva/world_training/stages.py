@@ -2,7 +2,7 @@
 
     vae, clip ── generator ─┐
     sync ───────────────────┴── finetune ─┐
-    vocoder ──────────────────────────────┴── weights of the package
+    vae ── decoder, vocoder ──────────────┴── weights of the package
 
 Every stage has a folder with the state to resume from, ``metrics.jsonl`` and, once it is finished, ``weights.pt``.
 Later stages read the weights of earlier ones.
@@ -28,7 +28,7 @@ from selva.models.mel_inversion import MelInversion
 from selva.models.zoo import TINY_16K, Variant, build_generator, build_mel, build_vae, build_vocoder
 from selva.report import Progress
 from selva.world import random_sound
-from selva.world_training.codec import VaeTask, VocoderTask, as_published, band_statistics
+from selva.world_training.codec import DecoderTask, VaeTask, VocoderTask, as_published, band_statistics
 from selva.world_training.encoders import (
     ClipNetwork,
     ClipTask,
@@ -48,7 +48,7 @@ from selva.world_training.scenes import PoolConfig, ScenePool
 
 log = logging.getLogger(__name__)
 
-STAGES = ("vae", "vocoder", "clip", "sync", "generator", "finetune")
+STAGES = ("vae", "decoder", "vocoder", "clip", "sync", "generator", "finetune")
 WEIGHTS_FILE = "weights.pt"
 TRAIN_SEED, HELD_OUT_SEED = 1_000_000, 2_000_000  # of scenes; measurements begin far above both
 PEAK = 0.95
@@ -77,6 +77,9 @@ class Recipe:
     held_out: int = 24
     loops: dict[str, LoopConfig] = field(default_factory=lambda: {
         "vae": LoopConfig(steps=6000, lr=2e-3, batch_size=16, decay_fraction=0.4, val_every=500),
+        "decoder": LoopConfig(
+            steps=1500, lr=1.5e-3, batch_size=16, warmup_steps=50, decay_fraction=0.6, val_every=500
+        ),
         "vocoder": LoopConfig(steps=1000, lr=2e-3, batch_size=4, val_every=500),
         "clip": LoopConfig(steps=1500, lr=1e-3, batch_size=24, val_every=500),
         "sync": LoopConfig(
@@ -152,7 +155,7 @@ class Workshop:
         """Load the weights of a finished stage and freeze the network."""
         path = self.weights_path(stage)
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: stage {stage!r} has to be finished first; run it with --stage {stage}")
+            raise FileNotFoundError(f"{path}: stage {stage!r} has to be finished first; run it with --stages {stage}")
         network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         return network.to(self.device).eval().requires_grad_(False)
 
@@ -176,15 +179,24 @@ class Workshop:
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
         return torch.stack(rows)[order].float()
 
-    def _vae(self) -> None:
+    def _mels(self) -> tuple[Tensor, Tensor]:
+        """Return (n, bands, frames) float16 log-mels to train on, and held-out ones."""
         mel = build_mel(self.variant.name)
         mels = torch.cat([mel(x) for x in self._sounds().split(16)]).half()
+        held_out = min(64, len(mels) // 4)
+        return mels[:-held_out], mels[-held_out:]
+
+    def _vae(self) -> None:
+        mels, held_out = self._mels()
         vae = build_vae(self.variant.name)
-        mean, std = band_statistics(mels)
+        mean, std = band_statistics(torch.cat((mels, held_out)))
         vae.data_mean.copy_(mean)
         vae.data_std.copy_(std)
-        held_out = min(64, len(mels) // 4)
-        self._train("vae", VaeTask(vae, mels[:-held_out], mels[-held_out:]))
+        self._train("vae", VaeTask(vae, mels, held_out))
+
+    def _decoder(self) -> None:
+        vae = self._read("vae", build_vae(self.variant.name))
+        self._train("decoder", DecoderTask(vae, *self._mels()), keep=vae.state_dict)
 
     def _vocoder(self) -> None:
         sounds = self._sounds()
@@ -269,12 +281,13 @@ class Workshop:
         encoders = self.encoders()
         generator: Generator = self._read("finetune", build_generator(self.variant.name))
         vocoder: MelInversion = self._read("vocoder", build_vocoder(self.variant.name))
+        vae = self._read("decoder", build_vae(self.variant.name))
         text, image = encoders.clip_text.clip.state_dict(), encoders.clip_image.visual.state_dict()
         t5 = encoders.sync.t5.t5.state_dict()
         t5.pop("encoder.embed_tokens.weight")  # the same table as "shared.weight"
         parts = {
             "generator": generator.state_dict(), "video_encoder": encoders.sync.encoder.state_dict(),
-            "vae": as_published(encoders.vae), "vocoder": vocoder.state_dict(), "t5": t5,
+            "vae": as_published(vae), "vocoder": vocoder.state_dict(), "t5": t5,
             "clip_text": dict(text), "clip_image": {f"visual.{name}": tensor for name, tensor in image.items()},
         }
         return {
