@@ -19,6 +19,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 MEMORY_POLL_SEC = 0.002
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 ROW_SEC = 20.0  # a row of the table is not repeated beyond this, but always LEAST_REPEATS times
 LEAST_REPEATS = 3
 CEILING_SIZE = {"cpu": 2048, "cuda": 8192, "mps": 4096}  # rows and columns of the matrices whose product is timed
@@ -157,7 +158,7 @@ def resident_rise(call: Callable[[], Any]) -> float:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         call()
         return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
-    ctypes.CDLL(None).malloc_trim(0)  # what earlier calls left in the allocator would hide the rise
+    return_memory_at_once(True)
     peak, done = [resident_bytes()], threading.Event()
     before = peak[0]
 
@@ -173,7 +174,22 @@ def resident_rise(call: Callable[[], Any]) -> float:
     finally:
         done.set()
         watcher.join()
+        return_memory_at_once(False)
     return (peak[0] - before) / 2**20
+
+
+def return_memory_at_once(wanted: bool) -> None:
+    """Let the C library give freed tensors back to the system at once, so that resident is what is in use; or not.
+
+    Otherwise it keeps what earlier calls freed, in pieces that fit the next call more or less. Returning costs time, so
+    it is done only while memory is measured; the alternative is what the library itself comes to (mallopt(3)).
+    """
+    libc, threshold = ctypes.CDLL(None), 2**16 if wanted else 2**25
+    if not hasattr(libc, "mallopt"):  # not glibc
+        return
+    libc.mallopt(M_MMAP_THRESHOLD, threshold)
+    libc.mallopt(M_TRIM_THRESHOLD, 2 * threshold)
+    libc.malloc_trim(0)
 
 
 def resident_bytes() -> int:
