@@ -359,7 +359,7 @@ def build_run(
         clips = (
             with_preserved(
                 generator, clips[0], args.preserve, text_features, args.preserve_share, seed=args.seed,
-                precision=precision, use_clip_features=config.clip_features == "use",
+                precision=precision,
             ),
             clips[1],
         )

@@ -46,18 +46,17 @@ def with_preserved(
     *,
     seed: int,
     precision: torch.dtype,
-    use_clip_features: bool = True,
 ) -> TrainingSet:
     """Return the clips, and sounds that the generator makes for ``prompts`` as ``share`` of all.
 
-    Each borrows the pictures of one of the clips: clip i those of clip i, with the prompts in turn, so that pictures
-    decide when, and only the words what. Depends on nothing but the arguments.
+    Each borrows the sync features of one of the clips, with the prompts in turn, so that something happens in it at
+    certain moments. It gets no CLIP features: they would show the new thing under the name of an old one, and its looks
+    would come to mean nothing. Depends on nothing but the arguments.
 
     Args:
         generator: the base model, on its device; its adapter, if there is one, must not have learned anything.
         text_features: (prompts, 77, text_dim).
         seed: of the noise. precision: autocast dtype of the network.
-        use_clip_features: whether CLIP features of pictures are passed on, as in the training to come.
 
     Raises:
         ValueError: ``share`` is not between 0 and 1.
@@ -69,8 +68,7 @@ def with_preserved(
     with Progress(min(wanted, MOST_SOUNDS), "sounds to preserve", "sounds") as progress:
         for number in range(min(wanted, MOST_SOUNDS)):
             clip, which = clips.clip(number % len(clips)), number % len(prompts)
-            made.append(_as_made(generator, clip, prompts[which], text_features[which], seed + number, precision,
-                                 use_clip_features))
+            made.append(_as_made(generator, clip, prompts[which], text_features[which], seed + number, precision))
             progress.update(number + 1)
     generator.train(was_training)
     preserved = InMemorySet(made)
@@ -78,21 +76,18 @@ def with_preserved(
 
 
 def _as_made(
-    generator: Generator, clip: TrainingClip, prompt: str, text_f: Tensor, seed: int, precision: torch.dtype,
-    use_clip_features: bool,
+    generator: Generator, clip: TrainingClip, prompt: str, text_f: Tensor, seed: int, precision: torch.dtype
 ) -> TrainingClip:
-    """Return a clip of the same pictures with another prompt, and with what the generator makes of both."""
+    """Return a clip of the same moments with another prompt, and with what the generator makes of both."""
     device = generator.latent_mean.device
     generator.set_sequence(*clip.lengths)
     empty_clip, empty_sync, _ = generator.empty_features(1)
     latents = sample_latents(
-        generator,
-        clip.clip_f[None].to(device) if clip.has_video and use_clip_features else empty_clip,
-        clip.sync_f[None].to(device) if clip.has_video else empty_sync,
+        generator, empty_clip, clip.sync_f[None].to(device) if clip.has_video else empty_sync,
         text_f[None].to(device), [seed], UNGUIDED, precision=precision,
     )[0].cpu()
     return TrainingClip(
         id=f"{clip.id}, preserved with {prompt!r}", prompt=prompt, audio_path=None, sequence=clip.sequence,
-        mean=latents, std=torch.zeros_like(latents), clip_f=clip.clip_f, sync_f=clip.sync_f,
+        mean=latents, std=torch.zeros_like(latents), clip_f=empty_clip[0].float().cpu(), sync_f=clip.sync_f,
         text_f=text_f.float().cpu(), has_video=clip.has_video,
     )
