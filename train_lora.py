@@ -125,7 +125,7 @@ def build_parser() -> cli.ArgumentParser:
     group.add_argument("--preview", action=cli.BooleanFlag, default=True, help="generate a sample at every checkpoint")
 
     group = parser.add_argument_group("keeping what the model knows")
-    group.add_argument("--preserve", nargs="+", default=[], metavar="PROMPT",
+    group.add_argument("--preserve", nargs="*", default=[], metavar="PROMPT",
                        help="sounds that shall stay as they are; the model also trains on what it makes of these "
                        "prompts now. Without them, a new sound may take over others at full strength")
     group.add_argument("--preserve_share", type=float, default=0.5, help="share of the training that goes into that")

@@ -59,7 +59,8 @@ def test_the_first_head_measures_the_place():
     block = generator.joint_blocks[0]
     rotary = rotary_table(250, 32, 1.0, torch.device("cpu"))
     q, k, _ = block.latent_block.attn(torch.randn(1, 250, 96), rotary)
-    _, text_k, _ = block.text_block.attn(torch.randn(1, 77, 96), None)
+    nowhere = rotary_table(77, 32, 0.0, torch.device("cpu"))
+    _, text_k, _ = block.text_block.attn(torch.randn(1, 77, 96), nowhere)
     attention = (q @ torch.cat((k, text_k), dim=2).mT / 32**0.5).softmax(-1)[0, 0]  # of the first head
     share = attention[:, 250:].sum(-1).detach().reshape(10, 25).mean(1)
     assert share[0] > 0.6 and share[-1] < 0.05 and (share.diff() < 0).all()
