@@ -32,7 +32,7 @@ from selva.lora import LoRAConfig, inject_lora
 from selva.lora_config import PRESETS, parse_targets
 from selva.models.generator import cast_frozen_
 from selva.models.zoo import Variant, get_variant
-from selva.preservation import num_preserved, with_preserved
+from selva.preservation import mixture, with_preserved
 from selva.preview import Preview
 from selva.report import MetricsFile, clock, peak_memory_bytes
 from selva.run_folder import RunFolder, check_disk_space
@@ -171,7 +171,7 @@ def configs_from(args: argparse.Namespace) -> tuple[TrainConfig, LoRAConfig]:
     if not 0 <= args.val_fraction < 1:
         problems.append(f"val_fraction is {args.val_fraction}, expected 0 to below 1")
     try:
-        num_preserved(1, args.preserve_share)
+        mixture(1, 1, args.preserve_share)
     except ValueError as error:
         problems.append(str(error))
     if args.keep_last < 0:

@@ -9,6 +9,7 @@ where nothing changes.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 
 import torch
@@ -22,19 +23,21 @@ from selva.training_set import InMemorySet, Joined, TrainingClip, TrainingSet
 log = logging.getLogger(__name__)
 
 UNGUIDED = SamplingConfig(cfg_strength=0.0)
+SOUNDS_PER_PROMPT = 3  # at least; fewer clips than that asks for are visited several times an epoch
 MOST_SOUNDS = 200  # kept in memory, about 1 MB each; a larger share of a large set meets each of them more than once
 
 
-def num_preserved(num_clips: int, share: float) -> int:
-    """Return how many sounds of its own the model is trained on beside ``num_clips`` clips, so that they make ``share``
-    of all, at least one.
+def mixture(num_clips: int, num_prompts: int, share: float) -> tuple[int, int]:
+    """Return how often an epoch visits each clip, and how many preserved sounds it visits, which are ``share`` of all.
 
     Raises:
         ValueError: ``share`` is not between 0 and 1.
     """
     if not 0 < share < 1:
         raise ValueError(f"preserve_share is {share}, expected more than 0 and less than 1")
-    return max(1, round(num_clips * share / (1 - share)))
+    per_visit = num_clips * share / (1 - share)
+    visits = max(1, math.ceil(SOUNDS_PER_PROMPT * num_prompts / per_visit))
+    return visits, round(visits * per_visit)
 
 
 def with_preserved(
@@ -49,7 +52,8 @@ def with_preserved(
 ) -> TrainingSet:
     """Return the clips, and sounds that the generator makes for ``prompts`` as ``share`` of all.
 
-    Each borrows the sync features of one of the clips, with the prompts in turn, so that something happens in it at
+    There are at least :data:`SOUNDS_PER_PROMPT` for every prompt; a small set of clips is repeated to keep the share.
+    Each sound borrows the sync features of one of the clips, with the prompts in turn, so that something happens in it at
     certain moments. It gets no CLIP features: they would show the new thing under the name of an old one, and its looks
     would come to mean nothing. Depends on nothing but the arguments.
 
@@ -61,18 +65,21 @@ def with_preserved(
     Raises:
         ValueError: ``share`` is not between 0 and 1.
     """
-    wanted = num_preserved(len(clips), share)
+    visits, wanted = mixture(len(clips), len(prompts), share)
+    shift_after = math.lcm(len(clips), len(prompts))  # then each prompt meets other clips than before
     made = []
     was_training = generator.training
     generator.eval()
     with Progress(min(wanted, MOST_SOUNDS), "sounds to preserve", "sounds") as progress:
         for number in range(min(wanted, MOST_SOUNDS)):
-            clip, which = clips.clip(number % len(clips)), number % len(prompts)
+            which = number % len(prompts)
+            clip = clips.clip((number + number // shift_after) % len(clips))
             made.append(_as_made(generator, clip, prompts[which], text_features[which], seed + number, precision))
             progress.update(number + 1)
     generator.train(was_training)
     preserved = InMemorySet(made)
-    return Joined(clips, preserved.subset(i % len(preserved) for i in range(wanted)))
+    repeated = clips if visits == 1 else clips.subset(i for _ in range(visits) for i in range(len(clips)))
+    return Joined(repeated, preserved.subset(i % len(preserved) for i in range(wanted)))
 
 
 def _as_made(

@@ -9,7 +9,7 @@ import torch
 from test_training import CONFIG, make_clips, make_generator
 
 from selva.lora import LoRAConfig
-from selva.preservation import num_preserved, with_preserved
+from selva.preservation import mixture, with_preserved
 from selva.sampling import SamplingConfig, sample_latents
 from selva.training import TrainingRun, draw, flow_loss
 from selva.training_set import InMemorySet, Joined, collate
@@ -28,11 +28,10 @@ def make(count: int = 3, share: float = 0.5, **changes):
 
 def test_the_clips_come_first_and_the_models_own_sounds_after_them():
     model, clips, joined = make()
-    assert len(joined) == 6 and joined.ids[:3] == [clip.id for clip in clips] and model.training
-    for index, clip in enumerate(clips):
-        assert joined.clip(index) is clip and joined.lengths(index) == joined.lengths(index + 3)
-        made = joined.clip(index + 3)
-        which = index % 2
+    assert len(joined) == 12 and joined.ids[:6] == 2 * [clip.id for clip in clips] and model.training
+    for index in range(6):
+        clip, made, which = clips[index % 3], joined.clip(index + 6), index % 2
+        assert joined.clip(index) is clip and joined.lengths(index) == joined.lengths(index + 6)
         assert made.prompt == PROMPTS[which] and torch.equal(made.text_f, TEXT[which])
         empty_clip = model.empty_features(1)[0].detach()
         assert torch.equal(made.clip_f, empty_clip[0]) and torch.equal(made.sync_f, clip.sync_f)
@@ -43,28 +42,39 @@ def test_the_clips_come_first_and_the_models_own_sounds_after_them():
         assert torch.equal(made.mean, expected) and made.std.eq(0).all()
 
 
-@pytest.mark.parametrize(("share", "expected"), [(0.5, 10), (0.2, 2), (0.75, 30), (0.01, 1)])
-def test_the_share_is_of_all_sounds(share, expected):
-    assert num_preserved(10, share) == expected
+@pytest.mark.parametrize(
+    ("clips", "prompts", "share", "expected"),
+    [(10, 1, 0.5, (1, 10)), (10, 3, 0.5, (1, 10)), (10, 1, 0.75, (1, 30)), (10, 4, 0.5, (2, 20)),
+     (10, 1, 0.2, (2, 5)), (20, 20, 0.4, (5, 67)), (1000, 20, 0.1, (1, 111))],
+)
+def test_the_share_is_of_all_sounds_and_every_prompt_has_three(clips, prompts, share, expected):
+    assert mixture(clips, prompts, share) == expected
+
+
+def test_a_prompt_does_not_always_borrow_the_same_moments():
+    _, clips, joined = make(2)
+    made = [joined.clip(i) for i in range(len(joined) // 2, len(joined))]
+    borrowed = {i for clip in made if clip.prompt == "rain" for i in (0, 1) if torch.equal(clip.sync_f, clips[i].sync_f)}
+    assert borrowed == {0, 1}
 
 
 @pytest.mark.parametrize("share", [0, 1, -0.5, 1.5, float("nan")])
 def test_a_share_must_leave_room_for_both(share):
     with pytest.raises(ValueError, match="preserve_share is"):
-        num_preserved(10, share)
+        mixture(10, 2, share)
 
 
 def test_a_large_share_repeats_a_limited_number_of_sounds(monkeypatch):
     monkeypatch.setattr("selva.preservation.MOST_SOUNDS", 2)
     _, _, joined = make(share=0.6)
-    assert len(joined) == 3 + round(3 * 1.5)
-    assert joined.clip(3) is joined.clip(5) and joined.clip(4) is not joined.clip(5)
+    assert len(joined) == 2 * 3 + round(2 * 3 * 1.5)
+    assert joined.clip(6) is joined.clip(8) and joined.clip(7) is not joined.clip(8)
 
 
 def test_sounds_without_pictures_are_preserved_without_pictures():
     nan = {"clip_f": torch.full((8, 10), torch.nan), "sync_f": torch.full((24, 12), torch.nan)}
     _, _, joined = make(has_video=False, **nan)
-    made = joined.clip(3)
+    made = joined.clip(len(joined) - 1)
     assert not made.has_video and torch.isfinite(made.mean).all()
 
 
@@ -72,7 +82,7 @@ def test_on_its_own_sounds_there_is_little_to_learn():
     """Unguided samples are distributed as the model predicts, so the gradients of many of them cancel out."""
     model, clips, joined = make(1, share=0.98)
     model.eval()
-    made = collate([joined.clip(i) for i in range(1, len(joined))])
+    made = collate([joined.clip(i) for i in range(len(joined)) if "preserved" in joined.ids[i]])
     other = dataclasses.replace(made, mean=clips[0].mean.expand_as(made.mean))
     config = dataclasses.replace(CONFIG, null_prob=0.0, latent="mode")
     draws = draw(made.mean.shape, config, torch.Generator().manual_seed(0), 0.0)
@@ -94,8 +104,8 @@ def test_training_visits_both_and_continues_exactly():
     first, second = run(), run()
     losses = [first.train_step()[0].item() for _ in range(3)]
     assert losses == [second.train_step()[0].item() for _ in range(3)]
-    visited = {visit.index for _ in range(6) for visit in first.batches.draw()}
-    assert visited == set(range(6))
+    visited = {visit.index for _ in range(12) for visit in first.batches.draw()}
+    assert visited == set(range(12))
 
 
 def test_joined_sets_keep_their_numbers():

@@ -181,15 +181,16 @@ def random_sound(rng: np.random.Generator, duration_sec: float = 8.0, rate: int 
     """
     num_samples = round(duration_sec * rate)
     sound = np.zeros(num_samples)
+    parts = _random_call if rng.random() < 0.3 else _random_part
     for _ in range(rng.integers(2, 16)):
-        seconds = float(np.exp(rng.uniform(np.log(0.05), np.log(2.5))))
         begin = int(rng.uniform(0, num_samples))
-        part = 10 ** rng.uniform(-1, 0) * _random_part(rng, rate, seconds)[: num_samples - begin]
+        part = 10 ** rng.uniform(-1, 0) * parts(rng, rate)[: num_samples - begin]
         sound[begin : begin + len(part)] += part
     return (rng.uniform(0.3, 0.95) * sound / max(np.abs(sound).max(), 1e-9)).astype(np.float32)
 
 
-def _random_part(rng: np.random.Generator, rate: int, seconds: float) -> np.ndarray:
+def _random_part(rng: np.random.Generator, rate: int) -> np.ndarray:
+    seconds = float(np.exp(rng.uniform(np.log(0.05), np.log(2.5))))
     t = np.arange(max(64, round(seconds * rate))) / rate
     decay = np.exp(-t / (seconds * rng.uniform(0.1, 1.0))) * np.minimum(1, t / rng.choice([0.001, 0.005, 0.03]))
     decay *= np.minimum(1, (t[-1] - t) / 0.01)
@@ -206,3 +207,15 @@ def _random_part(rng: np.random.Generator, rate: int, seconds: float) -> np.ndar
     ratios = ratios / ratios[0]
     levels = rng.uniform(0, 1, 8) / ratios ** rng.uniform(0, 1)
     return partials(rate, len(t) / rate, lowest * ratios, levels, np.full(8, seconds))[: len(t)] * decay
+
+
+def _random_call(rng: np.random.Generator, rate: int) -> np.ndarray:
+    """Return a whistle that goes up and down between random pitches: a thin line, gone before it can be averaged."""
+    seconds = rng.uniform(0.06, 0.4)
+    t = np.arange(round(seconds * rate)) / rate
+    corners = np.linspace(0, seconds, rng.integers(2, 5))
+    hertz = np.exp(rng.uniform(np.log(500), np.log(4500)) + np.interp(t, corners, rng.uniform(-0.5, 0.5, len(corners))))
+    level = np.interp(t, corners, rng.uniform(0.1, 1.0, len(corners)))
+    level *= np.clip(t / 0.004, 0, 1) * np.clip((seconds - t) / 0.02, 0, 1)
+    octave = rng.uniform(0, 0.6) * (2 * hertz < _HIGHEST * rate)
+    return level * (sweep(rate, hertz) + octave * sweep(rate, 2 * hertz))

@@ -66,7 +66,7 @@ class Recipe:
     """
 
     sounds: int = 3000
-    broad_sounds: int = 2000
+    broad_sounds: int = 3000
     codec_sec: float = 4.0
     clip_scenes: int = 1000
     sync_scenes: int = 2000
@@ -76,7 +76,7 @@ class Recipe:
     generator_sec: float = 8.0
     held_out: int = 24
     loops: dict[str, LoopConfig] = field(default_factory=lambda: {
-        "vae": LoopConfig(steps=6000, lr=2e-3, batch_size=16, decay_fraction=0.4, val_every=500),
+        "vae": LoopConfig(steps=9000, lr=2e-3, batch_size=16, decay_fraction=0.4, val_every=500),
         "decoder": LoopConfig(
             steps=1500, lr=1.5e-3, batch_size=16, warmup_steps=50, decay_fraction=0.6, val_every=500
         ),
