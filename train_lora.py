@@ -26,6 +26,7 @@ import torch
 
 from selva import cli, flow
 from selva.checkpoint import TrainingState, check_same_settings, load_checkpoint, load_newest_checkpoint
+from selva.compiling import compile_blocks_, prepare_to_compile
 from selva.data_summary import summarise
 from selva.distributed import World, join_world, leave
 from selva.lora import LoRAConfig, inject_lora
@@ -130,11 +131,14 @@ def build_parser() -> cli.ArgumentParser:
                        "prompts now. Without them, a new sound may take over others at full strength")
     group.add_argument("--preserve_share", type=float, default=0.5, help="share of the training that goes into that")
 
-    group = parser.add_argument_group("memory")
+    group = parser.add_argument_group("memory and speed")
     group.add_argument("--grad_checkpointing", action="store_true",
                        help="recompute blocks in the backward pass: less memory for more time")
     group.add_argument("--checkpoint_blocks", type=cli.positive_int, metavar="N",
                        help="recompute only the first N blocks, as few as the memory needs")
+    group.add_argument("--compile", action="store_true",
+                       help="compile the blocks: the first steps take a minute or more, less when the same has been "
+                       "compiled before, and later ones less; needs a C++ compiler, on NVIDIA GPUs triton")
     parser.add_common(precision="bf16")
     return parser
 
@@ -363,6 +367,8 @@ def build_run(
             ),
             clips[1],
         )
+    if args.compile:
+        compile_blocks_(generator)
     total = sum(p.numel() for p in generator.parameters())
     log.info("%s: %s of %s in all", variant.name, report.summary(), f"{total:,}")
     for line in report.notice:
@@ -389,6 +395,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     device, variant = cli.resolve_device(args.device), get_variant(args.variant)
     needs = ("generator", "vae", "clip_text", *(["vocoder"] if args.preview else []))
     check_weights(variant.name, args.selva_dir, needs)
+    if args.compile:
+        prepare_to_compile(device)
     with join_world(device) as world:
         return train(args, config, lora_config, variant, device, world)
 

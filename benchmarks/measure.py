@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import json
 import resource
 import statistics
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from itertools import groupby
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 MEMORY_POLL_SEC = 0.002
@@ -33,6 +36,7 @@ class Result:
         plain_sec, ours_sec: medians; plain_sec is None where there is nothing to compare with.
         ratio: ours over plain, from the medians.
         plain_mib, ours_mib: how far memory rose above its level before the call.
+        plain_tensors_mib, ours_tensors_mib: the same of PyTorch's tensors alone, where that was asked for.
         error: relative difference of the two results. tolerance: what it may be.
         tflops: arithmetic of our way, and share: the part of the machine's measured rate that it reaches.
         amount, unit: of what the stage works on, where there are rows of several sizes: 4 clips, 8 s of sound.
@@ -45,6 +49,8 @@ class Result:
     ratio: float | None = None
     plain_mib: float | None = None
     ours_mib: float | None = None
+    plain_tensors_mib: float | None = None
+    ours_tensors_mib: float | None = None
     error: float | None = None
     tolerance: float | None = None
     tflops: float | None = None
@@ -93,12 +99,14 @@ class Bench:
         note: str = "",
         amount: float | None = None,
         unit: str = "",
+        tensors: bool = False,
     ) -> Result:
         """Time both ways in turn, after one warm-up each; measure the rise of memory apart.
 
         Args:
             error: how far the two ways differ; None to compare the tensors that they return.
             dtype: of the arithmetic, where it is not that of the whole run.
+            tensors: also measure the memory of tensors alone.
         """
         flops, found = count_flops(ours)
         expected = plain()
@@ -112,7 +120,7 @@ class Bench:
         tflops = flops / ours_sec / 1e12
         return Result(
             stage, size, plain_sec, ours_sec, ours_sec / plain_sec, self.memory_rise(plain), self.memory_rise(ours),
-            error, tolerance, tflops, tflops / self.ceilings[dtype or self.dtype] if flops else None, note, amount,
+            *((self.tensor_rise(plain), self.tensor_rise(ours)) if tensors else (None, None)), error, tolerance, tflops, tflops / self.ceilings[dtype or self.dtype] if flops else None, note, amount,
             unit,
         )
 
@@ -120,12 +128,28 @@ class Bench:
         """Return by how many MiB memory rises during a call: the allocator's peak on CUDA, resident memory else."""
         gc.collect()
         if self.device.type == "cuda":
+            return self.tensor_rise(call)
+        return resident_rise(call)
+
+    def tensor_rise(self, call: Callable[[], Any]) -> float:
+        """Return by how many MiB the memory of tensors rises during a call: what it keeps and works on.
+
+        Resident memory also holds what the C library keeps of freed tensors, and the scratch memory of libraries.
+        """
+        if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
             before = torch.cuda.memory_allocated(self.device)
             call()
             self.synchronize()
             return (torch.cuda.max_memory_allocated(self.device) - before) / 2**20
-        return resident_rise(call)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+            call()
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "trace.json"
+            profiled.export_chrome_trace(str(path))
+            events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+        changes = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]")
+        return max(accumulate(size for _, size in changes), default=0) / 2**20
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -204,14 +228,16 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 def markdown(results: list[Result]) -> str:
     """Return the results as a table."""
-    header = ("stage", "size", "plain", "ours", "ratio", "memory plain / ours", "difference", "of the ceiling", "")
+    header = ("stage", "size", "plain", "ours", "ratio", "memory plain / ours", "of it tensors", "difference",
+              "of the ceiling", "")
     lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     for r in results:
         memory = "" if r.ours_mib is None else f"{r.ours_mib:.0f} MiB"
         memory = memory if r.plain_mib is None else f"{r.plain_mib:.0f} / {memory}"
+        tensors = "" if r.ours_tensors_mib is None else f"{r.plain_tensors_mib:.0f} / {r.ours_tensors_mib:.0f} MiB"
         cells = (
             r.stage, r.size, clock(r.plain_sec), clock(r.ours_sec), f"**{r.ratio:.2f}**" if r.ratio else "", memory,
-            f"{r.error:.1e}" if r.error is not None else "", f"{r.share:.0%}" if r.share is not None else "", r.note,
+            tensors, f"{r.error:.1e}" if r.error is not None else "", f"{r.share:.0%}" if r.share is not None else "", r.note,
         )
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

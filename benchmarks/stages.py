@@ -174,7 +174,7 @@ def _steps(bench: Bench, sizes: Sizes, stage: str, checkpointing: bool) -> Itera
         yield bench.compare(
             stage, f"batch {batch}", lambda plain=plain: next(plain),
             lambda run=run: [x.item() for x in run.train_step()],
-            error=error, tolerance=TOLERANCE[bench.dtype], amount=batch, unit="clips",
+            error=error, tolerance=TOLERANCE[bench.dtype], amount=batch, unit="clips", tensors=True,
         )
 
 

@@ -24,7 +24,28 @@ def normed_heads(
     Args:
         rotary: cos and sin, each (tokens, head_dim / 2) float32.
     """
+    if torch.compiler.is_compiling():
+        return _written_out(qkv, q_weight, k_weight, rotary)
     return _NormedHeads.apply(qkv, q_weight, k_weight, *rotary)
+
+
+def _written_out(
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rotary: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the same by real numbers, for PyTorch's compiler to fuse.
+
+    It generates no code for complex ones, and loses the conjugation in the backward pass below (seen with torch 2.11).
+    """
+    head_dim = len(q_weight)
+    *raw, v = qkv.unflatten(-1, (-1, head_dim, 3)).permute(4, 0, 2, 1, 3).unbind()
+    results = []
+    for x, weight in zip(raw, (q_weight, k_weight), strict=True):
+        x = x.float()
+        x = x * (x.square().mean(-1, keepdim=True) + RMS_EPS).rsqrt() * weight.float()
+        (even, odd), (cos, sin) = x.unflatten(-1, (-1, 2)).unbind(-1), rotary
+        turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+        results.append(turned.flatten(-2).to(qkv.dtype))
+    return *results, v
 
 
 class _NormedHeads(torch.autograd.Function):

@@ -25,12 +25,14 @@ def by_definition(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rotary: tuple
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("step", [0.0, 1.0])
-def test_heads_and_their_gradients(dtype, tolerance, step):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_heads_and_their_gradients(dtype, tolerance, step, compiled):
     cos, sin = rotary_table(6, DIM, step, CPU)
     qkv = torch.randn(2, 6, HEADS * DIM * 3).to(dtype)
     ours = [x.requires_grad_() for x in (qkv, torch.rand(DIM), torch.rand(DIM))]
     exact = [x.detach().double().requires_grad_() for x in ours]
-    found = normed_heads(*ours, (cos, sin))
+    heads = torch.compile(normed_heads, backend="aot_eager", fullgraph=True) if compiled else normed_heads
+    found = heads(*ours, (cos, sin))
     expected = by_definition(*exact, (cos.double(), sin.double()))
     towards = [torch.randn(2, HEADS, 6, DIM).to(dtype) for _ in range(3)]
     torch.autograd.backward(found, towards)

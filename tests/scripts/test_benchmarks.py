@@ -46,6 +46,8 @@ def test_a_small_run_of_every_stage_but_the_slow_ones(benchmark, tmp_path, capsy
         assert row["error"] <= row["tolerance"] <= 5e-4 and row["ours_sec"] > 0
         assert row["ratio"] == pytest.approx(row["ours_sec"] / row["plain_sec"])
         assert row["plain_mib"] >= 0 and row["ours_mib"] >= 0
+    plain, ours = (compared["step, checkpointed"][f"{way}_tensors_mib"] for way in ("plain", "ours"))
+    assert 0 < ours < 0.7 * plain
     assert [row["amount"] for row in rows if row["stage"] == "memmap row"] == [4, 8]
 
     table = (tmp_path / "out" / f"{name}.md").read_text(encoding="utf-8")
