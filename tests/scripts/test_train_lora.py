@@ -271,6 +271,22 @@ def test_how_many_blocks_are_recomputed(feature_dir, tmp_path, monkeypatch):
     assert seen == [False, True, 2]
 
 
+def test_compiling_is_refused_where_nothing_can_compile(feature_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CXX", "no_such_compiler")
+    assert train(feature_dir, tmp_path / "run", "--compile") == 1
+    assert "--compile needs a C++ compiler (no_such_compiler)" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_blocks_are_compiled_after_the_sounds_to_preserve_are_made(feature_dir, tmp_path, monkeypatch):
+    happened = []
+    monkeypatch.setattr(train_lora, "prepare_to_compile", lambda device: happened.append(str(device)))
+    monkeypatch.setattr(train_lora, "compile_blocks_", lambda generator: happened.append("compile"))
+    monkeypatch.setattr(train_lora, "with_preserved", lambda g, clips, *a, **k: happened.append("preserve") or clips)
+    assert train(feature_dir, tmp_path / "run", "--dry_run", "--compile", "--preserve", "rain") == 0
+    assert happened == ["cpu", "preserve", "compile"]
+
+
 def test_clips_of_another_folder_can_be_held_out(feature_dir, tmp_path, capsys):
     assert train(feature_dir, tmp_path / "run", "--no_preview", "--val_dir", str(feature_dir)) == 0
     assert "6 clips to train on, 6 held out" in capsys.readouterr().err
