@@ -13,7 +13,10 @@ cd "$(dirname "$0")/.."
 clips=16 new=3 look="" options=(--config configs/tiny_new_sound.yaml)
 case "${1:-}" in
     "") ;;
-    --fast) clips=6 new=1 look=_fast options+=(--steps 30 --batch_size 4 --save_every 30 --val_every 15 --log_every 5) ;;
+    --fast)
+        clips=6 new=1 look=_fast
+        options+=(--steps 30 --batch_size 4 --save_every 30 --val_every 15 --log_every 5 --preserve "a bell rings")
+        ;;
     -h | --help) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;;
     *) echo "error: unknown option $1; there is only --fast" >&2; exit 2 ;;
 esac

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 import torch
 
 from selva.models.generator import Generator
+
+log = logging.getLogger(__name__)
 
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"  # of PyTorch, whose own default is emptied with the temporary files
 
@@ -23,6 +26,8 @@ def prepare_to_compile(device: torch.device) -> None:
     missing = missing_compiler(device)
     if missing:
         raise ValueError(f"--compile needs {missing}, which was not found; install it, or leave --compile out")
+    if device.type == "cpu":
+        log.warning("--compile rarely pays on a CPU: the first steps take minutes, later ones about as long as without")
     os.environ.setdefault(CACHE_VARIABLE, str(default_cache_dir()))  # PyTorch's compiler sets it when it is imported
 
 

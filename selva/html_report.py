@@ -46,7 +46,8 @@ table { border-collapse: collapse; font-size: .95rem; font-variant-numeric: tabu
 th, td { text-align: left; padding: .35rem 1.2rem .35rem 0; border-bottom: 1px solid var(--line); }
 th { color: var(--soft); font-weight: 500; }
 img.wide { width: 100%; max-width: 56rem; border-radius: .6rem; }
-pre { background: var(--card); border-radius: .6rem; padding: 1rem 1.2rem; overflow-x: auto; font-size: .85rem; }
+pre { background: var(--card); border-radius: .6rem; padding: 1rem 1.2rem; font-size: .85rem; white-space: pre-wrap;
+  overflow-wrap: anywhere; }
 """
 
 _MIME = {".mp4": "video/mp4", ".m4v": "video/mp4", ".mov": "video/quicktime", ".mkv": "video/x-matroska",

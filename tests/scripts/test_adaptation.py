@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 
-import selva
 from benchmarks import tiny_quality
-
-TRAINED = Path(selva.__file__).parent / "assets" / "tiny_16k_generator.safetensors"
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not TRAINED.is_file(), reason="the built-in model has no trained weights yet")
 def test_a_gong_is_learned_and_nothing_else_forgotten(tmp_path):
     assert tiny_quality.main([
         "--only", "adaptation", "--sounds", "gong", "--clips", "12", "--count", "2", "--output",
