@@ -119,9 +119,12 @@ class Bench:
         plain_sec, ours_sec = (statistics.median(times) for times in zip(*pairs, strict=True))
         tflops = flops / ours_sec / 1e12
         return Result(
-            stage, size, plain_sec, ours_sec, ours_sec / plain_sec, self.memory_rise(plain), self.memory_rise(ours),
-            *((self.tensor_rise(plain), self.tensor_rise(ours)) if tensors else (None, None)), error, tolerance, tflops, tflops / self.ceilings[dtype or self.dtype] if flops else None, note, amount,
-            unit,
+            stage, size, plain_sec, ours_sec, ours_sec / plain_sec,
+            plain_mib=self.memory_rise(plain), ours_mib=self.memory_rise(ours),
+            plain_tensors_mib=self.tensor_rise(plain) if tensors else None,
+            ours_tensors_mib=self.tensor_rise(ours) if tensors else None,
+            error=error, tolerance=tolerance, tflops=tflops,
+            share=tflops / self.ceilings[dtype or self.dtype] if flops else None, note=note, amount=amount, unit=unit,
         )
 
     def memory_rise(self, call: Callable[[], Any]) -> float:
@@ -237,7 +240,8 @@ def markdown(results: list[Result]) -> str:
         tensors = "" if r.ours_tensors_mib is None else f"{r.plain_tensors_mib:.0f} / {r.ours_tensors_mib:.0f} MiB"
         cells = (
             r.stage, r.size, clock(r.plain_sec), clock(r.ours_sec), f"**{r.ratio:.2f}**" if r.ratio else "", memory,
-            tensors, f"{r.error:.1e}" if r.error is not None else "", f"{r.share:.0%}" if r.share is not None else "", r.note,
+            tensors, f"{r.error:.1e}" if r.error is not None else "",
+            f"{r.share:.0%}" if r.share is not None else "", r.note,
         )
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -220,9 +220,9 @@ def measure_adaptation(bench: Bench) -> dict[str, Any]:
             adapter, seconds = teach(name, Path(folder), bench.args)
         maker = bench.maker
         before_use, maker.clip_features = maker.clip_features, adapter.meta.get("clip_features", "use") == "use"
-        seed, few = MEASURE_SEED + 400_000, max(1, bench.args.count // 2)
+        seed = MEASURE_SEED + 400_000
         new = single_cases([name], 3 * bench.args.count, seed + 10_000 * number, DURATION_SEC)
-        known = single_cases(list(CLASSES), few, seed + 100_000, DURATION_SEC)
+        known = single_cases(list(CLASSES), bench.args.count, seed + 100_000, DURATION_SEC)
         encoded_new, encoded_known = bench.encoded(new), bench.encoded(known)
         base, off, taught = bench.generator(), bench.generator(), bench.generator()
         merge_adapter(off, adapter, 0.0)

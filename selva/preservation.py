@@ -53,9 +53,9 @@ def with_preserved(
     """Return the clips, and sounds that the generator makes for ``prompts`` as ``share`` of all.
 
     There are at least :data:`SOUNDS_PER_PROMPT` for every prompt; a small set of clips is repeated to keep the share.
-    Each sound borrows the sync features of one of the clips, with the prompts in turn, so that something happens in it at
-    certain moments. It gets no CLIP features: they would show the new thing under the name of an old one, and its looks
-    would come to mean nothing. Depends on nothing but the arguments.
+    Each sound borrows the sync features of one of the clips, with the prompts in turn, so that something happens in it
+    at certain moments. It gets no CLIP features: they would show the new thing under the name of an old one, and its
+    looks would come to mean nothing. Depends on nothing but the arguments.
 
     Args:
         generator: the base model, on its device; its adapter, if there is one, must not have learned anything.

@@ -54,7 +54,8 @@ def test_the_share_is_of_all_sounds_and_every_prompt_has_three(clips, prompts, s
 def test_a_prompt_does_not_always_borrow_the_same_moments():
     _, clips, joined = make(2)
     made = [joined.clip(i) for i in range(len(joined) // 2, len(joined))]
-    borrowed = {i for clip in made if clip.prompt == "rain" for i in (0, 1) if torch.equal(clip.sync_f, clips[i].sync_f)}
+    rain = [clip for clip in made if clip.prompt == "rain"]
+    borrowed = {i for clip in rain for i in (0, 1) if torch.equal(clip.sync_f, clips[i].sync_f)}
     assert borrowed == {0, 1}
 
 

@@ -16,7 +16,7 @@ def test_a_gong_is_learned_and_nothing_else_forgotten(tmp_path):
         str(tmp_path / "figures.json"), "--document", str(tmp_path / "model.md"), "--device", "cpu",
     ]) == 0
     gong = json.loads((tmp_path / "figures.json").read_text())["adaptation"]["gong"]
-    # Six scenes of a gong and ten of what it knew: wide margins around the goals of docs/tiny_model.md.
+    # Six scenes of a gong and twenty of what it knew: wide margins around the goals of docs/tiny_model.md.
     assert gong["before"]["class_accuracy"] <= 0.2
     assert gong["after"]["class_accuracy"] >= 0.5
     assert gong["after"]["timing_f1"] >= gong["before"]["timing_f1"] - 0.2
