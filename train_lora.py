@@ -363,7 +363,7 @@ def build_run(
         clips = (
             with_preserved(
                 generator, clips[0], args.preserve, text_features, args.preserve_share, seed=args.seed,
-                precision=precision,
+                precision=precision, use_clip=config.clip_features == "use",
             ),
             clips[1],
         )

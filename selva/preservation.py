@@ -8,6 +8,7 @@ where nothing changes.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from selva.training_set import InMemorySet, Joined, TrainingClip, TrainingSet
 log = logging.getLogger(__name__)
 
 UNGUIDED = SamplingConfig(cfg_strength=0.0)
-SOUNDS_PER_PROMPT = 3  # at least; fewer clips than that asks for are visited several times an epoch
+SOUNDS_PER_PROMPT = 2  # at least; fewer clips than that asks for are visited several times an epoch
 MOST_SOUNDS = 200  # kept in memory, about 1 MB each; a larger share of a large set meets each of them more than once
 
 
@@ -49,18 +50,21 @@ def with_preserved(
     *,
     seed: int,
     precision: torch.dtype,
+    use_clip: bool = True,
 ) -> TrainingSet:
     """Return the clips, and sounds that the generator makes for ``prompts`` as ``share`` of all.
 
     There are at least :data:`SOUNDS_PER_PROMPT` for every prompt; a small set of clips is repeated to keep the share.
     Each sound borrows the sync features of one of the clips, with the prompts in turn, so that something happens in it
-    at certain moments. It gets no CLIP features: they would show the new thing under the name of an old one, and its
-    looks would come to mean nothing. Depends on nothing but the arguments.
+    at certain moments, and every other sound the clip's CLIP features. Without any, these would announce that the new
+    sound is to come; with all of them, the looks of the new thing would mean nothing. Depends on nothing but the
+    arguments.
 
     Args:
         generator: the base model, on its device; its adapter, if there is one, must not have learned anything.
         text_features: (prompts, 77, text_dim).
         seed: of the noise. precision: autocast dtype of the network.
+        use_clip: the training passes CLIP features; if not, no sound is made with them either.
 
     Raises:
         ValueError: ``share`` is not between 0 and 1.
@@ -74,6 +78,7 @@ def with_preserved(
         for number in range(min(wanted, MOST_SOUNDS)):
             which = number % len(prompts)
             clip = clips.clip((number + number // shift_after) % len(clips))
+            clip = clip if use_clip and (number + number // len(prompts)) % 2 else _unseen(generator, clip)
             made.append(_as_made(generator, clip, prompts[which], text_features[which], seed + number, precision))
             progress.update(number + 1)
     generator.train(was_training)
@@ -82,19 +87,25 @@ def with_preserved(
     return Joined(repeated, preserved.subset(i % len(preserved) for i in range(wanted)))
 
 
+def _unseen(generator: Generator, clip: TrainingClip) -> TrainingClip:
+    """Return the clip with the learned nothing for its CLIP features."""
+    generator.set_sequence(*clip.lengths)
+    return dataclasses.replace(clip, clip_f=generator.empty_features(1)[0][0].detach().float().cpu())
+
+
 def _as_made(
     generator: Generator, clip: TrainingClip, prompt: str, text_f: Tensor, seed: int, precision: torch.dtype
 ) -> TrainingClip:
-    """Return a clip of the same moments with another prompt, and with what the generator makes of both."""
+    """Return a clip of the same moments and looks with another prompt, and what the generator makes of it."""
     device = generator.latent_mean.device
     generator.set_sequence(*clip.lengths)
-    empty_clip, empty_sync, _ = generator.empty_features(1)
+    clip_f, sync_f, _ = generator.empty_features(1)
+    if clip.has_video:
+        clip_f, sync_f = clip.clip_f[None].to(device), clip.sync_f[None].to(device)
     latents = sample_latents(
-        generator, empty_clip, clip.sync_f[None].to(device) if clip.has_video else empty_sync,
-        text_f[None].to(device), [seed], UNGUIDED, precision=precision,
+        generator, clip_f, sync_f, text_f[None].to(device), [seed], UNGUIDED, precision=precision
     )[0].cpu()
-    return TrainingClip(
-        id=f"{clip.id}, preserved with {prompt!r}", prompt=prompt, audio_path=None, sequence=clip.sequence,
-        mean=latents, std=torch.zeros_like(latents), clip_f=empty_clip[0].float().cpu(), sync_f=clip.sync_f,
-        text_f=text_f.float().cpu(), has_video=clip.has_video,
+    return dataclasses.replace(
+        clip, id=f"{clip.id}, preserved with {prompt!r}", prompt=prompt, audio_path=None, mean=latents,
+        std=torch.zeros_like(latents), text_f=text_f.float().cpu(),
     )
