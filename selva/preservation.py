@@ -71,11 +71,11 @@ def with_preserved(
     """
     visits, wanted = mixture(len(clips), len(prompts), share)
     shift_after = math.lcm(len(clips), len(prompts))  # then each prompt meets other clips than before
-    made = []
+    made, count = [], min(wanted, max(MOST_SOUNDS, len(prompts)))
     was_training = generator.training
     generator.eval()
-    with Progress(min(wanted, MOST_SOUNDS), "sounds to preserve", "sounds") as progress:
-        for number in range(min(wanted, MOST_SOUNDS)):
+    with Progress(count, "sounds to preserve", "sounds") as progress:
+        for number in range(count):
             which = number % len(prompts)
             clip = clips.clip((number + number // shift_after) % len(clips))
             clip = clip if use_clip and (number + number // len(prompts)) % 2 else _unseen(generator, clip)
