@@ -34,7 +34,7 @@ def _written_out(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the same by real numbers, for PyTorch's compiler to fuse.
 
-    It generates no code for complex ones, and loses the conjugation in the backward pass below (seen with torch 2.11).
+    It generates no code for complex ones, and makes wrong gradients of the backward pass below (seen with torch 2.11).
     """
     head_dim = len(q_weight)
     *raw, v = qkv.unflatten(-1, (-1, head_dim, 3)).permute(4, 0, 2, 1, 3).unbind()
