@@ -34,6 +34,12 @@ def train(data: Path, out: Path, *more: str) -> int:
     return train_lora.main(["--data_dir", str(data), "--output_dir", str(out), *QUICK, *more])
 
 
+def distance(first, second):
+    """Return the length of the difference of two adapters, all their tensors taken as one vector."""
+    assert first.keys() == second.keys()
+    return torch.cat([(first[key] - second[key]).flatten() for key in first]).norm().item()
+
+
 def tensors(path: Path) -> dict[str, torch.Tensor]:
     return dict(load_adapter(path).tensors)
 
@@ -248,8 +254,11 @@ def test_two_processes_train_as_one_with_the_same_global_batch(feature_dir, tmp_
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == [str(two / "adapter_final.pt")]
     assert result.stderr.count("step 4/4") == 1
-    for key, value in tensors(one / "adapter_final.pt").items():
-        torch.testing.assert_close(tensors(two / "adapter_final.pt")[key], value, rtol=1e-3, atol=1e-5)
+    # Sums over the batch are taken in another order, and Adam turns that rounding into steps: what counts is how small
+    # the difference is beside the way that the training went between its two step files.
+    final = tensors(one / "adapter_final.pt")
+    moved = distance(final, tensors(one / "adapter_step00002.pt"))
+    assert distance(final, tensors(two / "adapter_final.pt")) < 1e-3 * moved
     rows = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (one, two)]
     losses = [[row.get("loss", row.get("val_loss")) for row in of_one_run] for of_one_run in rows]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)

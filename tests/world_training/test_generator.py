@@ -75,7 +75,8 @@ def test_quiet_frames_count_nearly_as_none():
     empty, frames = generator.empty_features(1)[0], torch.randn(1, 64, 64)
     before, seen = (generator(latent, clip, sync, text, t) for clip in (empty, frames))
     quieten_frames_(generator)
-    torch.testing.assert_close(generator(latent, empty, sync, text, t), before, atol=1e-4, rtol=1e-4)
+    # The same sum in another order: float32 rounding (6e-8) of a dozen layers, relative to the whole output.
+    assert (generator(latent, empty, sync, text, t) - before).norm() < 1e-5 * before.norm()
     quiet = (generator(latent, frames, sync, text, t) - before).norm()
     assert 0 < quiet < 0.5 * (seen - before).norm()
 
