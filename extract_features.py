@@ -18,19 +18,20 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from selva import cli, distributed
+from selva import cli
+from selva.data.folder_dataset import FRONT_END
 from selva.extraction.audio_set import AudioSetExtractor, plan_audio_set
-from selva.extraction.clip_reader import ClipReader, ReadSettings, default_workers, read_clips
 from selva.extraction.extractor import EXTRACTION_VERSION, FeatureExtractor
 from selva.extraction.manifest import Accounts, Outcome, Shard
 from selva.extraction.outputs import FeatureFiles, MemmapRows, beside_memmap, memmap_manifest
-from selva.extraction.run import ClipEncoder, Summary, run, run_sounds
+from selva.extraction.pipeline import ClipEncoder, Summary, run, run_sounds
+from selva.extraction.reader import ClipReader, ReadSettings, default_workers, read_clips
+from selva.inputs.jobs import ClipJob, collect_jobs
 from selva.models.zoo import Variant, get_variant
-from selva.report import StageTimes, clock, is_main_process
 from selva.sequence import DEFAULT_DURATION_SEC, sequence_config
-from selva.training_data import FRONT_END
-from selva.weights import check_weights, encoders_identity
-from selva.worklist.jobs import ClipJob, collect_jobs
+from selva.utils import distributed
+from selva.utils.metrics_log import StageTimes, clock, is_main_process
+from selva.weights.load import check_weights, encoders_identity
 
 log = logging.getLogger("selva.extract_features")
 

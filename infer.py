@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from selva import cli
+from selva.audio.loudness import DEFAULT_TARGETS, METHODS
 from selva.flow import SOLVERS
 from selva.inference.batch import Clip, Setting, SoundBatch, Take, common_clip_features, write_manifest
 from selva.inference.compare import check_reference_dir, read_compare_list, write_comparison
@@ -35,16 +36,15 @@ from selva.inference.engine import (
     load_adapters,
     uses_clip_features,
 )
-from selva.inference.files import shared_names, sound_files
-from selva.inference.sound import AUDIO_SUFFIXES, VIDEO_SUFFIXES, SoundRequest
-from selva.loudness import DEFAULT_TARGETS, METHODS
+from selva.inference.outputs import shared_names, sound_files
+from selva.inference.request import AUDIO_SUFFIXES, VIDEO_SUFFIXES, SoundRequest
+from selva.inputs.jobs import ClipJob, collect_jobs
+from selva.inputs.table import TABLE_SUFFIXES, listed
 from selva.media import video_length
 from selva.models.zoo import get_variant
-from selva.report import peak_memory_bytes
 from selva.sampling import SamplingConfig
 from selva.sequence import DEFAULT_DURATION_SEC, SHORTEST_SEC
-from selva.worklist.jobs import ClipJob, collect_jobs
-from selva.worklist.table import TABLE_SUFFIXES, listed
+from selva.utils.metrics_log import peak_memory_bytes
 
 log = logging.getLogger("selva.infer")
 

@@ -19,17 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from selva import cli
-from selva.clips import (
-    MAX_WINDOWS,
-    WINDOW_SEC,
-    Window,
-    caption_of,
-    read_captions,
-    table_captions,
-    write_captions,
-    write_clips,
-)
-from selva.partition import (
+from selva.inputs.jobs import read_sidecar
+from selva.inputs.table import listed
+from selva.partition.cut import (
     LeftOut,
     PartitionConfig,
     collect_recordings,
@@ -39,10 +31,18 @@ from selva.partition import (
     write_left_out,
     write_piece,
 )
-from selva.report import Progress
-from selva.segments import Segment, find_delimiter, read_segments
-from selva.worklist.jobs import read_sidecar
-from selva.worklist.table import listed
+from selva.partition.segments import Segment, find_delimiter, read_segments
+from selva.partition.windows import (
+    MAX_WINDOWS,
+    WINDOW_SEC,
+    Window,
+    caption_of,
+    read_captions,
+    table_captions,
+    write_captions,
+    write_clips,
+)
+from selva.utils.metrics_log import Progress
 
 log = logging.getLogger("selva.partition_clips")
 

@@ -16,8 +16,8 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
-    packages=find_packages(include=["selva", "selva.*"]),
-    package_data={"selva": ["assets/*"]},
+    packages=find_packages(include=["selva", "selva.*", "toyworld", "toyworld.*"]),
+    package_data={"selva": ["py.typed"], "selva.weights": ["assets/*"]},
     install_requires=[
         # torchaudio's newest release refuses a torch built for another CUDA version, so the two move together.
         "torch>=2.5,<2.12",

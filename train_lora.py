@@ -26,19 +26,17 @@ import torch
 
 from selva import cli, flow
 from selva.checkpoint import TrainingState, check_same_settings, load_checkpoint, load_newest_checkpoint
-from selva.compiling import compile_blocks_, prepare_to_compile
-from selva.data_summary import summarise
-from selva.distributed import World, join_world, leave
-from selva.lora import LoRAConfig, inject_lora
-from selva.lora_config import PRESETS, parse_targets
+from selva.data.dataset import TrainingSet
+from selva.data.folder_dataset import FolderSet, load_training_set
+from selva.data.summary import summarise
+from selva.lora.config import PRESETS, LoRAConfig, parse_targets
+from selva.lora.layers import inject_lora
 from selva.models.generator import cast_frozen_
 from selva.models.zoo import Variant, get_variant
-from selva.preservation import mixture, with_preserved
-from selva.preview import Preview
-from selva.report import MetricsFile, clock, peak_memory_bytes
-from selva.run_folder import RunFolder, check_disk_space
 from selva.sequence import DEFAULT_DURATION_SEC
-from selva.training import (
+from selva.training.compiling import compile_blocks_, prepare_to_compile
+from selva.training.prior_preservation import mixture, with_preserved
+from selva.training.run import (
     CLIP_FEATURE_MODES,
     LATENT_MODES,
     LR_SCHEDULES,
@@ -47,9 +45,11 @@ from selva.training import (
     fit,
     split_validation,
 )
-from selva.training_data import FolderSet, load_training_set
-from selva.training_set import TrainingSet
-from selva.weights import check_weights, load_clip_text, load_generator
+from selva.training.run_folder import RunFolder, check_disk_space
+from selva.training.sample import Preview
+from selva.utils.distributed import World, join_world, leave
+from selva.utils.metrics_log import MetricsFile, clock, peak_memory_bytes
+from selva.weights.load import check_weights, load_clip_text, load_generator
 
 log = logging.getLogger("selva.train_lora")
 

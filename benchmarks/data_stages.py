@@ -27,16 +27,16 @@ from plain import (
 from stages import DURATION_SEC, TOLERANCE, Sizes, random_clips
 from torch import Tensor, nn
 
-from selva.data_cache import CACHE_FOLDER
-from selva.encoders import ClipImage, ClipText, build_clip
+from selva.data.cache import CACHE_FOLDER
+from selva.data.folder_dataset import encode_latents
 from selva.extraction.extractor import FRAMES_PER_PASS, SEGMENTS_PER_PASS, TextCache
 from selva.features import FeatureBundle, save_features
 from selva.media import read_video, write_audio
+from selva.models.clip_t5 import ClipImage, ClipText, build_clip
 from selva.models.random_weights import random_state_dict
 from selva.models.zoo import Variant, build_mel, build_vae, build_video_encoder
-from selva.training_data import encode_latents
-from selva.weights import find_weights
-from selva.world import CLASSES, make_scene
+from selva.weights.load import find_weights
+from toyworld import CLASSES, make_scene
 
 ROOT = Path(__file__).resolve().parents[1]
 START_REPEATS = 3  # of each start; a plain one takes a minute at full size

@@ -27,10 +27,10 @@ from pathlib import Path
 import numpy as np
 
 from selva import cli
-from selva.clips import write_table
 from selva.extraction.manifest import DONE, FAILED, SKIPPED, read_manifest
 from selva.media import write_video
-from selva.report import clock
+from selva.partition.windows import write_table
+from selva.utils.metrics_log import clock
 
 EXTRACT = Path(__file__).resolve().parents[1] / "extract_features.py"
 SECONDS, FPS, SIZE, RATE = 8, 8, 64, 16_000

@@ -26,16 +26,16 @@ import torch
 from torch import Tensor
 
 from selva import cli
+from selva.audio.metrics import onset_strength, power_frames
 from selva.features import load_features
-from selva.files import atomic_write_text
-from selva.long_sampling import DEFAULT_OVERLAP_SEC, WindowGrid, sample_long, window_grid
-from selva.metrics import onset_strength, power_frames
+from selva.inference.long_sampling import DEFAULT_OVERLAP_SEC, WindowGrid, sample_long, window_grid
 from selva.models.generator import Generator
 from selva.models.zoo import get_variant
-from selva.report import Progress
 from selva.sampling import SamplingConfig, decode_latents, sample_latents
 from selva.sequence import DEFAULT_DURATION_SEC, SAMPLING_RATES
-from selva.weights import load_clip_text, load_generator, load_vae, load_vocoder
+from selva.utils.files import atomic_write_text
+from selva.utils.metrics_log import Progress
+from selva.weights.load import load_clip_text, load_generator, load_vae, load_vocoder
 
 METHODS = ("windows", "one pass", "cut")
 MEASURES = ("level", "spectrum", "onset")

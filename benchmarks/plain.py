@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from selva.encoders import IMAGE_MEAN, IMAGE_STD, build_clip
 from selva.media import resize_frame, select_frames
 from selva.models.blocks import nearest_index, rotary_table, time_frequencies
+from selva.models.clip_t5 import IMAGE_MEAN, IMAGE_STD, build_clip
 from selva.models.generator import Generator
 from selva.models.synchformer import VisualTrunk
 from selva.models.textsynch import TextSynch

@@ -26,15 +26,15 @@ from typing import Any
 from torch import Tensor
 
 from selva import cli, flow
+from selva.audio.metrics import log_spectral_distance
 from selva.features import load_features
-from selva.files import atomic_write_text
-from selva.metrics import log_spectral_distance
 from selva.models.generator import Generator
 from selva.models.zoo import Variant, get_variant
-from selva.report import Progress
 from selva.sampling import WHOLE_INTERVAL, SamplingConfig, decode_latents, sample_latents
 from selva.sequence import DEFAULT_DURATION_SEC, SequenceConfig, sequence_config
-from selva.weights import load_clip_text, load_generator, load_vae, load_vocoder
+from selva.utils.files import atomic_write_text
+from selva.utils.metrics_log import Progress
+from selva.weights.load import load_clip_text, load_generator, load_vae, load_vocoder
 
 log = logging.getLogger("selva.solvers")
 

@@ -23,18 +23,19 @@ from plain import (
 )
 from torch import Tensor
 
-from selva.adapter import Adapter, merge_adapters
-from selva.clips import write_table
-from selva.lora import LoRAConfig, adapter_tensors, inject_lora, lora_parameters
-from selva.memmap.reader import MemmapSet
+from selva.data.dataset import InMemorySet, TrainingClip
+from selva.data.memmap.reader import MemmapSet
+from selva.lora.config import LoRAConfig
+from selva.lora.layers import adapter_tensors, inject_lora, lora_parameters
+from selva.lora.merge import Adapter, merge_adapters
 from selva.models.generator import Generator, cast_frozen_
 from selva.models.mel_inversion import MelInversionConfig
 from selva.models.random_weights import random_state_dict
 from selva.models.zoo import Variant, build_generator, build_vocoder
+from selva.partition.windows import write_table
 from selva.sampling import SamplingConfig, draw_noise, sample_latents
 from selva.sequence import sequence_config
-from selva.training import TrainConfig, TrainingRun
-from selva.training_set import InMemorySet, TrainingClip
+from selva.training.run import TrainConfig, TrainingRun
 
 RANK, TARGET, STEPS = 16, "attn.qkv", 25
 DURATION_SEC = 8.0

@@ -29,18 +29,18 @@ import numpy as np
 import torch
 
 from selva import cli
-from selva.adapter import Adapter, merge_adapter
 from selva.checkpoint import load_adapter
-from selva.files import atomic_write_text
+from selva.lora.merge import Adapter, merge_adapter
 from selva.models.generator import Generator
 from selva.models.random_weights import random_state_dict
 from selva.models.zoo import build_generator
-from selva.report import Progress, clock
 from selva.sampling import SamplingConfig
-from selva.weights import load_generator
-from selva.world import CLASSES, UNSEEN
-from selva.world.judging import Classifier, fit_classifier, timing
-from selva.world.measure import (
+from selva.utils.files import atomic_write_text
+from selva.utils.metrics_log import Progress, clock
+from selva.weights.load import load_generator
+from toyworld import CLASSES, UNSEEN
+from toyworld.judging import Classifier, fit_classifier, timing
+from toyworld.measure import (
     MEASURE_SEED,
     Case,
     SoundMaker,
@@ -51,7 +51,7 @@ from selva.world.measure import (
     single_cases,
     timing_f1,
 )
-from selva.world.tables import PARTS, figures_text, updated_document
+from toyworld.tables import PARTS, figures_text, updated_document
 
 log = logging.getLogger("selva.tiny_quality")
 

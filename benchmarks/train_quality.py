@@ -27,16 +27,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from selva import cli, flow
-from selva.files import atomic_write_text
-from selva.lora import LoRAConfig, inject_lora, lora_parameters
+from selva.data.dataset import TrainingSet
+from selva.data.folder_dataset import encode_latents, load_training_set, load_waveform
+from selva.lora.config import LoRAConfig
+from selva.lora.layers import inject_lora, lora_parameters
 from selva.models.generator import Generator
 from selva.models.zoo import Variant, build_mel, get_variant
-from selva.report import Progress
 from selva.sequence import SequenceConfig, sequence_config
-from selva.training import TrainConfig, TrainingRun, split_validation, validate
-from selva.training_data import encode_latents, load_training_set, load_waveform
-from selva.training_set import TrainingSet
-from selva.weights import load_generator, load_vae
+from selva.training.run import TrainConfig, TrainingRun, split_validation, validate
+from selva.utils.files import atomic_write_text
+from selva.utils.metrics_log import Progress
+from selva.weights.load import load_generator, load_vae
 
 log = logging.getLogger("selva.train_quality")
 

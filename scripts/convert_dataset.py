@@ -17,12 +17,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from selva import cli
+from selva.data.memmap.reader import MemmapSet, is_memmap
+from selva.extraction.convert import Conversion, LatentDecoder, folder_to_memmap, memmap_to_folder, plan_folder
 from selva.extraction.extractor import FeatureExtractor
-from selva.memmap.conversion import Conversion, LatentDecoder, folder_to_memmap, memmap_to_folder, plan_folder
-from selva.memmap.reader import MemmapSet, is_memmap
 from selva.models.zoo import get_variant
-from selva.report import Progress
-from selva.weights import check_weights
+from selva.utils.metrics_log import Progress
+from selva.weights.load import check_weights
 
 log = logging.getLogger("selva.convert_dataset")
 

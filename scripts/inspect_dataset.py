@@ -17,10 +17,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from selva import cli
-from selva.files import atomic_write_text
-from selva.inspection.measures import inspect
-from selva.inspection.report import sentences, summary, table, to_json
+from selva.data.inspection.measures import inspect
+from selva.data.inspection.report import sentences, summary, table, to_json
 from selva.models.zoo import VARIANTS, get_variant
+from selva.utils.files import atomic_write_text
 
 log = logging.getLogger("selva.inspect_dataset")
 
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         atomic_write_text(args.json, to_json(inspection))
         log.info("measurements: %s", args.json)
     if args.png is not None:
-        from selva.inspection.overview import write_overview
+        from selva.data.inspection.overview import write_overview
 
         write_overview(inspection, args.png, args.videos or data_dir, args.png_clips)
         log.info("overview: %s", args.png)

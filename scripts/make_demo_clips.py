@@ -18,10 +18,10 @@ import numpy as np
 import torch
 
 from selva import cli
-from selva.files import atomic_write_text
 from selva.media import write_audio
-from selva.report import Progress
-from selva.world import CLASSES, UNSEEN, Scene, get_class, make_scene
+from selva.utils.files import atomic_write_text
+from selva.utils.metrics_log import Progress
+from toyworld import CLASSES, UNSEEN, Scene, get_class, make_scene
 
 RATE = 16_000  # samples per second
 EVENT_COLUMNS = ("id", "object", "sound", "colour", "time_sec", "end_sec", "strength")

@@ -26,10 +26,10 @@ import numpy as np
 import torch
 
 from selva import cli
-from selva.html_report import Page, Take, loss_png
 from selva.media import prepare_audio, read_audio
-from selva.report import MetricsFile, Progress, clock
-from selva.world.judging import RATE, Classifier, fit_classifier, timing
+from selva.utils.html_report import Page, Take, loss_png
+from selva.utils.metrics_log import MetricsFile, Progress, clock
+from toyworld.judging import RATE, Classifier, fit_classifier, timing
 
 log = logging.getLogger("selva.make_report")
 

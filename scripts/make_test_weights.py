@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from selva import cli
-from selva.encoders import T5_EMBEDDING_COPY, meta_clip, meta_t5
-from selva.files import atomic_path, atomic_write_text
+from selva.models.clip_t5 import T5_EMBEDDING_COPY, meta_clip, meta_t5
 from selva.models.random_weights import random_state_dict, random_tensor
 from selva.models.vocoder import FILTER_SUFFIXES, WEIGHT_NORM_SUFFIXES, AntiAliasedActivation, antialias_filter
 from selva.models.zoo import (
@@ -31,7 +30,8 @@ from selva.models.zoo import (
     build_vocoder,
     get_variant,
 )
-from selva.weights import LAYOUTS, VOCODER_KEY, default_layout, local_path
+from selva.utils.files import atomic_path, atomic_write_text
+from selva.weights.load import LAYOUTS, VOCODER_KEY, default_layout, local_path
 
 log = logging.getLogger("selva.make_test_weights")
 

@@ -2,7 +2,7 @@
 
     python scripts/train_tiny.py --output_dir runs/tiny                     # everything, stage after stage
     python scripts/train_tiny.py --output_dir runs/tiny --stages sync finetune --device cuda
-    python scripts/train_tiny.py --output_dir runs/tiny --stages --export selva/assets
+    python scripts/train_tiny.py --output_dir runs/tiny --stages --export selva/weights/assets
 
 vae         log-mel spectrograms <-> latents, on sounds of the world and of no class
 decoder     latents -> spectrograms once more, with weight on what is loud
@@ -27,9 +27,9 @@ from pathlib import Path
 import torch
 
 from selva import cli
-from selva.files import atomic_path
-from selva.weights import asset_name
-from selva.world_training.stages import STAGES, Recipe, Workshop
+from selva.utils.files import atomic_path
+from selva.weights.load import asset_name
+from toyworld.training.stages import STAGES, Recipe, Workshop
 
 log = logging.getLogger("selva.train_tiny")
 

@@ -14,12 +14,12 @@ __version__ = "0.1.0"
 # Name -> module; imported on first use, because most of them need PyTorch, and `import selva` should cost nothing.
 _EXPORTS = {
     "SamplingConfig": "selva.sampling",
-    "Sound": "selva.inference.sound",
+    "Sound": "selva.inference.request",
     "SoundGenerator": "selva.inference.engine",
-    "SoundRequest": "selva.inference.sound",
+    "SoundRequest": "selva.inference.request",
     "load_adapter": "selva.checkpoint",
     "load_features": "selva.features",
-    "merge_adapter": "selva.adapter",
+    "merge_adapter": "selva.lora.merge",
 }
 __all__ = ["__version__", *_EXPORTS]
 

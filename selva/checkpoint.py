@@ -40,10 +40,10 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from selva.adapter import FACTOR_SUFFIXES, MAGNITUDE_SUFFIX, Adapter, padded_to_one_rank
-from selva.files import atomic_path
-from selva.lora import adapter_tensors, lora_state_dict
-from selva.lora_config import LoRAConfig, list_some
+from selva.lora.config import LoRAConfig, list_some
+from selva.lora.layers import adapter_tensors, lora_state_dict
+from selva.lora.merge import FACTOR_SUFFIXES, MAGNITUDE_SUFFIX, Adapter, padded_to_one_rank
+from selva.utils.files import atomic_path
 
 __all__ = [
     "Adapter",
@@ -90,7 +90,7 @@ def save_adapter(
             ``.lora_magnitude``), whose scale the meta gives (``alpha``, default the rank, and ``use_rslora``).
         meta: plain values to store: ``variant``, ``steps``, ``target`` (known already from a model) and whatever else
             should travel along. ``rank``, ``alpha``, ``use_rslora`` and ``init_mode`` are set to match the tensors.
-        state: with a model: factors to write instead of its current ones, see :func:`selva.lora.adapter_tensors`.
+        state: with a model: factors to write instead of its current ones, see ``lora.layers.adapter_tensors``.
 
     Raises:
         ValueError: an unknown suffix, tensors that are no adapter, or a meta with something else than plain values.
@@ -271,7 +271,7 @@ class TrainingState:
 
     Attributes:
         step: finished optimiser steps.
-        lora: the factors as they are trained, for :func:`selva.lora.load_lora_state_`.
+        lora: the factors as they are trained, for :func:`selva.lora.layers.load_lora_state_`.
         optimizer, scheduler: their state dicts; the scheduler's may be None.
         meta: settings of the run.
         extra: what else the run stored: random states, position in the data, averages, loss scaler ...

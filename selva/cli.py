@@ -20,10 +20,10 @@ from typing import Any
 import torch
 
 from selva import __version__
-from selva.files import atomic_write_text
 from selva.media import MaskSettings
 from selva.models.zoo import VARIANTS
-from selva.report import setup_logging
+from selva.utils.files import atomic_write_text
+from selva.utils.metrics_log import setup_logging
 
 log = logging.getLogger(__name__)
 

@@ -31,8 +31,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from selva.files import atomic_path
 from selva.sequence import CLIP_FPS, SYNC_TOKENS_PER_SEGMENT
+from selva.utils.files import atomic_path
 
 TEXT_TOKENS = 77
 OPTIONAL_TENSORS = ("text_features", "latent_mean", "latent_std")

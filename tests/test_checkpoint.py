@@ -26,15 +26,9 @@ from selva.checkpoint import (
     save_checkpoint,
     step_file_name,
 )
-from selva.lora import (
-    LoRAConfig,
-    inject_lora,
-    load_lora_state_,
-    lora_parameters,
-    lora_plus_groups,
-    lora_state_dict,
-    merge_adapter,
-)
+from selva.lora.config import LoRAConfig
+from selva.lora.layers import inject_lora, load_lora_state_, lora_parameters, lora_plus_groups, lora_state_dict
+from selva.lora.merge import merge_adapter
 
 ADAPTERS = Path(__file__).parent / "golden" / "adapters"
 DIM = 10

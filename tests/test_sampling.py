@@ -14,13 +14,13 @@ from torch import Tensor
 
 from selva import flow
 from selva.checkpoint import load_adapter
-from selva.lora import merge_adapter
+from selva.lora.merge import merge_adapter
 from selva.models.generator import Generator, GeneratorConfig
 from selva.models.random_weights import random_state_dict
 from selva.models.zoo import build_vocoder, get_variant
 from selva.sampling import SamplingConfig, decode_latents, draw_noise, guided_velocity, sample_latents
 from selva.sequence import sequence_config
-from selva.weights import load_generator, load_vae, load_vocoder
+from selva.weights.load import load_generator, load_vae, load_vocoder
 
 SECONDS = 1.0
 LENGTHS = sequence_config("16k", SECONDS)

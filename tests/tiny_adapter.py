@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from selva.adapter import Adapter
-from selva.lora import LoRAConfig, adapter_tensors, inject_lora, lora_parameters
-from selva.weights import load_generator
+from selva.lora.config import LoRAConfig
+from selva.lora.layers import adapter_tensors, inject_lora, lora_parameters
+from selva.lora.merge import Adapter
+from selva.weights.load import load_generator
 
 
 def make_adapter(seed: int = 0, targets: tuple[str, ...] = ("attn.qkv",), **more) -> Adapter:

@@ -21,19 +21,19 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from selva.clips import Window, caption_of, read_captions, read_clips
+from selva.data.folder_dataset import FRONT_END
+from selva.data.memmap.writer import MemmapWriter
 from selva.extraction.extractor import FeatureExtractor
-from selva.extraction.run import SoundEncoder
-from selva.files import source_hash
+from selva.extraction.pipeline import SoundEncoder
+from selva.inputs.table import listed
 from selva.media import audio_blocks, prepare_audio
-from selva.media.sound import PEAK_LEVEL, SILENCE_LEVEL
-from selva.memmap.writer import MemmapWriter
+from selva.media.audio import PEAK_LEVEL, SILENCE_LEVEL
 from selva.models.zoo import Variant
-from selva.partition import collect_recordings
+from selva.partition.cut import collect_recordings
+from selva.partition.windows import Window, caption_of, read_captions, read_clips
 from selva.sequence import SequenceConfig, sequence_config
-from selva.training_data import FRONT_END
-from selva.weights import encoders_identity
-from selva.worklist.table import listed
+from selva.utils.files import source_hash
+from selva.weights.load import encoders_identity
 
 log = logging.getLogger(__name__)
 

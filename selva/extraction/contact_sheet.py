@@ -12,8 +12,8 @@ from pathlib import Path
 from torch import Tensor
 
 from selva.media import VideoFrames
-from selva.report import new_figure, save_figure
 from selva.sequence import CLIP_FPS, SYNC_FPS
+from selva.utils.metrics_log import new_figure, save_figure
 
 PathLike = str | os.PathLike[str]
 

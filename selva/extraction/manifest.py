@@ -23,7 +23,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from selva.files import atomic_write_text
+from selva.utils.files import atomic_write_text
 
 log = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """Where extracted clips go: feature files with their sound beside them, or the rows of a memmap.
 
-Both outputs have the same methods, so that the run (:mod:`selva.extraction.run`) need not know which one it feeds.
+Both outputs have the same methods, so that the run (:mod:`selva.extraction.pipeline`) need not know which one it feeds.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import Any
 
 from torch import Tensor
 
-from selva.extraction.clip_reader import ReadClip
+from selva.data.memmap.writer import MemmapWriter
 from selva.extraction.manifest import MANIFEST_FILE
+from selva.extraction.reader import ReadClip
 from selva.features import FeatureBundle, save_features
-from selva.memmap.writer import MemmapWriter
+from selva.inputs.jobs import ClipJob
 from selva.models.zoo import Variant
-from selva.worklist.jobs import ClipJob
 
 
 def beside_memmap(folder: Path, name: str) -> Path:

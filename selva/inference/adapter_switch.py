@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from selva.adapter import Adapter, merge_adapters
+from selva.lora.merge import Adapter, merge_adapters
 from selva.models.generator import Generator, cast_frozen_
 
 AdapterPairs = Sequence[tuple[Adapter, float]]

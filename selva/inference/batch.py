@@ -17,16 +17,16 @@ from pathlib import Path
 
 from torch import Tensor
 
+from selva.audio.loudness import TRUE_PEAK_LIMIT_DB
 from selva.extraction.manifest import DONE, FAILED, INCOMPLETE_FILE, MANIFEST_FILE, PENDING
-from selva.files import atomic_write_text
 from selva.inference.adapter_switch import AdapterPairs
 from selva.inference.engine import SoundGenerator
-from selva.inference.files import SoundFiles, fingerprint, model_recipe, request_recipe
-from selva.inference.sound import Conditions, Sound, SoundRequest
-from selva.loudness import TRUE_PEAK_LIMIT_DB
+from selva.inference.outputs import SoundFiles, fingerprint, model_recipe, request_recipe
+from selva.inference.request import Conditions, Sound, SoundRequest
 from selva.media import audio_length, video_length
-from selva.report import Progress
 from selva.sequence import DEFAULT_DURATION_SEC
+from selva.utils.files import atomic_write_text
+from selva.utils.metrics_log import Progress
 
 log = logging.getLogger(__name__)
 

@@ -29,12 +29,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from selva.files import atomic_write_text
+from selva.audio.metrics import compare_sounds
 from selva.inference.batch import Clip, Setting
-from selva.inference.sound import AUDIO_SUFFIXES, SoundRequest
+from selva.inference.request import AUDIO_SUFFIXES, SoundRequest
 from selva.media import prepare_audio, probe, read_audio
-from selva.metrics import compare_sounds
-from selva.report import new_figure, save_figure
+from selva.utils.files import atomic_write_text
+from selva.utils.metrics_log import new_figure, save_figure
 
 log = logging.getLogger(__name__)
 

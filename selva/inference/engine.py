@@ -18,22 +18,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selva.adapter import Adapter
+from selva.audio.loudness import normalize_loudness
 from selva.checkpoint import load_adapter
 from selva.cli import PRECISIONS, resolve_device
 from selva.extraction.extractor import FeatureExtractor
 from selva.features import FeatureBundle, load_features
 from selva.inference.adapter_switch import AdapterPairs, AdapterSwitch
-from selva.inference.sound import Conditions, Sound, SoundRequest, check_widths
-from selva.long_sampling import sample_long
-from selva.loudness import normalize_loudness
+from selva.inference.long_sampling import sample_long
+from selva.inference.request import Conditions, Sound, SoundRequest, check_widths
+from selva.lora.merge import Adapter
 from selva.media import MaskSettings, VideoFrames
 from selva.models.generator import Generator
 from selva.models.zoo import Variant, features_problem, get_variant
-from selva.report import StageTimes
 from selva.sampling import SamplingConfig, decode_latents, sample_latents
 from selva.sequence import DEFAULT_DURATION_SEC, SequenceConfig, sequence_config
-from selva.weights import check_weights, load_generator, load_vae, load_vocoder
+from selva.utils.metrics_log import StageTimes
+from selva.weights.load import check_weights, load_generator, load_vae, load_vocoder
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ class SoundGenerator:
         adapters: files or adapters, or pairs of one and a strength; :meth:`set_adapters` exchanges them.
         clip_features: "use" or "empty" CLIP features of the pictures; "auto" as the adapters were trained.
         sampling: steps, solver, guidance. long: go through more than 8 s in overlapping windows.
-        normalize, target: the level of the sounds, see :func:`selva.loudness.normalize_loudness`.
+        normalize, target: the level of the sounds, see :func:`selva.audio.loudness.normalize_loudness`.
         batch_size: sounds that go through the generator at once.
         offload: "none" keeps every network once it is loaded; "auto" frees each before the next one is loaded.
 

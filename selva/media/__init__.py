@@ -2,7 +2,7 @@
 
     frames.py      read_video: the pictures of a clip for the two image encoders
     masks.py       MaskSettings: what read_video keeps of the pictures
-    sound.py       read_audio, prepare_audio, write_audio, extract_audio, audio_length
+    audio.py       read_audio, prepare_audio, write_audio, extract_audio, audio_length
     copying.py     copy_audio: the sound of a video without decoding it
     mux.py         mux_video: a video with new sound
     make.py        write_video: pictures and sound that a program made
@@ -16,6 +16,7 @@ Time 0 of a file is time stamp 0 of its container, for the pictures and for the 
 
 from __future__ import annotations
 
+from selva.media.audio import audio_blocks, audio_length, extract_audio, prepare_audio, read_audio, write_audio
 from selva.media.container import probe, video_length
 from selva.media.copying import copied_audio_suffix, copy_audio
 from selva.media.frames import (
@@ -29,14 +30,6 @@ from selva.media.frames import (
 from selva.media.make import write_video
 from selva.media.masks import MASK_SUFFIXES, MaskSettings
 from selva.media.mux import mux_video
-from selva.media.sound import (
-    audio_blocks,
-    audio_length,
-    extract_audio,
-    prepare_audio,
-    read_audio,
-    write_audio,
-)
 
 __all__ = [
     "MASK_SUFFIXES",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from selva.files import atomic_path
+from selva.media.audio import SILENCE_LEVEL, audio_length, read_audio
 from selva.media.container import PathLike, audio_stream, open_media, read_packets
-from selva.media.sound import SILENCE_LEVEL, audio_length, read_audio
+from selva.utils.files import atomic_path
 
 # Codecs that can be taken out of a video as they are, and the file that libsndfile reads them from.
 _COPY_SUFFIXES = {

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from selva.files import atomic_path
 from selva.media.container import PathLike
+from selva.utils.files import atomic_path
 
 _SUFFIXES = (".mp4", ".mov", ".mkv")
 # Without the macroblock tree, whose results differ from run to run (5 files of 24 runs on the same pictures).

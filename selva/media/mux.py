@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from selva.files import atomic_path
+from selva.media.audio import as_channels
 from selva.media.container import (
     PathLike,
     check_range,
@@ -27,7 +27,7 @@ from selva.media.container import (
     time_origin,
     video_stream,
 )
-from selva.media.sound import as_channels
+from selva.utils.files import atomic_path
 
 _SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv")
 _COPYABLE_CODECS = ("h264", "hevc", "mpeg4", "av1", "vp9")  # what every container in _SUFFIXES can hold

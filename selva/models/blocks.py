@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from selva.models import fast_conv
-from selva.models.heads import RMS_EPS, normed_heads
+from selva.models import winograd_conv as fast_conv
+from selva.models.qk_norm_rope import RMS_EPS, normed_heads
 
 ROPE_THETA = 10_000.0
 

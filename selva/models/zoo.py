@@ -1,7 +1,7 @@
 """The variants: which networks, of which sizes, from which published files.
 
     name -> Variant -> build_generator, build_video_encoder, build_vae, build_vocoder, build_mel  (random weights)
-                    -> weight_files: what to download, under which name, with which checksum      (see selva.weights)
+                    -> weight_files: what to download, under which name, with which checksum    (see selva.weights)
 
 ``tiny_16k`` has the classes of the published models in small sizes and needs no files. Sizes and files: SelVA
 (arXiv:2512.02650), MMAudio (arXiv:2412.15322), BigVGAN (arXiv:2206.04658), DFN CLIP (arXiv:2309.17425) and FLAN-T5
@@ -20,7 +20,7 @@ from selva.models.textsynch import TextSynch
 from selva.models.vae import VAE, VAEConfig
 from selva.models.vocoder import Vocoder, VocoderConfig
 
-# -- frozen encoders of other projects, described in numbers; selva.encoders builds them ------------------------------
+# -- frozen encoders of other projects, described in numbers; selva.models.clip_t5 builds them -------------------------
 
 
 @dataclass(frozen=True)

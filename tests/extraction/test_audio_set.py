@@ -10,15 +10,15 @@ import soundfile
 import torch
 from make_data import TINY, noise
 
-from selva.clips import Window, partition, write_captions, write_clips
+from selva.data.folder_dataset import encode_latents
+from selva.data.memmap.reader import MemmapSet
 from selva.extraction.audio_set import AudioSetExtractor, ahead, plan_audio_set, read_windows
 from selva.extraction.extractor import FeatureExtractor
 from selva.media import prepare_audio
-from selva.memmap.reader import MemmapSet
 from selva.models.zoo import build_mel
+from selva.partition.windows import Window, partition, write_captions, write_clips
 from selva.sequence import sequence_config
-from selva.training_data import encode_latents
-from selva.weights import load_vae
+from selva.weights.load import load_vae
 
 RATE = 22_050
 LENGTHS = sequence_config("16k")

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from selva.datasets import scan_folder
+from selva.data.folder import scan_folder
+from selva.data.folder_dataset import plan_windows
 from selva.extraction import extractor
 from selva.extraction.extractor import FeatureExtractor, FramePasses, TextCache, clip_settings
 from selva.features import FeatureBundle, save_features
-from selva.files import source_hash
 from selva.models.zoo import get_variant
 from selva.sequence import sequence_config
-from selva.training_data import plan_windows
+from selva.utils.files import source_hash
 
 CPU = torch.device("cpu")
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from tiny_adapter import make_adapter
 
-from selva.adapter import Adapter
 from selva.inference.adapter_switch import AdapterSwitch
-from selva.weights import load_generator
+from selva.lora.merge import Adapter
+from selva.weights.load import load_generator
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -16,8 +16,8 @@ from make_media import make_video
 from selva.inference import compare
 from selva.inference.batch import Clip, Setting, Take, common_clip_features
 from selva.inference.compare import check_reference_dir, figures_table, mean_figures, read_compare_list, reference_sound
-from selva.inference.files import SoundFiles
-from selva.inference.sound import SoundRequest
+from selva.inference.outputs import SoundFiles
+from selva.inference.request import SoundRequest
 
 RATE = 16_000
 

@@ -12,11 +12,11 @@ import torch
 from make_media import make_video
 from tiny_adapter import make_adapter
 
-from selva.adapter import Adapter
 from selva.checkpoint import save_adapter
 from selva.features import FeatureBundle, load_features, save_features
 from selva.inference.engine import SoundGenerator, uses_clip_features
-from selva.inference.sound import SoundRequest
+from selva.inference.request import SoundRequest
+from selva.lora.merge import Adapter
 from selva.models.zoo import get_variant
 from selva.sampling import SamplingConfig
 from selva.sequence import sequence_config
@@ -35,7 +35,7 @@ def put_features(path: Path, seconds: float = 1.0, seed: int = 0) -> Path:
     clip = torch.randn(1, lengths.clip_seq_len, 64, generator=random)
     sync = torch.randn(1, lengths.sync_seq_len, 64, generator=random)
     sync = 0.3 * sync
-    sync[..., 42:63] += 2.4  # the level of running sources, see selva.world_training.encoders
+    sync[..., 42:63] += 2.4  # the level of running sources, see toyworld.training.encoders
     path.parent.mkdir(parents=True, exist_ok=True)
     save_features(path, FeatureBundle(clip / 8, sync, seconds, "rain", "tiny_16k"))
     return path

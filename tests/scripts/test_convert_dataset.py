@@ -12,15 +12,15 @@ from make_data import TINY, put_clip, put_memmap
 from script_args import TINY as ARGS
 
 from scripts import convert_dataset
-from selva.datasets import scan_folder
+from selva.data.folder import scan_folder
+from selva.data.folder_dataset import encode_latents, load_training_set, load_waveform
+from selva.data.memmap.reader import MemmapSet
 from selva.extraction.extractor import FeatureExtractor
 from selva.features import load_features
 from selva.media import read_audio
-from selva.memmap.reader import MemmapSet
 from selva.models.zoo import build_mel
 from selva.sequence import sequence_config
-from selva.training_data import encode_latents, load_training_set, load_waveform
-from selva.weights import load_vae
+from selva.weights.load import load_vae
 
 
 def convert(*arguments) -> int:

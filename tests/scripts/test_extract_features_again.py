@@ -16,12 +16,12 @@ from make_media import clicks, make_video
 from script_args import TINY
 
 import extract_features
-from selva.clips import Window, write_captions, write_clips
+from selva.data.memmap.reader import MemmapSet
 from selva.extraction.manifest import read_manifest
 from selva.features import load_features
 from selva.media import write_audio
-from selva.memmap.reader import MemmapSet
 from selva.models.zoo import get_variant
+from selva.partition.windows import Window, write_captions, write_clips
 
 SCRIPT = Path(extract_features.__file__)
 
@@ -179,10 +179,10 @@ def test_optional_keys_of_the_feature_files(clip_dir, tmp_path):
 
 def test_stored_latents_are_those_of_the_sound_beside_them(clip_dir, tmp_path):
     """So that whoever trains on them, trains on what our own training would compute."""
+    from selva.data.folder_dataset import encode_latents, load_waveform
     from selva.models.zoo import build_mel
     from selva.sequence import sequence_config
-    from selva.training_data import encode_latents, load_waveform
-    from selva.weights import load_vae
+    from selva.weights.load import load_vae
 
     assert extract(clip_dir / "knock_0.mp4", tmp_path, "--latents", "--duration", "1") == 0
     waveform = load_waveform(tmp_path / "knock_0.flac", sequence_config("16k", 1.0), "peak")

@@ -20,9 +20,10 @@ import infer
 import train_lora
 from selva.checkpoint import save_adapter
 from selva.inference import engine
-from selva.lora import LoRAConfig, inject_lora, lora_parameters
+from selva.lora.config import LoRAConfig
+from selva.lora.layers import inject_lora, lora_parameters
 from selva.media import mux
-from selva.weights import load_generator
+from selva.weights.load import load_generator
 
 ROOT = Path(__file__).parents[2]
 

@@ -13,9 +13,9 @@ from make_data import put_memmap
 from make_media import number_in
 from PIL import Image
 
-from selva.inspection import overview
-from selva.inspection.measures import inspect
-from selva.inspection.overview import choose_clips, find_videos, frame_strip
+from selva.data.inspection import overview
+from selva.data.inspection.measures import inspect
+from selva.data.inspection.overview import choose_clips, find_videos, frame_strip
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "inspect_dataset.py"
 

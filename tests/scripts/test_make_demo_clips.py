@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from scripts import make_demo_clips
-from selva.datasets import read_prompts
+from selva.data.folder import read_prompts
 from selva.media import probe, read_audio
-from selva.world import CLASSES, UNSEEN, get_class
+from toyworld import CLASSES, UNSEEN, get_class
 
 
 def make(folder: Path, *options: str) -> int:

@@ -6,9 +6,9 @@ import torch
 from golden_case import GOLDEN
 
 from scripts.make_test_weights import generator_tensors, main, vocoder_tensors
-from selva import weights
 from selva.models import zoo
 from selva.models.vocoder import FILTER_SUFFIXES
+from selva.weights import load as weights
 
 
 @pytest.fixture(autouse=True)

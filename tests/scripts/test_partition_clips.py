@@ -10,7 +10,7 @@ import soundfile
 from make_media import make_video
 
 from partition_clips import main
-from selva.clips import Window, read_captions, read_clips
+from selva.partition.windows import Window, read_captions, read_clips
 
 
 def record(folder, name, seconds, rate=8_000):

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from benchmarks import tiny_quality
-from selva.weights import load_generator
-from selva.world import measure
+from selva.weights.load import load_generator
+from toyworld import measure
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +24,7 @@ def small(monkeypatch):
 
 
 def measure_classifier():
-    from selva.world.judging import fit_classifier
+    from toyworld.judging import fit_classifier
 
     return fit_classifier(count=3, names=("bell", "rain", "gong"))
 

@@ -21,9 +21,11 @@ from script_args import TINY
 
 import infer
 import train_lora
-from selva import preview, run_folder, weights
 from selva.checkpoint import load_adapter
 from selva.sampling import SamplingConfig
+from selva.training import run_folder
+from selva.training import sample as preview
+from selva.weights import load as weights
 
 ROOT = Path(__file__).parents[2]
 QUICK = [*TINY, "--steps", "4", "--batch_size", "2", "--warmup_steps", "1", "--save_every", "2", "--val_every", "2",

@@ -6,9 +6,9 @@ import torch
 from safetensors.torch import load_file
 
 from scripts.train_tiny import main
-from selva import weights
 from selva.sampling import SamplingConfig, decode_latents, sample_latents
-from selva.world_training.stages import STAGES, Recipe
+from selva.weights import load as weights
+from toyworld.training.stages import STAGES, Recipe
 
 ARGS = ["--scale", "0.001", "--steps", "2", "--batch_size", "2", "--device", "cpu", "--threads", "1"]
 

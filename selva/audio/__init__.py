@@ -1,0 +1,1 @@
+"""Analysis of waveforms: loudness, metrics, silence. Knows no files."""

@@ -1,0 +1,295 @@
+"""What a training step eats: clips, read when they are visited, and the order in which batches visit them.
+
+    TrainingSet  clip i, window w -> latents (N, C), CLIP (T, ·), sync (S, ·), text (77, ·)
+    BucketBatches  draw() -> visits of clips of equal length -> load() -> one batch
+
+A set knows the lengths of its clips without reading them, and reads a clip only when it is asked for, so memory does
+not grow with the number of clips. Clips keep their true length and are batched with clips of the same length: nothing
+is ever padded in feature space (pitfall B1).
+"""
+
+from __future__ import annotations
+
+import zlib
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from selva.data.folder import EpochSampler
+from selva.sequence import SequenceConfig
+
+Lengths = tuple[int, int, int]  # (N, T, S): latent frames, CLIP frames, sync tokens
+
+
+@dataclass(frozen=True)
+class TrainingClip:
+    """One clip, or one window of a long one, as the generator is trained on it; float32, on the CPU, no batch axis.
+
+    Attributes:
+        audio_path: the sound itself; None where only its latents are known.
+        mean, std: (N, C) VAE posterior of the sound.
+        clip_f: (T, clip_dim). sync_f: (S, sync_dim). text_f: (77, text_dim).
+        has_video: False for sound without pictures. ``clip_f`` and ``sync_f`` are then NaN, to be replaced by the
+            learned empty features; a place that forgets to is seen at once.
+    """
+
+    id: str
+    prompt: str
+    audio_path: Path | None
+    sequence: SequenceConfig
+    mean: Tensor
+    std: Tensor
+    clip_f: Tensor
+    sync_f: Tensor
+    text_f: Tensor
+    has_video: bool = True
+
+    @property
+    def lengths(self) -> Lengths:
+        """(N, T, S), which all clips of a batch share."""
+        return self.mean.shape[0], self.clip_f.shape[0], self.sync_f.shape[0]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Clips of one length stacked.
+
+    Attributes:
+        mean, std: (B, N, C). clip_f: (B, T, clip_dim). sync_f: (B, S, sync_dim). text_f: (B, 77, text_dim).
+        has_video: (B,) bool; where it is False, ``clip_f`` and ``sync_f`` are NaN, see :class:`TrainingClip`.
+    """
+
+    mean: Tensor
+    std: Tensor
+    clip_f: Tensor
+    sync_f: Tensor
+    text_f: Tensor
+    has_video: Tensor
+    ids: tuple[str, ...]
+
+    @property
+    def lengths(self) -> Lengths:
+        return self.mean.shape[1], self.clip_f.shape[1], self.sync_f.shape[1]
+
+    def to(self, device: torch.device) -> Batch:
+        tensors = (self.mean, self.std, self.clip_f, self.sync_f, self.text_f, self.has_video)
+        return Batch(*(x.to(device, non_blocking=True) for x in tensors), self.ids)
+
+
+def collate(clips: Sequence[TrainingClip]) -> Batch:
+    """Return clips of equal lengths as one batch."""
+    stacked = (torch.stack([getattr(c, f) for c in clips]) for f in ("mean", "std", "clip_f", "sync_f", "text_f"))
+    return Batch(*stacked, torch.tensor([c.has_video for c in clips]), tuple(c.id for c in clips))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# sets
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class TrainingSet(ABC):
+    """Clips by number, from 0. ``ids`` and lengths are at hand; everything else is read on demand."""
+
+    @property
+    @abstractmethod
+    def ids(self) -> list[str]:
+        """What messages and metrics call each clip."""
+
+    @abstractmethod
+    def lengths(self, index: int) -> Lengths:
+        """Return (N, T, S) of every window of a clip, without reading it."""
+
+    @abstractmethod
+    def num_windows(self, index: int) -> int:
+        """Return how many stretches a clip can be trained on; 1 unless it is longer than the longest allowed clip."""
+
+    @abstractmethod
+    def clip(self, index: int, window: int = 0) -> TrainingClip:
+        """Return one window of a clip, read now.
+
+        Raises:
+            ValueError, FileNotFoundError: its files have changed or gone since the set was made.
+        """
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def subset(self, indices: Iterable[int]) -> TrainingSet:
+        """Return the clips of these numbers, in this order, as a set of their own."""
+        return Subset(self, indices)
+
+
+class Subset(TrainingSet):
+    """Some clips of another set."""
+
+    def __init__(self, base: TrainingSet, indices: Iterable[int]) -> None:
+        self.base, self.indices = base, list(indices)
+
+    @property
+    def ids(self) -> list[str]:
+        ids = self.base.ids
+        return [ids[i] for i in self.indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def lengths(self, index: int) -> Lengths:
+        return self.base.lengths(self.indices[index])
+
+    def num_windows(self, index: int) -> int:
+        return self.base.num_windows(self.indices[index])
+
+    def clip(self, index: int, window: int = 0) -> TrainingClip:
+        return self.base.clip(self.indices[index], window)
+
+
+class InMemorySet(TrainingSet):
+    """Clips that exist already, one window each."""
+
+    def __init__(self, clips: Iterable[TrainingClip]) -> None:
+        self.clips = list(clips)
+
+    @property
+    def ids(self) -> list[str]:
+        return [clip.id for clip in self.clips]
+
+    def lengths(self, index: int) -> Lengths:
+        return self.clips[index].lengths
+
+    def num_windows(self, index: int) -> int:
+        return 1
+
+    def clip(self, index: int, window: int = 0) -> TrainingClip:
+        assert window == 0, window
+        return self.clips[index]
+
+
+class Joined(TrainingSet):
+    """Two sets one after the other."""
+
+    def __init__(self, first: TrainingSet, second: TrainingSet) -> None:
+        self.first, self.second = first, second
+
+    @property
+    def ids(self) -> list[str]:
+        return [*self.first.ids, *self.second.ids]
+
+    def lengths(self, index: int) -> Lengths:
+        owner, own = self._find(index)
+        return owner.lengths(own)
+
+    def num_windows(self, index: int) -> int:
+        owner, own = self._find(index)
+        return owner.num_windows(own)
+
+    def clip(self, index: int, window: int = 0) -> TrainingClip:
+        owner, own = self._find(index)
+        return owner.clip(own, window)
+
+    def _find(self, index: int) -> tuple[TrainingSet, int]:
+        count = len(self.first)
+        return (self.first, index) if index < count else (self.second, index - count)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# order
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Visit(NamedTuple):
+    """One look at a clip: its number in the set, and which of its windows."""
+
+    index: int
+    window: int
+
+
+class BucketBatches:
+    """Endless batches of clips of equal length; every epoch visits each clip once, in a seeded order.
+
+    Clips are drawn one by one from shuffled epochs, a window of a long clip at random, and wait in the bucket of their
+    length until a batch is full. A batch holds no clip twice, unless fewer clips of its length exist than it has
+    places: then it is filled over several epochs, with new noise for every visit.
+
+    Drawing and loading are apart, so that several processes can agree on the same visits and load a part of them each.
+    """
+
+    def __init__(self, clips: TrainingSet | Sequence[TrainingClip], batch_size: int, seed: int) -> None:
+        self.clips = clips if isinstance(clips, TrainingSet) else InMemorySet(clips)
+        self.batch_size = batch_size
+        self.sampler = EpochSampler(len(self.clips), 1, seed)
+        self.window_rng = torch.Generator().manual_seed(seed)
+        self.waiting: dict[Lengths, list[Visit]] = {}
+        self.num_clips = Counter(self.clips.lengths(i) for i in range(len(self.clips)))
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        return self.load(self.draw())
+
+    def draw(self) -> list[Visit]:
+        """Return the ``batch_size`` visits of the next batch; reads nothing."""
+        while True:
+            (index,) = next(self.sampler)
+            lengths = self.clips.lengths(index)
+            bucket = self.waiting.setdefault(lengths, [])
+            bucket.append(Visit(index, self._draw_window(index)))
+            batch = self._first_batch(bucket, distinct=self.num_clips[lengths] >= self.batch_size)
+            if batch:
+                self.waiting[lengths] = [visit for i, visit in enumerate(bucket) if i not in batch]
+                return [bucket[i] for i in batch]
+
+    def load(self, visits: Sequence[Visit]) -> Batch:
+        """Return the batch of these visits, or of some of them."""
+        return collate([self.clips.clip(*visit) for visit in visits])
+
+    def _draw_window(self, index: int) -> int:
+        count = self.clips.num_windows(index)
+        return int(torch.randint(count, (), generator=self.window_rng)) if count > 1 else 0
+
+    def _first_batch(self, bucket: Sequence[Visit], distinct: bool) -> list[int]:
+        """Return the positions of the first full batch in a bucket, none if there is none yet."""
+        places: dict[int, int] = {}
+        for place, visit in enumerate(bucket):
+            places.setdefault(visit.index if distinct else place, place)
+        return list(places.values())[: self.batch_size] if len(places) >= self.batch_size else []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain numbers and tensors from which :meth:`load_state_dict` continues exactly."""
+        return {
+            "ids": _fingerprint(self.clips.ids),
+            "sampler": self.sampler.state_dict(),
+            "windows": self.window_rng.get_state(),
+            "waiting": [[list(visit) for visit in bucket] for bucket in self.waiting.values() if bucket],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where ``state`` was taken.
+
+        Raises:
+            ValueError: the state is over other clips: another number, other names, or other lengths.
+        """
+        self.sampler.load_state_dict(state["sampler"])
+        waiting = [[Visit(*visit) for visit in bucket] for bucket in state["waiting"]]
+        if state["ids"] != _fingerprint(self.clips.ids) or not all(self._fits(bucket) for bucket in waiting):
+            raise ValueError(
+                f"the stored order is over other clips than the {len(self.clips)} there are now; "
+                "give the same data as before, or start a new run"
+            )
+        self.waiting = {self.clips.lengths(bucket[0].index): bucket for bucket in waiting}
+        self.window_rng.set_state(state["windows"].to("cpu", torch.uint8))
+
+    def _fits(self, bucket: Sequence[Visit]) -> bool:
+        """Return whether the visits of a stored bucket exist and are of one length."""
+        lengths = {self.clips.lengths(visit.index) for visit in bucket}
+        return len(lengths) == 1 and all(visit.window < self.clips.num_windows(visit.index) for visit in bucket)
+
+
+def _fingerprint(ids: Sequence[str]) -> int:
+    return zlib.crc32("\n".join(ids).encode())

@@ -1,0 +1,375 @@
+"""From a data folder to a training set.
+
+    folder of clip.npz + clip.wav --mel, VAE, CLIP text--> FolderSet     (encoded once, kept in the folder's cache)
+    TensorDict memmap of MMAudio  -----------------------> MemmapSet     (encoded already)
+
+Preparing a folder reads every file once, encodes what the cache does not hold yet, and frees the encoders. Clips longer
+than the longest allowed one are trained on in windows; shorter ones keep their length.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selva.data.cache import DataCache, Settings
+from selva.data.dataset import Batch, BucketBatches, InMemorySet, Lengths, TrainingClip, TrainingSet, Visit, collate
+from selva.data.folder import AUDIO_SUFFIXES, Clip, FolderScan, scan_folder
+from selva.data.memmap.reader import MemmapSet, is_memmap
+from selva.features import load_features
+from selva.media import prepare_audio, read_audio
+from selva.models.mel import MelSpectrogram
+from selva.models.vae import VAE
+from selva.models.zoo import Variant, build_mel, features_problem
+from selva.sequence import (
+    DEFAULT_DURATION_SEC,
+    SYNC_TOKENS_PER_SEGMENT,
+    WINDOW_STEP_SEC,
+    SequenceConfig,
+    first_clip_frame,
+    sequence_config,
+)
+from selva.utils.metrics_log import Progress
+from selva.weights.load import find_weights, load_clip_text, load_vae, packaged_identity
+
+log = logging.getLogger(__name__)
+
+__all__ = [
+    "Batch", "BucketBatches", "FolderSet", "InMemorySet", "MemmapSet", "TrainingClip", "TrainingSet", "Visit",
+    "collate", "encode_latents", "load_training_set", "load_waveform",
+]
+
+# A video's sound may end a little before its picture; silence of up to this length is appended to the waveform.
+MAX_AUDIO_SHORTFALL_SEC = 0.25
+MAX_WINDOWS = 8  # stretches of a long clip, spread evenly, whose latents are kept
+# Part of the cache's keys. Raise it when the mel filterbank, the VAE encoder or the preparation of sound changes, so
+# that latents of an older front end are not taken for right ones (pitfall A1).
+FRONT_END = "slaney-1"
+
+RECENT_WINDOWS = 256  # kept in memory, about 300 MB: reading a clip takes milliseconds, which short steps would notice
+
+Problems = list[tuple[Path, str]]  # what cannot be used, and why
+
+
+def load_training_set(
+    data_dir: Path,
+    variant: Variant,
+    selva_dir: Path | None,
+    device: torch.device,
+    *,
+    max_duration_sec: float = DEFAULT_DURATION_SEC,
+    normalize_audio: str = "peak",
+    use_cache: bool = True,
+) -> tuple[TrainingSet, Problems]:
+    """Return the clips of a data folder, ready for training, and (path, reason) for everything that cannot be used.
+
+    Args:
+        data_dir: a folder of ``.npz`` and sounds, or a TensorDict memmap with its TSV beside it.
+        device: where sound and texts are encoded, if the cache does not hold them.
+        max_duration_sec: longer clips are trained on in windows of this length.
+        normalize_audio: "peak" or "none", see :func:`selva.media.prepare_audio`.
+        use_cache: False leaves the data folder as it is and encodes everything anew.
+
+    Raises:
+        FileNotFoundError: no such folder, or weights are missing.
+        ValueError: the folder is of neither kind, or a memmap is damaged or made for another variant.
+    """
+    data_dir = Path(data_dir)
+    if is_memmap(data_dir):
+        if max_duration_sec < DEFAULT_DURATION_SEC:
+            raise ValueError(f"{data_dir}: holds latents of {DEFAULT_DURATION_SEC:g} s, which cannot be cut to "
+                             f"{max_duration_sec:g} s; leave out --duration")
+        return MemmapSet(data_dir, variant), []
+    scan = scan_folder(data_dir)
+    if not scan.clips and not scan.skipped:
+        raise ValueError(
+            f"{data_dir}: holds neither feature files (.npz, see extract_features.py) with their sound "
+            f"({', '.join(AUDIO_SUFFIXES)}) nor a TensorDict memmap (meta.json)"
+        )
+    cache = DataCache(data_dir, use_cache)
+    clips, problems = plan_clips(scan, cache, variant, max_duration_sec)
+    folder = FolderSet(scan, clips, cache, variant, selva_dir, normalize_audio)
+    problems += folder.prepare(device)
+    cache.flush()
+    return folder, [*scan.skipped, *problems]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# what is trained on
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PlannedClip:
+    """A clip of a folder, and the stretches of it that are trained on.
+
+    Attributes:
+        sequence: lengths of every window. starts: the sync segment with which each window begins, 0.32 s apart.
+        audio_hash: of the bytes of the sound file.
+    """
+
+    files: Clip
+    sequence: SequenceConfig
+    starts: tuple[int, ...]
+    audio_hash: str
+
+    def start_sec(self, window: int) -> float:
+        """Return where a window begins."""
+        return self.starts[window] * WINDOW_STEP_SEC
+
+
+def plan_clips(
+    scan: FolderScan, cache: DataCache, variant: Variant, max_duration_sec: float
+) -> tuple[list[PlannedClip], Problems]:
+    """Return what to train on of every clip, and the clips whose features do not fit. Reads no weights, no sound."""
+    planned, problems = [], []
+    for clip in scan.clips:
+        try:
+            sequence, starts = plan_windows(clip, variant, max_duration_sec)
+            planned.append(PlannedClip(clip, sequence, starts, cache.content_hash(clip.audio_path)))
+        except (ValueError, OSError) as error:
+            problems.append((clip.features_path, str(error)))
+    return planned, problems
+
+
+def plan_windows(clip: Clip, variant: Variant, max_duration_sec: float) -> tuple[SequenceConfig, tuple[int, ...]]:
+    """Return the lengths at which a clip is trained, and the first sync segment of each of its windows.
+
+    A clip of up to ``max_duration_sec`` has one window of its own length. A longer one has up to ``MAX_WINDOWS`` of
+    that length, spread evenly from its beginning to its end.
+
+    Raises:
+        ValueError: the features are of other encoders than the variant's, or shorter than their duration says.
+    """
+    if problem := features_problem(clip.extracted_for, variant):
+        raise ValueError(f"{clip.features_path}: {problem}")
+    whole = sequence_config(variant.mode, clip.duration_sec)
+    for name, (tokens, width), needed, wanted in (
+        ("clip_features", clip.clip_shape, whole.clip_seq_len, variant.generator.clip_dim),
+        ("sync_features", clip.sync_shape, whole.sync_seq_len, variant.generator.sync_dim),
+    ):
+        if width != wanted:
+            raise ValueError(f"{clip.features_path}: {name} are {width} wide, but {variant.name} takes {wanted}; "
+                             f"extract again with --variant {variant.name}")
+        if tokens < needed:
+            raise ValueError(f"{clip.features_path}: {name} is {(1, tokens, width)}, expected at least "
+                             f"{(1, needed, width)} for {clip.duration_sec:g} s; extract again")
+    if clip.duration_sec <= max_duration_sec:
+        return whole, (0,)
+    window = sequence_config(variant.mode, max_duration_sec)
+    last = min(
+        int((clip.duration_sec - max_duration_sec) / WINDOW_STEP_SEC),
+        (whole.sync_seq_len - window.sync_seq_len) // SYNC_TOKENS_PER_SEGMENT,
+    )
+    count = min(MAX_WINDOWS, last + 1)
+    return window, tuple(round(i * last / max(1, count - 1)) for i in range(count))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# sound
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def load_waveform(path: Path, sequence: SequenceConfig, normalize: str) -> Tensor:
+    """Return the (samples,) float32 sound of the first window of a clip, at the model's rate and exactly its length."""
+    (waveform,) = load_windows(path, sequence, (0.0,), normalize)
+    return waveform
+
+
+def load_windows(
+    path: Path, sequence: SequenceConfig, starts_sec: Sequence[float], normalize: str
+) -> list[Tensor]:
+    """Return (samples,) float32 per window of a clip; the level is normalised over the whole file, as MMAudio did.
+
+    Raises:
+        ValueError: unreadable, silent, not finite, or more than ``MAX_AUDIO_SHORTFALL_SEC`` too short.
+    """
+    waveform, rate = read_audio(path)
+    starts = [round(start * sequence.sampling_rate) for start in starts_sec]
+    end = max(starts) + sequence.num_audio_frames
+    seconds, needed = waveform.shape[-1] / rate, end / sequence.sampling_rate
+    if seconds < needed - MAX_AUDIO_SHORTFALL_SEC:
+        raise ValueError(
+            f"{path}: {seconds:.2f} s of sound, but the features of this clip cover {needed:.2f} s; "
+            f"use the sound that belongs to the video, or extract again with --duration {seconds:.2f}"
+        )
+    waveform = prepare_audio(waveform, rate, sequence.sampling_rate, end, normalize=normalize, pad=True)
+    return [waveform[start : start + sequence.num_audio_frames] for start in starts]
+
+
+@torch.no_grad()
+def encode_latents(waveform: Tensor, mel: MelSpectrogram, vae: VAE) -> tuple[Tensor, Tensor]:
+    """Return mean and deviation, each (B, N, C) float32, of the VAE posterior of ``waveform`` (B, samples)."""
+    mean, std = vae.encode(mel(waveform))  # each (B, C, N)
+    return mean.mT, std.mT
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# the set
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class FolderSet(TrainingSet):
+    """Clips of a folder: features from their ``.npz``, latents and text features from the cache.
+
+    Args:
+        scan: what the folder holds. clips: what is trained on. normalize_audio: "peak" or "none".
+    """
+
+    def __init__(
+        self,
+        scan: FolderScan,
+        clips: Sequence[PlannedClip],
+        cache: DataCache,
+        variant: Variant,
+        selva_dir: Path | None,
+        normalize_audio: str,
+    ) -> None:
+        self.scan, self.clips, self.cache, self.variant = scan, list(clips), cache, variant
+        self.selva_dir, self.normalize_audio = selva_dir, normalize_audio
+        self._weights: dict[str, Any] = {}  # part -> what its weights are known by
+        self._recent = functools.lru_cache(maxsize=RECENT_WINDOWS)(self._read_clip)
+
+    @property
+    def ids(self) -> list[str]:
+        return [clip.files.id for clip in self.clips]
+
+    def lengths(self, index: int) -> Lengths:
+        sequence = self.clips[index].sequence
+        return sequence.latent_seq_len, sequence.clip_seq_len, sequence.sync_seq_len
+
+    def num_windows(self, index: int) -> int:
+        return len(self.clips[index].starts)
+
+    def clip(self, index: int, window: int = 0) -> TrainingClip:
+        return self._recent(index, window)
+
+    def _read_clip(self, index: int, window: int) -> TrainingClip:
+        clip = self.clips[index]
+        bundle, sequence, start = load_features(clip.files.features_path), clip.sequence, clip.starts[window]
+        clip_start, sync_start = first_clip_frame(start), start * SYNC_TOKENS_PER_SEGMENT
+        clip_f = bundle.clip_features[0, clip_start : clip_start + sequence.clip_seq_len]
+        sync_f = bundle.sync_features[0, sync_start : sync_start + sequence.sync_seq_len]
+        latents = self._latents(clip, window)
+        text_f = bundle.text_features[0] if self._has_own_text(clip.files) else self._text(clip.files.prompt)
+        if (len(clip_f), len(sync_f)) != self.lengths(index)[1:] or latents is None or text_f is None:
+            raise ValueError(f"{clip.files.features_path}: it or the cache of its folder was changed since the start; "
+                             "leave both alone while training, and start again")
+        return TrainingClip(
+            id=clip.files.id, prompt=clip.files.prompt, audio_path=clip.files.audio_path, sequence=sequence,
+            mean=latents["mean"], std=latents["std"], text_f=text_f,
+            clip_f=clip_f.clone(), sync_f=sync_f.clone(),  # lets go of the rest of a long clip
+        )
+
+    # -- preparing ------------------------------------------------------------------------------------------------
+
+    def prepare(self, device: torch.device) -> Problems:
+        """Encode what the cache lacks, drop the clips whose sound cannot be used, and return them with the reason."""
+        self._encode_texts(device)
+        problems = self._encode_sounds(device)
+        unusable = {path for path, _ in problems}
+        self.clips = [clip for clip in self.clips if clip.files.audio_path not in unusable]
+        return problems
+
+    def _encode_texts(self, device: torch.device) -> None:
+        clips = [clip.files for clip in self.clips]
+        if self.variant.family == "selva":
+            _warn_of_other_prompts(clips)
+        prompts = sorted({clip.prompt for clip in clips if not self._has_own_text(clip)})
+        missing = [prompt for prompt in prompts if self._text(prompt) is None]
+        if not missing:
+            return
+        log.info("encoding %d prompts", len(missing))
+        encoder = load_clip_text(self.variant.name, self.selva_dir, device)
+        for prompt in missing:
+            (features,) = encoder.encode([prompt]).cpu()
+            self.cache.save("texts", self._text_settings(prompt), {"text_features": features})
+
+    def _encode_sounds(self, device: torch.device) -> Problems:
+        """Encode the windows that the cache lacks; the mel front end and the VAE run in float32 (pitfall G2)."""
+        missing = [clip for clip in self.clips if not all(self._latents(clip, w) for w in range(len(clip.starts)))]
+        if not missing:
+            return []
+        problems: Problems = []
+        vae = load_vae(self.variant.name, self.selva_dir, device, encoder_only=True)
+        mel = build_mel(self.variant.mode).to(device)
+        with Progress(len(missing), "encoding sound", "clips") as progress:
+            for number, clip in enumerate(missing, 1):
+                path = clip.files.audio_path
+                starts_sec = [clip.start_sec(window) for window in range(len(clip.starts))]
+                try:
+                    waveforms = load_windows(path, clip.sequence, starts_sec, self.normalize_audio)
+                except (ValueError, OSError) as error:
+                    problems.append((path, str(error)))
+                    continue
+                for window, waveform in enumerate(waveforms):
+                    mean, std = encode_latents(waveform[None].to(device), mel, vae)  # each (1, N, C)
+                    tensors = {"mean": mean[0].cpu(), "std": std[0].cpu()}
+                    self.cache.save("latents", self._latent_settings(clip, window), tensors)
+                progress.update(number)
+        return problems
+
+    # -- the cache ------------------------------------------------------------------------------------------------
+
+    def _latents(self, clip: PlannedClip, window: int) -> dict[str, Tensor] | None:
+        """Return mean and std, each (N, C), from the cache, or None."""
+        found = self.cache.load("latents", self._latent_settings(clip, window))
+        expected = (clip.sequence.latent_seq_len, self.variant.generator.latent_dim)
+        fits = found is not None and all(name in found and found[name].shape == expected for name in ("mean", "std"))
+        return found if fits else None
+
+    def _text(self, prompt: str) -> Tensor | None:
+        """Return (77, text_dim) from the cache, or None."""
+        features = (self.cache.load("texts", self._text_settings(prompt)) or {}).get("text_features")
+        return features if features is not None and features.shape == self._text_shape else None
+
+    @property
+    def _text_shape(self) -> tuple[int, int]:
+        return self.variant.generator.text_seq_len, self.variant.generator.text_dim
+
+    def _has_own_text(self, clip: Clip) -> bool:
+        """Whether the feature file holds the text features of the prompt that is trained with."""
+        return clip.text_shape == self._text_shape and clip.extracted_prompt == clip.prompt
+
+    def _latent_settings(self, clip: PlannedClip, window: int) -> Settings:
+        return {
+            "audio": clip.audio_hash,
+            "start_sec": clip.start_sec(window),
+            "samples": clip.sequence.num_audio_frames,
+            "mode": self.variant.mode,
+            "normalize": self.normalize_audio,
+            "front_end": FRONT_END,
+            "vae": self._identity("vae"),
+        }
+
+    def _text_settings(self, prompt: str) -> Settings:
+        return {"prompt": prompt, "clip": self._identity("clip_text")}
+
+    def _identity(self, part: str) -> Any:
+        """Return what tells the weights of a part from other ones; looked up once per run."""
+        if part not in self._weights:
+            if self.variant.packaged:
+                self._weights[part] = [self.variant.name, packaged_identity(self.variant.name)]
+            else:
+                paths = find_weights(self.variant, self.selva_dir, (part,))[part]
+                stats = [(path.name, path.stat()) for path in paths]
+                self._weights[part] = ["published", *([file, stat.st_size, stat.st_mtime_ns] for file, stat in stats)]
+        return self._weights[part]
+
+
+def _warn_of_other_prompts(clips: Sequence[Clip]) -> None:
+    """Say which clips are trained with other words than their sync features were extracted with (pitfall B6)."""
+    others = [clip for clip in clips if clip.prompt != clip.extracted_prompt]
+    if others:
+        log.warning(
+            "%d of %d clips have another prompt than their sync features were extracted with, for example %s: %r, "
+            "extracted with %r; better extract again", len(others), len(clips), others[0].id, others[0].prompt,
+            others[0].extracted_prompt,
+        )

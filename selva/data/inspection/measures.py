@@ -1,0 +1,354 @@
+"""What is in a data set, clip by clip: measurements, what cannot be used, and what is odd, each in a plain sentence.
+
+Three kinds of data sets: pairs of features and sound (or, before extraction, sounds and videos alone), and the packed
+memmap of MMAudio. One clip is in memory at a time; of the others only what near-duplicates are found by.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from selva.audio.loudness import true_peak_db
+from selva.audio.silence import MOSTLY_SILENT, SILENCE_DB
+from selva.data.folder import AUDIO_SUFFIXES, PROMPTS_FILE, Clip, read_prompts, scan_folder
+from selva.data.folder_dataset import MAX_AUDIO_SHORTFALL_SEC, plan_windows
+from selva.data.inspection import duplicates
+from selva.data.memmap.reader import MemmapSet, is_memmap
+from selva.data.summary import QUIET_LUFS, SoundStats, measure_waveform
+from selva.features import load_features
+from selva.inputs.jobs import VIDEO_SUFFIXES, read_sidecar
+from selva.media import read_audio
+from selva.media.audio import SILENCE_LEVEL
+from selva.models.zoo import VARIANTS, Variant, get_variant
+from selva.sequence import DEFAULT_DURATION_SEC, SAMPLING_RATES
+from selva.utils.metrics_log import Progress
+
+NORM_TOLERANCE = 0.02  # half precision moves a norm of 1 by less
+OFFSET = 0.01  # mean of a sound, of full scale
+CANCELLED_DB = 10.0  # the channels together against one alone
+EDGE_SEC, CLICK_DB = 0.1, 12.0  # a peak so near to an end and so far above the rest is from cutting
+LONGER_SEC = 1.0  # of sound than of features, before it is worth a word
+
+
+@dataclass
+class ClipReport:
+    """One clip. What does not apply, or could not be measured, is None.
+
+    Attributes:
+        id: what every message calls it. path: its sound, or the folder of a memmap.
+        duration_sec: of the features; without any, of the sound.
+        sound: see :class:`selva.data.summary.SoundStats`. true_peak_db: dBTP.
+        clip_norm: (lowest, highest) norm of a row of CLIP features; 1 as they leave the encoder.
+        sync_norm, text_norm: mean norm of a row.
+        latent_rms, latent_std: of a memmap: root mean square of the latents, mean deviation of their posterior.
+        problems: why it cannot be used. notes: what is odd about it and may be meant.
+    """
+
+    id: str
+    path: str
+    prompt: str = ""
+    prompt_source: str = ""
+    duration_sec: float | None = None
+    sound: SoundStats | None = None
+    true_peak_db: float | None = None
+    clip_norm: tuple[float, float] | None = None
+    sync_norm: float | None = None
+    text_norm: float | None = None
+    latent_rms: float | None = None
+    latent_std: float | None = None
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """Clips that are the same or nearly: ``what`` is "sound", "video" or "latents"; ``similarity`` the lowest."""
+
+    what: str
+    ids: tuple[str, ...]
+    similarity: float
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A data set.
+
+    Attributes:
+        kind: "pairs", "sounds" or "memmap". left_out: (file, reason) of what looks like part of a clip and is none.
+        compared: False if there are too many clips to look for near-duplicates; copies of a file are found anyway.
+    """
+
+    folder: str
+    kind: str
+    clips: list[ClipReport]
+    left_out: list[tuple[str, str]]
+    alike: list[Likeness]
+    compared: bool
+
+    @property
+    def usable(self) -> bool:
+        """Whether there is a clip, and nothing that cannot be used."""
+        return bool(self.clips) and not self.left_out and not any(clip.problems for clip in self.clips)
+
+
+class _Prints:
+    """What the clips so far are compared by, in the order in which they came."""
+
+    def __init__(self) -> None:
+        self.prints: dict[str, list[tuple[str, np.ndarray]]] = {"sound": [], "latents": []}
+        self.videos: list[tuple[str, Tensor, np.ndarray]] = []  # id, mean CLIP features, motion
+        self.hashes: dict[tuple[str, bytes], list[str]] = {}
+        self.count = 0
+
+    @property
+    def full(self) -> bool:
+        return self.count > duplicates.MOST_COMPARED
+
+    def add(self, clip_id: str, what: str, values: Tensor) -> bool:
+        """Remember the hash of a clip's content; return whether its print is wanted too."""
+        digest = hashlib.sha256(values.contiguous().numpy()).digest()
+        self.hashes.setdefault((what, digest), []).append(clip_id)
+        return not self.full
+
+    def add_sound(self, clip_id: str, waveform: Tensor, rate: int) -> None:
+        if self.add(clip_id, "sound", waveform):
+            self.prints["sound"].append((clip_id, duplicates.sound_print(waveform, rate)))
+
+    def add_latents(self, clip_id: str, mean: Tensor) -> None:
+        if self.add(clip_id, "latents", mean):
+            self.prints["latents"].append((clip_id, (mean - mean.mean(dim=0)).numpy()))
+
+    def add_video(self, clip_id: str, clip_f: Tensor, sync_f: Tensor) -> None:
+        if self.add(clip_id, "video", torch.cat([clip_f.flatten(), sync_f.flatten()])):
+            self.videos.append((clip_id, clip_f.mean(dim=0), duplicates.motion_print(sync_f)))
+
+    def find(self) -> list[Likeness]:
+        """Return all groups; clips whose content is equal are one even where it has no pattern to compare."""
+        found = []
+        if not self.full:
+            for what, items in self.prints.items():
+                hop_sec = duplicates.HOP_SEC if what == "sound" else DEFAULT_DURATION_SEC / max(
+                    (len(values) for _, values in items), default=1)
+                groups = duplicates.same_sounds([values for _, values in items], hop_sec)
+                found += [Likeness(what, ids, score)
+                          for ids, score in duplicates.named_groups(groups, [i for i, _ in items])]
+            groups = duplicates.same_videos([v[1] for v in self.videos], [v[2] for v in self.videos])
+            found += [Likeness("video", ids, score)
+                      for ids, score in duplicates.named_groups(groups, [v[0] for v in self.videos])]
+        for (what, _), ids in self.hashes.items():
+            if len(ids) > 1 and not any(group.what == what and set(ids) <= set(group.ids) for group in found):
+                found.append(Likeness(what, tuple(ids), 1.0))
+        return found
+
+
+def inspect(folder: Path, variant: Variant | None = None) -> Inspection:
+    """Return what is in a data set; nothing is written, and no weights are needed.
+
+    Args:
+        variant: what is to be trained; None takes it from the features, or from the shapes of a memmap.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: it is no data set, or a memmap that is damaged.
+    """
+    prints = _Prints()
+    if is_memmap(folder):
+        kind, left_out, steps = "memmap", [], _memmap_clips(folder, variant, prints)
+    elif folder.is_dir() and not any(folder.glob("*.npz")):
+        kind, left_out = "sounds", []
+        prompts = read_prompts(folder / PROMPTS_FILE) if (folder / PROMPTS_FILE).is_file() else {}
+        steps = [(_inspect_sound, (path, prompts, variant, prints)) for path in _sounds_in(folder)]
+    else:
+        scan = scan_folder(folder)
+        kind, left_out = "pairs", [(str(path), reason) for path, reason in scan.skipped]
+        steps = [(_inspect_pair, (clip, variant, prints)) for clip in scan.clips]
+    if not steps and not left_out:
+        raise ValueError(f"{folder}: holds neither features (.npz) nor sounds ({', '.join(AUDIO_SUFFIXES)}), videos or "
+                         "a memmap (meta.json)")
+    clips = []
+    with Progress(len(steps), "inspecting", "clips") as progress:
+        for prints.count, (measure, arguments) in enumerate(steps, 1):
+            clips.append(measure(*arguments))
+            progress.update(prints.count)
+    return Inspection(str(folder), kind, clips, left_out, prints.find(), not prints.full)
+
+
+def _sounds_in(folder: Path) -> list[Path]:
+    """Return the sounds and videos of a folder; a sound goes before a video of the same name."""
+    found: dict[str, Path] = {}
+    order = (*AUDIO_SUFFIXES, *VIDEO_SUFFIXES)
+    for path in sorted(folder.iterdir(), key=lambda path: path.name):
+        suffix = path.suffix.lower()
+        if path.name.startswith(".") or suffix not in order or not path.is_file():
+            continue
+        other = found.setdefault(path.stem, path)
+        found[path.stem] = min(other, path, key=lambda p: order.index(p.suffix.lower()))
+    return [found[stem] for stem in sorted(found)]
+
+
+# --- pairs and sounds -----------------------------------------------------------------------------------------------
+
+
+def _inspect_sound(path: Path, prompts: dict[str, str], variant: Variant | None, prints: _Prints) -> ClipReport:
+    note = path.with_suffix(".txt")
+    report = ClipReport(id=path.stem, path=str(path), prompt=prompts.get(f"{path.stem}.npz", ""))
+    if not report.prompt and note.is_file() and note.name != PROMPTS_FILE:
+        report.prompt = read_sidecar(note)
+    _measure_sound(report, path, variant, prints)
+    if report.sound is not None:
+        report.duration_sec = report.sound.duration_sec
+    return report
+
+
+def _inspect_pair(clip: Clip, variant: Variant | None, prints: _Prints) -> ClipReport:
+    report = ClipReport(id=clip.id, path=str(clip.audio_path), prompt=clip.prompt, prompt_source=clip.prompt_source,
+                        duration_sec=clip.duration_sec)
+    variant = variant or VARIANTS.get(clip.extracted_for)
+    if clip.prompt_source == "folder":
+        report.notes.append("it has no prompt of its own; the name of the folder is used")
+    try:
+        bundle = load_features(clip.features_path)
+        if variant is not None:
+            plan_windows(clip, variant, DEFAULT_DURATION_SEC)
+    except (ValueError, OSError) as error:
+        report.problems.append(str(error).removeprefix(f"{clip.features_path}: "))
+    else:
+        text = None if bundle.text_features is None else bundle.text_features[0]
+        _measure_features(report, bundle.clip_features[0], bundle.sync_features[0], text, prints)
+    _measure_sound(report, clip.audio_path, variant, prints)
+    if report.sound is not None:
+        extra = report.sound.duration_sec - clip.duration_sec
+        if extra < -MAX_AUDIO_SHORTFALL_SEC:
+            report.problems.append(f"its sound lasts {report.sound.duration_sec:.2f} s, but its features cover "
+                                   f"{clip.duration_sec:.2f} s: one of them belongs to another clip, or was cut")
+        elif extra > LONGER_SEC:
+            report.notes.append(f"its sound lasts {report.sound.duration_sec:.2f} s, but its features cover only the "
+                                f"first {clip.duration_sec:.2f} s")
+    return report
+
+
+def _measure_sound(report: ClipReport, path: Path, variant: Variant | None, prints: _Prints) -> None:
+    try:
+        waveform, rate = read_audio(path)  # (channels, samples)
+    except (ValueError, OSError) as error:
+        report.problems.append(f"its sound cannot be read: {str(error).removeprefix(f'{path}: ')}")
+        return
+    if not torch.isfinite(waveform).all():
+        report.problems.append("its sound has values that are not finite (NaN or infinite)")
+        return
+    report.sound = sound = measure_waveform(waveform, rate)
+    peak = true_peak_db(waveform, rate)
+    report.true_peak_db = peak if math.isfinite(peak) else None
+    mono = waveform.mean(dim=0)
+    if mono.abs().max() <= SILENCE_LEVEL:
+        cancels = waveform.abs().max() > SILENCE_LEVEL
+        report.problems.append("its channels cancel each other out" if cancels else "its sound is silent")
+        return
+    report.notes += _sound_notes(sound, waveform, mono, variant)
+    prints.add_sound(report.id, waveform, rate)
+
+
+def _sound_notes(sound: SoundStats, waveform: Tensor, mono: Tensor, variant: Variant | None) -> Iterator[str]:
+    """Yield a sentence for everything odd. How steady a sound is, is nothing odd: rain and engines are (pitfall J1)."""
+    if sound.silent_share > MOSTLY_SILENT:
+        yield f"{100 * sound.silent_share:.0f} % of it is silent (below {SILENCE_DB:g} dB)"
+    if sound.clipped_samples:
+        yield f"it is clipped: {sound.clipped_samples} samples are cut off at full scale"
+    if sound.loudness_lufs is not None and sound.loudness_lufs < QUIET_LUFS:
+        yield f"it is very quiet ({sound.loudness_lufs:.1f} LUFS), so its noise floor is trained too"
+    if variant is not None and sound.rate < SAMPLING_RATES[variant.mode]:
+        yield f"it was recorded at {sound.rate} Hz, below the {SAMPLING_RATES[variant.mode]} Hz of {variant.name}"
+    together, alone = mono.square().mean(), waveform.square().mean(dim=1).max()
+    if together < alone * 10 ** (-CANCELLED_DB / 10):
+        yield "its channels are out of phase: as mono, which is trained on, it is much quieter"
+    if end := _click(mono, sound.rate):
+        yield (f"it has a click at its {end}, more than {CLICK_DB:g} dB above everything else in it: training scales "
+               "to the peak, so the rest becomes too quiet")
+    if abs(offset := mono.double().mean().item()) > OFFSET:
+        yield f"it has a constant offset of {offset:+.3f} of full scale"
+
+
+def _measure_features(
+    report: ClipReport, clip_f: Tensor, sync_f: Tensor, text_f: Tensor | None, prints: _Prints
+) -> None:
+    """Fill in what the (tokens, channels) features of a clip are like."""
+    norms, sync_norms = clip_f.norm(dim=1), sync_f.norm(dim=1)
+    report.clip_norm, report.sync_norm = (norms.min().item(), norms.max().item()), sync_norms.mean().item()
+    for name, rows in (("CLIP", norms), ("sync", sync_norms)):
+        if zeros := int((rows == 0).sum()):
+            report.notes.append(f"{zeros} of {len(rows)} rows of its {name} features are zero, which no picture gives: "
+                                "they were padded; extract it again")
+    seen = norms[norms > 0]
+    if len(seen) and (seen - 1).abs().max() > NORM_TOLERANCE:
+        report.notes.append(f"its CLIP features have norms from {seen.min():.3f} to {seen.max():.3f}, expected 1: "
+                            "they were not made as the base model's were")
+    if text_f is not None:
+        report.text_norm = text_f.norm(dim=1).mean().item()
+    prints.add_video(report.id, clip_f, sync_f)
+
+
+def _click(mono: Tensor, rate: int) -> str | None:
+    """Return at which end a sound peaks far above everything else in it, None if at neither."""
+    edge = round(EDGE_SEC * rate)
+    inside = mono[edge:-edge].abs().max().item() if len(mono) > 4 * edge else math.inf
+    for name, part in (("beginning", mono[:edge]), ("end", mono[-edge:])):
+        if part.abs().max().item() > inside * 10 ** (CLICK_DB / 20):
+            return name
+    return None
+
+
+# --- memmaps --------------------------------------------------------------------------------------------------------
+
+
+def find_variant(folder: Path, wanted: Variant | None) -> MemmapSet:
+    """Return a memmap opened as that of ``wanted``, or of the first variant whose shapes it has.
+
+    Raises:
+        FileNotFoundError, ValueError: it is that of no variant, or damaged.
+    """
+    if wanted is not None:
+        return MemmapSet(folder, wanted)
+    problems: list[str] = []
+    for name in VARIANTS:
+        try:
+            return MemmapSet(folder, get_variant(name))
+        except ValueError as error:
+            problems.append(str(error))
+    raise ValueError(min(problems, key=len))  # the one with the fewest complaints
+
+
+def _memmap_clips(folder: Path, variant: Variant | None, prints: _Prints) -> Sequence[tuple]:
+    rows = find_variant(folder, variant)
+    return [(_inspect_row, (rows, index, prints)) for index in range(len(rows.ids))]
+
+
+def _inspect_row(rows: MemmapSet, index: int, prints: _Prints) -> ClipReport:
+    report = ClipReport(id=rows.ids[index], path=str(rows.folder), prompt=rows.prompts[index], prompt_source="table",
+                        duration_sec=rows.sequence.duration_sec)
+    row = {key: torch.from_numpy(np.array(values[index])) for key, values in rows.rows.items()}  # each (tokens, ·)
+    if bad := [key for key, value in row.items() if not torch.isfinite(value).all()]:
+        report.problems.append(f"{' and '.join(bad)} have values that are not finite (NaN or infinite)")
+        return report
+    report.latent_rms = row["mean"].square().mean().sqrt().item()
+    report.latent_std = row["std"].mean().item()
+    report.text_norm = row["text_features"].norm(dim=1).mean().item()
+    if (row["std"] <= 0).any():
+        report.problems.append("its std is not positive everywhere: no posterior of the VAE has such values")
+    elif (row["mean"] == row["mean"][:1]).all():
+        report.problems.append("its latents never change: the row was never written, or is of digital silence")
+    if not row["text_features"].any():
+        report.problems.append("its text features are all zero: the row was never written")
+    if not report.prompt:
+        report.notes.append("it has no caption")
+    prints.add_latents(report.id, row["mean"])
+    if rows.has_video:
+        _measure_features(report, row["clip_features"], row["sync_features"], None, prints)
+    return report

@@ -1,0 +1,264 @@
+"""One picture of a data set: of every clip its frames, its spectrogram and its waveform, on one time axis."""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from selva.audio.silence import SILENCE_DB, block_power
+from selva.data.inspection.measures import ClipReport, Inspection, find_variant
+from selva.data.inspection.report import fit, mark, summary
+from selva.features import load_features
+from selva.inputs.jobs import VIDEO_SUFFIXES
+from selva.media import probe, read_audio, read_video
+from selva.sequence import CLIP_FPS, SHORTEST_SEC
+from selva.utils.files import atomic_path
+from selva.utils.metrics_log import new_figure
+
+log = logging.getLogger(__name__)
+
+COLUMN_IN, STRIP_IN, SPECTRUM_IN, WAVE_IN, TITLE_IN = 5.2, 0.62, 1.05, 0.38, 0.5  # inches
+DOTS_PER_IN = 130
+MEL_BANDS, LOWEST_HZ, RANGE_DB = 96, 50.0, 70.0
+TICKS_HZ = (100, 1_000, 10_000)
+TILE_PIXELS = 96  # height of a frame
+COLOURS = {"!": "#b3261e", "?": "#9a5b00", " ": "#202124"}
+WAVE_COLOUR, SILENCE_COLOUR = "#2b6cb0", "#d9dce1"
+
+
+def choose_clips(inspection: Inspection, most: int) -> list[int]:
+    """Return the indices of the clips to show, in order: those worth a look first, the others spread evenly."""
+    marked = sorted((i for i, clip in enumerate(inspection.clips) if mark(clip) != " "),
+                    key=lambda i: mark(inspection.clips[i]) != "!")[:most]
+    plain = [i for i, clip in enumerate(inspection.clips) if mark(clip) == " "]
+    room = min(most - len(marked), len(plain))
+    spread = [plain[k * len(plain) // room] for k in range(room)]
+    return sorted(marked + spread)
+
+
+def write_overview(inspection: Inspection, path: Path, video_dir: Path | None, most: int = 24) -> None:
+    """Write a PNG of up to ``most`` clips.
+
+    Args:
+        path: ends in .png. video_dir: where the videos of the clips lie; a folder without them, or None: no frames.
+
+    Raises:
+        ValueError: there is no clip to draw, or ``path`` ends otherwise.
+    """
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"{path}: the overview is a .png")
+    shown = choose_clips(inspection, most)
+    if not shown:
+        raise ValueError(f"{inspection.folder}: there is no clip to draw")
+    rows = find_variant(Path(inspection.folder), None).rows if inspection.kind == "memmap" else None
+    videos = {} if rows is not None else find_videos(inspection, video_dir)
+    columns = 1 if len(shown) == 1 else 2 if len(shown) <= 8 else 3
+    num_rows = math.ceil(len(shown) / columns)
+    strip = STRIP_IN if videos else 0.0
+    wave = 0.0 if rows is not None else WAVE_IN
+    cell_in = TITLE_IN + strip + SPECTRUM_IN + wave + 0.3
+    figure = new_figure(columns * COLUMN_IN, num_rows * cell_in + 0.7)
+    figure.set_layout_engine("none")
+    height_in = num_rows * cell_in + 0.7
+    figure.text(0.5, 1 - 0.3 / height_in, _headline(inspection, len(shown)), ha="center", va="center", fontsize=11,
+                weight="bold")
+    for place, index in enumerate(shown):
+        report = inspection.clips[index]
+        left = (place % columns) * COLUMN_IN + 0.5
+        top = height_in - 0.6 - (place // columns) * cell_in
+        cell = _Cell(figure, left, top, COLUMN_IN - 0.65, columns * COLUMN_IN, height_in)
+        cell.title(report)
+        if rows is not None:
+            cell.latents(np.array(rows["mean"][index]), report.duration_sec or 8.0)
+        else:
+            cell.sound(report, strip, videos.get(report.id))
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=DOTS_PER_IN)
+
+
+def _headline(inspection: Inspection, shown: int) -> str:
+    some = "" if shown == len(inspection.clips) else f" ({shown} of them shown)"
+    return f"{Path(inspection.folder).resolve().name}: {summary(inspection)}{some}"
+
+
+def find_videos(inspection: Inspection, video_dir: Path | None) -> dict[str, tuple[Path, float]]:
+    """Return {id: (video, second at which the clip begins)} for the clips whose video is known.
+
+    The video is called like the clip, or like the file that the features say they were made from.
+    """
+    if video_dir is None:
+        return {}
+    by_name = {path.name: path for path in sorted(video_dir.rglob("*")) if path.suffix.lower() in VIDEO_SUFFIXES}
+    by_stem = {path.stem: path for path in by_name.values()}
+    found = {}
+    for clip in inspection.clips:
+        settings = _settings(Path(inspection.folder) / f"{clip.id}.npz")
+        video = by_name.get(str(settings.get("source"))) or by_stem.get(clip.id)
+        start = settings.get("start_sec", 0.0)
+        if video is not None:
+            found[clip.id] = (video, float(start) if isinstance(start, int | float) else 0.0)
+    return found
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    try:
+        return load_features(path).settings or {} if path.is_file() else {}
+    except (ValueError, OSError):
+        return {}  # the table says what is wrong with it
+
+
+class _Cell:
+    """One clip in the picture; all lengths in inches from the upper left corner of what is drawn."""
+
+    def __init__(self, figure: Any, left: float, top: float, width: float, total_width: float, total_height: float):
+        self.figure, self.left, self.top, self.width = figure, left, top, width
+        self.total_width, self.total_height = total_width, total_height
+
+    def axes(self, height: float, share: Any = None) -> Any:
+        """Return new axes of ``height`` below what is drawn so far."""
+        self.top -= height
+        box = (self.left / self.total_width, self.top / self.total_height,
+               self.width / self.total_width, (height - 0.03) / self.total_height)
+        axes = self.figure.add_axes(box, sharex=share)
+        for spine in axes.spines.values():
+            spine.set_linewidth(0.4)
+        axes.tick_params(labelsize=6, length=2, width=0.4, pad=1.5)
+        return axes
+
+    def title(self, report: ClipReport) -> None:
+        facts = [f"{report.duration_sec:.2f} s" if report.duration_sec else ""]
+        if report.sound is not None:
+            loudness = report.sound.loudness_lufs
+            facts.append("" if loudness is None else f"{loudness:.1f} LUFS")
+            facts.append(f"{100 * report.sound.silent_share:.0f} % silent")
+        sign = mark(report)
+        words = "; ".join(report.problems + report.notes) or report.prompt
+        for text, down, size, colour in (
+            (f"{report.id}   {'   '.join(fact for fact in facts if fact)}", 0.14, 8, COLOURS[sign]),
+            (words, 0.31, 6.5, COLOURS[sign] if sign != " " else "#5f6368"),
+        ):
+            self.figure.text(self.left / self.total_width, (self.top - down) / self.total_height,
+                             fit(text, 98 if size < 8 else 70), fontsize=size, color=colour, va="center")
+        self.top -= 0.42
+
+    def sound(self, report: ClipReport, strip: float, video: tuple[Path, float] | None) -> None:
+        waveform, rate = _read(Path(report.path), report.duration_sec)
+        seconds = waveform.shape[1] / rate if waveform is not None else report.duration_sec or 8.0
+        if strip:
+            self._frames(self.axes(strip), video, seconds, strip)
+        spectrum = self.axes(SPECTRUM_IN)
+        wave = self.axes(WAVE_IN, spectrum)
+        spectrum.tick_params(labelbottom=False)
+        wave.set_yticks([])
+        if waveform is None:
+            for axes in (spectrum, wave):
+                axes.set_facecolor(SILENCE_COLOUR)
+                axes.set_yticks([])
+        else:
+            draw_spectrum(spectrum, waveform, rate, seconds)
+            draw_wave(wave, waveform, rate, seconds)
+        wave.set_xlim(0, seconds)
+        wave.set_xlabel("seconds", fontsize=6, labelpad=1)
+
+    def latents(self, mean: np.ndarray, seconds: float) -> None:
+        axes = self.axes(SPECTRUM_IN)
+        centred = mean - mean.mean(axis=0)
+        limit = max(1e-6, float(np.percentile(np.abs(centred), 99)))
+        axes.imshow(centred.T, aspect="auto", origin="lower", extent=(0, seconds, 0, mean.shape[1]), cmap="RdBu_r",
+                    vmin=-limit, vmax=limit, interpolation="nearest")
+        axes.set_ylabel("latent", fontsize=6, labelpad=1)
+        axes.set_xlabel("seconds", fontsize=6, labelpad=1)
+
+    def _frames(self, axes: Any, video: tuple[Path, float] | None, seconds: float, strip: float) -> None:
+        axes.set_xticks([])
+        axes.set_yticks([])
+        picture = None if video is None else frame_strip(*video, seconds, self.width / (strip - 0.03))
+        if picture is None:
+            axes.set_facecolor("#f1f3f4")
+            axes.text(0.5, 0.5, "no video", transform=axes.transAxes, ha="center", va="center", fontsize=6,
+                      color="#80868b")
+        else:
+            axes.imshow(picture, aspect="auto", extent=(0, 1, 0, 1))
+
+
+def _read(path: Path, seconds: float | None) -> tuple[Tensor | None, int]:
+    """Return the sound of a clip as far as it is used; None if it cannot be read."""
+    try:
+        waveform, rate = read_audio(path, 0.0, seconds)
+    except (ValueError, OSError):
+        return None, 1
+    return (waveform, rate) if torch.isfinite(waveform).all() else (None, 1)
+
+
+def frame_strip(path: Path, start_sec: float, seconds: float, shape: float) -> np.ndarray | None:
+    """Return (height, width, 3) uint8: frames side by side, each from the middle of the time that it stands above.
+
+    Args:
+        shape: width of the strip as a multiple of its height. Frames keep their shape, but for what makes them fit.
+
+    Returns None if the video cannot be read; the extraction says why.
+    """
+    try:
+        video = read_video(path, min(seconds, _seconds_of(path, seconds, start_sec)), start_sec,
+                           clip_size=2 * TILE_PIXELS, sync_size=16)
+    except (ValueError, OSError) as error:
+        log.warning("no frames in the picture: %s", error)
+        return None
+    frames = video.clip_frames.permute(0, 2, 3, 1).numpy()  # (T, H, W, 3), squares
+    height, width = video.source_size
+    count = max(1, round(shape * height / width))
+    tile = round(TILE_PIXELS * shape / count)
+    columns = np.linspace(0, frames.shape[2] - 1, tile).round().astype(int)
+    lines = np.linspace(0, frames.shape[1] - 1, TILE_PIXELS).round().astype(int)
+    chosen = [min(len(frames) - 1, round((k + 0.5) * seconds / count * CLIP_FPS)) for k in range(count)]
+    tiles = [frames[t][lines][:, columns] for t in chosen]
+    for shown in tiles[1:]:
+        shown[:, 0] = 255  # a line between two frames
+    return np.concatenate(tiles, axis=1)
+
+
+def _seconds_of(path: Path, seconds: float, start_sec: float) -> float:
+    duration = probe(path).duration_sec
+    return seconds if duration is None else max(SHORTEST_SEC, duration - start_sec)
+
+
+def draw_spectrum(axes: Any, waveform: Tensor, rate: int, seconds: float) -> None:
+    """Draw the mel spectrogram of (channels, samples), dB below its loudest point."""
+    from torchaudio.functional import melscale_fbanks
+
+    size = 1 << max(8, round(math.log2(rate * 0.046)))
+    mono = waveform.mean(dim=0)
+    hop = max(1, min(size // 4, len(mono) // 400))
+    padded = torch.nn.functional.pad(mono, (size // 2, size // 2))
+    power = torch.stft(padded, size, hop, window=torch.hann_window(size), center=False, return_complex=True)
+    bank = melscale_fbanks(len(power), LOWEST_HZ, rate / 2, MEL_BANDS, rate, norm="slaney", mel_scale="slaney")
+    level = 10 * torch.log10((power.abs().square().T @ bank).clamp_min(1e-16))  # (T, bands)
+    level = (level - level.max()).T.numpy()
+    axes.imshow(level, aspect="auto", origin="lower", extent=(0, seconds, 0, MEL_BANDS), cmap="magma", vmin=-RANGE_DB,
+                vmax=0, interpolation="bilinear")
+    centres = bank.argmax(dim=0) * rate / 2 / (len(power) - 1)  # (bands,) Hz
+    ticks = [hz for hz in TICKS_HZ if hz < rate / 2]
+    axes.set_yticks([int((centres - hz).abs().argmin()) + 0.5 for hz in ticks],
+                    [f"{hz // 1000}k" if hz >= 1000 else str(hz) for hz in ticks])
+
+
+def draw_wave(axes: Any, waveform: Tensor, rate: int, seconds: float, points: int = 1200) -> None:
+    """Draw (channels, samples) scaled to its peak, as training scales it, with what is silent shaded."""
+    mono = waveform.mean(dim=0)
+    mono = mono / mono.abs().max().clamp_min(1e-9)
+    size = max(1, len(mono) // points)
+    blocks = mono[: len(mono) // size * size].reshape(-1, size)
+    times = (np.arange(len(blocks)) + 0.5) * size / rate
+    silent = (block_power(waveform, rate) < 10 ** (SILENCE_DB / 10)).numpy()
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], silent.astype(int), [0]]))) * seconds / len(silent)
+    for begin, end in edges.reshape(-1, 2):
+        axes.axvspan(begin, end, color=SILENCE_COLOUR, linewidth=0)
+    axes.fill_between(times, blocks.min(dim=1).values.numpy(), blocks.max(dim=1).values.numpy(), color=WAVE_COLOUR,
+                      linewidth=0.2)
+    axes.set_ylim(-1.05, 1.05)

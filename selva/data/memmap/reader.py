@@ -1,0 +1,204 @@
+"""Training data of MMAudio: a TensorDict memmap and its table of ids, mapped into memory and read row by row.
+
+    data/vgg-train/meta.json          name, shape and type of every tensor
+    data/vgg-train/mean.memmap ...    raw float32 values: mean, std, text_features, clip_features, sync_features
+    data/vgg-train.tsv                id and label (or caption) of every row
+
+Sets of sound without pictures lack the last two tensors. The files are mapped here by the shapes in ``meta.json``
+instead of through tensordict, whose format can also hold pickled objects: nothing in a data folder is ever executed.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from selva.data.dataset import Lengths, TrainingClip, TrainingSet
+from selva.models.zoo import Variant
+from selva.sequence import sequence_config
+
+log = logging.getLogger(__name__)
+
+META_FILE = "meta.json"
+TEXT_COLUMNS = ("label", "caption")  # of video sets, of audio sets
+SOUND_KEYS = ("mean", "std", "text_features")
+VIDEO_KEYS = ("clip_features", "sync_features")
+
+
+def is_memmap(folder: Path) -> bool:
+    """Return whether a data folder is a TensorDict memmap rather than a folder of ``.npz`` files.
+
+    Raises:
+        FileNotFoundError: there is no such folder yet, because its extraction has not come to the end.
+    """
+    if not folder.exists() and partial_path(folder).is_dir():
+        raise FileNotFoundError(f"{folder}: is not complete yet, its rows are in {partial_path(folder)}; run the "
+                                "extraction again, all of its parts")
+    return (folder / META_FILE).is_file() and not any(folder.glob("*.npz"))
+
+
+def row_shapes(variant: Variant, video: bool) -> dict[str, tuple[int, int]]:
+    """Return the shape of one row of every tensor, in the order of ``meta.json``: 8 s of a variant.
+
+    Args:
+        video: False for a set of sound without pictures, which lacks the features of the frames.
+    """
+    config, sequence = variant.generator, sequence_config(variant.mode)
+    shapes = {
+        "mean": (sequence.latent_seq_len, config.latent_dim),
+        "std": (sequence.latent_seq_len, config.latent_dim),
+        "text_features": (config.text_seq_len, config.text_dim),
+        "clip_features": (sequence.clip_seq_len, config.clip_dim),
+        "sync_features": (sequence.sync_seq_len, config.sync_dim),
+    }
+    return shapes if video else {key: shapes[key] for key in SOUND_KEYS}
+
+
+def table_path(folder: Path) -> Path:
+    """Return the table that belongs to a memmap: beside the folder, with its name."""
+    folder = folder.resolve()
+    return folder.parent / f"{folder.name}.tsv"
+
+
+def partial_path(folder: Path) -> Path:
+    """Return where a memmap is while it is being written: beside the folder."""
+    folder = folder.resolve()
+    return folder.parent / f"{folder.name}.partial"
+
+
+class MemmapSet(TrainingSet):
+    """The rows of a memmap, 8 s each.
+
+    Args:
+        folder: holds ``meta.json``; the table lies beside it, ``<folder>.tsv``.
+        variant: whose latents and features these have to be.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: damaged files, shapes of another variant, or a table of another length; names all such problems.
+    """
+
+    def __init__(self, folder: Path, variant: Variant) -> None:
+        self.folder, self.sequence = folder, sequence_config(variant.mode)
+        meta = _read_meta(folder)
+        self.has_video = any(key in meta for key in VIDEO_KEYS)
+        keys = tuple(row_shapes(variant, self.has_video))
+        self.widths = {"clip": variant.generator.clip_dim, "sync": variant.generator.sync_dim}
+        _check_meta(folder, meta, keys, row_shapes(variant, self.has_video), variant.name)
+        self.rows = {key: _map(folder / f"{key}.memmap", meta[key]) for key in keys}  # each (n, ·, ·)
+        self._ids, self.prompts = _read_table(table_path(folder))
+        if len(self._ids) != len(self.rows["mean"]):
+            raise ValueError(f"{table_path(folder)}: has {len(self._ids)} rows, but the tensors in {folder} have "
+                             f"{len(self.rows['mean'])}; they belong to different extractions")
+
+    @property
+    def ids(self) -> list[str]:
+        return self._ids
+
+    def lengths(self, index: int) -> Lengths:
+        return self.sequence.latent_seq_len, self.sequence.clip_seq_len, self.sequence.sync_seq_len
+
+    def num_windows(self, index: int) -> int:
+        return 1
+
+    def clip(self, index: int, window: int = 0) -> TrainingClip:
+        assert window == 0, window
+        row = {key: torch.from_numpy(np.array(values[index])) for key, values in self.rows.items()}
+        bad = [key for key, value in row.items() if not torch.isfinite(value).all()]
+        if bad:  # its update will be skipped
+            log.warning("%s: row %d (%s) has values that are not finite in %s; extract it again, or leave it out",
+                        self.folder, index, self._ids[index], " and ".join(bad))
+        return TrainingClip(
+            id=self._ids[index], prompt=self.prompts[index], audio_path=None, sequence=self.sequence,
+            mean=row["mean"], std=row["std"], text_f=row["text_features"],
+            clip_f=row.get("clip_features", _absent(self.sequence.clip_seq_len, self.widths["clip"])),
+            sync_f=row.get("sync_features", _absent(self.sequence.sync_seq_len, self.widths["sync"])),
+            has_video=self.has_video,
+        )
+
+
+def _absent(tokens: int, width: int) -> Tensor:
+    """Return what stands for the features of a video that does not exist, see :class:`TrainingClip`."""
+    return torch.tensor(math.nan).expand(tokens, width)
+
+
+def _read_meta(folder: Path) -> dict[str, Any]:
+    """Return the entries of ``meta.json`` that describe tensors."""
+    path = folder / META_FILE
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: is not JSON ({error}); copy the folder again") from error
+    tensors = {k: v for k, v in meta.items() if isinstance(v, dict) and _is_shape(v.get("shape"))}
+    if not tensors:
+        raise ValueError(f"{path}: describes no tensors, so {folder} is not a TensorDict memmap; expected one, or a "
+                         "folder of .npz files from extract_features.py")
+    return tensors
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(size, int) and size >= 0 for size in value)
+
+
+def _check_meta(
+    folder: Path, meta: dict[str, Any], keys: tuple[str, ...], row_shapes: dict[str, tuple[int, int]], variant: str
+) -> None:
+    """Raise one ValueError with everything that is wrong with the described tensors."""
+    missing = [key for key in keys if key not in meta]
+    problems = [f"{' and '.join(missing)} missing (found: {', '.join(meta)})"] if missing else []
+    num_rows = {meta[key]["shape"][0] for key in keys if key in meta and meta[key]["shape"]}
+    if len(num_rows) > 1:
+        problems.append(f"tensors of {', '.join(map(str, sorted(num_rows)))} rows, expected the same number")
+    for key in keys:
+        if key not in meta:
+            continue
+        shape, dtype = meta[key]["shape"], meta[key].get("dtype")
+        if tuple(shape[1:]) != row_shapes[key]:
+            expected = ", ".join(map(str, row_shapes[key]))
+            problems.append(f"{key} is {tuple(shape)}, expected (n, {expected}) for {variant}")
+        if dtype != "torch.float32":
+            problems.append(f"{key} is {dtype}, expected torch.float32")
+    if problems:
+        raise ValueError(f"{folder / META_FILE}: {'; '.join(problems)}")
+
+
+def _map(path: Path, entry: dict[str, Any]) -> np.ndarray:
+    """Return the values of a file, mapped into memory: nothing is read yet, and never more than what is touched."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file, although {META_FILE} names it; copy the folder again")
+    shape = tuple(entry["shape"])
+    found, expected = path.stat().st_size, math.prod(shape) * 4
+    if found != expected:
+        raise ValueError(f"{path}: has {found} bytes, expected {expected} for {shape}; copy it again")
+    if expected == 0:
+        return np.zeros(shape, np.float32)  # an empty file cannot be mapped
+    return np.memmap(path, np.dtype("<f4"), mode="r", shape=shape)
+
+
+def _read_table(path: Path) -> tuple[list[str], list[str]]:
+    """Return the ids and the labels or captions of a table with a header, one row per clip."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; it belongs beside the folder and names the clip of every row")
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            rows = csv.DictReader(file, delimiter="\t", strict=True)
+            columns = rows.fieldnames or []
+            text = next((column for column in TEXT_COLUMNS if column in columns), None)
+            if "id" not in columns or text is None:
+                found = ", ".join(columns) or "none"
+                raise ValueError(f"has the columns {found}, expected id and label (or caption)")
+            pairs = [(row["id"], row[text]) for row in rows]
+    except (ValueError, csv.Error) as error:  # includes text that is not UTF-8
+        raise ValueError(f"{path}: {error}") from error
+    short = [number for number, pair in enumerate(pairs, 2) if None in pair]
+    if short:
+        raise ValueError(f"{path}: row {short[0]} has fewer columns than the header")
+    return [pair[0] for pair in pairs], [pair[1] for pair in pairs]

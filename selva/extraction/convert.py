@@ -1,0 +1,282 @@
+"""Data folders <-> memmaps: clips with their sound, and MMAudio's format, which holds latents instead.
+
+    folder of clip.npz + clip.wav --VAE, CLIP text--> memmap + table         (clips of 8 s)
+    memmap + table --> folder of clip.npz with latents; on request, clip.flac decoded from them
+
+Both ways do only what is missing or has changed, and name every clip that cannot be converted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selva.data.dataset import TrainingClip
+from selva.data.folder import PROMPTS_FILE, choose_prompt, read_prompts, scan_folder
+from selva.data.folder_dataset import FRONT_END, load_waveform
+from selva.data.memmap.reader import MemmapSet
+from selva.data.memmap.writer import MemmapWriter
+from selva.extraction.extractor import FeatureExtractor
+from selva.extraction.pipeline import SoundEncoder
+from selva.features import FeatureBundle, load_features, save_features
+from selva.inputs.table import unsafe_id
+from selva.media import write_audio
+from selva.models.vae import VAE
+from selva.models.vocoder import Vocoder
+from selva.models.zoo import Variant, features_problem
+from selva.sampling import decode_latents
+from selva.sequence import DEFAULT_DURATION_SEC, sequence_config
+from selva.utils.files import source_hash
+from selva.weights.load import load_vae, load_vocoder
+
+log = logging.getLogger(__name__)
+
+# Part of what decides whether a conversion is current; raise it when its result changes.
+CONVERSION_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What became of a clip.
+
+    Attributes:
+        name: of the clip, or of the file that is none.
+        made: what was written; empty if it was current already, or could not be converted.
+        problem: why it could not be converted; "" if it was.
+    """
+
+    name: str
+    made: tuple[Path, ...] = ()
+    problem: str = ""
+
+
+Report = Callable[[Conversion], None]
+
+# -- folder -> memmap -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FolderClip:
+    """A clip of a data folder.
+
+    Attributes:
+        sound_path: None if there is none; the feature file holds its latents then.
+        prompt: what the clip is trained with.
+        has_text: the feature file holds the text features of that prompt.
+    """
+
+    id: str
+    features_path: Path
+    sound_path: Path | None
+    prompt: str
+    has_text: bool
+
+
+def plan_folder(source: Path) -> tuple[list[FolderClip], list[Conversion]]:
+    """Return the clips of a data folder by name, and what in it is none.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`selva.data.folder.scan_folder`, or there are no clips.
+    """
+    scan = scan_folder(source)
+    clips = [
+        FolderClip(clip.id, clip.features_path, clip.audio_path, clip.prompt,
+                   clip.text_shape is not None and clip.extracted_prompt == clip.prompt)
+        for clip in scan.clips
+    ]
+    prompts = read_prompts(source / PROMPTS_FILE) if (source / PROMPTS_FILE).is_file() else {}
+    problems = []
+    for path, reason in scan.skipped:
+        bundle = _load_or_none(path)
+        if bundle is not None and bundle.latent_mean is not None:  # needs no sound
+            prompt, _ = choose_prompt(prompts.get(path.name), bundle.prompt, source)
+            has_text = bundle.text_features is not None and bundle.prompt == prompt
+            clips.append(FolderClip(path.stem, path, None, prompt, has_text))
+        else:
+            problems.append(Conversion(path.name, problem=f"{path}: {reason}"))
+    if not clips:
+        reason = f"; {problems[0].problem}" if problems else ""
+        raise ValueError(f"{source}: no clips in it, expected .npz files with their sound beside them{reason}")
+    return sorted(clips, key=lambda clip: clip.features_path.name), problems
+
+
+def _load_or_none(path: Path) -> FeatureBundle | None:
+    if path.suffix != ".npz":
+        return None
+    try:
+        return load_features(path)
+    except (ValueError, OSError):  # has been reported by the scan
+        return None
+
+
+def folder_to_memmap(
+    clips: list[FolderClip], target: Path, extractor: FeatureExtractor, normalize: str, report: Report
+) -> bool:
+    """Write the clips of a data folder as a memmap; return whether it is there.
+
+    Sound is encoded as for training, and texts where a feature file does not hold those of its prompt.
+
+    Args:
+        target: folder of the memmap; its table comes to lie beside it.
+        extractor: brings the variant, where its weights are, and the device.
+        normalize: "peak" or "none", see :func:`selva.media.prepare_audio`.
+        report: is told about every clip.
+
+    Raises:
+        ValueError: as :class:`selva.data.memmap.writer.MemmapWriter`, or no clip at all can be converted.
+    """
+    variant, sound = extractor.variant, SoundEncoder(extractor)
+    settings = {"conversion_version": CONVERSION_VERSION, "variant": variant.name, "front_end": FRONT_END,
+                "normalize": normalize}
+    rows = [(clip.id, clip.prompt) for clip in clips]
+    with MemmapWriter(target, variant, rows, video=True, settings=settings) as writer:
+        for index, clip in enumerate(clips):
+            try:
+                sound_hash = source_hash(clip.sound_path) if clip.sound_path else ""
+                digest = _hash([source_hash(clip.features_path), sound_hash, clip.prompt])
+                if writer.is_current(index, digest):
+                    report(Conversion(clip.id))
+                    continue
+                writer.write(index, _row(clip, sound_hash, extractor, sound, normalize), digest)
+            except (ValueError, OSError) as error:
+                writer.skip(index)
+                report(Conversion(clip.id, problem=str(error)))
+                continue
+            report(Conversion(clip.id, made=(target,)))
+        return writer.publish_if_complete()
+
+
+def _row(
+    clip: FolderClip, sound_hash: str, extractor: FeatureExtractor, sound: SoundEncoder, normalize: str
+) -> dict[str, Tensor]:
+    """Return one row of every tensor.
+
+    Raises:
+        ValueError, OSError: the clip cannot be used; names the file.
+    """
+    bundle, variant = load_features(clip.features_path), extractor.variant
+    if problem := features_problem(bundle.variant, variant):
+        raise ValueError(f"{clip.features_path}: {problem}")
+    if abs(bundle.duration - DEFAULT_DURATION_SEC) > 1e-6:
+        advice = "extract again with --windows" if bundle.duration > DEFAULT_DURATION_SEC else "leave it out"
+        raise ValueError(f"{clip.features_path}: covers {bundle.duration:g} s, but a memmap holds clips of exactly "
+                         f"{DEFAULT_DURATION_SEC:g} s; {advice}")
+    if clip.sound_path is None or sound_hash == (bundle.settings or {}).get("decoded_sound_sha256"):
+        mean, std = bundle.latent_mean, bundle.latent_std  # of the sound, not of what was decoded from them
+    else:
+        mean, std = sound.encode(_waveform(clip.sound_path, variant, normalize))
+    text = bundle.text_features if clip.has_text else extractor.text_features(clip.prompt)
+    return {"mean": mean[0], "std": std[0], "text_features": text[0], "clip_features": bundle.clip_features[0],
+            "sync_features": bundle.sync_features[0]}
+
+
+def _waveform(path: Path, variant: Variant, normalize: str) -> Tensor:
+    try:
+        return load_waveform(path, sequence_config(variant.mode), normalize)
+    except ValueError as error:
+        raise ValueError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from error
+
+
+# -- memmap -> folder -------------------------------------------------------------------------------------------------
+
+
+class LatentDecoder:
+    """Latents -> sound: VAE decoder and vocoder of a variant, in float32."""
+
+    def __init__(self, variant: Variant, selva_dir: Path | None, device: torch.device) -> None:
+        self.device, self.rate = device, sequence_config(variant.mode).sampling_rate
+        self.vae: VAE = load_vae(variant.name, selva_dir, device).drop_encoder()
+        self.vocoder: Vocoder = load_vocoder(variant.name, selva_dir, device)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Return (samples,) on the CPU from latents (N, C)."""
+        (waveform,) = decode_latents(latents[None].to(self.device), self.vae, self.vocoder)
+        return waveform.cpu()
+
+
+def memmap_to_folder(
+    rows: MemmapSet, target: Path, variant: Variant, decoder: LatentDecoder | None, report: Report
+) -> None:
+    """Write the rows of a memmap as ``<id>.npz`` with text features and latents.
+
+    Args:
+        decoder: writes ``<id>.flac`` too, decoded from the latents: an approximation of the sound that was encoded.
+        report: is told about every row.
+
+    Raises:
+        ValueError: a set of sound without pictures, which feature files cannot hold.
+    """
+    if not rows.has_video:
+        raise ValueError(f"{rows.folder}: is a set of sound without pictures, but .npz files hold features of "
+                         "pictures; train on the memmap as it is")
+    target.mkdir(parents=True, exist_ok=True)
+    seen: set[str] = set()
+    for index, clip_id in enumerate(rows.ids):
+        problem = "the id comes more than once" if clip_id in seen else unsafe_id(clip_id)
+        seen.add(clip_id)
+        if problem:
+            report(Conversion(clip_id, problem=f"{rows.folder}, row {index} ({clip_id!r}): {problem}"))
+            continue
+        try:
+            made = _write_clip(rows.clip(index), rows.folder.name, target / f"{clip_id}.npz", variant, decoder)
+        except (ValueError, OSError) as error:
+            report(Conversion(clip_id, problem=f"{rows.folder}, row {index} ({clip_id!r}): {error}"))
+            continue
+        report(Conversion(clip_id, made=made))
+
+
+def _write_clip(
+    clip: TrainingClip, source: str, path: Path, variant: Variant, decoder: LatentDecoder | None
+) -> tuple[Path, ...]:
+    """Write the files of one row; return those that were not current.
+
+    Raises:
+        ValueError: values that are not finite, or a file of somebody else is in the way.
+    """
+    tensors = (clip.mean, clip.std, clip.text_f, clip.clip_f, clip.sync_f)
+    values = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors)).hexdigest()
+    settings: dict[str, Any] = {"conversion_version": CONVERSION_VERSION, "converted_from": source,
+                                "row_sha256": values}
+    sound_path = path.with_suffix(".flac")
+    found = _found_settings(path)
+    if found is not None and all(found.get(key) == value for key, value in settings.items()):
+        sound_hash = found.get("decoded_sound_sha256")
+        if decoder is None or (sound_path.is_file() and source_hash(sound_path) == sound_hash):
+            return ()
+    made = [path]
+    if decoder is not None:
+        write_audio(sound_path, decoder.decode(clip.mean), decoder.rate)
+        settings["decoded_sound_sha256"] = source_hash(sound_path)
+        made.append(sound_path)
+    save_features(path, FeatureBundle(
+        clip_features=clip.clip_f[None], sync_features=clip.sync_f[None], duration=DEFAULT_DURATION_SEC,
+        prompt=clip.prompt, variant=variant.name, text_features=clip.text_f[None], latent_mean=clip.mean[None],
+        latent_std=clip.std[None], settings=settings,
+    ))
+    return tuple(made)
+
+
+def _found_settings(path: Path) -> dict[str, Any] | None:
+    """Return the settings of a file that an earlier conversion has written; None if there is no file.
+
+    Raises:
+        ValueError: the file was not written by a conversion.
+    """
+    if not path.exists():
+        return None
+    settings = load_features(path).settings or {}
+    if "converted_from" not in settings:
+        raise ValueError(f"{path} is in the way, it was not converted from a memmap; choose another folder")
+    return settings
+
+
+def _hash(values: list[str]) -> str:
+    return hashlib.sha256(json.dumps(values, ensure_ascii=False).encode()).hexdigest()

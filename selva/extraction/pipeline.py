@@ -1,0 +1,296 @@
+"""The run of an extraction: clips that were read ahead -> encoders -> output, with every clip accounted for.
+
+    workers: hash, compare, decode  -->  text, video encoder, CLIP (passes across clips), VAE  -->  write, manifest
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from selva.data.folder_dataset import encode_latents
+from selva.extraction.extractor import FeatureExtractor, FramePasses
+from selva.extraction.manifest import DONE, FAILED, SKIPPED, Accounts
+from selva.extraction.outputs import Encoded, FeatureFiles, MemmapRows
+from selva.extraction.reader import READY, ReadClip
+from selva.inputs.jobs import ClipJob
+from selva.models.zoo import build_mel
+from selva.sequence import DEFAULT_DURATION_SEC
+from selva.utils.metrics_log import Progress, StageTimes, peak_memory_bytes
+from selva.weights.load import load_vae
+
+if TYPE_CHECKING:
+    from selva.extraction.audio_set import SoundJob, SoundResult
+
+log = logging.getLogger(__name__)
+
+MAX_WAITING = 64  # clips on their way through the encoders
+
+
+class SoundEncoder:
+    """Sound of a clip -> latents, in float32 whatever the other encoders run in (pitfall G2); loaded on first use."""
+
+    def __init__(self, extractor: FeatureExtractor) -> None:
+        self.extractor = extractor
+        self._networks = None
+
+    def encode(self, waveform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return mean and deviation, each (1, N, C) on the CPU, of (samples,)."""
+        variant, device = self.extractor.variant, self.extractor.device
+        if self._networks is None:
+            vae = load_vae(variant.name, self.extractor.selva_dir, device).drop_decoder()
+            self._networks = build_mel(variant.mode).to(device), vae
+        mean, std = encode_latents(waveform[None].to(device), *self._networks)
+        return mean.float().cpu(), std.float().cpu()
+
+
+class ClipEncoder:
+    """Brings clips through the encoders, in their order.
+
+    Args:
+        extractor: the encoders. jobs: the whole work list. own: indices of the clips that will come.
+        times: takes the seconds of each stage.
+    """
+
+    def __init__(
+        self, extractor: FeatureExtractor, jobs: Sequence[ClipJob], own: Iterable[int], times: StageTimes
+    ) -> None:
+        self.extractor, self.jobs, self.times = extractor, jobs, times
+        self.sound = SoundEncoder(extractor)
+        self._unread_prompts = {jobs[index].prompt for index in own}
+
+    def encode(self, clips: Iterable[ReadClip]) -> Iterator[tuple[ReadClip, Encoded | None]]:
+        """Yield the clips in their order, those that were READY with what the encoders made of them.
+
+        A clip that an encoder refuses comes back FAILED. A clip waits until the last of its frames was in a pass, which
+        may take frames of the clips after it.
+        """
+        passes = self.extractor.clip_passes()
+        waiting: dict[int, _Waiting] = {}  # in order
+        for clip in clips:
+            waiting[clip.index] = _Waiting(clip)
+            if clip.status == READY:
+                self._start(waiting[clip.index], passes, waiting)
+            if len(waiting) > MAX_WAITING:  # all current or failed, behind one that waits for more frames
+                self._flush(passes, waiting)
+            yield from _take_complete(waiting)
+        self._flush(passes, waiting)
+        yield from _take_complete(waiting)
+
+    @torch.no_grad()
+    def _start(self, entry: _Waiting, passes: FramePasses[int], waiting: dict[int, _Waiting]) -> None:
+        """Encode everything of a clip but those of its CLIP frames that do not fill a pass yet."""
+        clip, prompt = entry.clip, self.jobs[entry.clip.index].prompt
+        frames, sync_frames, waveform = clip.clip_frames, clip.sync_frames, clip.waveform
+        clip.clip_frames = clip.sync_frames = clip.waveform = None  # not needed twice
+        try:
+            with self.times.stage("text"):
+                self.extractor.prepare_texts(self._unread_prompts)
+                self._unread_prompts = set()
+                entry.text_features = self.extractor.text_features(prompt)
+                self.extractor.sync_text(prompt)
+            with self.times.stage("video encoder"):
+                entry.sync_features = self.extractor.sync_features(torch.from_numpy(sync_frames), prompt)
+            if waveform is not None:
+                with self.times.stage("VAE"):
+                    entry.latents = self.sound.encode(torch.from_numpy(waveform))
+        except ValueError as error:
+            clip.status, clip.reason = FAILED, f"{self.jobs[clip.index].path}: {error}"
+            return
+        with self.times.stage("CLIP"):
+            for index, features in passes.add(clip.index, torch.from_numpy(frames)):
+                waiting[index].clip_features = features
+
+    def _flush(self, passes: FramePasses[int], waiting: dict[int, _Waiting]) -> None:
+        with self.times.stage("CLIP"):
+            for index, features in passes.flush():
+                waiting[index].clip_features = features
+
+
+@dataclass
+class _Waiting:
+    """A clip on its way through the encoders; the tensors as in :class:`selva.extraction.outputs.Encoded`."""
+
+    clip: ReadClip
+    text_features: Tensor | None = None
+    sync_features: Tensor | None = None
+    clip_features: Tensor | None = None
+    latents: tuple[Tensor, Tensor] | None = None
+
+
+def _take_complete(waiting: dict[int, _Waiting]) -> Iterator[tuple[ReadClip, Encoded | None]]:
+    """Yield and remove the clips at the front that nothing is missing of."""
+    while waiting:
+        first = next(iter(waiting.values()))
+        if first.clip.status != READY:
+            encoded = None
+        elif first.clip_features is None:
+            return
+        else:
+            encoded = Encoded(first.clip_features, first.sync_features, first.text_features, first.latents)
+        del waiting[first.clip.index]
+        yield first.clip, encoded
+
+
+@dataclass
+class Summary:
+    """What a run did to its share of the list, and what it took.
+
+    Attributes:
+        extracted, current, skipped, failed: numbers of clips.
+        seconds: of this process, per stage. reading: of all workers together, per stage.
+        memory: peak of this process. worker_memory: peak per worker process; all in bytes.
+        elapsed_sec: from the first clip to the end of the last.
+    """
+
+    extracted: int = 0
+    current: int = 0
+    skipped: int = 0
+    failed: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    reading: dict[str, float] = field(default_factory=dict)
+    memory: int = 0
+    worker_memory: dict[int, int] = field(default_factory=dict)
+    elapsed_sec: float = 0.0
+
+    def count(self, status: str, encoded: bool) -> None:
+        if status == FAILED:
+            self.failed += 1
+        elif status == SKIPPED:
+            self.skipped += 1
+        elif encoded:
+            self.extracted += 1
+        else:
+            self.current += 1
+
+    def table(self) -> str:
+        """Return lines that say what the time and the memory went to."""
+        number = self.extracted + self.current + self.skipped + self.failed
+        lines = [f"{'stage':22}{'seconds':>9}{'share':>7}{'ms per clip':>13}"] if self.seconds else []
+        for name, seconds in self.seconds.items():
+            share, each = seconds / max(self.elapsed_sec, 1e-9), 1000 * seconds / max(number, 1)
+            lines.append(f"{name:22}{seconds:9.1f}{share:7.0%}{each:13.1f}")
+        if self.reading:
+            stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.reading.items())
+            where = f"in {len(self.worker_memory)} workers" if self.worker_memory else "in this process"
+            lines.append(f"reading, {where}: {stages}")
+        workers = max(self.worker_memory.values(), default=0)
+        memory = f"peak memory {self.memory / 2**30:.2f} GiB"
+        lines.append(memory + (f", of a worker {workers / 2**30:.2f} GiB" if workers else ""))
+        return "\n".join(lines)
+
+
+def run(
+    clips: Iterable[ReadClip],
+    num_clips: int,
+    encoder: ClipEncoder,
+    output: FeatureFiles | MemmapRows,
+    accounts: Accounts,
+    *,
+    strict: bool = False,
+    announce: Callable[[Path], None] = lambda path: None,
+) -> Summary:
+    """Encode and write clips and account for every one; return what became of them.
+
+    Args:
+        clips: what was read, in order. num_clips: how many will come.
+        strict: stop at the first clip that failed; the rest stays unaccounted for.
+        announce: called with the path of every file of features that was written.
+    """
+    summary, times, started = Summary(seconds=encoder.times.seconds), encoder.times, time.monotonic()
+    with Progress(num_clips, "extracting", "clips") as progress:
+        for number, (clip, encoded) in enumerate(encoder.encode(_timed(clips, times, summary)), 1):
+            job = encoder.jobs[clip.index]
+            with times.stage("write"):
+                status, reason = _settle(clip, encoded, job, output)
+                accounts.record(clip.index, status, reason, output.files_of(job, clip) if status == DONE else (),
+                                clip.duration_sec if status == DONE else None)
+            summary.count(status, encoded is not None)
+            if status == FAILED:
+                log.error("%s", reason)
+            elif status == SKIPPED:
+                log.warning("left out: %s", reason)
+            elif encoded is not None:
+                if reason:
+                    log.warning("%s", reason)
+                if (path := output.path_of(job)) is not None:
+                    announce(path)
+            progress.update(number, job.id)
+            if strict and summary.failed:
+                break
+    summary.elapsed_sec, summary.memory = time.monotonic() - started, peak_memory_bytes(encoder.extractor.device)
+    return summary
+
+
+def run_sounds(
+    results: Iterable[SoundResult],
+    num_clips: int,
+    jobs: Sequence[SoundJob],
+    accounts: Accounts,
+    folder_name: str,
+    strict: bool = False,
+) -> Summary:
+    """Account for the rows of a set of sound while they are made; return what became of them.
+
+    Args:
+        results: see :meth:`selva.extraction.audio_set.AudioSetExtractor.run`. num_clips: how many will come.
+        folder_name: of the memmap.
+        strict: stop at the first clip that failed; the rest stays unaccounted for.
+    """
+    summary, started = Summary(), time.monotonic()
+    with Progress(num_clips, "encoding sound", "clips") as progress:
+        for number, result in enumerate(results, 1):
+            status = FAILED if result.problem else DONE
+            accounts.record(result.index, status, result.problem,
+                            [folder_name] if status == DONE else (),
+                            DEFAULT_DURATION_SEC if status == DONE else None)
+            summary.count(status, result.made)
+            if result.problem:
+                log.error("%s", result.problem)
+            progress.update(number, jobs[result.index].window.id)
+            if strict and summary.failed:
+                break
+    summary.elapsed_sec, summary.memory = time.monotonic() - started, peak_memory_bytes("cpu")
+    return summary
+
+
+def _settle(
+    clip: ReadClip, encoded: Encoded | None, job: ClipJob, output: FeatureFiles | MemmapRows
+) -> tuple[str, str]:
+    """Write what there is of a clip; return its status for the manifest, and the reason."""
+    status, reason = clip.status, clip.reason
+    if encoded is not None:
+        try:
+            output.write(job, clip, encoded)
+            status = DONE
+        except ValueError as error:  # values that are not finite
+            status, reason = FAILED, f"{job.path}: {error}"
+    elif status == DONE and not output.confirm(clip.index, clip.digest):
+        status, reason = FAILED, f"{job.path}: another process has changed its features meanwhile; run again"
+    if status != DONE:
+        output.leave_out(clip.index)
+    return status, reason
+
+
+def _timed(clips: Iterable[ReadClip], times: StageTimes, summary: Summary) -> Iterator[ReadClip]:
+    """Yield the clips; count the time that is spent waiting for them, and what their readers say they needed."""
+    iterator = iter(clips)
+    while True:
+        with times.stage("waiting for clips"):
+            clip = next(iterator, None)
+        if clip is None:
+            return
+        for name, seconds in clip.seconds.items():
+            summary.reading[name] = summary.reading.get(name, 0.0) + seconds
+        if clip.process not in (0, os.getpid()):
+            known = summary.worker_memory.get(clip.process, 0)
+            summary.worker_memory[clip.process] = max(known, clip.peak_memory)
+        yield clip

@@ -1,0 +1,384 @@
+"""The part of an extraction that needs no encoder: read clips, in worker processes ahead of the encoders.
+
+For every clip of a work list: hash its content, see whether its features are current, and if not, decode its pictures
+and its sound. Results come in the order of the list, whatever the number of workers, and a few at a time, so memory
+does not depend on the length of the list. A clip that cannot be read does not stop the others, not even one whose
+decoder crashes.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from selva.data.folder_dataset import FRONT_END, MAX_AUDIO_SHORTFALL_SEC
+from selva.extraction.contact_sheet import write_contact_sheet
+from selva.extraction.extractor import clip_settings
+from selva.extraction.manifest import DONE, FAILED, SKIPPED
+from selva.features import load_features
+from selva.inputs.jobs import ClipJob
+from selva.media import (
+    SELVA_FILL_SEC,
+    MaskSettings,
+    VideoFrames,
+    copied_audio_suffix,
+    copy_audio,
+    extract_audio,
+    probe,
+    read_audio,
+    read_video,
+)
+from selva.media.container import check_file
+from selva.models.zoo import get_variant
+from selva.sequence import DEFAULT_DURATION_SEC, sequence_config
+from selva.utils.files import source_hash
+from selva.utils.metrics_log import StageTimes, peak_memory_bytes, setup_logging
+from selva.weights.load import encoders_identity
+
+log = logging.getLogger(__name__)
+
+READY = "ready"  # beside the words of the manifest: to be encoded
+
+# What can go wrong with one clip, in our code or in the libraries that decode it.
+CLIP_ERRORS = (ValueError, OSError, RuntimeError, MemoryError)
+
+_AHEAD = 2  # clips per worker that wait to be encoded; one of 8 s has 58 MB at full size
+
+
+class UnusableClip(ValueError):
+    """Nothing is wrong with this clip, but it cannot be part of such a set."""
+
+
+@dataclass(frozen=True)
+class ReadSettings:
+    """How clips are read; the same for all of a list.
+
+    Attributes:
+        variant: name; its encoders decide the sizes of the pictures.
+        precision: of the encoders, as it is stored with the features.
+        output_dir: of the feature files; None for rows of a memmap, where every clip is 8 s with sound.
+        audio: "extract", "copy" or "none": the sound file beside the features.
+        latents: whether sound is wanted for the VAE too.
+        overwrite: take nothing for current.
+        mask_strength, mask_clip, mask_sync: see :class:`selva.media.MaskSettings`.
+        preview_dir: where a picture of what the encoders see goes.
+    """
+
+    variant: str
+    precision: str
+    output_dir: Path | None
+    audio: str = "extract"
+    latents: bool = False
+    overwrite: bool = False
+    mask_strength: float = 1.0
+    mask_clip: bool = True
+    mask_sync: bool = True
+    preview_dir: Path | None = None
+
+    @property
+    def is_memmap(self) -> bool:
+        return self.output_dir is None
+
+    def mask_of(self, job: ClipJob) -> MaskSettings | None:
+        return job.mask and MaskSettings(job.mask, self.mask_strength, self.mask_clip, self.mask_sync)
+
+
+@dataclass
+class ReadClip:
+    """What came of reading one clip. Arrays instead of tensors: they travel between processes without shared memory,
+    of which containers have little.
+
+    Attributes:
+        index: in the work list.
+        status: READY to be encoded; DONE if its features are current; SKIPPED or FAILED.
+        reason: why it failed or was skipped, else a remark.
+        settings: that decide the features. digest: of these settings.
+        clip_frames, sync_frames: uint8, see :class:`selva.media.VideoFrames`.
+        waveform: (samples,) float32 for the VAE, at the model's rate.
+        duration_sec: of the clip. fps: of the file, 0.0 if it does not say.
+        sound_file: name of the sound beside the features, "" if there is none.
+        seconds: per stage of reading. process, peak_memory: of the process that read it.
+    """
+
+    index: int
+    status: str
+    reason: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
+    digest: str = ""
+    clip_frames: np.ndarray | None = None
+    sync_frames: np.ndarray | None = None
+    waveform: np.ndarray | None = None
+    duration_sec: float | None = None
+    fps: float = 0.0
+    sound_file: str = ""
+    seconds: dict[str, float] = field(default_factory=dict)
+    process: int = 0
+    peak_memory: int = 0
+
+
+class ClipReader:
+    """Reads clip ``index`` of a list with ``reader[index]``; never raises for what is wrong with a clip.
+
+    Args:
+        jobs: the whole work list. settings: how to read it.
+        digests: for a memmap, what its rows hold already: index -> digest.
+    """
+
+    def __init__(self, jobs: Sequence[ClipJob], settings: ReadSettings, digests: dict[int, str] | None = None) -> None:
+        self.jobs, self.settings, self.digests = list(jobs), settings, digests or {}
+
+    def __len__(self) -> int:
+        return len(self.jobs)
+
+    def __getitem__(self, index: int) -> ReadClip:
+        times = StageTimes()
+        try:
+            clip = self._read(index, times)
+        except UnusableClip as error:
+            clip = ReadClip(index, SKIPPED, str(error))
+        except CLIP_ERRORS as error:
+            log.debug("%s", self.jobs[index].path, exc_info=True)
+            clip = ReadClip(index, FAILED, str(error) or type(error).__name__)
+        clip.seconds, clip.process, clip.peak_memory = times.seconds, os.getpid(), peak_memory_bytes("cpu")
+        return clip
+
+    def _read(self, index: int, times: StageTimes) -> ReadClip:
+        job, options = self.jobs[index], self.settings
+        with times.stage("hash"):
+            settings = self._settings(job)
+        digest = digest_of(settings)
+        with times.stage("compare"):
+            sound_name, remark = ("", "") if options.is_memmap else _sound_file(job, options.audio)
+            current = None if options.overwrite else self._current(index, job, settings, digest, sound_name)
+        if current is not None:
+            self._preview(job, times)
+            return ReadClip(index, DONE, remark, settings, digest, duration_sec=current, sound_file=sound_name)
+        with times.stage("decode"):
+            frames = self._frames(job)
+        with times.stage("sound"):
+            waveform, why_not = self._sound(job, frames.duration_sec, sound_name)
+        self._preview(job, times, frames)
+        return ReadClip(
+            index, READY, remark or why_not, settings, digest, frames.clip_frames.numpy(), frames.sync_frames.numpy(),
+            waveform, frames.duration_sec, frames.source_fps, sound_name,
+        )
+
+    # -- is it there already? -------------------------------------------------------------------------------------
+
+    def _settings(self, job: ClipJob) -> dict[str, Any]:
+        options, variant = self.settings, get_variant(self.settings.variant)
+        mask = options.mask_of(job)
+        described = None
+        if mask is not None:
+            described = {"sha256": _file_hash(mask.path), "strength": mask.strength, "clip": mask.clip,
+                         "sync": mask.sync}
+        settings = clip_settings(
+            job.path, _file_hash(job.path), job.prompt, job.start_sec, job.duration_sec, encoders_identity(variant),
+            options.precision, described,
+        )
+        if options.latents:
+            settings["latents"] = {"mode": variant.mode, "front_end": FRONT_END, "normalize": "peak"}
+        return settings
+
+    def _current(
+        self, index: int, job: ClipJob, settings: dict[str, Any], digest: str, sound_name: str
+    ) -> float | None:
+        """Return the seconds of a clip whose features need not be made again, else None."""
+        if self.settings.is_memmap:
+            return DEFAULT_DURATION_SEC if self.digests.get(index) == digest else None
+        path = self.settings.output_dir / f"{job.id}.npz"
+        if not path.exists() or (sound_name and not (path.parent / sound_name).exists()):
+            return None
+        try:
+            bundle = load_features(path)
+        except (ValueError, OSError) as error:
+            log.warning("%s; extracting again", error)
+            return None
+        return bundle.duration if bundle.settings == settings else None
+
+    # -- pictures and sound ---------------------------------------------------------------------------------------
+
+    def _frames(self, job: ClipJob) -> VideoFrames:
+        variant = get_variant(self.settings.variant)
+        frames = read_video(
+            job.path, job.duration_sec, job.start_sec, clip_size=variant.clip_image_size,
+            sync_size=variant.sync_image_size, sync_crop=variant.sync_crop, fill_sec=SELVA_FILL_SEC,
+            mask=self.settings.mask_of(job),
+        )
+        if self.settings.is_memmap and frames.duration_sec != DEFAULT_DURATION_SEC:
+            raise UnusableClip(f"{job.path}: has {frames.duration_sec:.2f} s of pictures from {job.start_sec:g} s, but "
+                               f"every row of a memmap is {DEFAULT_DURATION_SEC:g} s; train on it as .npz")
+        return frames
+
+    def _sound(self, job: ClipJob, duration_sec: float, sound_name: str) -> tuple[np.ndarray | None, str]:
+        """Write the sound beside the features; return what the VAE is to encode, or why there is nothing."""
+        options = self.settings
+        lengths = sequence_config(get_variant(options.variant).mode, duration_sec)
+        # The latent frames reach up to one frame beyond the clip; sound that is there is taken along for them.
+        seconds = lengths.num_audio_frames / lengths.sampling_rate
+        if sound_name:
+            target = options.output_dir / sound_name
+            if options.audio == "copy":
+                copy_audio(job.path, target, job.start_sec)
+            else:
+                extract_audio(job.path, target, job.start_sec, seconds)
+        if not options.latents:
+            return None, ""
+        try:
+            return _waveform(job, seconds, lengths), ""
+        except UnusableClip as error:
+            if options.is_memmap:
+                raise
+            return None, f"{error}; its features are written without latents"
+
+    def _preview(self, job: ClipJob, times: StageTimes, frames: VideoFrames | None = None) -> None:
+        """Show what the encoders see, or have seen: ``frames`` is None for a clip whose features are current."""
+        if self.settings.preview_dir is None:
+            return
+        path = self.settings.preview_dir / f"{job.id}.png"
+        if frames is None and path.exists():
+            return
+        with times.stage("preview"):
+            write_contact_sheet(path, frames or self._frames(job), f"{job.id}: {job.prompt}")
+
+
+def digest_of(settings: dict[str, Any]) -> str:
+    """Return a SHA-256 over settings, 64 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def _sound_file(job: ClipJob, audio: str) -> tuple[str, str]:
+    """Return the name of the sound that belongs beside the features ("" for none), and what there is to say."""
+    if audio == "none":
+        return "", ""
+    if "audio" not in probe(job.path).streams:
+        return "", f"{job.path}: has no sound; training needs {job.id}.wav or .flac beside the features"
+    return job.id + (copied_audio_suffix(job.path) if audio == "copy" else ".flac"), ""
+
+
+def _waveform(job: ClipJob, seconds: float, lengths: Any) -> np.ndarray:
+    """Return (samples,) float32 for the VAE, prepared as for training.
+
+    Raises:
+        UnusableClip: there is no sound, it is too short, or silent.
+    """
+    from selva.media import prepare_audio
+
+    if "audio" not in probe(job.path).streams:
+        raise UnusableClip(f"{job.path}: has no sound")
+    waveform, rate = read_audio(job.path, job.start_sec, seconds)
+    found = waveform.shape[1] / rate
+    if found < seconds - MAX_AUDIO_SHORTFALL_SEC:
+        raise UnusableClip(f"{job.path}: has {found:.2f} s of sound from {job.start_sec:g} s, expected {seconds:.2f} s")
+    try:
+        prepared = prepare_audio(waveform, rate, lengths.sampling_rate, lengths.num_audio_frames, pad=True)
+    except ValueError as error:
+        raise UnusableClip(f"{job.path}: {error}") from error
+    return prepared.numpy()
+
+
+@functools.lru_cache(maxsize=256)
+def _hash_of(path: Path, _size: int, _time_ns: int) -> str:
+    return source_hash(path)
+
+
+def _file_hash(path: Path) -> str:
+    """Return the SHA-256 of a file; the windows of one video read it once."""
+    check_file(path)  # with words that belong into a manifest
+    status = path.stat()
+    return _hash_of(path, status.st_size, status.st_mtime_ns)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# in worker processes
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def default_workers(num_clips: int) -> int:
+    """Return how many worker processes read clips ahead: the cores, shared by the processes of this machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if share < 2 or num_clips < 3:  # starting one takes longer than reading a clip
+        return 0
+    return min(8, share - 1, num_clips)
+
+
+def read_clips(reader: ClipReader, indices: Sequence[int], num_workers: int, debug: bool = False) -> Iterator[ReadClip]:
+    """Yield the clips of ``indices`` in this order, read by ``num_workers`` processes; 0 reads them in this one."""
+    if num_workers == 0:
+        yield from map(reader.__getitem__, indices)
+        return
+    position = 0
+    while position < len(indices):
+        try:
+            for clip in _loader(reader, indices[position:], num_workers, debug):
+                position += 1
+                yield clip
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            log.warning("a process that reads clips has died; reading the next ones singly to find out why")
+            suspects = indices[position : position + num_workers * (_AHEAD + 1)]
+            for index in suspects:
+                position += 1
+                yield _read_alone(reader, index, debug)
+
+
+def _read_alone(reader: ClipReader, index: int, debug: bool) -> ReadClip:
+    """Return a clip that is read by a process of its own, which may crash."""
+    try:
+        (clip,) = _loader(reader, [index], 1, debug)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        reason = f"{reader.jobs[index].path}: the process that read it died; the file is damaged, or memory ran out"
+        return ReadClip(index, FAILED, reason)
+    return clip
+
+
+def _loader(reader: ClipReader, indices: Sequence[int], num_workers: int, debug: bool) -> Iterator[ReadClip]:
+    import torch.multiprocessing
+    from torch.utils.data import DataLoader
+
+    # Forking a process that uses a GPU or threads is not safe; a server that has only imported this module can.
+    methods = torch.multiprocessing.get_all_start_methods()
+    context = torch.multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    if "forkserver" in methods:
+        context.set_forkserver_preload(["selva.extraction.reader", "av", "soundfile", "torchvision.transforms.v2"])
+    return iter(DataLoader(
+        reader, sampler=indices, batch_size=None, num_workers=min(num_workers, len(indices)), prefetch_factor=_AHEAD,
+        multiprocessing_context=context, collate_fn=_unchanged,
+        worker_init_fn=functools.partial(_set_up_worker, debug),
+    ))
+
+
+def _unchanged(clip: ReadClip) -> ReadClip:
+    return clip
+
+
+def _set_up_worker(debug: bool, _worker: int) -> None:
+    setup_logging(debug)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End this worker when the main process is gone, however it ended.
+
+    A worker that hands over a clip may wait for ever for somebody to take it, and the fork server for the worker:
+    DataLoader's own watchdog takes that server for the main process.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

@@ -1,0 +1,165 @@
+"""What is written for a sound: its files, the settings beside them, and whether both are there already.
+
+    dog.flac  dog.mp4    the sound, and the video with it
+    dog.yaml             the settings, which `infer.py --config dog.yaml` reads back. The last line is written last: a
+                         fingerprint of everything that decides the sound, contents of files included
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from selva import __version__
+from selva.cli import settings_text
+from selva.features import FeatureBundle
+from selva.inference.engine import SoundGenerator
+from selva.inference.request import AUDIO_SUFFIXES, VIDEO_SUFFIXES, Sound, SoundRequest
+from selva.lora.merge import Adapter
+from selva.utils.files import atomic_write_text, source_hash
+from selva.weights.load import find_weights, packaged_identity
+
+SETTINGS_SUFFIX = ".yaml"
+FINGERPRINT_LINE = "# fingerprint: "
+
+# Part of every fingerprint; raise it when the same settings give another sound.
+INFERENCE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class SoundFiles:
+    """Where one sound goes; None for what is not written."""
+
+    audio: Path | None
+    video: Path | None
+
+    @property
+    def written(self) -> tuple[Path, ...]:
+        return tuple(path for path in (self.audio, self.video) if path is not None)
+
+    @property
+    def settings(self) -> Path:
+        return self.written[0].with_suffix(SETTINGS_SUFFIX)
+
+    def are_current(self, fingerprint: str) -> bool:
+        """Return whether everything is there, and was made from what the fingerprint stands for."""
+        if not all(path.is_file() for path in (*self.written, self.settings)):
+            return False
+        text = self.settings.read_text(encoding="utf-8", errors="replace")
+        return text.rstrip("\n").rsplit("\n", 1)[-1] == FINGERPRINT_LINE + fingerprint
+
+    def foreign(self) -> list[Path]:
+        """Return what is there without settings beside it: somebody else's, such as the recorded sound of a clip."""
+        return [] if self.settings.exists() else [path for path in self.written if path.exists()]
+
+    def save(self, sound: Sound, settings: argparse.Namespace, fingerprint: str) -> None:
+        """Write the sound, the video and the settings; these first without, and in the end with the fingerprint."""
+        text = settings_text(settings) + FINGERPRINT_LINE
+        atomic_write_text(self.settings, f"{text}unfinished\n")
+        for path in self.written:
+            sound.save(path)
+        atomic_write_text(self.settings, f"{text}{fingerprint}\n")
+
+
+def sound_files(
+    output: Path, name: str, video: bool, audio_only: bool = False, number: int | None = None
+) -> SoundFiles:
+    """Return the files of the sound ``name`` for ``--output``, a folder or the name of a single file.
+
+    Args:
+        video: there are pictures. number: of a variation, appended to the name.
+    """
+    suffix = output.suffix.lower()
+    is_file = suffix in AUDIO_SUFFIXES + VIDEO_SUFFIXES and not output.is_dir()
+    ending = "" if number is None else f"_{number}"
+    if is_file:
+        path = output.with_name(f"{output.stem}{ending}{output.suffix}")
+        return SoundFiles(path, None) if suffix in AUDIO_SUFFIXES else SoundFiles(None, path)
+    stem = output / f"{name}{ending}"
+    # Not with_suffix: a name may hold dots of its own.
+    with_video = video and not audio_only
+    return SoundFiles(Path(f"{stem}.flac"), Path(f"{stem}.mp4") if with_video else None)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# fingerprints
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def model_recipe(generator: SoundGenerator) -> dict[str, Any]:
+    """Return everything about a generator, with its adapters of the moment, that decides the bits of a sound.
+
+    Batch size, device and memory settings are left out: they change the rounding at most.
+    """
+    return {
+        "versions": [__version__, INFERENCE_VERSION],
+        "variant": generator.variant.name,
+        "weights": _weight_sizes(generator),
+        "precision": str(generator.precision),
+        "adapters": [[adapter_hash(adapter), strength] for adapter, strength in generator.adapters if strength != 0],
+        "uses_clip": generator.uses_clip,
+        "sampling": asdict(generator.sampling),
+        "long": generator.long,
+        "level": [generator.normalize, generator.target],
+    }
+
+
+def request_recipe(request: SoundRequest) -> dict[str, Any]:
+    """Return everything about a request that decides a sound: the contents of its files, not their names.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    mask = request.mask
+    return {
+        "video": _content_hash(request.video),
+        "features": _content_hash(request.features),
+        "mask": mask and [_content_hash(mask.path), mask.strength, mask.clip, mask.sync],
+        "prompts": [request.prompt, request.negative_prompt],
+        "range": [request.start_sec, request.duration_sec],
+    }
+
+
+def fingerprint(model: dict[str, Any], request: dict[str, Any], seed: int) -> str:
+    """Return 64 hexadecimal digits for the two recipes and a seed."""
+    return hashlib.sha256(json.dumps([model, request, seed], sort_keys=True).encode()).hexdigest()
+
+
+def adapter_hash(adapter: Adapter) -> str:
+    """Return the SHA-256 of the tensors and the scales of an adapter, whatever file they came from."""
+    digest = hashlib.sha256()
+    for key in sorted(adapter.tensors):
+        digest.update(key.encode())
+        digest.update(adapter.tensors[key].contiguous().numpy().tobytes())
+    digest.update(json.dumps([adapter.scale(name) for name in sorted(adapter.layer_names())]).encode())
+    return digest.hexdigest()
+
+
+def _weight_sizes(generator: SoundGenerator) -> list[list[Any]] | str:
+    if generator.variant.packaged:
+        return packaged_identity(generator.variant.name)
+    found = find_weights(generator.variant, generator.selva_dir, ("generator", "vae", "vocoder"))
+    return [[path.name, path.stat().st_size] for files in found.values() for path in files]
+
+
+def _content_hash(source: Path | FeatureBundle | None) -> str | None:
+    if source is None:
+        return None
+    assert isinstance(source, Path), "fingerprints are for files"
+    return source_hash(source)
+
+
+def shared_names(files: Iterable[SoundFiles]) -> list[Path]:
+    """Return the paths that two sounds would both write."""
+    seen: set[Path] = set()
+    shared = []
+    for path in (path for one in files for path in (*one.written, one.settings)):
+        if path in seen:
+            shared.append(path)
+        seen.add(path)
+    return shared

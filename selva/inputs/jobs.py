@@ -1,0 +1,384 @@
+"""What there is to do: videos, folders and tables -> one job per clip, in an order that never depends on chance.
+
+    clips/dog.mp4                    -> dog
+    clips/  (recursive) a/dog.mp4    -> a_dog
+    clips.tsv, row "dog_3"           -> dog_3
+    talk.mp4 with windows            -> talk_000, talk_001 ...
+    anything with a name "dog"       -> dog_001, dog_002 ...
+
+Order: the inputs as they are given; in a folder by path, a folder's own videos mixed with its subfolders by name; in a
+table by row; the windows of a video by time.
+
+The prompt of a clip, the more specific one first: the table's column ``prompt``; prompts.txt; ``<stem>.txt`` beside
+the video; the prompt for all clips; the table's ``label`` or ``caption``. (Labels are often classes rather than
+descriptions, so whoever also gives a prompt for all wants that one.)
+
+Only what is wrong with the request is an error here. A single video that is missing or damaged stays in the list: the
+work on it fails by name, and the other clips get done.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from selva.data.folder import PROMPTS_FILE, read_prompts
+from selva.inputs.names import numbered_names
+from selva.inputs.table import TABLE_SUFFIXES, TableRow, listed, read_clip_table, unsafe_id
+from selva.media import MASK_SUFFIXES, video_length
+from selva.sequence import DEFAULT_DURATION_SEC, SHORTEST_SEC
+
+log = logging.getLogger(__name__)
+
+PathLike = str | os.PathLike[str]
+
+# Ordered: where a table names no path and a folder has two videos of one stem, the first kind is taken.
+VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv", ".flv")
+
+_HEADER_READERS = 8  # threads; reading headers waits for the disk
+
+
+@dataclass(frozen=True)
+class ClipJob:
+    """One clip to be made.
+
+    Attributes:
+        id: unique in the list; stem of every file that is written for this clip.
+        path: the video, which may be missing or damaged.
+        start_sec: where in the video the clip begins.
+        duration_sec: seconds wanted; a video that ends earlier makes a shorter clip.
+        prompt: "" if there is none.
+        label: from the table, for information; "" if there is none.
+        mask: image, video or .npy; None for the whole picture.
+    """
+
+    id: str
+    path: Path
+    start_sec: float
+    duration_sec: float
+    prompt: str
+    label: str = ""
+    mask: Path | None = None
+
+
+def collect_jobs(
+    inputs: Sequence[PathLike],
+    *,
+    recursive: bool = False,
+    prompt: str = "",
+    prompts: PathLike | None = None,
+    start_sec: float = 0.0,
+    duration_sec: float = DEFAULT_DURATION_SEC,
+    windows: bool = False,
+    overlap_sec: float = 0.0,
+    mask: PathLike | None = None,
+    name: str | None = None,
+    name_dir: PathLike | None = None,
+    video_dir: PathLike | None = None,
+) -> list[ClipJob]:
+    """Return the clips that the inputs ask for, in the order that the module describes.
+
+    Args:
+        inputs: videos of any suffix; folders, of which the files in ``VIDEO_SUFFIXES`` that are not hidden are taken;
+            tables (.tsv, .csv; see :mod:`selva.inputs.table`).
+        recursive: take the subfolders of a folder too; their names become part of the id.
+        prompt: for the clips that have none of their own.
+        prompts: a prompts.txt. Its names are ids; that of a whole video stands for all its windows.
+        start_sec, duration_sec: of every clip; columns of a table win over them.
+        windows: cut everything from ``start_sec`` to the end of the video (or, in a table, to the end of the row's
+            ``duration``) into pieces of ``duration_sec``, ids ``<stem>_000`` ... What remains at the end becomes one
+            more full window, moved back so that it ends with the video, if it is at least half a window; else it is
+            left out and logged. A video shorter than a window is one shorter clip. Only headers are read.
+        overlap_sec: seconds that a window shares with the one before it.
+        mask: image, video or .npy for all clips, or a folder with ``<id>.*`` or ``<video stem>.*``; a table's column
+            ``mask`` wins over it.
+        name: call the clips ``name_001``, ``name_002`` ... in the order of the list.
+        name_dir: where clips were written before: they keep their numbers, and new ones get the first that are free,
+            see :mod:`selva.inputs.names`. Without it, numbers follow from the order alone.
+        video_dir: where a table's videos lie, if not beside it.
+
+    Raises:
+        FileNotFoundError: an input, ``prompts``, ``mask`` or ``video_dir`` does not exist.
+        ValueError: nothing to do, a bad table (all its problems at once), two clips with one id, or settings that make
+            no sense.
+    """
+    _check_times(start_sec, duration_sec, windows, overlap_sec)
+    if not inputs:
+        raise ValueError("no inputs; give at least one video, folder or table")
+    rows: list[TableRow] = []
+    for item in inputs:
+        rows += _rows_of(Path(item), recursive, None if video_dir is None else Path(video_dir))
+    rows = _without_repeats(rows)
+    folders = _Folders()
+    _warn_of_missing(rows, folders)
+    if windows:
+        clips = _cut(rows, start_sec, duration_sec, overlap_sec)
+    else:
+        clips = [
+            (row, row.id, row.start_sec if row.start_sec is not None else start_sec, row.duration_sec or duration_sec)
+            for row in rows
+        ]
+    if name is not None:
+        keys = [(row.path.name, start) for row, _, start, _ in clips]
+        ids = numbered_names(name, keys, None if name_dir is None else Path(name_dir))
+        clips = [(row, new, start, length) for (row, _, start, length), new in zip(clips, ids, strict=True)]
+    _check_ids((id_, row.path) for row, id_, _, _ in clips)
+    masks = _Masks(mask)
+    texts = _Prompts(prompts, prompt, folders)
+    if prompts is None:
+        _point_to_lists([Path(item) for item in inputs])
+    jobs = [
+        ClipJob(id_, row.path, start, length, texts.of(row, id_), row.label, row.mask or masks.of(row, id_))
+        for row, id_, start, length in clips
+    ]
+    masks.report(len(jobs))
+    texts.report()
+    return jobs
+
+
+def _check_times(start_sec: float, duration_sec: float, windows: bool, overlap_sec: float) -> None:
+    problems = []
+    if not (math.isfinite(start_sec) and start_sec >= 0):
+        problems.append(f"start is {start_sec} s, expected 0 or more")
+    if not (math.isfinite(duration_sec) and duration_sec >= SHORTEST_SEC):
+        problems.append(f"duration is {duration_sec} s, expected at least {SHORTEST_SEC} s")
+    elif not 0 <= overlap_sec < duration_sec:
+        problems.append(f"overlap is {overlap_sec} s, expected 0 to less than the {duration_sec:g} s of a clip")
+    if overlap_sec and not windows:
+        problems.append(f"overlap is {overlap_sec} s, but only windows overlap; ask for windows too")
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+# --- inputs ---------------------------------------------------------------------------------------------------------
+
+
+def _rows_of(path: Path, recursive: bool, video_dir: Path | None) -> list[TableRow]:
+    if path.is_dir():
+        return [TableRow(_flat_id(video.relative_to(path)), video) for video in find_videos(path, recursive)]
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder")
+    if path.suffix.lower() in TABLE_SUFFIXES:
+        return read_clip_table(path, VIDEO_SUFFIXES, video_dir)
+    return [TableRow(path.stem, path)]
+
+
+def find_videos(folder: PathLike, recursive: bool = False) -> list[Path]:
+    """Return the videos of a folder in the order of their paths; hidden files and folders are left out.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found: list[Path] = []
+    for parent, folders, files in os.walk(folder):
+        # Hidden files are nobody's videos: macOS leaves "._dog.mp4" on foreign disks.
+        folders[:] = [name for name in folders if recursive and not name.startswith(".")]
+        found += [Path(parent, f) for f in files if not f.startswith(".") and f.lower().endswith(VIDEO_SUFFIXES)]
+    if not found:
+        where = "this folder and its subfolders" if recursive else "this folder (its subfolders were not searched)"
+        raise ValueError(f"{folder}: no videos in {where}; looked for {' '.join(VIDEO_SUFFIXES)}")
+    return sorted(found, key=lambda path: path.parts)
+
+
+def _flat_id(relative: Path) -> str:
+    """Return "a_b_dog" for "a/b/dog.mp4", so that equal names in two folders stay two clips."""
+    return "_".join(relative.with_suffix("").parts)
+
+
+def _without_repeats(rows: list[TableRow]) -> list[TableRow]:
+    """Return the rows without those that ask for the same clip of the same file under the same id once more."""
+    kept: dict[tuple, TableRow] = {}
+    repeats = []
+    for row in rows:
+        key = (row.id, os.path.abspath(row.path), row.start_sec, row.duration_sec)
+        if key in kept:
+            repeats.append(str(row.path))
+        kept.setdefault(key, row)
+    if repeats:
+        log.warning("given more than once, done once: %s", listed(repeats))
+    return list(kept.values())
+
+
+class _Folders:
+    """The names in folders, each listed once: asking the system for every file takes minutes on network disks."""
+
+    def __init__(self) -> None:
+        self._names: dict[str, set[str]] = {}
+
+    def hold(self, path: Path) -> bool:
+        parent, name = os.path.split(path)
+        if parent not in self._names:
+            try:
+                self._names[parent] = set(os.listdir(parent or "."))
+            except OSError:
+                self._names[parent] = set()
+        return name in self._names[parent]
+
+
+def _warn_of_missing(rows: list[TableRow], folders: _Folders) -> None:
+    def exists(path: Path) -> bool:
+        return folders.hold(path) or path.is_file()  # some systems take DOG.mp4 for dog.mp4
+
+    videos = [str(row.path) for row in rows if not exists(row.path)]
+    masks = sorted({str(row.mask) for row in rows if row.mask is not None and not exists(row.mask)})
+    if len(videos) == len(rows):
+        raise FileNotFoundError(f"none of the {len(rows)} videos exists; looked for {listed(videos)}")
+    for kind, missing in (("videos", videos), ("masks", masks)):
+        if missing:
+            log.warning("missing %s, whose clips will fail: %s", kind, listed(missing))
+
+
+# --- windows and names ----------------------------------------------------------------------------------------------
+
+
+def window_starts(
+    start_sec: float, end_sec: float, duration_sec: float, overlap_sec: float = 0.0
+) -> tuple[list[float], float]:
+    """Return where the windows of a video begin, and the seconds at its end that no window covers.
+
+    Windows follow each other at ``duration_sec - overlap_sec``. A remainder of at least half a window becomes one more
+    window that ends at ``end_sec``. What is shorter than a window altogether is one window, which is then not full.
+    """
+    if end_sec - start_sec <= duration_sec:
+        return [start_sec], 0.0
+    step = duration_sec - overlap_sec
+    count = 1 + math.floor((end_sec - start_sec - duration_sec) / step + 1e-6)  # 2.7 / (8 - 5.3) is less than 1
+    starts = [round(start_sec + index * step, 6) for index in range(count)]
+    rest = end_sec - (starts[-1] + duration_sec)
+    if rest < duration_sec / 2:
+        return starts, max(0.0, rest)
+    return [*starts, math.floor((end_sec - duration_sec) * 1000) / 1000], 0.0
+
+
+def _cut(
+    rows: list[TableRow], start_sec: float, duration_sec: float, overlap_sec: float
+) -> list[tuple[TableRow, str, float, float]]:
+    with ThreadPoolExecutor(_HEADER_READERS) as pool:
+        lengths = list(pool.map(_length, [row.path for row in rows]))
+    clips, left_out = [], []
+    for row, length in zip(rows, lengths, strict=True):
+        start = row.start_sec if row.start_sec is not None else start_sec
+        end = math.inf if row.duration_sec is None else start + row.duration_sec
+        end = min(end, length) if length is not None else start  # an unreadable video fails once, not per window
+        starts, rest = window_starts(start, end, duration_sec, overlap_sec)
+        whole = min(duration_sec, row.duration_sec or duration_sec)
+        clips += [(row, f"{row.id}_{index:03d}", begin, whole) for index, begin in enumerate(starts)]
+        if rest >= 0.1:
+            left_out.append(f"{row.id} {rest:.1f} s")
+    if left_out:
+        log.info("less than half a window remains at the end of %d videos and is left out: %s",
+                 len(left_out), listed(left_out))
+    return clips
+
+
+def _length(path: Path) -> float | None:
+    try:
+        return video_length(path)
+    except (ValueError, OSError) as error:
+        log.debug("%s", error)  # the work on this clip will say it again
+        return None
+
+
+def _check_ids(clips: Iterable[tuple[str, Path]]) -> None:
+    owner: dict[str, Path] = {}
+    problems = []
+    for id_, path in clips:
+        reason = unsafe_id(id_)
+        if reason:
+            problems.append(f"{path}: its clip would be called {id_!r}, {reason}")
+        elif id_ in owner:
+            problems.append(f"{owner[id_]} and {path} would both become {id_}.npz; rename one of them")
+        owner.setdefault(id_, path)
+    if problems:
+        raise ValueError(listed(problems, separator="; "))
+
+
+# --- prompts and masks ----------------------------------------------------------------------------------------------
+
+
+def _point_to_lists(inputs: list[Path]) -> None:
+    found = [str(item / PROMPTS_FILE) for item in inputs if (item / PROMPTS_FILE).is_file()]
+    if found:
+        log.warning("not used: %s; give it with --prompts", listed(found))
+
+
+class _Prompts:
+    """Where the prompt of a clip comes from."""
+
+    def __init__(self, path: PathLike | None, for_all: str, folders: _Folders) -> None:
+        self.path, self.for_all, self.folders = path, for_all.strip(), folders
+        self.written = read_prompts(path) if path is not None else {}
+        self.used: set[str] = set()
+        self.labelled = 0
+        self.sidecars: dict[Path, str] = {}  # the windows of a video share one
+
+    def of(self, row: TableRow, id_: str) -> str:
+        written = ""
+        for key in (f"{row.id}.npz", f"{id_}.npz"):  # the clip's own id wins over that of its whole video
+            if key in self.written:
+                self.used.add(key)
+                written = self.written[key]
+        text = row.prompt or written or self._sidecar(row.path) or self.for_all
+        self.labelled += not text and bool(row.label)
+        return text or row.label
+
+    def _sidecar(self, video: Path) -> str:
+        path = video.with_suffix(".txt")
+        if path not in self.sidecars:
+            exists = path.name != PROMPTS_FILE and self.folders.hold(path) and path.is_file()
+            self.sidecars[path] = read_sidecar(path) if exists else ""
+        return self.sidecars[path]
+
+    def report(self) -> None:
+        unused = sorted(set(self.written) - self.used)
+        if unused:
+            log.warning("%s: no clip for %s", self.path, listed(unused))
+        if self.labelled:
+            log.info("%d clips take their label as their prompt", self.labelled)
+
+
+def read_sidecar(path: PathLike) -> str:
+    """Return the prompt in a text file: all of it as one line, "" if it is empty.
+
+    Raises:
+        ValueError: it is not UTF-8 text.
+    """
+    try:
+        return " ".join(Path(path).read_text(encoding="utf-8-sig").split())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+
+
+class _Masks:
+    """The mask of a clip whose table does not name one."""
+
+    def __init__(self, path: PathLike | None) -> None:
+        self.path = None if path is None else Path(path)
+        self.by_stem: dict[str, Path] | None = None
+        self.without = 0
+        if self.path is not None and not self.path.exists():
+            raise FileNotFoundError(f"{self.path}: no such mask")
+        if self.path is not None and self.path.is_dir():
+            files = sorted(p for p in self.path.iterdir() if p.suffix.lower() in MASK_SUFFIXES + VIDEO_SUFFIXES)
+            self.by_stem = {p.stem: p for p in reversed(files) if not p.name.startswith(".")}  # the first one stays
+
+    def of(self, row: TableRow, id_: str) -> Path | None:
+        if self.by_stem is None:
+            return self.path
+        found = self.by_stem.get(id_) or self.by_stem.get(row.id) or self.by_stem.get(row.path.stem)
+        self.without += found is None
+        return found
+
+    def report(self, num_clips: int) -> None:
+        if self.without == num_clips and num_clips:
+            raise ValueError(f"{self.path}: no mask for any clip; masks are named like the clips, e.g. dog_01.png")
+        if self.without:
+            log.warning("%s: no mask for %d of %d clips, which show the whole picture",
+                        self.path, self.without, num_clips)
+
+

@@ -1,0 +1,29 @@
+"""Low-rank adapters on linear layers and 1-D convolutions: settings, adapted layers, merging.
+
+    config.py   LoRAConfig: what to adapt and how; needs no PyTorch
+    layers.py   inject_lora: adapted layers, their parameters, their export
+    merge.py    Adapter and merge_adapter: a finished adapter and the base weights
+
+Knows ``nn.Module`` and none of our networks.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from selva.utils.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from selva.lora.config import LoRAConfig
+    from selva.lora.layers import InjectReport, inject_lora
+    from selva.lora.merge import Adapter, merge_adapter
+
+__all__ = ["Adapter", "InjectReport", "LoRAConfig", "inject_lora", "merge_adapter"]
+
+__getattr__, __dir__ = lazy_exports(__name__, {
+    "Adapter": "selva.lora.merge",
+    "InjectReport": "selva.lora.layers",
+    "LoRAConfig": "selva.lora.config",
+    "inject_lora": "selva.lora.layers",
+    "merge_adapter": "selva.lora.merge",
+})

@@ -1,0 +1,1 @@
+"""Long recordings cut into clips: windows, given segments, the table about them."""

@@ -1,0 +1,299 @@
+"""Recordings -> clips: which windows or segments of each are taken, which are left out and why, and their sound.
+
+    recording --header--> windows (or given segments) --silence--> clips --> clips.tsv, clips_val.tsv, captions.tsv
+                                                             \\--> <id>.flac, <id>.txt
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from selva.audio.silence import MOSTLY_SILENT, SILENCE_DB, SilenceMap, find_silence
+from selva.inputs.jobs import VIDEO_SUFFIXES
+from selva.media import audio_length, read_audio, write_audio
+from selva.partition.segments import Segment
+from selva.partition.windows import MAX_WINDOWS, WINDOW_SEC, Window, partition, write_table
+from selva.sequence import SHORTEST_SEC
+from selva.utils.files import atomic_write_text
+
+log = logging.getLogger(__name__)
+
+# Ordered: of recordings with one name, the first kind is taken, as when the clips are looked up again.
+AUDIO_SUFFIXES = (".flac", ".wav", ".mp3", ".ogg", ".opus", ".aiff", ".aif", ".m4a", ".aac", ".mka", ".wma")
+LEFT_OUT_COLUMNS = ("file", "id", "start_sec", "end_sec", "reason")
+OVERSHOOT_SEC = 0.05  # given times are rounded; a segment that ends this much too late is cut without a word
+FLAC_CHANNELS = 8
+
+
+@dataclass(frozen=True)
+class PartitionConfig:
+    """How recordings are cut.
+
+    Attributes:
+        min_length_sec: shorter recordings, or given segments, are left out; None for the published 8.1 s of recordings,
+            and for 0.64 s, the shortest clip that the models take, of segments.
+        max_segments: windows of one recording.
+        skip_silence: move or drop windows that are mostly silent.
+        silence_db: RMS of a block of 50 ms below which it is silent, relative to full scale.
+    """
+
+    min_length_sec: float | None = None
+    max_segments: int = MAX_WINDOWS
+    skip_silence: bool = False
+    silence_db: float = SILENCE_DB
+
+    def __post_init__(self) -> None:
+        if self.min_length_sec is not None and not 0 <= self.min_length_sec < math.inf:
+            raise ValueError(f"min_length_sec is {self.min_length_sec}, expected 0 or more seconds")
+        if self.max_segments < 1:
+            raise ValueError(f"max_segments is {self.max_segments}, expected at least 1")
+        if not -200 <= self.silence_db < 0:
+            raise ValueError(f"silence_db is {self.silence_db}, expected a level below full scale, such as -60")
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """What gives no clip: a recording, or a stretch of it if it has times.
+
+    Attributes:
+        failed: it should have given one and could not be read; False for what the rules leave out.
+    """
+
+    path: Path
+    reason: str
+    id: str = ""
+    start_sec: float | None = None
+    end_sec: float | None = None
+    failed: bool = False
+
+    def __str__(self) -> str:
+        clip = f" {self.id}" if self.id else ""
+        times = "" if self.start_sec is None else f" ({self.start_sec:.2f} to {self.end_sec:.2f} s)"
+        return f"{self.path}{clip}{times}: {self.reason}"
+
+
+def write_left_out(path: Path, items: Iterable[LeftOut]) -> None:
+    """Write what was left out as tab-separated text with a header, whole or not at all."""
+    def time(seconds: float | None) -> str:
+        return "" if seconds is None else f"{seconds:.3f}"
+
+    rows = ((item.path.name, item.id, time(item.start_sec), time(item.end_sec), item.reason) for item in items)
+    write_table(path, LEFT_OUT_COLUMNS, rows)
+
+
+def collect_recordings(data_dir: Path) -> tuple[list[Path], list[LeftOut]]:
+    """Return the audio files of ``data_dir`` by name, and the files in it that might have been meant.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: there is no audio file in it.
+    """
+    if not data_dir.is_dir():
+        raise FileNotFoundError(f"{data_dir}: no such folder")
+    recordings: dict[str, Path] = {}
+    left_out: list[LeftOut] = []
+    videos: list[Path] = []
+    for path in sorted(data_dir.iterdir(), key=lambda path: path.name):
+        if path.name.startswith(".") or not path.is_file():
+            continue
+        suffix = path.suffix.lower()
+        if suffix in VIDEO_SUFFIXES:
+            videos.append(path)
+        if suffix not in AUDIO_SUFFIXES:
+            continue
+        other = recordings.setdefault(path.stem, path)
+        if other is not path:
+            kept, left = sorted((other, path), key=lambda path: AUDIO_SUFFIXES.index(path.suffix.lower()))
+            recordings[path.stem] = kept
+            left_out.append(LeftOut(left, f"{kept.name} has the same name and goes before it"))
+    if not recordings:
+        raise ValueError(f"{data_dir}: no recordings in it, expected files like {', '.join(AUDIO_SUFFIXES)}")
+    # A video beside a recording of its name is what the recording belongs to.
+    left_out += [LeftOut(path, "a video; extract_features.py cuts these")
+                 for path in videos if path.stem not in recordings]
+    return list(recordings.values()), left_out
+
+
+# --- cutting --------------------------------------------------------------------------------------------------------
+
+
+def cut_recording(
+    path: Path, config: PartitionConfig, segments: Sequence[Segment] | None = None
+) -> tuple[list[Window], list[LeftOut]]:
+    """Return the clips of a recording, and what of it gives none.
+
+    Only the header is read, except to find silence.
+
+    Args:
+        segments: where to cut; None for windows.
+    """
+    try:
+        num_samples, rate = audio_length(path)
+        if segments is None:
+            windows, left_out = _cut_windows(path, num_samples, rate, config)
+        else:
+            windows, left_out = _cut_segments(path, num_samples, rate, config, segments)
+        if not (windows and config.skip_silence):
+            return windows, left_out
+        found = find_silence(path, config.silence_db)
+    except (ValueError, OSError) as error:
+        return [], [LeftOut(path, str(error).removeprefix(f"{path}: "), failed=True)]
+    windows, silent = avoid_silence(windows, found, move=segments is None)
+    reason = f"more than half of it is silent, below {config.silence_db:g} dB"
+    return windows, left_out + [
+        LeftOut(path, reason, w.id if segments else "", w.start_sample / rate, w.end_sample / rate) for w in silent
+    ]
+
+
+def _cut_windows(
+    path: Path, num_samples: int, rate: int, config: PartitionConfig
+) -> tuple[list[Window], list[LeftOut]]:
+    shortest = WINDOW_SEC if config.min_length_sec is None else config.min_length_sec
+    windows = partition(path.stem, num_samples, rate, shortest, config.max_segments)
+    if windows:
+        return windows, []
+    wanted = "a clip takes" if config.min_length_sec is None else "expected at least"
+    return [], [LeftOut(path, f"{num_samples / rate:.2f} s long, {wanted} {shortest:g} s")]
+
+
+def _cut_segments(
+    path: Path, num_samples: int, rate: int, config: PartitionConfig, segments: Sequence[Segment]
+) -> tuple[list[Window], list[LeftOut]]:
+    shortest = SHORTEST_SEC if config.min_length_sec is None else config.min_length_sec
+    windows, left_out = [], []
+    if not segments:
+        left_out.append(LeftOut(path, "no segment of it is given"))
+    for segment in segments:
+        start, end = round(segment.start_sec * rate), round(segment.end_sec * rate)
+        if start < num_samples and end > num_samples + OVERSHOOT_SEC * rate:
+            log.warning("%s: %s ends at %.2f s, but the recording after %.2f s; cut there",
+                        path, segment.id, segment.end_sec, num_samples / rate)
+        end = min(end, num_samples)
+        if start >= num_samples:
+            reason = f"begins after the end of the recording ({num_samples / rate:.2f} s)"
+        elif end - start < max(1, shortest * rate):
+            reason = f"{(end - start) / rate:.2f} s long, expected at least {shortest:g} s"
+        else:
+            windows.append(Window(segment.id, path.stem, start, end))
+            continue
+        left_out.append(LeftOut(path, reason, segment.id, segment.start_sec, segment.end_sec))
+    return windows, left_out
+
+
+def avoid_silence(
+    windows: Sequence[Window], silence: SilenceMap, move: bool = True
+) -> tuple[list[Window], list[Window]]:
+    """Return the windows to take, and those that are more than half silent and stay so.
+
+    Windows that are not mostly silent stay where they are. Each other one, in order, moves to the free place where
+    least of it is silent, the nearest of several; a place is free if no window that is taken lies in it, and places are
+    50 ms apart. What is taken is numbered anew, by time, if anything moved or is missing.
+
+    Args:
+        move: False only drops, as given segments have their place.
+    """
+    kept = [w for w in windows if silence.share(w.start_sample, w.end_sample - w.start_sample) <= MOSTLY_SILENT]
+    silent = [w for w in windows if w not in kept]
+    if not silent or not move:
+        return kept, silent
+    dropped = []
+    for window in silent:
+        place = _best_place(window, kept, silence)
+        if place is None:
+            dropped.append(window)
+        else:
+            kept.append(replace(window, start_sample=place, end_sample=place + window.end_sample - window.start_sample))
+    kept.sort(key=lambda window: window.start_sample)
+    return [replace(w, id=f"{w.name}_{index}") for index, w in enumerate(kept)], dropped
+
+
+def _best_place(window: Window, taken: Sequence[Window], silence: SilenceMap) -> int | None:
+    """Return where ``window`` should start, None if every free place is mostly silent."""
+    length = window.end_sample - window.start_sample
+    starts = np.arange(0, silence.num_samples - length + 1, silence.block)
+    starts = np.append(starts, silence.num_samples - length)  # the very end is between two places
+    for other in taken:
+        starts = starts[(starts + length <= other.start_sample) | (starts >= other.end_sample)]
+    if not len(starts):
+        return None
+    shares = silence.share(starts, length)
+    best = np.lexsort((np.abs(starts - window.start_sample), np.round(shares, 6)))[0]
+    return int(starts[best]) if shares[best] <= MOSTLY_SILENT else None
+
+
+# --- what clips belong to -------------------------------------------------------------------------------------------
+
+
+def hold_out(names: Collection[str], fraction: float, seed: int) -> set[str]:
+    """Return the recordings to validate on: ``fraction`` of them, at least one, and never all.
+
+    Whole recordings, because two windows of one are too alike to judge what was learnt. They are those whose hashes
+    with the seed come first, so the choice does not depend on order, and a new recording changes little.
+
+    Raises:
+        ValueError: fewer than two recordings, or a fraction that is not between 0 and 1.
+    """
+    if not 0 < fraction < 1:
+        raise ValueError(f"the share of recordings to validate on is {fraction}, expected more than 0 and less than 1")
+    if len(names) < 2:
+        raise ValueError(f"{len(names)} recordings cannot be split into training and validation, expected at least 2")
+    ranked = sorted(names, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
+    return set(ranked[: min(len(names) - 1, max(1, round(fraction * len(names))))])
+
+
+# --- sound ----------------------------------------------------------------------------------------------------------
+
+
+def write_piece(recording: Path, window: Window, folder: Path, caption: str = "") -> Path:
+    """Write the sound of a clip as <id>.flac and its caption, if any, as <id>.txt; return the path of the sound.
+
+    Level, rate and channels are those of the recording. Sound beyond full scale is scaled to fit, as it is for
+    videos. Files that hold just that already are left alone, so a second run completes the first.
+
+    Raises:
+        FileNotFoundError, ValueError: the recording cannot be read there, or FLAC cannot hold it.
+    """
+    path = folder / f"{window.id}.flac"
+    _, rate = audio_length(recording)
+    length = window.end_sample - window.start_sample
+    waveform, _ = read_audio(recording, window.start_sample / rate, length / rate)  # (channels, samples)
+    if waveform.shape[1] < length - OVERSHOOT_SEC * rate:
+        reached_sec = (window.start_sample + waveform.shape[1]) / rate
+        raise ValueError(f"{recording}: ends after {reached_sec:.2f} s, but its header promises at least "
+                         f"{window.end_sample / rate:.2f} s; convert it")
+    if len(waveform) > FLAC_CHANNELS:
+        raise ValueError(f"{recording}: has {len(waveform)} channels, but .flac holds {FLAC_CHANNELS}; convert it")
+    if not torch.isfinite(waveform).all():
+        raise ValueError(f"{recording}: has values that are not finite (NaN or infinite)")
+    if (peak := waveform.abs().max().item()) > 1:
+        log.info("%s: %s peaks at %.3f and was scaled to 1", recording, window.id, peak)
+        waveform = waveform / peak
+    if not _holds(path, waveform, rate):
+        write_audio(path, waveform, rate)
+    note = path.with_suffix(".txt")
+    if caption and not (note.is_file() and note.read_bytes() == f"{caption}\n".encode()):
+        atomic_write_text(note, f"{caption}\n")
+    return path
+
+
+def _holds(path: Path, waveform: torch.Tensor, rate: int) -> bool:
+    """Return whether a file is what writing ``waveform`` with 24 bits gives."""
+    try:
+        found, found_rate = read_audio(path)
+    except (ValueError, OSError):
+        return False
+    return found_rate == rate and found.shape == waveform.shape and (found - waveform).abs().max().item() < 2**-22
+
+
+def forgotten_pieces(folder: Path, windows: Iterable[Window]) -> list[str]:
+    """Return the names of sounds in ``folder`` that belong to none of ``windows``: of an earlier run, mostly."""
+    ids = {window.id for window in windows}
+    return sorted(path.name for path in folder.glob("*.flac") if path.stem not in ids and not path.name.startswith("."))

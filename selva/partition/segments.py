@@ -1,0 +1,148 @@
+"""Where to cut recordings, as somebody else has said it: a table of segments, or what whisper wrote.
+
+    segments.tsv (or .csv)   name       start    end      id         text           seconds; id and text are optional
+                             talk_1     0.5      4.25     hello      a man says hello
+    talk_1.json              {"segments": [{"start": 0.5, "end": 4.25, "text": " Hello."}, ...]}     of talk_1.flac
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from selva.inputs.table import listed, unsafe_id
+from selva.partition.windows import read_table
+
+log = logging.getLogger(__name__)
+
+DELIMITERS = ("\t", ";", ",")  # in this order: a comma may stand in a name, a tab does not
+REQUIRED = ("name", "start", "end")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One stretch of a recording.
+
+    Attributes:
+        name: stem of the recording.
+        start_sec, end_sec: seconds from its beginning.
+        id: what the clip is called; "" for <name>_0, <name>_1 ... in the order of the file.
+        text: what is to be heard; "" if unknown.
+    """
+
+    name: str
+    start_sec: float
+    end_sec: float
+    id: str = ""
+    text: str = ""
+
+
+def read_segments(paths: Sequence[Path], names: Iterable[str]) -> dict[str, list[Segment]]:
+    """Return {name: its segments in the order of the files}, each with an id that no other has.
+
+    Args:
+        paths: tables (.tsv, .csv) and whisper's files (.json), in any mixture.
+        names: stems of the recordings. A whisper file belongs to the recording of the same stem, or to the only one.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not such a file, or a segment that cannot be; lists all of them.
+    """
+    names = frozenset(names)
+    problems: list[str] = []
+    by_name: dict[str, list[Segment]] = {}
+    for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file")
+        read = _read_whisper if path.suffix.lower() == ".json" else _read_rows
+        for place, segment in read(path, names, problems):
+            if problem := _problem_of(segment, names):
+                problems.append(f"{path}, {place}: {problem}")
+            by_name.setdefault(segment.name, []).append(segment)
+    for name, segments in by_name.items():
+        by_name[name] = [s if s.id else replace(s, id=f"{name}_{index}") for index, s in enumerate(segments)]
+    counts = Counter(segment.id for segments in by_name.values() for segment in segments)
+    problems += [f"{count} segments are called {id_!r}" for id_, count in counts.items() if count > 1]
+    if problems:
+        raise ValueError(listed(problems, separator="; "))
+    if not by_name:
+        raise ValueError(f"{listed([str(path) for path in paths])}: no segments in it")
+    return by_name
+
+
+def _problem_of(segment: Segment, names: frozenset[str]) -> str | None:
+    if segment.name not in names:
+        return f"there is no recording called {segment.name!r}"
+    if not 0 <= segment.start_sec <= segment.end_sec < math.inf:  # False for NaN too
+        return f"{segment.start_sec:g} ... {segment.end_sec:g} s, expected 0 <= start <= end"
+    return f"id {segment.id!r}: {reason}" if segment.id and (reason := unsafe_id(segment.id)) else None
+
+
+def _seconds(value: Any) -> float:
+    """Return a number of seconds, NaN for anything else."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def _words(value: Any) -> str:
+    """Return a text on one line."""
+    return " ".join(str(value or "").split())
+
+
+def _read_rows(path: Path, names: frozenset[str], problems: list[str]) -> Iterable[tuple[str, Segment]]:
+    """Yield (line, segment) of a table; names may be written with the suffix of the file."""
+    rows = read_table(path, REQUIRED, "name, start and end in seconds", find_delimiter(path))
+    for line, row in rows:
+        if None in row:
+            problems.append(f"{path}, line {line}: more cells than columns")
+            continue
+        cells = {key: (value or "").strip() for key, value in row.items()}
+        stem = Path(cells["name"]).stem if "\0" not in cells["name"] else ""
+        name = cells["name"] if cells["name"] in names or stem not in names else stem
+        text = _words(cells.get("text") or cells.get("caption"))
+        yield f"line {line}", Segment(name, _seconds(cells["start"]), _seconds(cells["end"]), cells.get("id", ""), text)
+
+
+def find_delimiter(path: Path) -> str:
+    """Return what separates the columns in the first line of a table: a tab, a semicolon or a comma."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            header = next(csv.reader(file, delimiter="\n"), [""])
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}: cannot be read as a table in UTF-8 ({error})") from error
+    return next((mark for mark in DELIMITERS if header and mark in header[0]), "\t")
+
+
+def _read_whisper(path: Path, names: frozenset[str], problems: list[str]) -> Iterable[tuple[str, Segment]]:
+    """Yield (place, segment) of a JSON file as whisper writes it."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: is not JSON ({error}); expected what whisper writes") from error
+    except RecursionError:
+        raise ValueError(f"{path}: is not JSON that whisper writes, it is nested too deeply") from None
+    found = content.get("segments") if isinstance(content, dict) else None
+    if not isinstance(found, list):
+        raise ValueError(f'{path}: has no list "segments", expected what whisper writes')
+    name = path.stem
+    if name not in names:
+        if len(names) != 1:
+            problems.append(f"{path}: there is no recording called {name!r}; "
+                            "give the file the name of the recording that it belongs to")
+            return
+        (name,) = names
+    for index, item in enumerate(found):
+        if not isinstance(item, dict):
+            problems.append(f"{path}, segment {index}: is no object with start and end")
+            continue
+        yield f"segment {index}", Segment(name, _seconds(item.get("start")), _seconds(item.get("end")),
+                                          text=_words(item.get("text")))

@@ -1,0 +1,178 @@
+"""Windows that cut long recordings into clips, and the two tables about them.
+
+    clips.tsv      id          name        start_sample    end_sample     samples at the recording's own rate; name is
+                   siren_0     siren       0               357210         its stem
+    captions.tsv   id          caption                                    id is the name of a recording, or the id of a
+                   siren       an ambulance passes                        clip, which counts first
+
+The rule for windows, and the tables, are those of MMAudio's ``partition_clips.py``; captions of single clips are ours.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+
+from selva.utils.files import atomic_write_text
+
+WINDOW_SEC = 8.1  # a little more than the 8 s that a model takes, for resampling
+MAX_WINDOWS = 5  # of one recording, so that a long one does not outweigh the others
+CAPTION_COLUMNS = ("id", "caption")
+
+PathLike = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Window:
+    """One clip of a recording: samples ``start_sample`` to ``end_sample`` (exclusive) of the file ``name``."""
+
+    id: str
+    name: str
+    start_sample: int
+    end_sample: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start_sample < self.end_sample:
+            raise ValueError(
+                f"clip {self.id!r} is {self.start_sample} ... {self.end_sample}, expected 0 <= start < end"
+            )
+
+
+COLUMNS = tuple(field.name for field in fields(Window))
+
+
+def window_length(rate: int) -> int:
+    """Return the samples of one window at ``rate`` samples per second."""
+    return int(rate * WINDOW_SEC)
+
+
+def window_starts(num_samples: int, rate: int, max_windows: int = MAX_WINDOWS) -> list[int]:
+    """Return where the windows of a recording start: spread over all of it, without overlap.
+
+    A recording shorter than a window has none. Where there are several, the last one ends at the end of the recording,
+    up to the rounding of the distance between two.
+    """
+    if num_samples < rate * WINDOW_SEC:
+        return []
+    length = window_length(rate)
+    count = min(max_windows, num_samples // length)
+    interval = (num_samples - length) // (count - 1) if count > 1 else 0
+    return [index * interval for index in range(count)]
+
+
+def partition(
+    name: str, num_samples: int, rate: int, min_length_sec: float = WINDOW_SEC, max_windows: int = MAX_WINDOWS
+) -> list[Window]:
+    """Return the windows of the recording ``name``, called ``name_0``, ``name_1`` ...
+
+    Args:
+        min_length_sec: a shorter recording has none. One between this and ``WINDOW_SEC`` is a clip as it is.
+    """
+    if num_samples < rate * min_length_sec:
+        return []
+    if 0 < num_samples < rate * WINDOW_SEC:
+        return [Window(f"{name}_0", name, 0, num_samples)]
+    length = window_length(rate)
+    starts = window_starts(num_samples, rate, max_windows)
+    return [Window(f"{name}_{index}", name, start, start + length) for index, start in enumerate(starts)]
+
+
+def write_clips(path: PathLike, windows: Iterable[Window]) -> None:
+    """Write ``windows`` as tab-separated text with a header, whole or not at all."""
+    write_table(path, COLUMNS, (astuple(window) for window in windows))
+
+
+def read_clips(path: PathLike) -> list[Window]:
+    """Return the windows in a ``clips.tsv``; further columns are ignored.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not such a table, or a row that is no window; names file and line.
+    """
+    return [_window(Path(path), line, row) for line, row in read_table(path, COLUMNS, "a clips.tsv")]
+
+
+def write_captions(path: PathLike, captions: Mapping[str, str]) -> None:
+    """Write ``{id: caption}`` as tab-separated text with a header, whole or not at all."""
+    write_table(path, CAPTION_COLUMNS, captions.items())
+
+
+def read_captions(path: PathLike, delimiter: str = "\t") -> dict[str, str]:
+    """Return the captions of a table with the columns id and caption, see :func:`caption_of`; the last of an id counts.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not such a table.
+    """
+    rows = read_table(path, CAPTION_COLUMNS, "a table of captions", delimiter)
+    return {row["id"] or "": (row["caption"] or "").strip() for _, row in rows}
+
+
+def caption_of(window: Window, captions: Mapping[str, str]) -> str:
+    """Return the caption of a clip, else that of its recording, else ""."""
+    return captions.get(window.id) or captions.get(window.name, "")
+
+
+def table_captions(
+    windows: Iterable[Window], of_clips: Mapping[str, str], of_names: Mapping[str, str]
+) -> dict[str, str]:
+    """Return the captions to write for ``windows``: of each recording, or of each clip where any clip has its own.
+
+    They are of clips too where a clip is called like another recording, which its caption would go to.
+
+    Args:
+        of_clips: {id: caption}. of_names: {name of the recording: caption}, for the clips without one.
+    """
+    windows = list(windows)
+    named = {window.name: of_names[window.name] for window in windows if of_names.get(window.name)}
+    if not any(of_clips.get(window.id) or window.id in named for window in windows):
+        return named
+    each = {window.id: of_clips.get(window.id) or named.get(window.name, "") for window in windows}
+    return {clip: caption for clip, caption in each.items() if caption}
+
+
+# --- tables ---------------------------------------------------------------------------------------------------------
+
+
+def write_table(path: PathLike, columns: Sequence[str], rows: Iterable[Iterable[object]]) -> None:
+    """Write tab-separated text with a header, whole or not at all."""
+    text = io.StringIO()
+    writer = csv.writer(text, delimiter="\t", lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(rows)
+    atomic_write_text(path, text.getvalue())
+
+
+def read_table(
+    path: PathLike, columns: Sequence[str], expected: str, delimiter: str = "\t"
+) -> list[tuple[int, dict[str, str | None]]]:
+    """Return (line, {column: text}) for every row; ``expected`` says in an error what the table should have been.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: one of ``columns`` is missing, or it is no text.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            rows = csv.DictReader(file, delimiter=delimiter)
+            missing = [column for column in columns if column not in (rows.fieldnames or [])]
+            if missing:
+                found = ", ".join(rows.fieldnames or ["nothing"])
+                raise ValueError(f"{path}: column {', '.join(missing)} missing (found: {found}); expected {expected}")
+            return [(rows.line_num, row) for row in rows]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}: cannot be read as tab-separated UTF-8 text ({error})") from error
+
+
+def _window(path: Path, line: int, row: dict[str, str | None]) -> Window:
+    try:
+        return Window(row["id"] or "", row["name"] or "", int(row["start_sample"] or ""), int(row["end_sample"] or ""))
+    except ValueError as error:
+        raise ValueError(f"{path}, line {line}: {error}") from error

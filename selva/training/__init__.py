@@ -1,0 +1,1 @@
+"""Training an adapter: settings, objective, state of a run, loop, output folder."""

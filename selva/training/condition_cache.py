@@ -1,0 +1,111 @@
+"""Clips as the generator's blocks take them: latents and projected conditions, computed once and kept on the device.
+
+The projections of pictures, motion and text depend neither on the time nor on the noise. Unless the adapter changes
+them, a clip's are the same at every visit, and a step then needs nothing from the host but random numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from selva.data.dataset import Lengths, TrainingSet, Visit, collate
+from selva.lora.layers import lora_layers
+from selva.models.generator import CONDITION_PARTS, Conditions, Generator
+
+MAX_BYTES = 512 * 2**20  # about 500 clips of 8 s; a larger set is projected anew at every visit
+
+
+@dataclass(frozen=True)
+class ProjectedBatch:
+    """What :class:`selva.data.dataset.Batch` becomes behind the projections.
+
+    Attributes:
+        mean, std: (B, N, C). has_video: (B,) bool; where it is False, the conditions of pictures and motion are NaN.
+        conditions: of B clips. empty: of batch 1, what stands in for a dropped condition.
+        lengths: (N, T, S).
+    """
+
+    mean: Tensor
+    std: Tensor
+    has_video: Tensor
+    conditions: Conditions
+    empty: Conditions
+    lengths: Lengths
+
+    def with_dropped(self, clip: Tensor, sync: Tensor, text: Tensor) -> Conditions:
+        """Return the conditions with the empty ones wherever the (B,) bool masks are True."""
+
+        def choose(mask: Tensor, name: str) -> Tensor:
+            full, empty = getattr(self.conditions, name), getattr(self.empty, name)
+            return torch.where(mask.view(-1, *[1] * (full.ndim - 1)), empty, full)
+
+        masks = {"clip_f": clip, "clip_f_c": clip, "sync_f": sync, "text_f": text, "text_f_c": text}
+        return Conditions(**{name: choose(mask, name) for name, mask in masks.items()})
+
+
+def can_project(generator: Generator, clips: TrainingSet, precision: torch.dtype) -> bool:
+    """Return whether a set can be projected once: no adapted layer is in the way, and the result is small enough.
+
+    The answer depends on settings and data only, so that a resumed run computes what the interrupted one did.
+    """
+    if any(name.startswith(CONDITION_PARTS) for name, _ in lora_layers(generator)):
+        return False
+    config = generator.config
+    itemsize = torch.finfo(precision).bits // 8
+    total = 0
+    for index in range(len(clips)):
+        latent_len, clip_len, _ = clips.lengths(index)
+        tokens = latent_len + clip_len + config.text_seq_len + 2
+        one = tokens * config.hidden_dim * itemsize + 2 * latent_len * config.latent_dim * 4
+        total += one * clips.num_windows(index)
+        if total > MAX_BYTES:
+            return False
+    return True
+
+
+class ProjectedClips:
+    """The clips of a training set, each projected at its first visit.
+
+    Args:
+        generator: with its adapter, on its device. precision: autocast dtype of the projections.
+    """
+
+    def __init__(self, generator: Generator, clips: TrainingSet, precision: torch.dtype) -> None:
+        self.generator, self.clips, self.precision = generator, clips, precision
+        self._known: dict[Visit, tuple[Tensor, Tensor, Tensor, Conditions]] = {}
+        self._empty: dict[Lengths, Conditions] = {}
+
+    def load(self, visits: Sequence[Visit]) -> ProjectedBatch:
+        """Return the batch of these visits, which are of one length."""
+        lengths = self.clips.lengths(visits[0].index)
+        self.generator.set_sequence(*lengths)
+        rows = [self._known.get(visit) or self._project(visit) for visit in visits]
+        means, stds, has_video, conditions = zip(*rows, strict=True)
+        return ProjectedBatch(
+            torch.cat(means), torch.cat(stds), torch.cat(has_video), Conditions.cat_all(conditions),
+            self._empty_conditions(lengths), lengths,
+        )
+
+    @torch.no_grad()
+    def _project(self, visit: Visit) -> tuple[Tensor, Tensor, Tensor, Conditions]:
+        # One clip at a time, whatever batch it comes in: its bits must not depend on its neighbours.
+        clip = collate([self.clips.clip(*visit)]).to(self.generator.latent_mean.device)
+        with self._autocast():
+            conditions = self.generator.preprocess_conditions(clip.clip_f, clip.sync_f, clip.text_f)
+        self._known[visit] = clip.mean, clip.std, clip.has_video, conditions
+        return self._known[visit]
+
+    @torch.no_grad()
+    def _empty_conditions(self, lengths: Lengths) -> Conditions:
+        if lengths not in self._empty:
+            with self._autocast():
+                self._empty[lengths] = self.generator.empty_conditions(1)
+        return self._empty[lengths]
+
+    def _autocast(self) -> torch.autocast:
+        device_type = self.generator.latent_mean.device.type
+        return torch.autocast(device_type, dtype=self.precision, enabled=self.precision != torch.float32)

@@ -1,0 +1,111 @@
+"""Keeping what a model knows while it learns something new: its own sounds among the training clips.
+
+A few dozen clips of one sound teach a model that everything sounds like that. Beside them it is therefore trained on
+what it makes itself, before any training, for prompts of sounds that shall stay (as DreamBooth keeps a class,
+arXiv:2208.12242). They are sampled without guidance: on a model's own samples the flow matching loss has its minimum
+where nothing changes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from selva.data.dataset import InMemorySet, Joined, TrainingClip, TrainingSet
+from selva.models.generator import Generator
+from selva.sampling import SamplingConfig, sample_latents
+from selva.utils.metrics_log import Progress
+
+log = logging.getLogger(__name__)
+
+UNGUIDED = SamplingConfig(cfg_strength=0.0)
+SOUNDS_PER_PROMPT = 2  # at least; fewer clips than that asks for are visited several times an epoch
+MOST_SOUNDS = 200  # kept in memory, about 1 MB each; a larger share of a large set meets each of them more than once
+
+
+def mixture(num_clips: int, num_prompts: int, share: float) -> tuple[int, int]:
+    """Return how often an epoch visits each clip, and how many preserved sounds it visits, which are ``share`` of all.
+
+    Raises:
+        ValueError: ``share`` is not between 0 and 1.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"preserve_share is {share}, expected more than 0 and less than 1")
+    per_visit = num_clips * share / (1 - share)
+    visits = max(1, math.ceil(SOUNDS_PER_PROMPT * num_prompts / per_visit))
+    return visits, round(visits * per_visit)
+
+
+def with_preserved(
+    generator: Generator,
+    clips: TrainingSet,
+    prompts: Sequence[str],
+    text_features: Tensor,
+    share: float,
+    *,
+    seed: int,
+    precision: torch.dtype,
+    use_clip: bool = True,
+) -> TrainingSet:
+    """Return the clips, and sounds that the generator makes for ``prompts`` as ``share`` of all.
+
+    There are at least :data:`SOUNDS_PER_PROMPT` for every prompt; a small set of clips is repeated to keep the share.
+    Each sound borrows the sync features of one of the clips, with the prompts in turn, so that something happens in it
+    at certain moments, and every other sound the clip's CLIP features. Without any, these would announce that the new
+    sound is to come; with all of them, the looks of the new thing would mean nothing. Depends on nothing but the
+    arguments.
+
+    Args:
+        generator: the base model, on its device; its adapter, if there is one, must not have learned anything.
+        text_features: (prompts, 77, text_dim).
+        seed: of the noise. precision: autocast dtype of the network.
+        use_clip: the training passes CLIP features; if not, no sound is made with them either.
+
+    Raises:
+        ValueError: ``share`` is not between 0 and 1.
+    """
+    visits, wanted = mixture(len(clips), len(prompts), share)
+    shift_after = math.lcm(len(clips), len(prompts))  # then each prompt meets other clips than before
+    made, count = [], min(wanted, max(MOST_SOUNDS, len(prompts)))
+    was_training = generator.training
+    generator.eval()
+    with Progress(count, "sounds to preserve", "sounds") as progress:
+        for number in range(count):
+            which = number % len(prompts)
+            clip = clips.clip((number + number // shift_after) % len(clips))
+            clip = clip if use_clip and (number + number // len(prompts)) % 2 else _unseen(generator, clip)
+            made.append(_as_made(generator, clip, prompts[which], text_features[which], seed + number, precision))
+            progress.update(number + 1)
+    generator.train(was_training)
+    preserved = InMemorySet(made)
+    repeated = clips if visits == 1 else clips.subset(i for _ in range(visits) for i in range(len(clips)))
+    return Joined(repeated, preserved.subset(i % len(preserved) for i in range(wanted)))
+
+
+def _unseen(generator: Generator, clip: TrainingClip) -> TrainingClip:
+    """Return the clip with the learned nothing for its CLIP features."""
+    generator.set_sequence(*clip.lengths)
+    return dataclasses.replace(clip, clip_f=generator.empty_features(1)[0][0].detach().float().cpu())
+
+
+def _as_made(
+    generator: Generator, clip: TrainingClip, prompt: str, text_f: Tensor, seed: int, precision: torch.dtype
+) -> TrainingClip:
+    """Return a clip of the same moments and looks with another prompt, and what the generator makes of it."""
+    device = generator.latent_mean.device
+    generator.set_sequence(*clip.lengths)
+    clip_f, sync_f, _ = generator.empty_features(1)
+    if clip.has_video:
+        clip_f, sync_f = clip.clip_f[None].to(device), clip.sync_f[None].to(device)
+    latents = sample_latents(
+        generator, clip_f, sync_f, text_f[None].to(device), [seed], UNGUIDED, precision=precision
+    )[0].cpu()
+    return dataclasses.replace(
+        clip, id=f"{clip.id}, preserved with {prompt!r}", prompt=prompt, audio_path=None, mean=latents,
+        std=torch.zeros_like(latents), text_f=text_f.float().cpu(),
+    )

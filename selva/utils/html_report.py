@@ -1,0 +1,202 @@
+"""One HTML page about a training run that opens from disk: players, spectrograms, loss curves, numbers, all inside it.
+
+    page = Page("A new sound", "20 clips, 400 steps")
+    page.cards([("recognised", "0 of 3 → 3 of 3", "")])
+    page.section("Listen", "What the model makes of new videos.")
+    page.takes("gong_001", [Take("before", video, sound, rate, "taken for a bell")], marks=[0.8, 2.1])
+    page.write(path)
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from selva.utils.files import atomic_write_text
+from selva.utils.metrics_log import MetricsFile, new_figure, smoothed
+
+_STYLE = """
+:root { --text: #1d2127; --soft: #5d6672; --line: #d9dee5; --back: #ffffff; --card: #f5f7fa; --good: #1c7c54; }
+@media (prefers-color-scheme: dark) {
+  :root { --text: #e6e9ee; --soft: #9aa4b2; --line: #333b46; --back: #14181d; --card: #1d232b; --good: #5fd0a0; }
+}
+body { margin: 0 auto; padding: 2.5rem 1.5rem 4rem; max-width: 72rem; background: var(--back); color: var(--text);
+       font: 16px/1.5 system-ui, sans-serif; }
+h1 { font-size: 2rem; margin: 0; line-height: 1.2; }
+h2 { font-size: 1.3rem; margin: 3rem 0 .3rem; }
+h3 { font-size: 1rem; margin: 1.8rem 0 .5rem; font-weight: 600; }
+p { margin: .3rem 0 .8rem; color: var(--soft); max-width: 46rem; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: 1rem; margin: 1.8rem 0; }
+.card { background: var(--card); border-radius: .6rem; padding: 1rem 1.2rem; }
+.card .what { color: var(--soft); font-size: .85rem; }
+.card .value { font-size: 1.45rem; font-weight: 650; margin: .15rem 0; }
+.takes { display: grid; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); gap: 1rem; }
+figure { margin: 0; background: var(--card); border-radius: .6rem; overflow: hidden; }
+figure video, figure img, figure audio { display: block; width: 100%; }
+figure video { background: #000; max-height: 17rem; object-fit: contain; }
+figcaption { padding: .6rem .9rem .8rem; font-size: .9rem; color: var(--soft); }
+figcaption b { color: var(--text); font-size: 1rem; }
+table { border-collapse: collapse; font-size: .95rem; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: .35rem 1.2rem .35rem 0; border-bottom: 1px solid var(--line); }
+th { color: var(--soft); font-weight: 500; }
+img.wide { width: 100%; max-width: 56rem; border-radius: .6rem; }
+pre { background: var(--card); border-radius: .6rem; padding: 1rem 1.2rem; font-size: .85rem; white-space: pre-wrap;
+  overflow-wrap: anywhere; }
+"""
+
+_MIME = {".mp4": "video/mp4", ".m4v": "video/mp4", ".mov": "video/quicktime", ".mkv": "video/x-matroska",
+         ".flac": "audio/flac", ".wav": "audio/wav", ".png": "image/png"}
+
+
+@dataclass(frozen=True)
+class Take:
+    """One sound of a clip.
+
+    Attributes:
+        label: what it is, e.g. "before". note: one line about it.
+        media: the file that is played, a video or a sound.
+        waveform: (samples,) of its spectrogram. rate: samples per second.
+    """
+
+    label: str
+    note: str
+    media: Path
+    waveform: np.ndarray
+    rate: int
+
+
+class Page:
+    """A page that is filled from top to bottom.
+
+    Args:
+        title, subtitle: at its top; all texts are plain and are escaped here.
+    """
+
+    def __init__(self, title: str, subtitle: str) -> None:
+        self.title = title
+        self._parts = [f"<h1>{html.escape(title)}</h1>\n<p>{html.escape(subtitle)}</p>"]
+
+    def section(self, heading: str, text: str = "") -> None:
+        """Begin a section."""
+        self._parts.append(f"<h2>{html.escape(heading)}</h2>" + (f"\n<p>{html.escape(text)}</p>" if text else ""))
+
+    def cards(self, cards: Sequence[tuple[str, str, str]]) -> None:
+        """Add the main numbers: (what, value, note) each."""
+        items = "".join(
+            f'<div class="card"><div class="what">{html.escape(what)}</div>'
+            f'<div class="value">{html.escape(value)}</div><div class="what">{html.escape(note)}</div></div>\n'
+            for what, value, note in cards
+        )
+        self._parts.append(f'<div class="cards">\n{items}</div>')
+
+    def table(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Add a table."""
+        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
+        body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>\n" for row in rows)
+        self._parts.append(f"<table>\n<tr>{head}</tr>\n{body}</table>")
+
+    def takes(self, heading: str, takes: Sequence[Take], marks: Sequence[float] = ()) -> None:
+        """Add the sounds of one clip side by side, each with its player and its spectrogram.
+
+        Args:
+            marks: seconds that are marked in the spectrograms.
+        """
+        figures = []
+        for take in takes:
+            picture = data_uri(spectrogram_png(take.waveform, take.rate, marks), "image/png")
+            figures.append(
+                f"<figure>\n{_player(take.media)}\n"
+                f'<img src="{picture}" alt="spectrogram, {html.escape(take.label, quote=True)}">\n'
+                f"<figcaption><b>{html.escape(take.label)}</b><br>{html.escape(take.note)}</figcaption>\n</figure>"
+            )
+        joined = "\n".join(figures)
+        self._parts.append(f'<h3>{html.escape(heading)}</h3>\n<div class="takes">\n{joined}\n</div>')
+
+    def image(self, png: bytes, description: str) -> None:
+        """Add a picture over the whole width."""
+        text = html.escape(description, quote=True)
+        self._parts.append(f'<img class="wide" src="{data_uri(png, "image/png")}" alt="{text}">')
+
+    def code(self, text: str) -> None:
+        """Add lines to copy."""
+        self._parts.append(f"<pre>{html.escape(text)}</pre>")
+
+    def write(self, path: Path) -> None:
+        """Write the page; nothing in it refers to another file or to the network."""
+        body = "\n\n".join(self._parts)
+        atomic_write_text(
+            path,
+            '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+            f"<title>{html.escape(self.title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n"
+            "</html>\n",
+        )
+
+
+def data_uri(content: bytes, mime: str) -> str:
+    """Return a URI that holds the content itself."""
+    return f"data:{mime};base64,{base64.b64encode(content).decode('ascii')}"
+
+
+def _player(path: Path) -> str:
+    suffix = path.suffix.lower()
+    if suffix not in _MIME:
+        raise ValueError(f"{path}: a page cannot play it, expected one of {', '.join(_MIME)}")
+    kind = "audio" if _MIME[suffix].startswith("audio") else "video"
+    return f'<{kind} controls preload="metadata" src="{data_uri(path.read_bytes(), _MIME[suffix])}"></{kind}>'
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# pictures
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def spectrogram_png(waveform: np.ndarray, rate: int, marks: Sequence[float] = (), height_in: float = 1.9) -> bytes:
+    """Return a PNG of the spectrogram of (samples,), 80 dB deep below full scale, up to 8 kHz, with marked times."""
+    size = 2 ** round(np.log2(0.05 * rate))
+    samples = np.pad(np.asarray(waveform, dtype=np.float64), size // 2)
+    window = np.hanning(size)
+    frames = np.lib.stride_tricks.sliding_window_view(samples, size)[:: size // 4]
+    level = 20 * np.log10(np.abs(np.fft.rfft(frames * window)) * 2 / window.sum() + 1e-6)
+    highest = min(8.0, rate / 2000)  # kHz
+    level = level[:, : round(highest * 2000 / rate * (size // 2)) + 1]
+    figure = new_figure(4.4, height_in)
+    axes = figure.subplots()
+    extent = (0, len(waveform) / rate, 0, highest)
+    axes.imshow(level.T, origin="lower", aspect="auto", extent=extent, vmin=-90, vmax=-10, cmap="magma")
+    axes.vlines(list(marks), 0.9 * highest, highest, color="#7fffd4", linewidth=1.5)
+    axes.set_xlabel("seconds", fontsize=7)
+    axes.set_ylabel("kHz", fontsize=7)
+    axes.tick_params(labelsize=7)
+    return _png(figure)
+
+
+def loss_png(metrics: MetricsFile) -> bytes | None:
+    """Return a PNG of training loss, smoothed, and validation loss over the steps; None if there is no loss yet."""
+    steps, losses = metrics.series("loss")
+    if not steps:
+        return None
+    figure = new_figure(8, 3.2)
+    axes = figure.subplots()
+    axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=1)
+    axes.plot(steps, smoothed(losses, 0.9), color="tab:blue", linewidth=1.8, label="training")
+    val_steps, val_losses = metrics.series("val_loss")
+    if val_steps:
+        axes.plot(val_steps, val_losses, color="tab:red", marker="o", markersize=4, label="held-out clips")
+    axes.set_xlabel("optimiser step")
+    axes.set_ylabel("loss")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    return _png(figure)
+
+
+def _png(figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    return buffer.getvalue()

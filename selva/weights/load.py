@@ -1,0 +1,353 @@
+"""Published weight files -> networks that are ready to use.
+
+    check_weights(variant, selva_dir, needs)    are all files there?  one error names every missing one
+    load_generator(variant, selva_dir) ...      a frozen network in eval mode
+
+Files are found in the layouts of ComfyUI (``models/selva`` with ``ext/``) and of SelVA and MMAudio (``weights/`` with
+``ext_weights/``), CLIP and FLAN-T5 and BigVGAN v2 also in the Hugging Face cache. Nothing is downloaded here; that is
+``scripts/download_weights.py``. Nothing in a file is ever executed.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import pickle
+import shlex
+import struct
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from selva.models.clip_t5 import CLIP_IMAGE_PREFIX, CLIP_TEXT_PREFIXES, T5_PREFIXES, ClipImage, ClipText, T5Text
+from selva.models.generator import Generator
+from selva.models.synchformer import Synchformer
+from selva.models.textsynch import TextSynch
+from selva.models.vae import DATA_BUFFERS, VAE
+from selva.models.vocoder import Vocoder
+from selva.models.zoo import (
+    PARTS,
+    Variant,
+    WeightFile,
+    build_generator,
+    build_vae,
+    build_video_encoder,
+    build_vocoder,
+    get_variant,
+)
+from selva.utils.files import source_hash
+
+LAYOUTS = ("comfyui", "selva")
+SUBFOLDERS = ("", "ext", "weights", "ext_weights")
+PARENTS_OF_ROOT = ("", "selva", "models/selva")  # a ComfyUI installation may be given from further up
+NEIGHBOUR = "prismaudio"  # beside models/selva: another ComfyUI extension that brings the same Synchformer file
+
+# torch.load on a file that is no checkpoint: an unpickler that meets arbitrary bytes may stumble in all these ways.
+READ_ERRORS = (
+    pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, struct.error,
+    ValueError, TypeError, LookupError, AttributeError, AssertionError, OverflowError,
+)
+
+VOCODER_KEY = "generator"  # the published vocoder files hold their tensors under this key
+CLIP_PREFIXES = {"clip_text": CLIP_TEXT_PREFIXES, "clip_image": (CLIP_IMAGE_PREFIX,)}
+ASSETS = Path(__file__).parent / "assets"
+
+
+# -- finding ----------------------------------------------------------------------------------------------------------
+
+
+def weight_folders(selva_dir: Path) -> list[Path]:
+    """Return the existing folders in which weights may lie, in the order of search.
+
+    ``selva_dir`` may be the root of a layout, one of its subfolders, or a folder above ``models/selva``.
+    """
+    roots = [selva_dir / above for above in PARENTS_OF_ROOT]
+    if selva_dir.resolve().name in SUBFOLDERS:
+        roots.append(selva_dir.resolve().parent)
+    folders = [root / sub for root in roots for sub in SUBFOLDERS]
+    folders += [root.resolve().parent / NEIGHBOUR for root in roots]
+    return [folder for folder in dict.fromkeys(folders) if folder.is_dir()]
+
+
+def find_file(file: WeightFile, selva_dir: Path | None) -> Path | None:
+    """Return where ``file`` lies, or None; looks into ``selva_dir`` first, then into the Hugging Face cache."""
+    names = (file.name, *file.alternatives)
+    for folder in weight_folders(Path(selva_dir)) if selva_dir is not None else ():
+        place = folder / file.folder_name if file.hub_folder else folder
+        for name in names:
+            if (place / name).is_file():
+                return place / name
+    if not file.hub_folder:
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    for name in names:
+        cached = try_to_load_from_cache(file.repo, name)
+        if isinstance(cached, str):  # neither None nor the mark of "known not to exist"
+            return Path(cached)
+    return None
+
+
+def default_layout(selva_dir: Path) -> str:
+    """Return the layout that a folder has already, "comfyui" for a new or an empty one."""
+    return "selva" if any((selva_dir / sub).is_dir() for sub in ("weights", "ext_weights")) else "comfyui"
+
+
+def local_path(file: WeightFile, selva_dir: Path, layout: str) -> Path:
+    """Return where a new copy of ``file`` belongs in one of the LAYOUTS."""
+    assert layout in LAYOUTS, layout
+    if layout == "selva":
+        folder = selva_dir / ("ext_weights" if file.external else "weights")
+    else:
+        # ComfyUI keeps the Synchformer beside the generators, the rest of the external files below.
+        folder = selva_dir / "ext" if file.external and file.name != "synchformer_state_dict.pth" else selva_dir
+    return (folder / file.folder_name if file.hub_folder else folder) / file.name
+
+
+def download_command(variant: str, selva_dir: Path | None) -> str:
+    """Return the command that fetches everything ``variant`` needs."""
+    folder = "DIR" if selva_dir is None else shlex.quote(str(selva_dir))
+    return f"python scripts/download_weights.py --variant {variant} --selva_dir {folder}"
+
+
+def find_weights(variant: Variant, selva_dir: Path | None, needs: Sequence[str]) -> dict[str, tuple[Path, ...]]:
+    """Return the files of the parts in ``needs``; parts that the variant does not have, or brings along, have none.
+
+    Raises:
+        FileNotFoundError: names every missing file, what it is for, and the command that fetches them.
+    """
+    wanted = {part: variant.weight_files(part) for part in needs}
+    found = {file: find_file(file, selva_dir) for files in wanted.values() for file in files}
+    missing = [f"{file.name} ({file.purpose})" for file, path in found.items() if path is None]
+    if missing:
+        where = "no --selva_dir was given" if selva_dir is None else f"looked in {selva_dir}"
+        if selva_dir is not None and not Path(selva_dir).is_dir():
+            where += ", which is not a folder"
+        raise FileNotFoundError(
+            f"variant {variant.name} lacks {', '.join(missing)}; {where}; "
+            f"fetch with: {download_command(variant.name, selva_dir)}"
+        )
+    return {part: tuple(found[file] for file in files) for part, files in wanted.items()}
+
+
+def check_weights(variant: str, selva_dir: Path | None, needs: Sequence[str] = PARTS) -> None:
+    """Return if every file of the parts in ``needs`` is there. Cheap: looks, reads nothing.
+
+    Raises:
+        ValueError: unknown variant.
+        FileNotFoundError: names every missing file, what it is for, and the command that fetches them.
+    """
+    find_weights(get_variant(variant), selva_dir, needs)
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+
+def read_checkpoint(path: Path, key: str | None = None, prefixes: tuple[str, ...] = ("",)) -> dict[str, Tensor]:
+    """Return the tensors of a weight file on the CPU, memory-mapped where the format allows it.
+
+    Args:
+        path: ``.safetensors``, or a file written by ``torch.save``; unpickled with ``weights_only=True``.
+        key: the entry of the file that holds the tensors, None if they are at the top.
+        prefixes: only tensors whose names start with one of these.
+
+    Raises:
+        ValueError: not such a file, damaged, or holding anything but tensors and plain values.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefixes)}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{path}: not a readable safetensors file ({error}); download it again") from error
+    try:
+        # Only the zip format can be mapped; best_netG.pt and other old files are plain pickles.
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except READ_ERRORS as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"{path}: not a readable weight file, truncated or holding code ({reason}); download it again"
+        ) from error
+    if key is not None:
+        content = content.get(key) if isinstance(content, dict) else None
+    is_dict = isinstance(content, dict)
+    if not is_dict or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
+        inside = f" under the key {key!r}" if key is not None else ""
+        raise ValueError(f"{path}: expected named tensors{inside}, found something else; is it another file?")
+    return {name: tensor for name, tensor in content.items() if name.startswith(prefixes)}
+
+
+# -- loading ----------------------------------------------------------------------------------------------------------
+
+
+def load_generator(
+    variant: str, selva_dir: Path | None = None, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Generator:
+    """Return the generator. As all ``load_*``: frozen, in eval mode, read in float32 and then cast.
+
+    Args:
+        variant: a name from :data:`selva.models.zoo.VARIANTS`.
+        selva_dir: where the files lie; a packaged variant needs none and ignores it.
+
+    Raises:
+        FileNotFoundError: a file is missing; says which, and how to get it.
+        ValueError: unknown variant, or a file that is damaged or belongs to another variant.
+    """
+    return _load(variant, "generator", selva_dir, device, dtype)
+
+
+def load_video_encoder(
+    variant: str, selva_dir: Path | None = None, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> TextSynch | Synchformer:
+    """Return the encoder behind the sync features, TextSynch or Synchformer by family; see :func:`load_generator`."""
+    return _load(variant, "video_encoder", selva_dir, device, dtype)
+
+
+def load_vae(
+    variant: str, selva_dir: Path | None = None, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
+    *, decoder_only: bool = False, encoder_only: bool = False,
+) -> VAE:
+    """Return the VAE, with ``decoder_only`` or ``encoder_only`` without ever reading the other half.
+
+    See :func:`load_generator`.
+    """
+    assert not (decoder_only and encoder_only)
+    reduce = VAE.drop_encoder if decoder_only else VAE.drop_decoder if encoder_only else None
+    return _load(variant, "vae", selva_dir, device, dtype, reduce)
+
+
+def load_vocoder(
+    variant: str, selva_dir: Path | None = None, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Vocoder:
+    """Return the vocoder; see :func:`load_generator`."""
+    return _load(variant, "vocoder", selva_dir, device, dtype)
+
+
+def load_clip_text(
+    variant: str, selva_dir: Path | None = None, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> ClipText:
+    """Return the CLIP text tower, without reading the image tower; see :func:`load_generator`."""
+    return _load(variant, "clip_text", selva_dir, device, dtype)
+
+
+def load_clip_image(
+    variant: str, selva_dir: Path | None = None, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> ClipImage:
+    """Return the CLIP image tower, without reading the text tower; see :func:`load_generator`."""
+    return _load(variant, "clip_image", selva_dir, device, dtype)
+
+
+def load_t5(
+    variant: str, selva_dir: Path | None = None, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> T5Text:
+    """Return the T5 encoder; see :func:`load_generator`.
+
+    Raises:
+        ValueError: also for float16, in which T5 overflows, and for a variant without T5 (the mmaudio family).
+    """
+    if get_variant(variant).t5 is None:
+        raise ValueError(f"variant {variant} has no T5 encoder: its video encoder reads no text")
+    if dtype == torch.float16:
+        raise ValueError("T5 overflows in float16; load it in bfloat16 or float32")
+    return _load(variant, "t5", selva_dir, device, dtype)
+
+
+def _load(
+    name: str, part: str, selva_dir: Path | None, device: torch.device | str, dtype: torch.dtype,
+    reduce: Callable[[nn.Module], object] | None = None,
+) -> nn.Module:
+    variant = get_variant(name)
+    files = find_weights(variant, selva_dir, (part,))[part]
+    network = _without_weights(variant, part, files)
+    if reduce is not None:
+        reduce(network)  # before its weights are read
+    if variant.packaged:
+        network.load_published(_packaged_weights(variant, part))
+        return _finish(network, device, dtype)
+    prefixes = CLIP_PREFIXES.get(part, T5_PREFIXES if part == "t5" else ("",))
+    weights = read_checkpoint(files[0], VOCODER_KEY if part == "vocoder" else None, prefixes)
+    try:
+        if part == "vae":
+            _check_band_statistics(weights)
+        network.load_published(weights)
+    except ValueError as error:
+        purpose = variant.weight_files(part)[0].purpose
+        raise ValueError(f"{files[0]}: {error}; expected the {purpose} of variant {name}") from error
+    return _finish(network, device, dtype)
+
+
+def _finish(network: nn.Module, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
+    return network.to(device=device, dtype=dtype).eval().requires_grad_(False)
+
+
+def _check_band_statistics(weights: Mapping[str, Tensor]) -> None:
+    """Insist on what a VAE without weights has no values for; its load_published would keep what is there."""
+    missing = [name for name in DATA_BUFFERS if name not in weights]
+    if missing:
+        raise ValueError(f"{' and '.join(missing)} are missing")
+
+
+def _without_weights(variant: Variant, part: str, files: Sequence[Path]) -> nn.Module:
+    """Return the network of one part with uninitialised weights, for a strict load to fill.
+
+    Drawing hundreds of millions of initial values, only to overwrite them, would take seconds.
+    """
+    if part == "clip_text":
+        return ClipText(variant.clip)
+    if part == "clip_image":
+        return ClipImage(variant.clip)
+    if part == "t5":
+        return T5Text(variant.t5, tokenizer_file=files[1] if files else None)
+    with torch.device("meta"):
+        network = _build(variant, part)
+    return network.to_empty(device="cpu")
+
+
+def _build(variant: Variant, part: str) -> nn.Module:
+    if part == "generator":
+        return build_generator(variant.generator)
+    if part == "video_encoder":
+        return build_video_encoder(variant.name)
+    if part == "vae":
+        return build_vae(variant.vae)
+    assert part == "vocoder", part
+    return build_vocoder(variant.vocoder)
+
+
+def asset_name(variant: str, part: str) -> str:
+    """Return the file name of one part of a packaged variant in the package's folder of assets."""
+    return f"{variant}_{part}.safetensors"
+
+
+@functools.cache
+def packaged_identity(variant: str) -> str:
+    """Return 12 hexadecimal digits that change with any packaged weight of ``variant``."""
+    digest = hashlib.sha256()
+    for path in sorted(ASSETS.glob(asset_name(variant, "*"))):
+        digest.update(f"{path.name} {source_hash(path)}".encode())
+    return digest.hexdigest()[:12]
+
+
+def encoders_identity(variant: Variant) -> str:
+    """Return what decides the features that a variant's encoders make, for files that remember how they were made.
+
+    Published encoders never change; those of a packaged variant may, with the package.
+    """
+    return f"{variant.encoders} {packaged_identity(variant.name)}" if variant.packaged else variant.encoders
+
+
+def _packaged_weights(variant: Variant, part: str) -> dict[str, Tensor]:
+    """Return the weights that the package brings, float16, as ``scripts/train_tiny.py --export`` writes them.
+
+    Raises:
+        FileNotFoundError: the installation lacks them.
+    """
+    path = ASSETS / asset_name(variant.name, part)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: the weights of {variant.name} are part of the package; install it again")
+    return read_checkpoint(path)

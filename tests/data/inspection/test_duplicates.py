@@ -1,0 +1,95 @@
+"""Near-duplicates: copies are found, sounds and videos that are only alike are not."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from torchaudio.functional import resample
+
+from selva.data.inspection.duplicates import correlations, motion_print, same_sounds, same_videos, sound_print
+from selva.media import read_audio
+
+RATE = 16_000
+
+
+def knocks(seed, seconds=4.0):
+    """Return (1, samples): a few decaying tones at random times over a little noise."""
+    rng = np.random.default_rng(seed)
+    t = np.arange(round(seconds * RATE)) / RATE
+    tones = sum(np.exp(-20 * np.clip(t - s, 0, None)) * np.sin(f * t) * (t >= s)
+                for s, f in zip(rng.uniform(0, seconds, 5), rng.uniform(1000, 9000, 5), strict=True))
+    return torch.tensor(0.2 * tones + 1e-3 * rng.standard_normal(len(t)), dtype=torch.float32)[None]
+
+
+def rain(seed, seconds=4.0):
+    return 0.1 * torch.randn(1, round(seconds * RATE), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("make", [knocks, rain])
+def test_copies_are_found_whatever_was_done_to_them(make, tmp_path):
+    sound = make(1)
+    soundfile.write(tmp_path / "a.mp3", sound[0].numpy(), RATE)
+    copies = [
+        (sound, RATE), (sound * 0.05, RATE), read_audio(tmp_path / "a.mp3"), (resample(sound, RATE, 44_100), 44_100),
+        (sound.repeat(2, 1), RATE), (sound[:, 1_600:], RATE), (sound[:, :48_000], RATE),
+        (sound + 0.1 * sound.std() * torch.randn(sound.shape), RATE),
+    ]
+    others = [(make(seed), RATE) for seed in (2, 3, 4)]
+    groups = same_sounds([sound_print(*item) for item in [*others, *copies]])
+    assert [indices for indices, _ in groups] == [tuple(range(3, 11))]
+    assert 0.85 <= groups[0][1] <= 1.001
+
+
+def test_steady_sounds_and_silence_are_nobodys_copy():
+    """Pitfall J1: two recordings of rain, of a hum, or of nothing are not the same clip."""
+    hum = torch.sin(torch.arange(64_000) * 0.1)[None]
+    phases = [torch.sin(torch.arange(64_000) * 0.1 + p)[None] for p in (1, 2)]
+    gusts = [rain(seed) * (1.2 + torch.sin(torch.arange(64_000) / 16_000 + 1)) for seed in (7, 8)]
+    sounds = [rain(1), rain(2), hum, *phases, *gusts, torch.zeros(1, 64_000), torch.zeros(1, 64_000), rain(3, 0.05)]
+    assert same_sounds([sound_print(sound, RATE) for sound in sounds]) == []
+    assert same_sounds([]) == []
+
+
+def test_correlation_is_over_what_both_have():
+    a = np.random.default_rng(0).standard_normal((50, 3)).astype(np.float32)
+    b = a[10:40] * 3
+    plain, shifted = correlations([a, b, -a])[0, 1:], correlations([a, b, -a], 10)[0, 1:]
+    assert plain[0] < 0.5 and shifted[0] == pytest.approx(1, abs=1e-5)
+    assert plain[1] == 0
+    np.testing.assert_array_equal(correlations([a, b], 12), correlations([a, b], 12).T)
+
+
+def video(seed, scene=0, tokens=192):
+    """Return CLIP features of a scene, and sync features with a pattern that repeats in every segment."""
+    rng = torch.Generator().manual_seed(seed)
+    common = torch.randn(8, 64, generator=torch.Generator().manual_seed(99)).repeat(tokens // 8, 1) * 3
+    clip = torch.nn.functional.one_hot(torch.tensor(scene), 64) + 0.01 * torch.randn(64, generator=rng)
+    return clip, common + torch.randn(tokens, 64, generator=rng)
+
+
+def test_the_same_scene_with_another_movement_is_no_copy():
+    videos = [video(1), video(2), video(3, scene=1), video(4)]
+    clip, sync = videos[1]
+    videos.append((clip + 0.01, sync + 0.3 * torch.randn(sync.shape)))  # encoded anew
+    videos.append((clip + 5, sync))  # moves the same, shows something else
+    videos.append((clip, sync[:96]))  # shorter
+    groups = same_videos([c for c, _ in videos], [motion_print(s) for _, s in videos])
+    assert [indices for indices, _ in groups] == [(1, 4, 6)]
+    assert same_videos([], []) == []
+
+
+def test_one_segment_says_nothing_about_movement():
+    clip, sync = video(1, tokens=8)
+    assert same_videos([clip, clip], [motion_print(sync)] * 2) == []
+
+
+def test_groups_are_connected():
+    from selva.data.inspection.duplicates import _groups
+
+    similarity = np.zeros((6, 6), np.float32)
+    for i, j, value in ((0, 3, 0.97), (3, 5, 0.96), (1, 2, 0.99)):
+        similarity[i, j] = similarity[j, i] = value
+    groups = _groups(similarity, 0.95)
+    assert [(g, round(s, 2)) for g, s in groups] == [((0, 3, 5), 0.96), ((1, 2), 0.99)]

@@ -1,0 +1,496 @@
+from __future__ import annotations
+
+import csv
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from make_data import TINY
+
+from selva.data.folder_dataset import load_training_set
+from selva.data.memmap.reader import MemmapSet
+from selva.data.memmap.writer import MemmapWriter
+
+SMALL = replace(TINY, generator=replace(TINY.generator, text_dim=4, clip_dim=4, sync_dim=4))
+CLIPS = [(f"clip_{number}", f'says "{number}"') for number in range(6)]
+FORK = multiprocessing.get_context("fork")
+
+
+def open_writer(folder: Path, clips=CLIPS, video: bool = True, **settings) -> MemmapWriter:
+    return MemmapWriter(folder, SMALL, clips, video=video, settings=settings)
+
+
+def content(writer: MemmapWriter, clip_id: str, version: str = "") -> dict[str, torch.Tensor]:
+    """Return rows that follow from the id and the version alone."""
+    rng = torch.Generator().manual_seed(sum(map(ord, clip_id + version)))
+    return {key: torch.rand(shape, generator=rng) for key, shape in writer.shapes.items()}
+
+
+def digest(clip: tuple[str, str], version: str = "") -> str:
+    return f"{clip[0]} {clip[1]} {version}"
+
+
+def do(writer: MemmapWriter, clips=CLIPS, share=None, skipped=(), versions=None) -> list[str]:
+    """Do what an extraction does with its share of the list; return the ids that had to be made."""
+    made = []
+    for index in range(len(clips)) if share is None else share:
+        clip_id, version = clips[index][0], (versions or {}).get(clips[index][0], "")
+        if writer.is_current(index, digest(clips[index], version)):
+            continue
+        if clip_id in skipped:
+            writer.skip(index)
+            continue
+        writer.write(index, content(writer, clip_id, version), digest(clips[index], version))
+        made.append(clip_id)
+    return made
+
+
+def extract(folder: Path, clips=CLIPS, video: bool = True, settings=None, **work) -> tuple[list[str], bool]:
+    """Extract all of a list in one run; return the ids that had to be made, and whether the set is published."""
+    with open_writer(folder, clips, video, **(settings or {})) as writer:
+        return do(writer, clips, **work), writer.publish_if_complete()
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Return everything that belongs to a set but its lock."""
+    paths = (path for path in folder.parent.rglob("*") if path.is_file() and path.suffix != ".lock")
+    return {str(path.relative_to(folder.parent)): path.read_bytes() for path in paths}
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting_for_the_disk(monkeypatch):
+    """What the tests look at, and what a kill leaves, is in the system's cache; only a power cut needs the disk."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+@pytest.fixture(scope="module")
+def one_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one_run") / "data"
+    assert extract(folder) == ([clip_id for clip_id, _ in CLIPS], True)
+    return files(folder)
+
+
+# -- what is written --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("video", [True, False])
+def test_tensordict_alone_reads_what_was_written(tmp_path, video):
+    from tensordict import TensorDict
+
+    extract(tmp_path / "data", video=video)
+    tensors = TensorDict.load_memmap(tmp_path / "data")
+    with open(tmp_path / "data.tsv", encoding="utf-8", newline="") as file:
+        table = list(csv.DictReader(file, delimiter="\t"))
+
+    keys = {"mean", "std", "text_features"} | ({"clip_features", "sync_features"} if video else set())
+    assert set(tensors.keys()) == keys and tensors.batch_size == torch.Size([])
+    assert [tuple(row.items()) for row in table] == [
+        (("id", clip_id), ("label" if video else "caption", text)) for clip_id, text in CLIPS
+    ]
+    with open_writer(tmp_path / "data", video=video) as writer:
+        for row, (clip_id, _) in enumerate(CLIPS):
+            for key, expected in content(writer, clip_id).items():
+                assert torch.equal(tensors[key][row], expected), (key, clip_id)
+
+
+def test_the_files_are_those_that_tensordict_writes(tmp_path):
+    from tensordict import TensorDict
+
+    extract(tmp_path / "data")
+    with open_writer(tmp_path / "data") as writer:
+        rows = [content(writer, clip_id) for clip_id, _ in CLIPS]
+    stacked = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+    TensorDict(stacked, batch_size=[]).memmap_(tmp_path / "theirs")
+
+    ours, theirs = ({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("data", "theirs"))
+    assert json.loads(ours.pop("meta.json")) == json.loads(theirs.pop("meta.json"))
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("video", [True, False])
+def test_training_reads_what_was_written(tmp_path, video):
+    extract(tmp_path / "data", video=video)
+    clips = MemmapSet(tmp_path / "data", SMALL)
+    assert clips.ids == [clip_id for clip_id, _ in CLIPS] and clips.has_video is video
+    assert clips.clip(2).prompt == 'says "2"' and torch.isfinite(clips.clip(2).mean).all()
+
+
+def test_rows_of_any_float_type_are_stored_as_float32(tmp_path):
+    with open_writer(tmp_path / "data", CLIPS[:1]) as writer:
+        rows = {key: value.bfloat16() for key, value in content(writer, "x").items()}
+        rows["mean"] = rows["mean"].mT.contiguous().mT  # in another order in memory
+        writer.write(0, rows, "d")
+        assert writer.publish_if_complete()
+    clip = MemmapSet(tmp_path / "data", SMALL).clip(0)
+    assert torch.equal(clip.mean, rows["mean"].float()) and torch.equal(clip.clip_f, rows["clip_features"].float())
+
+
+# -- left-out rows ----------------------------------------------------------------------------------------------------
+
+
+def test_left_out_rows_leave_no_gaps(tmp_path):
+    kept = [clip for clip in CLIPS if clip[0] not in ("clip_0", "clip_3", "clip_5")]
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    extract(tmp_path / "a" / "data", skipped=("clip_0", "clip_3", "clip_5"))
+    extract(tmp_path / "b" / "data", kept)
+    gaps, none = files(tmp_path / "a" / "data"), files(tmp_path / "b" / "data")
+    for name in ("data.tsv", "data/meta.json", "data/mean.memmap", "data/sync_features.memmap"):
+        assert gaps[name] == none[name]
+
+
+def test_the_next_run_asks_for_a_left_out_row_again(tmp_path):
+    extract(tmp_path / "data", skipped=("clip_3",))
+    before = files(tmp_path / "data")
+    assert extract(tmp_path / "data", skipped=("clip_3",)) == ([], True)
+    assert files(tmp_path / "data") == before
+    assert extract(tmp_path / "data") == (["clip_3"], True)
+    assert MemmapSet(tmp_path / "data", SMALL).ids == [clip_id for clip_id, _ in CLIPS]
+
+
+def test_a_row_that_became_unusable_leaves_the_set(tmp_path):
+    extract(tmp_path / "data")
+    extract(tmp_path / "data", versions={"clip_3": "damaged"}, skipped=("clip_3",))
+    assert MemmapSet(tmp_path / "data", SMALL).ids == [f"clip_{number}" for number in (0, 1, 2, 4, 5)]
+
+
+def test_a_set_of_nothing_is_not_published(tmp_path):
+    with pytest.raises(ValueError, match="none of 6 clips could be used"):
+        extract(tmp_path / "data", skipped=dict(CLIPS))
+    assert not (tmp_path / "data").exists() and not (tmp_path / "data.tsv").exists()
+
+
+# -- several processes ------------------------------------------------------------------------------------------------
+
+
+def test_two_processes_at_once_write_the_same_files_as_one(tmp_path, one_run):
+    def work(rank):
+        with open_writer(tmp_path / "data") as writer:
+            do(writer, share=range(rank, len(CLIPS), 2))
+            writer.publish_if_complete()
+
+    ranks = [FORK.Process(target=work, args=(rank,)) for rank in (1, 0)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+        assert rank.exitcode == 0
+    assert files(tmp_path / "data") == one_run
+
+
+def test_rows_in_any_order_make_the_same_files(tmp_path, one_run):
+    with open_writer(tmp_path / "data") as first, open_writer(tmp_path / "data") as second:
+        do(second, share=[5, 1])
+        second.flush()
+        do(first, share=[4])
+        assert not first.publish_if_complete() and first.num_missing == 3
+        do(second, share=[3])
+        do(first, share=[0, 2])
+        second.flush()
+        assert first.publish_if_complete()
+        assert second.publish_if_complete()
+    assert files(tmp_path / "data") == one_run
+
+
+def test_a_job_array_publishes_with_its_last_job(tmp_path, one_run):
+    with open_writer(tmp_path / "data") as writer:
+        do(writer, share=range(3))
+        assert not writer.publish_if_complete()
+    assert not (tmp_path / "data").exists()
+    with open_writer(tmp_path / "data") as writer:
+        assert do(writer, share=range(3, 6)) == ["clip_3", "clip_4", "clip_5"]
+        assert writer.publish_if_complete()
+    assert files(tmp_path / "data") == one_run
+
+
+def test_a_job_array_confirms_every_row_of_a_changed_list(tmp_path):
+    """Or the first job would publish rows whose videos have changed, before the job that owns them has looked."""
+    extract(tmp_path / "data")
+    longer, changed = [*CLIPS, ("clip_6", "new")], {"clip_0": "changed"}
+    with open_writer(tmp_path / "data", longer) as writer:
+        assert do(writer, longer, share=range(3, 7), versions=changed) == ["clip_6"]
+        assert not writer.publish_if_complete() and writer.num_missing == 3
+    assert len(MemmapSet(tmp_path / "data", SMALL)) == 6  # the old set stands
+    with open_writer(tmp_path / "data", longer) as writer:
+        assert do(writer, longer, share=range(3), versions=changed) == ["clip_0"]
+        assert writer.publish_if_complete()
+    assert len(MemmapSet(tmp_path / "data", SMALL)) == 7
+
+
+def test_a_change_in_one_job_needs_no_other_job_to_run_again(tmp_path):
+    """Neither for the rows of the others nor for those that they left out."""
+    extract(tmp_path / "data", skipped=("clip_0",))
+    with open_writer(tmp_path / "data") as writer:
+        assert do(writer, share=[4, 5], versions={"clip_4": "changed"}) == ["clip_4"]
+        assert writer.publish_if_complete()
+    assert MemmapSet(tmp_path / "data", SMALL).ids == [f"clip_{number}" for number in range(1, 6)]
+
+
+def test_an_outdated_row_is_not_published_while_it_is_made_again(tmp_path):
+    with open_writer(tmp_path / "data") as writer:
+        do(writer)  # and is killed before it publishes
+    with open_writer(tmp_path / "data") as first, open_writer(tmp_path / "data") as second:
+        assert not first.is_current(0, "another video")
+        assert second.is_current(5, digest(CLIPS[5])) and not second.publish_if_complete()
+        first.write(0, content(first, "clip_0", "new"), "another video")
+        assert first.publish_if_complete() and second.publish_if_complete()
+        expected = content(first, "clip_0", "new")["mean"]
+    assert torch.equal(MemmapSet(tmp_path / "data", SMALL).clip(0).mean, expected)
+
+
+def test_a_row_written_after_others_have_published_is_published_too(tmp_path):
+    with open_writer(tmp_path / "data") as first, open_writer(tmp_path / "data") as second:
+        do(first, skipped=("clip_2",))
+        assert first.publish_if_complete()
+        second.write(2, content(second, "clip_2"), digest(CLIPS[2]))
+        assert second.publish_if_complete()
+    assert len(MemmapSet(tmp_path / "data", SMALL)) == 6
+
+
+def test_another_run_with_other_settings_is_refused_while_the_first_lives(tmp_path):
+    with open_writer(tmp_path / "data", precision="fp32") as writer:
+        do(writer, share=range(2))
+        with pytest.raises(ValueError, match=rf"another run .*process {os.getpid()} on .*; wait for its end"):
+            open_writer(tmp_path / "data", precision="bf16")
+        with pytest.raises(ValueError, match="another run"):
+            open_writer(tmp_path / "data", CLIPS[:2], precision="fp32")
+        open_writer(tmp_path / "data", precision="fp32").close()  # a helper is welcome
+    assert extract(tmp_path / "data", settings={"precision": "bf16"}) == ([clip_id for clip_id, _ in CLIPS], True)
+
+
+# -- running again ----------------------------------------------------------------------------------------------------
+
+
+def test_a_run_with_nothing_new_touches_nothing(tmp_path):
+    def stamps():
+        return {path: path.stat().st_mtime_ns for path in [tmp_path, *tmp_path.rglob("*")] if path.suffix != ".lock"}
+
+    extract(tmp_path / "data")
+    before = stamps()
+    assert extract(tmp_path / "data") == ([], True)
+    assert stamps() == before
+
+
+CHANGES = {
+    "added": ([CLIPS[0], ("new", "a new one"), *CLIPS[1:]], {}, ["new"]),
+    "removed": (CLIPS[1:3] + CLIPS[4:], {}, []),
+    "reordered": (CLIPS[::-1], {}, []),
+    "prompt": ([*CLIPS[:2], ("clip_2", "says something else"), *CLIPS[3:]], {}, ["clip_2"]),
+    "video": (CLIPS, {"clip_4": "cut again"}, ["clip_4"]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("start", ["published", "unfinished"])
+def test_only_what_has_changed_is_made_again(tmp_path, change, start):
+    clips, versions, expected = CHANGES[change]
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    if start == "published":
+        extract(tmp_path / "a" / "data")
+    else:
+        with open_writer(tmp_path / "a" / "data") as writer:
+            do(writer)
+    assert extract(tmp_path / "a" / "data", clips, versions=versions) == (expected, True)
+    extract(tmp_path / "b" / "data", clips, versions=versions)
+    assert files(tmp_path / "a" / "data") == files(tmp_path / "b" / "data")
+
+
+def test_training_on_an_unfinished_set_says_so(tmp_path):
+    with open_writer(tmp_path / "data") as writer:
+        do(writer, share=range(3))
+    with pytest.raises(FileNotFoundError, match=r"data: is not complete yet, its rows are in .*data\.partial"):
+        load_training_set(tmp_path / "data", SMALL, None, torch.device("cpu"))
+    with pytest.raises(FileNotFoundError, match="nothing: no such folder"):
+        load_training_set(tmp_path / "nothing", SMALL, None, torch.device("cpu"))
+
+
+def test_an_unfinished_change_that_is_taken_back_leaves_the_published_set(tmp_path, one_run):
+    extract(tmp_path / "data")
+    with open_writer(tmp_path / "data", CLIPS[:4]) as writer:
+        do(writer, CLIPS[:4], share=range(2))
+    assert len(MemmapSet(tmp_path / "data", SMALL)) == 6
+    assert extract(tmp_path / "data") == ([], True)
+    assert files(tmp_path / "data") == one_run
+
+
+def test_rows_of_other_settings_are_not_taken_over(tmp_path):
+    extract(tmp_path / "data", settings={"precision": "fp32"})
+    assert len(extract(tmp_path / "data", settings={"precision": "bf16"})[0]) == len(CLIPS)
+
+
+def test_a_damaged_set_is_made_again(tmp_path, one_run, caplog):
+    extract(tmp_path / "data")
+    os.truncate(tmp_path / "data" / "std.memmap", 100)
+    assert len(extract(tmp_path / "data")[0]) == len(CLIPS)
+    assert "incomplete or damaged" in caplog.text and files(tmp_path / "data") == one_run
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="asks /proc for the names of open files")
+def test_values_reach_the_disk_before_the_line_that_says_so(tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(os, "fsync", lambda fd: flushed.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name))
+    with open_writer(tmp_path / "data") as writer:
+        do(writer)
+        flushed.clear()
+        writer.flush()
+    assert flushed == [*(f"{key}.memmap" for key in writer.shapes), "journal-000002.jsonl"]
+
+
+# -- killed -----------------------------------------------------------------------------------------------------------
+
+
+def killed_at(step: int, work) -> bool:
+    """Run ``work`` in a process that is killed at its ``step``-th system call of interest; return whether it was."""
+
+    def run():
+        calls = 0
+
+        def counted(function):
+            def call(*args, **kwargs):
+                nonlocal calls
+                calls += 1
+                if calls == step:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return function(*args, **kwargs)
+
+            return call
+
+        for owner, name in ((os, "fsync"), (os, "rename"), (os, "replace"), (shutil, "rmtree"), (Path, "unlink")):
+            setattr(owner, name, counted(getattr(owner, name)))
+        work()
+
+    process = FORK.Process(target=run)
+    process.start()
+    process.join()
+    assert process.exitcode in (0, -signal.SIGKILL)
+    return process.exitcode != 0
+
+
+def start_state(folder: Path, kind: str) -> None:
+    if kind == "replacing a set":
+        extract(folder, [("old", "an old clip"), CLIPS[4]])
+
+
+@pytest.mark.parametrize("kind", ["new set", "replacing a set"])
+def test_killed_at_any_step_a_run_completes_to_the_same_files(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr("selva.data.memmap.writer.FLUSH_ROWS", 2)
+    work = {"skipped": ("clip_1",), "video": False} if kind == "new set" else {"skipped": ("clip_1",)}
+    (tmp_path / "whole").mkdir()
+    start_state(tmp_path / "whole" / "data", kind)
+    old = files(tmp_path / "whole" / "data")
+    extract(tmp_path / "whole" / "data", **work)
+    expected = files(tmp_path / "whole" / "data")
+
+    step = 0
+    while True:
+        step += 1
+        folder = tmp_path / str(step) / "data"
+        folder.parent.mkdir()
+        start_state(folder, kind)
+        was_killed = killed_at(step, lambda folder=folder: extract(folder, **work))
+        published = {name: data for name, data in files(folder).items() if name.startswith("data/")}
+        for state in (old, expected):  # never a mixture; for the moment between two renames perhaps nothing
+            if published == {name: data for name, data in state.items() if name.startswith("data/")}:
+                break
+        else:
+            assert not published, step
+        extract(folder, **work)
+        assert files(folder) == expected, step
+        shutil.rmtree(folder.parent)
+        if not was_killed:
+            break
+    assert step > 25
+
+
+def test_rows_written_before_a_kill_are_not_made_again(tmp_path, monkeypatch, one_run):
+    monkeypatch.setattr("selva.data.memmap.writer.FLUSH_ROWS", 1)
+
+    def work():
+        do(open_writer(tmp_path / "data"), share=range(4))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    process = FORK.Process(target=work)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert extract(tmp_path / "data") == (["clip_4", "clip_5"], True)
+    assert files(tmp_path / "data") == one_run
+
+
+def test_an_unfinished_line_counts_as_not_written(tmp_path, one_run):
+    with open_writer(tmp_path / "data") as writer:
+        do(writer)
+        journal = writer._journal.path
+    journal.write_bytes(journal.read_bytes()[:-9])
+    assert extract(tmp_path / "data") == (["clip_5"], True)
+    assert files(tmp_path / "data") == one_run
+
+
+# -- refusals ---------------------------------------------------------------------------------------------------------
+
+BAD_ROWS = {
+    "missing": (lambda r: r.pop("std"), "clip 'clip_0': std is missing"),
+    "unknown": (lambda r: r.update(more=torch.zeros(1)), "clip 'clip_0': more is not part of this set"),
+    "shape": (lambda r: r.update(mean=r["mean"][:249]), r"clip 'clip_0': mean is \(249, 20\), expected \(250, 20\)"),
+    "batch axis": (lambda r: r.update(mean=r["mean"][None]), r"mean is \(1, 250, 20\)"),
+    "nan": (lambda r: r["sync_features"].fill_(torch.nan), "sync_features has 768 values that are not finite"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_ROWS)
+def test_bad_rows_are_refused_by_name(tmp_path, kind):
+    spoil, message = BAD_ROWS[kind]
+    with open_writer(tmp_path / "data") as writer:
+        rows = content(writer, "clip_0")
+        spoil(rows)
+        with pytest.raises(ValueError, match=message):
+            writer.write(0, rows, "d")
+        assert writer.num_missing == len(CLIPS)
+
+
+@pytest.mark.parametrize(("clips", "message"), [
+    ([], "no clips to write"),
+    ([("a", "x"), ("b", "y"), ("a", "z")], "the id 'a' comes more than once"),
+])
+def test_bad_work_lists_are_refused(tmp_path, clips, message):
+    with pytest.raises(ValueError, match=message):
+        open_writer(tmp_path / "data", clips)
+
+
+@pytest.mark.parametrize("name", ["data.tsv", "data/mean.memmap"])
+def test_files_of_others_are_not_overwritten(tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match="is in the way"):
+        open_writer(tmp_path / "data")
+    assert (tmp_path / name).read_text() == "mine"
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the memory of a process from /proc")
+def test_memory_does_not_grow_with_the_set(tmp_path):
+    clips = [(f"clip_{number}", "x") for number in range(1000)]  # 60 MB of rows
+
+    def resident_mb() -> float:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+    with open_writer(tmp_path / "data", clips) as writer:
+        rows = content(writer, "x")
+        for index in range(20):
+            writer.write(index, {key: value.clone() for key, value in rows.items()}, "d")
+        before = resident_mb()
+        for index in range(20, len(clips)):
+            if index == 500:
+                writer.skip(index)
+            else:
+                writer.write(index, {key: value.clone() for key, value in rows.items()}, "d")
+        assert writer.publish_if_complete()
+    size = sum(path.stat().st_size for path in (tmp_path / "data").iterdir()) / 2**20
+    assert size > 40 and resident_mb() - before < size / 4

@@ -1,0 +1,131 @@
+"""The cache of a data folder: what is found again, what is made again, and where nothing can be written."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import torch
+
+import selva.data.cache
+from selva.data.cache import CACHE_FOLDER, FILES_FILE, DataCache
+
+SETTINGS = {"audio": "abc", "start_sec": 0.32, "vae": ["v1-16.pth", 5]}
+TENSORS = {"mean": torch.arange(6.0).view(2, 3), "std": torch.ones(3, 2).mT}
+
+
+def entries(folder):
+    return sorted((folder / CACHE_FOLDER).rglob("*.safetensors"))
+
+
+def old_file(path, content=b"sound"):
+    path.write_bytes(content)
+    os.utime(path, ns=(10**18, 10**18))
+    return path
+
+
+def test_an_entry_is_found_by_its_settings_only(tmp_path):
+    DataCache(tmp_path).save("latents", SETTINGS, TENSORS)
+    cache = DataCache(tmp_path)
+    found = cache.load("latents", dict(reversed(SETTINGS.items())))
+    assert found.keys() == TENSORS.keys() and all(torch.equal(found[k], v) for k, v in TENSORS.items())
+    assert cache.load("texts", SETTINGS) is None
+    for key in SETTINGS:
+        assert cache.load("latents", {**SETTINGS, key: "other"}) is None
+    assert {p.name for p in tmp_path.iterdir()} == {CACHE_FOLDER} and len(entries(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("spoil", ["cut", "rubbish", "empty", "other settings", "not finite"])
+def test_an_entry_that_is_not_right_is_made_again(tmp_path, caplog, spoil):
+    cache = DataCache(tmp_path)
+    cache.save("latents", SETTINGS, TENSORS)
+    (path,) = entries(tmp_path)
+    content = path.read_bytes()
+    if spoil == "other settings":
+        path.write_bytes(content.replace(b"0.32", b"0.64"))
+    elif spoil == "not finite":
+        path.write_bytes(content[:-4] + b"\x00\x00\xc0\x7f")
+    else:
+        path.write_bytes({"cut": content[:-7], "rubbish": b"x" * 100, "empty": b""}[spoil])
+    assert cache.load("latents", SETTINGS) is None and path.name in caplog.text
+    cache.save("latents", SETTINGS, TENSORS)
+    assert cache.load("latents", SETTINGS) is not None
+
+
+def test_files_are_hashed_once(tmp_path, monkeypatch):
+    hashed = []
+    original = selva.data.cache.source_hash
+    monkeypatch.setattr("selva.data.cache.source_hash", lambda path: hashed.append(path.name) or original(path))
+    paths = [old_file(tmp_path / f"{name}.wav", name.encode()) for name in "abc"]
+    first = DataCache(tmp_path)
+    digests = [first.content_hash(path) for path in paths]
+    first.flush()
+    second = DataCache(tmp_path)
+    assert [second.content_hash(path) for path in paths] == digests and hashed == ["a.wav", "b.wav", "c.wav"]
+    assert len(set(digests)) == 3
+
+    paths[1].write_bytes(b"B")  # same size, later
+    third = DataCache(tmp_path)
+    changed = [third.content_hash(path) for path in paths]
+    assert hashed[3:] == ["b.wav"] and changed[1] != digests[1] and changed[::2] == digests[::2]
+
+
+def test_a_file_younger_than_its_time_stamp_can_tell_is_not_remembered(tmp_path):
+    path = tmp_path / "a.wav"
+    path.write_bytes(b"one")
+    stamp = path.stat().st_mtime_ns
+    cache = DataCache(tmp_path)
+    first = cache.content_hash(path)
+    path.write_bytes(b"two")
+    os.utime(path, ns=(stamp, stamp))
+    assert cache.content_hash(path) != first
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"a.wav": 1}', '{"a.wav": {"stamp": [], "notes": {}}}', "\x00"])
+def test_a_damaged_list_of_files_is_started_afresh(tmp_path, content):
+    path = old_file(tmp_path / "a.wav")
+    (tmp_path / CACHE_FOLDER).mkdir()
+    (tmp_path / CACHE_FOLDER / FILES_FILE).write_text(content)
+    cache = DataCache(tmp_path)
+    assert cache.note(path, "answer", lambda: 42) == 42
+    cache.flush()
+    assert json.loads((tmp_path / CACHE_FOLDER / FILES_FILE).read_text())["a.wav"]["notes"] == {"answer": 42}
+
+
+def test_where_the_folder_cannot_be_written_a_temporary_one_serves(tmp_path, caplog):
+    (tmp_path / CACHE_FOLDER).write_text("a file where the folder should be")
+    cache = DataCache(tmp_path)
+    for start in range(3):
+        cache.save("latents", {**SETTINGS, "start_sec": start}, TENSORS)
+    assert all(cache.load("latents", {**SETTINGS, "start_sec": start}) for start in range(3))
+    assert caplog.text.count("cannot be written") == 1
+    assert {p.name for p in tmp_path.iterdir()} == {CACHE_FOLDER}
+    assert DataCache(tmp_path).load("latents", {**SETTINGS, "start_sec": 0}) is None
+
+
+def test_what_is_there_is_read_although_nothing_can_be_added(tmp_path, monkeypatch):
+    DataCache(tmp_path).save("latents", SETTINGS, TENSORS)
+    cache = DataCache(tmp_path)
+    original = selva.data.cache.atomic_path
+
+    def read_only(path):
+        if path.is_relative_to(tmp_path):
+            raise PermissionError(13, "Permission denied", str(path))
+        return original(path)
+
+    monkeypatch.setattr("selva.data.cache.atomic_path", read_only)
+    cache.save("latents", {**SETTINGS, "start_sec": 1}, TENSORS)
+    assert cache.load("latents", SETTINGS) and cache.load("latents", {**SETTINGS, "start_sec": 1})
+    assert len(entries(tmp_path)) == 1
+
+
+def test_switched_off_it_leaves_the_folder_alone(tmp_path, caplog):
+    DataCache(tmp_path).save("latents", SETTINGS, TENSORS)
+    cache = DataCache(tmp_path, enabled=False)
+    assert cache.load("latents", SETTINGS) is None
+    cache.save("latents", {**SETTINGS, "start_sec": 1}, TENSORS)
+    cache.content_hash(old_file(tmp_path / "a.wav"))
+    cache.flush()
+    assert cache.load("latents", {**SETTINGS, "start_sec": 1}) and caplog.text == ""
+    assert len(entries(tmp_path)) == 1 and not (tmp_path / CACHE_FOLDER / FILES_FILE).exists()

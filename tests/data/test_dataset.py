@@ -1,0 +1,155 @@
+"""Batches of clips: equal lengths, epochs without repetition, an order that can be shared and resumed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from selva.data.dataset import BucketBatches, InMemorySet, TrainingClip, TrainingSet, collate
+from selva.sequence import sequence_config
+
+
+def make_clip(name: str, seconds: float = 1.0, value: float = 1.0, has_video: bool = True) -> TrainingClip:
+    sequence = sequence_config("16k", seconds)
+
+    def full(*shape):
+        return torch.full(shape, value)
+
+    return TrainingClip(
+        id=name, prompt="", audio_path=Path("none"), sequence=sequence, mean=full(sequence.latent_seq_len, 4),
+        std=full(sequence.latent_seq_len, 4), clip_f=full(sequence.clip_seq_len, 3),
+        sync_f=full(sequence.sync_seq_len, 3), text_f=full(7, 3), has_video=has_video,
+    )
+
+
+class WindowedSet(TrainingSet):
+    """Clips that exist only as numbers; the mean of clip i, window w, is 100 i + w."""
+
+    def __init__(self, windows, seconds=None):
+        self.windows, self.seconds, self.loaded = windows, seconds or [1.0] * len(windows), []
+
+    @property
+    def ids(self):
+        return [f"clip{i}" for i in range(len(self.windows))]
+
+    def lengths(self, index):
+        sequence = sequence_config("16k", self.seconds[index])
+        return sequence.latent_seq_len, sequence.clip_seq_len, sequence.sync_seq_len
+
+    def num_windows(self, index):
+        return self.windows[index]
+
+    def clip(self, index, window=0):
+        self.loaded.append((index, window))
+        return make_clip(self.ids[index], self.seconds[index], 100 * index + window)
+
+
+def test_a_batch_stacks_its_clips():
+    batch = collate([make_clip("a", value=1), make_clip("b", value=2, has_video=False)])
+    assert batch.ids == ("a", "b") and batch.has_video.tolist() == [True, False]
+    assert batch.mean[:, 0, 0].tolist() == batch.text_f[:, 0, 0].tolist() == [1, 2]
+    assert batch.lengths == make_clip("a").lengths == (32, 8, 16)
+
+
+def test_a_subset_keeps_names_lengths_and_clips_together():
+    base = WindowedSet([1, 2, 3, 4], [1.0, 1.5, 2.0, 2.5])
+    part = base.subset([3, 1, 2]).subset([2, 0])
+    assert part.ids == ["clip2", "clip3"] and len(part) == 2
+    assert [part.lengths(i) for i in range(2)] == [base.lengths(2), base.lengths(3)]
+    assert [part.num_windows(i) for i in range(2)] == [3, 4]
+    assert part.clip(1, 2).mean[0, 0] == 302 and base.loaded == [(3, 2)]
+    assert len(base.subset([])) == 0
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 4])
+def test_no_clip_is_twice_in_a_batch_and_epochs_are_complete(batch_size):
+    """Pitfall F9: also across the border of two epochs."""
+    batches = BucketBatches(WindowedSet([1] * 7, [1.0] * 4 + [1.5] * 3), batch_size, seed=5)
+    counts = Counter()
+    for _ in range(140):
+        visits = batches.draw()
+        assert len(visits) == batch_size and len({v.index < 4 for v in visits}) == 1
+        if batch_size <= (4 if visits[0].index < 4 else 3):
+            assert len({v.index for v in visits}) == batch_size
+        counts.update(v.index for v in visits)
+    assert max(counts.values()) - min(counts.values()) <= batch_size
+
+
+def test_too_few_clips_of_a_length_fill_a_batch_over_several_epochs():
+    batches = BucketBatches(WindowedSet([1, 1]), 4, seed=5)
+    assert Counter(v.index for v in batches.draw()) == {0: 2, 1: 2}
+
+
+def test_every_window_of_a_long_clip_gets_its_turn():
+    batches = BucketBatches(WindowedSet([5, 1]), 2, seed=0)
+    drawn = Counter(visit for _ in range(500) for visit in batches.draw())
+    assert drawn[(1, 0)] == 500
+    assert all(60 < drawn[(0, window)] < 140 for window in range(5))  # 100 +- 9
+    assert len(drawn) == 6
+
+
+def test_drawing_reads_nothing_and_loading_reads_what_was_drawn():
+    clips = WindowedSet([3, 3, 3])
+    batches = BucketBatches(clips, 2, seed=0)
+    visits = batches.draw()
+    assert clips.loaded == []
+    batch = batches.load(visits)
+    assert clips.loaded == [tuple(v) for v in visits]
+    assert batch.mean[:, 0, 0].tolist() == [100 * v.index + v.window for v in visits]
+
+
+def test_processes_draw_the_same_batch_and_load_their_parts_of_it():
+    whole, *parts = (BucketBatches(WindowedSet([3] * 6, [1.0, 1.5] * 3), 4, seed=2) for _ in range(3))
+    for _ in range(10):
+        everything = next(whole)
+        drawn = [part.draw() for part in parts]
+        halves = [part.load(visits[slice(2 * i, 2 * i + 2)])
+                  for i, (part, visits) in enumerate(zip(parts, drawn, strict=True))]
+        assert torch.equal(torch.cat([h.mean for h in halves]), everything.mean)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 4, 11])
+def test_resuming_continues_exactly(steps, tmp_path):
+    clips = WindowedSet([1, 3, 5, 1, 2, 8, 1], [1.0] * 4 + [1.5] * 3)
+    batches = BucketBatches(clips, 3, seed=3)
+    for _ in range(steps):
+        batches.draw()
+    torch.save(batches.state_dict(), tmp_path / "state.pt")
+    expected = [batches.draw() for _ in range(30)]
+    resumed = BucketBatches(clips, 3, seed=99)
+    resumed.draw()
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert [resumed.draw() for _ in range(30)] == expected
+
+
+def test_the_order_leaves_the_global_random_state_alone():
+    before = torch.get_rng_state()
+    batches = BucketBatches(WindowedSet([4] * 4), 2, seed=0)
+    for _ in range(10):
+        batches.draw()
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_state_of_other_clips_is_refused():
+    state = BucketBatches([make_clip("a"), make_clip("b"), make_clip("c")], 2, 0).state_dict()
+    with pytest.raises(ValueError, match="over 3 items, but there are 2"):
+        BucketBatches([make_clip("a"), make_clip("b")], 2, 0).load_state_dict(state)
+    with pytest.raises(ValueError, match="over other clips"):
+        BucketBatches([make_clip("a"), make_clip("b"), make_clip("d")], 2, 0).load_state_dict(state)
+    batches = BucketBatches(WindowedSet([4, 4, 4]), 2, seed=0)
+    for _ in range(100):
+        batches.draw()
+        if any(visit.window for visits in batches.waiting.values() for visit in visits):
+            break
+    with pytest.raises(ValueError, match="over other clips"):
+        BucketBatches(WindowedSet([1, 1, 1]), 2, 0).load_state_dict(batches.state_dict())
+
+
+def test_a_plain_list_of_clips_is_a_set():
+    clips = [make_clip("a"), make_clip("b")]
+    assert BucketBatches(clips, 1, 0).clips.ids == InMemorySet(clips).ids == ["a", "b"]
+    with pytest.raises(AssertionError):
+        InMemorySet(clips).clip(0, 1)

@@ -1,0 +1,182 @@
+"""Reading clips ahead of the encoders: what comes out of it, in which order, and what happens to bad ones."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from make_media import clicks, make_video
+
+from selva.extraction import reader as clip_reader
+from selva.extraction.reader import ClipReader, ReadClip, ReadSettings, default_workers, read_clips
+from selva.inputs.jobs import ClipJob
+from selva.models.zoo import get_variant
+
+TINY = get_variant("tiny_16k")
+
+
+def job(path: Path, **changes) -> ClipJob:
+    return ClipJob(**{"id": path.stem, "path": path, "start_sec": 0.0, "duration_sec": 1.0, "prompt": "p", **changes})
+
+
+def settings(folder: Path | None, **changes) -> ReadSettings:
+    return ReadSettings(**{"variant": "tiny_16k", "precision": "float32", "output_dir": folder, **changes})
+
+
+@pytest.fixture
+def video(tmp_path) -> Path:
+    return make_video(tmp_path / "v.mp4", 1.2, sound=clicks([0.5], 1.3))
+
+
+class Crashing(ClipReader):
+    """A reader that crashes at one clip, as a decoder may at a malicious file."""
+
+    def __getitem__(self, index: int) -> ReadClip:
+        if index == 5:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return ReadClip(index, "done")
+
+
+def test_a_clip_is_read_and_its_sound_written(tmp_path, video):
+    (clip,) = read_clips(ClipReader([job(video)], settings(tmp_path / "out")), [0], 0)
+    assert clip.status == "ready" and clip.duration_sec == 1.0 and clip.sound_file == "v.flac" and clip.fps == 25
+    sizes = TINY.clip_image_size, TINY.sync_image_size
+    assert clip.clip_frames.shape == (8, 3, sizes[0], sizes[0])
+    assert clip.sync_frames.shape == (25, 3, sizes[1], sizes[1])
+    assert (tmp_path / "out" / "v.flac").exists() and clip.waveform is None and set(clip.seconds) >= {"hash", "decode"}
+
+
+def test_the_order_is_that_of_the_list_whatever_the_number_of_workers(tmp_path, video):
+    reader = ClipReader([job(video, id=str(i), prompt=str(i)) for i in range(7)], settings(tmp_path, audio="none"))
+    here, there = (list(read_clips(reader, range(1, 7), workers)) for workers in (0, 2))
+    assert [clip.index for clip in here] == [clip.index for clip in there] == list(range(1, 7))
+    for one, two in zip(here, there, strict=True):
+        assert one.digest == two.digest and np.array_equal(one.sync_frames, two.sync_frames)
+    assert {clip.process for clip in here} == {os.getpid()} and os.getpid() not in {clip.process for clip in there}
+
+
+def test_a_crash_costs_the_clip_that_caused_it_and_no_other():
+    reader = Crashing([job(Path(f"{i}.mp4")) for i in range(9)], settings(None))
+    clips = list(read_clips(reader, range(9), 1))
+    assert [clip.index for clip in clips] == list(range(9))
+    assert [clip.index for clip in clips if clip.status == "failed"] == [5] and "died" in clips[5].reason
+
+
+class Large(ClipReader):
+    """A reader of clips that do not fit into a pipe."""
+
+    def __getitem__(self, index: int) -> ReadClip:
+        return ReadClip(index, "ready", clip_frames=np.zeros(10_000_000, dtype=np.uint8), process=os.getpid())
+
+
+TAKE_ONE_AND_DIE = """
+import os, time
+from test_reader import Large, read_clips, settings
+clips = read_clips(Large([None] * 9, settings(None)), range(9), 1)
+print(next(clips).process, flush=True)
+time.sleep(1)
+os.kill(os.getpid(), 9)
+"""
+
+
+def test_workers_do_not_outlive_the_main_process():
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    process = subprocess.Popen([sys.executable, "-c", TAKE_ONE_AND_DIE], stdout=subprocess.PIPE, text=True,
+                               env=environment)
+    worker = int(process.stdout.readline())  # not to its end: a worker that stays keeps it open
+    assert process.wait() == -signal.SIGKILL
+    deadline = time.monotonic() + 30
+    while is_running(worker) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    if is_running(worker):
+        os.kill(worker, signal.SIGKILL)
+        pytest.fail("the worker stays")
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_an_unforeseen_error_costs_one_clip_too(tmp_path, video, monkeypatch):
+    def fail(*_args, **_kwargs):
+        raise RuntimeError("unforeseen")
+
+    monkeypatch.setattr(clip_reader, "read_video", fail)
+    (clip,) = read_clips(ClipReader([job(video)], settings(tmp_path)), [0], 0)
+    assert clip.status == "failed" and clip.reason == "unforeseen"
+
+
+@pytest.mark.parametrize(
+    "seconds, sound, reason",
+    [(8.0, True, ""), (2.0, True, "every row of a memmap is 8 s"), (8.0, False, "has no sound"),
+     (8.0, "silent", "silent"), (8.0, "short", "of sound from 0 s, expected 8.00 s")],
+)
+def test_rows_of_a_memmap_are_8_seconds_with_sound(tmp_path, seconds, sound, reason):
+    waveform = clicks([0.5], 3.0 if sound == "short" else seconds + 0.1) * (sound != "silent")
+    path = make_video(tmp_path / "v.mkv", seconds, fps=10, sound=waveform if sound else None, audio_codec="aac")
+    clips = [job(path, duration_sec=8.0)]
+    (clip,) = read_clips(ClipReader(clips, settings(None, latents=True)), [0], 0)
+    assert clip.status == ("skipped" if reason else "ready") and reason in clip.reason
+    if not reason:
+        assert clip.waveform.shape == (128_000,) and np.abs(clip.waveform).max() > 0.5
+        (again,) = read_clips(ClipReader(clips, settings(None, latents=True), {0: clip.digest}), [0], 0)
+        assert again.status == "done" and again.clip_frames is None
+        (other,) = read_clips(ClipReader(clips, settings(None, latents=True), {0: "another"}), [0], 0)
+        assert other.status == "ready"
+
+
+def test_latents_are_left_out_where_there_is_no_sound(tmp_path):
+    path = make_video(tmp_path / "v.mp4", 1.2)
+    (clip,) = read_clips(ClipReader([job(path)], settings(tmp_path, latents=True)), [0], 0)
+    assert clip.status == "ready" and clip.waveform is None and "has no sound" in clip.reason
+
+
+def test_the_content_of_the_mask_and_its_use_count(tmp_path, video):
+    mask = tmp_path / "mask.npy"
+    digests = []
+    for value, strength in ((1, 1.0), (0, 1.0), (0, 0.5)):
+        np.save(mask, np.full((4, 4), value, dtype=np.uint8))
+        os.utime(mask, ns=(len(digests) + 1, 10**9 * (len(digests) + 1)))
+        reader = ClipReader([job(video, mask=mask)], settings(tmp_path, mask_strength=strength))
+        (clip,) = read_clips(reader, [0], 0)
+        assert clip.settings["mask"]["strength"] == strength
+        digests.append(clip.digest)
+    assert len(set(digests)) == 3
+
+
+def test_the_windows_of_a_video_hash_it_once(tmp_path, video, monkeypatch):
+    calls = []
+    original = clip_reader.source_hash
+    monkeypatch.setattr(clip_reader, "source_hash", lambda path: calls.append(path) or original(path))
+    clip_reader._hash_of.cache_clear()
+    jobs = [job(video, id=str(i), start_sec=0.1 * i, duration_sec=0.7) for i in range(4)]
+    assert all(clip.status == "ready" for clip in read_clips(ClipReader(jobs, settings(tmp_path)), range(4), 0))
+    assert len(calls) == 1
+
+
+def test_a_preview_is_made_of_current_clips_too_but_once(tmp_path, video):
+    options = settings(tmp_path, preview_dir=tmp_path / "seen", audio="none")
+    reader = ClipReader([job(video)], options)
+    reader._current = lambda *_: 1.0
+    first, second = reader[0], reader[0]
+    assert first.status == second.status == "done" and (tmp_path / "seen" / "v.png").exists()
+    assert "preview" in first.seconds and "preview" not in second.seconds
+
+
+def test_workers_follow_the_cores_and_the_clips(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: set(range(8)), raising=False)
+    assert [default_workers(count) for count in (1, 2, 3, 100)] == [0, 0, 3, 7]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert default_workers(100) == 1
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert default_workers(100) == 0

@@ -1,0 +1,102 @@
+"""selva.inference.outputs: what is written where, and when it counts as made."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_adapter import make_adapter
+
+from selva.audio.loudness import normalize_loudness
+from selva.inference.engine import SoundGenerator
+from selva.inference.outputs import SoundFiles, fingerprint, model_recipe, request_recipe, shared_names, sound_files
+from selva.inference.request import Sound, SoundRequest
+from selva.media import MaskSettings
+from selva.sampling import SamplingConfig
+
+
+def a_sound() -> Sound:
+    waveform = torch.linspace(-0.5, 0.5, 8000)
+    return Sound(waveform, 16_000, normalize_loudness(waveform, 16_000)[1])
+
+
+@pytest.mark.parametrize(
+    "output, video, audio_only, number, expected",
+    [
+        ("out", True, False, None, ["out/a.b.flac", "out/a.b.mp4"]),
+        ("out", True, True, None, ["out/a.b.flac"]),
+        ("out", False, False, 2, ["out/a.b_2.flac"]),
+        ("take.wav", True, False, None, ["take.wav"]),
+        ("take.MP4", True, False, 3, ["take_3.MP4"]),
+    ],
+)
+def test_names(output, video, audio_only, number, expected):
+    files = sound_files(Path(output), "a.b", video, audio_only, number)
+    assert list(files.written) == [Path(path) for path in expected]
+
+
+def test_two_sounds_of_one_name_are_noticed():
+    a, b = SoundFiles(Path("x.flac"), Path("x.mp4")), SoundFiles(Path("x.wav"), None)
+    assert shared_names([a, b]) == [Path("x.yaml")] and not shared_names([a])
+
+
+def test_a_sound_is_current_when_all_of_it_is_there_and_means_the_same(tmp_path):
+    files = SoundFiles(tmp_path / "a.flac", None)
+    assert not files.are_current("1")
+    files.save(a_sound(), argparse.Namespace(prompt="x"), "1")
+    assert files.are_current("1") and not files.are_current("2")
+    files.settings.write_text("prompt: x\n")  # by an older version, without a fingerprint
+    assert not files.are_current("1")
+    files.save(a_sound(), argparse.Namespace(prompt="x"), "1")
+    files.audio.unlink()
+    assert not files.are_current("1")
+
+
+def test_what_others_made_is_noticed(tmp_path):
+    files = SoundFiles(tmp_path / "a.flac", tmp_path / "a.mp4")
+    assert files.foreign() == []
+    files.audio.touch()  # a recording
+    assert files.foreign() == [files.audio]
+    files.settings.touch()
+    assert files.foreign() == []
+
+
+def test_settings_come_before_and_are_completed_after_the_sound(tmp_path, monkeypatch):
+    """A run that is stopped while it writes leaves nothing that looks finished."""
+    files = SoundFiles(tmp_path / "a.flac", None)
+    files.save(a_sound(), argparse.Namespace(), "1")
+
+    def interrupted(*_args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Sound, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        files.save(a_sound(), argparse.Namespace(), "2")
+    assert not files.are_current("1") and not files.are_current("2") and not files.foreign()
+
+
+def test_everything_that_decides_a_sound_changes_its_fingerprint(tmp_path):
+    for name, content in (("a.mp4", b"a"), ("b.mp4", b"b"), ("copy.mp4", b"a"), ("m.png", b"m")):
+        (tmp_path / name).write_bytes(content)
+    adapter, other = make_adapter(1), make_adapter(2)
+    plain = {"video": tmp_path / "a.mp4", "prompt": "x"}
+
+    def mark(seed: int = 1, request: dict | None = None, **engine) -> str:
+        generator = SoundGenerator("tiny_16k", device="cpu", **engine)
+        return fingerprint(model_recipe(generator), request_recipe(SoundRequest(**{**plain, **(request or {})})), seed)
+
+    marks = [
+        mark(), mark(2), mark(request={"video": tmp_path / "b.mp4"}), mark(request={"prompt": "y"}),
+        mark(request={"negative_prompt": "y"}), mark(request={"start_sec": 1.0}), mark(request={"duration_sec": 2.0}),
+        mark(request={"mask": MaskSettings(tmp_path / "m.png")}),
+        mark(request={"mask": MaskSettings(tmp_path / "m.png", sync=False)}),
+        mark(precision="fp32"), mark(sampling=SamplingConfig(24)), mark(sampling=SamplingConfig(solver="heun")),
+        mark(long=True), mark(normalize="lufs"), mark(normalize="lufs", target=-20.0), mark(clip_features="use"),
+        mark(adapters=[adapter]), mark(adapters=[(adapter, 0.5)]), mark(adapters=[other]),
+    ]
+    assert len(set(marks)) == len(marks)
+    same = [mark(request={"video": tmp_path / "copy.mp4"}), mark(batch_size=1), mark(offload="auto"),
+            mark(adapters=[(adapter, 0.0)])]
+    assert set(same) == {marks[0]}

@@ -1,0 +1,113 @@
+"""Measuring a model: cases, floors, and the way from scenes to sounds."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from selva.sampling import SamplingConfig
+from selva.weights.load import load_generator
+from toyworld import CLASSES
+from toyworld.measure import Case, SoundMaker, pair_cases, recognised, shuffled_events, single_cases, timing_f1
+from toyworld.tables import BEGIN_MARK, END_MARK, figures_text, updated_document
+
+SECONDS = 2.0
+
+
+def test_single_cases_take_all_classes_in_turn():
+    cases = single_cases(["bell", "rain"], 3, 50, SECONDS)
+    assert [case.name for case in cases] == ["bell", "rain"] * 3
+    assert len({case.scene.seed for case in cases}) == 6
+    assert all(case.prompt.format() for case in cases)
+
+
+def test_pair_cases_name_either_object():
+    cases = pair_cases(2, 10, SECONDS)
+    assert [case.index for case in cases] == [0, 1, 0, 1]
+    assert cases[0].scene == cases[1].scene and cases[0].name != cases[1].name
+    assert cases[0].other_events() == cases[1].events()
+
+
+def test_true_sound_reaches_the_top_and_falls_when_shuffled():
+    cases = single_cases(["wood", "bell", "glass"], 3, 70)
+    sounds = [case.scene.sound() for case in cases]
+    assert np.mean(timing_f1(sounds, [case.events() for case in cases])) > 0.97
+    shuffled = shuffled_events(cases)
+    assert all(times != case.events() for times, case in zip(shuffled, cases, strict=True))
+    assert np.mean(timing_f1(sounds, shuffled)) < 0.5
+
+
+def test_one_scene_cannot_be_shuffled():
+    with pytest.raises(ValueError, match="one scene"):
+        shuffled_events(single_cases(["bell"], 1, 0, SECONDS))
+
+
+@pytest.fixture(scope="module")
+def maker():
+    return SoundMaker("tiny_16k", torch.device("cpu"), SamplingConfig(num_steps=2), clip_features=True)
+
+
+def test_sounds_depend_on_their_own_seed_only(maker):
+    cases = single_cases(["bell", "rain"], 1, 5, SECONDS)
+    seen = []
+    encoded = maker.encode(cases, seen.append)
+    assert seen == [1, 2] and encoded[0].clip_f.shape[1] == 16 and encoded[0].text_f.shape[1] == 77
+    generator = load_generator("tiny_16k")
+    both = maker.latents(generator, encoded, SECONDS)
+    second = maker.latents(generator, encoded[1:], SECONDS, first_seed=1)
+    torch.testing.assert_close(both[1:], second, atol=1e-4, rtol=1e-4)  # batches of another size round differently
+    assert not torch.allclose(both[:1], second, atol=1e-2)
+    sounds = maker.sounds(generator, encoded, SECONDS)
+    assert [sound.shape for sound in sounds] == [(32_000,)] * 2
+    np.testing.assert_allclose(sounds[1], maker.decode(both[1:], SECONDS)[0], atol=1e-3)
+
+
+def test_pictures_words_and_negative_words_matter(maker):
+    encoded = maker.encode(single_cases(["bell"], 1, 5, SECONDS))
+    generator = load_generator("tiny_16k")
+    plain = maker.latents(generator, encoded, SECONDS)
+    negative = maker.latents(generator, encoded, SECONDS, negatives=["rain"])
+    assert not torch.equal(plain, negative)
+    blind = SoundMaker("tiny_16k", torch.device("cpu"), SamplingConfig(num_steps=2), clip_features=False)
+    assert not torch.equal(plain, blind.latents(generator, encoded, SECONDS))
+
+
+def test_the_codec_keeps_length(maker):
+    sound = single_cases(["bell"], 1, 5, SECONDS)[0].scene.sound()
+    assert maker.through_codec(sound).shape == sound.shape
+
+
+def test_recognised_compares_with_the_class_of_each_sound():
+    class Deaf:
+        def classify(self, sound):
+            return "bell"
+
+    assert recognised([np.zeros(1)] * 2, ["bell", "rain"], Deaf()) == [True, False]
+
+
+def test_a_case_knows_its_object():
+    scene = pair_cases(1, 3, SECONDS)[0].scene
+    assert Case(scene, 1, "").name == scene.objects[1].name in CLASSES
+
+
+FIGURES = {
+    "selection": {"scenes": 4, "f1_named": 0.8, "f1_other": 0.2, "difference": 0.6, "class_accuracy": 0.75},
+    "guidance": {
+        "scenes": 4, "strengths": {"4.5": {"timing_f1": 0.8, "class_accuracy": 0.9, "margin": 12.0}},
+        "negative_scenes": 2,
+        "negative": {"with": {"avoided": 0.1, "other": 0.8, "sounds_like_avoided": 0.0}},
+    },
+}
+
+
+def test_the_document_keeps_what_people_wrote():
+    first = updated_document("# Title\n\nWritten by hand.\n", {"selection": FIGURES["selection"]})
+    assert first.startswith("# Title\n\nWritten by hand.\n\n" + BEGIN_MARK) and "| 0.80 | 0.20 | 0.60 | 75 % |" in first
+    more = first + "\nAfterwards.\n"
+    second = updated_document(more, FIGURES)
+    assert second.startswith("# Title\n\nWritten by hand.\n\n") and second.endswith(f"{END_MARK}\n\nAfterwards.\n")
+    assert second.count(BEGIN_MARK) == 1 and "| 4.5 | 0.80 | 90 % | 12 |" in second
+    assert updated_document(second, FIGURES) == second
+    assert updated_document("", FIGURES).startswith("# tiny_16k")
+    assert "Timing and class" not in figures_text(FIGURES)  # what was not measured is not there

@@ -1,0 +1,125 @@
+"""What a model is trained on so that it keeps what it knows: its own sounds, and nothing else changes for them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from small_run import CONFIG, make_clips, make_generator
+
+from selva.data.dataset import InMemorySet, Joined, collate
+from selva.lora.config import LoRAConfig
+from selva.sampling import SamplingConfig, sample_latents
+from selva.training.prior_preservation import mixture, with_preserved
+from selva.training.run import TrainingRun, draw, flow_loss
+
+FP32 = torch.float32
+PROMPTS = ["a dog barks", "rain"]
+TEXT = torch.randn(2, 7, 14, generator=torch.Generator().manual_seed(5))
+
+
+def make(count: int = 3, share: float = 0.5, **changes):
+    model, clips = make_generator(LoRAConfig(rank=2)).train(), make_clips(count)
+    if changes:
+        clips = [dataclasses.replace(clip, **changes) for clip in clips]
+    return model, clips, with_preserved(model, InMemorySet(clips), PROMPTS, TEXT, share, seed=7, precision=FP32)
+
+
+def test_the_clips_come_first_and_the_models_own_sounds_after_them():
+    model, clips, joined = make()
+    assert len(joined) == 12 and joined.ids[:6] == 2 * [clip.id for clip in clips] and model.training
+    for index in range(6):
+        clip, made, which = clips[index % 3], joined.clip(index + 6), index % 2
+        assert joined.clip(index) is clip and joined.lengths(index) == joined.lengths(index + 6)
+        assert made.prompt == PROMPTS[which] and torch.equal(made.text_f, TEXT[which])
+        # Every other sound has the looks of its clip, not always those of the same prompt.
+        looks = clip.clip_f if index in (1, 2, 5) else model.empty_features(1)[0][0].detach()
+        assert torch.equal(made.clip_f, looks) and torch.equal(made.sync_f, clip.sync_f)
+        expected = sample_latents(
+            model.eval(), looks[None], clip.sync_f[None], TEXT[which][None], [7 + index],
+            SamplingConfig(cfg_strength=0.0),
+        )[0]
+        assert torch.equal(made.mean, expected) and made.std.eq(0).all()
+
+
+@pytest.mark.parametrize(
+    ("clips", "prompts", "share", "expected"),
+    [(10, 1, 0.5, (1, 10)), (10, 5, 0.5, (1, 10)), (10, 1, 0.75, (1, 30)), (10, 6, 0.5, (2, 20)),
+     (10, 1, 0.2, (1, 2)), (20, 20, 0.4, (3, 40)), (1000, 20, 0.1, (1, 111))],
+)
+def test_the_share_is_of_all_sounds_and_every_prompt_has_two(clips, prompts, share, expected):
+    assert mixture(clips, prompts, share) == expected
+
+
+def test_a_prompt_does_not_always_borrow_the_same_moments():
+    _, clips, joined = make(2)
+    made = [joined.clip(i) for i in range(len(joined) // 2, len(joined))]
+    rain = [clip for clip in made if clip.prompt == "rain"]
+    borrowed = {i for clip in rain for i in (0, 1) if torch.equal(clip.sync_f, clips[i].sync_f)}
+    assert borrowed == {0, 1}
+
+
+@pytest.mark.parametrize("share", [0, 1, -0.5, 1.5, float("nan")])
+def test_a_share_must_leave_room_for_both(share):
+    with pytest.raises(ValueError, match="preserve_share is"):
+        mixture(10, 2, share)
+
+
+def test_a_large_share_repeats_a_limited_number_of_sounds(monkeypatch):
+    monkeypatch.setattr("selva.training.prior_preservation.MOST_SOUNDS", 2)
+    _, _, joined = make(share=0.6)
+    assert len(joined) == 3 + round(3 * 1.5)
+    assert joined.clip(3) is joined.clip(5) and joined.clip(4) is not joined.clip(5)
+
+
+def test_looks_that_the_training_ignores_are_left_out():
+    model, clips = make_generator(LoRAConfig(rank=2)), InMemorySet(make_clips(3))
+    joined = with_preserved(model, clips, PROMPTS, TEXT, 0.5, seed=7, precision=FP32, use_clip=False)
+    nothing = model.empty_features(1)[0][0]
+    assert all(torch.equal(joined.clip(i).clip_f, nothing) for i in range(6, 12))
+
+
+def test_sounds_without_pictures_are_preserved_without_pictures():
+    nan = {"clip_f": torch.full((8, 10), torch.nan), "sync_f": torch.full((24, 12), torch.nan)}
+    _, _, joined = make(has_video=False, **nan)
+    made = joined.clip(len(joined) - 1)
+    assert not made.has_video and torch.isfinite(made.mean).all()
+
+
+def test_on_its_own_sounds_there_is_little_to_learn():
+    """Unguided samples are distributed as the model predicts, so the gradients of many of them cancel out."""
+    model, clips, joined = make(1, share=0.98)
+    model.eval()
+    made = collate([joined.clip(i) for i in range(len(joined)) if "preserved" in joined.ids[i]])
+    other = dataclasses.replace(made, mean=clips[0].mean.expand_as(made.mean))
+    config = dataclasses.replace(CONFIG, null_prob=0.0, latent="mode")
+    draws = draw(made.mean.shape, config, torch.Generator().manual_seed(0), 0.0)
+    factors = [p for p in model.parameters() if p.requires_grad]
+
+    def gradient(batch) -> float:
+        found = torch.autograd.grad(flow_loss(model, batch, draws, config, FP32).mean(), factors)
+        return sum(g.square().sum() for g in found).sqrt().item()
+
+    assert gradient(made) < 0.4 * gradient(other)
+
+
+def test_training_visits_both_and_continues_exactly():
+    def run() -> TrainingRun:
+        torch.manual_seed(0)
+        model, _, joined = make()
+        return TrainingRun(model, joined, InMemorySet([]), CONFIG, FP32)
+
+    first, second = run(), run()
+    losses = [first.train_step()[0].item() for _ in range(3)]
+    assert losses == [second.train_step()[0].item() for _ in range(3)]
+    visited = {visit.index for _ in range(12) for visit in first.batches.draw()}
+    assert visited == set(range(12))
+
+
+def test_joined_sets_keep_their_numbers():
+    short, long = make_clips(2, 1.0), make_clips(2, 1.5)
+    joined = Joined(InMemorySet(short), InMemorySet(long))
+    assert [joined.clip(i) for i in range(4)] == [*short, *long]
+    assert [joined.lengths(i) for i in (0, 3)] == [short[0].lengths, long[1].lengths]
+    assert joined.num_windows(3) == 1 and len(joined.subset([3, 0])) == 2

@@ -1,0 +1,61 @@
+"""Tests of selva.utils.files."""
+
+from __future__ import annotations
+
+import pytest
+
+from selva.utils.files import atomic_path, atomic_write_text
+
+
+def test_the_file_appears_only_when_the_block_ends(tmp_path):
+    path = tmp_path / "new" / "a.bin"
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(b"12345")
+        assert not path.exists()
+        assert temporary.name == "a.bin"
+    assert path.read_bytes() == b"12345"
+    assert [p.name for p in path.parent.iterdir()] == ["a.bin"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_error_keeps_the_old_file_and_leaves_nothing_behind(tmp_path, error):
+    path = tmp_path / "a.pt"
+    path.write_bytes(b"old")
+    with pytest.raises(error), atomic_path(path) as temporary:
+        temporary.write_bytes(b"half of the ne")
+        raise error("stop")
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_a_listing_does_not_meet_the_unfinished_file(tmp_path):
+    with atomic_path(tmp_path / "clip_001.npz") as temporary:
+        temporary.write_bytes(b"x")
+        assert not list(tmp_path.glob("*.npz"))
+    assert len(list(tmp_path.glob("*.npz"))) == 1
+
+
+def test_a_long_name_has_room(tmp_path):
+    path = tmp_path / ("a" * 251 + ".npz")
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(b"x")
+    assert path.exists()
+
+
+def test_a_block_that_writes_nothing_is_an_error(tmp_path):
+    path = tmp_path / "a.pt"
+    path.write_bytes(b"old")
+    with pytest.raises(FileNotFoundError), atomic_path(path):
+        pass
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_a_folder_is_not_replaced(tmp_path):
+    with pytest.raises(IsADirectoryError, match="is a folder"), atomic_path(tmp_path):
+        pass
+
+
+def test_text_is_utf8_and_keeps_its_line_ends(tmp_path):
+    atomic_write_text(tmp_path / "a.tsv", "id\tlabel\nä\tb\r\n")
+    assert (tmp_path / "a.tsv").read_bytes() == "id\tlabel\nä\tb\r\n".encode()

@@ -1,0 +1,205 @@
+"""The loop that all stages share: AdamW, averaged weights, checkpoints, exact resume.
+
+Everything random about a step depends on the seed and the number of the step, so a run that was stopped and resumed
+ends with the weights of one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from selva.utils.files import atomic_path
+from selva.utils.metrics_log import Progress
+
+log = logging.getLogger(__name__)
+
+STATE_FILE, METRICS_FILE = "state.pt", "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """How one stage is optimised.
+
+    Attributes:
+        lr: held after a linear warm-up, then falls linearly to 0 over the last ``decay_fraction`` of the steps.
+        ema_decay: of the averaged weights, which are the result; the average starts with the first weights and is
+            slow to follow only as far as steps allow it.
+    """
+
+    steps: int
+    lr: float
+    batch_size: int
+    warmup_steps: int = 100
+    decay_fraction: float = 0.3
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.99)
+    grad_clip: float = 1.0
+    ema_decay: float = 0.998
+    seed: int = 0
+    precision: str = "fp32"
+    save_every_sec: float = 60.0
+    log_every: int = 100
+    val_every: int = 1000
+
+
+class Task(ABC):
+    """What a stage learns. ``network`` holds everything that is trained, temporary heads included."""
+
+    network: nn.Module
+
+    @abstractmethod
+    def loss(self, rng: np.random.Generator, batch_size: int) -> tuple[Tensor, dict[str, float | Tensor]]:
+        """Return the loss of one random batch, and numbers worth logging."""
+
+    def after_update_(self) -> None:  # noqa: B027 -- most stages have nothing to do there
+        """Called after every optimiser step."""
+
+    def validate(self) -> dict[str, float]:
+        """Return the measures of the stage on data that is never trained on, with the averaged weights in place."""
+        return {}
+
+
+def learning_rate(step: int, config: LoopConfig) -> float:
+    """Return the rate of step ``step`` (from 0)."""
+    warm = min(1.0, (step + 1) / (config.warmup_steps + 1))
+    left = (config.steps - step) / max(1.0, config.decay_fraction * config.steps)
+    return config.lr * warm * min(1.0, left)
+
+
+def step_rng(seed: int, step: int) -> np.random.Generator:
+    """Return the random numbers of one step, whatever steps were done before in this process."""
+    return np.random.default_rng((seed, step))
+
+
+def torch_rng(rng: np.random.Generator) -> torch.Generator:
+    """Return a CPU generator seeded from ``rng``."""
+    return torch.Generator().manual_seed(int(rng.integers(2**62)))
+
+
+class Average:
+    """Exponential moving average of the trained parameters."""
+
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
+        self.values = {name: p.detach().clone() for name, p in self.parameters.items()}
+
+    @torch.no_grad()
+    def update_(self, step: int) -> None:
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.values.values()), list(self.parameters.values()), 1 - decay)
+
+    @torch.no_grad()
+    def swap_(self) -> None:
+        """Exchange the trained and the averaged values; a second call puts them back."""
+        for name, p in self.parameters.items():
+            trained = p.detach().clone()
+            p.copy_(self.values[name])
+            self.values[name].copy_(trained)
+
+
+def train(task: Task, config: LoopConfig, folder: Path, device: torch.device, resume: bool = True) -> None:
+    """Train ``task.network`` in place up to ``config.steps`` and leave the averaged weights in it.
+
+    ``folder`` takes the state to resume from and ``metrics.jsonl``.
+
+    Raises:
+        ValueError: the loss is not finite.
+    """
+    network, average, optimizer, start = _prepare(task, config, folder, device, resume)
+    precision = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    parameters = list(average.parameters.values())
+    sums: dict[str, float] = {}
+    last_save = began = time.monotonic()
+    with Progress(config.steps, folder.name, "steps", interval_sec=30) as progress:
+        for step in range(start, config.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, config)
+            with torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32):
+                loss, numbers = task.loss(step_rng(config.seed, step), config.batch_size)
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip)
+            if not math.isfinite(float(norm)):
+                raise ValueError(f"{folder.name}: the gradient of step {step} is not finite")
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            task.after_update_()
+            average.update_(step)
+            for name, value in {"loss": loss.detach(), "grad_norm": norm, **numbers}.items():
+                sums[name] = sums.get(name, 0.0) + float(value)
+            done = step + 1
+            if done % config.log_every == 0 or done == config.steps:
+                since = (done - 1) % config.log_every + 1 if done % config.log_every else config.log_every
+                row = {"step": done, "sec": round(time.monotonic() - began, 1)}
+                row |= {name: round(value / since, 5) for name, value in sums.items()}
+                sums = {}
+                if done % config.val_every == 0 or done == config.steps:
+                    average.swap_()
+                    network.eval()
+                    row |= {name: round(value, 5) for name, value in task.validate().items()}
+                    network.train()
+                    average.swap_()
+                _append(folder / METRICS_FILE, row)
+                progress.update(done, " ".join(f"{k}={v:.4g}" for k, v in row.items() if k not in ("step", "sec")))
+            if time.monotonic() - last_save > config.save_every_sec or done == config.steps:
+                _save(folder / STATE_FILE, network, average, optimizer, done, config)
+                last_save = time.monotonic()
+    average.swap_()
+    network.eval()
+
+
+def _prepare(
+    task: Task, config: LoopConfig, folder: Path, device: torch.device, resume: bool
+) -> tuple[nn.Module, Average, torch.optim.Optimizer, int]:
+    network = task.network.to(device).train()
+    average = Average(network, config.ema_decay)
+    optimizer = torch.optim.AdamW(
+        _groups(average.parameters, config.weight_decay), lr=config.lr, betas=config.betas
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / STATE_FILE
+    if not (resume and path.is_file()):
+        (folder / METRICS_FILE).unlink(missing_ok=True)
+        return network, average, optimizer, 0
+    state = torch.load(path, map_location=device, weights_only=True)
+    network.load_state_dict(state["network"])
+    optimizer.load_state_dict(state["optimizer"])
+    for name, value in average.values.items():
+        value.copy_(state["average"][name])
+    log.info("%s: continues after %d of %d steps", folder.name, state["step"], config.steps)
+    return network, average, optimizer, state["step"]
+
+
+def _groups(parameters: Mapping[str, Tensor], weight_decay: float) -> list[dict]:
+    """Return optimiser groups: only matrices decay, not biases, norms, gains and learned tokens."""
+    matrices = [p for name, p in parameters.items() if p.ndim >= 2 and name.endswith("weight")]
+    chosen = {id(p) for p in matrices}
+    others = [p for p in parameters.values() if id(p) not in chosen]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def _save(
+    path: Path, network: nn.Module, average: Average, optimizer: torch.optim.Optimizer, step: int, config: LoopConfig
+) -> None:
+    state = {
+        "network": network.state_dict(), "average": average.values, "optimizer": optimizer.state_dict(), "step": step,
+        "config": asdict(config),
+    }
+    with atomic_path(path) as temporary:
+        torch.save(state, temporary)
+
+
+def _append(path: Path, row: Mapping[str, float]) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
