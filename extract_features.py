@@ -19,18 +19,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from selva import cli
-from selva.data.folder_dataset import FRONT_END
-from selva.extraction.audio_set import AudioSetExtractor, plan_audio_set
+from selva.data.latents import FRONT_END
+from selva.extraction.audio_set import AudioSetExtractor, plan_audio_set, run_sounds
 from selva.extraction.extractor import EXTRACTION_VERSION, FeatureExtractor
-from selva.extraction.manifest import Accounts, Outcome, Shard
+from selva.extraction.manifest import ManifestWriter, Outcome, Shard
 from selva.extraction.outputs import FeatureFiles, MemmapRows, beside_memmap, memmap_manifest
-from selva.extraction.pipeline import ClipEncoder, Summary, run, run_sounds
+from selva.extraction.pipeline import ClipEncoder, Summary, run
 from selva.extraction.reader import ClipReader, ReadSettings, default_workers, read_clips
 from selva.inputs.jobs import ClipJob, collect_jobs
 from selva.models.zoo import Variant, get_variant
 from selva.sequence import DEFAULT_DURATION_SEC, sequence_config
 from selva.utils import distributed
-from selva.utils.metrics_log import StageTimes, clock, is_main_process
+from selva.utils.progress import StageTimes
+from selva.utils.text import clock
+from selva.utils.torchrun import is_main_process
 from selva.weights.load import check_weights, encoders_identity
 
 log = logging.getLogger("selva.extract_features")
@@ -168,12 +170,12 @@ def write_config(path: Path, args: argparse.Namespace) -> None:
 
 def open_accounts(
     args: argparse.Namespace, manifest: Path, state: Path, rows: list[tuple[str, str, float | None]], prompts: list[str]
-) -> Accounts:
+) -> ManifestWriter:
     """Return the books of this process about its share of the work list."""
     index, count = map(int, args.shard.split("/")) if args.shard else (1, 1)
     settings = {name: str(value) for name, value in vars(args).items() if name in (
         "format", "audio", "latents", "variant", "precision", "mask_strength", "mask_clip", "mask_sync")}
-    return Accounts(manifest, state, rows, [settings, prompts], Shard.of_process(index - 1, count))
+    return ManifestWriter(manifest, state, rows, [settings, prompts], Shard.of_process(index - 1, count))
 
 
 def report(summary: Summary, outcome: Outcome | None, manifest: Path) -> None:

@@ -25,7 +25,7 @@ from pathlib import Path
 from selva import cli
 from selva.audio.loudness import DEFAULT_TARGETS, METHODS
 from selva.flow import SOLVERS
-from selva.inference.batch import Clip, Setting, SoundBatch, Take, common_clip_features, write_manifest
+from selva.inference.batch import AdapterSetup, BatchClip, SoundBatch, Variation, common_clip_features, write_manifest
 from selva.inference.compare import check_reference_dir, read_compare_list, write_comparison
 from selva.inference.engine import (
     CLIP_FEATURE_CHOICES,
@@ -37,14 +37,16 @@ from selva.inference.engine import (
     uses_clip_features,
 )
 from selva.inference.outputs import shared_names, sound_files
-from selva.inference.request import AUDIO_SUFFIXES, VIDEO_SUFFIXES, SoundRequest
+from selva.inference.request import SoundRequest
 from selva.inputs.jobs import ClipJob, collect_jobs
-from selva.inputs.table import TABLE_SUFFIXES, listed
+from selva.inputs.suffixes import OUTPUT_AUDIO_SUFFIXES, OUTPUT_VIDEO_SUFFIXES
+from selva.inputs.table import TABLE_SUFFIXES
 from selva.media import video_length
 from selva.models.zoo import get_variant
 from selva.sampling import SamplingConfig
 from selva.sequence import DEFAULT_DURATION_SEC, SHORTEST_SEC
-from selva.utils.metrics_log import peak_memory_bytes
+from selva.utils.device import peak_memory_bytes
+from selva.utils.text import listed
 
 log = logging.getLogger("selva.infer")
 
@@ -136,12 +138,12 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.reference and not args.compare:
         problems.append("--reference belongs to --compare")
     suffix = args.output.suffix.lower()
-    if suffix and suffix not in AUDIO_SUFFIXES + VIDEO_SUFFIXES and not args.output.is_dir():
+    if suffix and suffix not in OUTPUT_AUDIO_SUFFIXES + OUTPUT_VIDEO_SUFFIXES and not args.output.is_dir():
         problems.append(f"--output {args.output}: expected a folder or a name ending in "
-                        f"{', '.join(AUDIO_SUFFIXES + VIDEO_SUFFIXES)}")
+                        f"{', '.join(OUTPUT_AUDIO_SUFFIXES + OUTPUT_VIDEO_SUFFIXES)}")
     if is_file_name(args.output) and args.compare:
         problems.append(f"--output {args.output}: --compare writes a folder")
-    if suffix in VIDEO_SUFFIXES and (args.audio_only or not videos):
+    if suffix in OUTPUT_VIDEO_SUFFIXES and (args.audio_only or not videos):
         problems.append(f"--output {args.output}: a video is only written with --video and without --audio_only")
     for path in (*args.inputs, *args.video):
         if args.output.is_file() and path.is_file() and args.output.samefile(path):
@@ -161,7 +163,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def is_file_name(output: Path) -> bool:
-    return output.suffix.lower() in AUDIO_SUFFIXES + VIDEO_SUFFIXES and not output.is_dir()
+    return output.suffix.lower() in OUTPUT_AUDIO_SUFFIXES + OUTPUT_VIDEO_SUFFIXES and not output.is_dir()
 
 
 def sampling_config(args: argparse.Namespace) -> SamplingConfig:
@@ -242,22 +244,24 @@ def warn_of_long_videos(args: argparse.Namespace, jobs: Sequence[ClipJob]) -> No
                     DEFAULT_DURATION_SEC, listed(longer))
 
 
-def adapter_settings(args: argparse.Namespace) -> list[Setting]:
+def adapter_settings(args: argparse.Namespace) -> list[AdapterSetup]:
     """Return the adapters and strengths to use: one setting, or those of the list to compare."""
     variant = get_variant(args.variant)
     if args.compare:
         lines = read_compare_list(args.compare)
-        return [Setting(line.label, load_adapters(line.adapters, variant), line.adapters) for line in lines]
+        return [AdapterSetup(line.label, load_adapters(line.adapters, variant), line.adapters) for line in lines]
     strengths = args.strength + [1.0] * (len(args.adapter) - len(args.strength))
     specs = tuple(zip(args.adapter, strengths, strict=True))
     for path, strength in specs:
         log.info("adapter %s at strength %g", path, strength)
-    return [Setting("", load_adapters(specs, variant), specs)]
+    return [AdapterSetup("", load_adapters(specs, variant), specs)]
 
 
-def plan_clip(args: argparse.Namespace, name: str, request: SoundRequest, settings: Sequence[Setting]) -> Clip:
-    """Return a clip with one take for every setting and seed."""
-    takes = []
+def plan_clip(
+    args: argparse.Namespace, name: str, request: SoundRequest, settings: Sequence[AdapterSetup]
+) -> BatchClip:
+    """Return a clip with one variation for every setting and seed."""
+    variations = []
     for index, setting in enumerate(settings):
         output = args.output / setting.label if args.compare else args.output
         for number in range(1, args.num_variations + 1):
@@ -267,12 +271,12 @@ def plan_clip(args: argparse.Namespace, name: str, request: SoundRequest, settin
             # From a folder, the settings would name the sound after its source, and know no number.
             own_name = args.num_variations == 1 and name in (Path(request.source).stem, name_of_words(request.prompt))
             target = output if own_name else files.written[0]
-            takes.append(Take(index, seed, files, take_settings(args, request, setting, seed, target)))
-    return Clip(name, request, takes)
+            variations.append(Variation(index, seed, files, variation_settings(args, request, setting, seed, target)))
+    return BatchClip(name, request, variations)
 
 
-def take_settings(
-    args: argparse.Namespace, request: SoundRequest, setting: Setting, seed: int, output: Path
+def variation_settings(
+    args: argparse.Namespace, request: SoundRequest, setting: AdapterSetup, seed: int, output: Path
 ) -> argparse.Namespace:
     """Return the arguments that make this one sound again."""
     own = {
@@ -286,21 +290,21 @@ def take_settings(
     return argparse.Namespace(**(vars(args) | own))
 
 
-def check_names(args: argparse.Namespace, clips: Sequence[Clip]) -> None:
+def check_names(args: argparse.Namespace, clips: Sequence[BatchClip]) -> None:
     """Raise a UsageError if two sounds would be written to one file, or one over somebody else's."""
     if is_file_name(args.output) and len(clips) > 1:
         raise cli.UsageError(f"--output {args.output}: is one file, but there are {len(clips)} clips; name a folder")
-    if shared := shared_names(take.files for clip in clips for take in clip.takes):
+    if shared := shared_names(variation.files for clip in clips for variation in clip.variations):
         raise cli.UsageError(f"{shared[0]} would be written twice; rename one of the clips, or another --output")
     if is_file_name(args.output) or args.overwrite:
         return  # that very file is meant
-    foreign = [str(path) for clip in clips for take in clip.takes for path in take.files.foreign()]
+    foreign = [str(path) for clip in clips for variation in clip.variations for path in variation.files.foreign()]
     if foreign:
         raise cli.UsageError(f"{listed(foreign)}: there already, and not made by infer.py, which would have left a "
                              ".yaml beside it; name another --output, or replace it with --overwrite")
 
 
-def log_outcome(clips: Sequence[Clip], generator: SoundGenerator) -> int:
+def log_outcome(clips: Sequence[BatchClip], generator: SoundGenerator) -> int:
     """Say what was done, and return the exit code."""
     failed, kept = sum(bool(clip.problem) for clip in clips), sum(clip.kept for clip in clips)
     made = sum(len(clip.made) for clip in clips) - kept
@@ -328,7 +332,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     lists = any(path.is_dir() or path.suffix.lower() in TABLE_SUFFIXES for path in (*args.inputs, *args.features))
     is_batch = not is_file_name(args.output) and (lists or len(clips) > 1)
 
-    def report(clip: Clip) -> None:
+    def report(clip: BatchClip) -> None:
         for path in clip.paths:
             print(path, flush=True)
         if is_batch:

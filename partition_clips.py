@@ -19,8 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from selva import cli
-from selva.inputs.jobs import read_sidecar
-from selva.inputs.table import listed
+from selva.inputs.prompts import read_sidecar
 from selva.partition.cut import (
     LeftOut,
     PartitionConfig,
@@ -42,7 +41,8 @@ from selva.partition.windows import (
     write_captions,
     write_clips,
 )
-from selva.utils.metrics_log import Progress
+from selva.utils.progress import Progress
+from selva.utils.text import listed
 
 log = logging.getLogger("selva.partition_clips")
 

@@ -26,8 +26,8 @@ import torch
 
 from selva import cli, flow
 from selva.checkpoint import TrainingState, check_same_settings, load_checkpoint, load_newest_checkpoint
-from selva.data.dataset import TrainingSet
-from selva.data.folder_dataset import FolderSet, load_training_set
+from selva.data.dataset import ClipDataset, split_validation
+from selva.data.folder_dataset import FolderDataset, load_clip_dataset
 from selva.data.summary import summarise
 from selva.lora.config import PRESETS, LoRAConfig, parse_targets
 from selva.lora.layers import inject_lora
@@ -35,20 +35,16 @@ from selva.models.generator import cast_frozen_
 from selva.models.zoo import Variant, get_variant
 from selva.sequence import DEFAULT_DURATION_SEC
 from selva.training.compiling import compile_blocks_, prepare_to_compile
+from selva.training.config import CLIP_FEATURE_MODES, LATENT_MODES, LR_SCHEDULES, TrainConfig
+from selva.training.loop import fit
 from selva.training.prior_preservation import mixture, with_preserved
-from selva.training.run import (
-    CLIP_FEATURE_MODES,
-    LATENT_MODES,
-    LR_SCHEDULES,
-    TrainConfig,
-    TrainingRun,
-    fit,
-    split_validation,
-)
+from selva.training.run import TrainingRun
 from selva.training.run_folder import RunFolder, check_disk_space
-from selva.training.sample import Preview
+from selva.training.sample import TrainingSample
+from selva.utils.device import peak_memory_bytes
 from selva.utils.distributed import World, join_world, leave
-from selva.utils.metrics_log import MetricsFile, clock, peak_memory_bytes
+from selva.utils.metrics_log import MetricsFile
+from selva.utils.text import clock
 from selva.weights.load import check_weights, load_clip_text, load_generator
 
 log = logging.getLogger("selva.train_lora")
@@ -257,14 +253,14 @@ def check_resumable(
 
 def load_clips(
     args: argparse.Namespace, data_dir: Path, variant: Variant, device: torch.device, world: World
-) -> TrainingSet:
+) -> ClipDataset:
     """Return the clips of a data folder, encoded; every clip that cannot be used is named.
 
     Raises:
         ValueError: no clip can be used, or some cannot and ``--skip_invalid`` is not given.
     """
-    def load() -> tuple[TrainingSet, list[tuple[Path, str]]]:
-        return load_training_set(
+    def load() -> tuple[ClipDataset, list[tuple[Path, str]]]:
+        return load_clip_dataset(
             data_dir, variant, args.selva_dir, device, max_duration_sec=args.duration,
             normalize_audio=args.normalize_audio, use_cache=not args.dry_run,
         )
@@ -276,7 +272,7 @@ def load_clips(
         world.wait()
     for path, reason in problems:
         log.error("%s", reason if str(path) in reason else f"{path}: {reason}")
-    if world.is_main and isinstance(clips, FolderSet) and len(clips):
+    if world.is_main and isinstance(clips, FolderDataset) and len(clips):
         summary = summarise(clips, problems)
         for line in summary.lines():
             log.info("%s", line)
@@ -292,7 +288,7 @@ def load_clips(
 
 def load_split(
     args: argparse.Namespace, variant: Variant, device: torch.device, world: World
-) -> tuple[TrainingSet, TrainingSet]:
+) -> tuple[ClipDataset, ClipDataset]:
     """Return (training, held-out) clips, as ``--val_dir`` or ``--val_fraction`` divides them."""
     clips = load_clips(args, args.data_dir, variant, device, world)
     if args.val_dir is None:
@@ -347,7 +343,7 @@ def build_run(
     config: TrainConfig,
     lora_config: LoRAConfig,
     variant: Variant,
-    clips: tuple[TrainingSet, TrainingSet],
+    clips: tuple[ClipDataset, ClipDataset],
     device: torch.device,
     world: World,
 ) -> TrainingRun:
@@ -438,7 +434,7 @@ def train(
         cli.write_settings(args.output_dir / "config.yaml", args)
         if args.preview:
             shown = val_clips if len(val_clips) else clips
-            preview = Preview(shown.clip(0), bool(len(val_clips)), variant, args.selva_dir, args.normalize_audio,
+            preview = TrainingSample(shown.clip(0), bool(len(val_clips)), variant, args.selva_dir, args.normalize_audio,
                               args.seed)
 
     # 4. train

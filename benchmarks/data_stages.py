@@ -28,7 +28,7 @@ from stages import DURATION_SEC, TOLERANCE, Sizes, random_clips
 from torch import Tensor, nn
 
 from selva.data.cache import CACHE_FOLDER
-from selva.data.folder_dataset import encode_latents
+from selva.data.latents import encode_latents
 from selva.extraction.extractor import FRAMES_PER_PASS, SEGMENTS_PER_PASS, TextCache
 from selva.features import FeatureBundle, save_features
 from selva.media import read_video, write_audio

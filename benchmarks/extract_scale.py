@@ -30,7 +30,7 @@ from selva import cli
 from selva.extraction.manifest import DONE, FAILED, SKIPPED, read_manifest
 from selva.media import write_video
 from selva.partition.windows import write_table
-from selva.utils.metrics_log import clock
+from selva.utils.text import clock
 
 EXTRACT = Path(__file__).resolve().parents[1] / "extract_features.py"
 SECONDS, FPS, SIZE, RATE = 8, 8, 64, 16_000

@@ -34,7 +34,7 @@ from selva.models.zoo import get_variant
 from selva.sampling import SamplingConfig, decode_latents, sample_latents
 from selva.sequence import DEFAULT_DURATION_SEC, SAMPLING_RATES
 from selva.utils.files import atomic_write_text
-from selva.utils.metrics_log import Progress
+from selva.utils.progress import Progress
 from selva.weights.load import load_clip_text, load_generator, load_vae, load_vocoder
 
 METHODS = ("windows", "one pass", "cut")

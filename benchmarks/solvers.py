@@ -33,7 +33,7 @@ from selva.models.zoo import Variant, get_variant
 from selva.sampling import WHOLE_INTERVAL, SamplingConfig, decode_latents, sample_latents
 from selva.sequence import DEFAULT_DURATION_SEC, SequenceConfig, sequence_config
 from selva.utils.files import atomic_write_text
-from selva.utils.metrics_log import Progress
+from selva.utils.progress import Progress
 from selva.weights.load import load_clip_text, load_generator, load_vae, load_vocoder
 
 log = logging.getLogger("selva.solvers")

@@ -23,8 +23,8 @@ from plain import (
 )
 from torch import Tensor
 
-from selva.data.dataset import InMemorySet, TrainingClip
-from selva.data.memmap.reader import MemmapSet
+from selva.data.dataset import ListDataset, TrainingClip
+from selva.data.memmap.reader import MemmapDataset
 from selva.lora.config import LoRAConfig
 from selva.lora.layers import adapter_tensors, inject_lora, lora_parameters
 from selva.lora.merge import Adapter, merge_adapters
@@ -35,7 +35,8 @@ from selva.models.zoo import Variant, build_generator, build_vocoder
 from selva.partition.windows import write_table
 from selva.sampling import SamplingConfig, draw_noise, sample_latents
 from selva.sequence import sequence_config
-from selva.training.run import TrainConfig, TrainingRun
+from selva.training.config import TrainConfig
+from selva.training.run import TrainingRun
 
 RANK, TARGET, STEPS = 16, "attn.qkv", 25
 DURATION_SEC = 8.0
@@ -113,7 +114,7 @@ def our_run(variant: Variant, bench: Bench, batch_size: int, checkpointing: bool
     cast_frozen_(generator, bench.dtype)
     generator.gradient_checkpointing = checkpointing
     generator.to(bench.device).train()
-    clips = InMemorySet(random_clips(variant))
+    clips = ListDataset(random_clips(variant))
     config = TrainConfig(steps=10_000, batch_size=batch_size, warmup_steps=0)
     return TrainingRun(generator, clips, clips.subset([]), config, bench.dtype)
 
@@ -276,7 +277,7 @@ def memmap_reading(bench: Bench, sizes: Sizes) -> Iterator[Result]:
         )
 
 
-def write_memmap(target: Path, variant: Variant, clip: TrainingClip, rows: int) -> MemmapSet:
+def write_memmap(target: Path, variant: Variant, clip: TrainingClip, rows: int) -> MemmapDataset:
     """Write the same clip to every row of a memmap, in one go: the writer of extractions would take minutes."""
     from tensordict import TensorDict
 
@@ -284,4 +285,4 @@ def write_memmap(target: Path, variant: Variant, clip: TrainingClip, rows: int) 
               "sync_features": clip.sync_f}
     TensorDict({name: x.expand(rows, *x.shape) for name, x in values.items()}, batch_size=[]).memmap_(target)
     write_table(target.with_name(f"{target.name}.tsv"), ("id", "label"), [(f"clip{i}", "") for i in range(rows)])
-    return MemmapSet(target, variant)
+    return MemmapDataset(target, variant)

@@ -36,14 +36,15 @@ from selva.models.random_weights import random_state_dict
 from selva.models.zoo import build_generator
 from selva.sampling import SamplingConfig
 from selva.utils.files import atomic_write_text
-from selva.utils.metrics_log import Progress, clock
+from selva.utils.progress import Progress
+from selva.utils.text import clock
 from selva.weights.load import load_generator
 from toyworld import CLASSES, UNSEEN
 from toyworld.judging import Classifier, fit_classifier, timing
 from toyworld.measure import (
     MEASURE_SEED,
     Case,
-    SoundMaker,
+    ToyGenerator,
     mean,
     pair_cases,
     recognised,
@@ -93,7 +94,7 @@ class Bench:
     def __init__(self, args) -> None:
         self.args, self.device = args, cli.resolve_device(args.device)
         sampling = SamplingConfig(num_steps=args.num_steps)
-        self.maker = SoundMaker(VARIANT, self.device, sampling, args.clip_features == "use")
+        self.maker = ToyGenerator(VARIANT, self.device, sampling, args.clip_features == "use")
         self.classifier: Classifier = fit_classifier()
 
     def generator(self) -> Generator:

@@ -27,16 +27,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from selva import cli, flow
-from selva.data.dataset import TrainingSet
-from selva.data.folder_dataset import encode_latents, load_training_set, load_waveform
+from selva.data.dataset import ClipDataset, split_validation
+from selva.data.folder_dataset import load_clip_dataset
+from selva.data.latents import encode_latents, load_waveform
 from selva.lora.config import LoRAConfig
 from selva.lora.layers import inject_lora, lora_parameters
 from selva.models.generator import Generator
 from selva.models.zoo import Variant, build_mel, get_variant
 from selva.sequence import SequenceConfig, sequence_config
-from selva.training.run import TrainConfig, TrainingRun, split_validation, validate
+from selva.training.config import TrainConfig
+from selva.training.objective import validate
+from selva.training.run import TrainingRun
 from selva.utils.files import atomic_write_text
-from selva.utils.metrics_log import Progress
+from selva.utils.progress import Progress
 from selva.weights.load import load_generator, load_vae
 
 log = logging.getLogger("selva.train_quality")
@@ -59,7 +62,7 @@ def build_parser() -> cli.ArgumentParser:
     return parser
 
 
-def judge(generator: Generator, held_out: TrainingSet, seed: int) -> dict[str, float]:
+def judge(generator: Generator, held_out: ClipDataset, seed: int) -> dict[str, float]:
     """Return the held-out losses with all conditions and with none."""
     config = TrainConfig(seed=seed)
     cond = statistics.fmean(validate(generator, held_out, config, torch.float32))
@@ -67,10 +70,10 @@ def judge(generator: Generator, held_out: TrainingSet, seed: int) -> dict[str, f
     return {"cond": cond, "null": null}
 
 
-class WithoutConditions(TrainingSet):
+class WithoutConditions(ClipDataset):
     """The clips of another set with the learned empty features in place of their own."""
 
-    def __init__(self, base: TrainingSet, generator: Generator) -> None:
+    def __init__(self, base: ClipDataset, generator: Generator) -> None:
         self.base, self.empty_text = base, generator.empty_string_feat.detach().cpu()
 
     @property
@@ -98,7 +101,7 @@ def filled_up(x: Tensor, length: int) -> Tensor:
 
 
 def published_clips(
-    clips: TrainingSet, variant: Variant, selva_dir: Path | None, device: torch.device
+    clips: ClipDataset, variant: Variant, selva_dir: Path | None, device: torch.device
 ) -> list[dict[str, Tensor]]:
     """Return every clip at 8 s in bfloat16: silence behind the sound, zeros behind the features."""
     full: SequenceConfig = sequence_config(variant.mode)
@@ -148,7 +151,7 @@ def train_published(
 
 
 def train_ours(
-    generator: Generator, clips: TrainingSet, held_out: TrainingSet, config: TrainConfig
+    generator: Generator, clips: ClipDataset, held_out: ClipDataset, config: TrainConfig
 ) -> Iterator[int]:
     """Train in place and yield the number of updates done."""
     run = TrainingRun(generator, clips, held_out, config, torch.bfloat16)
@@ -186,7 +189,7 @@ def markdown(results: list[dict]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     device, variant = cli.resolve_device(args.device), get_variant(args.variant)
-    every, problems = load_training_set(
+    every, problems = load_clip_dataset(
         args.data_dir, variant, args.selva_dir, device, max_duration_sec=8.0, normalize_audio="peak"
     )
     if problems:

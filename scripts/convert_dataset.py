@@ -17,11 +17,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from selva import cli
-from selva.data.memmap.reader import MemmapSet, is_memmap
+from selva.data.memmap.reader import MemmapDataset, is_memmap
 from selva.extraction.convert import Conversion, LatentDecoder, folder_to_memmap, memmap_to_folder, plan_folder
 from selva.extraction.extractor import FeatureExtractor
 from selva.models.zoo import get_variant
-from selva.utils.metrics_log import Progress
+from selva.utils.progress import Progress
 from selva.weights.load import check_weights
 
 log = logging.getLogger("selva.convert_dataset")
@@ -81,7 +81,7 @@ def to_memmap(args: argparse.Namespace) -> int:
 
 def to_folder(args: argparse.Namespace) -> int:
     variant = get_variant(args.variant)
-    rows = MemmapSet(args.source, variant)
+    rows = MemmapDataset(args.source, variant)
     decoder = None
     if args.decode_audio:
         check_weights(args.variant, args.selva_dir, ("vae", "vocoder"))

@@ -20,7 +20,7 @@ import torch
 from selva import cli
 from selva.media import write_audio
 from selva.utils.files import atomic_write_text
-from selva.utils.metrics_log import Progress
+from selva.utils.progress import Progress
 from toyworld import CLASSES, UNSEEN, Scene, get_class, make_scene
 
 RATE = 16_000  # samples per second

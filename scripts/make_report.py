@@ -27,8 +27,10 @@ import torch
 
 from selva import cli
 from selva.media import prepare_audio, read_audio
-from selva.utils.html_report import Page, Take, loss_png
-from selva.utils.metrics_log import MetricsFile, Progress, clock
+from selva.utils.html_report import Page, ReportSound, loss_png
+from selva.utils.metrics_log import MetricsFile
+from selva.utils.progress import Progress
+from selva.utils.text import clock
 from toyworld.judging import RATE, Classifier, fit_classifier, timing
 
 log = logging.getLogger("selva.make_report")
@@ -159,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     truths = {name: truth for name, truth in read_events(args.true).items() if name in names}
     classifier = fit_classifier(FIT_COUNT) if truths else None
     judged: dict[str, Judged] = defaultdict(Judged)
-    rows: list[tuple[str, list[Take], list[float]]] = []
+    rows: list[tuple[str, list[ReportSound], list[float]]] = []
     with Progress(len(names), "looking at clips", "clips") as progress:
         for number, name in enumerate(names, 1):
             takes, truth = [], truths.get(name)
@@ -169,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     continue
                 waveform, rate = mono(media)
                 note = judge(waveform, rate, truth, classifier, judged[kind]) if truth else ""
-                takes.append(Take(LABELS[kind], note, media, waveform, rate))
+                takes.append(ReportSound(LABELS[kind], note, media, waveform, rate))
             rows.append((name, takes, truth[1] if truth else []))
             progress.update(number)
 

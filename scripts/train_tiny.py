@@ -29,7 +29,7 @@ import torch
 from selva import cli
 from selva.utils.files import atomic_path
 from selva.weights.load import asset_name
-from toyworld.training.stages import STAGES, Recipe, Workshop
+from toyworld.training.stages import STAGES, Recipe, StageRunner
 
 log = logging.getLogger("selva.train_tiny")
 
@@ -55,7 +55,7 @@ def build_parser() -> cli.ArgumentParser:
     return parser
 
 
-def export(workshop: Workshop, folder: Path) -> list[Path]:
+def export(workshop: StageRunner, folder: Path) -> list[Path]:
     """Write one file for every part and return their paths.
 
     Raises:
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = cli.resolve_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
-    workshop = Workshop(args.output_dir, device, chosen_recipe(args), resume=not args.restart)
+    workshop = StageRunner(args.output_dir, device, chosen_recipe(args), resume=not args.restart)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     cli.write_settings(args.output_dir / "config.yaml", args)
     for stage in (stage for stage in STAGES if stage in args.stages):

@@ -40,10 +40,11 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from selva.lora.config import LoRAConfig, list_some
+from selva.lora.config import LoRAConfig
 from selva.lora.layers import adapter_tensors, lora_state_dict
 from selva.lora.merge import FACTOR_SUFFIXES, MAGNITUDE_SUFFIX, Adapter, padded_to_one_rank
 from selva.utils.files import atomic_path
+from selva.utils.text import listed
 
 __all__ = [
     "Adapter",
@@ -153,7 +154,7 @@ def _checked_adapter(path: Path, tensors: Any, meta: Any) -> Adapter:
         {key: value.float().contiguous() for key, value in tensors.items()}, dict(meta), source=path.name
     )
     if problems := adapter.problems():
-        raise ValueError(f"{path}: {list_some(problems)}")
+        raise ValueError(f"{path}: {listed(problems)}")
     return Adapter(adapter.tensors, _checked_meta(path, adapter), source=path.name)
 
 
@@ -167,7 +168,7 @@ def _meta_of_model(model: nn.Module, meta: Mapping[str, Any]) -> dict[str, Any]:
 def _folded(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return tensors of one rank with the scale of the meta folded into B."""
     if problems := adapter.problems():
-        raise ValueError(f"{adapter.source}: {list_some(problems)}")
+        raise ValueError(f"{adapter.source}: {listed(problems)}")
     if adapter.is_pissa:
         raise ValueError(
             f"{adapter.source}: these tensors replace base weights (PiSSA), which an adapter file of ours does not hold"
@@ -220,17 +221,17 @@ def _why_native(tensors: Mapping[str, Tensor]) -> str:
 
 def _check_tensors(path: Path, tensors: Mapping[str, Any]) -> None:
     if not any(str(key).endswith(FACTOR_SUFFIXES) for key in tensors):
-        keys = list_some([str(key) for key in tensors])
+        keys = listed([str(key) for key in tensors])
         raise ValueError(f"{path}: not an adapter, it has no lora_A and lora_B tensors (found: {keys or 'nothing'})")
     foreign = [
         str(key) for key, value in tensors.items()
         if not isinstance(key, str) or not isinstance(value, Tensor) or not value.is_floating_point()
     ]
     if foreign:
-        raise ValueError(f"{path}: expected floating-point tensors only, but these are not: {list_some(foreign)}")
+        raise ValueError(f"{path}: expected floating-point tensors only, but these are not: {listed(foreign)}")
     broken = [key for key, value in tensors.items() if not value.isfinite().all()]
     if broken:
-        raise ValueError(f"{path}: these tensors hold NaN or infinite values: {list_some(broken)}")
+        raise ValueError(f"{path}: these tensors hold NaN or infinite values: {listed(broken)}")
 
 
 def _checked_meta(path: Path, adapter: Adapter) -> dict[str, Any]:

@@ -22,8 +22,9 @@ import torch
 from selva import __version__
 from selva.media import MaskSettings
 from selva.models.zoo import VARIANTS
+from selva.utils import torchrun
 from selva.utils.files import atomic_write_text
-from selva.utils.metrics_log import setup_logging
+from selva.utils.logging import setup_logging
 
 log = logging.getLogger(__name__)
 
@@ -232,7 +233,7 @@ def resolve_device(name: str) -> torch.device:
         UsageError: the name is unknown, or this machine has no such device.
     """
     if name in ("auto", "cuda") and torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        return torch.device("cuda", torchrun.local_rank())
     if name == "auto":
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:

@@ -245,20 +245,3 @@ def _settings(arrays: dict[str, np.ndarray]) -> dict[str, Any] | None:
     if not isinstance(settings, dict):
         raise ValueError(f"settings is a JSON {type(settings).__name__}, expected an object")
     return settings
-
-
-def next_free_name(folder: PathLike, name: str) -> Path:
-    """Return the first path ``folder/name_001.npz``, ``name_002.npz`` ... that does not exist, as ComfyUI-SelVA counts.
-
-    ``/``, ``\\`` and NUL in ``name`` become ``_``, so the path always lies in ``folder``.
-
-    Raises:
-        ValueError: ``name`` is empty.
-    """
-    if not name:
-        raise ValueError("the name of a feature file is empty")
-    clean = name.translate(str.maketrans("/\\\0", "___"))
-    number = 1
-    while (path := Path(folder) / f"{clean}_{number:03d}.npz").exists():
-        number += 1
-    return path

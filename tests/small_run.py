@@ -6,12 +6,13 @@ from pathlib import Path
 
 import torch
 
-from selva.data.dataset import InMemorySet, TrainingClip
+from selva.data.dataset import ListDataset, TrainingClip
 from selva.lora.config import LoRAConfig
 from selva.lora.layers import inject_lora
 from selva.models.generator import Generator, GeneratorConfig, cast_frozen_
 from selva.sequence import sequence_config
-from selva.training.run import TrainConfig, TrainingRun
+from selva.training.config import TrainConfig
+from selva.training.run import TrainingRun
 
 SMALL = GeneratorConfig(
     latent_dim=4, hidden_dim=32, depth=3, fused_depth=1, num_heads=2, clip_dim=10, sync_dim=12, text_dim=14,
@@ -52,4 +53,4 @@ def make_generator(lora: LoRAConfig | None = None, dtype: torch.dtype = torch.fl
 def make_run(config: TrainConfig = CONFIG, val: int = 1, dtype: torch.dtype = torch.float32) -> TrainingRun:
     torch.manual_seed(config.seed)
     clips = make_clips() + make_clips(3, 1.5)
-    return TrainingRun(make_generator(dtype=dtype), InMemorySet(clips[val:]), InMemorySet(clips[:val]), config, dtype)
+    return TrainingRun(make_generator(dtype=dtype), ListDataset(clips[val:]), ListDataset(clips[:val]), config, dtype)

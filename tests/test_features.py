@@ -12,7 +12,7 @@ import torch
 from golden_case import GOLDEN
 from recipe import make_input
 
-from selva.features import FeatureBundle, load_features, next_free_name, save_features
+from selva.features import FeatureBundle, load_features, save_features
 
 GOLDEN_FILES = json.loads((GOLDEN / "feature_files.json").read_text())["files"]
 
@@ -158,16 +158,6 @@ def test_damaged_files_are_named(tmp_path):
         load_features(path)
     with pytest.raises(FileNotFoundError, match=r"none\.npz"):
         load_features(tmp_path / "none.npz")
-
-
-def test_names_count_from_001_and_stay_in_the_folder(tmp_path):
-    assert next_free_name(tmp_path, "dog") == tmp_path / "dog_001.npz"
-    (tmp_path / "dog_001.npz").touch()
-    (tmp_path / "dog_003.npz").touch()
-    assert next_free_name(tmp_path, "dog") == tmp_path / "dog_002.npz"
-    assert next_free_name(tmp_path, "../a\\b\0c") == tmp_path / ".._a_b_c_001.npz"
-    with pytest.raises(ValueError, match="empty"):
-        next_free_name(tmp_path, "")
 
 
 def test_only_npz_is_written(tmp_path):

@@ -1,6 +1,6 @@
 """Measuring a model in the world: scenes with a prompt each -> generated sounds -> numbers.
 
-    cases --SoundMaker.encode--> features --SoundMaker.sounds--> waveforms --scores--> timing F1, class accuracy
+    cases --ToyGenerator.encode--> features --ToyGenerator.sounds--> waveforms --scores--> timing F1, class accuracy
 
 What is measured is what a user gets: the encoders, the generator, the VAE and the vocoder as they are shipped, the
 settings of ``infer.py``. Pictures are handed over as rendered, without a video file between.
@@ -54,7 +54,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedCases:
     """The features of a case, (1, tokens, channels) each on the CPU."""
 
     clip_f: Tensor
@@ -83,7 +83,7 @@ def pair_cases(count: int, first_seed: int, duration_sec: float = 8.0) -> list[C
     return cases
 
 
-class SoundMaker:
+class ToyGenerator:
     """The networks of a variant around its generator.
 
     Args:
@@ -99,7 +99,7 @@ class SoundMaker:
         self.vae, self.vocoder = load_vae(variant, None, device), load_vocoder(variant, None, device)
         self.mel = build_mel(self.variant.mode).to(device)
 
-    def encode(self, cases: Sequence[Case], report: Report | None = None) -> list[Encoded]:
+    def encode(self, cases: Sequence[Case], report: Report | None = None) -> list[EncodedCases]:
         """Return the features of every case."""
         encoded = []
         for case in cases:
@@ -107,7 +107,7 @@ class SoundMaker:
                 torch.from_numpy(case.scene.frames(fps, size)).permute(0, 3, 1, 2).contiguous()  # (T, 3, size, size)
                 for fps, size in ((8, self.variant.clip_image_size), (25, self.variant.sync_image_size))
             )
-            encoded.append(Encoded(
+            encoded.append(EncodedCases(
                 self.extractor.clip_features(clip), self.extractor.sync_features(sync, case.prompt),
                 self.extractor.text_features(case.prompt),
             ))
@@ -117,7 +117,7 @@ class SoundMaker:
 
     @torch.no_grad()
     def latents(
-        self, generator: Generator, encoded: Sequence[Encoded], duration_sec: float, first_seed: int = 0,
+        self, generator: Generator, encoded: Sequence[EncodedCases], duration_sec: float, first_seed: int = 0,
         negatives: Sequence[str] | None = None, sampling: SamplingConfig | None = None,
     ) -> Tensor:
         """Return (B, N, C) latents; item i is sampled with seed ``first_seed + i``, whatever else is in the batch."""
@@ -149,7 +149,7 @@ class SoundMaker:
         return [decode_latents(x[None], self.vae, self.vocoder)[0, :samples].cpu().numpy() for x in latents]
 
     def sounds(
-        self, generator: Generator, encoded: Sequence[Encoded], duration_sec: float, report: Report | None = None,
+        self, generator: Generator, encoded: Sequence[EncodedCases], duration_sec: float, report: Report | None = None,
         first_seed: int = 0, **options,
     ) -> list[np.ndarray]:
         """Return a generated sound (samples,) for every item; ``options`` go to :meth:`latents`."""

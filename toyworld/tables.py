@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from selva.utils.metrics_log import clock
+from selva.utils.text import clock
 
 PARTS = ("base", "selection", "adaptation", "guidance")  # in the order of the document
 BEGIN_MARK, END_MARK = "<!-- figures: benchmarks/tiny_quality.py -->", "<!-- end of figures -->"

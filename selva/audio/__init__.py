@@ -1,1 +1,1 @@
-"""Analysis of waveforms: loudness, metrics, silence. Knows no files."""
+"""Analysis of waveforms: loudness, metrics, silence."""

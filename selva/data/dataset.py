@@ -1,7 +1,7 @@
 """What a training step eats: clips, read when they are visited, and the order in which batches visit them.
 
-    TrainingSet  clip i, window w -> latents (N, C), CLIP (T, ·), sync (S, ·), text (77, ·)
-    BucketBatches  draw() -> visits of clips of equal length -> load() -> one batch
+    ClipDataset  clip i, window w -> latents (N, C), CLIP (T, ·), sync (S, ·), text (77, ·)
+    BucketBatchSampler  draw() -> visits of clips of equal length -> load() -> one batch
 
 A set knows the lengths of its clips without reading them, and reads a clip only when it is asked for, so memory does
 not grow with the number of clips. Clips keep their true length and are batched with clips of the same length: nothing
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import zlib
 from abc import ABC, abstractmethod
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from selva.data.folder import EpochSampler
 from selva.sequence import SequenceConfig
 
 Lengths = tuple[int, int, int]  # (N, T, S): latent frames, CLIP frames, sync tokens
@@ -93,7 +92,7 @@ def collate(clips: Sequence[TrainingClip]) -> Batch:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-class TrainingSet(ABC):
+class ClipDataset(ABC):
     """Clips by number, from 0. ``ids`` and lengths are at hand; everything else is read on demand."""
 
     @property
@@ -120,15 +119,15 @@ class TrainingSet(ABC):
     def __len__(self) -> int:
         return len(self.ids)
 
-    def subset(self, indices: Iterable[int]) -> TrainingSet:
+    def subset(self, indices: Iterable[int]) -> ClipDataset:
         """Return the clips of these numbers, in this order, as a set of their own."""
         return Subset(self, indices)
 
 
-class Subset(TrainingSet):
+class Subset(ClipDataset):
     """Some clips of another set."""
 
-    def __init__(self, base: TrainingSet, indices: Iterable[int]) -> None:
+    def __init__(self, base: ClipDataset, indices: Iterable[int]) -> None:
         self.base, self.indices = base, list(indices)
 
     @property
@@ -149,7 +148,7 @@ class Subset(TrainingSet):
         return self.base.clip(self.indices[index], window)
 
 
-class InMemorySet(TrainingSet):
+class ListDataset(ClipDataset):
     """Clips that exist already, one window each."""
 
     def __init__(self, clips: Iterable[TrainingClip]) -> None:
@@ -170,10 +169,10 @@ class InMemorySet(TrainingSet):
         return self.clips[index]
 
 
-class Joined(TrainingSet):
+class ConcatDataset(ClipDataset):
     """Two sets one after the other."""
 
-    def __init__(self, first: TrainingSet, second: TrainingSet) -> None:
+    def __init__(self, first: ClipDataset, second: ClipDataset) -> None:
         self.first, self.second = first, second
 
     @property
@@ -192,9 +191,19 @@ class Joined(TrainingSet):
         owner, own = self._find(index)
         return owner.clip(own, window)
 
-    def _find(self, index: int) -> tuple[TrainingSet, int]:
+    def _find(self, index: int) -> tuple[ClipDataset, int]:
         count = len(self.first)
         return (self.first, index) if index < count else (self.second, index - count)
+
+
+def split_validation(clips: ClipDataset, fraction: float, seed: int) -> tuple[ClipDataset, ClipDataset]:
+    """Return (training, held-out) clips; a seeded choice of at least one clip, or none if fewer than five are there."""
+    count = len(clips)
+    if fraction <= 0 or count < 5:
+        return clips, clips.subset([])
+    held_out = min(count - 1, max(1, round(fraction * count)))
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    return clips.subset(sorted(order[held_out:])), clips.subset(sorted(order[:held_out]))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -202,14 +211,52 @@ class Joined(TrainingSet):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-class Visit(NamedTuple):
+class ShuffledIndices:
+    """Endless stream of indices from shuffled epochs: every item once per epoch.
+
+    The order depends on ``seed`` alone, not on the global random state, and continues exactly after
+    :meth:`load_state_dict`.
+    """
+
+    def __init__(self, num_items: int, seed: int) -> None:
+        if num_items < 1:
+            raise ValueError(f"cannot draw from {num_items} items, expected at least 1")
+        self.num_items = num_items
+        self._rng = torch.Generator().manual_seed(seed)
+        self._remaining: deque[int] = deque()  # of the current epoch
+
+    def __iter__(self) -> ShuffledIndices:
+        return self
+
+    def __next__(self) -> int:
+        if not self._remaining:
+            self._remaining = deque(torch.randperm(self.num_items, generator=self._rng).tolist())
+        return self._remaining.popleft()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain numbers and tensors, from which :meth:`load_state_dict` continues with the next index."""
+        return {"num_items": self.num_items, "remaining": list(self._remaining), "generator": self._rng.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where ``state`` was taken.
+
+        Raises:
+            ValueError: the state belongs to another number of items.
+        """
+        if state["num_items"] != self.num_items:
+            raise ValueError(f"the stored order is over {state['num_items']} items, but there are {self.num_items} now")
+        self._remaining = deque(state["remaining"])
+        self._rng.set_state(state["generator"].to("cpu", torch.uint8))
+
+
+class ClipWindow(NamedTuple):
     """One look at a clip: its number in the set, and which of its windows."""
 
     index: int
     window: int
 
 
-class BucketBatches:
+class BucketBatchSampler:
     """Endless batches of clips of equal length; every epoch visits each clip once, in a seeded order.
 
     Clips are drawn one by one from shuffled epochs, a window of a long clip at random, and wait in the bucket of their
@@ -219,12 +266,12 @@ class BucketBatches:
     Drawing and loading are apart, so that several processes can agree on the same visits and load a part of them each.
     """
 
-    def __init__(self, clips: TrainingSet | Sequence[TrainingClip], batch_size: int, seed: int) -> None:
-        self.clips = clips if isinstance(clips, TrainingSet) else InMemorySet(clips)
+    def __init__(self, clips: ClipDataset | Sequence[TrainingClip], batch_size: int, seed: int) -> None:
+        self.clips = clips if isinstance(clips, ClipDataset) else ListDataset(clips)
         self.batch_size = batch_size
-        self.sampler = EpochSampler(len(self.clips), 1, seed)
+        self.sampler = ShuffledIndices(len(self.clips), seed)
         self.window_rng = torch.Generator().manual_seed(seed)
-        self.waiting: dict[Lengths, list[Visit]] = {}
+        self.waiting: dict[Lengths, list[ClipWindow]] = {}
         self.num_clips = Counter(self.clips.lengths(i) for i in range(len(self.clips)))
 
     def __iter__(self) -> Iterator[Batch]:
@@ -233,19 +280,19 @@ class BucketBatches:
     def __next__(self) -> Batch:
         return self.load(self.draw())
 
-    def draw(self) -> list[Visit]:
+    def draw(self) -> list[ClipWindow]:
         """Return the ``batch_size`` visits of the next batch; reads nothing."""
         while True:
-            (index,) = next(self.sampler)
+            index = next(self.sampler)
             lengths = self.clips.lengths(index)
             bucket = self.waiting.setdefault(lengths, [])
-            bucket.append(Visit(index, self._draw_window(index)))
+            bucket.append(ClipWindow(index, self._draw_window(index)))
             batch = self._first_batch(bucket, distinct=self.num_clips[lengths] >= self.batch_size)
             if batch:
                 self.waiting[lengths] = [visit for i, visit in enumerate(bucket) if i not in batch]
                 return [bucket[i] for i in batch]
 
-    def load(self, visits: Sequence[Visit]) -> Batch:
+    def load(self, visits: Sequence[ClipWindow]) -> Batch:
         """Return the batch of these visits, or of some of them."""
         return collate([self.clips.clip(*visit) for visit in visits])
 
@@ -253,7 +300,7 @@ class BucketBatches:
         count = self.clips.num_windows(index)
         return int(torch.randint(count, (), generator=self.window_rng)) if count > 1 else 0
 
-    def _first_batch(self, bucket: Sequence[Visit], distinct: bool) -> list[int]:
+    def _first_batch(self, bucket: Sequence[ClipWindow], distinct: bool) -> list[int]:
         """Return the positions of the first full batch in a bucket, none if there is none yet."""
         places: dict[int, int] = {}
         for place, visit in enumerate(bucket):
@@ -276,7 +323,7 @@ class BucketBatches:
             ValueError: the state is over other clips: another number, other names, or other lengths.
         """
         self.sampler.load_state_dict(state["sampler"])
-        waiting = [[Visit(*visit) for visit in bucket] for bucket in state["waiting"]]
+        waiting = [[ClipWindow(*visit) for visit in bucket] for bucket in state["waiting"]]
         if state["ids"] != _fingerprint(self.clips.ids) or not all(self._fits(bucket) for bucket in waiting):
             raise ValueError(
                 f"the stored order is over other clips than the {len(self.clips)} there are now; "
@@ -285,7 +332,7 @@ class BucketBatches:
         self.waiting = {self.clips.lengths(bucket[0].index): bucket for bucket in waiting}
         self.window_rng.set_state(state["windows"].to("cpu", torch.uint8))
 
-    def _fits(self, bucket: Sequence[Visit]) -> bool:
+    def _fits(self, bucket: Sequence[ClipWindow]) -> bool:
         """Return whether the visits of a stored bucket exist and are of one length."""
         lengths = {self.clips.lengths(visit.index) for visit in bucket}
         return len(lengths) == 1 and all(visit.window < self.clips.num_windows(visit.index) for visit in bucket)

@@ -8,23 +8,17 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
 
 from selva.features import FeatureBundle, load_features
+from selva.inputs.prompts import PROMPTS_FILE, PromptSource, choose_prompt, read_prompts
+from selva.inputs.suffixes import AUDIO_SUFFIXES
 
 log = logging.getLogger(__name__)
 
 PathLike = str | os.PathLike[str]
-PromptSource = Literal["prompts.txt", "features", "folder"]
 
-# Ordered: with several sounds of one stem the first kind is taken, on every machine and in every run.
-AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".aiff", ".aif")
-PROMPTS_FILE = "prompts.txt"
 
 
 @dataclass(frozen=True)
@@ -134,109 +128,9 @@ def _describe(path: Path, sound: Path, prompt: str, source: PromptSource, bundle
     )
 
 
-def choose_prompt(written: str | None, extracted: str, data_dir: Path) -> tuple[str, PromptSource]:
-    """Return the prompt of a clip and where it is from: prompts.txt, the features, or the name of the folder."""
-    if written is not None:
-        return written, "prompts.txt"
-    if extracted:
-        return extracted, "features"
-    return data_dir.resolve().name, "folder"
-
-
 def _choose_sound(paths: list[Path]) -> Path:
     ranked = sorted(paths, key=lambda path: (AUDIO_SUFFIXES.index(path.suffix.lower()), path.name))
     if len(ranked) > 1:
         others = ", ".join(path.name for path in ranked[1:])
         log.warning("%s is used as the sound of %s, not %s", ranked[0].name, ranked[0].stem, others)
     return ranked[0]
-
-
-def read_prompts(path: PathLike) -> dict[str, str]:
-    """Return the prompts of a ``prompts.txt``: {name of the feature file, with .npz: prompt}.
-
-    One ``name.npz: prompt`` per line, split at the first colon; the ``.npz`` may be left out. Empty lines, lines that
-    start with ``#``, and lines without a colon are ignored, and so is a name without a prompt. The last line of a name
-    counts. Names are only ever compared with those of files in the folder, never opened.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: it is not UTF-8 text.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # editors on Windows begin files with a byte order mark
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-    full_names: dict[str, str] = {}
-    stems: dict[str, str] = {}
-    for line in text.splitlines():
-        line = line.strip()
-        if not line or line.startswith("#") or ":" not in line:
-            continue
-        key, prompt = (part.strip() for part in line.split(":", 1))
-        if not prompt:
-            log.warning("%s: no prompt after %r", path, key)
-        elif key.endswith(".npz"):
-            full_names[key] = prompt
-        else:
-            stems[f"{key}.npz"] = prompt
-    return {**stems, **full_names}  # the published reader knows full names only, so they win
-
-
-class EpochSampler:
-    """Endless lists of ``batch_size`` indices from shuffled epochs: every item once per epoch, nothing left over.
-
-    A batch that reaches the end of an epoch goes on in the next one, without an item that it already holds. Only
-    ``batch_size > num_items`` repeats items inside a batch: such a batch holds whole epochs and the start of another.
-
-    The order depends on ``seed`` alone, not on the global random state, and continues exactly after
-    :meth:`load_state_dict`.
-    """
-
-    def __init__(self, num_items: int, batch_size: int, seed: int) -> None:
-        if num_items < 1 or batch_size < 1:
-            raise ValueError(f"cannot draw batches of {batch_size} from {num_items} items, expected at least 1 of both")
-        self.num_items, self.batch_size = num_items, batch_size
-        self._generator = torch.Generator().manual_seed(seed)
-        self._remaining: deque[int] = deque()  # of the current epoch
-
-    def __iter__(self) -> EpochSampler:
-        return self
-
-    def __next__(self) -> list[int]:
-        batch: list[int] = []
-        while len(batch) < self.batch_size:
-            if not self._remaining:
-                self._start_epoch(held=batch)
-            batch.append(self._remaining.popleft())
-        return batch
-
-    def _start_epoch(self, held: list[int]) -> None:
-        """Shuffle anew; the items that complete the batch ``held`` are the first ones that it does not hold."""
-        order = torch.randperm(self.num_items, generator=self._generator).tolist()
-        if held and self.batch_size <= self.num_items:
-            needed = self.batch_size - len(held)
-            first = [index for index in order if index not in held][:needed]
-            order = first + [index for index in order if index not in first]
-        self._remaining = deque(order)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return plain numbers and tensors, from which :meth:`load_state_dict` continues with the next batch."""
-        return {
-            "num_items": self.num_items,
-            "remaining": list(self._remaining),
-            "generator": self._generator.get_state(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where ``state`` was taken.
-
-        Raises:
-            ValueError: the state belongs to another number of items.
-        """
-        if state["num_items"] != self.num_items:
-            raise ValueError(f"the stored order is over {state['num_items']} items, but there are {self.num_items} now")
-        self._remaining = deque(state["remaining"])
-        self._generator.set_state(state["generator"].to("cpu", torch.uint8))

@@ -1,7 +1,7 @@
 """From a data folder to a training set.
 
-    folder of clip.npz + clip.wav --mel, VAE, CLIP text--> FolderSet     (encoded once, kept in the folder's cache)
-    TensorDict memmap of MMAudio  -----------------------> MemmapSet     (encoded already)
+    folder of clip.npz + clip.wav --mel, VAE, CLIP text--> FolderDataset     (encoded once, kept in the folder's cache)
+    TensorDict memmap of MMAudio  -----------------------> MemmapDataset     (encoded already)
 
 Preparing a folder reads every file once, encodes what the cache does not hold yet, and frees the encoders. Clips longer
 than the longest allowed one are trained on in windows; shorter ones keep their length.
@@ -20,13 +20,12 @@ import torch
 from torch import Tensor
 
 from selva.data.cache import DataCache, Settings
-from selva.data.dataset import Batch, BucketBatches, InMemorySet, Lengths, TrainingClip, TrainingSet, Visit, collate
-from selva.data.folder import AUDIO_SUFFIXES, Clip, FolderScan, scan_folder
-from selva.data.memmap.reader import MemmapSet, is_memmap
+from selva.data.dataset import ClipDataset, Lengths, TrainingClip
+from selva.data.folder import Clip, FolderScan, scan_folder
+from selva.data.latents import FRONT_END, encode_latents, load_windows
+from selva.data.memmap.reader import MemmapDataset, is_memmap
 from selva.features import load_features
-from selva.media import prepare_audio, read_audio
-from selva.models.mel import MelSpectrogram
-from selva.models.vae import VAE
+from selva.inputs.suffixes import AUDIO_SUFFIXES
 from selva.models.zoo import Variant, build_mel, features_problem
 from selva.sequence import (
     DEFAULT_DURATION_SEC,
@@ -36,29 +35,18 @@ from selva.sequence import (
     first_clip_frame,
     sequence_config,
 )
-from selva.utils.metrics_log import Progress
+from selva.utils.progress import Progress
 from selva.weights.load import find_weights, load_clip_text, load_vae, packaged_identity
 
 log = logging.getLogger(__name__)
 
-__all__ = [
-    "Batch", "BucketBatches", "FolderSet", "InMemorySet", "MemmapSet", "TrainingClip", "TrainingSet", "Visit",
-    "collate", "encode_latents", "load_training_set", "load_waveform",
-]
-
-# A video's sound may end a little before its picture; silence of up to this length is appended to the waveform.
-MAX_AUDIO_SHORTFALL_SEC = 0.25
 MAX_WINDOWS = 8  # stretches of a long clip, spread evenly, whose latents are kept
-# Part of the cache's keys. Raise it when the mel filterbank, the VAE encoder or the preparation of sound changes, so
-# that latents of an older front end are not taken for right ones (pitfall A1).
-FRONT_END = "slaney-1"
-
 RECENT_WINDOWS = 256  # kept in memory, about 300 MB: reading a clip takes milliseconds, which short steps would notice
 
 Problems = list[tuple[Path, str]]  # what cannot be used, and why
 
 
-def load_training_set(
+def load_clip_dataset(
     data_dir: Path,
     variant: Variant,
     selva_dir: Path | None,
@@ -67,7 +55,7 @@ def load_training_set(
     max_duration_sec: float = DEFAULT_DURATION_SEC,
     normalize_audio: str = "peak",
     use_cache: bool = True,
-) -> tuple[TrainingSet, Problems]:
+) -> tuple[ClipDataset, Problems]:
     """Return the clips of a data folder, ready for training, and (path, reason) for everything that cannot be used.
 
     Args:
@@ -86,7 +74,7 @@ def load_training_set(
         if max_duration_sec < DEFAULT_DURATION_SEC:
             raise ValueError(f"{data_dir}: holds latents of {DEFAULT_DURATION_SEC:g} s, which cannot be cut to "
                              f"{max_duration_sec:g} s; leave out --duration")
-        return MemmapSet(data_dir, variant), []
+        return MemmapDataset(data_dir, variant), []
     scan = scan_folder(data_dir)
     if not scan.clips and not scan.skipped:
         raise ValueError(
@@ -95,7 +83,7 @@ def load_training_set(
         )
     cache = DataCache(data_dir, use_cache)
     clips, problems = plan_clips(scan, cache, variant, max_duration_sec)
-    folder = FolderSet(scan, clips, cache, variant, selva_dir, normalize_audio)
+    folder = FolderDataset(scan, clips, cache, variant, selva_dir, normalize_audio)
     problems += folder.prepare(device)
     cache.flush()
     return folder, [*scan.skipped, *problems]
@@ -173,50 +161,11 @@ def plan_windows(clip: Clip, variant: Variant, max_duration_sec: float) -> tuple
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# sound
-# ---------------------------------------------------------------------------------------------------------------
-
-
-def load_waveform(path: Path, sequence: SequenceConfig, normalize: str) -> Tensor:
-    """Return the (samples,) float32 sound of the first window of a clip, at the model's rate and exactly its length."""
-    (waveform,) = load_windows(path, sequence, (0.0,), normalize)
-    return waveform
-
-
-def load_windows(
-    path: Path, sequence: SequenceConfig, starts_sec: Sequence[float], normalize: str
-) -> list[Tensor]:
-    """Return (samples,) float32 per window of a clip; the level is normalised over the whole file, as MMAudio did.
-
-    Raises:
-        ValueError: unreadable, silent, not finite, or more than ``MAX_AUDIO_SHORTFALL_SEC`` too short.
-    """
-    waveform, rate = read_audio(path)
-    starts = [round(start * sequence.sampling_rate) for start in starts_sec]
-    end = max(starts) + sequence.num_audio_frames
-    seconds, needed = waveform.shape[-1] / rate, end / sequence.sampling_rate
-    if seconds < needed - MAX_AUDIO_SHORTFALL_SEC:
-        raise ValueError(
-            f"{path}: {seconds:.2f} s of sound, but the features of this clip cover {needed:.2f} s; "
-            f"use the sound that belongs to the video, or extract again with --duration {seconds:.2f}"
-        )
-    waveform = prepare_audio(waveform, rate, sequence.sampling_rate, end, normalize=normalize, pad=True)
-    return [waveform[start : start + sequence.num_audio_frames] for start in starts]
-
-
-@torch.no_grad()
-def encode_latents(waveform: Tensor, mel: MelSpectrogram, vae: VAE) -> tuple[Tensor, Tensor]:
-    """Return mean and deviation, each (B, N, C) float32, of the VAE posterior of ``waveform`` (B, samples)."""
-    mean, std = vae.encode(mel(waveform))  # each (B, C, N)
-    return mean.mT, std.mT
-
-
-# ---------------------------------------------------------------------------------------------------------------
 # the set
 # ---------------------------------------------------------------------------------------------------------------
 
 
-class FolderSet(TrainingSet):
+class FolderDataset(ClipDataset):
     """Clips of a folder: features from their ``.npz``, latents and text features from the cache.
 
     Args:

@@ -6,7 +6,7 @@ import json
 import math
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -15,10 +15,11 @@ from torch import Tensor
 
 from selva.audio.loudness import integrated_loudness
 from selva.audio.silence import MOSTLY_SILENT, silent_share
-from selva.data.folder_dataset import FolderSet, PlannedClip
+from selva.data.folder_dataset import FolderDataset, PlannedClip
 from selva.media import read_audio
 from selva.sequence import SAMPLING_RATES
-from selva.utils.metrics_log import Progress, clock
+from selva.utils.progress import Progress
+from selva.utils.text import clock, listed
 
 FULL_SCALE = 0.999
 CLIPPED_RUN = 3  # a single sample at full scale is a normalised peak, several in a row are a cut-off wave
@@ -93,14 +94,13 @@ class DataSummary:
         ]
         total = clock(sum(clip.features_sec for clip in self.clips))
         prompts = Counter((clip.prompt, clip.prompt_source) for clip in self.clips)
-        shown = [f"{prompt!r} x {count} (from {source})" for (prompt, source), count in prompts.most_common(NAMED)]
-        more = f" and {len(prompts) - NAMED} more" if len(prompts) > NAMED else ""
+        shown = [f"{prompt!r} x {count} (from {source})" for (prompt, source), count in prompts.most_common()]
         lengths = sorted({clip.window_sec for clip in self.clips})
         trained = f"{lengths[0]:g} s" if len(lengths) == 1 else f"{lengths[0]:g} to {lengths[-1]:g} s"
         return [
             *table,
             f"{len(self.clips)} clips, {total} in all, trained at {trained}, {len(self.left_out)} files left out",
-            f"prompts: {', '.join(shown)}{more}",
+            f"prompts: {listed(shown, NAMED)}",
         ]
 
     def warnings(self) -> list[str]:
@@ -117,10 +117,10 @@ class DataSummary:
             (f"longer than {max((c.window_sec for c in self.clips), default=0):g} s, trained on in windows",
              [c.id for c in self.clips if c.num_windows > 1]),
         ]
-        lines = [f"{len(ids)} clips: {what}: {_some(ids)}" for what, ids in found if ids]
-        lines += [f"the same sound in {_some(group)}: one of them has the wrong sound, or they count twice"
+        lines = [f"{len(ids)} clips: {what}: {listed(ids, NAMED)}" for what, ids in found if ids]
+        lines += [f"the same sound in {listed(group, NAMED)}: one of them has the wrong sound, or they count twice"
                   for group in self.same_sound]
-        lines += [f"the same video in {_some(group)}: validation on one of them says nothing about new videos"
+        lines += [f"the same video in {listed(group, NAMED)}: validation on one of them says nothing about new videos"
                   for group in self.same_features]
         return lines
 
@@ -129,11 +129,11 @@ class DataSummary:
         return json.dumps(asdict(self), indent=2, ensure_ascii=False)
 
 
-def summarise(folder: FolderSet, problems: Iterable[tuple[Path, str]] = ()) -> DataSummary:
+def summarise(folder: FolderDataset, problems: Iterable[tuple[Path, str]] = ()) -> DataSummary:
     """Return the summary of a prepared folder; files are measured one by one, once, and remembered in its cache.
 
     Args:
-        problems: what :func:`selva.data.folder_dataset.load_training_set` could not use.
+        problems: what :func:`selva.data.folder_dataset.load_clip_dataset` could not use.
     """
     clips = []
     with Progress(len(folder.clips), "measuring sound", "clips") as progress:
@@ -150,7 +150,7 @@ def summarise(folder: FolderSet, problems: Iterable[tuple[Path, str]] = ()) -> D
     )
 
 
-def _summarise_clip(folder: FolderSet, clip: PlannedClip) -> ClipSummary:
+def _summarise_clip(folder: FolderDataset, clip: PlannedClip) -> ClipSummary:
     path = clip.files.audio_path
     stats = folder.cache.note(path, "sound_1", lambda: asdict(measure_sound(path)))
     known = isinstance(stats, dict) and stats.keys() == {field.name for field in fields(SoundStats)}
@@ -197,7 +197,3 @@ def _groups(keyed: Iterable[tuple[str, str]]) -> tuple[tuple[str, ...], ...]:
     for key, clip_id in keyed:
         groups[key].append(clip_id)
     return tuple(tuple(group) for group in groups.values() if len(group) > 1)
-
-
-def _some(ids: Sequence[str]) -> str:
-    return ", ".join(ids[:NAMED]) + (f" and {len(ids) - NAMED} more" if len(ids) > NAMED else "")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,18 +22,21 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from selva.data.folder_dataset import FRONT_END
+from selva.data.latents import FRONT_END, SoundEncoder
 from selva.data.memmap.writer import MemmapWriter
 from selva.extraction.extractor import FeatureExtractor
-from selva.extraction.pipeline import SoundEncoder
-from selva.inputs.table import listed
+from selva.extraction.manifest import DONE, FAILED, ManifestWriter
+from selva.extraction.pipeline import Summary
 from selva.media import audio_blocks, prepare_audio
 from selva.media.audio import PEAK_LEVEL, SILENCE_LEVEL
 from selva.models.zoo import Variant
 from selva.partition.cut import collect_recordings
 from selva.partition.windows import Window, caption_of, read_captions, read_clips
-from selva.sequence import SequenceConfig, sequence_config
+from selva.sequence import DEFAULT_DURATION_SEC, SequenceConfig, sequence_config
+from selva.utils.device import peak_memory_bytes
 from selva.utils.files import source_hash
+from selva.utils.progress import Progress
+from selva.utils.text import listed
 from selva.weights.load import encoders_identity
 
 log = logging.getLogger(__name__)
@@ -176,7 +180,7 @@ class AudioSetExtractor:
         self.extractor, self.normalize, self.num_workers = extractor, normalize, num_workers
         self.variant: Variant = extractor.variant
         self.sequence = sequence_config(self.variant.mode)
-        self.sound = SoundEncoder(extractor)
+        self.sound = SoundEncoder(extractor.variant, extractor.selva_dir, extractor.device)
 
     def settings(self) -> dict[str, Any]:
         """Return what decides the content of all rows alike."""
@@ -277,3 +281,35 @@ def ahead(function: Callable[[Item], Result], items: Sequence[Item], num_workers
                 yield waiting.popleft().result()
         finally:
             pool.shutdown(cancel_futures=True)  # where the caller has stopped early
+
+
+def run_sounds(
+    results: Iterable[SoundResult],
+    num_clips: int,
+    jobs: Sequence[SoundJob],
+    accounts: ManifestWriter,
+    folder_name: str,
+    strict: bool = False,
+) -> Summary:
+    """Account for the rows of a set of sound while they are made; return what became of them.
+
+    Args:
+        results: see :meth:`selva.extraction.audio_set.AudioSetExtractor.run`. num_clips: how many will come.
+        folder_name: of the memmap.
+        strict: stop at the first clip that failed; the rest stays unaccounted for.
+    """
+    summary, started = Summary(), time.monotonic()
+    with Progress(num_clips, "encoding sound", "clips") as progress:
+        for number, result in enumerate(results, 1):
+            status = FAILED if result.problem else DONE
+            accounts.record(result.index, status, result.problem,
+                            [folder_name] if status == DONE else (),
+                            DEFAULT_DURATION_SEC if status == DONE else None)
+            summary.count(status, result.made)
+            if result.problem:
+                log.error("%s", result.problem)
+            progress.update(number, jobs[result.index].window.id)
+            if strict and summary.failed:
+                break
+    summary.elapsed_sec, summary.memory = time.monotonic() - started, peak_memory_bytes("cpu")
+    return summary

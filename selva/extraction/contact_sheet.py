@@ -13,7 +13,7 @@ from torch import Tensor
 
 from selva.media import VideoFrames
 from selva.sequence import CLIP_FPS, SYNC_FPS
-from selva.utils.metrics_log import new_figure, save_figure
+from selva.utils.plots import new_figure, save_figure
 
 PathLike = str | os.PathLike[str]
 

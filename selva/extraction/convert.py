@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 from selva.data.dataset import TrainingClip
-from selva.data.folder import PROMPTS_FILE, choose_prompt, read_prompts, scan_folder
-from selva.data.folder_dataset import FRONT_END, load_waveform
-from selva.data.memmap.reader import MemmapSet
+from selva.data.folder import scan_folder
+from selva.data.latents import FRONT_END, SoundEncoder, load_waveform
+from selva.data.memmap.reader import MemmapDataset
 from selva.data.memmap.writer import MemmapWriter
 from selva.extraction.extractor import FeatureExtractor
-from selva.extraction.pipeline import SoundEncoder
 from selva.features import FeatureBundle, load_features, save_features
+from selva.inputs.prompts import PROMPTS_FILE, choose_prompt, read_prompts
 from selva.inputs.table import unsafe_id
 from selva.media import write_audio
 from selva.models.vae import VAE
@@ -133,7 +133,7 @@ def folder_to_memmap(
     Raises:
         ValueError: as :class:`selva.data.memmap.writer.MemmapWriter`, or no clip at all can be converted.
     """
-    variant, sound = extractor.variant, SoundEncoder(extractor)
+    variant, sound = extractor.variant, SoundEncoder(extractor.variant, extractor.selva_dir, extractor.device)
     settings = {"conversion_version": CONVERSION_VERSION, "variant": variant.name, "front_end": FRONT_END,
                 "normalize": normalize}
     rows = [(clip.id, clip.prompt) for clip in clips]
@@ -203,7 +203,7 @@ class LatentDecoder:
 
 
 def memmap_to_folder(
-    rows: MemmapSet, target: Path, variant: Variant, decoder: LatentDecoder | None, report: Report
+    rows: MemmapDataset, target: Path, variant: Variant, decoder: LatentDecoder | None, report: Report
 ) -> None:
     """Write the rows of a memmap as ``<id>.npz`` with text features and latents.
 

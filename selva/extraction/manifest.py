@@ -15,7 +15,6 @@ import hashlib
 import json
 import logging
 import os
-import socket
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from selva.utils import torchrun
 from selva.utils.files import atomic_write_text
 
 log = logging.getLogger(__name__)
@@ -51,14 +51,8 @@ class Shard:
     @classmethod
     def of_process(cls, index: int = 0, count: int = 1) -> Shard:
         """Return the share of this process, if ``torchrun`` divides the share ``index`` of ``count`` once more."""
-        rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        launch = ""
-        if size > 1:
-            names = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")
-            launch = " ".join(os.environ.get(name, "") for name in names)
-            if os.environ.get("LOCAL_WORLD_SIZE") == str(size):  # one machine: its torchrun is our parent
-                launch += f" {socket.gethostname()} {os.getppid()}"
-        return cls(index * size + rank, count * size, range(index * size, (index + 1) * size), launch)
+        rank, size = torchrun.rank(), torchrun.world_size()
+        return cls(index * size + rank, count * size, range(index * size, (index + 1) * size), torchrun.launch_id())
 
     @property
     def indices_in_group(self) -> range:
@@ -91,7 +85,7 @@ class Outcome:
     unfinished: tuple[int, ...]
 
 
-class Accounts:
+class ManifestWriter:
     """The books of one process about its share of a work list.
 
     Args:
@@ -144,7 +138,7 @@ class Accounts:
     def close(self) -> None:
         self._journal.close()
 
-    def __enter__(self) -> Accounts:
+    def __enter__(self) -> ManifestWriter:
         return self
 
     def __exit__(self, *_exc: object) -> None:

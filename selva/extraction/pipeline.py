@@ -11,45 +11,22 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from selva.data.folder_dataset import encode_latents
+from selva.data.latents import SoundEncoder
 from selva.extraction.extractor import FeatureExtractor, FramePasses
-from selva.extraction.manifest import DONE, FAILED, SKIPPED, Accounts
+from selva.extraction.manifest import DONE, FAILED, SKIPPED, ManifestWriter
 from selva.extraction.outputs import Encoded, FeatureFiles, MemmapRows
 from selva.extraction.reader import READY, ReadClip
 from selva.inputs.jobs import ClipJob
-from selva.models.zoo import build_mel
-from selva.sequence import DEFAULT_DURATION_SEC
-from selva.utils.metrics_log import Progress, StageTimes, peak_memory_bytes
-from selva.weights.load import load_vae
-
-if TYPE_CHECKING:
-    from selva.extraction.audio_set import SoundJob, SoundResult
+from selva.utils.device import peak_memory_bytes
+from selva.utils.progress import Progress, StageTimes
 
 log = logging.getLogger(__name__)
 
 MAX_WAITING = 64  # clips on their way through the encoders
-
-
-class SoundEncoder:
-    """Sound of a clip -> latents, in float32 whatever the other encoders run in (pitfall G2); loaded on first use."""
-
-    def __init__(self, extractor: FeatureExtractor) -> None:
-        self.extractor = extractor
-        self._networks = None
-
-    def encode(self, waveform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return mean and deviation, each (1, N, C) on the CPU, of (samples,)."""
-        variant, device = self.extractor.variant, self.extractor.device
-        if self._networks is None:
-            vae = load_vae(variant.name, self.extractor.selva_dir, device).drop_decoder()
-            self._networks = build_mel(variant.mode).to(device), vae
-        mean, std = encode_latents(waveform[None].to(device), *self._networks)
-        return mean.float().cpu(), std.float().cpu()
 
 
 class ClipEncoder:
@@ -64,7 +41,7 @@ class ClipEncoder:
         self, extractor: FeatureExtractor, jobs: Sequence[ClipJob], own: Iterable[int], times: StageTimes
     ) -> None:
         self.extractor, self.jobs, self.times = extractor, jobs, times
-        self.sound = SoundEncoder(extractor)
+        self.sound = SoundEncoder(extractor.variant, extractor.selva_dir, extractor.device)
         self._unread_prompts = {jobs[index].prompt for index in own}
 
     def encode(self, clips: Iterable[ReadClip]) -> Iterator[tuple[ReadClip, Encoded | None]]:
@@ -193,7 +170,7 @@ def run(
     num_clips: int,
     encoder: ClipEncoder,
     output: FeatureFiles | MemmapRows,
-    accounts: Accounts,
+    accounts: ManifestWriter,
     *,
     strict: bool = False,
     announce: Callable[[Path], None] = lambda path: None,
@@ -210,7 +187,7 @@ def run(
         for number, (clip, encoded) in enumerate(encoder.encode(_timed(clips, times, summary)), 1):
             job = encoder.jobs[clip.index]
             with times.stage("write"):
-                status, reason = _settle(clip, encoded, job, output)
+                status, reason = _write_result(clip, encoded, job, output)
                 accounts.record(clip.index, status, reason, output.files_of(job, clip) if status == DONE else (),
                                 clip.duration_sec if status == DONE else None)
             summary.count(status, encoded is not None)
@@ -230,39 +207,7 @@ def run(
     return summary
 
 
-def run_sounds(
-    results: Iterable[SoundResult],
-    num_clips: int,
-    jobs: Sequence[SoundJob],
-    accounts: Accounts,
-    folder_name: str,
-    strict: bool = False,
-) -> Summary:
-    """Account for the rows of a set of sound while they are made; return what became of them.
-
-    Args:
-        results: see :meth:`selva.extraction.audio_set.AudioSetExtractor.run`. num_clips: how many will come.
-        folder_name: of the memmap.
-        strict: stop at the first clip that failed; the rest stays unaccounted for.
-    """
-    summary, started = Summary(), time.monotonic()
-    with Progress(num_clips, "encoding sound", "clips") as progress:
-        for number, result in enumerate(results, 1):
-            status = FAILED if result.problem else DONE
-            accounts.record(result.index, status, result.problem,
-                            [folder_name] if status == DONE else (),
-                            DEFAULT_DURATION_SEC if status == DONE else None)
-            summary.count(status, result.made)
-            if result.problem:
-                log.error("%s", result.problem)
-            progress.update(number, jobs[result.index].window.id)
-            if strict and summary.failed:
-                break
-    summary.elapsed_sec, summary.memory = time.monotonic() - started, peak_memory_bytes("cpu")
-    return summary
-
-
-def _settle(
+def _write_result(
     clip: ReadClip, encoded: Encoded | None, job: ClipJob, output: FeatureFiles | MemmapRows
 ) -> tuple[str, str]:
     """Write what there is of a clip; return its status for the manifest, and the reason."""

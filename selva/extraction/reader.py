@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from selva.data.folder_dataset import FRONT_END, MAX_AUDIO_SHORTFALL_SEC
+from selva.data.latents import FRONT_END, MAX_AUDIO_SHORTFALL_SEC
 from selva.extraction.contact_sheet import write_contact_sheet
 from selva.extraction.extractor import clip_settings
 from selva.extraction.manifest import DONE, FAILED, SKIPPED
@@ -42,8 +42,11 @@ from selva.media import (
 from selva.media.container import check_file
 from selva.models.zoo import get_variant
 from selva.sequence import DEFAULT_DURATION_SEC, sequence_config
+from selva.utils import torchrun
+from selva.utils.device import peak_memory_bytes
 from selva.utils.files import source_hash
-from selva.utils.metrics_log import StageTimes, peak_memory_bytes, setup_logging
+from selva.utils.logging import setup_logging
+from selva.utils.progress import StageTimes
 from selva.weights.load import encoders_identity
 
 log = logging.getLogger(__name__)
@@ -308,7 +311,7 @@ def _file_hash(path: Path) -> str:
 def default_workers(num_clips: int) -> int:
     """Return how many worker processes read clips ahead: the cores, shared by the processes of this machine."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    share = cores // torchrun.local_world_size()
     if share < 2 or num_clips < 3:  # starting one takes longer than reading a clip
         return 0
     return min(8, share - 1, num_clips)

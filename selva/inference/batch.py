@@ -22,11 +22,11 @@ from selva.extraction.manifest import DONE, FAILED, INCOMPLETE_FILE, MANIFEST_FI
 from selva.inference.adapter_switch import AdapterPairs
 from selva.inference.engine import SoundGenerator
 from selva.inference.outputs import SoundFiles, fingerprint, model_recipe, request_recipe
-from selva.inference.request import Conditions, Sound, SoundRequest
+from selva.inference.request import Sound, SoundConditions, SoundRequest
 from selva.media import audio_length, video_length
 from selva.sequence import DEFAULT_DURATION_SEC
 from selva.utils.files import atomic_write_text
-from selva.utils.metrics_log import Progress
+from selva.utils.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ PART_SEC = 0.1  # a video longer than the sound by more is used in part
 
 
 @dataclass(frozen=True)
-class Setting:
+class AdapterSetup:
     """The adapters that sounds are made with, and their files; ``label`` names them in a comparison."""
 
     label: str
@@ -44,7 +44,7 @@ class Setting:
     specs: Sequence[tuple[Path, float]] = ()
 
 
-def common_clip_features(choice: str, settings: Sequence[Setting]) -> str:
+def common_clip_features(choice: str, settings: Sequence[AdapterSetup]) -> str:
     """Return ``--clip_features`` for settings that are compared: one for all, so that only the adapters differ.
 
     "auto" is what the adapters were trained with, for the base model too. If they disagree, it stays: each setting then
@@ -61,7 +61,7 @@ def common_clip_features(choice: str, settings: Sequence[Setting]) -> str:
 
 
 @dataclass(frozen=True)
-class Take:
+class Variation:
     """One sound to be made.
 
     Attributes:
@@ -76,39 +76,39 @@ class Take:
 
 
 @dataclass
-class Clip:
-    """A request, the takes of it, and what became of them.
+class BatchClip:
+    """A request, the variations of it, and what became of them.
 
     Attributes:
         problem: why it failed; "" if it has not.
-        kept: takes that were there already.
-        made: takes that are there now, kept ones included.
+        kept: variations that were there already.
+        made: variations that are there now, kept ones included.
     """
 
     name: str
     request: SoundRequest
-    takes: Sequence[Take]
+    variations: Sequence[Variation]
     problem: str = ""
     kept: int = 0
-    made: list[Take] = field(default_factory=list)
+    made: list[Variation] = field(default_factory=list)
 
     @property
     def paths(self) -> list[Path]:
-        return [path for take in self.takes if take in self.made for path in take.files.written]
+        return [path for variation in self.variations if variation in self.made for path in variation.files.written]
 
 
 class SoundBatch:
-    """Makes the takes of all clips.
+    """Makes the variations of all clips.
 
     Args:
-        generator: makes the sounds. settings: of the adapters, one for each value of ``Take.setting``.
+        generator: makes the sounds. settings: of the adapters, one for each value of ``Variation.setting``.
         overwrite: make again what is there already.
         on_clip: called with every clip when it is done or has failed, in order.
     """
 
     def __init__(
-        self, generator: SoundGenerator, settings: Sequence[Setting], *, overwrite: bool = False,
-        on_clip: Callable[[Clip], None] | None = None,
+        self, generator: SoundGenerator, settings: Sequence[AdapterSetup], *, overwrite: bool = False,
+        on_clip: Callable[[BatchClip], None] | None = None,
     ) -> None:
         self.generator, self.settings, self.overwrite, self.on_clip = generator, settings, overwrite, on_clip
         generator.expect_adapters([a for setting in settings for a, _ in setting.adapters] if len(settings) > 1 else [])
@@ -119,7 +119,7 @@ class SoundBatch:
             self.recipes.append(model_recipe(generator))
             self.needs_clip |= generator.uses_clip
 
-    def run(self, clips: Sequence[Clip]) -> None:
+    def run(self, clips: Sequence[BatchClip]) -> None:
         """Make and write everything; what happened stands in the clips afterwards."""
         for first, part in rounds(clips):
             if len(part) < len(clips):
@@ -131,9 +131,9 @@ class SoundBatch:
                 if self.on_clip is not None:
                     self.on_clip(clip)
 
-    def _round(self, clips: Sequence[Clip]) -> None:
-        prints = {id(take): mark for clip in clips for take, mark in self._missing(clip)}
-        todo = [clip for clip in clips if any(id(take) in prints for take in clip.takes)]
+    def _round(self, clips: Sequence[BatchClip]) -> None:
+        prints = {id(variation): mark for clip in clips for variation, mark in self._missing(clip)}
+        todo = [clip for clip in clips if any(id(variation) in prints for variation in clip.variations)]
         if not todo:
             return
 
@@ -141,36 +141,36 @@ class SoundBatch:
             todo[index].problem = str(error)
 
         encoded = self.generator.encode([clip.request for clip in todo], clip=self.needs_clip, on_error=failed)
-        sounds: list[tuple[Clip, Take, Conditions]] = []
+        sounds: list[tuple[BatchClip, Variation, SoundConditions]] = []
         for clip, conditions in zip(todo, encoded, strict=True):
             if conditions is not None:
-                sounds += [(clip, take, conditions) for take in clip.takes if id(take) in prints]
+                sounds += [(clip, variation, conditions) for variation in clip.variations if id(variation) in prints]
         latents = self._sample(sounds)
-        for clip, take, conditions in sounds:
+        for clip, variation, conditions in sounds:
             # One by one: sounds are written as they are made, and not all held in memory.
             try:
-                (sound,) = self.generator.decode([conditions], [latents[id(take)]])
-                self._write(clip, take, sound, prints[id(take)])
+                (sound,) = self.generator.decode([conditions], [latents[id(variation)]])
+                self._write(clip, variation, sound, prints[id(variation)])
             except (ValueError, OSError) as error:
                 clip.problem = str(error)
 
-    def _missing(self, clip: Clip) -> Iterator[tuple[Take, str]]:
-        """Yield the takes of a clip that are still to be made, with their fingerprints."""
+    def _missing(self, clip: BatchClip) -> Iterator[tuple[Variation, str]]:
+        """Yield the variations of a clip that are still to be made, with their fingerprints."""
         try:
             request = request_recipe(clip.request)
         except OSError as error:
             clip.problem = f"{error.filename}: {error.strerror}"
             return
-        for take in clip.takes:
-            mark = fingerprint(self.recipes[take.setting], request, take.seed)
-            if not self.overwrite and take.files.are_current(mark):
+        for variation in clip.variations:
+            mark = fingerprint(self.recipes[variation.setting], request, variation.seed)
+            if not self.overwrite and variation.files.are_current(mark):
                 clip.kept += 1
-                clip.made.append(take)
+                clip.made.append(variation)
             else:
-                yield take, mark
+                yield variation, mark
 
-    def _sample(self, sounds: Sequence[tuple[Clip, Take, Conditions]]) -> dict[int, Tensor]:
-        """Return the latents of every take by its id, made setting by setting."""
+    def _sample(self, sounds: Sequence[tuple[BatchClip, Variation, SoundConditions]]) -> dict[int, Tensor]:
+        """Return the latents of every variation by its id, made setting by setting."""
         generator, latents, done = self.generator, {}, 0
         groups = [[s for s in sounds if s[1].setting == index] for index in range(len(self.settings))]
         batches = [len(generator.batches([conditions for *_, conditions in group])) for group in groups]
@@ -181,18 +181,18 @@ class SoundBatch:
                     continue
                 generator.set_adapters(setting.adapters)
                 rows = generator.sample(
-                    [conditions for *_, conditions in group], [take.seed for _, take, _ in group],
+                    [conditions for *_, conditions in group], [variation.seed for _, variation, _ in group],
                     lambda step, done=done, label=setting.label: progress.update(done + step, label),
                 )
-                latents.update((id(take), row) for (_, take, _), row in zip(group, rows, strict=True))
+                latents.update((id(variation), row) for (_, variation, _), row in zip(group, rows, strict=True))
                 done += count * steps
         return latents
 
-    def _write(self, clip: Clip, take: Take, sound: Sound, mark: str) -> None:
+    def _write(self, clip: BatchClip, variation: Variation, sound: Sound, mark: str) -> None:
         with self.generator.times.stage("writing"):
-            take.files.save(_with_pictures_of_another_take(sound, clip), take.settings, mark)
-        clip.made.append(take)
-        name, level = take.files.written[0], sound.level
+            variation.files.save(_with_pictures_of_another_variation(sound, clip), variation.settings, mark)
+        clip.made.append(variation)
+        name, level = variation.files.written[0], sound.level
         if self.generator.normalize == "none" and level.true_peak > TRUE_PEAK_LIMIT_DB:
             log.warning("%s: %s, which a player may clip; --normalize peak keeps it below %g", name, level,
                         TRUE_PEAK_LIMIT_DB)
@@ -200,7 +200,7 @@ class SoundBatch:
             log.info("%s: %s", name, level)
 
 
-def rounds(clips: Sequence[Clip]) -> Iterator[tuple[int, Sequence[Clip]]]:
+def rounds(clips: Sequence[BatchClip]) -> Iterator[tuple[int, Sequence[BatchClip]]]:
     """Yield (index of the first, clips) of parts whose pictures fit into memory together; one clip at least."""
     first, seconds = 0, 0.0
     for index, clip in enumerate(clips):
@@ -225,30 +225,30 @@ def _picture_seconds(request: SoundRequest) -> float:
         return 0.0  # it will fail by name
 
 
-def _with_pictures_of_another_take(sound: Sound, clip: Clip) -> Sound:
+def _with_pictures_of_another_variation(sound: Sound, clip: BatchClip) -> Sound:
     """Return the sound with the pictures of a video that was written already, where only a part of them is used.
 
     A part has to be encoded again, which takes longer than everything else; once per clip is enough.
     """
-    written = next((take.files.video for take in clip.made if take.files.video is not None), None)
+    written = next((variation.files.video for variation in clip.made if variation.files.video is not None), None)
     if sound.video is None or written is None:
         return sound
     is_part = sound.start_sec > 0 or video_length(sound.video) - sound.duration_sec > PART_SEC
     return replace(sound, video=written, start_sec=0.0) if is_part else sound
 
 
-def _duration(clip: Clip) -> float | None:
+def _duration(clip: BatchClip) -> float | None:
     if not clip.made:
         return None
     samples, rate = audio_length(clip.made[0].files.written[0])
     return samples / rate
 
 
-def write_manifest(folder: Path, clips: Sequence[Clip], finished: bool) -> Path:
+def write_manifest(folder: Path, clips: Sequence[BatchClip], finished: bool) -> Path:
     """Write what became of every clip, one JSON object per line, in the order of the clips; return the path."""
     lines = []
     for clip in clips:
-        complete = len(clip.made) == len(clip.takes)
+        complete = len(clip.made) == len(clip.variations)
         row = {
             "id": clip.name,
             "source": clip.request.source,
@@ -257,7 +257,7 @@ def write_manifest(folder: Path, clips: Sequence[Clip], finished: bool) -> Path:
             "reason": clip.problem,
             "files": [str(path.relative_to(folder)) for path in clip.paths],
             "duration_sec": _duration(clip),
-            "seeds": sorted({take.seed for take in clip.takes}),
+            "seeds": sorted({variation.seed for variation in clip.variations}),
         }
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
     path = folder / (MANIFEST_FILE if finished else INCOMPLETE_FILE)

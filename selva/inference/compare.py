@@ -30,11 +30,12 @@ import torch
 from torch import Tensor
 
 from selva.audio.metrics import compare_sounds
-from selva.inference.batch import Clip, Setting
-from selva.inference.request import AUDIO_SUFFIXES, SoundRequest
+from selva.inference.batch import AdapterSetup, BatchClip
+from selva.inference.request import SoundRequest
+from selva.inputs.suffixes import OUTPUT_AUDIO_SUFFIXES
 from selva.media import prepare_audio, probe, read_audio
 from selva.utils.files import atomic_write_text
-from selva.utils.metrics_log import new_figure, save_figure
+from selva.utils.plots import new_figure, save_figure
 
 log = logging.getLogger(__name__)
 
@@ -127,8 +128,8 @@ def _short_name(path: Path) -> str:
 
 def check_reference_dir(folder: Path) -> None:
     """Raise a ValueError if ``folder`` holds no sound to compare with."""
-    if not folder.is_dir() or not any(path.suffix.lower() in AUDIO_SUFFIXES for path in folder.iterdir()):
-        raise ValueError(f"--reference {folder}: expected a folder with {' or '.join(AUDIO_SUFFIXES)}")
+    if not folder.is_dir() or not any(path.suffix.lower() in OUTPUT_AUDIO_SUFFIXES for path in folder.iterdir()):
+        raise ValueError(f"--reference {folder}: expected a folder with {' or '.join(OUTPUT_AUDIO_SUFFIXES)}")
 
 
 def reference_sound(
@@ -143,7 +144,7 @@ def reference_sound(
     beside = request.features if isinstance(request.features, Path) else None
     if folder is not None or beside is not None:
         stem = folder / name if folder is not None else beside.with_suffix("")
-        path = next((p for s in AUDIO_SUFFIXES if (p := stem.with_name(stem.name + s)).is_file()), None)
+        path = next((p for s in OUTPUT_AUDIO_SUFFIXES if (p := stem.with_name(stem.name + s)).is_file()), None)
     elif request.video is not None and "audio" in probe(request.video).streams:
         path, start_sec = request.video, request.start_sec
     if path is None:
@@ -180,7 +181,7 @@ class Row:
 
 
 def write_comparison(
-    folder: Path, clips: Sequence[Clip], settings: Sequence[Setting], reference_dir: Path | None
+    folder: Path, clips: Sequence[BatchClip], settings: Sequence[AdapterSetup], reference_dir: Path | None
 ) -> list[Path]:
     """Write the figures and the sheets of everything that was made; return their paths."""
     rows = compare_rows(clips, reference_dir)
@@ -208,18 +209,18 @@ def write_comparison(
     return paths
 
 
-def compare_rows(clips: Sequence[Clip], reference_dir: Path | None = None) -> list[Row]:
+def compare_rows(clips: Sequence[BatchClip], reference_dir: Path | None = None) -> list[Row]:
     """Return the rows of all clips of which something was made, read and measured."""
     rows = []
     for clip in clips:
-        made = [(take, *_read_sound(take.files.written[0])) for take in clip.made]
+        made = [(variation, *_read_sound(variation.files.written[0])) for variation in clip.made]
         if not made:
             continue
         rate = made[0][2]
         duration_sec = len(made[0][1]) / rate
         reference = reference_sound(clip.name, clip.request, reference_dir, duration_sec, rate)
-        for seed in sorted({take.seed for take, *_ in made}):
-            sounds = {take.setting: sound for take, sound, _ in made if take.seed == seed}
+        for seed in sorted({variation.seed for variation, *_ in made}):
+            sounds = {variation.setting: sound for variation, sound, _ in made if variation.seed == seed}
             figures = {index: compare_sounds(sound, reference, rate) for index, sound in sounds.items()}
             rows.append(Row(clip.name, seed, clip.request.prompt or "", rate, reference, sounds, figures))
     return rows
@@ -240,7 +241,7 @@ def mean_figures(figures: Sequence[dict[str, Any]]) -> dict[str, float | None]:
     return means
 
 
-def figures_table(settings: Sequence[Setting], means: Sequence[dict[str, float | None]]) -> list[str]:
+def figures_table(settings: Sequence[AdapterSetup], means: Sequence[dict[str, float | None]]) -> list[str]:
     """Return the lines of a table of the means, one per setting, with the figures that any of them has."""
     shown = [column for column in SHOWN if any(mean.get(column[0]) is not None for mean in means)]
     table = [["mean over all sounds", *(heading for _, heading, _ in shown)]]

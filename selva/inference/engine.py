@@ -1,6 +1,6 @@
 """From videos, features or words to sound; the engine behind ``infer.py`` and ``from selva import SoundGenerator``.
 
-    request --encoders--> Conditions --generator--> latents --VAE decoder, vocoder--> waveform --level--> Sound
+    request --encoders--> SoundConditions --generator--> latents --VAE decoder, vocoder--> waveform --level--> Sound
 
 :meth:`SoundGenerator.generate` makes one sound. Batches call the three stages themselves, each for many clips at once,
 so that only one network needs to be loaded at a time: :meth:`~SoundGenerator.encode`, :meth:`~SoundGenerator.sample`,
@@ -25,14 +25,14 @@ from selva.extraction.extractor import FeatureExtractor
 from selva.features import FeatureBundle, load_features
 from selva.inference.adapter_switch import AdapterPairs, AdapterSwitch
 from selva.inference.long_sampling import sample_long
-from selva.inference.request import Conditions, Sound, SoundRequest, check_widths
+from selva.inference.request import Sound, SoundConditions, SoundRequest, check_widths
 from selva.lora.merge import Adapter
 from selva.media import MaskSettings, VideoFrames
 from selva.models.generator import Generator
 from selva.models.zoo import Variant, features_problem, get_variant
 from selva.sampling import SamplingConfig, decode_latents, sample_latents
 from selva.sequence import DEFAULT_DURATION_SEC, SequenceConfig, sequence_config
-from selva.utils.metrics_log import StageTimes
+from selva.utils.progress import StageTimes
 from selva.weights.load import check_weights, load_generator, load_vae, load_vocoder
 
 log = logging.getLogger(__name__)
@@ -195,7 +195,7 @@ class SoundGenerator:
 
     def encode(
         self, requests: Sequence[SoundRequest], *, clip: bool | None = None, on_error: OnError | None = None
-    ) -> list[Conditions | None]:
+    ) -> list[SoundConditions | None]:
         """Return the conditions of every request.
 
         Args:
@@ -269,9 +269,9 @@ class SoundGenerator:
                 draft.sync_f = self._extractor.sync_features(draft.frames.sync_frames, draft.prompt)
                 draft.frames = None
 
-    def _conditions(self, draft: _Draft) -> Conditions:
+    def _conditions(self, draft: _Draft) -> SoundConditions:
         request, sequence = draft.request, sequence_config(self.variant.mode, draft.duration_sec)
-        conditions = Conditions(
+        conditions = SoundConditions(
             request=request,
             sequence=sequence,
             prompt=draft.prompt,
@@ -286,7 +286,7 @@ class SoundGenerator:
     # -- stage 2: generator -------------------------------------------------------------------------------------
 
     def sample(
-        self, conditions: Sequence[Conditions], seeds: Sequence[int], on_step: Callable[[int], None] | None = None
+        self, conditions: Sequence[SoundConditions], seeds: Sequence[int], on_step: Callable[[int], None] | None = None
     ) -> list[Tensor]:
         """Return (N, C) float32 latents on the CPU for each item; what fits together is sampled together.
 
@@ -306,7 +306,7 @@ class SoundGenerator:
                 latents.update(zip(batch, rows, strict=True))
         return [latents[index] for index in range(len(conditions))]
 
-    def batches(self, conditions: Sequence[Conditions]) -> list[list[int]]:
+    def batches(self, conditions: Sequence[SoundConditions]) -> list[list[int]]:
         """Return the indices that are sampled together: clips of one length, at most ``batch_size`` at once."""
         groups: dict[SequenceConfig, list[int]] = {}
         for index, item in enumerate(conditions):
@@ -315,7 +315,7 @@ class SoundGenerator:
         return [group[i : i + size] for group in groups.values() for i in range(0, len(group), size)]
 
     def _sample_batch(
-        self, generator: Generator, items: Sequence[Conditions], seeds: Sequence[int],
+        self, generator: Generator, items: Sequence[SoundConditions], seeds: Sequence[int],
         on_step: Callable[[int], None] | None,
     ) -> list[Tensor]:
         sequence = items[0].sequence
@@ -349,7 +349,7 @@ class SoundGenerator:
 
     # -- stage 3: decoders --------------------------------------------------------------------------------------
 
-    def decode(self, conditions: Sequence[Conditions], latents: Sequence[Tensor]) -> list[Sound]:
+    def decode(self, conditions: Sequence[SoundConditions], latents: Sequence[Tensor]) -> list[Sound]:
         """Return the sounds of latents, one after the other, exactly as long as their clips."""
         self._enter(DECODERS)
         with self.times.stage("decoding"):
@@ -358,7 +358,7 @@ class SoundGenerator:
                 self._decoders = vae, load_vocoder(self.variant.name, self.selva_dir, self.device)
             return [self._sound(c, x) for c, x in zip(conditions, latents, strict=True)]
 
-    def _sound(self, conditions: Conditions, latents: Tensor) -> Sound:
+    def _sound(self, conditions: SoundConditions, latents: Tensor) -> Sound:
         sequence, request = conditions.sequence, conditions.request
         chunk_sec = DECODER_CHUNK_SEC if sequence.duration_sec > DECODER_CHUNK_SEC else None
         waveform = decode_latents(latents[None].to(self.device), *self._decoders, chunk_sec=chunk_sec)[0].cpu()
@@ -392,7 +392,7 @@ class SoundGenerator:
 
 @dataclass
 class _Draft:
-    """A request on its way to :class:`Conditions`."""
+    """A request on its way to :class:`SoundConditions`."""
 
     request: SoundRequest
     prompt: str
@@ -403,5 +403,5 @@ class _Draft:
     text_f: Tensor | None = None
 
 
-def _lacks_clip(item: Conditions) -> bool:
+def _lacks_clip(item: SoundConditions) -> bool:
     return item.request.video is not None and item.clip_f is None

@@ -19,7 +19,8 @@ from selva import __version__
 from selva.cli import settings_text
 from selva.features import FeatureBundle
 from selva.inference.engine import SoundGenerator
-from selva.inference.request import AUDIO_SUFFIXES, VIDEO_SUFFIXES, Sound, SoundRequest
+from selva.inference.request import Sound, SoundRequest
+from selva.inputs.suffixes import OUTPUT_AUDIO_SUFFIXES, OUTPUT_VIDEO_SUFFIXES
 from selva.lora.merge import Adapter
 from selva.utils.files import atomic_write_text, source_hash
 from selva.weights.load import find_weights, packaged_identity
@@ -75,11 +76,11 @@ def sound_files(
         video: there are pictures. number: of a variation, appended to the name.
     """
     suffix = output.suffix.lower()
-    is_file = suffix in AUDIO_SUFFIXES + VIDEO_SUFFIXES and not output.is_dir()
+    is_file = suffix in OUTPUT_AUDIO_SUFFIXES + OUTPUT_VIDEO_SUFFIXES and not output.is_dir()
     ending = "" if number is None else f"_{number}"
     if is_file:
         path = output.with_name(f"{output.stem}{ending}{output.suffix}")
-        return SoundFiles(path, None) if suffix in AUDIO_SUFFIXES else SoundFiles(None, path)
+        return SoundFiles(path, None) if suffix in OUTPUT_AUDIO_SUFFIXES else SoundFiles(None, path)
     stem = output / f"{name}{ending}"
     # Not with_suffix: a name may hold dots of its own.
     with_video = video and not audio_only

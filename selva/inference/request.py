@@ -1,6 +1,6 @@
 """One sound from request to file: what is asked for, what the generator is told, and what comes out.
 
-    SoundRequest --encoders--> Conditions --generator, decoders--> Sound --> .flac, .mp4
+    SoundRequest --encoders--> SoundConditions --generator, decoders--> Sound --> .flac, .mp4
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ from torch import Tensor
 
 from selva.audio.loudness import LoudnessReport
 from selva.features import FeatureBundle
+from selva.inputs.suffixes import OUTPUT_VIDEO_SUFFIXES
 from selva.media import MaskSettings, mux_video, write_audio
 from selva.models.zoo import Variant
 from selva.sequence import SequenceConfig
-
-AUDIO_SUFFIXES, VIDEO_SUFFIXES = (".flac", ".wav"), (".mp4", ".mov", ".mkv", ".m4v")
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ class SoundRequest:
 
 
 @dataclass(frozen=True)
-class Conditions:
+class SoundConditions:
     """What the generator is told about one sound; features (1, tokens, channels) float32 on the CPU.
 
     Attributes:
@@ -103,7 +102,7 @@ class Sound:
             ValueError: another suffix, or a video is to be written of a sound that was made for none.
         """
         path = Path(path)
-        if path.suffix.lower() not in VIDEO_SUFFIXES:
+        if path.suffix.lower() not in OUTPUT_VIDEO_SUFFIXES:
             write_audio(path, self.waveform, self.rate)
         elif self.video is None:
             raise ValueError(f"{path}: the sound was not made for a video, so there are no pictures; write a .flac")
@@ -112,7 +111,7 @@ class Sound:
         return path
 
 
-def check_widths(conditions: Conditions, variant: Variant) -> None:
+def check_widths(conditions: SoundConditions, variant: Variant) -> None:
     """Raise a ValueError if features from a file are not those of the variant's encoders."""
     config = variant.generator
     for what, features, width in (
@@ -122,4 +121,4 @@ def check_widths(conditions: Conditions, variant: Variant) -> None:
     ):
         if features is not None and features.shape[2] != width:
             raise ValueError(f"{conditions.request.source}: {what} are {features.shape[2]} wide, but {variant.name} "
-                             f"takes {width}; extract again with --variant {variant.name}")
+                             f"variations {width}; extract again with --variant {variant.name}")

@@ -27,18 +27,19 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from selva.data.folder import PROMPTS_FILE, read_prompts
 from selva.inputs.names import numbered_names
-from selva.inputs.table import TABLE_SUFFIXES, TableRow, listed, read_clip_table, unsafe_id
+from selva.inputs.prompts import PROMPTS_FILE, read_prompts, read_sidecar
+from selva.inputs.suffixes import VIDEO_SUFFIXES
+from selva.inputs.table import TABLE_SUFFIXES, TableRow, read_clip_table, unsafe_id
 from selva.media import MASK_SUFFIXES, video_length
 from selva.sequence import DEFAULT_DURATION_SEC, SHORTEST_SEC
+from selva.utils.text import listed
 
 log = logging.getLogger(__name__)
 
 PathLike = str | os.PathLike[str]
 
 # Ordered: where a table names no path and a folder has two videos of one stem, the first kind is taken.
-VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv", ".flv")
 
 _HEADER_READERS = 8  # threads; reading headers waits for the disk
 
@@ -340,18 +341,6 @@ class _Prompts:
             log.warning("%s: no clip for %s", self.path, listed(unused))
         if self.labelled:
             log.info("%d clips take their label as their prompt", self.labelled)
-
-
-def read_sidecar(path: PathLike) -> str:
-    """Return the prompt in a text file: all of it as one line, "" if it is empty.
-
-    Raises:
-        ValueError: it is not UTF-8 text.
-    """
-    try:
-        return " ".join(Path(path).read_text(encoding="utf-8-sig").split())
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
 
 
 class _Masks:

@@ -13,11 +13,12 @@ from __future__ import annotations
 import csv
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from selva.sequence import SHORTEST_SEC
+from selva.utils.text import listed
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +26,6 @@ TABLE_SUFFIXES = (".tsv", ".csv")
 COLUMNS = ("id", "label", "caption", "path", "start", "duration", "mask", "prompt")
 
 _MAX_ID_BYTES = 200  # file names end at 255, and the id is followed by "_000" and a suffix
-_MAX_LISTED = 20
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,6 @@ def unsafe_id(id_: str) -> str | None:
     if num_bytes > _MAX_ID_BYTES:
         return f"an id has at most {_MAX_ID_BYTES} bytes"
     return None
-
-
-def listed(items: Sequence[str], separator: str = ", ") -> str:
-    """Return the first twenty items as text, and how many there are beyond."""
-    more = len(items) - _MAX_LISTED
-    return separator.join(items[:_MAX_LISTED]) + (f"{separator}and {more} more" if more > 0 else "")
 
 
 def read_clip_table(path: Path, video_suffixes: Iterable[str], video_dir: Path | None = None) -> list[TableRow]:

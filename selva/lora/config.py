@@ -12,9 +12,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from selva.utils.text import listed
+
 INITS = ("standard", "pissa")
 RSLORA_ALPHA = 16.0  # default alpha with rslora: fixed, because alpha = rank would make the scale grow with the rank
-MAX_LISTED = 10  # problems named in one message
 
 _ATTENTION = ("attn.qkv", "linear1")
 _MLP = ("ffn.w1", "ffn.w2", "ffn.w3")
@@ -91,7 +92,7 @@ class LoRAConfig:
             stored = dict(meta["lora_config"])
             if unknown := sorted(stored.keys() - {field.name for field in fields(cls)}):
                 raise ValueError(
-                    f"the adapter was trained with settings unknown here: {list_some(unknown)}; update this package"
+                    f"the adapter was trained with settings unknown here: {listed(unknown)}; update this package"
                 )
             return cls(**{**stored, "targets": tuple(stored["targets"])})
         missing = [key for key in ("rank", "alpha", "target") if key not in meta]
@@ -199,13 +200,7 @@ def no_match_message(names: Sequence[str], idle: Sequence[str], skipped: Sequenc
     starts = [(name, f".{name}".rfind(f".{target}.")) for target in idle for name in names]
     inside = [name[start:] for name, start in starts if start >= 0]
     offered = list(dict.fromkeys(inside + close)) or endings
-    message = f"No layers matched target={list(idle)}; endings that would: {list_some(offered)}"
+    message = f"No layers matched target={list(idle)}; endings that would: {listed(offered)}"
     message += f"; presets: {', '.join(PRESETS)}"
     unfit = [f"{name} ({reason})" for name, reason in skipped if name.endswith(tuple(idle))]
-    return f"{message}. Matched but cannot be adapted: {list_some(unfit, 2)}" if unfit else message
-
-
-def list_some(items: Sequence[str], limit: int = MAX_LISTED) -> str:
-    """Return the items separated by commas, or the first ``limit`` and how many more there are."""
-    more = f" and {len(items) - limit} more" if len(items) > limit else ""
-    return ", ".join(items[:limit]) + more
+    return f"{message}. Matched but cannot be adapted: {listed(unfit, 2)}" if unfit else message

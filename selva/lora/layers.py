@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from selva.lora.config import LoRAConfig, expand_targets, list_some, no_match_message, parse_targets
+from selva.lora.config import LoRAConfig, expand_targets, no_match_message, parse_targets
 from selva.lora.merge import (
     MAGNITUDE_SUFFIX,
     Adapter,
@@ -34,6 +34,7 @@ from selva.lora.merge import (
     per_row,
     row_norms,
 )
+from selva.utils.text import listed
 
 __all__ = [
     "AdaptedLayer",
@@ -235,7 +236,7 @@ class InjectReport:
         lines = []
         for reason in dict.fromkeys(reason for _, reason in self.skipped):
             names = [name for name, why in self.skipped if why == reason]
-            lines.append(f"matched by a target but not adapted, being {reason}: {list_some(names)}")
+            lines.append(f"matched by a target but not adapted, being {reason}: {listed(names)}")
         convolutions = sum(layer.kind == "conv1d" for layer in self.layers)
         causes, remedies = [], []
         if convolutions:
@@ -323,7 +324,7 @@ def _check_pissa_rank(matches: Mapping[str, nn.Module], cfg: LoRAConfig) -> None
         if cfg.rank_of(name) > min(module.weight.flatten(1).shape)
     ]
     if problems:
-        raise ValueError(f"init 'pissa' cannot start from more directions than a layer has: {list_some(problems)}")
+        raise ValueError(f"init 'pissa' cannot start from more directions than a layer has: {listed(problems)}")
 
 
 def _check_unmerged(matches: Mapping[str, nn.Module]) -> None:
@@ -331,7 +332,7 @@ def _check_unmerged(matches: Mapping[str, nn.Module]) -> None:
     if merged:
         raise ValueError(
             "a DoRA adapter is relative to the base weights, but these layers have another adapter merged: "
-            f"{list_some(merged)}; train it on the base model"
+            f"{listed(merged)}; train it on the base model"
         )
 
 
@@ -446,7 +447,7 @@ def load_lora_state_(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         if key in tensors and tensors[key].shape != own[key].shape
     ]
     if problems:
-        raise ValueError(f"these adapter tensors do not fit the adapted model: {list_some(problems)}")
+        raise ValueError(f"these adapter tensors do not fit the adapted model: {listed(problems)}")
     for key, parameter in own.items():
         parameter.copy_(tensors[key])
 
@@ -468,7 +469,7 @@ def adapter_tensors(model: nn.Module, state: Mapping[str, Tensor] | None = None)
     current = lora_state_dict(model)
     foreign = [key for key in state or {} if key not in current]
     if foreign:
-        raise ValueError(f"these tensors belong to no adapted layer: {list_some(foreign)}")
+        raise ValueError(f"these tensors belong to no adapted layer: {listed(foreign)}")
     state = {**current, **(state or {})}
     pairs = {}
     for name, layer in lora_layers(model):

@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from selva.models import winograd_conv as fast_conv
-from selva.models.qk_norm_rope import RMS_EPS, normed_heads
+from selva.models import winograd_conv as winograd_conv
+from selva.models.qk_norm_rope import RMS_EPS, qk_norm_rope
+from selva.utils.text import listed
 
 ROPE_THETA = 10_000.0
 
@@ -40,8 +41,7 @@ def load_strict_(module: nn.Module, state_dict: Mapping[str, Tensor], what: str)
         ]),
     ):
         if keys:
-            more = f" and {len(keys) - 10} more" if len(keys) > 10 else ""
-            problems.append(f"{len(keys)} {title}: {', '.join(keys[:10])}{more}")
+            problems.append(f"{len(keys)} {title}: {listed(keys)}")
     if problems:
         raise ValueError(f"these weights do not fit the {what}: {'; '.join(problems)}")
     module.load_state_dict(state_dict, strict=True)
@@ -91,8 +91,8 @@ class ConvMLP(nn.Module):
         self.w3 = nn.Conv1d(dim, hidden_dim, kernel_size, padding=pad, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if fast_conv.pays(x, self.w1, self.w2, self.w3):
-            return fast_conv.gated_mlp(x.mT, self.w1, self.w2, self.w3).mT
+        if winograd_conv.supports(x, self.w1, self.w2, self.w3):
+            return winograd_conv.gated_mlp(x.mT, self.w1, self.w2, self.w3).mT
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
@@ -175,7 +175,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Return q, k, v, each (B, heads, tokens, head_dim), of ``x`` (B, tokens, dim)."""
-        return normed_heads(self.qkv(x), self.q_norm.weight, self.k_norm.weight, rotary)
+        return qk_norm_rope(self.qkv(x), self.q_norm.weight, self.k_norm.weight, rotary)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -244,7 +244,7 @@ class Stream(nn.Module):
     def _along_tokens(self, layer: nn.Module, x: Tensor) -> Tensor:
         if not self.convolves:
             return layer(x)
-        return fast_conv.conv(x, layer) if fast_conv.pays(x, layer) else layer(x.mT).mT
+        return winograd_conv.conv(x, layer) if winograd_conv.supports(x, layer) else layer(x.mT).mT
 
 
 class JointBlock(nn.Module):

@@ -23,7 +23,6 @@ from selva.models.mel import MEL_CONFIGS, MEL_FLOOR, MelConfig, slaney_filterban
 MOMENTUM = 0.99
 SUM_STEPS = 30  # multiplicative updates towards magnitudes with the right sums
 SILENT = 1.2 * MEL_FLOOR  # a band this low is silent; its value is the floor, not a measurement
-SMALLEST = 1e-5  # magnitude that the network can tell from silence
 PHASE_SEED = 0
 
 

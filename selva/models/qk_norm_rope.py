@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 RMS_EPS = 1.1920929e-07  # float32 machine epsilon: what the reference uses for every input dtype
 
 
-def normed_heads(
+def qk_norm_rope(
     qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rotary: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return q, k, v, each (B, heads, tokens, head_dim), of a projection (B, tokens, heads * head_dim * 3).

@@ -24,7 +24,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 FORWARD, REVERSED = (0, 1, 2, 3), (3, 1, 2, 0)  # which products m0 ... m3 belong to; reversed: taps from last to first
 
 
-def pays(x: Tensor, *layers: nn.Module) -> bool:
+def supports(x: Tensor, *layers: nn.Module) -> bool:
     """Return whether ``layers``, convolutions that see ``x`` or what comes of it, should run through this module."""
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return False

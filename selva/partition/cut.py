@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from selva.audio.silence import MOSTLY_SILENT, SILENCE_DB, SilenceMap, find_silence
-from selva.inputs.jobs import VIDEO_SUFFIXES
+from selva.inputs.suffixes import AUDIO_SUFFIXES, VIDEO_SUFFIXES
 from selva.media import audio_length, read_audio, write_audio
 from selva.partition.segments import Segment
 from selva.partition.windows import MAX_WINDOWS, WINDOW_SEC, Window, partition, write_table
@@ -27,7 +27,6 @@ from selva.utils.files import atomic_write_text
 log = logging.getLogger(__name__)
 
 # Ordered: of recordings with one name, the first kind is taken, as when the clips are looked up again.
-AUDIO_SUFFIXES = (".flac", ".wav", ".mp3", ".ogg", ".opus", ".aiff", ".aif", ".m4a", ".aac", ".mka", ".wma")
 LEFT_OUT_COLUMNS = ("file", "id", "start_sec", "end_sec", "reason")
 OVERSHOOT_SEC = 0.05  # given times are rounded; a segment that ends this much too late is cut without a word
 FLAC_CHANNELS = 8
@@ -111,7 +110,7 @@ def collect_recordings(data_dir: Path) -> tuple[list[Path], list[LeftOut]]:
             continue
         other = recordings.setdefault(path.stem, path)
         if other is not path:
-            kept, left = sorted((other, path), key=lambda path: AUDIO_SUFFIXES.index(path.suffix.lower()))
+            kept, left = sorted((other, path), key=_preference)
             recordings[path.stem] = kept
             left_out.append(LeftOut(left, f"{kept.name} has the same name and goes before it"))
     if not recordings:
@@ -120,6 +119,12 @@ def collect_recordings(data_dir: Path) -> tuple[list[Path], list[LeftOut]]:
     left_out += [LeftOut(path, "a video; extract_features.py cuts these")
                  for path in videos if path.stem not in recordings]
     return list(recordings.values()), left_out
+
+
+def _preference(path: Path) -> tuple[bool, int]:
+    """Return a key that sorts recordings of one name, FLAC first as MMAudio's own partition reads nothing else."""
+    suffix = path.suffix.lower()
+    return suffix != ".flac", AUDIO_SUFFIXES.index(suffix)
 
 
 # --- cutting --------------------------------------------------------------------------------------------------------

@@ -17,8 +17,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from selva.inputs.table import listed, unsafe_id
+from selva.inputs.table import unsafe_id
 from selva.partition.windows import read_table
+from selva.utils.text import listed
 
 log = logging.getLogger(__name__)
 

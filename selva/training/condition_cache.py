@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from selva.data.dataset import Lengths, TrainingSet, Visit, collate
+from selva.data.dataset import ClipDataset, ClipWindow, Lengths, collate
 from selva.lora.layers import lora_layers
 from selva.models.generator import CONDITION_PARTS, Conditions, Generator
 
@@ -47,7 +47,7 @@ class ProjectedBatch:
         return Conditions(**{name: choose(mask, name) for name, mask in masks.items()})
 
 
-def can_project(generator: Generator, clips: TrainingSet, precision: torch.dtype) -> bool:
+def can_project(generator: Generator, clips: ClipDataset, precision: torch.dtype) -> bool:
     """Return whether a set can be projected once: no adapted layer is in the way, and the result is small enough.
 
     The answer depends on settings and data only, so that a resumed run computes what the interrupted one did.
@@ -67,19 +67,19 @@ def can_project(generator: Generator, clips: TrainingSet, precision: torch.dtype
     return True
 
 
-class ProjectedClips:
+class ConditionCache:
     """The clips of a training set, each projected at its first visit.
 
     Args:
         generator: with its adapter, on its device. precision: autocast dtype of the projections.
     """
 
-    def __init__(self, generator: Generator, clips: TrainingSet, precision: torch.dtype) -> None:
+    def __init__(self, generator: Generator, clips: ClipDataset, precision: torch.dtype) -> None:
         self.generator, self.clips, self.precision = generator, clips, precision
-        self._known: dict[Visit, tuple[Tensor, Tensor, Tensor, Conditions]] = {}
+        self._known: dict[ClipWindow, tuple[Tensor, Tensor, Tensor, Conditions]] = {}
         self._empty: dict[Lengths, Conditions] = {}
 
-    def load(self, visits: Sequence[Visit]) -> ProjectedBatch:
+    def load(self, visits: Sequence[ClipWindow]) -> ProjectedBatch:
         """Return the batch of these visits, which are of one length."""
         lengths = self.clips.lengths(visits[0].index)
         self.generator.set_sequence(*lengths)
@@ -91,7 +91,7 @@ class ProjectedClips:
         )
 
     @torch.no_grad()
-    def _project(self, visit: Visit) -> tuple[Tensor, Tensor, Tensor, Conditions]:
+    def _project(self, visit: ClipWindow) -> tuple[Tensor, Tensor, Tensor, Conditions]:
         # One clip at a time, whatever batch it comes in: its bits must not depend on its neighbours.
         clip = collate([self.clips.clip(*visit)]).to(self.generator.latent_mean.device)
         with self._autocast():

@@ -16,10 +16,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from selva.data.dataset import InMemorySet, Joined, TrainingClip, TrainingSet
+from selva.data.dataset import ClipDataset, ConcatDataset, ListDataset, TrainingClip
 from selva.models.generator import Generator
 from selva.sampling import SamplingConfig, sample_latents
-from selva.utils.metrics_log import Progress
+from selva.utils.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def mixture(num_clips: int, num_prompts: int, share: float) -> tuple[int, int]:
 
 def with_preserved(
     generator: Generator,
-    clips: TrainingSet,
+    clips: ClipDataset,
     prompts: Sequence[str],
     text_features: Tensor,
     share: float,
@@ -51,7 +51,7 @@ def with_preserved(
     seed: int,
     precision: torch.dtype,
     use_clip: bool = True,
-) -> TrainingSet:
+) -> ClipDataset:
     """Return the clips, and sounds that the generator makes for ``prompts`` as ``share`` of all.
 
     There are at least :data:`SOUNDS_PER_PROMPT` for every prompt; a small set of clips is repeated to keep the share.
@@ -82,9 +82,9 @@ def with_preserved(
             made.append(_as_made(generator, clip, prompts[which], text_features[which], seed + number, precision))
             progress.update(number + 1)
     generator.train(was_training)
-    preserved = InMemorySet(made)
+    preserved = ListDataset(made)
     repeated = clips if visits == 1 else clips.subset(i for _ in range(visits) for i in range(len(clips)))
-    return Joined(repeated, preserved.subset(i % len(preserved) for i in range(wanted)))
+    return ConcatDataset(repeated, preserved.subset(i % len(preserved) for i in range(wanted)))
 
 
 def _unseen(generator: Generator, clip: TrainingClip) -> TrainingClip:

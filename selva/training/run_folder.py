@@ -13,7 +13,8 @@ from typing import Any
 from selva.checkpoint import STEP_FILE, readable_meta, save_adapter, save_checkpoint, step_file_name
 from selva.training.run import TrainingRun
 from selva.utils.files import atomic_write_text
-from selva.utils.metrics_log import MetricsFile, plot_losses
+from selva.utils.metrics_log import MetricsFile
+from selva.utils.plots import plot_losses
 
 log = logging.getLogger(__name__)
 

@@ -6,18 +6,18 @@ import logging
 from pathlib import Path
 
 from selva.data.dataset import TrainingClip
-from selva.data.folder_dataset import load_waveform
+from selva.data.latents import load_waveform
 from selva.media import write_audio
 from selva.models.zoo import Variant
 from selva.sampling import SamplingConfig, decode_latents, sample_latents
 from selva.training.run import TrainingRun
-from selva.utils.metrics_log import plot_spectrograms
+from selva.utils.plots import plot_spectrograms
 from selva.weights.load import load_vae, load_vocoder
 
 log = logging.getLogger(__name__)
 
 
-class Preview:
+class TrainingSample:
     """Generates the sound of one clip, with guidance and always the same noise.
 
     Args:

@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from selva.utils import torchrun
+
 # The others wait for rank 0 while it writes a checkpoint and a sample, which takes minutes on a slow machine.
 TIMEOUT = datetime.timedelta(hours=2)
 
@@ -71,8 +73,7 @@ def join_world(device: torch.device) -> Iterator[World]:
 
     Communicates through NCCL between CUDA devices and through gloo otherwise.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
+    if torchrun.world_size() == 1:
         yield World()
         return
     if device.type == "cuda":
@@ -92,7 +93,7 @@ def leave(code: int) -> NoReturn:
     Under torchrun without the interpreter's teardown: gloo's threads sometimes abort it (exit code -6) when everything
     is done and written, and torchrun then reports a finished run as failed.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if torchrun.world_size() > 1:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -3,7 +3,7 @@
     page = Page("A new sound", "20 clips, 400 steps")
     page.cards([("recognised", "0 of 3 → 3 of 3", "")])
     page.section("Listen", "What the model makes of new videos.")
-    page.takes("gong_001", [Take("before", video, sound, rate, "taken for a bell")], marks=[0.8, 2.1])
+    page.takes("gong_001", [ReportSound("before", video, sound, rate, "taken for a bell")], marks=[0.8, 2.1])
     page.write(path)
 """
 
@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from selva.utils.files import atomic_write_text
-from selva.utils.metrics_log import MetricsFile, new_figure, smoothed
+from selva.utils.metrics_log import MetricsFile, smoothed
+from selva.utils.plots import new_figure
 
 _STYLE = """
 :root { --text: #1d2127; --soft: #5d6672; --line: #d9dee5; --back: #ffffff; --card: #f5f7fa; --good: #1c7c54; }
@@ -55,7 +56,7 @@ _MIME = {".mp4": "video/mp4", ".m4v": "video/mp4", ".mov": "video/quicktime", ".
 
 
 @dataclass(frozen=True)
-class Take:
+class ReportSound:
     """One sound of a clip.
 
     Attributes:
@@ -101,7 +102,7 @@ class Page:
         body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>\n" for row in rows)
         self._parts.append(f"<table>\n<tr>{head}</tr>\n{body}</table>")
 
-    def takes(self, heading: str, takes: Sequence[Take], marks: Sequence[float] = ()) -> None:
+    def takes(self, heading: str, takes: Sequence[ReportSound], marks: Sequence[float] = ()) -> None:
         """Add the sounds of one clip side by side, each with its player and its spectrogram.
 
         Args:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from selva.data.dataset import BucketBatches, InMemorySet, TrainingClip, TrainingSet, collate
+from selva.data.dataset import BucketBatchSampler, ClipDataset, ListDataset, ShuffledIndices, TrainingClip, collate
 from selva.sequence import sequence_config
 
 
@@ -25,7 +25,7 @@ def make_clip(name: str, seconds: float = 1.0, value: float = 1.0, has_video: bo
     )
 
 
-class WindowedSet(TrainingSet):
+class WindowedSet(ClipDataset):
     """Clips that exist only as numbers; the mean of clip i, window w, is 100 i + w."""
 
     def __init__(self, windows, seconds=None):
@@ -67,7 +67,7 @@ def test_a_subset_keeps_names_lengths_and_clips_together():
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 4])
 def test_no_clip_is_twice_in_a_batch_and_epochs_are_complete(batch_size):
     """Pitfall F9: also across the border of two epochs."""
-    batches = BucketBatches(WindowedSet([1] * 7, [1.0] * 4 + [1.5] * 3), batch_size, seed=5)
+    batches = BucketBatchSampler(WindowedSet([1] * 7, [1.0] * 4 + [1.5] * 3), batch_size, seed=5)
     counts = Counter()
     for _ in range(140):
         visits = batches.draw()
@@ -79,12 +79,12 @@ def test_no_clip_is_twice_in_a_batch_and_epochs_are_complete(batch_size):
 
 
 def test_too_few_clips_of_a_length_fill_a_batch_over_several_epochs():
-    batches = BucketBatches(WindowedSet([1, 1]), 4, seed=5)
+    batches = BucketBatchSampler(WindowedSet([1, 1]), 4, seed=5)
     assert Counter(v.index for v in batches.draw()) == {0: 2, 1: 2}
 
 
 def test_every_window_of_a_long_clip_gets_its_turn():
-    batches = BucketBatches(WindowedSet([5, 1]), 2, seed=0)
+    batches = BucketBatchSampler(WindowedSet([5, 1]), 2, seed=0)
     drawn = Counter(visit for _ in range(500) for visit in batches.draw())
     assert drawn[(1, 0)] == 500
     assert all(60 < drawn[(0, window)] < 140 for window in range(5))  # 100 +- 9
@@ -93,7 +93,7 @@ def test_every_window_of_a_long_clip_gets_its_turn():
 
 def test_drawing_reads_nothing_and_loading_reads_what_was_drawn():
     clips = WindowedSet([3, 3, 3])
-    batches = BucketBatches(clips, 2, seed=0)
+    batches = BucketBatchSampler(clips, 2, seed=0)
     visits = batches.draw()
     assert clips.loaded == []
     batch = batches.load(visits)
@@ -102,7 +102,7 @@ def test_drawing_reads_nothing_and_loading_reads_what_was_drawn():
 
 
 def test_processes_draw_the_same_batch_and_load_their_parts_of_it():
-    whole, *parts = (BucketBatches(WindowedSet([3] * 6, [1.0, 1.5] * 3), 4, seed=2) for _ in range(3))
+    whole, *parts = (BucketBatchSampler(WindowedSet([3] * 6, [1.0, 1.5] * 3), 4, seed=2) for _ in range(3))
     for _ in range(10):
         everything = next(whole)
         drawn = [part.draw() for part in parts]
@@ -114,12 +114,12 @@ def test_processes_draw_the_same_batch_and_load_their_parts_of_it():
 @pytest.mark.parametrize("steps", [0, 1, 4, 11])
 def test_resuming_continues_exactly(steps, tmp_path):
     clips = WindowedSet([1, 3, 5, 1, 2, 8, 1], [1.0] * 4 + [1.5] * 3)
-    batches = BucketBatches(clips, 3, seed=3)
+    batches = BucketBatchSampler(clips, 3, seed=3)
     for _ in range(steps):
         batches.draw()
     torch.save(batches.state_dict(), tmp_path / "state.pt")
     expected = [batches.draw() for _ in range(30)]
-    resumed = BucketBatches(clips, 3, seed=99)
+    resumed = BucketBatchSampler(clips, 3, seed=99)
     resumed.draw()
     resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     assert [resumed.draw() for _ in range(30)] == expected
@@ -127,29 +127,80 @@ def test_resuming_continues_exactly(steps, tmp_path):
 
 def test_the_order_leaves_the_global_random_state_alone():
     before = torch.get_rng_state()
-    batches = BucketBatches(WindowedSet([4] * 4), 2, seed=0)
+    batches = BucketBatchSampler(WindowedSet([4] * 4), 2, seed=0)
     for _ in range(10):
         batches.draw()
     assert torch.equal(before, torch.get_rng_state())
 
 
 def test_a_state_of_other_clips_is_refused():
-    state = BucketBatches([make_clip("a"), make_clip("b"), make_clip("c")], 2, 0).state_dict()
+    state = BucketBatchSampler([make_clip("a"), make_clip("b"), make_clip("c")], 2, 0).state_dict()
     with pytest.raises(ValueError, match="over 3 items, but there are 2"):
-        BucketBatches([make_clip("a"), make_clip("b")], 2, 0).load_state_dict(state)
+        BucketBatchSampler([make_clip("a"), make_clip("b")], 2, 0).load_state_dict(state)
     with pytest.raises(ValueError, match="over other clips"):
-        BucketBatches([make_clip("a"), make_clip("b"), make_clip("d")], 2, 0).load_state_dict(state)
-    batches = BucketBatches(WindowedSet([4, 4, 4]), 2, seed=0)
+        BucketBatchSampler([make_clip("a"), make_clip("b"), make_clip("d")], 2, 0).load_state_dict(state)
+    batches = BucketBatchSampler(WindowedSet([4, 4, 4]), 2, seed=0)
     for _ in range(100):
         batches.draw()
         if any(visit.window for visits in batches.waiting.values() for visit in visits):
             break
     with pytest.raises(ValueError, match="over other clips"):
-        BucketBatches(WindowedSet([1, 1, 1]), 2, 0).load_state_dict(batches.state_dict())
+        BucketBatchSampler(WindowedSet([1, 1, 1]), 2, 0).load_state_dict(batches.state_dict())
 
 
 def test_a_plain_list_of_clips_is_a_set():
     clips = [make_clip("a"), make_clip("b")]
-    assert BucketBatches(clips, 1, 0).clips.ids == InMemorySet(clips).ids == ["a", "b"]
+    assert BucketBatchSampler(clips, 1, 0).clips.ids == ListDataset(clips).ids == ["a", "b"]
     with pytest.raises(AssertionError):
-        InMemorySet(clips).clip(0, 1)
+        ListDataset(clips).clip(0, 1)
+
+
+# -- the stream of indices ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_items", [10, 7, 5, 1, 6])
+def test_every_epoch_holds_every_item_once(num_items):
+    stream = ShuffledIndices(num_items, seed=1)
+    drawn = [next(stream) for _ in range(6 * num_items)]
+    for start in range(0, len(drawn), num_items):
+        assert sorted(drawn[start : start + num_items]) == list(range(num_items))
+
+
+def test_epochs_differ_and_every_item_comes_first_equally_often():
+    stream = ShuffledIndices(4, seed=0)
+    epochs = [tuple(next(stream) for _ in range(4)) for _ in range(400)]
+    assert len(set(epochs)) == 24  # all orders occur
+    first = Counter(epoch[0] for epoch in epochs)
+    assert all(60 < first[index] < 140 for index in range(4))  # 100 +- 8.7
+
+
+def test_the_seed_alone_decides():
+    torch.manual_seed(1)
+    a = ShuffledIndices(10, seed=5)
+    first = [next(a) for _ in range(30)]
+    torch.manual_seed(2)
+    before = torch.get_rng_state()
+    b = ShuffledIndices(10, seed=5)
+    assert [next(b) for _ in range(30)] == first
+    assert torch.equal(torch.get_rng_state(), before)  # and leaves the global state alone
+    c = ShuffledIndices(10, seed=6)
+    assert [next(c) for _ in range(30)] != first
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3, 7, 20])
+def test_resuming_the_stream_continues_exactly(steps, tmp_path):
+    stream = ShuffledIndices(10, seed=3)
+    for _ in range(steps):
+        next(stream)
+    torch.save(stream.state_dict(), tmp_path / "state.pt")
+    expected = [next(stream) for _ in range(30)]
+    resumed = ShuffledIndices(10, seed=99)
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert [next(resumed) for _ in range(30)] == expected
+
+
+def test_a_state_of_other_data_is_refused():
+    with pytest.raises(ValueError, match="over 10 items, but there are 9"):
+        ShuffledIndices(9, 0).load_state_dict(ShuffledIndices(10, 0).state_dict())
+    with pytest.raises(ValueError, match="draw from 0 items"):
+        ShuffledIndices(0, 0)

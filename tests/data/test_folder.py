@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections import Counter
 
 import pytest
 import torch
 from golden_case import GOLDEN
 
-from selva.data.folder import AUDIO_SUFFIXES, EpochSampler, read_prompts, scan_folder
+from selva.data.folder import scan_folder
 from selva.features import FeatureBundle, save_features
+from selva.inputs.prompts import read_prompts
+from selva.inputs.suffixes import AUDIO_SUFFIXES
 
 
 def put_clip(folder, stem, prompt="", suffix=".wav"):
@@ -146,68 +147,3 @@ def test_importing_it_loads_no_media_library():
     root = GOLDEN.parent.parent
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
     assert out.stdout.strip() == "set()"
-
-
-# --- EpochSampler ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("num_items", "batch_size"), [(10, 4), (7, 3), (5, 5), (5, 1), (3, 8), (1, 2), (6, 5)])
-def test_every_epoch_holds_every_item_once(num_items, batch_size):
-    sampler = EpochSampler(num_items, batch_size, seed=1)
-    drawn = [index for _ in range(6 * num_items) for index in next(sampler)]
-    assert len(drawn) == 6 * num_items * batch_size
-    for start in range(0, len(drawn), num_items):
-        assert sorted(drawn[start : start + num_items]) == list(range(num_items))
-
-
-@pytest.mark.parametrize(("num_items", "batch_size"), [(10, 4), (7, 3), (5, 5), (6, 5), (2, 2)])
-def test_no_batch_holds_an_item_twice(num_items, batch_size):
-    sampler = EpochSampler(num_items, batch_size, seed=2)
-    for _ in range(200):
-        batch = next(sampler)
-        assert len(set(batch)) == batch_size
-
-
-def test_batches_larger_than_the_data_are_balanced():
-    batch = next(EpochSampler(3, 8, seed=0))
-    assert sorted(Counter(batch).values()) == [2, 3, 3]
-
-
-def test_epochs_differ_and_every_item_comes_first_equally_often():
-    sampler = EpochSampler(4, 4, seed=0)
-    epochs = [tuple(next(sampler)) for _ in range(400)]
-    assert len(set(epochs)) == 24  # all orders occur
-    first = Counter(epoch[0] for epoch in epochs)
-    assert all(60 < first[index] < 140 for index in range(4))  # 100 +- 8.7
-
-
-def test_the_seed_alone_decides():
-    torch.manual_seed(1)
-    a = EpochSampler(10, 3, seed=5)
-    first = [next(a) for _ in range(10)]
-    torch.manual_seed(2)
-    before = torch.get_rng_state()
-    b = EpochSampler(10, 3, seed=5)
-    assert [next(b) for _ in range(10)] == first
-    assert torch.equal(torch.get_rng_state(), before)  # and leaves the global state alone
-    c = EpochSampler(10, 3, seed=6)
-    assert [next(c) for _ in range(10)] != first
-
-
-@pytest.mark.parametrize("steps", [0, 1, 3, 7, 20])
-def test_resuming_continues_exactly(steps, tmp_path):
-    sampler = EpochSampler(10, 4, seed=3)
-    for _ in range(steps):
-        next(sampler)
-    torch.save(sampler.state_dict(), tmp_path / "state.pt")
-    expected = [next(sampler) for _ in range(30)]
-    resumed = EpochSampler(10, 4, seed=99)
-    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    assert [next(resumed) for _ in range(30)] == expected
-
-
-def test_a_state_of_other_data_is_refused():
-    with pytest.raises(ValueError, match="over 10 items, but there are 9"):
-        EpochSampler(9, 4, 0).load_state_dict(EpochSampler(10, 4, 0).state_dict())
-    with pytest.raises(ValueError, match="batches of 4 from 0 items"):
-        EpochSampler(0, 4, 0)

@@ -14,14 +14,8 @@ from make_data import TINY, noise, put_clip, put_sound
 from selva.data import folder_dataset as training_data
 from selva.data.cache import CACHE_FOLDER
 from selva.data.folder import Clip
-from selva.data.folder_dataset import (
-    FolderSet,
-    encode_latents,
-    first_clip_frame,
-    load_training_set,
-    load_waveform,
-    plan_windows,
-)
+from selva.data.folder_dataset import FolderDataset, first_clip_frame, load_clip_dataset, plan_windows
+from selva.data.latents import encode_latents, load_waveform
 from selva.features import FeatureBundle, save_features
 from selva.models.zoo import build_mel, get_variant
 from selva.sequence import sequence_config
@@ -30,8 +24,8 @@ from selva.weights.load import load_vae
 CPU = torch.device("cpu")
 
 
-def load(folder, **options) -> tuple[FolderSet, list]:
-    return load_training_set(folder, TINY, None, CPU, **options)
+def load(folder, **options) -> tuple[FolderDataset, list]:
+    return load_clip_dataset(folder, TINY, None, CPU, **options)
 
 
 @pytest.fixture
@@ -185,7 +179,7 @@ def test_a_second_run_loads_no_encoder(tmp_path, encoders, monkeypatch):
 
     monkeypatch.setattr(training_data, "load_vae", forbidden)
     monkeypatch.setattr(training_data, "load_clip_text", forbidden)
-    monkeypatch.setattr(training_data, "read_audio", forbidden)
+    monkeypatch.setattr("selva.data.latents.read_audio", forbidden)
     second, problems = load(tmp_path)
     assert problems == [] and second.ids == first.ids == ["a", "b", "c"]
     for index, window in ((0, 0), (1, 3), (2, 0)):
@@ -240,7 +234,7 @@ def test_published_weights_are_known_by_name_size_and_time(tmp_path, monkeypatch
     monkeypatch.setattr(training_data, "find_weights", lambda variant, folder, needs: {n: (paths[n],) for n in needs})
 
     def identity():
-        return FolderSet(None, [], None, get_variant("small_16k"), tmp_path, "peak")._identity("vae")
+        return FolderDataset(None, [], None, get_variant("small_16k"), tmp_path, "peak")._identity("vae")
 
     paths["vae"].write_bytes(b"12345")
     first = identity()

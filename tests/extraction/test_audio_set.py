@@ -10,8 +10,8 @@ import soundfile
 import torch
 from make_data import TINY, noise
 
-from selva.data.folder_dataset import encode_latents
-from selva.data.memmap.reader import MemmapSet
+from selva.data.latents import encode_latents
+from selva.data.memmap.reader import MemmapDataset
 from selva.extraction.audio_set import AudioSetExtractor, ahead, plan_audio_set, read_windows
 from selva.extraction.extractor import FeatureExtractor
 from selva.media import prepare_audio
@@ -84,7 +84,7 @@ def test_what_is_missing_is_named_and_left_out(tmp_path, caplog):
     assert published and [(result.index, result.problem) for result in results] == [
         (0, jobs[0].problem), (1, jobs[1].problem), (2, ""),
     ]
-    assert MemmapSet(tmp_path / "set", TINY).ids == ["c_0"]
+    assert MemmapDataset(tmp_path / "set", TINY).ids == ["c_0"]
 
 
 def test_nothing_to_do_is_an_error_that_says_why(tmp_path):
@@ -179,7 +179,7 @@ def test_the_rows_are_latents_and_text_features(tmp_path):
     results, published = extract(tmp_path / "set", jobs)
     assert published and [(r.index, r.made, r.problem) for r in results] == [(i, True, "") for i in range(3)]
 
-    clips = MemmapSet(tmp_path / "set", TINY)
+    clips = MemmapDataset(tmp_path / "set", TINY)
     assert clips.ids == ["siren_0", "siren_1", "bell_0"] and not clips.has_video
     assert clips.prompts == ["the sound of siren", "the sound of siren", "the sound of bell"]
     (sound,) = read_windows(jobs[1].path, [jobs[1].window], LENGTHS)
@@ -201,7 +201,7 @@ def test_a_second_run_makes_only_what_has_changed(tmp_path):
     jobs = plan_audio_set(*tables)
     results, _ = extract(tmp_path / "set", jobs)
     assert [jobs[result.index].window.id for result in results if result.made] == ["b_0", "c_0"]
-    assert MemmapSet(tmp_path / "set", TINY).prompts[-1] == "something else"
+    assert MemmapDataset(tmp_path / "set", TINY).prompts[-1] == "something else"
 
     results, _ = extract(tmp_path / "set", jobs, normalize="none")
     assert all(result.made for result in results)
@@ -214,7 +214,7 @@ def test_what_cannot_be_made_is_named_and_left_out(tmp_path):
     results, published = extract(tmp_path / "set", jobs)
     assert published and [bool(result.problem) for result in results] == [True, False, False, False]
     assert "a.wav" in results[0].problem
-    assert MemmapSet(tmp_path / "set", TINY).ids == ["b_0", "b_1", "c_0"]
+    assert MemmapDataset(tmp_path / "set", TINY).ids == ["b_0", "b_1", "c_0"]
 
 
 def test_two_shares_make_the_same_set_as_one_run(tmp_path):

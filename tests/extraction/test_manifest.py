@@ -6,13 +6,13 @@ import json
 
 import pytest
 
-from selva.extraction.manifest import Accounts, Shard, read_manifest
+from selva.extraction.manifest import ManifestWriter, Shard, read_manifest
 
 ROWS = [(name, f"{name}.mp4", 0.0) for name in "abcde"]
 
 
-def accounts(folder, shard=None, settings="s", rows=ROWS) -> Accounts:
-    return Accounts(folder / "manifest.jsonl", folder / ".extract", rows, settings, shard or Shard())
+def accounts(folder, shard=None, settings="s", rows=ROWS) -> ManifestWriter:
+    return ManifestWriter(folder / "manifest.jsonl", folder / ".extract", rows, settings, shard or Shard())
 
 
 def do_share(folder, index: int, count: int, **given):

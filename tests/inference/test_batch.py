@@ -6,16 +6,16 @@ from pathlib import Path
 
 from make_media import make_video
 
-from selva.inference.batch import Clip, rounds
+from selva.inference.batch import BatchClip, rounds
 from selva.inference.engine import WHOLE_VIDEO_SEC
 from selva.inference.request import SoundRequest
 
 
-def clip(video: Path | None = None, duration_sec: float | None = None) -> Clip:
-    return Clip("x", SoundRequest(video=video, prompt="x", duration_sec=duration_sec), [])
+def clip(video: Path | None = None, duration_sec: float | None = None) -> BatchClip:
+    return BatchClip("x", SoundRequest(video=video, prompt="x", duration_sec=duration_sec), [])
 
 
-def sizes(clips: list[Clip]) -> list[tuple[int, int]]:
+def sizes(clips: list[BatchClip]) -> list[tuple[int, int]]:
     return [(first, len(part)) for first, part in rounds(clips)]
 
 

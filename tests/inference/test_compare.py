@@ -14,7 +14,7 @@ from make_data import put_sound
 from make_media import make_video
 
 from selva.inference import compare
-from selva.inference.batch import Clip, Setting, Take, common_clip_features
+from selva.inference.batch import AdapterSetup, BatchClip, Variation, common_clip_features
 from selva.inference.compare import check_reference_dir, figures_table, mean_figures, read_compare_list, reference_sound
 from selva.inference.outputs import SoundFiles
 from selva.inference.request import SoundRequest
@@ -74,10 +74,10 @@ def test_every_wrong_line_is_named(tmp_path, text, message):
 
 
 def test_compared_settings_share_their_clip_features(caplog):
-    def setting(*clip_features: str) -> Setting:
-        return Setting("x", [(argparse.Namespace(meta={"clip_features": c}), 1.0) for c in clip_features])
+    def setting(*clip_features: str) -> AdapterSetup:
+        return AdapterSetup("x", [(argparse.Namespace(meta={"clip_features": c}), 1.0) for c in clip_features])
 
-    base = Setting("base", [])
+    base = AdapterSetup("base", [])
     assert common_clip_features("auto", [base, setting("use"), setting("use")]) == "use"
     assert common_clip_features("auto", [base, setting("empty")]) == "empty"
     assert common_clip_features("empty", [base, setting("use")]) == "empty"
@@ -130,16 +130,16 @@ def test_a_reference_folder_without_sounds_is_refused(tmp_path):
 # --- figures and sheet ----------------------------------------------------------------------------------------------
 
 
-def clip_of(folder: Path, name: str, sounds: dict[int, np.ndarray], seeds: tuple[int, ...] = (1,)) -> Clip:
-    """Return a clip whose takes were made: ``sounds`` by setting, for every seed."""
-    takes = []
+def clip_of(folder: Path, name: str, sounds: dict[int, np.ndarray], seeds: tuple[int, ...] = (1,)) -> BatchClip:
+    """Return a clip whose variations were made: ``sounds`` by setting, for every seed."""
+    variations = []
     for setting, sound in sounds.items():
         for seed in seeds:
             path = folder / str(setting) / f"{name}_{seed}.flac"
             path.parent.mkdir(parents=True, exist_ok=True)
             soundfile.write(path, sound, RATE, subtype="PCM_24")
-            takes.append(Take(setting, seed, SoundFiles(path, None), argparse.Namespace()))
-    return Clip(name, SoundRequest(prompt="a knock"), takes, made=list(takes))
+            variations.append(Variation(setting, seed, SoundFiles(path, None), argparse.Namespace()))
+    return BatchClip(name, SoundRequest(prompt="a knock"), variations, made=list(variations))
 
 
 def test_figures_tell_the_settings_apart(tmp_path):
@@ -147,7 +147,7 @@ def test_figures_tell_the_settings_apart(tmp_path):
     (tmp_path / "refs").mkdir()
     put_sound(tmp_path / "refs" / "a.wav", true, RATE)
     clips = [clip_of(tmp_path, "a", {0: shifted, 1: true}, seeds=(1, 2)), clip_of(tmp_path, "b", {0: shifted, 1: true})]
-    settings = [Setting("base", []), Setting("dog", [], [(Path("dog.pt"), 0.5)])]
+    settings = [AdapterSetup("base", []), AdapterSetup("dog", [], [(Path("dog.pt"), 0.5)])]
     paths = compare.write_comparison(tmp_path / "out", clips, settings, tmp_path / "refs")
     assert [path.name for path in paths] == ["comparison.json", "comparison.png"]
     content = json.loads(paths[0].read_text())
@@ -171,8 +171,8 @@ def test_a_sheet_has_a_row_per_clip_and_a_column_per_setting(tmp_path, monkeypat
     """Many rows go on several sheets, so that each can be looked at; nothing is left out."""
     monkeypatch.setattr(compare, "ROWS_PER_SHEET", 2)
     clips = [clip_of(tmp_path, name, {0: tone(500), 1: tone(2000)}) for name in "abc"]
-    clips.append(Clip("failed", SoundRequest(prompt="x"), [], problem="broken"))
-    settings = [Setting("low", []), Setting("high", [])]
+    clips.append(BatchClip("failed", SoundRequest(prompt="x"), [], problem="broken"))
+    settings = [AdapterSetup("low", []), AdapterSetup("high", [])]
     sheets = compare.write_comparison(tmp_path / "out", clips, settings, None)[1:]
     assert [path.name for path in sheets] == ["comparison.png", "comparison_2.png"]
     heights, widths = zip(*(read_png(path).shape[:2] for path in sheets), strict=True)

@@ -87,7 +87,7 @@ TURN = 0.3  # radians per latent frame
 
 @dataclass
 class Places:
-    """Conditions that only say where in the clip each row begins."""
+    """SoundConditions that only say where in the clip each row begins."""
 
     first_frame: Tensor
 

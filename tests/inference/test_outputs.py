@@ -28,8 +28,8 @@ def a_sound() -> Sound:
         ("out", True, False, None, ["out/a.b.flac", "out/a.b.mp4"]),
         ("out", True, True, None, ["out/a.b.flac"]),
         ("out", False, False, 2, ["out/a.b_2.flac"]),
-        ("take.wav", True, False, None, ["take.wav"]),
-        ("take.MP4", True, False, 3, ["take_3.MP4"]),
+        ("variation.wav", True, False, None, ["variation.wav"]),
+        ("variation.MP4", True, False, 3, ["take_3.MP4"]),
     ],
 )
 def test_names(output, video, audio_only, number, expected):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from selva.models.blocks import rotary_table
-from selva.models.qk_norm_rope import RMS_EPS, normed_heads
+from selva.models.qk_norm_rope import RMS_EPS, qk_norm_rope
 
 HEADS, DIM = 3, 8
 CPU = torch.device("cpu")
@@ -31,7 +31,7 @@ def test_heads_and_their_gradients(dtype, tolerance, step, compiled):
     qkv = torch.randn(2, 6, HEADS * DIM * 3).to(dtype)
     ours = [x.requires_grad_() for x in (qkv, torch.rand(DIM), torch.rand(DIM))]
     exact = [x.detach().double().requires_grad_() for x in ours]
-    heads = torch.compile(normed_heads, backend="aot_eager", fullgraph=True) if compiled else normed_heads
+    heads = torch.compile(qk_norm_rope, backend="aot_eager", fullgraph=True) if compiled else qk_norm_rope
     found = heads(*ours, (cos, sin))
     expected = by_definition(*exact, (cos.double(), sin.double()))
     towards = [torch.randn(2, HEADS, 6, DIM).to(dtype) for _ in range(3)]
@@ -45,7 +45,7 @@ def test_heads_and_their_gradients(dtype, tolerance, step, compiled):
 
 def test_products_depend_on_the_distance_only():
     ones, one_token = torch.ones(DIM), torch.randn(1, 1, HEADS * DIM * 3)
-    q, k, _ = normed_heads(one_token.expand(1, 12, -1), ones, ones, rotary_table(12, DIM, 1.0, CPU))
+    q, k, _ = qk_norm_rope(one_token.expand(1, 12, -1), ones, ones, rotary_table(12, DIM, 1.0, CPU))
     torch.testing.assert_close(q.square().mean(-1), torch.ones(1, HEADS, 12))
     products = (q @ k.mT)[0, 0]
     torch.testing.assert_close(products.diagonal(-3), products[3, 0].expand(9), rtol=1e-4, atol=1e-4)

@@ -10,7 +10,7 @@ from torch import nn
 
 from selva.lora.config import LoRAConfig
 from selva.lora.layers import inject_lora
-from selva.models import winograd_conv as fast_conv
+from selva.models import winograd_conv as winograd_conv
 from selva.models.blocks import ConvMLP
 
 BF16 = 1.5e-2  # relative; measured 8e-3, twice that of PyTorch's own bfloat16 convolutions
@@ -40,7 +40,7 @@ def test_the_scheme_is_exact_but_for_rounding(tokens):
         torch.stack((g0, (g0 + g1 + g2) / 2, (g0 - g1 + g2) / 2, g2))
         for g0, g1, g2 in (layer.weight.unbind(-1) for layer in (mlp.w1, mlp.w2, mlp.w3))
     )
-    ours = with_gradient(lambda x: fast_conv._GatedMLP.apply(x, f1, f2, f3), x)
+    ours = with_gradient(lambda x: winograd_conv._GatedMLP.apply(x, f1, f2, f3), x)
     for found, expected in zip(ours, with_gradient(lambda x: mlp(x.mT).mT, x), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
@@ -51,8 +51,8 @@ def test_bfloat16_convolutions_and_their_gradients(tokens):
     mlp, layer = frozen_mlp(), nn.Conv1d(32, 24, 3, padding=1).requires_grad_(False)
     half = x.bfloat16()
     for exact, call in (
-        (with_gradient(lambda x: layer(x.mT).mT, x), lambda x: fast_conv.conv(x, layer)),
-        (with_gradient(lambda x: mlp(x.mT).mT, x), lambda x: fast_conv.gated_mlp(x, mlp.w1, mlp.w2, mlp.w3)),
+        (with_gradient(lambda x: layer(x.mT).mT, x), lambda x: winograd_conv.conv(x, layer)),
+        (with_gradient(lambda x: mlp(x.mT).mT, x), lambda x: winograd_conv.gated_mlp(x, mlp.w1, mlp.w2, mlp.w3)),
     ):
         for found, expected in zip(with_gradient(call, half), exact, strict=True):
             assert relative(found, expected) < BF16
@@ -62,15 +62,15 @@ def test_only_frozen_plain_bfloat16_convolutions_of_width_3_take_this_way():
     x = torch.randn(1, 32, 6)
     mlp = frozen_mlp()
     layers = (mlp.w1, mlp.w2, mlp.w3)
-    assert fast_conv.pays(x.bfloat16(), *layers) and not fast_conv.pays(x, *layers)
+    assert winograd_conv.supports(x.bfloat16(), *layers) and not winograd_conv.supports(x, *layers)
     with torch.autocast("cpu", torch.bfloat16):
-        assert fast_conv.pays(x, *layers)
-        assert not fast_conv.pays(x, frozen_mlp(kernel_size=7).w1)
-        assert not fast_conv.pays(x, nn.Conv1d(32, 32, 3, padding=1))  # trained: its weight needs a gradient
+        assert winograd_conv.supports(x, *layers)
+        assert not winograd_conv.supports(x, frozen_mlp(kernel_size=7).w1)
+        assert not winograd_conv.supports(x, nn.Conv1d(32, 32, 3, padding=1))  # trained: its weight needs a gradient
         with torch.no_grad():
-            assert fast_conv.pays(x, nn.Conv1d(32, 32, 3, padding=1))
+            assert winograd_conv.supports(x, nn.Conv1d(32, 32, 3, padding=1))
     inject_lora(mlp, LoRAConfig(rank=2, targets=("w3",)))
-    assert not fast_conv.pays(x.bfloat16(), *layers)
+    assert not winograd_conv.supports(x.bfloat16(), *layers)
 
 
 def test_an_adapted_convolution_keeps_its_adapter():

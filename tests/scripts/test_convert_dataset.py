@@ -13,8 +13,9 @@ from script_args import TINY as ARGS
 
 from scripts import convert_dataset
 from selva.data.folder import scan_folder
-from selva.data.folder_dataset import encode_latents, load_training_set, load_waveform
-from selva.data.memmap.reader import MemmapSet
+from selva.data.folder_dataset import load_clip_dataset
+from selva.data.latents import encode_latents, load_waveform
+from selva.data.memmap.reader import MemmapDataset
 from selva.extraction.extractor import FeatureExtractor
 from selva.features import load_features
 from selva.media import read_audio
@@ -48,8 +49,8 @@ def test_a_memmap_holds_what_training_on_the_folder_would_use(tmp_path, capsys):
     assert convert(source, tmp_path / "data") == 0
     assert capsys.readouterr().out == f"{tmp_path / 'data'}\n"
 
-    found = MemmapSet(tmp_path / "data", TINY)
-    expected, problems = load_training_set(source, TINY, None, torch.device("cpu"))
+    found = MemmapDataset(tmp_path / "data", TINY)
+    expected, problems = load_clip_dataset(source, TINY, None, torch.device("cpu"))
     assert problems == [] and found.ids == expected.ids == ["a", "b", "c"]
     for index in range(3):
         row, clip = found.clip(index), expected.clip(index)
@@ -80,7 +81,7 @@ def test_clips_that_cannot_be_converted_are_named(tmp_path, caplog):
     put_clip(source, "mute", 8.0)
     (source / "mute.wav").unlink()
     assert convert(source, tmp_path / "data") == 1
-    assert MemmapSet(tmp_path / "data", TINY).ids == ["a", "b", "c"]
+    assert MemmapDataset(tmp_path / "data", TINY).ids == ["a", "b", "c"]
     for text in ("short.npz: covers 3 s", "long.npz: covers 10 s", "silent.wav: the sound is silent",
                  "mute.npz: no sound beside it"):
         assert f"left out {source}/{text}" in caplog.text
@@ -162,7 +163,7 @@ def test_sound_that_replaces_what_was_decoded_counts(tmp_path):
     convert(tmp_path / "clips", tmp_path / "again")
     waveform = load_waveform(tmp_path / "clips" / "id_0.wav", sequence_config("16k"), "peak")
     mean, _ = encode_latents(waveform[None], build_mel("16k"), load_vae("tiny_16k", None, "cpu"))
-    assert torch.equal(MemmapSet(tmp_path / "again", TINY).clip(0).mean, mean[0])
+    assert torch.equal(MemmapDataset(tmp_path / "again", TINY).clip(0).mean, mean[0])
 
 
 def test_a_second_run_writes_what_is_missing(tmp_path, capsys):

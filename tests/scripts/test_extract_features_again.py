@@ -16,7 +16,7 @@ from make_media import clicks, make_video
 from script_args import TINY
 
 import extract_features
-from selva.data.memmap.reader import MemmapSet
+from selva.data.memmap.reader import MemmapDataset
 from selva.extraction.manifest import read_manifest
 from selva.features import load_features
 from selva.media import write_audio
@@ -179,7 +179,7 @@ def test_optional_keys_of_the_feature_files(clip_dir, tmp_path):
 
 def test_stored_latents_are_those_of_the_sound_beside_them(clip_dir, tmp_path):
     """So that whoever trains on them, trains on what our own training would compute."""
-    from selva.data.folder_dataset import encode_latents, load_waveform
+    from selva.data.latents import encode_latents, load_waveform
     from selva.models.zoo import build_mel
     from selva.sequence import sequence_config
     from selva.weights.load import load_vae
@@ -229,7 +229,7 @@ def test_sound_without_pictures_becomes_a_memmap(tmp_path, capsys):
     assert [(row["id"], row["status"]) for row in rows] == [("rain_0", "done"), ("wind_0", "failed")]
     write_captions(captions, {"rain": "rain on a roof", "wind": "wind"})
     assert extract_features.main(run) == 0
-    assert MemmapSet(tmp_path / "set", get_variant("tiny_16k")).prompts == ["rain on a roof", "wind"]
+    assert MemmapDataset(tmp_path / "set", get_variant("tiny_16k")).prompts == ["rain on a roof", "wind"]
     assert extract_features.main([*run, "--latents"]) == 2 and "only for videos" in capsys.readouterr().err
     assert extract_features.main(run[:3] + run[5:]) == 2
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from scripts import make_demo_clips
-from selva.data.folder import read_prompts
+from selva.inputs.prompts import read_prompts
 from selva.media import probe, read_audio
 from toyworld import CLASSES, UNSEEN, get_class
 

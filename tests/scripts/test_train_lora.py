@@ -327,7 +327,7 @@ def test_a_sample_that_cannot_be_made_does_not_end_the_run(feature_dir, tmp_path
     def fail(*args, **kwargs):
         raise ValueError("the sound is not finite")
 
-    monkeypatch.setattr(train_lora.Preview, "write", fail)
+    monkeypatch.setattr(train_lora.TrainingSample, "write", fail)
     assert train(feature_dir, tmp_path / "run") == 0
     assert "no sample at step 2: the sound is not finite" in capsys.readouterr().err
 

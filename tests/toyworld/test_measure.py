@@ -9,7 +9,7 @@ import torch
 from selva.sampling import SamplingConfig
 from selva.weights.load import load_generator
 from toyworld import CLASSES
-from toyworld.measure import Case, SoundMaker, pair_cases, recognised, shuffled_events, single_cases, timing_f1
+from toyworld.measure import Case, ToyGenerator, pair_cases, recognised, shuffled_events, single_cases, timing_f1
 from toyworld.tables import BEGIN_MARK, END_MARK, figures_text, updated_document
 
 SECONDS = 2.0
@@ -45,7 +45,7 @@ def test_one_scene_cannot_be_shuffled():
 
 @pytest.fixture(scope="module")
 def maker():
-    return SoundMaker("tiny_16k", torch.device("cpu"), SamplingConfig(num_steps=2), clip_features=True)
+    return ToyGenerator("tiny_16k", torch.device("cpu"), SamplingConfig(num_steps=2), clip_features=True)
 
 
 def test_sounds_depend_on_their_own_seed_only(maker):
@@ -69,7 +69,7 @@ def test_pictures_words_and_negative_words_matter(maker):
     plain = maker.latents(generator, encoded, SECONDS)
     negative = maker.latents(generator, encoded, SECONDS, negatives=["rain"])
     assert not torch.equal(plain, negative)
-    blind = SoundMaker("tiny_16k", torch.device("cpu"), SamplingConfig(num_steps=2), clip_features=False)
+    blind = ToyGenerator("tiny_16k", torch.device("cpu"), SamplingConfig(num_steps=2), clip_features=False)
     assert not torch.equal(plain, blind.latents(generator, encoded, SECONDS))
 
 

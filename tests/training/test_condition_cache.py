@@ -8,16 +8,16 @@ import pytest
 import torch
 from small_run import CONFIG, make_clips, make_generator
 
-from selva.data.dataset import InMemorySet, Visit, collate
+from selva.data.dataset import ClipWindow, ListDataset, collate
 from selva.lora.config import LoRAConfig
-from selva.training.condition_cache import ProjectedClips, can_project
-from selva.training.run import draw, flow_loss
+from selva.training.condition_cache import ConditionCache, can_project
+from selva.training.objective import flow_loss, sample_noise
 
 FP32 = torch.float32
 
 
 def losses(model, batch, drop_video=False, drop_text=False, clip_features="use") -> torch.Tensor:
-    draws = draw(batch.mean.shape, CONFIG, torch.Generator().manual_seed(3), 0.0)
+    draws = sample_noise(batch.mean.shape, CONFIG, torch.Generator().manual_seed(3), 0.0)
     size = len(batch.mean)
     draws = dataclasses.replace(
         draws, drop_video=torch.tensor([drop_video] * size), drop_text=torch.tensor([False] * (size - 1) + [drop_text])
@@ -31,9 +31,9 @@ def losses(model, batch, drop_video=False, drop_text=False, clip_features="use")
 )
 def test_the_loss_is_that_of_the_features(dropped):
     model, clips = make_generator(LoRAConfig(rank=2)).eval(), make_clips(3)
-    projected = ProjectedClips(model, InMemorySet(clips), FP32)
+    projected = ConditionCache(model, ListDataset(clips), FP32)
     for _ in range(2):  # computed, then remembered
-        found = losses(model, projected.load([Visit(2, 0), Visit(0, 0)]), **dropped)
+        found = losses(model, projected.load([ClipWindow(2, 0), ClipWindow(0, 0)]), **dropped)
         torch.testing.assert_close(found, losses(model, collate([clips[2], clips[0]]), **dropped))
     assert not torch.allclose(found, losses(model, collate([clips[1], clips[0]]), **dropped))
 
@@ -42,21 +42,21 @@ def test_sound_without_pictures_gets_the_empty_video():
     model, clips = make_generator(LoRAConfig(rank=2)).eval(), make_clips(2)
     nan = {"clip_f": torch.full_like(clips[1].clip_f, torch.nan), "sync_f": torch.full_like(clips[1].sync_f, torch.nan)}
     clips[1] = dataclasses.replace(clips[1], has_video=False, **nan)
-    found = losses(model, ProjectedClips(model, InMemorySet(clips), FP32).load([Visit(0, 0), Visit(1, 0)]))
+    found = losses(model, ConditionCache(model, ListDataset(clips), FP32).load([ClipWindow(0, 0), ClipWindow(1, 0)]))
     torch.testing.assert_close(found, losses(model, collate(clips)))
     assert torch.isfinite(found).all()
 
 
 def test_a_clip_is_read_once_and_does_not_depend_on_its_batch(monkeypatch):
-    model, clips = make_generator(LoRAConfig(rank=2)).eval(), InMemorySet(make_clips(3))
+    model, clips = make_generator(LoRAConfig(rank=2)).eval(), ListDataset(make_clips(3))
     read = []
     clip = clips.clip
     monkeypatch.setattr(clips, "clip", lambda index, window: read.append(index) or clip(index, window))
-    projected = ProjectedClips(model, clips, FP32)
-    alone = projected.load([Visit(1, 0)]).conditions
-    batch = projected.load([Visit(0, 0), Visit(1, 0), Visit(2, 0)]).conditions
+    projected = ConditionCache(model, clips, FP32)
+    alone = projected.load([ClipWindow(1, 0)]).conditions
+    batch = projected.load([ClipWindow(0, 0), ClipWindow(1, 0), ClipWindow(2, 0)]).conditions
     assert read == [1, 0, 2]
-    again = ProjectedClips(model, clips, FP32).load([Visit(2, 0), Visit(1, 0)]).conditions
+    again = ConditionCache(model, clips, FP32).load([ClipWindow(2, 0), ClipWindow(1, 0)]).conditions
     for one, three, two in zip(alone.tensors(), batch.tensors(), again.tensors(), strict=True):
         assert torch.equal(one[0], three[1]) and torch.equal(one[0], two[1])
 
@@ -67,13 +67,13 @@ def test_a_clip_is_read_once_and_does_not_depend_on_its_batch(monkeypatch):
 )
 def test_an_adapted_projection_is_not_remembered(target, expected):
     model = make_generator(LoRAConfig(rank=2, targets=(target,)))
-    assert can_project(model, InMemorySet(make_clips()), FP32) is expected
+    assert can_project(model, ListDataset(make_clips()), FP32) is expected
 
 
 def test_a_large_set_is_not_remembered(monkeypatch):
-    model, clips = make_generator(), InMemorySet(make_clips(4))
-    projected = ProjectedClips(model, clips, FP32)
-    batch = projected.load([Visit(i, 0) for i in range(4)])
+    model, clips = make_generator(), ListDataset(make_clips(4))
+    projected = ConditionCache(model, clips, FP32)
+    batch = projected.load([ClipWindow(i, 0) for i in range(4)])
     size = sum(x.nbytes for x in (*batch.conditions.tensors(), batch.mean, batch.std))
     monkeypatch.setattr("selva.training.condition_cache.MAX_BYTES", size)
     assert can_project(model, clips, FP32)

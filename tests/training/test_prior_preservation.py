@@ -8,11 +8,12 @@ import pytest
 import torch
 from small_run import CONFIG, make_clips, make_generator
 
-from selva.data.dataset import InMemorySet, Joined, collate
+from selva.data.dataset import ConcatDataset, ListDataset, collate
 from selva.lora.config import LoRAConfig
 from selva.sampling import SamplingConfig, sample_latents
+from selva.training.objective import flow_loss, sample_noise
 from selva.training.prior_preservation import mixture, with_preserved
-from selva.training.run import TrainingRun, draw, flow_loss
+from selva.training.run import TrainingRun
 
 FP32 = torch.float32
 PROMPTS = ["a dog barks", "rain"]
@@ -23,7 +24,7 @@ def make(count: int = 3, share: float = 0.5, **changes):
     model, clips = make_generator(LoRAConfig(rank=2)).train(), make_clips(count)
     if changes:
         clips = [dataclasses.replace(clip, **changes) for clip in clips]
-    return model, clips, with_preserved(model, InMemorySet(clips), PROMPTS, TEXT, share, seed=7, precision=FP32)
+    return model, clips, with_preserved(model, ListDataset(clips), PROMPTS, TEXT, share, seed=7, precision=FP32)
 
 
 def test_the_clips_come_first_and_the_models_own_sounds_after_them():
@@ -74,7 +75,7 @@ def test_a_large_share_repeats_a_limited_number_of_sounds(monkeypatch):
 
 
 def test_looks_that_the_training_ignores_are_left_out():
-    model, clips = make_generator(LoRAConfig(rank=2)), InMemorySet(make_clips(3))
+    model, clips = make_generator(LoRAConfig(rank=2)), ListDataset(make_clips(3))
     joined = with_preserved(model, clips, PROMPTS, TEXT, 0.5, seed=7, precision=FP32, use_clip=False)
     nothing = model.empty_features(1)[0][0]
     assert all(torch.equal(joined.clip(i).clip_f, nothing) for i in range(6, 12))
@@ -94,7 +95,7 @@ def test_on_its_own_sounds_there_is_little_to_learn():
     made = collate([joined.clip(i) for i in range(len(joined)) if "preserved" in joined.ids[i]])
     other = dataclasses.replace(made, mean=clips[0].mean.expand_as(made.mean))
     config = dataclasses.replace(CONFIG, null_prob=0.0, latent="mode")
-    draws = draw(made.mean.shape, config, torch.Generator().manual_seed(0), 0.0)
+    draws = sample_noise(made.mean.shape, config, torch.Generator().manual_seed(0), 0.0)
     factors = [p for p in model.parameters() if p.requires_grad]
 
     def gradient(batch) -> float:
@@ -108,7 +109,7 @@ def test_training_visits_both_and_continues_exactly():
     def run() -> TrainingRun:
         torch.manual_seed(0)
         model, _, joined = make()
-        return TrainingRun(model, joined, InMemorySet([]), CONFIG, FP32)
+        return TrainingRun(model, joined, ListDataset([]), CONFIG, FP32)
 
     first, second = run(), run()
     losses = [first.train_step()[0].item() for _ in range(3)]
@@ -119,7 +120,7 @@ def test_training_visits_both_and_continues_exactly():
 
 def test_joined_sets_keep_their_numbers():
     short, long = make_clips(2, 1.0), make_clips(2, 1.5)
-    joined = Joined(InMemorySet(short), InMemorySet(long))
+    joined = ConcatDataset(ListDataset(short), ListDataset(long))
     assert [joined.clip(i) for i in range(4)] == [*short, *long]
     assert [joined.lengths(i) for i in (0, 3)] == [short[0].lengths, long[1].lengths]
     assert joined.num_windows(3) == 1 and len(joined.subset([3, 0])) == 2

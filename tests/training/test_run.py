@@ -11,20 +11,14 @@ from small_run import CONFIG, make_clips, make_generator, make_run
 
 from selva import flow
 from selva.checkpoint import load_checkpoint, save_checkpoint
-from selva.data.dataset import BucketBatches, InMemorySet, Visit, collate
+from selva.data.dataset import BucketBatchSampler, ClipWindow, ListDataset, collate, split_validation
 from selva.lora.config import LoRAConfig
 from selva.lora.layers import lora_state_dict
-from selva.training.run import (
-    VALIDATION_TIMES,
-    TrainConfig,
-    TrainingRun,
-    draw,
-    fit,
-    flow_loss,
-    learning_rate,
-    split_validation,
-    validate,
-)
+from selva.training.config import TrainConfig
+from selva.training.loop import fit
+from selva.training.objective import VALIDATION_TIMES, flow_loss, sample_noise, validate
+from selva.training.run import TrainingRun
+from selva.training.schedule import learning_rate
 from selva.utils.metrics_log import MetricsFile
 
 # -- objective ----------------------------------------------------------------------------------------------------
@@ -35,7 +29,7 @@ def test_loss_is_that_of_the_published_recipe():
     model = make_generator(LoRAConfig(rank=2)).eval()
     batch = collate(make_clips(2))
     config = dataclasses.replace(CONFIG, null_prob=0.0)
-    draws = draw(batch.mean.shape, config, torch.Generator().manual_seed(3), 0.0)
+    draws = sample_noise(batch.mean.shape, config, torch.Generator().manual_seed(3), 0.0)
     with torch.no_grad():
         found = flow_loss(model, batch, draws, config, torch.float32)
         x1 = (batch.mean + batch.std * draws.posterior - model.latent_mean) / model.latent_std
@@ -50,7 +44,7 @@ def test_latent_mode_takes_the_posterior_mean():
     """Pitfall A3: the mean only where it was asked for."""
     model = make_generator(LoRAConfig(rank=2)).eval()
     batch = collate(make_clips(2))
-    draws = draw(batch.mean.shape, CONFIG, torch.Generator().manual_seed(3), 0.0)
+    draws = sample_noise(batch.mean.shape, CONFIG, torch.Generator().manual_seed(3), 0.0)
     wide = dataclasses.replace(batch, std=batch.std * 5)
     losses = {}
     with torch.no_grad():
@@ -67,7 +61,7 @@ def test_dropped_conditions_are_the_learned_empty_ones(what):
     batch = collate(make_clips(2))
     model.set_sequence(*batch.lengths)
     yes, no = torch.tensor([True, True]), torch.tensor([False, False])
-    base = draw(batch.mean.shape, CONFIG, torch.Generator().manual_seed(3), 0.0)
+    base = sample_noise(batch.mean.shape, CONFIG, torch.Generator().manual_seed(3), 0.0)
     draws = dataclasses.replace(
         base, drop_video=yes if what == "video" else no, drop_text=yes if what == "text" else no
     )
@@ -87,7 +81,7 @@ def test_sound_without_pictures_is_trained_on_the_learned_empty_video():
     clips = make_clips(2)
     nan = {"clip_f": torch.full_like(clips[1].clip_f, torch.nan), "sync_f": torch.full_like(clips[1].sync_f, torch.nan)}
     mixed = collate([clips[0], dataclasses.replace(clips[1], has_video=False, **nan)])
-    draws = draw(mixed.mean.shape, CONFIG, torch.Generator().manual_seed(3), 0.0)
+    draws = sample_noise(mixed.mean.shape, CONFIG, torch.Generator().manual_seed(3), 0.0)
     with_video = dataclasses.replace(draws, drop_video=torch.tensor([False, False]))
     dropped = dataclasses.replace(draws, drop_video=torch.tensor([False, True]))
     with torch.no_grad():
@@ -97,7 +91,7 @@ def test_sound_without_pictures_is_trained_on_the_learned_empty_video():
 
 
 def test_condition_dropout_is_independent_and_as_frequent_as_asked():
-    draws = draw(torch.Size((20_000, 1, 1)), CONFIG, torch.Generator().manual_seed(0), 0.0)
+    draws = sample_noise(torch.Size((20_000, 1, 1)), CONFIG, torch.Generator().manual_seed(0), 0.0)
     assert draws.drop_video.float().mean().item() == pytest.approx(0.1, abs=0.01)
     assert draws.drop_text.float().mean().item() == pytest.approx(0.1, abs=0.01)
     assert (draws.drop_video & draws.drop_text).float().mean().item() == pytest.approx(0.01, abs=0.003)
@@ -125,7 +119,7 @@ def test_the_objective_is_float32_around_a_half_precision_network(monkeypatch):
     """Pitfall C4: path, time, target and loss are exact; the network alone is rounded."""
     model = make_generator(LoRAConfig(rank=2), torch.bfloat16).eval()
     batch = collate(make_clips(2))
-    draws = draw(batch.mean.shape, CONFIG, torch.Generator().manual_seed(3), 0.0)
+    draws = sample_noise(batch.mean.shape, CONFIG, torch.Generator().manual_seed(3), 0.0)
     seen = {}
 
     def predict_nothing(xt, t, _conditions):
@@ -166,7 +160,7 @@ def test_float16_gradients_do_not_vanish(monkeypatch):
 
 def test_half_precision_loss_is_close_to_float32():
     batch = collate(make_clips(2))
-    draws = draw(batch.mean.shape, CONFIG, torch.Generator().manual_seed(3), 0.0)
+    draws = sample_noise(batch.mean.shape, CONFIG, torch.Generator().manual_seed(3), 0.0)
     losses = []
     for dtype in (torch.float32, torch.bfloat16):
         model = make_generator(LoRAConfig(rank=2), dtype).eval()
@@ -239,17 +233,17 @@ def test_gradients_are_clipped_before_the_update(monkeypatch):
 def test_accumulated_batches_make_one_step_with_their_mean_gradient(monkeypatch):
     """Pitfall F2: two accumulated batches of two are one step on a batch of four."""
     clips = make_clips(4)
-    draws = draw(torch.Size((4, *clips[0].mean.shape)), CONFIG, torch.Generator().manual_seed(3), 0.0)
+    draws = sample_noise(torch.Size((4, *clips[0].mean.shape)), CONFIG, torch.Generator().manual_seed(3), 0.0)
     norms = []
     for accum in (1, 2):
         size = 4 // accum
         parts = [slice(i * size, (i + 1) * size) for i in range(accum)]
         drawn = iter([draws.part(part) for part in parts])
-        monkeypatch.setattr("selva.training.run.draw", lambda *args, drawn=drawn, **kwargs: next(drawn))
+        monkeypatch.setattr("selva.training.run.sample_noise", lambda *args, drawn=drawn, **kwargs: next(drawn))
         config = dataclasses.replace(CONFIG, batch_size=size, grad_accum=accum)
-        every = InMemorySet(clips)
+        every = ListDataset(clips)
         run = TrainingRun(make_generator(LoRAConfig(rank=2)), every, every.subset([]), config, torch.float32)
-        visits = iter([[Visit(i, 0) for i in range(4)[part]] for part in parts])
+        visits = iter([[ClipWindow(i, 0) for i in range(4)[part]] for part in parts])
         monkeypatch.setattr(run.batches, "draw", lambda visits=visits: next(visits))
         loss, norm = run.train_step()
         assert run.step == 1
@@ -260,7 +254,7 @@ def test_accumulated_batches_make_one_step_with_their_mean_gradient(monkeypatch)
 def test_epochs_visit_every_clip_once_in_batches_of_one_length():
     """Pitfall F9: shuffled epochs, not draws with replacement."""
     clips = make_clips(4) + make_clips(4, 1.5)
-    batches = BucketBatches(clips, 2, seed=3)
+    batches = BucketBatchSampler(clips, 2, seed=3)
     seen = []
     for _ in range(4):
         batch = next(batches)
@@ -271,7 +265,7 @@ def test_epochs_visit_every_clip_once_in_batches_of_one_length():
 
 def test_batch_order_continues_from_its_state():
     clips = make_clips(5) + make_clips(3, 1.5)
-    batches, other = BucketBatches(clips, 2, seed=3), BucketBatches(clips, 2, seed=9)
+    batches, other = BucketBatchSampler(clips, 2, seed=3), BucketBatchSampler(clips, 2, seed=9)
     for _ in range(5):
         next(batches)
     other.load_state_dict(batches.state_dict())
@@ -301,7 +295,7 @@ def test_a_bad_gradient_changes_nothing():
 
 
 def test_training_stops_when_no_gradient_is_finite(tmp_path, monkeypatch):
-    monkeypatch.setattr("selva.training.run.MAX_BAD_STEPS", 4)
+    monkeypatch.setattr("selva.training.loop.MAX_BAD_STEPS", 4)
     run = make_run(dataclasses.replace(CONFIG, steps=50), val=0)
     spoil_latents(run)
     with pytest.raises(ValueError, match="last checkpoint is intact"):
@@ -380,7 +374,7 @@ def test_validation_is_binned_by_time_and_comparable_between_timestep_modes(monk
     modes = [dataclasses.replace(run.config, timestep_mode=mode) for mode in flow.TIMESTEP_MODES]
     first, *others = [validate(run.generator, run.val_clips, config, torch.float32) for config in modes]
     assert all(bins == first for bins in others)
-    monkeypatch.setattr("selva.training.run.flow_loss", lambda generator, batch, draws, *rest: draws.t)
+    monkeypatch.setattr("selva.training.objective.flow_loss", lambda generator, batch, draws, *rest: draws.t)
     assert validate(run.generator, run.val_clips, run.config, torch.float32) == [0.125, 0.375, 0.625, 0.875]
 
 
@@ -388,7 +382,7 @@ def test_training_lowers_the_loss_of_what_it_sees(tmp_path):
     """One clip can be learned by heart."""
     clips = make_clips(1)
     config = dataclasses.replace(CONFIG, steps=120, lr=2e-2, latent="mode", null_prob=0.0, log_every=50)
-    clips = InMemorySet(clips)
+    clips = ListDataset(clips)
     generator = make_generator(LoRAConfig(rank=8, targets=("attn.qkv", "linear1", "ffn.w2")))
     run = TrainingRun(generator, clips, clips.subset([]), config, torch.float32)
     before = sum(validate(run.generator, clips, config, torch.float32))
@@ -489,7 +483,7 @@ def test_stopping_saves_first(tmp_path):
     "count, fraction, expected", [(4, 0.1, 0), (5, 0.1, 1), (30, 0.1, 3), (10, 0.0, 0), (6, 0.99, 5)]
 )
 def test_how_many_clips_are_held_out(count, fraction, expected):
-    clips = InMemorySet(make_clips(count))
+    clips = ListDataset(make_clips(count))
     train, val = split_validation(clips, fraction, seed=1)
     assert len(val) == expected and sorted(train.ids + val.ids) == sorted(clips.ids)
     assert split_validation(clips, fraction, seed=1)[1].ids == val.ids

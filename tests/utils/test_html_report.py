@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from selva.utils.html_report import Page, Take, loss_png, spectrogram_png
+from selva.utils.html_report import Page, ReportSound, loss_png, spectrogram_png
 from selva.utils.metrics_log import MetricsFile
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -45,7 +45,8 @@ def page_text(tmp_path):
     page.cards([("what", "0 → 1", 'a "note"')])
     page.section("<Listen>", "now")
     tone = np.sin(np.arange(16_000) / 5).astype(np.float32)
-    page.takes("clip", [Take("before", "x<y", video, tone, 16_000), Take("after", "", sound, tone, 16_000)], [0.5])
+    sounds = [ReportSound("before", "x<y", video, tone, 16_000), ReportSound("after", "", sound, tone, 16_000)]
+    page.takes("clip", sounds, [0.5])
     page.table(("a", "b"), [("1", "<script>")])
     page.image(PNG, "loss")
     page.code("python x > y")
@@ -72,7 +73,7 @@ def test_texts_cannot_become_markup(page_text):
 def test_a_file_that_cannot_be_played_is_refused(tmp_path):
     (tmp_path / "a.avi").write_bytes(b"")
     with pytest.raises(ValueError, match=r"a\.avi: a page cannot play it"):
-        Page("t", "s").takes("c", [Take("x", "", tmp_path / "a.avi", np.zeros(1600), 16_000)])
+        Page("t", "s").takes("c", [ReportSound("x", "", tmp_path / "a.avi", np.zeros(1600), 16_000)])
 
 
 def test_spectrograms_show_sound_and_marks(tmp_path):

@@ -30,9 +30,10 @@ from selva.sequence import (
     SYNC_TOKENS_PER_SEGMENT,
     sequence_config,
 )
-from selva.training.run import TrainConfig, draw, flow_loss
+from selva.training.config import TrainConfig
+from selva.training.objective import flow_loss, sample_noise
 from selva.utils.files import atomic_path
-from selva.utils.metrics_log import Progress
+from selva.utils.progress import Progress
 from toyworld import Scene
 from toyworld.training.encoders import SyncNetwork, ideal_features
 from toyworld.training.loop import Task, torch_rng
@@ -231,7 +232,7 @@ class GeneratorTask(Task):
 
     def loss(self, rng: np.random.Generator, batch_size: int) -> tuple[Tensor, dict[str, float | Tensor]]:
         batch = self._windows(self.train, rng, batch_size, float(rng.choice(self.durations)))
-        draws = draw(batch.mean.shape, self.objective, torch_rng(rng), progress=0.0)
+        draws = sample_noise(batch.mean.shape, self.objective, torch_rng(rng), progress=0.0)
         loss = self._loss(batch, draws, torch.from_numpy(rng.random(len(batch.ids)) < CLIP_DROP))
         return loss.mean(), {}
 
@@ -263,6 +264,6 @@ class GeneratorTask(Task):
         for first in range(0, len(self.held_out), 8):
             items = range(first, min(first + 8, len(self.held_out)))
             batch = self.held_out.batch(items, [0] * len(items), self.held_out.config.duration_sec, [0] * len(items))
-            draws = draw(batch.mean.shape, objective, torch_rng(rng), progress=0.0)
+            draws = sample_noise(batch.mean.shape, objective, torch_rng(rng), progress=0.0)
             total.append(self._loss(batch, draws, torch.ones(len(items), dtype=torch.bool)))
         return {"val_loss": float(torch.cat(total).mean())}

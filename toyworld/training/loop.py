@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from selva.training.ema import EMA
 from selva.utils.files import atomic_path
-from selva.utils.metrics_log import Progress
+from selva.utils.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -87,28 +88,6 @@ def torch_rng(rng: np.random.Generator) -> torch.Generator:
     return torch.Generator().manual_seed(int(rng.integers(2**62)))
 
 
-class Average:
-    """Exponential moving average of the trained parameters."""
-
-    def __init__(self, network: nn.Module, decay: float) -> None:
-        self.decay = decay
-        self.parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
-        self.values = {name: p.detach().clone() for name, p in self.parameters.items()}
-
-    @torch.no_grad()
-    def update_(self, step: int) -> None:
-        decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.values.values()), list(self.parameters.values()), 1 - decay)
-
-    @torch.no_grad()
-    def swap_(self) -> None:
-        """Exchange the trained and the averaged values; a second call puts them back."""
-        for name, p in self.parameters.items():
-            trained = p.detach().clone()
-            p.copy_(self.values[name])
-            self.values[name].copy_(trained)
-
-
 def train(task: Task, config: LoopConfig, folder: Path, device: torch.device, resume: bool = True) -> None:
     """Train ``task.network`` in place up to ``config.steps`` and leave the averaged weights in it.
 
@@ -135,7 +114,7 @@ def train(task: Task, config: LoopConfig, folder: Path, device: torch.device, re
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             task.after_update_()
-            average.update_(step)
+            average.update(step)
             for name, value in {"loss": loss.detach(), "grad_norm": norm, **numbers}.items():
                 sums[name] = sums.get(name, 0.0) + float(value)
             done = step + 1
@@ -145,25 +124,24 @@ def train(task: Task, config: LoopConfig, folder: Path, device: torch.device, re
                 row |= {name: round(value / since, 5) for name, value in sums.items()}
                 sums = {}
                 if done % config.val_every == 0 or done == config.steps:
-                    average.swap_()
                     network.eval()
-                    row |= {name: round(value, 5) for name, value in task.validate().items()}
+                    with average.applied():
+                        row |= {name: round(value, 5) for name, value in task.validate().items()}
                     network.train()
-                    average.swap_()
                 _append(folder / METRICS_FILE, row)
                 progress.update(done, " ".join(f"{k}={v:.4g}" for k, v in row.items() if k not in ("step", "sec")))
             if time.monotonic() - last_save > config.save_every_sec or done == config.steps:
                 _save(folder / STATE_FILE, network, average, optimizer, done, config)
                 last_save = time.monotonic()
-    average.swap_()
+    network.load_state_dict(average.average, strict=False)
     network.eval()
 
 
 def _prepare(
     task: Task, config: LoopConfig, folder: Path, device: torch.device, resume: bool
-) -> tuple[nn.Module, Average, torch.optim.Optimizer, int]:
+) -> tuple[nn.Module, EMA, torch.optim.Optimizer, int]:
     network = task.network.to(device).train()
-    average = Average(network, config.ema_decay)
+    average = EMA({name: p for name, p in network.named_parameters() if p.requires_grad}, config.ema_decay)
     optimizer = torch.optim.AdamW(
         _groups(average.parameters, config.weight_decay), lr=config.lr, betas=config.betas
     )
@@ -175,8 +153,7 @@ def _prepare(
     state = torch.load(path, map_location=device, weights_only=True)
     network.load_state_dict(state["network"])
     optimizer.load_state_dict(state["optimizer"])
-    for name, value in average.values.items():
-        value.copy_(state["average"][name])
+    average.restore(state["average"])
     log.info("%s: continues after %d of %d steps", folder.name, state["step"], config.steps)
     return network, average, optimizer, state["step"]
 
@@ -190,10 +167,10 @@ def _groups(parameters: Mapping[str, Tensor], weight_decay: float) -> list[dict]
 
 
 def _save(
-    path: Path, network: nn.Module, average: Average, optimizer: torch.optim.Optimizer, step: int, config: LoopConfig
+    path: Path, network: nn.Module, average: EMA, optimizer: torch.optim.Optimizer, step: int, config: LoopConfig
 ) -> None:
     state = {
-        "network": network.state_dict(), "average": average.values, "optimizer": optimizer.state_dict(), "step": step,
+        "network": network.state_dict(), "average": average.average, "optimizer": optimizer.state_dict(), "step": step,
         "config": asdict(config),
     }
     with atomic_path(path) as temporary:

@@ -12,7 +12,7 @@ from numpy.lib.format import open_memmap
 
 from selva.sequence import SYNC_FPS
 from selva.utils.files import atomic_path
-from selva.utils.metrics_log import Progress
+from selva.utils.progress import Progress
 from toyworld import CLASSES, Scene, make_scene
 from toyworld.motion import gate
 

@@ -26,7 +26,7 @@ from selva.models.generator import Generator
 from selva.models.mel_inversion import MelInversion
 from selva.models.zoo import TINY_16K, Variant, build_generator, build_mel, build_vae, build_vocoder
 from selva.utils.files import atomic_path
-from selva.utils.metrics_log import Progress
+from selva.utils.progress import Progress
 from toyworld import random_sound
 from toyworld.training.codec import DecoderTask, VaeTask, VocoderTask, as_published, band_statistics
 from toyworld.training.encoders import ClipNetwork, ClipTask, SyncNetwork, SyncTask, start_from_components_
@@ -101,7 +101,7 @@ class Recipe:
         )
 
 
-class Workshop:
+class StageRunner:
     """Runs stages in a folder.
 
     Args:

@@ -18,18 +18,20 @@ from torch import Tensor
 
 from selva.audio.loudness import true_peak_db
 from selva.audio.silence import MOSTLY_SILENT, SILENCE_DB
-from selva.data.folder import AUDIO_SUFFIXES, PROMPTS_FILE, Clip, read_prompts, scan_folder
-from selva.data.folder_dataset import MAX_AUDIO_SHORTFALL_SEC, plan_windows
+from selva.data.folder import Clip, scan_folder
+from selva.data.folder_dataset import plan_windows
 from selva.data.inspection import duplicates
-from selva.data.memmap.reader import MemmapSet, is_memmap
+from selva.data.latents import MAX_AUDIO_SHORTFALL_SEC
+from selva.data.memmap.reader import MemmapDataset, is_memmap
 from selva.data.summary import QUIET_LUFS, SoundStats, measure_waveform
 from selva.features import load_features
-from selva.inputs.jobs import VIDEO_SUFFIXES, read_sidecar
+from selva.inputs.prompts import PROMPTS_FILE, read_prompts, read_sidecar
+from selva.inputs.suffixes import AUDIO_SUFFIXES, VIDEO_SUFFIXES
 from selva.media import read_audio
 from selva.media.audio import SILENCE_LEVEL
 from selva.models.zoo import VARIANTS, Variant, get_variant
 from selva.sequence import DEFAULT_DURATION_SEC, SAMPLING_RATES
-from selva.utils.metrics_log import Progress
+from selva.utils.progress import Progress
 
 NORM_TOLERANCE = 0.02  # half precision moves a norm of 1 by less
 OFFSET = 0.01  # mean of a sound, of full scale
@@ -308,18 +310,18 @@ def _click(mono: Tensor, rate: int) -> str | None:
 # --- memmaps --------------------------------------------------------------------------------------------------------
 
 
-def find_variant(folder: Path, wanted: Variant | None) -> MemmapSet:
+def find_variant(folder: Path, wanted: Variant | None) -> MemmapDataset:
     """Return a memmap opened as that of ``wanted``, or of the first variant whose shapes it has.
 
     Raises:
         FileNotFoundError, ValueError: it is that of no variant, or damaged.
     """
     if wanted is not None:
-        return MemmapSet(folder, wanted)
+        return MemmapDataset(folder, wanted)
     problems: list[str] = []
     for name in VARIANTS:
         try:
-            return MemmapSet(folder, get_variant(name))
+            return MemmapDataset(folder, get_variant(name))
         except ValueError as error:
             problems.append(str(error))
     raise ValueError(min(problems, key=len))  # the one with the fewest complaints
@@ -330,7 +332,7 @@ def _memmap_clips(folder: Path, variant: Variant | None, prints: _Prints) -> Seq
     return [(_inspect_row, (rows, index, prints)) for index in range(len(rows.ids))]
 
 
-def _inspect_row(rows: MemmapSet, index: int, prints: _Prints) -> ClipReport:
+def _inspect_row(rows: MemmapDataset, index: int, prints: _Prints) -> ClipReport:
     report = ClipReport(id=rows.ids[index], path=str(rows.folder), prompt=rows.prompts[index], prompt_source="table",
                         duration_sec=rows.sequence.duration_sec)
     row = {key: torch.from_numpy(np.array(values[index])) for key, values in rows.rows.items()}  # each (tokens, ·)

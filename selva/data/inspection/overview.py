@@ -15,11 +15,11 @@ from selva.audio.silence import SILENCE_DB, block_power
 from selva.data.inspection.measures import ClipReport, Inspection, find_variant
 from selva.data.inspection.report import fit, mark, summary
 from selva.features import load_features
-from selva.inputs.jobs import VIDEO_SUFFIXES
+from selva.inputs.suffixes import VIDEO_SUFFIXES
 from selva.media import probe, read_audio, read_video
 from selva.sequence import CLIP_FPS, SHORTEST_SEC
 from selva.utils.files import atomic_path
-from selva.utils.metrics_log import new_figure
+from selva.utils.plots import new_figure
 
 log = logging.getLogger(__name__)
 

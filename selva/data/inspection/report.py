@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 
 from selva.data.inspection.measures import ClipReport, Inspection
-from selva.utils.metrics_log import clock
+from selva.utils.text import clock, listed
 
 WIDTH = 100
 ID_WIDTH = 20  # at least for long names
@@ -85,10 +85,10 @@ def sentences(inspection: Inspection) -> list[str]:
         for clip_id, texts in reports:
             for text in texts:
                 shared[text].append(clip_id)
-        lines += [f"{sign} {_some(ids)}: {text}" for text, ids in shared.items()]
+        lines += [f"{sign} {listed(ids, NAMED)}: {text}" for text, ids in shared.items()]
     for group in inspection.alike:
         how = "the same" if group.similarity > 0.9999 else f"nearly the same ({group.similarity:.3f})"
-        lines.append(f"? {_some(group.ids)}: {LIKENESS[group.what].format(how=how)}")
+        lines.append(f"? {listed(group.ids, NAMED)}: {LIKENESS[group.what].format(how=how)}")
     if not inspection.compared:
         lines.append("? too many clips to compare each two; only copies of the same content were looked for")
     return lines
@@ -99,10 +99,6 @@ LIKENESS = {
     "latents": "{how} sound; they count twice",
     "video": "{how} video; validation on one of them says nothing about new videos",
 }
-
-
-def _some(ids: Sequence[str]) -> str:
-    return ", ".join(ids[:NAMED]) + (f" and {len(ids) - NAMED} more" if len(ids) > NAMED else "")
 
 
 def summary(inspection: Inspection) -> str:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from selva.data.dataset import Lengths, TrainingClip, TrainingSet
+from selva.data.dataset import ClipDataset, Lengths, TrainingClip
 from selva.models.zoo import Variant
 from selva.sequence import sequence_config
 
@@ -74,7 +74,7 @@ def partial_path(folder: Path) -> Path:
     return folder.parent / f"{folder.name}.partial"
 
 
-class MemmapSet(TrainingSet):
+class MemmapDataset(ClipDataset):
     """The rows of a memmap, 8 s each.
 
     Args:

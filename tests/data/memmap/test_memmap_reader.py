@@ -15,9 +15,9 @@ import torch
 from golden_case import GOLDEN
 from make_data import TINY, put_memmap
 
-from selva.data.dataset import BucketBatches
-from selva.data.folder_dataset import load_training_set
-from selva.data.memmap.reader import MemmapSet, is_memmap
+from selva.data.dataset import BucketBatchSampler
+from selva.data.folder_dataset import load_clip_dataset
+from selva.data.memmap.reader import MemmapDataset, is_memmap
 from selva.models.zoo import get_variant
 
 
@@ -27,7 +27,7 @@ def live_tensors():
 
 
 def load(folder, variant=TINY, **options):
-    return load_training_set(folder, variant, None, torch.device("cpu"), **options)
+    return load_clip_dataset(folder, variant, None, torch.device("cpu"), **options)
 
 
 def edit_meta(folder, change):
@@ -55,7 +55,7 @@ def test_sound_without_pictures_never_passes_for_black_pictures(tmp_path):
     """Pitfall B1: missing features are marked, not zero."""
     tensors = put_memmap(tmp_path / "sounds", video=False)
     rows, _ = load(tmp_path / "sounds")
-    batch = next(BucketBatches(rows, 3, seed=0))
+    batch = next(BucketBatchSampler(rows, 3, seed=0))
     assert batch.lengths == (250, 64, 192) and batch.clip_f.shape[2] == 64 and not batch.has_video.any()
     assert batch.clip_f.isnan().all() and batch.sync_f.isnan().all()
     for name, row in zip(batch.ids, batch.mean, strict=True):
@@ -184,12 +184,12 @@ def test_a_folder_of_bundles_is_no_memmap_even_with_a_meta_file(tmp_path):
 def test_reading_needs_no_tensordict(tmp_path):
     put_memmap(tmp_path / "data")
     code = (
-        "import sys; from pathlib import Path; from selva.memmap.reader import MemmapSet\n"
+        "import sys; from pathlib import Path; from selva.data.memmap.reader import MemmapDataset\n"
         "from selva.models.zoo import get_variant\n"
-        f"MemmapSet(Path({str(tmp_path / 'data')!r}), get_variant('tiny_16k')).clip(0)\n"
+        f"MemmapDataset(Path({str(tmp_path / 'data')!r}), get_variant('tiny_16k')).clip(0)\n"
         "print('tensordict' in sys.modules)"
     )
     root = GOLDEN.parent.parent
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
     assert out.stdout.strip() == "False"
-    assert isinstance(load(tmp_path / "data")[0], MemmapSet)
+    assert isinstance(load(tmp_path / "data")[0], MemmapDataset)

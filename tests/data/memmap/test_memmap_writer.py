@@ -13,8 +13,8 @@ import pytest
 import torch
 from make_data import TINY
 
-from selva.data.folder_dataset import load_training_set
-from selva.data.memmap.reader import MemmapSet
+from selva.data.folder_dataset import load_clip_dataset
+from selva.data.memmap.reader import MemmapDataset
 from selva.data.memmap.writer import MemmapWriter
 
 SMALL = replace(TINY, generator=replace(TINY.generator, text_dim=4, clip_dim=4, sync_dim=4))
@@ -116,7 +116,7 @@ def test_the_files_are_those_that_tensordict_writes(tmp_path):
 @pytest.mark.parametrize("video", [True, False])
 def test_training_reads_what_was_written(tmp_path, video):
     extract(tmp_path / "data", video=video)
-    clips = MemmapSet(tmp_path / "data", SMALL)
+    clips = MemmapDataset(tmp_path / "data", SMALL)
     assert clips.ids == [clip_id for clip_id, _ in CLIPS] and clips.has_video is video
     assert clips.clip(2).prompt == 'says "2"' and torch.isfinite(clips.clip(2).mean).all()
 
@@ -127,7 +127,7 @@ def test_rows_of_any_float_type_are_stored_as_float32(tmp_path):
         rows["mean"] = rows["mean"].mT.contiguous().mT  # in another order in memory
         writer.write(0, rows, "d")
         assert writer.publish_if_complete()
-    clip = MemmapSet(tmp_path / "data", SMALL).clip(0)
+    clip = MemmapDataset(tmp_path / "data", SMALL).clip(0)
     assert torch.equal(clip.mean, rows["mean"].float()) and torch.equal(clip.clip_f, rows["clip_features"].float())
 
 
@@ -150,13 +150,13 @@ def test_the_next_run_asks_for_a_left_out_row_again(tmp_path):
     assert extract(tmp_path / "data", skipped=("clip_3",)) == ([], True)
     assert files(tmp_path / "data") == before
     assert extract(tmp_path / "data") == (["clip_3"], True)
-    assert MemmapSet(tmp_path / "data", SMALL).ids == [clip_id for clip_id, _ in CLIPS]
+    assert MemmapDataset(tmp_path / "data", SMALL).ids == [clip_id for clip_id, _ in CLIPS]
 
 
 def test_a_row_that_became_unusable_leaves_the_set(tmp_path):
     extract(tmp_path / "data")
     extract(tmp_path / "data", versions={"clip_3": "damaged"}, skipped=("clip_3",))
-    assert MemmapSet(tmp_path / "data", SMALL).ids == [f"clip_{number}" for number in (0, 1, 2, 4, 5)]
+    assert MemmapDataset(tmp_path / "data", SMALL).ids == [f"clip_{number}" for number in (0, 1, 2, 4, 5)]
 
 
 def test_a_set_of_nothing_is_not_published(tmp_path):
@@ -215,11 +215,11 @@ def test_a_job_array_confirms_every_row_of_a_changed_list(tmp_path):
     with open_writer(tmp_path / "data", longer) as writer:
         assert do(writer, longer, share=range(3, 7), versions=changed) == ["clip_6"]
         assert not writer.publish_if_complete() and writer.num_missing == 3
-    assert len(MemmapSet(tmp_path / "data", SMALL)) == 6  # the old set stands
+    assert len(MemmapDataset(tmp_path / "data", SMALL)) == 6  # the old set stands
     with open_writer(tmp_path / "data", longer) as writer:
         assert do(writer, longer, share=range(3), versions=changed) == ["clip_0"]
         assert writer.publish_if_complete()
-    assert len(MemmapSet(tmp_path / "data", SMALL)) == 7
+    assert len(MemmapDataset(tmp_path / "data", SMALL)) == 7
 
 
 def test_a_change_in_one_job_needs_no_other_job_to_run_again(tmp_path):
@@ -228,7 +228,7 @@ def test_a_change_in_one_job_needs_no_other_job_to_run_again(tmp_path):
     with open_writer(tmp_path / "data") as writer:
         assert do(writer, share=[4, 5], versions={"clip_4": "changed"}) == ["clip_4"]
         assert writer.publish_if_complete()
-    assert MemmapSet(tmp_path / "data", SMALL).ids == [f"clip_{number}" for number in range(1, 6)]
+    assert MemmapDataset(tmp_path / "data", SMALL).ids == [f"clip_{number}" for number in range(1, 6)]
 
 
 def test_an_outdated_row_is_not_published_while_it_is_made_again(tmp_path):
@@ -240,7 +240,7 @@ def test_an_outdated_row_is_not_published_while_it_is_made_again(tmp_path):
         first.write(0, content(first, "clip_0", "new"), "another video")
         assert first.publish_if_complete() and second.publish_if_complete()
         expected = content(first, "clip_0", "new")["mean"]
-    assert torch.equal(MemmapSet(tmp_path / "data", SMALL).clip(0).mean, expected)
+    assert torch.equal(MemmapDataset(tmp_path / "data", SMALL).clip(0).mean, expected)
 
 
 def test_a_row_written_after_others_have_published_is_published_too(tmp_path):
@@ -249,7 +249,7 @@ def test_a_row_written_after_others_have_published_is_published_too(tmp_path):
         assert first.publish_if_complete()
         second.write(2, content(second, "clip_2"), digest(CLIPS[2]))
         assert second.publish_if_complete()
-    assert len(MemmapSet(tmp_path / "data", SMALL)) == 6
+    assert len(MemmapDataset(tmp_path / "data", SMALL)) == 6
 
 
 def test_another_run_with_other_settings_is_refused_while_the_first_lives(tmp_path):
@@ -304,16 +304,16 @@ def test_training_on_an_unfinished_set_says_so(tmp_path):
     with open_writer(tmp_path / "data") as writer:
         do(writer, share=range(3))
     with pytest.raises(FileNotFoundError, match=r"data: is not complete yet, its rows are in .*data\.partial"):
-        load_training_set(tmp_path / "data", SMALL, None, torch.device("cpu"))
+        load_clip_dataset(tmp_path / "data", SMALL, None, torch.device("cpu"))
     with pytest.raises(FileNotFoundError, match="nothing: no such folder"):
-        load_training_set(tmp_path / "nothing", SMALL, None, torch.device("cpu"))
+        load_clip_dataset(tmp_path / "nothing", SMALL, None, torch.device("cpu"))
 
 
 def test_an_unfinished_change_that_is_taken_back_leaves_the_published_set(tmp_path, one_run):
     extract(tmp_path / "data")
     with open_writer(tmp_path / "data", CLIPS[:4]) as writer:
         do(writer, CLIPS[:4], share=range(2))
-    assert len(MemmapSet(tmp_path / "data", SMALL)) == 6
+    assert len(MemmapDataset(tmp_path / "data", SMALL)) == 6
     assert extract(tmp_path / "data") == ([], True)
     assert files(tmp_path / "data") == one_run
 

@@ -1,0 +1,49 @@
+"""Exponential moving average of trained parameters, which wanders less than the parameters themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class EMA:
+    """Averages of parameters by name.
+
+    The decay rises to its value over the first steps, so that the average does not cling to the initialisation.
+
+    Args:
+        parameters: what is trained; the average starts with their values.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
+        self.parameters, self.decay = dict(parameters), decay
+        self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take the parameters after ``step`` updates into the average."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.average.values()), list(self.parameters.values()), 1 - decay)
+
+    def restore(self, average: Mapping[str, Tensor]) -> None:
+        """Continue from the stored averages of the same names."""
+        for name, value in self.average.items():
+            value.copy_(average[name])
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Put the average into the model for the duration of the block."""
+        trained = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self._copy(self.average)
+        try:
+            yield
+        finally:
+            self._copy(trained)
+
+    @torch.no_grad()
+    def _copy(self, values: Mapping[str, Tensor]) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.copy_(values[name])

@@ -1,0 +1,140 @@
+"""The loop: step, log, validate, save, until the last step, until patience ends or until it is asked to stop."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selva.training.run import TrainingRun
+from selva.training.schedule import learning_rate
+from selva.utils.device import peak_memory_bytes
+from selva.utils.metrics_log import MetricsFile, smoothed
+from selva.utils.progress import Progress
+from selva.utils.text import clock
+
+log = logging.getLogger(__name__)
+
+OVERFITTING_AFTER = 3  # validations in a row above the best one, while the training loss falls, before we say so
+MAX_BAD_STEPS = 20  # consecutive steps without a finite gradient after which a run cannot be saved
+
+
+def fit(
+    run: TrainingRun,
+    metrics: MetricsFile,
+    *,
+    on_checkpoint: Callable[[TrainingRun], None],
+    on_best: Callable[[TrainingRun], None],
+    should_stop: Callable[[], bool] = lambda: False,
+) -> bool:
+    """Train until ``config.steps`` or until patience ends, and return True; until ``should_stop()``, and return False.
+
+    Args:
+        metrics: gets one row per step, and one per validation.
+        on_checkpoint: called every ``save_every`` steps, after the last step, and before an early return.
+        on_best: called after a validation with the lowest loss so far.
+
+    Raises:
+        ValueError: the gradient was not finite ``MAX_BAD_STEPS`` times in a row (the last checkpoint is intact), or the
+            loss of the held-out clips is not finite before the first step.
+    """
+    config = run.config
+    run.generator.train()
+    if len(run.val_clips) and run.step == 0:
+        metrics.append([run.validate()])  # where the base model stands
+        if not math.isfinite(run.best_val_loss):
+            raise ValueError("the loss of the held-out clips is not finite before the first step; features of another "
+                             "model, or values beyond --precision: look at the data summary, or use --precision fp32")
+        log.info("step 0: validation loss %.4f", run.best_val_loss)
+    recent: list[tuple[Tensor, Tensor]] = []
+    bad_steps, since, started_at = 0, time.monotonic(), time.monotonic()
+    first_step = run.step
+    with Progress(config.steps, "training", "steps", interval_sec=math.inf) as progress:
+        while run.step < config.steps:
+            recent.append(run.train_step())
+            stopping, last = run.world.any(should_stop(), run.device), run.step == config.steps
+            if run.step % config.log_every == 0 or last or stopping:
+                rows, seconds = _rows(run, recent, time.monotonic() - since), time.monotonic() - since
+                metrics.append(rows)
+                bad_steps = _count_bad(rows, bad_steps)
+                left = (time.monotonic() - started_at) / (run.step - first_step) * (config.steps - run.step)
+                progress.update(run.step, f"loss {rows[-1]['loss']:.4f}")
+                log.info("%s", _log_line(run, metrics, rows, seconds, left))
+                recent, since = [], time.monotonic()
+            if len(run.val_clips) and (run.step % config.val_every == 0 or last):
+                row = run.validate()
+                metrics.append([row])
+                log.info("step %d: validation loss %.4f (best %.4f at step %d)", run.step, row["val_loss"],
+                         run.best_val_loss, run.best_step)
+                if run.best_step == run.step:
+                    on_best(run)
+                since = time.monotonic()
+                _warn_of_overfitting(run, metrics)
+            impatient = config.patience > 0 and run.worse_in_a_row >= config.patience
+            if run.step % config.save_every == 0 or last or stopping or impatient:
+                on_checkpoint(run)
+                since = time.monotonic()
+            if impatient:
+                log.info("step %d: no better validation loss for %d validations, stopping", run.step, config.patience)
+                return True
+            if stopping and not last:
+                return False
+    return True
+
+
+def _log_line(
+    run: TrainingRun, metrics: MetricsFile, rows: Sequence[dict[str, Any]], seconds: float, seconds_left: float
+) -> str:
+    row, losses = rows[-1], metrics.series("loss")[1]
+    average = f", smoothed {smoothed(losses)[-1]:.4f}" if losses else ""
+    return (
+        f"step {run.step}/{run.config.steps}: loss {row['loss']:.4f}{average}, lr {row['lr']:.2e}, "
+        f"grad norm {row['grad_norm']:.3f}, {seconds / len(rows):.2f} s/step, {clock(seconds_left)} left, "
+        f"{peak_memory_bytes(run.device) / 2**30:.2f} GiB"
+    )
+
+
+def _warn_of_overfitting(run: TrainingRun, metrics: MetricsFile) -> None:
+    """Say so when held-out clips have got worse for a while although the training loss fell."""
+    if run.worse_in_a_row < OVERFITTING_AFTER:
+        return
+    steps, losses = metrics.series("loss")
+    curve = dict(zip(steps, smoothed(losses), strict=True))
+    then = curve.get(max(run.best_step, steps[0]))
+    if then is not None and curve[steps[-1]] < then:
+        log.warning(
+            "overfitting: since step %d the training loss fell from %.4f to %.4f while the validation loss stays above "
+            "%.4f; go back to step %d (adapter_best.pt), or stop with --patience",
+            run.best_step, then, curve[steps[-1]], run.best_val_loss, run.best_step,
+        )
+
+
+def _rows(run: TrainingRun, recent: Sequence[tuple[Tensor, Tensor]], seconds: float) -> list[dict[str, Any]]:
+    """Return one metrics row per step since the last interval; the only place where losses leave the device."""
+    first = run.step - len(recent)
+    losses, norms = (torch.stack(values).tolist() for values in zip(*recent, strict=True))
+    return [
+        {"step": first + i + 1, "loss": loss, "grad_norm": norm, "lr": learning_rate(first + i, run.config),
+         "sec_per_step": seconds / len(recent)}
+        for i, (loss, norm) in enumerate(zip(losses, norms, strict=True))
+    ]
+
+
+def _count_bad(rows: Sequence[dict[str, Any]], bad_steps: int) -> int:
+    for row in rows:
+        if math.isfinite(row["grad_norm"]):
+            bad_steps = 0
+            continue
+        bad_steps += 1
+        log.warning("step %d: loss %s, gradient not finite; the update was skipped", row["step"], row["loss"])
+        if bad_steps >= MAX_BAD_STEPS:
+            raise ValueError(
+                f"no finite gradient in {bad_steps} steps up to step {row['step']}; the last checkpoint is intact. "
+                "Resume from it with a lower --lr, or with --precision bf16 or fp32"
+            )
+    return bad_steps

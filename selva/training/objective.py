@@ -1,0 +1,124 @@
+"""Objective of a training step, and validation on fixed noise.
+
+The recipe is that of the base models (MMAudio, arXiv:2412.15322): latents drawn from the VAE posterior at every visit,
+logit-normal times, video and text conditions replaced by the empty ones with probability 0.1 each. Time, noise, targets
+and loss are float32; only the frozen network runs in half precision.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from selva import flow
+from selva.data.dataset import Batch, ClipDataset, collate
+from selva.models.generator import Generator
+from selva.training.condition_cache import ProjectedBatch
+from selva.training.config import TrainConfig
+from selva.utils.distributed import World
+
+VALIDATION_TIMES = 4  # fixed times per held-out clip, one in the middle of each quarter of [0, 1]
+ALONE = World()
+
+
+@dataclass(frozen=True)
+class NoiseSample:
+    """Everything random about one batch, drawn on the CPU in float32 (masks: bool), so that devices agree.
+
+    Attributes:
+        posterior, noise: (B, N, C) standard normal. t: (B,). drop_video, drop_text: (B,) which conditions are empty.
+    """
+
+    posterior: Tensor
+    t: Tensor
+    noise: Tensor
+    drop_video: Tensor
+    drop_text: Tensor
+
+    def part(self, own: slice) -> NoiseSample:
+        """Return the draws of some items of the batch."""
+        return NoiseSample(*(getattr(self, field.name)[own] for field in fields(self)))
+
+
+def sample_noise(shape: torch.Size, config: TrainConfig, rng: torch.Generator, progress: float) -> NoiseSample:
+    """Draw for a batch of latents of ``shape`` (B, N, C); the order is MMAudio's."""
+    posterior = torch.randn(shape, generator=rng)
+    t = flow.sample_times(
+        shape[0], config.timestep_mode, rng, sigma=config.logit_normal_sigma,
+        progress=progress, curriculum_switch=config.curriculum_switch,
+    )
+    noise = torch.randn(shape, generator=rng)
+    drop_video = torch.rand(shape[0], generator=rng) < config.null_prob
+    drop_text = torch.rand(shape[0], generator=rng) < config.null_prob
+    return NoiseSample(posterior, t, noise, drop_video, drop_text)
+
+
+def flow_loss(
+    generator: Generator, batch: Batch | ProjectedBatch, draws: NoiseSample, config: TrainConfig, precision: torch.dtype
+) -> Tensor:
+    """Return the (B,) flow-matching losses of a batch, in float32.
+
+    Args:
+        batch: on the generator's device; features, or what the generator projected them to.
+        draws: on the CPU, see :func:`sample_noise`.
+        precision: autocast dtype of the network; float32 switches autocast off.
+    """
+    device = batch.mean.device
+    posterior, t, x0, drop_video, drop_text = (
+        x.to(device, non_blocking=True)
+        for x in (draws.posterior, draws.t, draws.noise, draws.drop_video, draws.drop_text)
+    )
+    generator.set_sequence(*batch.lengths)
+    latent = batch.mean + batch.std * posterior if config.latent == "sample" else batch.mean
+    x1 = generator.normalize(latent)
+    xt = flow.interpolate(x0, x1, t)
+
+    drop_video = drop_video | ~batch.has_video
+    drop_clip = torch.ones_like(drop_video) if config.clip_features == "empty" else drop_video
+    with torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32):
+        if isinstance(batch, ProjectedBatch):
+            conditions = batch.with_dropped(drop_clip, drop_video, drop_text)
+        else:
+            conditions = generator.preprocess_conditions(*_features(generator, batch, drop_clip, drop_video, drop_text))
+        velocity = generator.predict_flow(xt, t, conditions)
+    return flow.loss(velocity, x0, x1)
+
+
+def _features(
+    generator: Generator, batch: Batch, drop_clip: Tensor, drop_video: Tensor, drop_text: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the CLIP, sync and text features of a batch with the learned empty ones where the (B,) masks are True."""
+    pairs = zip(
+        (drop_clip, drop_video, drop_text), generator.empty_features(1), (batch.clip_f, batch.sync_f, batch.text_f),
+        strict=True,
+    )
+    clip_f, sync_f, text_f = (torch.where(drop[:, None, None], empty, full) for drop, empty, full in pairs)
+    return clip_f, sync_f, text_f
+
+
+@torch.no_grad()
+def validate(
+    generator: Generator, clips: ClipDataset, config: TrainConfig, precision: torch.dtype, world: World = ALONE
+) -> list[float]:
+    """Return the mean held-out loss per time bin, ``VALIDATION_TIMES`` values from noise to data.
+
+    Noise and posterior draws of a clip depend on the seed and its id, the times are fixed and nothing is dropped: two
+    evaluations differ only by the adapter, and the random state of the training is not touched.
+    """
+    device = generator.latent_mean.device
+    times = (torch.arange(VALIDATION_TIMES, dtype=torch.float32) + 0.5) / VALIDATION_TIMES
+    nothing = torch.zeros(VALIDATION_TIMES, dtype=torch.bool)
+    was_training = generator.training
+    generator.eval()
+    total = torch.zeros(VALIDATION_TIMES, device=device)
+    for index in range(world.rank, len(clips), world.size):
+        clip = clips.clip(index)
+        rng = torch.Generator().manual_seed(zlib.crc32(f"{config.seed}/{clip.id}".encode()))
+        batch = collate([clip] * VALIDATION_TIMES).to(device)
+        posterior, noise = (torch.randn(batch.mean.shape, generator=rng) for _ in range(2))
+        total += flow_loss(generator, batch, NoiseSample(posterior, times, noise, nothing, nothing), config, precision)
+    generator.train(was_training)
+    return (world.sum_(total) / len(clips)).tolist()

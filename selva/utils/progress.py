@@ -1,0 +1,70 @@
+"""Progress bars, and seconds per stage."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from selva.utils.text import clock
+from selva.utils.torchrun import is_main_process
+
+log = logging.getLogger(__name__)
+
+
+class Progress:
+    """Progress of ``total`` items on stderr: a bar on a terminal, else a plain line every ``interval_sec`` seconds."""
+
+    def __init__(self, total: int, what: str, unit: str = "it", interval_sec: float = 10.0) -> None:
+        self.total, self.what, self.unit, self.interval_sec = total, what, unit, interval_sec
+        self.done, self.start = 0, time.monotonic()
+        self._last_line = self.start
+        self._bar = None
+        if sys.stderr.isatty() and is_main_process():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, desc=what, unit=unit, leave=False, dynamic_ncols=True)
+
+    def update(self, done: int, note: str = "") -> None:
+        """Set the number of finished items; ``note`` stands behind the bar or the line."""
+        step, self.done = done - self.done, done
+        if self._bar is not None:
+            self._bar.set_postfix_str(note, refresh=False)
+            self._bar.update(step)
+        elif time.monotonic() - self._last_line >= self.interval_sec and is_main_process():
+            self._last_line = time.monotonic()
+            seconds = self._last_line - self.start
+            eta = seconds / max(done, 1) * (self.total - done)
+            log.info("%s %d/%d %s, %.2g %s/s, %s left %s", self.what, done, self.total, self.unit, done / seconds,
+                     self.unit, clock(eta), note)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+
+class StageTimes:
+    """Seconds spent in each named stage, in the order in which they were first entered; ``str()`` lists them."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Count the time of the block for ``name``; blocks may repeat, but not nest."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - start
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {f'{s:.1f} s' if s < 60 else clock(s)}" for name, s in self.seconds.items())

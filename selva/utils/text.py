@@ -1,0 +1,22 @@
+"""Words for messages: durations, and lists that end with "and N more"."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+MAX_LISTED = 20  # items named in one message
+
+
+def clock(seconds: float) -> str:
+    """Return a duration as people read it: "48 s", "3:20 min", "1:02:05 h"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}:{minutes:02d}:{rest:02d} h"
+    return f"{minutes}:{rest:02d} min" if minutes else f"{rest} s"
+
+
+def listed(items: Sequence[str], limit: int = MAX_LISTED, separator: str = ", ") -> str:
+    """Return the items in one line, or the first ``limit`` of them and how many more there are."""
+    more = f"{separator.removeprefix(',')}and {len(items) - limit} more" if len(items) > limit else ""
+    return separator.join(items[:limit]) + more
