@@ -37,5 +37,5 @@ setup(
         "tqdm>=4.66",
         "matplotlib>=3.8",
     ],
-    extras_require={"dev": ["pytest>=8", "ruff>=0.6"], "tensorboard": ["tensorboard>=2.14"]},
+    extras_require={"dev": ["basedpyright>=1.31", "pytest>=8", "ruff>=0.6"], "tensorboard": ["tensorboard>=2.14"]},
 )

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set up an environment and run linter and tests. Arguments go to pytest:
+# Set up an environment and run linter, type checker and tests. Arguments go to pytest:
 #
 #     bash scripts/test.sh                    # everything but the slow tests
 #     bash scripts/test.sh --slow             # everything
@@ -9,4 +9,5 @@ cd "$(dirname "$0")/.."
 
 python="$(bash scripts/setup_env.sh dev)"
 "$python" -m ruff check .
+"$python" -m basedpyright --pythonpath "$python"
 exec "$python" -m pytest "$@"
