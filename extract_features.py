@@ -27,13 +27,13 @@ from selva.extraction.outputs import FeatureFiles, MemmapRows, beside_memmap, me
 from selva.extraction.pipeline import ClipEncoder, Summary, run
 from selva.extraction.reader import ClipReader, ReadSettings, default_workers, read_clips
 from selva.inputs.jobs import ClipJob, collect_jobs
-from selva.models.zoo import Variant, get_variant
+from selva.models.variants import Variant, get_variant
 from selva.sequence import DEFAULT_DURATION_SEC, sequence_config
 from selva.utils import distributed
 from selva.utils.progress import StageTimes
 from selva.utils.text import clock
 from selva.utils.torchrun import is_main_process
-from selva.weights.load import check_weights, encoders_identity
+from selva.weights.find import check_weights, encoders_identity
 
 log = logging.getLogger("selva.extract_features")
 

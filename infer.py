@@ -23,8 +23,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from selva import cli
-from selva.audio.loudness import DEFAULT_TARGETS, METHODS
-from selva.flow import SOLVERS
+from selva.audio.config import DEFAULT_TARGETS, LOUDNESS_METHODS
+from selva.flow import SOLVERS, SamplingConfig
 from selva.inference.batch import AdapterSetup, BatchClip, SoundBatch, Variation, common_clip_features, write_manifest
 from selva.inference.compare import check_reference_dir, read_compare_list, write_comparison
 from selva.inference.engine import (
@@ -42,8 +42,7 @@ from selva.inputs.jobs import ClipJob, collect_jobs
 from selva.inputs.suffixes import OUTPUT_AUDIO_SUFFIXES, OUTPUT_VIDEO_SUFFIXES
 from selva.inputs.table import TABLE_SUFFIXES
 from selva.media import video_length
-from selva.models.zoo import get_variant
-from selva.sampling import SamplingConfig
+from selva.models.variants import get_variant
 from selva.sequence import DEFAULT_DURATION_SEC, SHORTEST_SEC
 from selva.utils.device import peak_memory_bytes
 from selva.utils.text import listed
@@ -79,7 +78,7 @@ def build_parser() -> cli.ArgumentParser:
     group.add_argument("--output", type=Path, default=Path("output"),
                        help="a folder, or for one sound a file name ending in .flac, .wav, .mp4, .mov, .mkv or .m4v")
     group.add_argument("--audio_only", action="store_true", help="write no video")
-    group.add_argument("--normalize", choices=METHODS, default="none",
+    group.add_argument("--normalize", choices=LOUDNESS_METHODS, default="none",
                        help="bring each sound to a level: its RMS, its loudness or its true peak, which is kept below "
                        "-1 dBTP in any case. none: the level that the model makes")
     group.add_argument("--target", type=float, metavar="DB",

@@ -20,9 +20,9 @@ from pathlib import Path
 
 from selva import cli
 from selva.inputs.prompts import read_sidecar
+from selva.partition.config import PartitionConfig
 from selva.partition.cut import (
     LeftOut,
-    PartitionConfig,
     collect_recordings,
     cut_recording,
     forgotten_pieces,

@@ -32,7 +32,7 @@ from selva.data.summary import summarise
 from selva.lora.config import PRESETS, LoRAConfig, parse_targets
 from selva.lora.layers import inject_lora
 from selva.models.generator import cast_frozen_
-from selva.models.zoo import Variant, get_variant
+from selva.models.variants import Variant, get_variant
 from selva.sequence import DEFAULT_DURATION_SEC
 from selva.training.compiling import compile_blocks_, prepare_to_compile
 from selva.training.config import CLIP_FEATURE_MODES, LATENT_MODES, LR_SCHEDULES, TrainConfig
@@ -45,7 +45,8 @@ from selva.utils.device import peak_memory_bytes
 from selva.utils.distributed import World, join_world, leave
 from selva.utils.metrics_log import MetricsFile
 from selva.utils.text import clock
-from selva.weights.load import check_weights, load_clip_text, load_generator
+from selva.weights.find import check_weights
+from selva.weights.load import load_clip_text, load_generator
 
 log = logging.getLogger("selva.train_lora")
 

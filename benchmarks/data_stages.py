@@ -34,8 +34,9 @@ from selva.features import FeatureBundle, save_features
 from selva.media import read_video, write_audio
 from selva.models.clip_t5 import ClipImage, ClipText, build_clip
 from selva.models.random_weights import random_state_dict
-from selva.models.zoo import Variant, build_mel, build_vae, build_video_encoder
-from selva.weights.load import find_weights
+from selva.models.variants import Variant
+from selva.models.zoo import build_mel, build_vae, build_video_encoder
+from selva.weights.find import find_weights
 from toyworld import CLASSES, make_scene
 
 ROOT = Path(__file__).resolve().parents[1]

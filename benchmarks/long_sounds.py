@@ -28,10 +28,11 @@ from torch import Tensor
 from selva import cli
 from selva.audio.metrics import onset_strength, power_frames
 from selva.features import load_features
+from selva.flow import SamplingConfig
 from selva.inference.long_sampling import DEFAULT_OVERLAP_SEC, WindowGrid, sample_long, window_grid
 from selva.models.generator import Generator
-from selva.models.zoo import get_variant
-from selva.sampling import SamplingConfig, decode_latents, sample_latents
+from selva.models.variants import get_variant
+from selva.sampling import decode_latents, sample_latents
 from selva.sequence import DEFAULT_DURATION_SEC, SAMPLING_RATES
 from selva.utils.files import atomic_write_text
 from selva.utils.progress import Progress

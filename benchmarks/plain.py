@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from selva.media import resize_frame, select_frames
 from selva.models.blocks import nearest_index, rotary_table, time_frequencies
 from selva.models.clip_t5 import IMAGE_MEAN, IMAGE_STD, build_clip
+from selva.models.config import ClipConfig
 from selva.models.generator import Generator
 from selva.models.synchformer import VisualTrunk
 from selva.models.textsynch import TextSynch
 from selva.models.vae import LOG_VARIANCE_RANGE, VAE, limit, magnitude_silu, magnitude_sum, pixel_norm
 from selva.models.vocoder import AntiAliasedActivation, Vocoder, antialias_filter
-from selva.models.zoo import ClipConfig
 from selva.sequence import CLIP_FPS, SYNC_FPS, SYNC_SEGMENT_FRAMES, SYNC_SEGMENT_STEP, SYNC_TOKENS_PER_SEGMENT
 
 RMS_EPS = torch.finfo(torch.float32).eps

@@ -26,7 +26,7 @@ from measure import Bench, Result, clock, growth_table, markdown
 from stages import Sizes, Stage, checkpointed_step, memmap_reading, sampling, training_step, vocoder
 
 from selva import __version__, cli
-from selva.models.zoo import get_variant
+from selva.models.variants import get_variant
 from selva.utils.files import atomic_write_text
 
 log = logging.getLogger("selva.benchmark")

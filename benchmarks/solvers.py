@@ -28,9 +28,10 @@ from torch import Tensor
 from selva import cli, flow
 from selva.audio.metrics import log_spectral_distance
 from selva.features import load_features
+from selva.flow import WHOLE_INTERVAL, SamplingConfig
 from selva.models.generator import Generator
-from selva.models.zoo import Variant, get_variant
-from selva.sampling import WHOLE_INTERVAL, SamplingConfig, decode_latents, sample_latents
+from selva.models.variants import Variant, get_variant
+from selva.sampling import decode_latents, sample_latents
 from selva.sequence import DEFAULT_DURATION_SEC, SequenceConfig, sequence_config
 from selva.utils.files import atomic_write_text
 from selva.utils.progress import Progress

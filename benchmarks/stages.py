@@ -25,15 +25,17 @@ from torch import Tensor
 
 from selva.data.dataset import ListDataset, TrainingClip
 from selva.data.memmap.reader import MemmapDataset
+from selva.flow import SamplingConfig
 from selva.lora.config import LoRAConfig
 from selva.lora.layers import adapter_tensors, inject_lora, lora_parameters
 from selva.lora.merge import Adapter, merge_adapters
+from selva.models.config import MelInversionConfig
 from selva.models.generator import Generator, cast_frozen_
-from selva.models.mel_inversion import MelInversionConfig
 from selva.models.random_weights import random_state_dict
-from selva.models.zoo import Variant, build_generator, build_vocoder
+from selva.models.variants import Variant
+from selva.models.zoo import build_generator, build_vocoder
 from selva.partition.windows import write_table
-from selva.sampling import SamplingConfig, draw_noise, sample_latents
+from selva.sampling import draw_noise, sample_latents
 from selva.sequence import sequence_config
 from selva.training.config import TrainConfig
 from selva.training.run import TrainingRun

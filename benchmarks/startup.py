@@ -41,13 +41,14 @@ from selva.features import load_features
 from selva.inputs.suffixes import AUDIO_SUFFIXES
 from selva.lora.config import LoRAConfig
 from selva.models.clip_t5 import _clip_tokenizer  # which words become which numbers is no part of what is compared
-from selva.models.zoo import Variant, build_generator, build_mel, build_vae, get_variant
+from selva.models.variants import Variant, get_variant
+from selva.models.zoo import build_generator, build_mel, build_vae
 from selva.sequence import sequence_config
 from selva.training.config import TrainConfig
 from selva.utils.device import peak_memory_bytes
 from selva.utils.distributed import World
 from selva.utils.progress import StageTimes
-from selva.weights.load import ASSETS, asset_name, find_weights
+from selva.weights.find import ASSETS, asset_name, find_weights
 
 CHECK_TIME = 0.3  # of the flow, at which the two velocities are compared
 

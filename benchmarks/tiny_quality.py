@@ -30,11 +30,11 @@ import torch
 
 from selva import cli
 from selva.checkpoint import load_adapter
+from selva.flow import SamplingConfig
 from selva.lora.merge import Adapter, merge_adapter
 from selva.models.generator import Generator
 from selva.models.random_weights import random_state_dict
 from selva.models.zoo import build_generator
-from selva.sampling import SamplingConfig
 from selva.utils.files import atomic_write_text
 from selva.utils.progress import Progress
 from selva.utils.text import clock

@@ -33,7 +33,8 @@ from selva.data.latents import encode_latents, load_waveform
 from selva.lora.config import LoRAConfig
 from selva.lora.layers import inject_lora, lora_parameters
 from selva.models.generator import Generator
-from selva.models.zoo import Variant, build_mel, get_variant
+from selva.models.variants import Variant, get_variant
+from selva.models.zoo import build_mel
 from selva.sequence import SequenceConfig, sequence_config
 from selva.training.config import TrainConfig
 from selva.training.objective import validate

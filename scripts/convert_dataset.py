@@ -20,9 +20,9 @@ from selva import cli
 from selva.data.memmap.reader import MemmapDataset, is_memmap
 from selva.extraction.convert import Conversion, LatentDecoder, folder_to_memmap, memmap_to_folder, plan_folder
 from selva.extraction.extractor import FeatureExtractor
-from selva.models.zoo import get_variant
+from selva.models.variants import get_variant
 from selva.utils.progress import Progress
-from selva.weights.load import check_weights
+from selva.weights.find import check_weights
 
 log = logging.getLogger("selva.convert_dataset")
 

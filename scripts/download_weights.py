@@ -20,8 +20,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from selva import cli
-from selva.models.zoo import VARIANTS, Variant, WeightFile, get_variant
-from selva.weights.load import LAYOUTS, NEIGHBOUR, default_layout, find_file, local_path
+from selva.models.variants import VARIANTS, Variant, WeightFile, get_variant
+from selva.weights.find import LAYOUTS, NEIGHBOUR, default_layout, find_file, local_path
 
 log = logging.getLogger("selva.download_weights")
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from selva import cli
 from selva.data.inspection.measures import inspect
 from selva.data.inspection.report import sentences, summary, table, to_json
-from selva.models.zoo import VARIANTS, get_variant
+from selva.models.variants import VARIANTS, get_variant
 from selva.utils.files import atomic_write_text
 
 log = logging.getLogger("selva.inspect_dataset")

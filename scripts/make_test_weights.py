@@ -19,19 +19,12 @@ from torch import Tensor, nn
 from selva import cli
 from selva.models.clip_t5 import T5_EMBEDDING_COPY, meta_clip, meta_t5
 from selva.models.random_weights import random_state_dict, random_tensor
+from selva.models.variants import T5_TOKENIZER, VARIANTS, Variant, get_variant
 from selva.models.vocoder import FILTER_SUFFIXES, WEIGHT_NORM_SUFFIXES, AntiAliasedActivation, antialias_filter
-from selva.models.zoo import (
-    T5_TOKENIZER,
-    VARIANTS,
-    Variant,
-    build_generator,
-    build_vae,
-    build_video_encoder,
-    build_vocoder,
-    get_variant,
-)
+from selva.models.zoo import build_generator, build_vae, build_video_encoder, build_vocoder
 from selva.utils.files import atomic_path, atomic_write_text
-from selva.weights.load import LAYOUTS, VOCODER_KEY, default_layout, local_path
+from selva.weights.find import LAYOUTS, default_layout, local_path
+from selva.weights.load import VOCODER_KEY
 
 log = logging.getLogger("selva.make_test_weights")
 

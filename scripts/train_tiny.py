@@ -28,7 +28,7 @@ import torch
 
 from selva import cli
 from selva.utils.files import atomic_path
-from selva.weights.load import asset_name
+from selva.weights.find import asset_name
 from toyworld.training.stages import STAGES, Recipe, StageRunner
 
 log = logging.getLogger("selva.train_tiny")

@@ -21,7 +21,7 @@ import torch
 
 from selva import __version__
 from selva.media import MaskSettings
-from selva.models.zoo import VARIANTS
+from selva.models.variants import VARIANTS
 from selva.utils import torchrun
 from selva.utils.files import atomic_write_text
 from selva.utils.logging import setup_logging

@@ -6,10 +6,18 @@ Source: Lipman et al., arXiv:2210.02747; MMAudio, arXiv:2412.15322.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # the settings in here must not cost the seconds that importing PyTorch takes
+    import torch
+    from torch import Tensor
+
+    Velocity = Callable[[Tensor, Tensor], Tensor]  # fn(t, x): scalar time and state -> velocity of the state's shape
+
+OnStep = Callable[[int], None]
 
 TIMESTEP_MODES = ("logit_normal", "uniform", "curriculum")
 
@@ -39,16 +47,14 @@ def guided(v_cond: Tensor, v_uncond: Tensor, w: float) -> Tensor:
     return w * v_cond + (1 - w) * v_uncond
 
 
-Velocity = Callable[[Tensor, Tensor], Tensor]  # fn(t, x): scalar time and state -> velocity of the state's shape
-OnStep = Callable[[int], None]
-
-
 def _intervals(num_steps: int, device: torch.device) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Yield (number, t, t_next) of every step, scalar float32 times on ``device``, from t = 0 to t = 1.
 
     The grid is ``linspace(0, 1, num_steps + 1)`` in float32 on the CPU, as in the reference; callers take the float32
     difference of neighbours as the step.
     """
+    import torch
+
     if num_steps < 1:
         raise ValueError(f"num_steps is {num_steps}, expected at least 1")
     grid = torch.linspace(0, 1, num_steps + 1, dtype=torch.float32).to(device)
@@ -109,6 +115,44 @@ SOLVERS = {"euler": euler, "midpoint": midpoint, "heun": heun}
 EVALUATIONS_PER_STEP = {"euler": 1, "midpoint": 2, "heun": 2}
 
 
+WHOLE_INTERVAL = (0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How latents are sampled; the defaults are those of the MMAudio and SelVA demos.
+
+    Attributes:
+        num_steps: steps of the solver from noise to data.
+        cfg_strength: guidance; below 1 the unconditional branch is left out.
+        solver: "euler", "midpoint" or "heun"; the latter two evaluate the network twice a step.
+        cfg_interval: guidance only at times from the first to the second, both included (t = 0 is noise, t = 1 is
+            data); at other times the conditional branch alone, which halves the work (arXiv:2404.07724).
+    """
+
+    num_steps: int = 25
+    cfg_strength: float = 4.5
+    solver: str = "euler"
+    cfg_interval: tuple[float, float] = WHOLE_INTERVAL
+
+    def __post_init__(self) -> None:
+        if self.num_steps < 1:
+            raise ValueError(f"num_steps is {self.num_steps}, expected at least 1")
+        if not math.isfinite(self.cfg_strength):
+            raise ValueError(f"cfg_strength is {self.cfg_strength}, expected a finite number")
+        if self.solver not in SOLVERS:
+            raise ValueError(f"unknown solver {self.solver!r}, expected one of {', '.join(SOLVERS)}")
+        bounds = tuple(self.cfg_interval)  # settings files give lists
+        if len(bounds) != 2 or not 0.0 <= bounds[0] < bounds[1] <= 1.0:
+            raise ValueError(f"cfg_interval is {bounds}, expected two times 0 <= start < end <= 1")
+        object.__setattr__(self, "cfg_interval", bounds)
+
+    @property
+    def num_evaluations(self) -> int:
+        """How often the velocity is evaluated; each is one network pass, of both branches where there is guidance."""
+        return self.num_steps * EVALUATIONS_PER_STEP[self.solver]
+
+
 def sample_times(
     batch_size: int,
     mode: str,
@@ -128,6 +172,8 @@ def sample_times(
             ``curriculum_switch`` and uniform from then on.
         progress: the fraction of the whole run that is done, from 0 to 1, whatever step a resume started at.
     """
+    import torch
+
     if mode not in TIMESTEP_MODES:
         raise ValueError(f"unknown timestep mode {mode!r}, expected one of {', '.join(TIMESTEP_MODES)}")
     if mode == "uniform" or (mode == "curriculum" and progress >= curriculum_switch):

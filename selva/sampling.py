@@ -6,56 +6,19 @@ sound on every device.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from selva import flow
+from selva.flow import WHOLE_INTERVAL, SamplingConfig
 from selva.models.generator import Conditions, Generator
 from selva.models.vae import VAE
 from selva.models.vocoder import Vocoder
 from selva.sequence import SAMPLING_RATES
 
-WHOLE_INTERVAL = (0.0, 1.0)
 TIME_TOLERANCE = 1e-6  # the float32 grid of times misses decimal bounds by less
-
-
-@dataclass(frozen=True)
-class SamplingConfig:
-    """How latents are sampled; the defaults are those of the MMAudio and SelVA demos.
-
-    Attributes:
-        num_steps: steps of the solver from noise to data.
-        cfg_strength: guidance; below 1 the unconditional branch is left out.
-        solver: "euler", "midpoint" or "heun", see :mod:`selva.flow`; the latter two evaluate the network twice a step.
-        cfg_interval: guidance only at times from the first to the second, both included (t = 0 is noise, t = 1 is
-            data); at other times the conditional branch alone, which halves the work (arXiv:2404.07724).
-    """
-
-    num_steps: int = 25
-    cfg_strength: float = 4.5
-    solver: str = "euler"
-    cfg_interval: tuple[float, float] = WHOLE_INTERVAL
-
-    def __post_init__(self) -> None:
-        if self.num_steps < 1:
-            raise ValueError(f"num_steps is {self.num_steps}, expected at least 1")
-        if not math.isfinite(self.cfg_strength):
-            raise ValueError(f"cfg_strength is {self.cfg_strength}, expected a finite number")
-        if self.solver not in flow.SOLVERS:
-            raise ValueError(f"unknown solver {self.solver!r}, expected one of {', '.join(flow.SOLVERS)}")
-        bounds = tuple(self.cfg_interval)  # settings files give lists
-        if len(bounds) != 2 or not 0.0 <= bounds[0] < bounds[1] <= 1.0:
-            raise ValueError(f"cfg_interval is {bounds}, expected two times 0 <= start < end <= 1")
-        object.__setattr__(self, "cfg_interval", bounds)
-
-    @property
-    def num_evaluations(self) -> int:
-        """How often the velocity is evaluated; each is one network pass, of both branches where there is guidance."""
-        return self.num_steps * flow.EVALUATIONS_PER_STEP[self.solver]
 
 
 def guided_velocity(

@@ -11,7 +11,7 @@ import soundfile
 import torch
 
 from selva.features import FeatureBundle, save_features
-from selva.models.zoo import get_variant
+from selva.models.variants import get_variant
 from selva.sequence import sequence_config
 
 TINY = get_variant("tiny_16k")

@@ -9,7 +9,8 @@ import torch
 from selva.data.dataset import ListDataset, TrainingClip
 from selva.lora.config import LoRAConfig
 from selva.lora.layers import inject_lora
-from selva.models.generator import Generator, GeneratorConfig, cast_frozen_
+from selva.models.config import GeneratorConfig
+from selva.models.generator import Generator, cast_frozen_
 from selva.sequence import sequence_config
 from selva.training.config import TrainConfig
 from selva.training.run import TrainingRun

@@ -14,11 +14,14 @@ from torch import Tensor
 
 from selva import flow
 from selva.checkpoint import load_adapter
+from selva.flow import SamplingConfig
 from selva.lora.merge import merge_adapter
-from selva.models.generator import Generator, GeneratorConfig
+from selva.models.config import GeneratorConfig
+from selva.models.generator import Generator
 from selva.models.random_weights import random_state_dict
-from selva.models.zoo import build_vocoder, get_variant
-from selva.sampling import SamplingConfig, decode_latents, draw_noise, guided_velocity, sample_latents
+from selva.models.variants import get_variant
+from selva.models.zoo import build_vocoder
+from selva.sampling import decode_latents, draw_noise, guided_velocity, sample_latents
 from selva.sequence import sequence_config
 from selva.weights.load import load_generator, load_vae, load_vocoder
 

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from selva.extraction.extractor import FeatureExtractor
+from selva.flow import SamplingConfig
 from selva.models.generator import Generator
-from selva.models.zoo import build_mel, get_variant
-from selva.sampling import SamplingConfig, decode_latents, sample_latents
+from selva.models.variants import get_variant
+from selva.models.zoo import build_mel
+from selva.sampling import decode_latents, sample_latents
 from selva.sequence import sequence_config
 from selva.weights.load import load_vae, load_vocoder
 from toyworld.classes import CLASSES

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from selva.audio.config import DEFAULT_TARGETS, LOUDNESS_METHODS
+
 BLOCK_SEC, STEP_SEC = 0.4, 0.1
 ABSOLUTE_GATE_LUFS, RELATIVE_GATE_LU = -70.0, -10.0
 OFFSET_DB = -0.691  # makes a 997 Hz sine at full scale in one channel -3.01 LUFS
@@ -21,8 +23,6 @@ TRUE_PEAK_FILTER_WIDTH = 16  # zero crossings on each side
 TRUE_PEAK_LIMIT_DB = -1.0  # EBU R 128
 SILENCE_DB = -90.0  # quieter sound is noise of the arithmetic, which no gain makes useful
 
-METHODS = ("none", "rms", "lufs", "peak")
-DEFAULT_TARGETS = {"rms": -27.0, "lufs": -23.0, "peak": -1.0}  # ComfyUI-SelVA; EBU R 128; EBU R 128
 UNITS = {"rms": "dBFS RMS", "lufs": "LUFS", "peak": "dBTP"}
 
 Filter = tuple[tuple[float, float, float], tuple[float, float, float]]  # b and a of a second-order section
@@ -150,8 +150,8 @@ def normalize_loudness(
     Raises:
         ValueError: unknown method, a target or limit that is not finite, or a sound with NaN or infinity.
     """
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}, expected one of {', '.join(METHODS)}")
+    if method not in LOUDNESS_METHODS:
+        raise ValueError(f"unknown method {method!r}, expected one of {', '.join(LOUDNESS_METHODS)}")
     target = DEFAULT_TARGETS.get(method) if target is None else target
     for what, value in (("target", target), ("true peak limit", true_peak_limit_db)):
         if value is not None and not math.isfinite(value):

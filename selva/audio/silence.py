@@ -13,7 +13,6 @@ from torch import Tensor
 from selva.media import audio_blocks
 from selva.media.container import PathLike
 
-SILENCE_DB = -60.0  # RMS of a block, relative to full scale
 BLOCK_SEC = 0.05
 MOSTLY_SILENT = 0.5  # share of a clip
 READ_SEC = 10.0  # what is held in memory while a long recording is read

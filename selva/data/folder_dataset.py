@@ -26,7 +26,8 @@ from selva.data.latents import FRONT_END, encode_latents, load_windows
 from selva.data.memmap.reader import MemmapDataset, is_memmap
 from selva.features import load_features
 from selva.inputs.suffixes import AUDIO_SUFFIXES
-from selva.models.zoo import Variant, build_mel, features_problem
+from selva.models.variants import Variant, features_problem
+from selva.models.zoo import build_mel
 from selva.sequence import (
     DEFAULT_DURATION_SEC,
     SYNC_TOKENS_PER_SEGMENT,
@@ -36,7 +37,8 @@ from selva.sequence import (
     sequence_config,
 )
 from selva.utils.progress import Progress
-from selva.weights.load import find_weights, load_clip_text, load_vae, packaged_identity
+from selva.weights.find import find_weights, packaged_identity
+from selva.weights.load import load_clip_text, load_vae
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from selva.media import prepare_audio, read_audio
 from selva.models.mel import MelSpectrogram
 from selva.models.vae import VAE
-from selva.models.zoo import Variant, build_mel
+from selva.models.variants import Variant
+from selva.models.zoo import build_mel
 from selva.sequence import SequenceConfig
 from selva.weights.load import load_vae
 

@@ -29,7 +29,7 @@ from selva.extraction.manifest import DONE, FAILED, ManifestWriter
 from selva.extraction.pipeline import Summary
 from selva.media import audio_blocks, prepare_audio
 from selva.media.audio import PEAK_LEVEL, SILENCE_LEVEL
-from selva.models.zoo import Variant
+from selva.models.variants import Variant
 from selva.partition.cut import collect_recordings
 from selva.partition.windows import Window, caption_of, read_captions, read_clips
 from selva.sequence import DEFAULT_DURATION_SEC, SequenceConfig, sequence_config
@@ -37,7 +37,7 @@ from selva.utils.device import peak_memory_bytes
 from selva.utils.files import source_hash
 from selva.utils.progress import Progress
 from selva.utils.text import listed
-from selva.weights.load import encoders_identity
+from selva.weights.find import encoders_identity
 
 log = logging.getLogger(__name__)
 

@@ -30,8 +30,8 @@ from selva.inputs.prompts import PROMPTS_FILE, choose_prompt, read_prompts
 from selva.inputs.table import unsafe_id
 from selva.media import write_audio
 from selva.models.vae import VAE
+from selva.models.variants import Variant, features_problem
 from selva.models.vocoder import Vocoder
-from selva.models.zoo import Variant, features_problem
 from selva.sampling import decode_latents
 from selva.sequence import DEFAULT_DURATION_SEC, sequence_config
 from selva.utils.files import source_hash

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from selva.features import FeatureBundle
 from selva.media import SELVA_FILL_SEC, MaskSettings, VideoFrames, read_video
-from selva.models.zoo import Variant
+from selva.models.variants import Variant
 from selva.sequence import DEFAULT_DURATION_SEC
 from selva.weights.load import load_clip_image, load_clip_text, load_t5, load_video_encoder
 
@@ -55,7 +55,7 @@ def clip_settings(
     """Return everything that decides the features of a clip; equal settings mean that they need not be redone.
 
     Args:
-        sha256: of the video's content. encoders: :func:`selva.weights.load.encoders_identity`. precision: "float32" ...
+        sha256: of the video's content. encoders: :func:`selva.weights.find.encoders_identity`. precision: "float32" ...
         mask: what says which mask it was, and how it was used; None without one.
     """
     settings = {

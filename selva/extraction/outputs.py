@@ -17,7 +17,7 @@ from selva.extraction.manifest import MANIFEST_FILE
 from selva.extraction.reader import ReadClip
 from selva.features import FeatureBundle, save_features
 from selva.inputs.jobs import ClipJob
-from selva.models.zoo import Variant
+from selva.models.variants import Variant
 
 
 def beside_memmap(folder: Path, name: str) -> Path:

@@ -40,14 +40,14 @@ from selva.media import (
     read_video,
 )
 from selva.media.container import check_file
-from selva.models.zoo import get_variant
+from selva.models.variants import get_variant
 from selva.sequence import DEFAULT_DURATION_SEC, sequence_config
 from selva.utils import torchrun
 from selva.utils.device import peak_memory_bytes
 from selva.utils.files import source_hash
 from selva.utils.logging import setup_logging
 from selva.utils.progress import StageTimes
-from selva.weights.load import encoders_identity
+from selva.weights.find import encoders_identity
 
 log = logging.getLogger(__name__)
 

@@ -23,17 +23,19 @@ from selva.checkpoint import load_adapter
 from selva.cli import PRECISIONS, resolve_device
 from selva.extraction.extractor import FeatureExtractor
 from selva.features import FeatureBundle, load_features
+from selva.flow import SamplingConfig
 from selva.inference.adapter_switch import AdapterPairs, AdapterSwitch
 from selva.inference.long_sampling import sample_long
 from selva.inference.request import Sound, SoundConditions, SoundRequest, check_widths
 from selva.lora.merge import Adapter
 from selva.media import MaskSettings, VideoFrames
 from selva.models.generator import Generator
-from selva.models.zoo import Variant, features_problem, get_variant
-from selva.sampling import SamplingConfig, decode_latents, sample_latents
+from selva.models.variants import Variant, features_problem, get_variant
+from selva.sampling import decode_latents, sample_latents
 from selva.sequence import DEFAULT_DURATION_SEC, SequenceConfig, sequence_config
 from selva.utils.progress import StageTimes
-from selva.weights.load import check_weights, load_generator, load_vae, load_vocoder
+from selva.weights.find import check_weights
+from selva.weights.load import load_generator, load_vae, load_vocoder
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +101,7 @@ class SoundGenerator:
     """Makes sounds with one base model, with or without adapters.
 
     Args:
-        variant: a name from :data:`selva.models.zoo.VARIANTS`. selva_dir: where its weights are; not for tiny_16k.
+        variant: a name from :data:`selva.models.variants.VARIANTS`. selva_dir: where its weights are; not for tiny_16k.
         adapters: files or adapters, or pairs of one and a strength; :meth:`set_adapters` exchanges them.
         clip_features: "use" or "empty" CLIP features of the pictures; "auto" as the adapters were trained.
         sampling: steps, solver, guidance. long: go through more than 8 s in overlapping windows.

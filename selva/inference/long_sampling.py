@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from selva import flow
+from selva.flow import SamplingConfig
 from selva.models.generator import Generator
-from selva.sampling import SamplingConfig, draw_noise, guided_velocity, sample_latents
+from selva.sampling import draw_noise, guided_velocity, sample_latents
 from selva.sequence import (
     DEFAULT_DURATION_SEC,
     LATENT_DOWNSAMPLE,

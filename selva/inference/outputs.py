@@ -23,7 +23,7 @@ from selva.inference.request import Sound, SoundRequest
 from selva.inputs.suffixes import OUTPUT_AUDIO_SUFFIXES, OUTPUT_VIDEO_SUFFIXES
 from selva.lora.merge import Adapter
 from selva.utils.files import atomic_write_text, source_hash
-from selva.weights.load import find_weights, packaged_identity
+from selva.weights.find import find_weights, packaged_identity
 
 SETTINGS_SUFFIX = ".yaml"
 FINGERPRINT_LINE = "# fingerprint: "

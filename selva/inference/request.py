@@ -14,7 +14,7 @@ from selva.audio.loudness import LoudnessReport
 from selva.features import FeatureBundle
 from selva.inputs.suffixes import OUTPUT_VIDEO_SUFFIXES
 from selva.media import MaskSettings, mux_video, write_audio
-from selva.models.zoo import Variant
+from selva.models.variants import Variant
 from selva.sequence import SequenceConfig
 
 

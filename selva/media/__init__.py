@@ -1,7 +1,7 @@
 """Video and audio files <-> tensors: pictures at the two frame rates of the encoders, sound of a known rate.
 
     frames.py      read_video: the pictures of a clip for the two image encoders
-    masks.py       MaskSettings: what read_video keeps of the pictures
+    masks.py       what read_video keeps of the pictures; mask_settings.py: MaskSettings
     audio.py       read_audio, prepare_audio, write_audio, extract_audio, audio_length
     copying.py     copy_audio: the sound of a video without decoding it
     mux.py         mux_video: a video with new sound
@@ -16,20 +16,25 @@ Time 0 of a file is time stamp 0 of its container, for the pictures and for the 
 
 from __future__ import annotations
 
-from selva.media.audio import audio_blocks, audio_length, extract_audio, prepare_audio, read_audio, write_audio
-from selva.media.container import probe, video_length
-from selva.media.copying import copied_audio_suffix, copy_audio
-from selva.media.frames import (
-    SELVA_FILL_SEC,
-    VideoFrames,
-    read_video,
-    resize_frame,
-    select_frames,
-    shortened_duration,
-)
-from selva.media.make import write_video
-from selva.media.masks import MASK_SUFFIXES, MaskSettings
-from selva.media.mux import mux_video
+from typing import TYPE_CHECKING
+
+from selva.utils.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from selva.media.audio import audio_blocks, audio_length, extract_audio, prepare_audio, read_audio, write_audio
+    from selva.media.container import probe, video_length
+    from selva.media.copying import copied_audio_suffix, copy_audio
+    from selva.media.frames import (
+        SELVA_FILL_SEC,
+        VideoFrames,
+        read_video,
+        resize_frame,
+        select_frames,
+        shortened_duration,
+    )
+    from selva.media.make import write_video
+    from selva.media.mask_settings import MASK_SUFFIXES, MaskSettings
+    from selva.media.mux import mux_video
 
 __all__ = [
     "MASK_SUFFIXES",
@@ -53,3 +58,26 @@ __all__ = [
     "write_audio",
     "write_video",
 ]
+
+__getattr__, __dir__ = lazy_exports(__name__, {
+    "MASK_SUFFIXES": "selva.media.mask_settings",
+    "MaskSettings": "selva.media.mask_settings",
+    "SELVA_FILL_SEC": "selva.media.frames",
+    "VideoFrames": "selva.media.frames",
+    "audio_blocks": "selva.media.audio",
+    "audio_length": "selva.media.audio",
+    "copied_audio_suffix": "selva.media.copying",
+    "copy_audio": "selva.media.copying",
+    "extract_audio": "selva.media.audio",
+    "mux_video": "selva.media.mux",
+    "prepare_audio": "selva.media.audio",
+    "probe": "selva.media.container",
+    "read_audio": "selva.media.audio",
+    "read_video": "selva.media.frames",
+    "resize_frame": "selva.media.frames",
+    "select_frames": "selva.media.frames",
+    "shortened_duration": "selva.media.frames",
+    "video_length": "selva.media.container",
+    "write_audio": "selva.media.audio",
+    "write_video": "selva.media.make",
+})

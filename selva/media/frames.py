@@ -24,7 +24,8 @@ from selva.media.container import (
     upright,
     video_stream,
 )
-from selva.media.masks import Masker, MaskSettings
+from selva.media.mask_settings import MaskSettings
+from selva.media.masks import Masker
 from selva.sequence import CLIP_FPS, DEFAULT_DURATION_SEC, SYNC_FPS, SYNC_SEGMENT_FRAMES
 
 log = logging.getLogger(__name__)

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from selva.models.blocks import load_strict_
+from selva.models.config import ClipConfig, T5Config
 from selva.models.onednn import use_onednn_
-from selva.models.zoo import ClipConfig, T5Config
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP, per RGB channel of values in [0, 1]
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)

@@ -29,38 +29,13 @@ from selva.models.blocks import (
     nearest_index,
     rotary_table,
 )
+from selva.models.config import GeneratorConfig
 from selva.sequence import SYNC_TOKENS_PER_SEGMENT
 
 # Tables that old checkpoints carry although they are computed; they are dropped on loading.
 COMPUTED_KEYS = ("t_embed.freqs", "latent_rot", "clip_rot")
 # Layers that see conditions only, neither the latent nor the time.
 CONDITION_PARTS = ("clip_input_proj.", "sync_input_proj.", "text_input_proj.", "clip_cond_proj", "text_cond_proj")
-
-
-@dataclass(frozen=True)
-class GeneratorConfig:
-    """Sizes of a generator; ``depth`` counts all blocks, of which the last ``fused_depth`` see latents only."""
-
-    latent_dim: int
-    hidden_dim: int
-    depth: int
-    fused_depth: int
-    num_heads: int
-    clip_dim: int = 1024
-    sync_dim: int = 768
-    text_dim: int = 1024
-    mlp_ratio: float = 4.0
-    latent_seq_len: int = 250
-    clip_seq_len: int = 64
-    sync_seq_len: int = 192
-    text_seq_len: int = 77
-    v2: bool = False
-
-    def __post_init__(self) -> None:
-        if self.hidden_dim % self.num_heads or (self.hidden_dim // self.num_heads) % 2:
-            raise ValueError(f"hidden_dim {self.hidden_dim} does not split into {self.num_heads} heads of even width")
-        if not 0 <= self.fused_depth < self.depth:
-            raise ValueError(f"fused_depth is {self.fused_depth}, expected 0 to depth - 1 = {self.depth - 1}")
 
 
 @dataclass(frozen=True)

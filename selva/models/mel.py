@@ -9,14 +9,13 @@ Source: MMAudio (arXiv:2412.15322), which follows BigVGAN (arXiv:2206.04658); M.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from selva.sequence import HOP_LENGTHS, SAMPLING_RATES
+from selva.models.config import MEL_CONFIGS, MelConfig
 
 MAGNITUDE_EPS = 1e-9  # inside the square root, so that its gradient is finite in silence
 MEL_FLOOR = 1e-5  # digital silence lands exactly here: -5 in log10, -11.51 in ln
@@ -25,31 +24,6 @@ LINEAR_HZ_PER_MEL = 200 / 3  # the Slaney scale is linear below the corner ...
 CORNER_HZ = 1000.0
 CORNER_MEL = CORNER_HZ / LINEAR_HZ_PER_MEL  # 15
 LOG_STEP = np.log(6.4) / 27  # ... and logarithmic above it: 27 mel for a factor of 6.4
-
-
-@dataclass(frozen=True)
-class MelConfig:
-    """What one family of models hears.
-
-    Attributes:
-        sampling_rate: audio samples per second.
-        n_fft: samples per window, and length of the Fourier transform.
-        hop_length: samples between two windows.
-        num_mels: mel bands, from 0 Hz to half the sampling rate.
-        log10: logarithm to the base 10 instead of the natural one.
-    """
-
-    sampling_rate: int
-    n_fft: int
-    hop_length: int
-    num_mels: int
-    log10: bool
-
-
-MEL_CONFIGS = {
-    "16k": MelConfig(SAMPLING_RATES["16k"], n_fft=1024, hop_length=HOP_LENGTHS["16k"], num_mels=80, log10=True),
-    "44k": MelConfig(SAMPLING_RATES["44k"], n_fft=2048, hop_length=HOP_LENGTHS["44k"], num_mels=128, log10=False),
-}
 
 
 def hz_to_mel(hz: np.ndarray | float) -> np.ndarray:

@@ -12,46 +12,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from selva.models.blocks import load_strict_
-from selva.models.mel import MEL_CONFIGS, MEL_FLOOR, MelConfig, slaney_filterbank
+from selva.models.config import MEL_CONFIGS, MelInversionConfig
+from selva.models.mel import MEL_FLOOR, slaney_filterbank
 
 MOMENTUM = 0.99
 SUM_STEPS = 30  # multiplicative updates towards magnitudes with the right sums
 SILENT = 1.2 * MEL_FLOOR  # a band this low is silent; its value is the floor, not a measurement
 PHASE_SEED = 0
-
-
-@dataclass(frozen=True)
-class MelInversionConfig:
-    """Settings of a mel inversion.
-
-    Attributes:
-        mode: "16k" or "44k"; decides the mel bands.
-        hidden_dim: width of the network between bands and bins.
-        num_steps: projections that the phases are found in.
-    """
-
-    mode: str = "16k"
-    hidden_dim: int = 192
-    num_steps: int = 32
-
-    @property
-    def mel(self) -> MelConfig:
-        return MEL_CONFIGS[self.mode]
-
-    @property
-    def num_mels(self) -> int:
-        return self.mel.num_mels
-
-    @property
-    def hop_length(self) -> int:
-        """Audio samples per mel frame."""
-        return self.mel.hop_length
 
 
 class MelInversion(nn.Module):

@@ -11,66 +11,18 @@ TimeSformer (arXiv:2102.05095).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 from selva.models.blocks import attend, load_strict_
+from selva.models.config import VideoEncoderConfig
 from selva.models.onednn import linear, use_onednn_
 from selva.sequence import SYNC_SEGMENT_FRAMES, SYNC_SEGMENT_STEP, num_sync_segments
 
 NORM_EPS = 1e-6
 EMBEDDING_STD = 0.02  # of freshly drawn class tokens and positions
-
-
-@dataclass(frozen=True)
-class VideoEncoderConfig:
-    """Size of a video encoder, with or without text; the defaults are the published sizes.
-
-    Attributes:
-        embed_dim: channels of a token and of a sync feature.
-        depth: trunk blocks.
-        num_heads: attention heads, in the trunk and after it.
-        mlp_dim: hidden width of the trunk's MLPs.
-        patch_size: pixels per side of a patch.
-        temporal_patch: frames per patch.
-        image_size: pixels per side of a frame.
-        text_dim: channels of the text features (TextSynch only).
-        num_sup_tokens: learned tokens in front of the text (TextSynch only).
-    """
-
-    embed_dim: int = 768
-    depth: int = 12
-    num_heads: int = 12
-    mlp_dim: int = 3072
-    patch_size: int = 16
-    temporal_patch: int = 2
-    image_size: int = 224
-    text_dim: int = 768
-    num_sup_tokens: int = 5
-
-    def __post_init__(self) -> None:
-        for whole, part in (("embed_dim", "num_heads"), ("image_size", "patch_size")):
-            if getattr(self, whole) % getattr(self, part):
-                raise ValueError(
-                    f"{whole} is {getattr(self, whole)}, expected a multiple of {part} ({getattr(self, part)})"
-                )
-        if SYNC_SEGMENT_FRAMES % self.temporal_patch:
-            raise ValueError(f"temporal_patch is {self.temporal_patch}, expected a divisor of {SYNC_SEGMENT_FRAMES}")
-        if self.num_sup_tokens < 1:
-            raise ValueError(f"num_sup_tokens is {self.num_sup_tokens}, expected at least 1 (an empty text needs it)")
-
-    @property
-    def num_slots(self) -> int:
-        """Time steps per segment, and sync features per segment: f below."""
-        return SYNC_SEGMENT_FRAMES // self.temporal_patch
-
-    @property
-    def num_patches(self) -> int:
-        """Patches per time step: p below."""
-        return (self.image_size // self.patch_size) ** 2
 
 
 # ---------------------------------------------------------------------------------------------------------------

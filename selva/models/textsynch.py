@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from selva.models.blocks import GatedMLP, RMSNorm, gated_width, load_strict_
+from selva.models.config import VideoEncoderConfig
 from selva.models.onednn import use_onednn_
-from selva.models.synchformer import VideoEncoderConfig, VisualTrunk, check_frames, iterate_segments
+from selva.models.synchformer import VisualTrunk, check_frames, iterate_segments
 
 CROSS_NORM_EPS = 1e-5
 PUBLISHED_PREFIXES = (

@@ -11,7 +11,6 @@ Source: MMAudio (arXiv:2412.15322); the magnitude-preserving layers are those of
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -19,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from selva.models.blocks import load_strict_
+from selva.models.config import VAEConfig
 from selva.models.vae_stats import BAND_MEAN, BAND_STD
 
 EPS = 1e-4  # added to a root mean square, not inside the root
@@ -28,32 +28,6 @@ MAX_ACTIVATION = 256.0
 LOG_VARIANCE_RANGE = (-30.0, 20.0)
 WIDTH_MULTIPLES = (1, 2, 4)  # channels of level 0, 1, 2 in units of hidden_dim
 DATA_BUFFERS = ("data_mean", "data_std")
-
-
-@dataclass(frozen=True)
-class VAEConfig:
-    """Size of a VAE.
-
-    Attributes:
-        mode: "16k" or "44k"; decides the mel bands and their statistics.
-        hidden_dim: channels at the finest level; the deepest has four times as many.
-        latent_dim: channels C of the latent.
-    """
-
-    mode: str
-    hidden_dim: int
-    latent_dim: int
-
-    def __post_init__(self) -> None:
-        if self.mode not in BAND_MEAN:
-            raise ValueError(f"unknown audio mode {self.mode!r}, expected one of {', '.join(BAND_MEAN)}")
-        for name in ("hidden_dim", "latent_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-
-    @property
-    def num_mels(self) -> int:
-        return len(BAND_MEAN[self.mode])
 
 
 def normalize_rows(weight: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,12 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from selva.models.blocks import load_strict_
+from selva.models.config import ACTIVATION_REACH, VocoderConfig
 
 FILTER_TAPS = 12
 FILTER_CUTOFF = 0.25  # of the doubled sampling rate, the Nyquist frequency of the original one
 FILTER_HALF_WIDTH = 0.3  # of the transition band, relative to the original sampling rate
-ACTIVATION_REACH = 5  # samples to either side that an anti-aliased activation looks at, both filters together
-CONV_REACH = 3  # of the first and the last convolution, 7 wide
 # Values per chunk of an activation on CPUs: few enough that all steps reuse the same memory instead of asking for
 # new pages, which took up to two thirds of the time of long sounds, and enough to hide the cost of a call.
 ACTIVATION_CHUNK = 2**18
@@ -38,68 +36,6 @@ WEIGHT_NORM_SUFFIXES = (
     (".weight_g", ".weight_v"),
     (".parametrizations.weight.original0", ".parametrizations.weight.original1"),
 )
-
-
-@dataclass(frozen=True)
-class VocoderConfig:
-    """Size of a vocoder.
-
-    Attributes:
-        num_mels: mel bands of the input.
-        upsample_rates: factor of every stage; their product is the hop length in samples.
-        upsample_kernels: kernel size of every stage's transposed convolution.
-        final_bias: the last convolution has a bias.
-        final_tanh: the output is bounded by tanh; otherwise it is clamped to [-1, 1].
-        initial_channels: channels before the first stage, halved by every stage.
-        residual_kernels: kernel size of the residual blocks of a stage.
-        residual_dilations: dilation of the successive layers of every residual block.
-    """
-
-    num_mels: int
-    upsample_rates: tuple[int, ...]
-    upsample_kernels: tuple[int, ...]
-    final_bias: bool
-    final_tanh: bool
-    initial_channels: int = 1536
-    residual_kernels: tuple[int, ...] = (3, 7, 11)
-    residual_dilations: tuple[int, ...] = (1, 3, 5)
-
-    def __post_init__(self) -> None:
-        if len(self.upsample_rates) != len(self.upsample_kernels):
-            raise ValueError(
-                f"{len(self.upsample_rates)} upsample_rates and {len(self.upsample_kernels)} upsample_kernels, "
-                "expected one kernel for every rate"
-            )
-        for rate, kernel in zip(self.upsample_rates, self.upsample_kernels, strict=True):
-            if kernel < rate or (kernel - rate) % 2:
-                raise ValueError(f"upsample kernel {kernel} at rate {rate}, expected the rate plus an even number")
-        if self.initial_channels % 2 ** len(self.upsample_rates):
-            raise ValueError(
-                f"initial_channels is {self.initial_channels}, "
-                f"expected a multiple of {2 ** len(self.upsample_rates)} for {len(self.upsample_rates)} stages"
-            )
-
-    @property
-    def hop_length(self) -> int:
-        """Samples per mel frame."""
-        return math.prod(self.upsample_rates)
-
-    @property
-    def context_frames(self) -> int:
-        """Mel frames on each side of a stretch on which its samples may depend.
-
-        Counted backwards from the waveform: ``reach`` is how far, in samples of the current rate, one output sample
-        looks to either side.
-        """
-        reach = CONV_REACH + ACTIVATION_REACH
-        residual = max(
-            sum((kernel - 1) // 2 * (dilation + 1) + 2 * ACTIVATION_REACH for dilation in self.residual_dilations)
-            for kernel in self.residual_kernels
-        )
-        for rate, kernel in zip(reversed(self.upsample_rates), reversed(self.upsample_kernels), strict=True):
-            reach += residual
-            reach = -(-(reach + (kernel + rate) // 2 - 1) // rate)  # ceil; of the transposed convolution's two sides
-        return reach + CONV_REACH
 
 
 @functools.lru_cache(maxsize=16)

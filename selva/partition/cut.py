@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,11 +15,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from selva.audio.silence import MOSTLY_SILENT, SILENCE_DB, SilenceMap, find_silence
+from selva.audio.silence import MOSTLY_SILENT, SilenceMap, find_silence
 from selva.inputs.suffixes import AUDIO_SUFFIXES, VIDEO_SUFFIXES
 from selva.media import audio_length, read_audio, write_audio
+from selva.partition.config import PartitionConfig
 from selva.partition.segments import Segment
-from selva.partition.windows import MAX_WINDOWS, WINDOW_SEC, Window, partition, write_table
+from selva.partition.windows import WINDOW_SEC, Window, partition, write_table
 from selva.sequence import SHORTEST_SEC
 from selva.utils.files import atomic_write_text
 
@@ -30,32 +30,6 @@ log = logging.getLogger(__name__)
 LEFT_OUT_COLUMNS = ("file", "id", "start_sec", "end_sec", "reason")
 OVERSHOOT_SEC = 0.05  # given times are rounded; a segment that ends this much too late is cut without a word
 FLAC_CHANNELS = 8
-
-
-@dataclass(frozen=True)
-class PartitionConfig:
-    """How recordings are cut.
-
-    Attributes:
-        min_length_sec: shorter recordings, or given segments, are left out; None for the published 8.1 s of recordings,
-            and for 0.64 s, the shortest clip that the models take, of segments.
-        max_segments: windows of one recording.
-        skip_silence: move or drop windows that are mostly silent.
-        silence_db: RMS of a block of 50 ms below which it is silent, relative to full scale.
-    """
-
-    min_length_sec: float | None = None
-    max_segments: int = MAX_WINDOWS
-    skip_silence: bool = False
-    silence_db: float = SILENCE_DB
-
-    def __post_init__(self) -> None:
-        if self.min_length_sec is not None and not 0 <= self.min_length_sec < math.inf:
-            raise ValueError(f"min_length_sec is {self.min_length_sec}, expected 0 or more seconds")
-        if self.max_segments < 1:
-            raise ValueError(f"max_segments is {self.max_segments}, expected at least 1")
-        if not -200 <= self.silence_db < 0:
-            raise ValueError(f"silence_db is {self.silence_db}, expected a level below full scale, such as -60")
 
 
 @dataclass(frozen=True)

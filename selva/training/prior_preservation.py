@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from selva.data.dataset import ClipDataset, ConcatDataset, ListDataset, TrainingClip
+from selva.flow import SamplingConfig
 from selva.models.generator import Generator
-from selva.sampling import SamplingConfig, sample_latents
+from selva.sampling import sample_latents
 from selva.utils.progress import Progress
 
 log = logging.getLogger(__name__)

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from selva.data.dataset import TrainingClip
 from selva.data.latents import load_waveform
+from selva.flow import SamplingConfig
 from selva.media import write_audio
-from selva.models.zoo import Variant
-from selva.sampling import SamplingConfig, decode_latents, sample_latents
+from selva.models.variants import Variant
+from selva.sampling import decode_latents, sample_latents
 from selva.training.run import TrainingRun
 from selva.utils.plots import plot_spectrograms
 from selva.weights.load import load_vae, load_vocoder

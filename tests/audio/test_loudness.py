@@ -7,9 +7,8 @@ import math
 import pytest
 import torch
 
+from selva.audio.config import DEFAULT_TARGETS, LOUDNESS_METHODS
 from selva.audio.loudness import (
-    DEFAULT_TARGETS,
-    METHODS,
     head_filter,
     integrated_loudness,
     low_cut_filter,
@@ -138,7 +137,7 @@ def test_too_loud_a_sound_is_brought_down():
     assert report.gain_db == pytest.approx(-27 + 3.01, abs=0.01) and rms_db(found) == pytest.approx(-27, abs=0.01)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", LOUDNESS_METHODS)
 @pytest.mark.parametrize("level_db", [-math.inf, -100.0])
 def test_silence_stays_silence(method, level_db):
     sound = 10 ** (level_db / 20) * torch.ones(16_000)

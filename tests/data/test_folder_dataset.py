@@ -17,7 +17,8 @@ from selva.data.folder import Clip
 from selva.data.folder_dataset import FolderDataset, first_clip_frame, load_clip_dataset, plan_windows
 from selva.data.latents import encode_latents, load_waveform
 from selva.features import FeatureBundle, save_features
-from selva.models.zoo import build_mel, get_variant
+from selva.models.variants import get_variant
+from selva.models.zoo import build_mel
 from selva.sequence import sequence_config
 from selva.weights.load import load_vae
 

@@ -10,7 +10,7 @@ from selva.data.folder_dataset import plan_windows
 from selva.extraction import extractor
 from selva.extraction.extractor import FeatureExtractor, FramePasses, TextCache, clip_settings
 from selva.features import FeatureBundle, save_features
-from selva.models.zoo import get_variant
+from selva.models.variants import get_variant
 from selva.sequence import sequence_config
 from selva.utils.files import source_hash
 

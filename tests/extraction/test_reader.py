@@ -16,7 +16,7 @@ from make_media import clicks, make_video
 from selva.extraction import reader as clip_reader
 from selva.extraction.reader import ClipReader, ReadClip, ReadSettings, default_workers, read_clips
 from selva.inputs.jobs import ClipJob
-from selva.models.zoo import get_variant
+from selva.models.variants import get_variant
 
 TINY = get_variant("tiny_16k")
 

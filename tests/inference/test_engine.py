@@ -14,11 +14,11 @@ from tiny_adapter import make_adapter
 
 from selva.checkpoint import save_adapter
 from selva.features import FeatureBundle, load_features, save_features
+from selva.flow import SamplingConfig
 from selva.inference.engine import SoundGenerator, uses_clip_features
 from selva.inference.request import SoundRequest
 from selva.lora.merge import Adapter
-from selva.models.zoo import get_variant
-from selva.sampling import SamplingConfig
+from selva.models.variants import get_variant
 from selva.sequence import sequence_config
 
 ROOT = Path(__file__).parents[2]

@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from selva.flow import SamplingConfig
 from selva.inference.long_sampling import WindowGrid, sample_long, window_grid
-from selva.models.generator import Generator, GeneratorConfig
-from selva.sampling import SamplingConfig, draw_noise, guided_velocity, sample_latents
+from selva.models.config import GeneratorConfig
+from selva.models.generator import Generator
+from selva.sampling import draw_noise, guided_velocity, sample_latents
 from selva.sequence import sequence_config
 from selva.weights.load import load_generator
 

@@ -10,11 +10,11 @@ import torch
 from tiny_adapter import make_adapter
 
 from selva.audio.loudness import normalize_loudness
+from selva.flow import SamplingConfig
 from selva.inference.engine import SoundGenerator
 from selva.inference.outputs import SoundFiles, fingerprint, model_recipe, request_recipe, shared_names, sound_files
 from selva.inference.request import Sound, SoundRequest
 from selva.media import MaskSettings
-from selva.sampling import SamplingConfig
 
 
 def a_sound() -> Sound:

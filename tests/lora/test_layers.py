@@ -22,7 +22,7 @@ from selva.lora.layers import (
     remove_lora,
 )
 from selva.models.generator import Generator
-from selva.models.zoo import VARIANTS
+from selva.models.variants import VARIANTS
 
 
 @pytest.fixture

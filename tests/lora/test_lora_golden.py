@@ -24,8 +24,9 @@ from selva.lora.layers import (
     lora_state_dict,
 )
 from selva.lora.merge import Adapter, merge_adapter, merged_adapters
-from selva.models.generator import Generator, GeneratorConfig
-from selva.models.zoo import VARIANTS
+from selva.models.config import GeneratorConfig
+from selva.models.generator import Generator
+from selva.models.variants import VARIANTS
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 ADAPTERS = GOLDEN / "adapters"

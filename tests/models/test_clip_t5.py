@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 
 from selva.models.clip_t5 import ClipImage, ClipText, InPlaceQuickGELU, T5Text, meta_clip, meta_t5
+from selva.models.config import ClipConfig, T5Config
 from selva.models.random_weights import random_state_dict
-from selva.models.zoo import ClipConfig, T5Config, get_variant
+from selva.models.variants import get_variant
 
 TINY = get_variant("tiny_16k")
 

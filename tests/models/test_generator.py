@@ -7,7 +7,8 @@ import torch
 
 from selva import flow
 from selva.models.blocks import nearest_index, rotary_table, time_frequencies
-from selva.models.generator import Generator, GeneratorConfig
+from selva.models.config import GeneratorConfig
+from selva.models.generator import Generator
 from selva.sampling import guided_velocity
 
 TINY = GeneratorConfig(

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from selva.models.mel import MEL_CONFIGS, MelSpectrogram, hz_to_mel, mel_to_hz, slaney_filterbank
+from selva.models.config import MEL_CONFIGS
+from selva.models.mel import MelSpectrogram, hz_to_mel, mel_to_hz, slaney_filterbank
 
 MODES = ("16k", "44k")
 

@@ -1,8 +1,9 @@
 import pytest
 import torch
 
-from selva.models.mel import MEL_CONFIGS, slaney_filterbank
-from selva.models.mel_inversion import MelInversion, MelInversionConfig
+from selva.models.config import MEL_CONFIGS, MelInversionConfig
+from selva.models.mel import slaney_filterbank
+from selva.models.mel_inversion import MelInversion
 from selva.models.random_weights import random_state_dict
 from selva.models.zoo import build_mel
 

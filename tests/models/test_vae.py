@@ -9,9 +9,10 @@ import recipe
 import torch
 
 from selva.models import vae as vae_module
+from selva.models.config import VAEConfig, VocoderConfig
 from selva.models.mel import MelSpectrogram
-from selva.models.vae import VAE, VAEConfig, magnitude_silu, magnitude_sum, normalize_rows, pixel_norm
-from selva.models.vocoder import Vocoder, VocoderConfig
+from selva.models.vae import VAE, magnitude_silu, magnitude_sum, normalize_rows, pixel_norm
+from selva.models.vocoder import Vocoder
 
 GOLDEN = Path(recipe.__file__).parent
 CONFIGS = {

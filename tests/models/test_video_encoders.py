@@ -11,13 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from selva.models.synchformer import (
-    DividedAttention,
-    SpatialAggregation,
-    Synchformer,
-    VideoEncoderConfig,
-    iterate_segments,
-)
+from selva.models.config import VideoEncoderConfig
+from selva.models.synchformer import DividedAttention, SpatialAggregation, Synchformer, iterate_segments
 from selva.models.textsynch import TextSynch
 from selva.sequence import num_sync_segments, sequence_config
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from selva.models import vocoder as vocoder_module
+from selva.models.config import VocoderConfig
 from selva.models.random_weights import fill_random_
 from selva.models.vocoder import (
     AntiAliasedActivation,
@@ -20,7 +21,6 @@ from selva.models.vocoder import (
     ConvTranspose1d,
     SnakeBeta,
     Vocoder,
-    VocoderConfig,
     antialias_filter,
     downsample_twice,
     fold_weight_norm,

@@ -5,23 +5,19 @@ import pytest
 import torch
 from golden_case import GOLDEN
 
-from selva.models.generator import GeneratorConfig
+from selva.models.config import GeneratorConfig, VideoEncoderConfig
 from selva.models.random_weights import fill_random_, random_state_dict, random_tensor
-from selva.models.synchformer import Synchformer, VideoEncoderConfig
+from selva.models.synchformer import Synchformer
 from selva.models.textsynch import TextSynch
+from selva.models.variants import PARTS, VARIANTS, WEIGHT_FILES, features_problem, get_variant
 from selva.models.vocoder import FILTER_SUFFIXES, WEIGHT_NORM_SUFFIXES
 from selva.models.zoo import (
-    PARTS,
-    VARIANTS,
-    WEIGHT_FILES,
     build_generator,
     build_mel,
     build_synchformer,
     build_vae,
     build_video_encoder,
     build_vocoder,
-    features_problem,
-    get_variant,
 )
 from selva.sequence import sequence_config
 

@@ -13,7 +13,8 @@ from make_data import noise
 
 from selva.audio.silence import SilenceMap
 from selva.media import read_audio
-from selva.partition.cut import PartitionConfig, avoid_silence, cut_recording, hold_out, write_piece
+from selva.partition.config import PartitionConfig
+from selva.partition.cut import avoid_silence, cut_recording, hold_out, write_piece
 from selva.partition.segments import Segment
 from selva.partition.windows import Window, partition
 

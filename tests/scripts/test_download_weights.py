@@ -13,7 +13,7 @@ import pytest
 
 import scripts.download_weights as script
 from selva.models import zoo
-from selva.weights.load import check_weights
+from selva.weights.find import check_weights
 
 ROOT = Path(__file__).parents[2]
 COMMIT = "c" * 40

@@ -20,7 +20,7 @@ from selva.data.memmap.reader import MemmapDataset
 from selva.extraction.manifest import read_manifest
 from selva.features import load_features
 from selva.media import write_audio
-from selva.models.zoo import get_variant
+from selva.models.variants import get_variant
 from selva.partition.windows import Window, write_captions, write_clips
 
 SCRIPT = Path(extract_features.__file__)

@@ -22,7 +22,7 @@ from script_args import TINY
 import infer
 import train_lora
 from selva.checkpoint import load_adapter
-from selva.sampling import SamplingConfig
+from selva.flow import SamplingConfig
 from selva.training import run_folder
 from selva.training import sample as preview
 from selva.weights import load as weights

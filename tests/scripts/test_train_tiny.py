@@ -6,7 +6,8 @@ import torch
 from safetensors.torch import load_file
 
 from scripts.train_tiny import main
-from selva.sampling import SamplingConfig, decode_latents, sample_latents
+from selva.flow import SamplingConfig
+from selva.sampling import decode_latents, sample_latents
 from selva.weights import load as weights
 from toyworld.training.stages import STAGES, Recipe
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from selva.sampling import SamplingConfig
+from selva.flow import SamplingConfig
 from selva.weights.load import load_generator
 from toyworld import CLASSES
 from toyworld.measure import Case, ToyGenerator, pair_cases, recognised, shuffled_events, single_cases, timing_f1

@@ -9,8 +9,9 @@ import torch
 from small_run import CONFIG, make_clips, make_generator
 
 from selva.data.dataset import ConcatDataset, ListDataset, collate
+from selva.flow import SamplingConfig
 from selva.lora.config import LoRAConfig
-from selva.sampling import SamplingConfig, sample_latents
+from selva.sampling import sample_latents
 from selva.training.objective import flow_loss, sample_noise
 from selva.training.prior_preservation import mixture, with_preserved
 from selva.training.run import TrainingRun

@@ -13,9 +13,9 @@ from make_data import put_clip
 import train_lora
 from scripts.make_test_weights import main as make_test_weights
 from selva.models import zoo
+from selva.models.config import VocoderConfig
 from selva.models.synchformer import Synchformer
 from selva.models.textsynch import TextSynch
-from selva.models.vocoder import VocoderConfig
 from selva.weights import load as weights
 
 LOADERS = {

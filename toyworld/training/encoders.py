@@ -22,7 +22,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from selva.models.clip_t5 import ClipImage, ClipText, T5Text
 from selva.models.textsynch import TextSynch
-from selva.models.zoo import Variant, build_video_encoder
+from selva.models.variants import Variant
+from selva.models.zoo import build_video_encoder
 from selva.sequence import SYNC_FPS, SYNC_SEGMENT_FRAMES, SYNC_SEGMENT_STEP, num_sync_segments
 from toyworld import CLASSES, Scene, Thing
 from toyworld.training.loop import Task

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from selva.models.clip_t5 import ClipText
 from selva.models.generator import Generator
 from selva.models.mel_inversion import MelInversion
-from selva.models.zoo import TINY_16K, Variant, build_generator, build_mel, build_vae, build_vocoder
+from selva.models.variants import TINY_16K, Variant
+from selva.models.zoo import build_generator, build_mel, build_vae, build_vocoder
 from selva.utils.files import atomic_path
 from selva.utils.progress import Progress
 from toyworld import random_sound

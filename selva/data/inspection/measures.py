@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from selva.audio.config import SILENCE_DB
 from selva.audio.loudness import true_peak_db
-from selva.audio.silence import MOSTLY_SILENT, SILENCE_DB
+from selva.audio.silence import MOSTLY_SILENT
 from selva.data.folder import Clip, scan_folder
 from selva.data.folder_dataset import plan_windows
 from selva.data.inspection import duplicates
@@ -29,7 +30,7 @@ from selva.inputs.prompts import PROMPTS_FILE, read_prompts, read_sidecar
 from selva.inputs.suffixes import AUDIO_SUFFIXES, VIDEO_SUFFIXES
 from selva.media import read_audio
 from selva.media.audio import SILENCE_LEVEL
-from selva.models.zoo import VARIANTS, Variant, get_variant
+from selva.models.variants import VARIANTS, Variant, get_variant
 from selva.sequence import DEFAULT_DURATION_SEC, SAMPLING_RATES
 from selva.utils.progress import Progress
 

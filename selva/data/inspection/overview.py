@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from selva.audio.silence import SILENCE_DB, block_power
+from selva.audio.config import SILENCE_DB
+from selva.audio.silence import block_power
 from selva.data.inspection.measures import ClipReport, Inspection, find_variant
 from selva.data.inspection.report import fit, mark, summary
 from selva.features import load_features

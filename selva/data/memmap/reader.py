@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from selva.data.dataset import ClipDataset, Lengths, TrainingClip
-from selva.models.zoo import Variant
+from selva.models.variants import Variant
 from selva.sequence import sequence_config
 
 log = logging.getLogger(__name__)

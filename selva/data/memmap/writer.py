@@ -30,7 +30,7 @@ from torch import Tensor
 from selva.data.memmap.files import DATA_FOLDER, SEAL_FILE, Plan, SetFiles, content_of, is_open, remove, remove_if_empty
 from selva.data.memmap.journal import Entry, RowJournal, entry_line, living_writers, replay, void_line
 from selva.data.memmap.reader import row_shapes
-from selva.models.zoo import Variant
+from selva.models.variants import Variant
 
 # A line of the journal is written once the values of its row are on the disk, so it is true even after a power cut and
 # for another machine. Waiting for the disk at every row would cost more than making a few rows again.

@@ -16,7 +16,7 @@ from selva.data.inspection.measures import inspect
 from selva.data.inspection.report import sentences, summary, table, to_json
 from selva.data.summary import measure_sound
 from selva.features import FeatureBundle, load_features, save_features
-from selva.models.zoo import get_variant
+from selva.models.variants import get_variant
 
 
 def put_good(folder, stem, seed, sound=None, seconds=2.0, prompt="a knock", variant="tiny_16k"):

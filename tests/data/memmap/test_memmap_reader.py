@@ -18,7 +18,7 @@ from make_data import TINY, put_memmap
 from selva.data.dataset import BucketBatchSampler
 from selva.data.folder_dataset import load_clip_dataset
 from selva.data.memmap.reader import MemmapDataset, is_memmap
-from selva.models.zoo import get_variant
+from selva.models.variants import get_variant
 
 
 def live_tensors():

@@ -1,8 +1,9 @@
 import numpy as np
 import torch
 
-from selva.models.mel_inversion import MelInversion, MelInversionConfig
-from selva.models.vae import VAE, Conv, VAEConfig
+from selva.models.config import MelInversionConfig, VAEConfig
+from selva.models.mel_inversion import MelInversion
+from selva.models.vae import VAE, Conv
 from selva.models.zoo import build_mel
 from toyworld import random_sound
 from toyworld.training.codec import VaeTask, VocoderTask, as_published, band_statistics, project_

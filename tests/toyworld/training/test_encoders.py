@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from selva.models.zoo import TINY_16K
+from selva.models.variants import TINY_16K
 from toyworld import make_scene
 from toyworld.training.encoders import (
     FEATURE_SCALE,

@@ -1,0 +1,127 @@
+"""Weight files: where they lie, whether all are there, and by what they are known; needs no PyTorch."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from selva.models.variants import PARTS, Variant, WeightFile, get_variant
+from selva.utils.files import source_hash
+
+LAYOUTS = ("comfyui", "selva")
+SUBFOLDERS = ("", "ext", "weights", "ext_weights")
+PARENTS_OF_ROOT = ("", "selva", "models/selva")  # a ComfyUI installation may be given from further up
+NEIGHBOUR = "prismaudio"  # beside models/selva: another ComfyUI extension that brings the same Synchformer file
+ASSETS = Path(__file__).parent / "assets"
+
+
+def weight_folders(selva_dir: Path) -> list[Path]:
+    """Return the existing folders in which weights may lie, in the order of search.
+
+    ``selva_dir`` may be the root of a layout, one of its subfolders, or a folder above ``models/selva``.
+    """
+    roots = [selva_dir / above for above in PARENTS_OF_ROOT]
+    if selva_dir.resolve().name in SUBFOLDERS:
+        roots.append(selva_dir.resolve().parent)
+    folders = [root / sub for root in roots for sub in SUBFOLDERS]
+    folders += [root.resolve().parent / NEIGHBOUR for root in roots]
+    return [folder for folder in dict.fromkeys(folders) if folder.is_dir()]
+
+
+def find_file(file: WeightFile, selva_dir: Path | None) -> Path | None:
+    """Return where ``file`` lies, or None; looks into ``selva_dir`` first, then into the Hugging Face cache."""
+    names = (file.name, *file.alternatives)
+    for folder in weight_folders(Path(selva_dir)) if selva_dir is not None else ():
+        place = folder / file.folder_name if file.hub_folder else folder
+        for name in names:
+            if (place / name).is_file():
+                return place / name
+    if not file.hub_folder:
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    for name in names:
+        cached = try_to_load_from_cache(file.repo, name)
+        if isinstance(cached, str):  # neither None nor the mark of "known not to exist"
+            return Path(cached)
+    return None
+
+
+def default_layout(selva_dir: Path) -> str:
+    """Return the layout that a folder has already, "comfyui" for a new or an empty one."""
+    return "selva" if any((selva_dir / sub).is_dir() for sub in ("weights", "ext_weights")) else "comfyui"
+
+
+def local_path(file: WeightFile, selva_dir: Path, layout: str) -> Path:
+    """Return where a new copy of ``file`` belongs in one of the LAYOUTS."""
+    assert layout in LAYOUTS, layout
+    if layout == "selva":
+        folder = selva_dir / ("ext_weights" if file.external else "weights")
+    else:
+        # ComfyUI keeps the Synchformer beside the generators, the rest of the external files below.
+        folder = selva_dir / "ext" if file.external and file.name != "synchformer_state_dict.pth" else selva_dir
+    return (folder / file.folder_name if file.hub_folder else folder) / file.name
+
+
+def download_command(variant: str, selva_dir: Path | None) -> str:
+    """Return the command that fetches everything ``variant`` needs."""
+    folder = "DIR" if selva_dir is None else shlex.quote(str(selva_dir))
+    return f"python scripts/download_weights.py --variant {variant} --selva_dir {folder}"
+
+
+def find_weights(variant: Variant, selva_dir: Path | None, needs: Sequence[str]) -> dict[str, tuple[Path, ...]]:
+    """Return the files of the parts in ``needs``; parts that the variant does not have, or brings along, have none.
+
+    Raises:
+        FileNotFoundError: names every missing file, what it is for, and the command that fetches them.
+    """
+    wanted = {part: variant.weight_files(part) for part in needs}
+    found = {file: find_file(file, selva_dir) for files in wanted.values() for file in files}
+    missing = [f"{file.name} ({file.purpose})" for file, path in found.items() if path is None]
+    if missing:
+        where = "no --selva_dir was given" if selva_dir is None else f"looked in {selva_dir}"
+        if selva_dir is not None and not Path(selva_dir).is_dir():
+            where += ", which is not a folder"
+        raise FileNotFoundError(
+            f"variant {variant.name} lacks {', '.join(missing)}; {where}; "
+            f"fetch with: {download_command(variant.name, selva_dir)}"
+        )
+    return {part: tuple(found[file] for file in files) for part, files in wanted.items()}
+
+
+def check_weights(variant: str, selva_dir: Path | None, needs: Sequence[str] = PARTS) -> None:
+    """Return if every file of the parts in ``needs`` is there. Cheap: looks, reads nothing.
+
+    Raises:
+        ValueError: unknown variant.
+        FileNotFoundError: names every missing file, what it is for, and the command that fetches them.
+    """
+    find_weights(get_variant(variant), selva_dir, needs)
+
+
+# -- the weights in the package ---------------------------------------------------------------------------------------
+
+
+def asset_name(variant: str, part: str) -> str:
+    """Return the file name of one part of a packaged variant in the package's folder of assets."""
+    return f"{variant}_{part}.safetensors"
+
+
+@functools.cache
+def packaged_identity(variant: str) -> str:
+    """Return 12 hexadecimal digits that change with any packaged weight of ``variant``."""
+    digest = hashlib.sha256()
+    for path in sorted(ASSETS.glob(asset_name(variant, "*"))):
+        digest.update(f"{path.name} {source_hash(path)}".encode())
+    return digest.hexdigest()[:12]
+
+
+def encoders_identity(variant: Variant) -> str:
+    """Return what decides the features that a variant's encoders make, for files that remember how they were made.
+
+    Published encoders never change; those of a packaged variant may, with the package.
+    """
+    return f"{variant.encoders} {packaged_identity(variant.name)}" if variant.packaged else variant.encoders
