@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from selva.audio.config import SILENCE_DB
 from selva.media import audio_blocks
 from selva.media.container import PathLike
 
