@@ -34,6 +34,7 @@ from selva.models.generator import Generator
 from selva.models.variants import get_variant
 from selva.sampling import decode_latents, sample_latents
 from selva.sequence import DEFAULT_DURATION_SEC, SAMPLING_RATES
+from selva.utils.device import resolve_device
 from selva.utils.files import atomic_write_text
 from selva.utils.progress import Progress
 from selva.weights.load import load_clip_text, load_generator, load_vae, load_vocoder
@@ -172,7 +173,7 @@ def markdown(rows: list[dict]) -> str:
 @cli.entry_point
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    device = cli.resolve_device(args.device)
+    device = resolve_device(args.device)
     rows = measure(args, load_generator(args.variant, args.selva_dir).to(device).eval(), device)
     settings = {name: str(value) for name, value in vars(args).items() if name not in ("config", "debug")}
     atomic_write_text(args.output, json.dumps({"settings": settings, "results": rows}, indent=2) + "\n")

@@ -27,6 +27,7 @@ from stages import Sizes, Stage, checkpointed_step, memmap_reading, sampling, tr
 
 from selva import __version__, cli
 from selva.models.variants import get_variant
+from selva.utils.device import dtype_of, resolve_device
 from selva.utils.files import atomic_write_text
 
 log = logging.getLogger("selva.benchmark")
@@ -111,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.selva_dir is None and "start" in chosen and not variant.packaged:
         raise cli.UsageError(f"--selva_dir is missing: a start of {variant.name} reads weight files; write random ones "
                              "with scripts/make_test_weights.py, or leave start out with --only")
-    device, dtype = cli.resolve_device(args.device), cli.PRECISIONS[args.precision]
+    device, dtype = resolve_device(args.device), dtype_of(args.precision)
     clips = args.clips or ([8, 32, 128] if variant.packaged else [8])
     sizes = Sizes(variant, args.batches, args.durations, clips, args.rows, None if variant.packaged else args.selva_dir)
     bench = Bench(device, args.repeats, dtype)

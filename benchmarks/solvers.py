@@ -33,6 +33,7 @@ from selva.models.generator import Generator
 from selva.models.variants import Variant, get_variant
 from selva.sampling import decode_latents, sample_latents
 from selva.sequence import DEFAULT_DURATION_SEC, SequenceConfig, sequence_config
+from selva.utils.device import resolve_device
 from selva.utils.files import atomic_write_text
 from selva.utils.progress import Progress
 from selva.weights.load import load_clip_text, load_generator, load_vae, load_vocoder
@@ -89,7 +90,7 @@ def read_clips(args, variant: Variant, generator: Generator) -> list[Clip]:
         bundle = load_features(path) if path else None
         text = bundle.text_features if bundle else None
         if text is None:
-            encoder = encoder or load_clip_text(variant.name, args.selva_dir, cli.resolve_device(args.device))
+            encoder = encoder or load_clip_text(variant.name, args.selva_dir, resolve_device(args.device))
             text = encoder.encode([bundle.prompt if bundle else args.prompt])
         sequence = sequence_config(variant.mode, bundle.duration if bundle else args.duration)
         clip_f, sync_f = (bundle.clip_features, bundle.sync_features) if bundle else (None, None)
@@ -167,7 +168,7 @@ def markdown(means: dict[SamplingConfig, dict[str, float]], interval_steps: int)
 @cli.entry_point
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    device, variant = cli.resolve_device(args.device), get_variant(args.variant)
+    device, variant = resolve_device(args.device), get_variant(args.variant)
     generator = load_generator(variant.name, args.selva_dir).to(device).eval()
     clips = read_clips(args, variant, generator)
     means = summaries(measure(args, variant, generator, clips))

@@ -34,7 +34,6 @@ from plain import (
 )
 from torch import Tensor, nn
 
-import train_lora
 from selva import cli
 from selva.data.latents import load_waveform
 from selva.features import load_features
@@ -44,10 +43,12 @@ from selva.models.clip_t5 import _clip_tokenizer  # which words become which num
 from selva.models.variants import Variant, get_variant
 from selva.models.zoo import build_generator, build_mel, build_vae
 from selva.sequence import sequence_config
-from selva.training.config import TrainConfig
-from selva.utils.device import peak_memory_bytes
+from selva.training.config import RunConfig, TrainConfig
+from selva.training.setup import build_run, load_split
+from selva.utils.device import dtype_of, peak_memory_bytes, resolve_device
 from selva.utils.distributed import World
 from selva.utils.progress import StageTimes
+from selva.weights.config import ModelConfig
 from selva.weights.find import ASSETS, asset_name, find_weights
 
 CHECK_TIME = 0.3  # of the flow, at which the two velocities are compared
@@ -74,16 +75,13 @@ def weight_paths(variant: Variant, selva_dir: Path | None, *parts: str) -> list[
 
 def start_ours(args, times: StageTimes) -> Callable[[], dict[str, Tensor]]:
     """Start as train_lora.py does, and return a function that makes what is compared."""
-    given = ["--data_dir", args.data_dir, "--variant", args.variant, "--device", args.device,
-             "--precision", args.precision, "--val_fraction", 0]
-    given += ["--selva_dir", args.selva_dir] if args.selva_dir else []
-    options = train_lora.build_parser().parse_args([str(word) for word in given])
-    config, lora_config = train_lora.configs_from(options)
-    device, variant = cli.resolve_device(options.device), get_variant(options.variant)
+    config = RunConfig(data_dir=args.data_dir, model=ModelConfig(args.variant, args.selva_dir, args.device),
+                       precision=args.precision, val_fraction=0.0)
+    device = resolve_device(args.device)
     with times.stage("data"):
-        clips = train_lora.load_split(options, variant, device, World())
+        clips = load_split(config, device, World())
     with times.stage("model"):
-        run = train_lora.build_run(options, config, lora_config, variant, clips, device, World())
+        run = build_run(config, clips, device, World())
     with times.stage("first step"):
         run.generator.train()
         run.train_step()[0].item()
@@ -101,8 +99,8 @@ def start_ours(args, times: StageTimes) -> Callable[[], dict[str, Tensor]]:
 
 def start_plain(args, times: StageTimes) -> Callable[[], dict[str, Tensor]]:
     """Start the plain way, and return a function that makes what is compared."""
-    device, variant = cli.resolve_device(args.device), get_variant(args.variant)
-    sequence, dtype = sequence_config(variant.mode), cli.PRECISIONS[args.precision]
+    device, variant = resolve_device(args.device), get_variant(args.variant)
+    sequence, dtype = sequence_config(variant.mode), dtype_of(args.precision)
     with times.stage("model"):
         generator = build_generator(variant.generator)
         generator.load_published(plain_weights(weight_paths(variant, args.selva_dir, "generator")))
@@ -164,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     gc.collect()
     before, times = resident_bytes(), StageTimes()
     check = {"ours": start_ours, "plain": start_plain}[args.way](args, times)
-    device = cli.resolve_device(args.device)
+    device = resolve_device(args.device)
     peak = peak_memory_bytes(device) - (before if device.type != "cuda" else 0)
     torch.save({name: x.float().cpu() for name, x in check().items()}, args.out.with_suffix(".pt"))
     total = sum(times.seconds.values())

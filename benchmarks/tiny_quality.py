@@ -35,6 +35,7 @@ from selva.lora.merge import Adapter, merge_adapter
 from selva.models.generator import Generator
 from selva.models.random_weights import random_state_dict
 from selva.models.zoo import build_generator
+from selva.utils.device import resolve_device
 from selva.utils.files import atomic_write_text
 from selva.utils.progress import Progress
 from selva.utils.text import clock
@@ -92,7 +93,7 @@ class Bench:
     """What the parts share: networks, classifier, progress."""
 
     def __init__(self, args) -> None:
-        self.args, self.device = args, cli.resolve_device(args.device)
+        self.args, self.device = args, resolve_device(args.device)
         sampling = SamplingConfig(num_steps=args.num_steps)
         self.maker = ToyGenerator(VARIANT, self.device, sampling, args.clip_features == "use")
         self.classifier: Classifier = fit_classifier()

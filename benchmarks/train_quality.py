@@ -39,6 +39,7 @@ from selva.sequence import SequenceConfig, sequence_config
 from selva.training.config import TrainConfig
 from selva.training.objective import validate
 from selva.training.run import TrainingRun
+from selva.utils.device import resolve_device
 from selva.utils.files import atomic_write_text
 from selva.utils.progress import Progress
 from selva.weights.load import load_generator, load_vae
@@ -189,7 +190,7 @@ def markdown(results: list[dict]) -> str:
 @cli.entry_point
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    device, variant = cli.resolve_device(args.device), get_variant(args.variant)
+    device, variant = resolve_device(args.device), get_variant(args.variant)
     every, problems = load_clip_dataset(
         args.data_dir, variant, args.selva_dir, device, max_duration_sec=8.0, normalize_audio="peak"
     )

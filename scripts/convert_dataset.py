@@ -21,6 +21,7 @@ from selva.data.memmap.reader import MemmapDataset, is_memmap
 from selva.extraction.convert import Conversion, LatentDecoder, folder_to_memmap, memmap_to_folder, plan_folder
 from selva.extraction.extractor import FeatureExtractor
 from selva.models.variants import get_variant
+from selva.utils.device import resolve_device
 from selva.utils.progress import Progress
 from selva.weights.find import check_weights
 
@@ -69,7 +70,7 @@ def to_memmap(args: argparse.Namespace) -> int:
     clips, problems = plan_folder(args.source)
     needs = {"vae": any(clip.sound_path for clip in clips), "clip_text": not all(clip.has_text for clip in clips)}
     check_weights(args.variant, args.selva_dir, [part for part, needed in needs.items() if needed])
-    extractor = FeatureExtractor(get_variant(args.variant), args.selva_dir, cli.resolve_device(args.device))
+    extractor = FeatureExtractor(get_variant(args.variant), args.selva_dir, resolve_device(args.device))
     with Progress(len(clips) + len(problems), "converting", "clips") as progress:
         tally = Tally(progress)
         for problem in problems:
@@ -85,7 +86,7 @@ def to_folder(args: argparse.Namespace) -> int:
     decoder = None
     if args.decode_audio:
         check_weights(args.variant, args.selva_dir, ("vae", "vocoder"))
-        decoder = LatentDecoder(variant, args.selva_dir, cli.resolve_device(args.device))
+        decoder = LatentDecoder(variant, args.selva_dir, resolve_device(args.device))
         log.warning("the sounds are decoded from latents: they are approximations of those that were encoded")
     else:
         log.warning("a memmap holds no sound: train_lora.py wants it beside the features. Put it there, or give "

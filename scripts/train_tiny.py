@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 
 from selva import cli
+from selva.utils.device import resolve_device
 from selva.utils.files import atomic_path
 from selva.weights.find import asset_name
 from toyworld.training.stages import STAGES, Recipe, StageRunner
@@ -85,7 +86,7 @@ def chosen_recipe(args: argparse.Namespace) -> Recipe:
 @cli.entry_point
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    device = cli.resolve_device(args.device)
+    device = resolve_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
     workshop = StageRunner(args.output_dir, device, chosen_recipe(args), resume=not args.restart)

@@ -15,30 +15,23 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import Any, NoReturn, TypeVar
 
 from selva import __version__
-from selva.media import MaskSettings
-from selva.models.variants import VARIANTS
 from selva.utils import torchrun
+from selva.utils.device import PRECISIONS
+from selva.utils.errors import Terminated, UsageError
 from selva.utils.files import atomic_write_text
 from selva.utils.logging import setup_logging
+from selva.utils.settings import Setting, build, settings_of, settings_text
+from selva.weights.config import GENERAL, ModelConfig
 
 log = logging.getLogger(__name__)
 
+Config = TypeVar("Config")
+
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 130, 143
-PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 NOT_SAVED = ("config", "debug")  # arguments that say how to run, not what to do
-
-
-class UsageError(ValueError):
-    """The command line or the settings file is wrong: exit code 2."""
-
-
-class Terminated(BaseException):
-    """SIGTERM arrived; a BaseException, like KeyboardInterrupt, so that no handler for errors swallows it."""
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -60,47 +53,42 @@ class ArgumentParser(argparse.ArgumentParser):
     def __init__(self, description: str) -> None:
         super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
 
+    def add_settings(self, config: type) -> None:
+        """Add a flag for every setting of a dataclass, see :mod:`selva.utils.settings`, under its group's heading."""
+        for setting in settings_of(config):
+            _add(self._group(setting.info.group), setting)
+
     def add_common(self, precision: str | None = None, *, seed: bool = True, device: bool = True) -> None:
-        """Add the options that all scripts share.
+        """Add the options that all scripts share; those that the settings of a script hold already are left out.
 
         Args:
             precision: default of ``--precision``; None leaves it out.
             seed, device: whether the script draws random numbers, and whether it computes on a device.
         """
-        group = self.add_argument_group("general")
+        group = self._group(GENERAL)
+        known = {action.dest for action in self._actions}
         group.add_argument("--config", type=Path, metavar="FILE.yaml",
                            help="settings file; the command line wins over it")
-        if seed:
+        if seed and "seed" not in known:
             group.add_argument("--seed", type=int, default=42, help="seed of everything random")
-        if device:
-            group.add_argument("--device", default="auto", metavar="auto|cpu|cuda|mps",
-                               help="where to compute; auto takes a GPU if there is one")
+        if device and "device" not in known:
+            _add(group, next(setting for setting in settings_of(ModelConfig) if setting.name == "device"))
         if precision is not None:
             group.add_argument("--precision", choices=PRECISIONS, default=precision,
                                help="number format of the networks")
         group.add_argument("--debug", action="store_true", help="show debug messages and the traceback of an error")
+        self._action_groups.sort(key=lambda listed: listed is group)  # last in --help
         group.add_argument("--version", action="version", version=f"selva-lora {__version__}")
 
     def add_model(self) -> None:
         """Add ``--variant`` and ``--selva_dir``."""
-        group = self.add_argument_group("model")
-        group.add_argument("--variant", choices=VARIANTS, default="large_44k", metavar="NAME",
-                           help=f"base model, one of {', '.join(VARIANTS)}; tiny_16k is built in")
-        group.add_argument("--selva_dir", type=Path, metavar="DIR",
-                           help="folder of the published weights (scripts/download_weights.py fills it)")
+        for setting in settings_of(ModelConfig):
+            if setting.name != "device":
+                _add(self._group(setting.info.group), setting)
 
-    def add_masks(self) -> None:
-        """Add ``--mask`` and how it is used; :func:`mask_settings` reads them."""
-        group = self.add_argument_group("masks")
-        group.add_argument("--mask", type=Path, metavar="PATH",
-                           help="what of the picture counts: an image, a video or .npy for all clips, white keeps; or "
-                           "a folder of them named like the clips. The rest becomes grey. A table's column mask wins")
-        group.add_argument("--mask_strength", type=float, default=MaskSettings.strength,
-                           help="1 makes the rest of the picture grey, 0 leaves it, between blends")
-        group.add_argument("--mask_clip", action=BooleanFlag, default=MaskSettings.clip,
-                           help="lay the mask on what CLIP sees")
-        group.add_argument("--mask_sync", action=BooleanFlag, default=MaskSettings.sync,
-                           help="lay the mask on what the video encoder sees")
+    def _group(self, title: str) -> argparse._ArgumentGroup:
+        found = next((group for group in self._action_groups if group.title == title), None)
+        return found or self.add_argument_group(title)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace=None) -> argparse.Namespace:
         given = [self._underscored(a) for a in (sys.argv[1:] if args is None else args)]
@@ -192,58 +180,57 @@ def positive_int(text: str) -> int:
     return value
 
 
-def mask_settings(args: argparse.Namespace, path: Path | None) -> MaskSettings | None:
-    """Return the mask of one clip as ``add_masks`` says it is used, None if it has none.
+def _add(group: argparse._ArgumentGroup, setting: Setting) -> None:
+    """Add the flag, or the positional argument, of one setting."""
+    info, default = setting.info, setting.default
+    options: dict[str, Any] = {"help": info.help}
+    if setting.kind is bool:
+        options |= {"action": BooleanFlag, "default": True} if default else {"action": "store_true"}
+        group.add_argument(f"--{setting.name}", **options)
+        return
+    options["type"] = positive_int if info.at_least_one else setting.kind
+    if info.choices:
+        options["choices"] = info.choices
+    if info.metavar is not None:
+        options["metavar"] = info.metavar
+    if info.nargs is not None:
+        options["nargs"] = info.nargs
+    if info.repeat:
+        options["action"] = "append"
+    if info.positional:
+        group.add_argument(setting.field, **options)
+        return
+    options |= {"required": True} if info.required else {"default": _as_parsed(default)}
+    if info.default_text is not None:
+        options["help"] += f" (default: {info.default_text})"
+    group.add_argument(f"--{setting.name}", **options)
+
+
+def _as_parsed(default: Any) -> Any:
+    """Return a default as argparse would return a value that was given: lists instead of tuples."""
+    return list(default) if isinstance(default, tuple) else default
+
+
+def config_from(config: type[Config], args: argparse.Namespace) -> Config:
+    """Return the settings of a dataclass as the command line gives them.
 
     Raises:
-        UsageError: the settings make no sense.
+        UsageError: lists everything that is out of range.
     """
-    if path is None:
-        return None
     try:
-        return MaskSettings(path, args.mask_strength, args.mask_clip, args.mask_sync)
+        return build(config, vars(args))
     except ValueError as error:
         raise UsageError(str(error)) from error
 
 
-def settings_text(args: argparse.Namespace) -> str:
-    """Return the resolved settings as YAML that ``--config`` reads back."""
-    import yaml
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, list | tuple):
-            return [plain(v) for v in value]
-        return str(value) if isinstance(value, Path) else value
-
-    settings = {k: plain(v) for k, v in vars(args).items() if k not in NOT_SAVED}
-    return yaml.safe_dump(settings, sort_keys=True, allow_unicode=True)
+def saved_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments that say what to do, not how to run, by name."""
+    return {name: value for name, value in vars(args).items() if name not in NOT_SAVED}
 
 
 def write_settings(path: Path, args: argparse.Namespace) -> None:
     """Write the resolved settings as YAML that ``--config`` reads back."""
-    atomic_write_text(path, settings_text(args))
-
-
-def resolve_device(name: str) -> torch.device:
-    """Return the device that ``--device`` names; "auto" prefers CUDA, then MPS, then the CPU.
-
-    Under torchrun "cuda" is the device of this process.
-
-    Raises:
-        UsageError: the name is unknown, or this machine has no such device.
-    """
-    if name in ("auto", "cuda") and torch.cuda.is_available():
-        return torch.device("cuda", torchrun.local_rank())
-    if name == "auto":
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(f"--device {name}: unknown, expected auto, cpu, cuda, cuda:N or mps") from error
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not available.get(device.type, False):
-        raise UsageError(f"--device {name}: there is no such device here; try --device auto")
-    return device
+    atomic_write_text(path, settings_text(saved_settings(args)))
 
 
 def _raise_terminated(_signal: int, _frame: Any) -> None:
@@ -280,7 +267,9 @@ def entry_point(main: Callable[[Sequence[str] | None], int]) -> Callable[[Sequen
             return _report(error, EXIT_USAGE, debug)
         except (ValueError, OSError) as error:
             return _report(error, EXIT_FAILED, debug)
-        except torch.OutOfMemoryError as error:
+        except Exception as error:
+            if not _is_out_of_memory(error):
+                raise
             log.error("the device is out of memory: %s", str(error).split(". ")[0])
             log.error("what helps, in order of effect: when training, --grad_checkpointing; a smaller --batch_size, "
                       "with more --grad_accum when training; --precision bf16; a smaller --variant")
@@ -292,6 +281,11 @@ def entry_point(main: Callable[[Sequence[str] | None], int]) -> Callable[[Sequen
     return wrapped
 
 
+def _is_out_of_memory(error: Exception) -> bool:
+    torch = sys.modules.get("torch")  # an error of PyTorch can only come from a PyTorch that was imported
+    return torch is not None and isinstance(error, torch.OutOfMemoryError)
+
+
 def _report(error: Exception, code: int, debug: bool) -> int:
     if debug:
         log.exception("%s", type(error).__name__)
@@ -300,3 +294,16 @@ def _report(error: Exception, code: int, debug: bool) -> int:
         message = f"{error.filename}: {error.strerror}"
     log.error("%s", message or type(error).__name__)
     return code
+
+
+def leave(code: int) -> NoReturn:
+    """End the process with an exit code.
+
+    Under torchrun without the interpreter's teardown: gloo's threads sometimes abort it (exit code -6) when everything
+    is done and written, and torchrun then reports a finished run as failed.
+    """
+    if torchrun.world_size() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from selva.utils.settings import setting
+
 if TYPE_CHECKING:  # the settings in here must not cost the seconds that importing PyTorch takes
     import torch
     from torch import Tensor
@@ -130,10 +132,14 @@ class SamplingConfig:
             data); at other times the conditional branch alone, which halves the work (arXiv:2404.07724).
     """
 
-    num_steps: int = 25
-    cfg_strength: float = 4.5
-    solver: str = "euler"
-    cfg_interval: tuple[float, float] = WHOLE_INTERVAL
+    num_steps: int = setting(25, "steps of the solver", group="sampling")
+    solver: str = setting("euler", "midpoint and heun take twice the time per step", group="sampling",
+                          choices=tuple(EVALUATIONS_PER_STEP))
+    cfg_strength: float = setting(4.5, "guidance: how strictly video and prompt are followed; below 1 there is none",
+                                  group="sampling")
+    cfg_interval: tuple[float, float] = setting(
+        WHOLE_INTERVAL, "guidance only between these times; 0 is noise, 1 is sound", group="sampling", nargs=2,
+        metavar=("LO", "HI"), default_text="0 1")
 
     def __post_init__(self) -> None:
         if self.num_steps < 1:

@@ -11,6 +11,8 @@ import torch
 import yaml
 
 from selva import cli
+from selva.media.mask_settings import MaskOptions
+from selva.utils.device import resolve_device
 
 
 def parser() -> cli.ArgumentParser:
@@ -135,11 +137,11 @@ def test_sigterm_ends_with_its_code_and_restores_the_handler(capsys):
 
 
 def test_devices():
-    assert cli.resolve_device("cpu") == torch.device("cpu")
-    assert cli.resolve_device("auto").type in ("cpu", "cuda", "mps")
+    assert resolve_device("cpu") == torch.device("cpu")
+    assert resolve_device("auto").type in ("cpu", "cuda", "mps")
     for name in ("gpu", "cuda:99" if not torch.cuda.is_available() else "xpu"):
         with pytest.raises(cli.UsageError, match="--device"):
-            cli.resolve_device(name)
+            resolve_device(name)
 
 
 def test_help_shows_groups_defaults_and_examples(capsys):
@@ -152,13 +154,15 @@ def test_help_shows_groups_defaults_and_examples(capsys):
 
 def test_mask_flags_become_mask_settings():
     parser = cli.ArgumentParser("x")
-    parser.add_masks()
+    parser.add_settings(MaskOptions)
     args = parser.parse_args(["--mask", "m.png", "--mask_strength", "0.5", "--no-mask_clip"])
-    settings = cli.mask_settings(args, args.mask)
+    masks = cli.config_from(MaskOptions, args)
+    settings = masks.of_clip(masks.mask)
     assert (settings.path, settings.strength, settings.clip, settings.sync) == (Path("m.png"), 0.5, False, True)
-    assert cli.mask_settings(args, None) is None
-    with pytest.raises(cli.UsageError, match="neither"):
-        cli.mask_settings(parser.parse_args(["--no_mask_clip", "--no_mask_sync"]), Path("m.png"))
+    assert masks.of_clip(None) is None
+    neither = cli.config_from(MaskOptions, parser.parse_args(["--no_mask_clip", "--no_mask_sync"]))
+    with pytest.raises(ValueError, match="neither"):
+        neither.of_clip(Path("m.png"))
 
 
 def test_settings_files_give_flags_of_several_values(tmp_path, capsys):

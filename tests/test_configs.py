@@ -8,6 +8,8 @@ import pytest
 import yaml
 
 import train_lora
+from selva import cli
+from selva.training.config import RunConfig
 
 PRESETS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 
@@ -17,9 +19,8 @@ def test_preset(path, tmp_path):
     assert path.read_text(encoding="utf-8").startswith("# Use it ")
     required = ["--data_dir", str(tmp_path)]
     args = train_lora.build_parser().parse_args(["--config", str(path), *required])
-    config, lora = train_lora.configs_from(args)
-    plain = train_lora.configs_from(train_lora.build_parser().parse_args(required))
-    assert (config, lora) != plain
+    plain = train_lora.build_parser().parse_args(required)
+    assert cli.config_from(RunConfig, args) != cli.config_from(RunConfig, plain)
     for name, value in yaml.safe_load(path.read_text()).items():
         assert getattr(args, name) == value, name
 

@@ -8,12 +8,12 @@ not stop the others, and what an interrupted run has finished is kept.
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -72,7 +72,7 @@ class Variation:
     setting: int
     seed: int
     files: SoundFiles
-    settings: argparse.Namespace
+    settings: Mapping[str, Any]
 
 
 @dataclass

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from selva.audio.loudness import normalize_loudness
 from selva.checkpoint import load_adapter
-from selva.cli import PRECISIONS, resolve_device
 from selva.extraction.extractor import FeatureExtractor
 from selva.features import FeatureBundle, load_features
 from selva.flow import SamplingConfig
 from selva.inference.adapter_switch import AdapterPairs, AdapterSwitch
+from selva.inference.config import CLIP_FEATURE_CHOICES, DEFAULT_BATCH_SIZE, OFFLOAD_CHOICES, WHOLE_VIDEO_SEC
 from selva.inference.long_sampling import sample_long
 from selva.inference.request import Sound, SoundConditions, SoundRequest, check_widths
 from selva.lora.merge import Adapter
@@ -33,19 +33,16 @@ from selva.models.generator import Generator
 from selva.models.variants import Variant, features_problem, get_variant
 from selva.sampling import decode_latents, sample_latents
 from selva.sequence import DEFAULT_DURATION_SEC, SequenceConfig, sequence_config
+from selva.utils.device import PRECISIONS, dtype_of, resolve_device
 from selva.utils.progress import StageTimes
 from selva.weights.find import check_weights
 from selva.weights.load import load_generator, load_vae, load_vocoder
 
 log = logging.getLogger(__name__)
 
-CLIP_FEATURE_CHOICES = ("auto", "use", "empty")
-OFFLOAD_CHOICES = ("auto", "none")
-DEFAULT_BATCH_SIZE = 4
 ENCODERS, GENERATOR, DECODERS = "encoders", "generator", "decoders"  # what is loaded together
 DECODER_CHUNK_SEC = 8.0  # of longer sounds the vocoder makes this much at once
 
-WHOLE_VIDEO_SEC = 86_400.0  # longer than any; a video that ends earlier makes a shorter clip
 
 PathLike = str | Path
 AdapterSpec = PathLike | Adapter | tuple[PathLike | Adapter, float]
@@ -135,7 +132,7 @@ class SoundGenerator:
             if value not in choices:
                 raise ValueError(f"{what} is {value!r}, expected one of {', '.join(choices)}")
         self.variant, self.selva_dir = get_variant(variant), None if selva_dir is None else Path(selva_dir)
-        self.device, self.precision = resolve_device(device), PRECISIONS[precision]
+        self.device, self.precision = resolve_device(device), dtype_of(precision)
         self.sampling, self.long = sampling or SamplingConfig(), long
         self.batch_size, self.offload = batch_size, offload
         self.normalize, self.target, self.clip_features = normalize, target, clip_features

@@ -7,22 +7,21 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from selva import __version__
-from selva.cli import settings_text
 from selva.features import FeatureBundle
 from selva.inference.engine import SoundGenerator
 from selva.inference.request import Sound, SoundRequest
 from selva.inputs.suffixes import OUTPUT_AUDIO_SUFFIXES, OUTPUT_VIDEO_SUFFIXES
 from selva.lora.merge import Adapter
 from selva.utils.files import atomic_write_text, source_hash
+from selva.utils.settings import settings_text
 from selva.weights.find import find_weights, packaged_identity
 
 SETTINGS_SUFFIX = ".yaml"
@@ -58,7 +57,7 @@ class SoundFiles:
         """Return what is there without settings beside it: somebody else's, such as the recorded sound of a clip."""
         return [] if self.settings.exists() else [path for path in self.written if path.exists()]
 
-    def save(self, sound: Sound, settings: argparse.Namespace, fingerprint: str) -> None:
+    def save(self, sound: Sound, settings: Mapping[str, Any], fingerprint: str) -> None:
         """Write the sound, the video and the settings; these first without, and in the end with the fingerprint."""
         text = settings_text(settings) + FINGERPRINT_LINE
         atomic_write_text(self.settings, f"{text}unfinished\n")

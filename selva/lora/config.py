@@ -12,7 +12,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from selva.utils.settings import setting, settings_of
 from selva.utils.text import listed
+
+ADAPTER = "adapter"
 
 INITS = ("standard", "pissa")
 RSLORA_ALPHA = 16.0  # default alpha with rslora: fixed, because alpha = rank would make the scale grow with the rank
@@ -46,14 +49,19 @@ class LoRAConfig:
         dora: also train the length of every row of the adapted weight (arXiv:2402.09353).
     """
 
-    rank: int = 16
-    alpha: float | None = None
-    targets: tuple[str, ...] = ("attn.qkv",)
-    dropout: float = 0.0
-    rslora: bool = False
-    init: str = "standard"
+    rank: int = setting(16, "size of the adapter", group=ADAPTER)
+    alpha: float | None = setting(None, "the adapter is scaled by alpha / rank", group=ADAPTER,
+                                  default_text="rank, scale 1")
+    targets: tuple[str, ...] = setting(
+        ("attn.qkv",), "adapt the layers whose names end so, e.g. attn.qkv linear1:4, or a preset: "
+        f"{', '.join(PRESETS)}", group=ADAPTER, flag="target", nargs="+", metavar="SUFFIX[:RANK]",
+        default_text="attn.qkv")
+    dropout: float = setting(0.0, "dropout before the adapter", group=ADAPTER, flag="lora_dropout")
+    init: str = setting("standard", "pissa starts at the largest singular directions of the base weights",
+                        group=ADAPTER, choices=INITS)
+    dora: bool = setting(False, "DoRA: also train the length of every row of the weights", group=ADAPTER)
+    rslora: bool = setting(False, "scale alpha / sqrt(rank), alpha 16 unless given", group=ADAPTER)
     target_ranks: Mapping[str, int] | None = None
-    dora: bool = False
 
     def __post_init__(self) -> None:
         problems = []
@@ -80,6 +88,18 @@ class LoRAConfig:
             problems.append("init 'pissa' needs scale 1: leave alpha unset and rslora off")
         if problems:
             raise ValueError("; ".join(problems))
+
+    @classmethod
+    def from_settings(cls, values: Mapping[str, Any]) -> LoRAConfig:
+        """Return the settings of a command line, where a target may carry its rank: ``linear1:4``.
+
+        Raises:
+            ValueError: lists everything that is out of range.
+        """
+        plain = {one.field: values[one.name] for one in settings_of(cls) if one.name in values}
+        if "targets" in plain:
+            plain["targets"], plain["target_ranks"] = parse_targets(plain["targets"])
+        return cls(**plain)
 
     @classmethod
     def from_meta(cls, meta: Mapping[str, Any]) -> LoRAConfig:

@@ -1,35 +1,95 @@
-"""Settings of cutting recordings; needs no PyTorch."""
+"""Settings of ``partition_clips.py``; needs no PyTorch."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from selva.audio.config import SILENCE_DB
-from selva.partition.windows import MAX_WINDOWS
+from selva.partition.windows import MAX_WINDOWS, WINDOW_SEC
+from selva.utils.settings import required, setting
+
+INPUT, CUTTING, SILENCE = "input and output", "where to cut", "silence"
+CAPTIONS, PART, GENERAL = "captions and validation", "part of the recordings, for several processes", "general"
 
 
 @dataclass(frozen=True)
-class PartitionConfig:
+class CuttingConfig:
     """How recordings are cut.
 
     Attributes:
         min_length_sec: shorter recordings, or given segments, are left out; None for the published 8.1 s of recordings,
             and for 0.64 s, the shortest clip that the models take, of segments.
-        max_segments: windows of one recording.
+        max_segments: windows of one recording; None for the published number.
         skip_silence: move or drop windows that are mostly silent.
         silence_db: RMS of a block of 50 ms below which it is silent, relative to full scale.
     """
 
-    min_length_sec: float | None = None
-    max_segments: int = MAX_WINDOWS
-    skip_silence: bool = False
-    silence_db: float = SILENCE_DB
+    min_length_sec: float | None = setting(
+        None, f"leave out shorter recordings (default: {WINDOW_SEC}, as published; below it, recordings between the "
+        "two become one clip each), or shorter segments (default: 0.64)", group=CUTTING)
+    max_segments: int | None = setting(None, f"windows of one recording (default: {MAX_WINDOWS}, as published)",
+                                       group=CUTTING, metavar="N", at_least_one=True)
+    skip_silence: bool = setting(
+        False, "move windows that are more than half silent to where least is silent, and leave out those for which "
+        "there is no place (of --segments: leave out). Decodes every recording", group=SILENCE)
+    silence_db: float = setting(SILENCE_DB, "50 ms with an RMS below this are silent, dB of full scale", group=SILENCE)
 
     def __post_init__(self) -> None:
         if self.min_length_sec is not None and not 0 <= self.min_length_sec < math.inf:
-            raise ValueError(f"min_length_sec is {self.min_length_sec}, expected 0 or more seconds")
-        if self.max_segments < 1:
-            raise ValueError(f"max_segments is {self.max_segments}, expected at least 1")
+            raise ValueError(f"--min_length_sec is {self.min_length_sec}, expected 0 or more seconds")
+        if self.max_segments is not None and self.max_segments < 1:
+            raise ValueError(f"--max_segments is {self.max_segments}, expected at least 1")
         if not -200 <= self.silence_db < 0:
-            raise ValueError(f"silence_db is {self.silence_db}, expected a level below full scale, such as -60")
+            raise ValueError(f"--silence_db is {self.silence_db}, expected a level below full scale, such as -60")
+
+    @property
+    def max_windows(self) -> int:
+        """Number of windows of one recording at most."""
+        return MAX_WINDOWS if self.max_segments is None else self.max_segments
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartitionConfig:
+    """One call of ``partition_clips.py``: the recordings, how they are cut, and the tables that are written."""
+
+    data_dir: Path = required("folder of recordings (subfolders are not read)", group=INPUT)
+    output_dir: Path = required("where clips.tsv goes", group=INPUT)
+    write_audio: Path | None = setting(
+        None, "also write every clip as DIR/<id>.flac (24 bits, rate, level and channels of the recording), and its "
+        "caption as DIR/<id>.txt; what is there already is not written again", group=INPUT, metavar="DIR")
+    cutting: CuttingConfig = field(default_factory=CuttingConfig)
+    segments: list[Path] | None = setting(
+        None, "cut here instead of in windows: tables (.tsv, .csv) with the columns name, start, end in seconds, and "
+        "optionally id and text; or .json files as whisper writes them, each named as its recording. The text becomes "
+        "the caption", group=CUTTING, nargs="+", metavar="FILE")
+    captions: Path | None = setting(
+        None, "table with the columns id (name of the recording) and caption; without it, or where it says nothing, "
+        "<name>.txt beside a recording is its caption", group=CAPTIONS, metavar="FILE")
+    val_fraction: float = setting(0.0, "share of the recordings whose clips go into clips_val.tsv instead; chosen by "
+                                  "--seed", group=CAPTIONS, metavar="F")
+    start: int = setting(0, "index of the first recording, sorted by file name", group=PART)
+    end: int = setting(-1, "index after the last recording, -1 for all; with --start or --end the table is called "
+                       "clips_START_END.tsv", group=PART)
+    seed: int = setting(42, "seed of everything random", group=GENERAL)
+
+    def __post_init__(self) -> None:
+        if problems := list(self._problems()):
+            raise ValueError("; ".join(problems))
+
+    def _problems(self) -> Iterator[str]:
+        """Yield everything that is wrong with the settings together."""
+        rules = (
+            (self.start < 0 or self.end < -1,
+             f"--start {self.start} --end {self.end}: expected 0 or more (--end -1 for all)"),
+            (not 0 <= self.val_fraction < 1,
+             f"--val_fraction {self.val_fraction}: expected 0 or more and less than 1"),
+            (self.segments and self.cutting.max_segments is not None,
+             "--max_segments: belongs to windows; with --segments all of these are taken"),
+            (self.write_audio is not None and self.write_audio.resolve() == self.data_dir.resolve(),
+             f"--write_audio {self.write_audio}: is the folder of the recordings; the clips would be taken for "
+             "recordings next time"),
+        )
+        yield from (message for wrong, message in rules if wrong)

@@ -18,7 +18,7 @@ import torch
 from selva.audio.silence import MOSTLY_SILENT, SilenceMap, find_silence
 from selva.inputs.suffixes import AUDIO_SUFFIXES, VIDEO_SUFFIXES
 from selva.media import audio_length, read_audio, write_audio
-from selva.partition.config import PartitionConfig
+from selva.partition.config import CuttingConfig
 from selva.partition.segments import Segment
 from selva.partition.windows import WINDOW_SEC, Window, partition, write_table
 from selva.sequence import SHORTEST_SEC
@@ -105,7 +105,7 @@ def _preference(path: Path) -> tuple[bool, int]:
 
 
 def cut_recording(
-    path: Path, config: PartitionConfig, segments: Sequence[Segment] | None = None
+    path: Path, config: CuttingConfig, segments: Sequence[Segment] | None = None
 ) -> tuple[list[Window], list[LeftOut]]:
     """Return the clips of a recording, and what of it gives none.
 
@@ -133,10 +133,10 @@ def cut_recording(
 
 
 def _cut_windows(
-    path: Path, num_samples: int, rate: int, config: PartitionConfig
+    path: Path, num_samples: int, rate: int, config: CuttingConfig
 ) -> tuple[list[Window], list[LeftOut]]:
     shortest = WINDOW_SEC if config.min_length_sec is None else config.min_length_sec
-    windows = partition(path.stem, num_samples, rate, shortest, config.max_segments)
+    windows = partition(path.stem, num_samples, rate, shortest, config.max_windows)
     if windows:
         return windows, []
     wanted = "a clip takes" if config.min_length_sec is None else "expected at least"
@@ -144,7 +144,7 @@ def _cut_windows(
 
 
 def _cut_segments(
-    path: Path, num_samples: int, rate: int, config: PartitionConfig, segments: Sequence[Segment]
+    path: Path, num_samples: int, rate: int, config: CuttingConfig, segments: Sequence[Segment]
 ) -> tuple[list[Window], list[LeftOut]]:
     shortest = SHORTEST_SEC if config.min_length_sec is None else config.min_length_sec
     windows, left_out = [], []

@@ -1,44 +1,67 @@
-"""Settings of a training: how an adapter is optimised, on which objective, and when it is validated and saved."""
+"""Settings of a training: the run, the adapter's optimisation and objective, validation; needs no PyTorch."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from selva import flow
+from selva.lora.config import LoRAConfig
+from selva.sequence import DEFAULT_DURATION_SEC
+from selva.utils.device import PRECISIONS
+from selva.utils.settings import required, setting
+from selva.weights.config import GENERAL, ModelConfig
 
 LATENT_MODES = ("sample", "mode")
 LR_SCHEDULES = ("constant", "cosine", "multistep", "cosine_restarts")
 CLIP_FEATURE_MODES = ("use", "empty")
+AUDIO_NORMALIZATIONS = ("peak", "none")
+
+DATA = "data and output"
+OPTIMISATION = "optimisation (a step is one update, whatever --grad_accum is)"
+OBJECTIVE = "objective (the defaults are how the base models were trained)"
+EVALUATION = "evaluation"
+PRESERVATION = "keeping what the model knows"
+MEMORY = "memory and speed"
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """How an adapter is trained; one step is one optimiser update, whatever ``grad_accum`` is."""
 
-    steps: int = 2000
-    lr: float = 1e-4
-    warmup_steps: int = 100
-    lr_schedule: str = "constant"
-    lr_cycles: int = 4  # of cosine_restarts
-    batch_size: int = 4
-    grad_accum: int = 1
-    lora_plus_ratio: float = 1.0  # learning rate of lora_B over that of lora_A (arXiv:2402.12354)
-    weight_decay: float = 1e-6
+    steps: int = setting(2000, "updates", group=OPTIMISATION)
+    lr: float = setting(1e-4, "learning rate", group=OPTIMISATION)
+    warmup_steps: int = setting(100, "updates over which the rate rises", group=OPTIMISATION)
+    lr_schedule: str = setting("constant", "what the rate does then; multistep is MMAudio's", group=OPTIMISATION,
+                               choices=LR_SCHEDULES)
+    lr_cycles: int = setting(4, "cycles of cosine_restarts", group=OPTIMISATION)
+    batch_size: int = setting(4, "clips per forward pass", group=OPTIMISATION)
+    grad_accum: int = setting(1, "forward passes per update", group=OPTIMISATION)
+    lora_plus_ratio: float = setting(  # arXiv:2402.12354
+        1.0, "LoRA+: rate of the B matrices over that of the A matrices", group=OPTIMISATION)
+    weight_decay: float = setting(1e-6, "decoupled weight decay of the adapter", group=OPTIMISATION)
     betas: tuple[float, float] = (0.9, 0.95)
     grad_clip: float = 1.0
-    timestep_mode: str = "logit_normal"
-    logit_normal_sigma: float = 1.0
-    curriculum_switch: float = 0.6  # fraction of all steps
-    null_prob: float = 0.1
-    latent: str = "sample"
-    clip_features: str = "use"
-    ema_decay: float = 0.0  # 0: no average of the adapter is kept
-    patience: int = 0  # stop after so many validations without a new best; 0: never
-    seed: int = 42
-    save_every: int = 500
-    val_every: int = 100
-    log_every: int = 10
+    ema_decay: float = setting(  # 0: no average of the adapter is kept
+        0.0, "keep a moving average of the adapter, which is then what is judged and saved; e.g. 0.999",
+        group=OPTIMISATION)
+    save_every: int = setting(500, "steps between checkpoints, each with a sample", group=OPTIMISATION)
+    timestep_mode: str = setting("logit_normal", "times to train at; curriculum is logit_normal first and uniform "
+                                 "later", group=OBJECTIVE, choices=flow.TIMESTEP_MODES)
+    logit_normal_sigma: float = setting(1.0, "spread of logit_normal", group=OBJECTIVE)
+    curriculum_switch: float = setting(0.6, "fraction of all steps at which curriculum switches", group=OBJECTIVE)
+    null_prob: float = setting(0.1, "how often the video, and separately the text, is replaced by the empty condition",
+                               group=OBJECTIVE)
+    latent: str = setting("sample", "draw each target from the VAE posterior, or take its mode", group=OBJECTIVE,
+                          choices=LATENT_MODES)
+    clip_features: str = setting(
+        "use", "pass CLIP frame features, or the empty ones as official SelVA does; stored in the adapter and followed "
+        "by infer.py", group=OBJECTIVE, choices=CLIP_FEATURE_MODES)
+    val_every: int = setting(100, "steps between validations", group=EVALUATION)
+    patience: int = setting(0, "stop after so many validations without a better one; 0: never", group=EVALUATION)
+    log_every: int = setting(10, "steps between log lines", group=EVALUATION)
+    seed: int = setting(42, "seed of everything random", group=GENERAL)
 
     def __post_init__(self) -> None:
         problems = [
@@ -68,5 +91,59 @@ class TrainConfig:
                                   ("clip_features", CLIP_FEATURE_MODES), ("lr_schedule", LR_SCHEDULES))
             if getattr(self, name) not in allowed
         ]
+        if problems:
+            raise ValueError("; ".join(problems))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One run of ``train_lora.py``: its data, its model, its adapter, its training, and what it writes."""
+
+    data_dir: Path = required("folder of .npz + sound pairs, or an MMAudio memmap", group=DATA)
+    output_dir: Path = setting(Path("lora_output"), "folder of this run", group=DATA)
+    resume: str | None = setting(None, "continue from a step file; auto takes the newest of the output folder, if any",
+                                 group=DATA, metavar="FILE|auto")
+    dry_run: bool = setting(False, "check everything, try two steps, estimate memory and time, and write nothing",
+                            group=DATA)
+    skip_invalid: bool = setting(False, "train without the clips that cannot be used, instead of stopping to name them",
+                                 group=DATA)
+    duration: float = setting(DEFAULT_DURATION_SEC, "longer clips are trained on in windows of this length; shorter "
+                              "ones stay as they are", group=DATA)
+    normalize_audio: str = setting("peak", "peak: 0.95 of full scale, as the base models were trained; none: as "
+                                   "recorded", group=DATA, choices=AUDIO_NORMALIZATIONS)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    training: TrainConfig = field(default_factory=TrainConfig)
+    val_fraction: float = setting(0.1, "share of the clips held out to see overfitting; none below five clips",
+                                  group=EVALUATION)
+    val_dir: Path | None = setting(None, "hold out the clips of this folder instead", group=EVALUATION)
+    keep_last: int = setting(0, "step files to keep; 0: all of them", group=EVALUATION)
+    tensorboard: bool = setting(False, "write the curves for TensorBoard too", group=EVALUATION)
+    preview: bool = setting(True, "generate a sample at every checkpoint", group=EVALUATION)
+    preserve: tuple[str, ...] = setting(
+        (), "sounds that shall stay as they are; the model also trains on what it makes of these prompts now. Without "
+        "them, a new sound may take over others at full strength", group=PRESERVATION, nargs="*", metavar="PROMPT")
+    preserve_share: float = setting(0.5, "share of the training that goes into that", group=PRESERVATION)
+    grad_checkpointing: bool = setting(False, "recompute blocks in the backward pass: less memory for more time",
+                                       group=MEMORY)
+    checkpoint_blocks: int | None = setting(None, "recompute only the first N blocks, as few as the memory needs",
+                                            group=MEMORY, metavar="N", at_least_one=True)
+    compile: bool = setting(
+        False, "compile the blocks: the first steps take a minute or more, less when the same has been compiled "
+        "before, and later ones less; needs a C++ compiler, on NVIDIA GPUs triton", group=MEMORY)
+    precision: str = setting("bf16", "number format of the networks", group=GENERAL, choices=PRECISIONS)
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not 0 <= self.val_fraction < 1:
+            problems.append(f"val_fraction is {self.val_fraction}, expected 0 to below 1")
+        if not 0 < self.preserve_share < 1:
+            problems.append(f"preserve_share is {self.preserve_share}, expected more than 0 and less than 1")
+        if self.keep_last < 0:
+            problems.append(f"keep_last is {self.keep_last}, expected at least 0")
+        folders = {"--data_dir": self.data_dir, "--val_dir": self.val_dir}
+        problems += [f"{flag} {path}: no such folder" for flag, path in folders.items() if path and not path.is_dir()]
+        if self.resume not in (None, "auto") and not Path(self.resume).is_file():
+            problems.append(f"--resume {self.resume}: no such file")
         if problems:
             raise ValueError("; ".join(problems))

@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from selva.utils import torchrun
+from selva.utils.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+PRECISIONS = ("bf16", "fp16", "fp32")
 
 
 def peak_memory_bytes(device: Any) -> int:
@@ -18,3 +26,40 @@ def peak_memory_bytes(device: Any) -> int:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def dtype_of(precision: str) -> torch.dtype:
+    """Return the PyTorch type of one of ``PRECISIONS``.
+
+    Raises:
+        ValueError: another name.
+    """
+    import torch
+
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision!r}, expected one of {', '.join(PRECISIONS)}")
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device of that name; "auto" prefers CUDA, then MPS, then the CPU.
+
+    Under torchrun "cuda" is the device of this process.
+
+    Raises:
+        UsageError: the name is unknown, or this machine has no such device.
+    """
+    import torch
+
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        return torch.device("cuda", torchrun.local_rank())
+    if name == "auto":
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"--device {name}: unknown, expected auto, cpu, cuda, cuda:N or mps") from error
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available.get(device.type, False):
+        raise UsageError(f"--device {name}: there is no such device here; try --device auto")
+    return device

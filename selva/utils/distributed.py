@@ -7,12 +7,9 @@ the whole global batch and computes its own slice of it: N processes do what one
 from __future__ import annotations
 
 import datetime
-import os
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -85,16 +82,3 @@ def join_world(device: torch.device) -> Iterator[World]:
         world.wait()  # a process that leaves while another one still writes can abort in gloo's threads
     finally:
         dist.destroy_process_group()
-
-
-def leave(code: int) -> NoReturn:
-    """End the process with an exit code.
-
-    Under torchrun without the interpreter's teardown: gloo's threads sometimes abort it (exit code -6) when everything
-    is done and written, and torchrun then reports a finished run as failed.
-    """
-    if torchrun.world_size() > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import pytest
@@ -45,11 +44,11 @@ def test_two_sounds_of_one_name_are_noticed():
 def test_a_sound_is_current_when_all_of_it_is_there_and_means_the_same(tmp_path):
     files = SoundFiles(tmp_path / "a.flac", None)
     assert not files.are_current("1")
-    files.save(a_sound(), argparse.Namespace(prompt="x"), "1")
+    files.save(a_sound(), dict(prompt="x"), "1")
     assert files.are_current("1") and not files.are_current("2")
     files.settings.write_text("prompt: x\n")  # by an older version, without a fingerprint
     assert not files.are_current("1")
-    files.save(a_sound(), argparse.Namespace(prompt="x"), "1")
+    files.save(a_sound(), dict(prompt="x"), "1")
     files.audio.unlink()
     assert not files.are_current("1")
 
@@ -66,14 +65,14 @@ def test_what_others_made_is_noticed(tmp_path):
 def test_settings_come_before_and_are_completed_after_the_sound(tmp_path, monkeypatch):
     """A run that is stopped while it writes leaves nothing that looks finished."""
     files = SoundFiles(tmp_path / "a.flac", None)
-    files.save(a_sound(), argparse.Namespace(), "1")
+    files.save(a_sound(), {}, "1")
 
     def interrupted(*_args):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Sound, "save", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        files.save(a_sound(), argparse.Namespace(), "2")
+        files.save(a_sound(), {}, "2")
     assert not files.are_current("1") and not files.are_current("2") and not files.foreign()
 
 

@@ -13,7 +13,7 @@ from make_data import noise
 
 from selva.audio.silence import SilenceMap
 from selva.media import read_audio
-from selva.partition.config import PartitionConfig
+from selva.partition.config import CuttingConfig
 from selva.partition.cut import avoid_silence, cut_recording, hold_out, write_piece
 from selva.partition.segments import Segment
 from selva.partition.windows import Window, partition
@@ -35,7 +35,7 @@ def seconds(windows):
     return [(w.start_sample / RATE, w.end_sample / RATE) for w in windows]
 
 
-AWAY = PartitionConfig(skip_silence=True)
+AWAY = CuttingConfig(skip_silence=True)
 
 
 def test_windows_with_sound_stay_where_they_are(tmp_path):
@@ -74,7 +74,7 @@ def test_all_silent_is_left_out_and_the_threshold_is_the_users(tmp_path):
     windows, (item,) = cut_recording(tmp_path / "a.wav", AWAY)
     assert windows == [] and (item.start_sec, item.end_sec) == (0, 8.1)
     assert item.reason == "more than half of it is silent, below -60 dB" and not item.failed
-    windows, left_out = cut_recording(tmp_path / "a.wav", PartitionConfig(skip_silence=True, silence_db=-90))
+    windows, left_out = cut_recording(tmp_path / "a.wav", CuttingConfig(skip_silence=True, silence_db=-90))
     assert len(windows) == 1 and left_out == []
 
 
@@ -99,7 +99,7 @@ def test_segments_are_cut_where_they_say(tmp_path, caplog):
         Segment("a", 5, 5.5, "short"), Segment("a", 10, 12, "behind"), Segment("a", 2, 2, "nothing"),
     ]
     with caplog.at_level(logging.WARNING):
-        windows, left_out = cut_recording(path, PartitionConfig(), segments)
+        windows, left_out = cut_recording(path, CuttingConfig(), segments)
     assert windows == [
         Window("x", "a", 12_000, 24_000), Window("end", "a", 72_000, 80_000), Window("over", "a", 72_000, 80_000)
     ]
@@ -109,15 +109,15 @@ def test_segments_are_cut_where_they_say(tmp_path, caplog):
         ("nothing", "0.00 s long, expected at least 0.64 s"),
     ]
     assert caplog.text.count("cut there") == 1 and "over ends at 12.00 s" in caplog.text
-    assert len(cut_recording(path, PartitionConfig(min_length_sec=0.5), segments)[0]) == 4
-    assert len(cut_recording(path, PartitionConfig(min_length_sec=0), segments)[0]) == 4
-    assert "no segment" in cut_recording(path, PartitionConfig(), [])[1][0].reason
+    assert len(cut_recording(path, CuttingConfig(min_length_sec=0.5), segments)[0]) == 4
+    assert len(cut_recording(path, CuttingConfig(min_length_sec=0), segments)[0]) == 4
+    assert "no segment" in cut_recording(path, CuttingConfig(), [])[1][0].reason
 
 
 def test_headers_alone_are_read_unless_silence_is_looked_for(tmp_path):
     path = put(tmp_path / "a.flac", [(0, 20)], 20)
     path.write_bytes(path.read_bytes()[:4_000])
-    assert len(cut_recording(path, PartitionConfig())[0]) == 2
+    assert len(cut_recording(path, CuttingConfig())[0]) == 2
     windows, (item,) = cut_recording(path, AWAY)
     assert windows == [] and item.failed and "damaged" in item.reason
 
@@ -125,7 +125,7 @@ def test_headers_alone_are_read_unless_silence_is_looked_for(tmp_path):
 def test_bad_settings_are_refused():
     for wrong in ({"min_length_sec": -1}, {"min_length_sec": float("nan")}, {"max_segments": 0}, {"silence_db": 3}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
-            PartitionConfig(**wrong)
+            CuttingConfig(**wrong)
 
 
 def test_recordings_are_held_out_whole_and_the_same_in_any_order():

@@ -21,10 +21,12 @@ from script_args import TINY
 
 import infer
 import train_lora
+from selva import cli
 from selva.checkpoint import load_adapter
 from selva.flow import SamplingConfig
 from selva.training import run_folder
 from selva.training import sample as preview
+from selva.training.config import RunConfig
 from selva.weights import load as weights
 
 ROOT = Path(__file__).parents[2]
@@ -81,7 +83,8 @@ def test_a_run_writes_everything_it_promises(feature_dir, tmp_path, capsys):
 def test_the_defaults_are_those_of_the_base_models():
     """Pitfalls A3, A4, C1, C2, E3, F10: what the published trainer has as an option or not at all is the default."""
     args = train_lora.build_parser().parse_args(["--data_dir", "."])
-    config, lora_config = train_lora.configs_from(args)
+    run = cli.config_from(RunConfig, args)
+    config, lora_config = run.training, run.lora
     assert (config.timestep_mode, config.logit_normal_sigma, config.null_prob, config.latent) == (
         "logit_normal", 1.0, 0.1, "sample")
     assert (config.weight_decay, config.betas, args.normalize_audio) == (1e-6, (0.9, 0.95), "peak")
@@ -276,7 +279,7 @@ def test_a_dry_run_writes_nothing(feature_dir, tmp_path, capsys):
 
 def test_how_many_blocks_are_recomputed(feature_dir, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(train_lora, "estimate", lambda run: seen.append(run.generator.gradient_checkpointing))
+    monkeypatch.setattr("selva.training.train.estimate", lambda run: seen.append(run.generator.gradient_checkpointing))
     for flags in ((), ("--grad_checkpointing",), ("--checkpoint_blocks", "2")):
         assert train(feature_dir, tmp_path / "run", "--dry_run", *flags) == 0
     assert seen == [False, True, 2]
@@ -291,9 +294,10 @@ def test_compiling_is_refused_where_nothing_can_compile(feature_dir, tmp_path, m
 
 def test_blocks_are_compiled_after_the_sounds_to_preserve_are_made(feature_dir, tmp_path, monkeypatch):
     happened = []
-    monkeypatch.setattr(train_lora, "prepare_to_compile", lambda device: happened.append(str(device)))
-    monkeypatch.setattr(train_lora, "compile_blocks_", lambda generator: happened.append("compile"))
-    monkeypatch.setattr(train_lora, "with_preserved", lambda g, clips, *a, **k: happened.append("preserve") or clips)
+    monkeypatch.setattr("selva.training.train.prepare_to_compile", lambda device: happened.append(str(device)))
+    monkeypatch.setattr("selva.training.setup.compile_blocks_", lambda generator: happened.append("compile"))
+    monkeypatch.setattr("selva.training.setup.with_preserved",
+                        lambda g, clips, *a, **k: happened.append("preserve") or clips)
     assert train(feature_dir, tmp_path / "run", "--dry_run", "--compile", "--preserve", "rain") == 0
     assert happened == ["cpu", "preserve", "compile"]
 
@@ -327,7 +331,7 @@ def test_a_sample_that_cannot_be_made_does_not_end_the_run(feature_dir, tmp_path
     def fail(*args, **kwargs):
         raise ValueError("the sound is not finite")
 
-    monkeypatch.setattr(train_lora.TrainingSample, "write", fail)
+    monkeypatch.setattr("selva.training.sample.TrainingSample.write", fail)
     assert train(feature_dir, tmp_path / "run") == 0
     assert "no sample at step 2: the sound is not finite" in capsys.readouterr().err
 

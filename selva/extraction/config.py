@@ -1,0 +1,112 @@
+"""Settings of ``extract_features.py``; needs no PyTorch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from selva.media.mask_settings import MaskOptions
+from selva.models.variants import get_variant
+from selva.sequence import DEFAULT_DURATION_SEC, sequence_config
+from selva.utils.device import PRECISIONS
+from selva.utils.settings import required, setting
+from selva.weights.config import GENERAL, ModelConfig
+
+INPUT, CLIPS, RUNNING = "input and output", "clips", "running"
+SOUND_ONLY = "sound without pictures (always a memmap)"
+# What has no meaning for sound without pictures.
+VIDEO_ONLY = ("recursive", "video_dir", "audio", "latents", "name", "preview", "overwrite", "prompt", "prompts",
+              "start", "windows", "overlap")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractionConfig:
+    """One call of ``extract_features.py``: the clips, the encoders, and what is written."""
+
+    inputs: list[Path] = setting(
+        [], "videos, folders of videos, or tables (.tsv, .csv) with the columns id and, as you like, path, start, "
+        "duration, prompt, label or caption, mask", group=INPUT, positional=True, nargs="*", metavar="INPUT")
+    recursive: bool = setting(False, "take the subfolders of folders too", group=INPUT)
+    video_dir: Path | None = setting(None, "where a table's videos lie, if not beside it", group=INPUT, metavar="DIR")
+    output_dir: Path = required("where the features go; with --format memmap the data set itself, its table beside it",
+                                group=INPUT)
+    format: str = setting("npz", "npz: one file per clip; memmap: the packed format of MMAudio's own training, for "
+                          "clips of 8 s with sound", group=INPUT, choices=("npz", "memmap"))
+    audio: str | None = setting(
+        None, "the sound beside each .npz: extract decodes it and writes .flac (default); copy takes the stream as it "
+        "is, for MP3, Vorbis, Opus, FLAC and PCM; none leaves it to you", group=INPUT,
+        choices=("extract", "copy", "none"))
+    latents: bool = setting(False, "encode the sound with the VAE too and store mean and deviation in the .npz",
+                            group=INPUT)
+    name: str | None = setting(None, "call the clips NAME_001, NAME_002 ... instead of by their files; a clip that has "
+                               "a number in the output folder keeps it", group=INPUT)
+    preview: Path | None = setting(None, "write a picture per clip that shows what each encoder saw", group=INPUT,
+                                   metavar="DIR")
+    overwrite: bool = setting(False, "extract again even where features are current", group=INPUT)
+    prompt: str = setting("", "what is to be heard, for all clips without a prompt of their own", group=CLIPS)
+    prompts: Path | None = setting(None, "prompts.txt with lines `name.npz: prompt` that go before --prompt",
+                                   group=CLIPS, metavar="FILE")
+    start: float = setting(0.0, "seconds into the video where the clip begins", group=CLIPS)
+    duration: float = setting(DEFAULT_DURATION_SEC, "seconds to use; a shorter video makes a shorter clip",
+                              group=CLIPS)
+    windows: bool = setting(False, "cut all of every video into clips of --duration, called <video>_000, <video>_001 "
+                            "...", group=CLIPS)
+    overlap: float = setting(0.0, "seconds that each of these shares with the next", group=CLIPS)
+    masks: MaskOptions = field(default_factory=MaskOptions)
+    recordings: Path | None = setting(
+        None, "the folder of recordings that INPUT, a clips.tsv of partition_clips.py, cuts", group=SOUND_ONLY,
+        metavar="DIR")
+    captions: Path | None = setting(
+        None, "table with the columns id, a recording's name or a clip's id, and caption", group=SOUND_ONLY,
+        metavar="FILE")
+    workers: int | None = setting(
+        None, "processes that read videos ahead of the encoders; 0 reads in the main process; by default what the "
+        "cores of this machine allow", group=RUNNING)
+    shard: str | None = setting(
+        None, "do every N-th clip only, counted from 1: one of N independent jobs, in any order, on any machines that "
+        "share the output folder. Under torchrun its processes share this part", group=RUNNING, metavar="I/N")
+    strict: bool = setting(False, "stop at the first clip that fails", group=RUNNING)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    seed: int = setting(42, "seed of everything random", group=GENERAL)
+    # The base models were trained on float32 features; half precision saves time on a GPU and rounds them.
+    precision: str = setting("fp32", "number format of the networks", group=GENERAL, choices=PRECISIONS)
+
+    def __post_init__(self) -> None:
+        if problems := list(self._problems()):
+            raise ValueError("; ".join(problems))
+
+    @property
+    def part(self) -> tuple[int, int]:
+        """Number of the part of the work that ``shard`` names, from 0, and the number of all parts."""
+        if self.shard is None:
+            return 0, 1
+        index, count = map(int, self.shard.split("/"))
+        return index - 1, count
+
+    def _problems(self) -> Iterator[str]:
+        """Yield everything that is wrong with the settings together."""
+        match = re.fullmatch(r"(\d+)/(\d+)", self.shard or "1/1")
+        if match is None or not 1 <= int(match[1]) <= int(match[2]):
+            yield f"--shard: {self.shard!r} is not a part like 2/8, from 1/8 to 8/8"
+        try:
+            sequence_config(get_variant(self.model.variant).mode, self.duration)
+        except ValueError as error:
+            yield f"--duration: {error}"
+        yield from (f"{path}: no such file or folder" for path in self.inputs if not path.exists())
+        given = [f"--{name}" for name in VIDEO_ONLY if getattr(self, name) not in (None, False, "", 0.0)]
+        given += ["--mask"] if self.masks.mask else []
+        rules = (
+            (self.workers is not None and self.workers < 0, f"--workers is {self.workers}, expected 0 or more"),
+            ((self.recordings is None) != (self.captions is None) or (self.recordings and len(self.inputs) != 1),
+             "sound without pictures needs one table of clips, --recordings and --captions"),
+            (self.recordings and given,
+             f"{', '.join(given)}: only for videos, not for sound without pictures; leave it out"),
+            (self.format == "memmap" and self.audio is not None,
+             "--audio: a memmap holds the encoded sound, it has no sound files; leave --audio out"),
+            (self.format == "memmap" and self.duration != DEFAULT_DURATION_SEC,
+             f"--duration is {self.duration:g}, but the rows of a memmap are {DEFAULT_DURATION_SEC:g} s; leave "
+             "--duration out, or use --format npz"),
+        )
+        yield from (message for wrong, message in rules if wrong)

@@ -1,0 +1,183 @@
+"""One extraction from its settings to feature files or a memmap; what ``extract_features.py`` calls."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from selva.data.latents import FRONT_END
+from selva.extraction.audio_set import AudioSetExtractor, plan_audio_set, run_sounds
+from selva.extraction.config import ExtractionConfig
+from selva.extraction.extractor import EXTRACTION_VERSION, FeatureExtractor
+from selva.extraction.manifest import ManifestWriter, Outcome, Shard
+from selva.extraction.outputs import FeatureFiles, MemmapRows, beside_memmap, memmap_manifest
+from selva.extraction.pipeline import ClipEncoder, Summary, run
+from selva.extraction.reader import ClipReader, ReadSettings, default_workers, read_clips
+from selva.inputs.jobs import ClipJob, collect_jobs
+from selva.models.variants import Variant, get_variant
+from selva.utils.device import dtype_of, resolve_device
+from selva.utils.errors import UsageError
+from selva.utils.files import atomic_write_text
+from selva.utils.progress import StageTimes
+from selva.utils.settings import settings_text, values_of
+from selva.utils.text import clock
+from selva.utils.torchrun import is_main_process
+from selva.weights.find import check_weights, encoders_identity
+
+log = logging.getLogger(__name__)
+
+ENCODER_PARTS = ("clip_text", "clip_image", "t5", "video_encoder")
+CONFIG_FILE = "extract_config.yaml"
+
+
+def extract(
+    config: ExtractionConfig, announce: Callable[[Path], None] = lambda path: None, debug: bool = False
+) -> bool:
+    """Extract what the settings ask for; return True where a clip failed.
+
+    Args:
+        announce: called with the path of every file or data set when it is written.
+        debug: worker processes show their debug messages too.
+
+    Raises:
+        UsageError: the settings ask for nothing, for something that does not exist, or for two clips of one name.
+        ValueError, FileNotFoundError: tables or weights cannot be used.
+    """
+    device = resolve_device(config.model.device)
+    extractor = FeatureExtractor(
+        get_variant(config.model.variant), config.model.selva_dir, device, dtype_of(config.precision)
+    )
+    if config.recordings:
+        return _extract_sounds(config, extractor, announce)
+    return _extract_videos(config, extractor, announce, debug)
+
+
+def work_list(config: ExtractionConfig) -> list[ClipJob]:
+    """Return the clips that the arguments ask for.
+
+    Raises:
+        UsageError: they ask for nothing, for something that does not exist, or for two clips of one name.
+    """
+    try:
+        jobs = collect_jobs(
+            config.inputs, recursive=config.recursive, prompt=config.prompt, prompts=config.prompts,
+            start_sec=config.start, duration_sec=config.duration, windows=config.windows, overlap_sec=config.overlap,
+            mask=config.masks.mask, name=config.name,
+            name_dir=config.output_dir if config.format == "npz" else None, video_dir=config.video_dir,
+        )
+    except (ValueError, FileNotFoundError) as error:
+        raise UsageError(str(error)) from error
+    for job in jobs:
+        config.masks.of_clip(job.mask)  # says what is wrong with them
+    without = sum(not job.prompt for job in jobs)
+    if without:
+        log.warning("%d of %d clips have no prompt: their sounds can later only be asked for without words, and the "
+                    "video encoder cannot look for anything. Give --prompt or --prompts", without, len(jobs))
+    return jobs
+
+
+def open_output(config: ExtractionConfig, variant: Variant, jobs: list[ClipJob]) -> FeatureFiles | MemmapRows:
+    """Return what takes the features; the config of the run is written beside it."""
+    if config.format == "memmap":
+        settings = {"extraction_version": EXTRACTION_VERSION, "encoders": encoders_identity(variant),
+                    "mode": variant.mode, "precision": config.precision, "front_end": FRONT_END}
+        output = MemmapRows(config.output_dir, variant, jobs, settings)
+    else:
+        output = FeatureFiles(config.output_dir, variant)
+    write_config(output.beside(CONFIG_FILE), config)
+    return output
+
+
+def write_config(path: Path, config: ExtractionConfig) -> None:
+    """Write the settings that all processes of a run share."""
+    if is_main_process():
+        atomic_write_text(path, settings_text({**values_of(config), "shard": None}))
+
+
+def open_accounts(
+    config: ExtractionConfig, manifest: Path, state: Path, rows: list[tuple[str, str, float | None]], prompts: list[str]
+) -> ManifestWriter:
+    """Return the books of this process about its share of the work list."""
+    index, count = config.part
+    settings = {name: str(value) for name, value in values_of(config).items() if name in (
+        "format", "audio", "latents", "variant", "precision", "mask_strength", "mask_clip", "mask_sync")}
+    return ManifestWriter(manifest, state, rows, [settings, prompts], Shard.of_process(index, count))
+
+
+def report(summary: Summary, outcome: Outcome | None, manifest: Path) -> None:
+    log.info("%s", summary.table())
+    log.info("%d extracted, %d already current, %d left out, %d failed, in %s", summary.extracted, summary.current,
+             summary.skipped, summary.failed, clock(summary.elapsed_sec))
+    if outcome is None:
+        log.error("stopped at the first clip that failed (--strict)")
+    elif not outcome.complete:
+        log.info("this part is finished; the manifest will be complete when the parts %s are",
+                 ", ".join(map(str, outcome.unfinished)))
+    else:
+        log.info("what became of every clip: %s", manifest)
+
+
+def any_failed(summary: Summary, outcome: Outcome | None, shard: Shard) -> bool:
+    """Return True where a clip failed that this process has to answer for.
+
+    torchrun ends the other processes when one of them fails, so under torchrun the last one to finish speaks for all.
+    """
+    if outcome is None or len(shard.indices_in_group) == 1:
+        return bool(summary.failed)
+    return outcome.group_complete and bool(outcome.group_failed)
+
+
+def _extract_videos(
+    config: ExtractionConfig, extractor: FeatureExtractor, announce: Callable[[Path], None], debug: bool
+) -> bool:
+    """Extract features of videos; return True where a clip failed."""
+    variant, jobs = extractor.variant, work_list(config)
+    latents = config.latents or config.format == "memmap"
+    check_weights(variant.name, config.model.selva_dir, (*ENCODER_PARTS, *(("vae",) if latents else ())))
+    output = open_output(config, variant, jobs)
+    settings = ReadSettings(
+        variant.name, str(extractor.precision).removeprefix("torch."),
+        None if config.format == "memmap" else config.output_dir, config.audio or "extract", latents, config.overwrite,
+        config.masks.mask_strength, config.masks.mask_clip, config.masks.mask_sync, config.preview,
+    )
+    reader = ClipReader(jobs, settings, output.digests)
+    rows = [(job.id, str(job.path), job.start_sec) for job in jobs]
+    with open_accounts(config, output.manifest, output.state, rows, [job.prompt for job in jobs]) as accounts:
+        own = accounts.shard.own(len(jobs))
+        workers = config.workers if config.workers is not None else default_workers(len(own))
+        encoder = ClipEncoder(extractor, jobs, own, StageTimes())
+        clips = read_clips(reader, own, workers, debug)
+        summary = run(clips, len(own), encoder, output, accounts, strict=config.strict, announce=announce)
+        stopped = config.strict and summary.failed
+        outcome = None if stopped else accounts.finish()
+        for path in [] if stopped else output.finish():
+            announce(path)
+    output.close()
+    report(summary, outcome, output.manifest)
+    return any_failed(summary, outcome, accounts.shard)
+
+
+def _extract_sounds(
+    config: ExtractionConfig, extractor: FeatureExtractor, announce: Callable[[Path], None]
+) -> bool:
+    """Make a set of sound without pictures; return True where a clip failed."""
+    jobs = plan_audio_set(config.inputs[0], config.captions, config.recordings)
+    check_weights(extractor.variant.name, config.model.selva_dir, ("clip_text", "vae"))
+    rows = [(job.window.id, str(job.path or job.window.name), None) for job in jobs]
+    workers = config.workers if config.workers is not None else default_workers(len(jobs))
+    sounds = AudioSetExtractor(extractor, num_workers=workers)
+    with sounds.open_writer(config.output_dir, jobs) as writer:
+        manifest, state = memmap_manifest(config.output_dir)
+        write_config(beside_memmap(config.output_dir, CONFIG_FILE), config)
+        with open_accounts(config, manifest, state, rows, [job.caption for job in jobs]) as accounts:
+            own = accounts.shard.own_groups([job.window.name for job in jobs])  # a recording is read once
+            extractor.prepare_texts({jobs[index].caption for index in own}, sync=False)
+            results = sounds.run(jobs, writer, own)
+            summary = run_sounds(results, len(own), jobs, accounts, config.output_dir.name, config.strict)
+            stopped = config.strict and summary.failed
+            outcome = None if stopped else accounts.finish()
+            if not stopped and writer.publish_if_complete():
+                announce(config.output_dir)
+    report(summary, outcome, manifest)
+    return any_failed(summary, outcome, accounts.shard)

@@ -1,0 +1,128 @@
+"""Settings of ``infer.py``; needs no PyTorch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from selva.audio.config import DEFAULT_TARGETS, LOUDNESS_METHODS
+from selva.flow import SamplingConfig
+from selva.inputs.suffixes import OUTPUT_AUDIO_SUFFIXES, OUTPUT_VIDEO_SUFFIXES
+from selva.media.mask_settings import MaskOptions
+from selva.sequence import DEFAULT_DURATION_SEC, SHORTEST_SEC
+from selva.utils.device import PRECISIONS
+from selva.utils.settings import setting
+from selva.weights.config import GENERAL, ModelConfig
+
+CLIP_FEATURE_CHOICES = ("auto", "use", "empty")
+OFFLOAD_CHOICES = ("auto", "none")
+DEFAULT_BATCH_SIZE = 4
+WHOLE_VIDEO_SEC = 86_400.0  # longer than any; a video that ends earlier makes a shorter clip
+
+INPUT, OUTPUT, ADAPTERS, SAMPLING = "what to make sound for", "what to write", "adapters", "sampling"
+SUFFIXES = OUTPUT_AUDIO_SUFFIXES + OUTPUT_VIDEO_SUFFIXES
+
+
+@dataclass(frozen=True)
+class InferenceConfig:
+    """One call of ``infer.py``: for what sound is made, with which model and adapters, and what is written."""
+
+    inputs: list[Path] = setting(
+        [], "videos, folders of videos, or tables (.tsv, .csv) with the columns id, and optionally prompt, path, "
+        "start, duration, mask", group=INPUT, positional=True, nargs="*", metavar="INPUT")
+    video: list[Path] = setting([], "a video; may be given several times", group=INPUT, repeat=True, metavar="FILE")
+    features: list[Path] = setting(
+        [], "features from extract_features.py instead: an .npz or a folder of them; may be given several times",
+        group=INPUT, repeat=True, metavar="PATH")
+    recursive: bool = setting(False, "take the subfolders of a folder too", group=INPUT)
+    prompt: str | None = setting(None, "what is to be heard (default with --features: their own prompt); alone, sound "
+                                 "is made from words only", group=INPUT)
+    prompts: Path | None = setting(None, "prompts.txt with lines `name.npz: prompt`", group=INPUT, metavar="FILE")
+    negative_prompt: str = setting("", "what is not to be heard", group=INPUT)
+    start: float = setting(0.0, "seconds into the video where the sound begins", group=INPUT)
+    duration: float | None = setting(
+        None, f"seconds of sound (default {DEFAULT_DURATION_SEC:g}, or what the features cover; with --long to the end "
+        "of the video)", group=INPUT)
+    long: bool = setting(False, f"go through more than {DEFAULT_DURATION_SEC:g} s in overlapping windows that are "
+                         "sampled together", group=INPUT)
+    masks: MaskOptions = field(default_factory=MaskOptions)
+    output: Path = setting(Path("output"), "a folder, or for one sound a file name ending in .flac, .wav, .mp4, .mov, "
+                           ".mkv or .m4v", group=OUTPUT)
+    audio_only: bool = setting(False, "write no video", group=OUTPUT)
+    normalize: str = setting(
+        "none", "bring each sound to a level: its RMS, its loudness or its true peak, which is kept below -1 dBTP in "
+        "any case. none: the level that the model makes", group=OUTPUT, choices=LOUDNESS_METHODS)
+    target: float | None = setting(
+        None, "that level (default " + ", ".join(f"{k} {v:g}" for k, v in DEFAULT_TARGETS.items()) + ")", group=OUTPUT,
+        metavar="DB")
+    overwrite: bool = setting(False, "make again what is there already", group=OUTPUT)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    adapter: list[Path] = setting([], "LoRA adapter, ours or one of ComfyUI-SelVA; may be given several times",
+                                  group=ADAPTERS, repeat=True, metavar="FILE")
+    strength: list[float] = setting([], "strength of the adapter at the same position (default 1; 0 is the base model)",
+                                    group=ADAPTERS, repeat=True)
+    clip_features: str = setting(
+        "auto", "pass CLIP frame features, or the empty ones. auto: what the adapter was trained with; without one, "
+        "empty for SelVA and use for MMAudio, as officially released", group=ADAPTERS, choices=CLIP_FEATURE_CHOICES)
+    compare: Path | None = setting(
+        None, "the same clips and seeds with each line of this list: `path strength [label]`, or `base`; writes one "
+        "sheet of spectrograms and the figures", group=ADAPTERS, metavar="FILE")
+    reference: Path | None = setting(
+        None, "with --compare: sounds named like the clips to compare with (default: the video's own sound, or the one "
+        "beside the features)", group=ADAPTERS, metavar="DIR")
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    num_variations: int = setting(
+        1, "sounds per clip, with the seeds --seed to --seed + N - 1, called <name>_1 to <name>_N", group=SAMPLING,
+        metavar="N", at_least_one=True)
+    batch_size: int = setting(DEFAULT_BATCH_SIZE, "sounds of equal length that are sampled at once", group=SAMPLING,
+                              at_least_one=True)
+    offload: str = setting(
+        "auto", "auto: load one network after the other and free it, which takes the least memory; none: keep all "
+        "loaded, which is quicker for many clips", group=SAMPLING, choices=OFFLOAD_CHOICES)
+    seed: int = setting(42, "seed of everything random", group=GENERAL)
+    precision: str = setting("bf16", "number format of the networks", group=GENERAL, choices=PRECISIONS)
+
+    def __post_init__(self) -> None:
+        if problems := list(self._problems()):
+            raise ValueError("; ".join(problems))
+
+    @property
+    def videos(self) -> list[Path]:
+        """Everything that is to get sound for its pictures."""
+        return [*self.inputs, *self.video]
+
+    @property
+    def output_is_file(self) -> bool:
+        """True where ``output`` names the file of a single sound, not a folder."""
+        return self.output.suffix.lower() in SUFFIXES and not self.output.is_dir()
+
+    def _problems(self) -> Iterator[str]:
+        """Yield everything that is wrong with the settings together."""
+        videos, suffix = bool(self.videos), self.output.suffix.lower()
+        files = (*self.adapter, self.prompts, self.compare)
+        yield from (f"{path}: no such file" for path in files if path and not path.is_file())
+        yield from (f"{path}: no such file" for path in (*self.videos, *self.features) if not path.exists())
+        yield from (f"--output {self.output}: is the video itself" for path in self.videos
+                    if self.output.is_file() and path.is_file() and self.output.samefile(path))
+        rules = (
+            (videos and self.features, "give videos or --features, not both"),
+            (not (videos or self.features or self.prompt), "give a video, --features or --prompt"),
+            (len(self.strength) > len(self.adapter),
+             f"{len(self.strength)} --strength for {len(self.adapter)} --adapter"),
+            (self.compare and self.adapter, "with --compare the adapters stand in its list, not in --adapter"),
+            (self.reference and not self.compare, "--reference belongs to --compare"),
+            (suffix and suffix not in SUFFIXES and not self.output.is_dir(),
+             f"--output {self.output}: expected a folder or a name ending in {', '.join(SUFFIXES)}"),
+            (self.output_is_file and self.compare, f"--output {self.output}: --compare writes a folder"),
+            (suffix in OUTPUT_VIDEO_SUFFIXES and (self.audio_only or not videos),
+             f"--output {self.output}: a video is only written with --video and without --audio_only"),
+            (self.duration is not None and not SHORTEST_SEC <= self.duration < math.inf,
+             f"--duration is {self.duration}, expected at least {SHORTEST_SEC} seconds"),
+            (not videos and (self.start or self.masks.mask or self.prompts),
+             "--start, --mask and --prompts belong to videos; features have theirs already"),
+            (self.target is not None and (self.normalize == "none" or not math.isfinite(self.target)),
+             f"--target {self.target or 0:g}: expected a number of dB, together with --normalize"),
+        )
+        yield from (message for wrong, message in rules if wrong)

@@ -1,0 +1,154 @@
+"""Plan of a call of ``infer.py``: from its settings to requests, adapters, and the files to write."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from selva.inference.batch import AdapterSetup, BatchClip, Variation
+from selva.inference.compare import read_compare_list
+from selva.inference.config import WHOLE_VIDEO_SEC, InferenceConfig
+from selva.inference.engine import load_adapters
+from selva.inference.outputs import shared_names, sound_files
+from selva.inference.request import SoundRequest
+from selva.inputs.jobs import ClipJob, collect_jobs
+from selva.media.container import video_length
+from selva.models.variants import get_variant
+from selva.sequence import DEFAULT_DURATION_SEC
+from selva.utils.errors import UsageError
+from selva.utils.settings import values_of
+from selva.utils.text import listed
+
+log = logging.getLogger(__name__)
+
+
+def collect_requests(config: InferenceConfig) -> dict[str, SoundRequest]:
+    """Return what sound is to be made for, by the name of the output."""
+    if config.features:
+        return feature_requests(config)
+    if not config.videos:
+        request = SoundRequest(None, None, config.prompt, config.negative_prompt, duration_sec=config.duration)
+        return {name_of_words(config.prompt): request}
+    try:
+        jobs = collect_jobs(
+            config.videos, recursive=config.recursive, prompt=config.prompt or "", prompts=config.prompts,
+            start_sec=config.start, mask=config.masks.mask,
+            duration_sec=config.duration or (WHOLE_VIDEO_SEC if config.long else DEFAULT_DURATION_SEC),
+        )
+    except (ValueError, OSError) as error:
+        raise UsageError(str(error)) from error
+    warn_of_long_videos(config, jobs)
+    # Words typed for a video that was named itself are meant; a folder's or a table's own prompts go first.
+    named = {path for path in config.videos if path.is_file()}
+    prompts = {job.id: config.prompt if config.prompt and job.path in named else job.prompt for job in jobs}
+    if without := [id_ for id_, prompt in prompts.items() if not prompt]:
+        log.warning("no prompt for %s: the model is not told what is to be heard", listed(without))
+    return {
+        job.id: SoundRequest(job.path, None, prompts[job.id], config.negative_prompt, job.start_sec, job.duration_sec,
+                             config.masks.of_clip(job.mask))
+        for job in jobs
+    }
+
+
+def name_of_words(prompt: str | None) -> str:
+    """Return a file name for the sound of words alone."""
+    return re.sub(r"\W+", "_", prompt or "").strip("_")[:60] or "sound"
+
+
+def feature_requests(config: InferenceConfig) -> dict[str, SoundRequest]:
+    requests: dict[str, SoundRequest] = {}
+    for path in config.features:
+        found = sorted(p for p in path.glob("*.npz") if not p.name.startswith(".")) if path.is_dir() else [path]
+        if not found:
+            raise UsageError(f"{path}: no .npz in this folder")
+        for file in found:
+            if file.stem in requests:
+                raise UsageError(f"{requests[file.stem].features} and {file} would both become {file.stem}.flac")
+            requests[file.stem] = SoundRequest(None, file, config.prompt, config.negative_prompt,
+                                               duration_sec=config.duration)
+    return requests
+
+
+def warn_of_long_videos(config: InferenceConfig, jobs: Sequence[ClipJob]) -> None:
+    """Say which videos get sound for their beginning only because nothing else was asked for."""
+    if config.long:
+        return
+    if config.duration is not None:
+        if config.duration > DEFAULT_DURATION_SEC:
+            log.info("%g s in one pass; the models were trained on %g s, and --long goes on in windows of that",
+                     config.duration, DEFAULT_DURATION_SEC)
+        return
+    longer = []
+    for job in jobs:
+        try:
+            seconds = video_length(job.path) - job.start_sec
+        except (ValueError, OSError):
+            continue  # it will fail by name
+        if job.duration_sec == DEFAULT_DURATION_SEC and seconds > DEFAULT_DURATION_SEC + 0.5:
+            longer.append(f"{job.path.name} ({seconds:.1f} s)")
+    if longer:
+        log.warning("sound is made for the first %g s only of %s; --long goes through the whole video",
+                    DEFAULT_DURATION_SEC, listed(longer))
+
+
+def adapter_settings(config: InferenceConfig) -> list[AdapterSetup]:
+    """Return the adapters and strengths to use: one setting, or those of the list to compare."""
+    variant = get_variant(config.model.variant)
+    if config.compare:
+        lines = read_compare_list(config.compare)
+        return [AdapterSetup(line.label, load_adapters(line.adapters, variant), line.adapters) for line in lines]
+    strengths = config.strength + [1.0] * (len(config.adapter) - len(config.strength))
+    specs = tuple(zip(config.adapter, strengths, strict=True))
+    for path, strength in specs:
+        log.info("adapter %s at strength %g", path, strength)
+    return [AdapterSetup("", load_adapters(specs, variant), specs)]
+
+
+def plan_clip(
+    config: InferenceConfig, name: str, request: SoundRequest, settings: Sequence[AdapterSetup]
+) -> BatchClip:
+    """Return a clip with one variation for every setting and seed."""
+    variations = []
+    for index, setting in enumerate(settings):
+        output = config.output / setting.label if config.compare else config.output
+        for number in range(1, config.num_variations + 1):
+            seed = config.seed + number - 1
+            files = sound_files(output, name, request.video is not None, config.audio_only,
+                                number if config.num_variations > 1 else None)
+            # From a folder, the settings would name the sound after its source, and know no number.
+            own_name = config.num_variations == 1 and name in (Path(request.source).stem, name_of_words(request.prompt))
+            target = output if own_name else files.written[0]
+            variations.append(Variation(index, seed, files, variation_settings(config, request, setting, seed, target)))
+    return BatchClip(name, request, variations)
+
+
+def variation_settings(
+    config: InferenceConfig, request: SoundRequest, setting: AdapterSetup, seed: int, output: Path
+) -> dict[str, Any]:
+    """Return the settings, by the names of the flags, that make this one sound again."""
+    own: dict[str, Any] = {
+        "inputs": [], "video": [request.video] if request.video else [], "prompts": None, "recursive": False,
+        "features": [request.features] if request.features else [], "prompt": request.prompt, "seed": seed,
+        "start": request.start_sec, "mask": request.mask.path if request.mask else None,
+        "duration": None if request.duration_sec == WHOLE_VIDEO_SEC else request.duration_sec,
+        "adapter": [path for path, _ in setting.specs], "strength": [strength for _, strength in setting.specs],
+        "compare": None, "reference": None, "overwrite": False, "num_variations": 1, "output": output,
+    }
+    return values_of(config) | own
+
+
+def check_names(config: InferenceConfig, clips: Sequence[BatchClip]) -> None:
+    """Raise a UsageError if two sounds would be written to one file, or one over somebody else's."""
+    if config.output_is_file and len(clips) > 1:
+        raise UsageError(f"--output {config.output}: is one file, but there are {len(clips)} clips; name a folder")
+    if shared := shared_names(variation.files for clip in clips for variation in clip.variations):
+        raise UsageError(f"{shared[0]} would be written twice; rename one of the clips, or another --output")
+    if config.output_is_file or config.overwrite:
+        return  # that very file is meant
+    foreign = [str(path) for clip in clips for variation in clip.variations for path in variation.files.foreign()]
+    if foreign:
+        raise UsageError(f"{listed(foreign)}: there already, and not made by infer.py, which would have left a "
+                             ".yaml beside it; name another --output, or replace it with --overwrite")

@@ -1,0 +1,171 @@
+"""One partition from its settings to the tables of clips; what ``partition_clips.py`` calls."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from selva.inputs.prompts import read_sidecar
+from selva.partition.config import CuttingConfig, PartitionConfig
+from selva.partition.cut import (
+    LeftOut,
+    collect_recordings,
+    cut_recording,
+    forgotten_pieces,
+    hold_out,
+    write_left_out,
+    write_piece,
+)
+from selva.partition.segments import Segment, find_delimiter, read_segments
+from selva.partition.windows import (
+    WINDOW_SEC,
+    Window,
+    caption_of,
+    read_captions,
+    table_captions,
+    write_captions,
+    write_clips,
+)
+from selva.utils.errors import UsageError
+from selva.utils.files import atomic_write_text
+from selva.utils.progress import Progress
+from selva.utils.settings import settings_text, values_of
+from selva.utils.text import listed
+
+log = logging.getLogger(__name__)
+
+NAMED = 20  # of what is left out, on the terminal; left_out.tsv has all
+
+
+def partition_recordings(config: PartitionConfig) -> tuple[list[Path], bool]:
+    """Cut recordings and write the tables; return their paths, and True where a recording could not be read.
+
+    Raises:
+        UsageError: no recording is in the range that was asked for.
+        ValueError, FileNotFoundError: there are no recordings, no clips, or a table cannot be used.
+    """
+    recordings, not_taken = collect_recordings(config.data_dir)
+    chosen, part = choose_part(recordings, config)
+    segments = read_segments(config.segments, {path.stem for path in recordings}) if config.segments else None
+    of_clips = {s.id: s.text for given in (segments or {}).values() for s in given if s.text}
+    of_names = find_captions(recordings, config.captions)
+
+    cut = cut_all(chosen, config.cutting, segments)
+    cut.left_out += not_taken if config.start == 0 else []
+    if config.write_audio is not None:
+        write_pieces(cut, chosen, table_captions(cut.windows, of_clips, of_names), config.write_audio)
+        if not part and (old := forgotten_pieces(config.write_audio, cut.windows)):
+            log.warning("%s: of no clip of this run: %s; remove them if they are of an earlier one",
+                        config.write_audio, listed(old))
+    report_left_out(cut.left_out, config.output_dir / f"left_out{part}.tsv")
+    if not cut.windows:
+        wanted = "" if segments or config.cutting.min_length_sec is not None else f" of {WINDOW_SEC} s"
+        raise ValueError(f"{config.data_dir}: none of {len(chosen)} recordings gives a clip{wanted}")
+    names = {window.name for window in cut.windows}
+    held_out = hold_out(names, config.val_fraction, config.seed) if config.val_fraction else set()
+
+    captions = table_captions(cut.windows, of_clips, of_names)
+    tables = write_tables(cut, held_out, captions, config.output_dir, part)
+    atomic_write_text(config.output_dir / f"clips{part}_config.yaml", settings_text(values_of(config)))
+    failed = {item.path for item in cut.left_out if item.failed}
+    log.info("%d clips from %d of %d recordings, %d unreadable", len(cut.windows), len(names), len(chosen), len(failed))
+    if held_out:
+        log.info("%d of these recordings are held out for validation", len(held_out))
+    return tables, bool(failed)
+
+
+def choose_part(recordings: Sequence[Path], config: PartitionConfig) -> tuple[Sequence[Path], str]:
+    """Return the recordings of this process, and what its tables are called after ``clips``."""
+    end = len(recordings) if config.end == -1 else min(config.end, len(recordings))
+    chosen = recordings[config.start : end]
+    if not chosen:
+        raise UsageError(
+            f"--start {config.start} --end {config.end}: no recording in this range, "
+            f"{config.data_dir} has {len(recordings)} (0 ... {len(recordings) - 1})"
+        )
+    whole = config.start == 0 and config.end == -1
+    return chosen, "" if whole else f"_{config.start}_{end}"
+
+
+@dataclass
+class Cut:
+    """The clips so far, and what gave none."""
+
+    windows: list[Window] = field(default_factory=list)
+    left_out: list[LeftOut] = field(default_factory=list)
+
+
+def cut_all(
+    recordings: Sequence[Path], config: CuttingConfig, segments: dict[str, list[Segment]] | None
+) -> Cut:
+    """Return the clips of all recordings."""
+    cut = Cut()
+    with Progress(len(recordings), "finding silence" if config.skip_silence else "reading headers", "files") as bar:
+        for number, path in enumerate(recordings, 1):
+            given = None if segments is None else segments.get(path.stem, [])
+            windows, left_out = cut_recording(path, config, given)
+            cut.windows += windows
+            cut.left_out += left_out
+            bar.update(number)
+    return cut
+
+
+def find_captions(recordings: Sequence[Path], table: Path | None) -> dict[str, str]:
+    """Return {name: caption}: of the table, else of the text file beside a recording."""
+    written = read_captions(table, find_delimiter(table)) if table else {}
+    unused = sorted(set(written) - {path.stem for path in recordings})
+    if unused:
+        log.warning("%s: no recording for %s", table, listed(unused))
+    captions = {}
+    for path in recordings:
+        note = path.with_suffix(".txt")
+        caption = written.get(path.stem) or (read_sidecar(note) if note.is_file() else "")
+        if caption:
+            captions[path.stem] = caption
+    return captions
+
+
+def write_pieces(cut: Cut, recordings: Sequence[Path], captions: dict[str, str], folder: Path) -> None:
+    """Write the sound of every clip; clips whose sound cannot be read leave the table."""
+    by_name = {path.stem: path for path in recordings}
+    readable = []
+    with Progress(len(cut.windows), "writing sound", "clips") as bar:
+        for number, window in enumerate(cut.windows, 1):
+            recording = by_name[window.name]
+            try:
+                write_piece(recording, window, folder, caption_of(window, captions))
+                readable.append(window)
+            except (ValueError, OSError) as error:
+                reason = str(error).removeprefix(f"{recording}: ")
+                cut.left_out.append(LeftOut(recording, reason, window.id, failed=True))
+            bar.update(number)
+    cut.windows = readable
+
+
+def report_left_out(left_out: Sequence[LeftOut], table: Path) -> None:
+    """Name what was left out, the failures first and the rest up to a limit."""
+    for item in sorted(left_out, key=lambda item: not item.failed)[:NAMED]:
+        log.log(logging.ERROR if item.failed else logging.WARNING, "skipped %s", item)
+    if len(left_out) > NAMED:
+        log.warning("... and %d more, see %s", len(left_out) - NAMED, table)
+
+
+def write_tables(cut: Cut, held_out: set[str], captions: dict[str, str], output_dir: Path, part: str) -> list[Path]:
+    """Write all tables of a run and return those with clips and captions; remove what a run before had more."""
+    train, val, texts = (output_dir / f"{name}{part}.tsv" for name in ("clips", "clips_val", "captions"))
+    written = [train]
+    write_clips(train, [window for window in cut.windows if window.name not in held_out])
+    if held_out:
+        write_clips(val, [window for window in cut.windows if window.name in held_out])
+        written.append(val)
+    if captions:
+        write_captions(texts, captions)
+        written.append(texts)
+    for old in {val, texts}.difference(written):
+        if old.exists():
+            old.unlink()
+            log.warning("removed %s: it was of an earlier run, and this one has none", old)
+    write_left_out(output_dir / f"left_out{part}.tsv", cut.left_out)
+    return written

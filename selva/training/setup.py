@@ -1,0 +1,180 @@
+"""Preparation of a run: the state to resume from, the clips, the base model with its adapter."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from selva.checkpoint import TrainingState, check_same_settings, load_checkpoint, load_newest_checkpoint
+from selva.data.dataset import ClipDataset, split_validation
+from selva.data.folder_dataset import FolderDataset, load_clip_dataset
+from selva.data.summary import summarise
+from selva.lora.layers import inject_lora
+from selva.models.generator import cast_frozen_
+from selva.models.variants import get_variant
+from selva.training.compiling import compile_blocks_
+from selva.training.config import RunConfig
+from selva.training.prior_preservation import with_preserved
+from selva.training.run import TrainingRun
+from selva.utils.device import dtype_of, peak_memory_bytes
+from selva.utils.distributed import World
+from selva.utils.text import clock
+from selva.weights.load import load_clip_text, load_generator
+
+log = logging.getLogger(__name__)
+
+
+def adapter_meta(config: RunConfig, num_clips: int) -> dict[str, Any]:
+    """Return what is stored in every adapter of the run: the published keys, and ours that others ignore."""
+    training = config.training
+    return {
+        "variant": config.model.variant,
+        "steps": training.steps,
+        "timestep_mode": training.timestep_mode,
+        "logit_normal_sigma": training.logit_normal_sigma,
+        "curriculum_switch": training.curriculum_switch,
+        "lora_plus_ratio": training.lora_plus_ratio,
+        "clip_features": training.clip_features,
+        "num_clips": num_clips,
+        "train_config": {**dataclasses.asdict(training), "betas": list(training.betas)},
+        "normalize_audio": config.normalize_audio,
+        "precision": config.precision,
+        "preserve": list(config.preserve),
+        "preserve_share": config.preserve_share,
+    }
+
+
+# -- resuming ----------------------------------------------------------------------------------------------------------
+
+
+def find_resume(config: RunConfig) -> TrainingState | None:
+    """Return the state that ``--resume`` names; None for a fresh start."""
+    if config.resume is None:
+        return None
+    if config.resume != "auto":
+        return load_checkpoint(config.resume)
+    saved = load_newest_checkpoint(config.output_dir)
+    log.info("resuming from %s", saved.path) if saved else log.info("nothing to resume in %s", config.output_dir)
+    return saved
+
+
+# Settings of TrainConfig that change what is learned; the others may change when a run is continued.
+FIXED_SETTINGS = ("clip_features", "latent", "null_prob", "timestep_mode", "logit_normal_sigma", "seed")
+
+
+def check_resumable(saved: TrainingState, config: RunConfig) -> None:
+    """Raise a ValueError if the run is at its end, or if continuing would mix two different trainings.
+
+    A run that was stopped between its last step and its final adapter is not at its end.
+    """
+    training = config.training
+    finished = (config.output_dir / "adapter_final.pt").exists()
+    if saved.step > training.steps or (saved.step == training.steps and finished):
+        raise ValueError(f"{saved.path}: is at step {saved.step} and --steps is {training.steps}; "
+                         "give a larger --steps")
+    check_same_settings(saved, config.lora)
+    before = saved.meta.get("train_config", {})
+    pairs = {name: (before[name], getattr(training, name)) for name in FIXED_SETTINGS if name in before}
+    for name, now in (("variant", config.model.variant), ("normalize_audio", config.normalize_audio),
+                      ("preserve", list(config.preserve)), ("preserve_share", config.preserve_share)):
+        pairs[name] = (saved.meta.get(name, now), now)
+    different = [f"{name} was {was!r} and is {now!r} now" for name, (was, now) in pairs.items() if was != now]
+    if different:
+        raise ValueError(f"{saved.path}: continuing with other settings would mix two trainings: "
+                         f"{'; '.join(different)}. Use the same settings, or start a new run")
+
+
+# -- data --------------------------------------------------------------------------------------------------------------
+
+
+def load_clips(config: RunConfig, data_dir: Path, device: torch.device, world: World) -> ClipDataset:
+    """Return the clips of a data folder, encoded; every clip that cannot be used is named.
+
+    Raises:
+        ValueError: no clip can be used, or some cannot and ``--skip_invalid`` is not given.
+    """
+    def load() -> tuple[ClipDataset, list[tuple[Path, str]]]:
+        return load_clip_dataset(
+            data_dir, get_variant(config.model.variant), config.model.selva_dir, device,
+            max_duration_sec=config.duration, normalize_audio=config.normalize_audio, use_cache=not config.dry_run,
+        )
+
+    if not world.is_main:  # rank 0 has filled the cache when the others look
+        world.wait()
+    clips, problems = load()
+    if world.is_main:
+        world.wait()
+    for path, reason in problems:
+        log.error("%s", reason if str(path) in reason else f"{path}: {reason}")
+    if world.is_main and isinstance(clips, FolderDataset) and len(clips):
+        summary = summarise(clips, problems)
+        for line in summary.lines():
+            log.info("%s", line)
+        for line in summary.warnings():
+            log.warning("%s", line)
+    if not len(clips):
+        raise ValueError(f"{data_dir}: no clip can be trained on; extract_features.py makes .npz + sound pairs")
+    if problems and not config.skip_invalid:
+        raise ValueError(f"{data_dir}: {len(problems)} files cannot be used, see above; repair or remove them, or give "
+                         "--skip_invalid to train without them")
+    return clips
+
+
+def load_split(config: RunConfig, device: torch.device, world: World) -> tuple[ClipDataset, ClipDataset]:
+    """Return (training, held-out) clips, as ``--val_dir`` or ``--val_fraction`` divides them."""
+    clips = load_clips(config, config.data_dir, device, world)
+    if config.val_dir is None:
+        clips, val_clips = split_validation(clips, config.val_fraction, config.training.seed)
+    else:
+        val_clips = load_clips(config, config.val_dir, device, world)
+    log.info("%d clips to train on, %d held out%s", len(clips), len(val_clips),
+             "" if len(val_clips) else ": overfitting will not be seen")
+    return clips, val_clips
+
+
+# -- model -------------------------------------------------------------------------------------------------------------
+
+
+def build_run(
+    config: RunConfig, clips: tuple[ClipDataset, ClipDataset], device: torch.device, world: World
+) -> TrainingRun:
+    """Return the base model with a fresh adapter and everything that trains it."""
+    model, training, precision = config.model, config.training, dtype_of(config.precision)
+    generator = load_generator(model.variant, model.selva_dir)
+    cast_frozen_(generator, precision)
+    report = inject_lora(generator, config.lora, torch.Generator().manual_seed(training.seed))
+    generator.to(device)
+    generator.gradient_checkpointing = config.checkpoint_blocks or config.grad_checkpointing
+    if config.preserve:
+        text_features = load_clip_text(model.variant, model.selva_dir, device).encode(config.preserve)
+        clips = (
+            with_preserved(
+                generator, clips[0], config.preserve, text_features, config.preserve_share, seed=training.seed,
+                precision=precision, use_clip=training.clip_features == "use",
+            ),
+            clips[1],
+        )
+    if config.compile:
+        compile_blocks_(generator)
+    total = sum(p.numel() for p in generator.parameters())
+    log.info("%s: %s of %s in all", model.variant, report.summary(), f"{total:,}")
+    for line in report.notice:
+        log.warning("%s", line)
+    torch.manual_seed(training.seed + world.rank)  # dropout
+    return TrainingRun(generator, *clips, training, precision, world)
+
+
+def estimate(run: TrainingRun) -> None:
+    """Try two steps and tell what the whole run will need; nothing is written."""
+    run.generator.train()
+    run.train_step()  # the first one allocates and warms up
+    started = time.monotonic()
+    run.train_step()
+    seconds = time.monotonic() - started
+    log.info("dry run: %.2f s/step, about %s for %d steps; peak memory %.2f GiB; nothing was written", seconds,
+             clock(seconds * run.config.steps), run.config.steps, peak_memory_bytes(run.device) / 2**30)

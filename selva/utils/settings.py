@@ -1,0 +1,182 @@
+"""Settings in one place: a dataclass field holds a setting's default, type, choices and help.
+
+    @dataclass(frozen=True)
+    class Config:
+        steps: int = setting(2000, "optimiser updates")
+
+``selva.cli`` makes the flag ``--steps`` of it, ``scripts/update_docs.py`` the row of a table in ``docs/``, and
+``settings_text`` the line of a settings file. Needs no PyTorch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import MISSING, dataclass, field, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+Config = TypeVar("Config")
+T = TypeVar("T")
+
+KEY = "setting"  # of the metadata of a dataclass field
+
+
+@dataclass(frozen=True)
+class SettingInfo:
+    """Everything about a setting that its field does not say itself.
+
+    Attributes:
+        help: what it does, without its default.
+        group: heading under which ``--help`` and ``docs/`` list it.
+        choices: all values that are allowed; empty if the set is open.
+        metavar: what stands for the value in ``--help``.
+        flag: name on the command line, where it differs from the field's; the metavar of a positional argument.
+        nargs: as argparse understands it, for settings with several values.
+        repeat: the flag may be given several times, once for each value.
+        positional: given without a flag.
+        required: has no default.
+        at_least_one: an integer of 1 or more, refused by the parser otherwise.
+        default_text: what ``--help`` shows as the default where the value itself says little.
+    """
+
+    help: str
+    group: str = ""
+    choices: Collection[str] = ()
+    metavar: str | tuple[str, ...] | None = None
+    flag: str | None = None
+    nargs: int | str | None = None
+    repeat: bool = False
+    positional: bool = False
+    required: bool = False
+    at_least_one: bool = False
+    default_text: str | None = None
+
+
+def setting(default: T, help: str, **more: Any) -> T:
+    """Return a dataclass field for a setting; see :class:`SettingInfo` for ``more``."""
+    info = {KEY: SettingInfo(help, **more)}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=info)  # type: ignore[return-value]
+    return field(default=default, metadata=info)  # type: ignore[return-value]
+
+
+def required(help: str, **more: Any) -> Any:
+    """Return a dataclass field for a setting that must be given."""
+    return field(metadata={KEY: SettingInfo(help, required=True, **more)})
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A setting as it is declared: name of its field, the type of one value, its default and the rest.
+
+    Attributes:
+        name: on the command line and in settings files, without hyphens.
+        field: of the dataclass.
+        kind: type of a single value: int, float, str, bool or Path.
+        default: the default; None where there is none.
+    """
+
+    name: str
+    field: str
+    kind: type
+    default: Any
+    info: SettingInfo
+
+
+def settings_of(config: type) -> Iterator[Setting]:
+    """Yield the settings of a dataclass and of the dataclasses in it, in the order in which they are declared.
+
+    Fields that were not made by :func:`setting` are no settings.
+    """
+    hints = typing.get_type_hints(config)
+    for one in dataclasses.fields(config):
+        hint = hints[one.name]
+        if is_dataclass(hint) and isinstance(hint, type):
+            yield from settings_of(hint)
+        elif isinstance(info := one.metadata.get(KEY), SettingInfo):
+            default = one.default_factory() if one.default_factory is not MISSING else one.default
+            yield Setting(info.flag or one.name, one.name, _single(hint), None if default is MISSING else default, info)
+
+
+def _single(hint: Any) -> type:
+    """Return the type of one value of ``int``, ``int | None``, ``list[int]``, ``tuple[int, ...]`` ..."""
+    if isinstance(hint, type) and not typing.get_args(hint):
+        return hint
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return _single(next(a for a in arguments if a is not type(None)))
+    return _single(arguments[0])
+
+
+def build(config: type[Config], values: Mapping[str, Any]) -> Config:
+    """Return a dataclass filled from values by name, those of the dataclasses in it included.
+
+    A class with a method ``from_settings`` is made by that.
+
+    Args:
+        values: by the names of :func:`settings_of`; others are ignored.
+
+    Raises:
+        ValueError: lists everything that is out of range, of all dataclasses together.
+    """
+    if hasattr(config, "from_settings"):
+        return config.from_settings(values)  # type: ignore[attr-defined]
+    hints, arguments, problems = typing.get_type_hints(config), {}, []
+    for one in dataclasses.fields(config):  # type: ignore[arg-type]
+        hint = hints[one.name]
+        if is_dataclass(hint) and isinstance(hint, type):
+            try:
+                arguments[one.name] = build(hint, values)
+            except ValueError as error:
+                problems.append(str(error))
+                arguments[one.name] = _unchecked(hint, values)
+        elif isinstance(info := one.metadata.get(KEY), SettingInfo) and (info.flag or one.name) in values:
+            arguments[one.name] = values[info.flag or one.name]
+    try:
+        built = config(**arguments)
+    except ValueError as error:
+        problems.append(str(error))
+    if problems:
+        raise ValueError("; ".join(problems))
+    return built
+
+
+def _unchecked(config: type, values: Mapping[str, Any]) -> Any:
+    """Return a dataclass with values that it would refuse, so that the settings around it can be checked too."""
+    made = object.__new__(config)
+    for one in dataclasses.fields(config):
+        default = one.default_factory() if one.default_factory is not MISSING else one.default
+        object.__setattr__(made, one.name, default)
+    for one in settings_of(config):
+        if one.name in values and hasattr(made, one.field):
+            object.__setattr__(made, one.field, values[one.name])
+    return made
+
+
+def values_of(config: Any) -> dict[str, Any]:
+    """Return the values of a configuration by name, those of the dataclasses in it included; :func:`build` reverses."""
+    if hasattr(config, "to_settings"):
+        return config.to_settings()
+    values: dict[str, Any] = {}
+    for one in dataclasses.fields(config):
+        value = getattr(config, one.name)
+        if is_dataclass(value):
+            values |= values_of(value)
+        elif isinstance(info := one.metadata.get(KEY), SettingInfo):
+            values[info.flag or one.name] = value
+    return values
+
+
+def settings_text(values: Mapping[str, Any]) -> str:
+    """Return settings as YAML that ``--config`` reads back."""
+    import yaml
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return [plain(v) for v in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return yaml.safe_dump({name: plain(v) for name, v in values.items()}, sort_keys=True, allow_unicode=True)
