@@ -60,11 +60,11 @@ class Conversion:
 
 Report = Callable[[Conversion], None]
 
-# -- folder -> memmap -------------------------------------------------------------------------------------------------
+# -- folder -> memmap --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class FolderClip:
+class ConversionJob:
     """A clip of a data folder.
 
     Attributes:
@@ -80,7 +80,7 @@ class FolderClip:
     has_text: bool
 
 
-def plan_folder(source: Path) -> tuple[list[FolderClip], list[Conversion]]:
+def plan_folder(source: Path) -> tuple[list[ConversionJob], list[Conversion]]:
     """Return the clips of a data folder by name, and what in it is none.
 
     Raises:
@@ -88,7 +88,7 @@ def plan_folder(source: Path) -> tuple[list[FolderClip], list[Conversion]]:
     """
     scan = scan_folder(source)
     clips = [
-        FolderClip(clip.id, clip.features_path, clip.audio_path, clip.prompt,
+        ConversionJob(clip.id, clip.features_path, clip.audio_path, clip.prompt,
                    clip.text_shape is not None and clip.extracted_prompt == clip.prompt)
         for clip in scan.clips
     ]
@@ -99,7 +99,7 @@ def plan_folder(source: Path) -> tuple[list[FolderClip], list[Conversion]]:
         if bundle is not None and bundle.latent_mean is not None:  # needs no sound
             prompt, _ = choose_prompt(prompts.get(path.name), bundle.prompt, source)
             has_text = bundle.text_features is not None and bundle.prompt == prompt
-            clips.append(FolderClip(path.stem, path, None, prompt, has_text))
+            clips.append(ConversionJob(path.stem, path, None, prompt, has_text))
         else:
             problems.append(Conversion(path.name, problem=f"{path}: {reason}"))
     if not clips:
@@ -118,7 +118,7 @@ def _load_or_none(path: Path) -> FeatureBundle | None:
 
 
 def folder_to_memmap(
-    clips: list[FolderClip], target: Path, extractor: FeatureExtractor, normalize: str, report: Report
+    clips: list[ConversionJob], target: Path, extractor: FeatureExtractor, normalize: str, report: Report
 ) -> bool:
     """Write the clips of a data folder as a memmap; return whether it is there.
 
@@ -155,7 +155,7 @@ def folder_to_memmap(
 
 
 def _row(
-    clip: FolderClip, sound_hash: str, extractor: FeatureExtractor, sound: SoundEncoder, normalize: str
+    clip: ConversionJob, sound_hash: str, extractor: FeatureExtractor, sound: SoundEncoder, normalize: str
 ) -> dict[str, Tensor]:
     """Return one row of every tensor.
 
@@ -185,7 +185,7 @@ def _waveform(path: Path, variant: Variant, normalize: str) -> Tensor:
         raise ValueError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from error
 
 
-# -- memmap -> folder -------------------------------------------------------------------------------------------------
+# -- memmap -> folder --------------------------------------------------------------------------------------------------
 
 
 class LatentDecoder:

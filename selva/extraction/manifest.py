@@ -144,7 +144,7 @@ class ManifestWriter:
     def __exit__(self, *_exc: object) -> None:
         self.close()
 
-    # -- journals -------------------------------------------------------------------------------------------------
+    # -- journals ------------------------------------------------------------------------------------------------------
 
     def _path(self, number: int) -> Path:
         return self.state / f"shard_{number + 1}_of_{self.shard.count}.jsonl"

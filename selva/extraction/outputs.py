@@ -31,7 +31,7 @@ def memmap_manifest(folder: Path) -> tuple[Path, Path]:
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedClip:
     """What the encoders made of one clip, all float32 on the CPU.
 
     Attributes:
@@ -65,7 +65,7 @@ class FeatureFiles:
         """Return whether a clip that its reader found to be current is so."""
         return True
 
-    def write(self, job: ClipJob, clip: ReadClip, encoded: Encoded) -> None:
+    def write(self, job: ClipJob, clip: ReadClip, encoded: EncodedClip) -> None:
         """Write the features of a clip, whole or not at all."""
         mean, std = encoded.latents or (None, None)
         save_features(self.path_of(job), FeatureBundle(
@@ -122,7 +122,7 @@ class MemmapRows:
     def confirm(self, index: int, digest: str) -> bool:
         return self.writer.is_current(index, digest)
 
-    def write(self, job: ClipJob, clip: ReadClip, encoded: Encoded) -> None:
+    def write(self, job: ClipJob, clip: ReadClip, encoded: EncodedClip) -> None:
         mean, std = encoded.latents
         rows = {"mean": mean[0], "std": std[0], "text_features": encoded.text_features[0],
                 "clip_features": encoded.clip_features, "sync_features": encoded.sync_features[0]}

@@ -18,7 +18,7 @@ from torch import Tensor
 from selva.data.latents import SoundEncoder
 from selva.extraction.extractor import FeatureExtractor, FramePasses
 from selva.extraction.manifest import DONE, FAILED, SKIPPED, ManifestWriter
-from selva.extraction.outputs import Encoded, FeatureFiles, MemmapRows
+from selva.extraction.outputs import EncodedClip, FeatureFiles, MemmapRows
 from selva.extraction.reader import READY, ReadClip
 from selva.inputs.jobs import ClipJob
 from selva.utils.device import peak_memory_bytes
@@ -44,7 +44,7 @@ class ClipEncoder:
         self.sound = SoundEncoder(extractor.variant, extractor.selva_dir, extractor.device)
         self._unread_prompts = {jobs[index].prompt for index in own}
 
-    def encode(self, clips: Iterable[ReadClip]) -> Iterator[tuple[ReadClip, Encoded | None]]:
+    def encode(self, clips: Iterable[ReadClip]) -> Iterator[tuple[ReadClip, EncodedClip | None]]:
         """Yield the clips in their order, those that were READY with what the encoders made of them.
 
         A clip that an encoder refuses comes back FAILED. A clip waits until the last of its frames was in a pass, which
@@ -94,7 +94,7 @@ class ClipEncoder:
 
 @dataclass
 class _Waiting:
-    """A clip on its way through the encoders; the tensors as in :class:`selva.extraction.outputs.Encoded`."""
+    """A clip on its way through the encoders; the tensors as in :class:`selva.extraction.outputs.EncodedClip`."""
 
     clip: ReadClip
     text_features: Tensor | None = None
@@ -103,7 +103,7 @@ class _Waiting:
     latents: tuple[Tensor, Tensor] | None = None
 
 
-def _take_complete(waiting: dict[int, _Waiting]) -> Iterator[tuple[ReadClip, Encoded | None]]:
+def _take_complete(waiting: dict[int, _Waiting]) -> Iterator[tuple[ReadClip, EncodedClip | None]]:
     """Yield and remove the clips at the front that nothing is missing of."""
     while waiting:
         first = next(iter(waiting.values()))
@@ -112,7 +112,7 @@ def _take_complete(waiting: dict[int, _Waiting]) -> Iterator[tuple[ReadClip, Enc
         elif first.clip_features is None:
             return
         else:
-            encoded = Encoded(first.clip_features, first.sync_features, first.text_features, first.latents)
+            encoded = EncodedClip(first.clip_features, first.sync_features, first.text_features, first.latents)
         del waiting[first.clip.index]
         yield first.clip, encoded
 
@@ -208,7 +208,7 @@ def run(
 
 
 def _write_result(
-    clip: ReadClip, encoded: Encoded | None, job: ClipJob, output: FeatureFiles | MemmapRows
+    clip: ReadClip, encoded: EncodedClip | None, job: ClipJob, output: FeatureFiles | MemmapRows
 ) -> tuple[str, str]:
     """Write what there is of a clip; return its status for the manifest, and the reason."""
     status, reason = clip.status, clip.reason

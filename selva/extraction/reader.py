@@ -177,7 +177,7 @@ class ClipReader:
             waveform, frames.duration_sec, frames.source_fps, sound_name,
         )
 
-    # -- is it there already? -------------------------------------------------------------------------------------
+    # -- is it there already? ------------------------------------------------------------------------------------------
 
     def _settings(self, job: ClipJob) -> dict[str, Any]:
         options, variant = self.settings, get_variant(self.settings.variant)
@@ -210,7 +210,7 @@ class ClipReader:
             return None
         return bundle.duration if bundle.settings == settings else None
 
-    # -- pictures and sound ---------------------------------------------------------------------------------------
+    # -- pictures and sound --------------------------------------------------------------------------------------------
 
     def _frames(self, job: ClipJob) -> VideoFrames:
         variant = get_variant(self.settings.variant)

@@ -156,7 +156,7 @@ def _check_times(start_sec: float, duration_sec: float, windows: bool, overlap_s
         raise ValueError("; ".join(problems))
 
 
-# --- inputs ---------------------------------------------------------------------------------------------------------
+# -- inputs ------------------------------------------------------------------------------------------------------------
 
 
 def _rows_of(path: Path, recursive: bool, video_dir: Path | None) -> list[TableRow]:
@@ -234,7 +234,7 @@ def _warn_of_missing(rows: list[TableRow], folders: _Folders) -> None:
             log.warning("missing %s, whose clips will fail: %s", kind, listed(missing))
 
 
-# --- windows and names ----------------------------------------------------------------------------------------------
+# -- windows and names -------------------------------------------------------------------------------------------------
 
 
 def window_starts(
@@ -299,7 +299,7 @@ def _check_ids(clips: Iterable[tuple[str, Path]]) -> None:
         raise ValueError(listed(problems, separator="; "))
 
 
-# --- prompts and masks ----------------------------------------------------------------------------------------------
+# -- prompts and masks -------------------------------------------------------------------------------------------------
 
 
 def _point_to_lists(inputs: list[Path]) -> None:

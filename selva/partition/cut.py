@@ -101,7 +101,7 @@ def _preference(path: Path) -> tuple[bool, int]:
     return suffix != ".flac", AUDIO_SUFFIXES.index(suffix)
 
 
-# --- cutting --------------------------------------------------------------------------------------------------------
+# -- cutting -----------------------------------------------------------------------------------------------------------
 
 
 def cut_recording(
@@ -208,7 +208,7 @@ def _best_place(window: Window, taken: Sequence[Window], silence: SilenceMap) ->
     return int(starts[best]) if shares[best] <= MOSTLY_SILENT else None
 
 
-# --- what clips belong to -------------------------------------------------------------------------------------------
+# -- what clips belong to ----------------------------------------------------------------------------------------------
 
 
 def hold_out(names: Collection[str], fraction: float, seed: int) -> set[str]:
@@ -228,7 +228,7 @@ def hold_out(names: Collection[str], fraction: float, seed: int) -> set[str]:
     return set(ranked[: min(len(names) - 1, max(1, round(fraction * len(names))))])
 
 
-# --- sound ----------------------------------------------------------------------------------------------------------
+# -- sound -------------------------------------------------------------------------------------------------------------
 
 
 def write_piece(recording: Path, window: Window, folder: Path, caption: str = "") -> Path:

@@ -135,7 +135,7 @@ def table_captions(
     return {clip: caption for clip, caption in each.items() if caption}
 
 
-# --- tables ---------------------------------------------------------------------------------------------------------
+# -- tables ------------------------------------------------------------------------------------------------------------
 
 
 def write_table(path: PathLike, columns: Sequence[str], rows: Iterable[Iterable[object]]) -> None:

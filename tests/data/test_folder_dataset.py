@@ -13,7 +13,7 @@ from make_data import TINY, noise, put_clip, put_sound
 
 from selva.data import folder_dataset as training_data
 from selva.data.cache import CACHE_FOLDER
-from selva.data.folder import Clip
+from selva.data.folder import FolderClip
 from selva.data.folder_dataset import FolderDataset, first_clip_frame, load_clip_dataset, plan_windows
 from selva.data.latents import encode_latents, load_waveform
 from selva.features import FeatureBundle, save_features
@@ -58,7 +58,7 @@ def encoders(monkeypatch):
     return since_last
 
 
-# -- windows ------------------------------------------------------------------------------------------------------
+# -- windows -----------------------------------------------------------------------------------------------------------
 
 
 def plan(tmp_path, seconds, max_duration=8.0, variant=TINY):
@@ -97,7 +97,7 @@ def test_windows_of_longer_clips_are_spread_over_them(tmp_path, seconds, limit, 
 def test_every_window_lies_inside_the_features(limit, variant):
     for seconds in np.linspace(limit, 17.0, 101):
         whole, config = sequence_config(variant.mode, seconds), variant.generator
-        clip = Clip("a", None, None, "", "folder", "", "", seconds, (whole.clip_seq_len, config.clip_dim),
+        clip = FolderClip("a", None, None, "", "folder", "", "", seconds, (whole.clip_seq_len, config.clip_dim),
                     (whole.sync_seq_len, config.sync_dim), None, "")
         window, starts = plan_windows(clip, variant, limit)
         assert starts[0] == 0 and len(set(starts)) == len(starts) <= 8
@@ -131,7 +131,7 @@ def test_features_and_latents_of_a_window_are_of_the_same_stretch(tmp_path):
         torch.testing.assert_close(clip.std, std[0])
 
 
-# -- sound --------------------------------------------------------------------------------------------------------
+# -- sound -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode, samples, frames", [("16k", 128_000, 250), ("44k", 353_280, 345)])
@@ -165,7 +165,7 @@ def test_a_little_silence_is_appended_to_short_sound_but_not_more(tmp_path):
         load_waveform(tmp_path / "a.wav", sequence, "none")
 
 
-# -- what is encoded when -----------------------------------------------------------------------------------------
+# -- what is encoded when ----------------------------------------------------------------------------------------------
 
 
 def test_a_second_run_loads_no_encoder(tmp_path, encoders, monkeypatch):
@@ -282,7 +282,7 @@ def test_nothing_is_written_with_the_cache_switched_off(tmp_path):
     assert clips.clip(0).mean.shape == (32, 20) and sorted(tmp_path.rglob("*")) == before
 
 
-# -- memory -------------------------------------------------------------------------------------------------------
+# -- memory ------------------------------------------------------------------------------------------------------------
 
 
 def live_tensors():
@@ -313,7 +313,7 @@ def test_a_window_does_not_hold_on_to_its_long_clip(tmp_path):
         assert tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
-# -- what cannot be used ------------------------------------------------------------------------------------------
+# -- what cannot be used -----------------------------------------------------------------------------------------------
 
 
 def test_every_problem_is_returned_and_the_rest_is_usable(tmp_path):

@@ -54,7 +54,7 @@ def extract(folder: Path, jobs, share=None, **kwargs):
         return list(makes.run(jobs, writer, share)), writer.publish_if_complete()
 
 
-# -- the work list ----------------------------------------------------------------------------------------------------
+# -- the work list -----------------------------------------------------------------------------------------------------
 
 
 def test_the_rows_are_those_of_the_table(tmp_path):
@@ -103,7 +103,7 @@ def test_an_id_that_comes_twice_is_an_error(tmp_path):
         plan_audio_set(*tables)
 
 
-# -- sound ------------------------------------------------------------------------------------------------------------
+# -- sound -------------------------------------------------------------------------------------------------------------
 
 
 def test_the_level_of_the_whole_recording_counts(tmp_path):
@@ -171,7 +171,7 @@ def test_bad_recordings_are_refused(tmp_path, spoil, message):
         read_windows(tmp_path / "a.wav", partition("a", len(sound), RATE), LENGTHS)
 
 
-# -- rows -------------------------------------------------------------------------------------------------------------
+# -- rows --------------------------------------------------------------------------------------------------------------
 
 
 def test_the_rows_are_latents_and_text_features(tmp_path):
@@ -229,7 +229,7 @@ def test_two_shares_make_the_same_set_as_one_run(tmp_path):
     assert (tmp_path / "one.tsv").read_bytes() == (tmp_path / "two.tsv").read_bytes()
 
 
-# -- reading ahead ----------------------------------------------------------------------------------------------------
+# -- reading ahead -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 3])

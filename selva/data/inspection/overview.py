@@ -14,7 +14,7 @@ from torch import Tensor
 from selva.audio.config import SILENCE_DB
 from selva.audio.silence import block_power
 from selva.data.inspection.measures import ClipReport, Inspection, find_variant
-from selva.data.inspection.report import fit, mark, summary
+from selva.data.inspection.report import fit, sign_of, summary
 from selva.features import load_features
 from selva.inputs.suffixes import VIDEO_SUFFIXES
 from selva.media import probe, read_audio, read_video
@@ -34,10 +34,10 @@ WAVE_COLOUR, SILENCE_COLOUR = "#2b6cb0", "#d9dce1"
 
 
 def choose_clips(inspection: Inspection, most: int) -> list[int]:
-    """Return the indices of the clips to show, in order: those worth a look first, the others spread evenly."""
-    marked = sorted((i for i, clip in enumerate(inspection.clips) if mark(clip) != " "),
-                    key=lambda i: mark(inspection.clips[i]) != "!")[:most]
-    plain = [i for i, clip in enumerate(inspection.clips) if mark(clip) == " "]
+    """Return the indices of the clips to show, in order: those with a sign first, the others spread evenly."""
+    marked = sorted((i for i, clip in enumerate(inspection.clips) if sign_of(clip) != " "),
+                    key=lambda i: sign_of(inspection.clips[i]) != "!")[:most]
+    plain = [i for i, clip in enumerate(inspection.clips) if sign_of(clip) == " "]
     room = min(most - len(marked), len(plain))
     spread = [plain[k * len(plain) // room] for k in range(room)]
     return sorted(marked + spread)
@@ -138,7 +138,7 @@ class _Cell:
             loudness = report.sound.loudness_lufs
             facts.append("" if loudness is None else f"{loudness:.1f} LUFS")
             facts.append(f"{100 * report.sound.silent_share:.0f} % silent")
-        sign = mark(report)
+        sign = sign_of(report)
         words = "; ".join(report.problems + report.notes) or report.prompt
         for text, down, size, colour in (
             (f"{report.id}   {'   '.join(fact for fact in facts if fact)}", 0.14, 8, COLOURS[sign]),

@@ -76,7 +76,7 @@ def one_run(tmp_path_factory):
     return files(folder)
 
 
-# -- what is written --------------------------------------------------------------------------------------------------
+# -- what is written ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("video", [True, False])
@@ -131,7 +131,7 @@ def test_rows_of_any_float_type_are_stored_as_float32(tmp_path):
     assert torch.equal(clip.mean, rows["mean"].float()) and torch.equal(clip.clip_f, rows["clip_features"].float())
 
 
-# -- left-out rows ----------------------------------------------------------------------------------------------------
+# -- left-out rows -----------------------------------------------------------------------------------------------------
 
 
 def test_left_out_rows_leave_no_gaps(tmp_path):
@@ -165,7 +165,7 @@ def test_a_set_of_nothing_is_not_published(tmp_path):
     assert not (tmp_path / "data").exists() and not (tmp_path / "data.tsv").exists()
 
 
-# -- several processes ------------------------------------------------------------------------------------------------
+# -- several processes -------------------------------------------------------------------------------------------------
 
 
 def test_two_processes_at_once_write_the_same_files_as_one(tmp_path, one_run):
@@ -263,7 +263,7 @@ def test_another_run_with_other_settings_is_refused_while_the_first_lives(tmp_pa
     assert extract(tmp_path / "data", settings={"precision": "bf16"}) == ([clip_id for clip_id, _ in CLIPS], True)
 
 
-# -- running again ----------------------------------------------------------------------------------------------------
+# -- running again -----------------------------------------------------------------------------------------------------
 
 
 def test_a_run_with_nothing_new_touches_nothing(tmp_path):
@@ -341,7 +341,7 @@ def test_values_reach_the_disk_before_the_line_that_says_so(tmp_path, monkeypatc
     assert flushed == [*(f"{key}.memmap" for key in writer.shapes), "journal-000002.jsonl"]
 
 
-# -- killed -----------------------------------------------------------------------------------------------------------
+# -- killed ------------------------------------------------------------------------------------------------------------
 
 
 def killed_at(step: int, work) -> bool:
@@ -431,7 +431,7 @@ def test_an_unfinished_line_counts_as_not_written(tmp_path, one_run):
     assert files(tmp_path / "data") == one_run
 
 
-# -- refusals ---------------------------------------------------------------------------------------------------------
+# -- refusals ----------------------------------------------------------------------------------------------------------
 
 BAD_ROWS = {
     "missing": (lambda r: r.pop("std"), "clip 'clip_0': std is missing"),
@@ -471,7 +471,7 @@ def test_files_of_others_are_not_overwritten(tmp_path, name):
     assert (tmp_path / name).read_text() == "mine"
 
 
-# -- memory -----------------------------------------------------------------------------------------------------------
+# -- memory ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the memory of a process from /proc")
