@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from selva.utils.files import atomic_path, atomic_write_text, source_hash
@@ -52,8 +54,6 @@ class DataCache:
 
     def load(self, kind: str, settings: Settings) -> dict[str, Tensor] | None:
         """Return the tensors that were saved with exactly these settings; None if they have to be made (again)."""
-        from safetensors import SafetensorError, safe_open
-
         for folder in self._folders():
             path = folder / _entry_name(kind, settings)
             if not path.is_file():
@@ -72,8 +72,6 @@ class DataCache:
 
     def save(self, kind: str, settings: Settings, tensors: Mapping[str, Tensor]) -> None:
         """Keep ``tensors`` under these settings, whole or not at all."""
-        from safetensors.torch import save_file
-
         def write(folder: Path) -> None:
             with atomic_path(folder / _entry_name(kind, settings)) as temporary:
                 contiguous = {name: x.contiguous() for name, x in tensors.items()}
