@@ -85,7 +85,7 @@ def test_too_few_clips_of_a_length_fill_a_batch_over_several_epochs():
 
 def test_every_window_of_a_long_clip_gets_its_turn():
     batches = BucketBatchSampler(WindowedSet([5, 1]), 2, seed=0)
-    drawn = Counter(window for _ in range(500) for window in batches.draw())
+    drawn: Counter[tuple[int, int]] = Counter(window for _ in range(500) for window in batches.draw())
     assert drawn[(1, 0)] == 500
     assert all(60 < drawn[(0, window)] < 140 for window in range(5))  # 100 +- 9
     assert len(drawn) == 6

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +13,8 @@ import torch
 from make_data import TINY, noise, put_clip, put_sound
 
 from selva.data import folder_dataset as training_data
-from selva.data.cache import CACHE_FOLDER
-from selva.data.folder import FolderClip
+from selva.data.cache import CACHE_FOLDER, DataCache
+from selva.data.folder import FolderClip, FolderScan
 from selva.data.folder_dataset import FolderDataset, first_clip_frame, load_clip_dataset, plan_windows
 from selva.data.latents import encode_latents, load_waveform
 from selva.features import FeatureBundle, save_features
@@ -26,7 +27,9 @@ CPU = torch.device("cpu")
 
 
 def load(folder, **options) -> tuple[FolderDataset, list]:
-    return load_clip_dataset(folder, TINY, None, CPU, **options)
+    clips, problems = load_clip_dataset(folder, TINY, None, CPU, **options)
+    assert isinstance(clips, FolderDataset)
+    return clips, problems
 
 
 @pytest.fixture
@@ -97,8 +100,8 @@ def test_windows_of_longer_clips_are_spread_over_them(tmp_path, seconds, limit, 
 def test_every_window_lies_inside_the_features(limit, variant):
     for seconds in np.linspace(limit, 17.0, 101):
         whole, config = sequence_config(variant.mode, seconds), variant.generator
-        clip = FolderClip("a", None, None, "", "folder", "", "", seconds, (whole.clip_seq_len, config.clip_dim),
-                    (whole.sync_seq_len, config.sync_dim), None, "")
+        clip = FolderClip("a", Path("a.npz"), Path("a.wav"), "", "folder", "", "", seconds,
+                          (whole.clip_seq_len, config.clip_dim), (whole.sync_seq_len, config.sync_dim), None, "")
         window, starts = plan_windows(clip, variant, limit)
         assert starts[0] == 0 and len(set(starts)) == len(starts) <= 8
         for start in starts:
@@ -235,7 +238,8 @@ def test_published_weights_are_known_by_name_size_and_time(tmp_path, monkeypatch
     monkeypatch.setattr(training_data, "find_weights", lambda variant, folder, needs: {n: (paths[n],) for n in needs})
 
     def identity():
-        return FolderDataset(None, [], None, get_variant("small_16k"), tmp_path, "peak")._identity("vae")
+        scan, cache = FolderScan([], []), DataCache(tmp_path)
+        return FolderDataset(scan, [], cache, get_variant("small_16k"), tmp_path, "peak")._identity("vae")
 
     paths["vae"].write_bytes(b"12345")
     first = identity()

@@ -1,4 +1,4 @@
-"""What became of every clip, from one process or from several that know nothing of each other."""
+"""The manifest of all clips, from one process or from several that know nothing of each other."""
 
 from __future__ import annotations
 

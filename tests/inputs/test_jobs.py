@@ -1,4 +1,4 @@
-"""Which clips are made of videos, folders and tables, under which names, with which prompts."""
+"""Clips that are made of videos, folders and tables: their names and their prompts."""
 
 from __future__ import annotations
 
