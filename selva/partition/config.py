@@ -11,7 +11,7 @@ from selva.partition.windows import MAX_WINDOWS
 
 @dataclass(frozen=True)
 class PartitionConfig:
-    """How recordings are cut.
+    """Settings for cutting recordings.
 
     Attributes:
         min_length_sec: shorter recordings, or given segments, are left out; None for the published 8.1 s of recordings,

@@ -12,7 +12,7 @@ import pytest
 import torch
 from make_data import TINY, noise, put_clip, put_sound
 
-from selva.data import folder_dataset as training_data
+from selva.data import folder_dataset
 from selva.data.cache import CACHE_FOLDER, DataCache
 from selva.data.folder import FolderClip, FolderScan
 from selva.data.folder_dataset import FolderDataset, first_clip_frame, load_clip_dataset, plan_windows
@@ -48,10 +48,10 @@ def encoders(monkeypatch):
         encoder.encode = count("texts", encoder.encode)
         return encoder
 
-    load_clip_text = training_data.load_clip_text
-    monkeypatch.setattr(training_data, "load_clip_text", count("clip_text", load_text))
-    monkeypatch.setattr(training_data, "load_vae", count("vae", training_data.load_vae))
-    monkeypatch.setattr(training_data, "encode_latents", count("sounds", encode_latents))
+    load_clip_text = folder_dataset.load_clip_text
+    monkeypatch.setattr(folder_dataset, "load_clip_text", count("clip_text", load_text))
+    monkeypatch.setattr(folder_dataset, "load_vae", count("vae", folder_dataset.load_vae))
+    monkeypatch.setattr(folder_dataset, "encode_latents", count("sounds", encode_latents))
 
     def since_last():
         found = {name: n for name, n in counts.items() if n}
@@ -66,7 +66,7 @@ def encoders(monkeypatch):
 
 def plan(tmp_path, seconds, max_duration=8.0, variant=TINY):
     put_clip(tmp_path, "a", seconds, sound=noise(1))
-    (clip,) = training_data.scan_folder(tmp_path).clips
+    (clip,) = folder_dataset.scan_folder(tmp_path).clips
     return plan_windows(clip, variant, max_duration)
 
 
@@ -181,8 +181,8 @@ def test_a_second_run_loads_no_encoder(tmp_path, encoders, monkeypatch):
     def forbidden(*args, **kwargs):
         raise AssertionError("an encoder was loaded")
 
-    monkeypatch.setattr(training_data, "load_vae", forbidden)
-    monkeypatch.setattr(training_data, "load_clip_text", forbidden)
+    monkeypatch.setattr(folder_dataset, "load_vae", forbidden)
+    monkeypatch.setattr(folder_dataset, "load_clip_text", forbidden)
     monkeypatch.setattr("selva.data.latents.read_audio", forbidden)
     second, problems = load(tmp_path)
     assert problems == [] and second.ids == first.ids == ["a", "b", "c"]
@@ -212,9 +212,9 @@ STALE = {
     "prompt": (change_prompt, {}, {"clip_text": 1, "texts": 1}),
     "level": (lambda f, m: None, {"normalize_audio": "none"}, {"vae": 1, "sounds": 2}),
     "length": (lambda f, m: None, {"max_duration_sec": 0.8}, {"vae": 1, "sounds": 2}),
-    "weights": (lambda f, m: m.setattr(training_data, "packaged_identity", lambda variant: "x"), {},
+    "weights": (lambda f, m: m.setattr(folder_dataset, "packaged_identity", lambda variant: "x"), {},
                 {"vae": 1, "clip_text": 1, "sounds": 2, "texts": 1}),
-    "front end (pitfall A1)": (lambda f, m: m.setattr(training_data, "FRONT_END", "htk"), {}, {"vae": 1, "sounds": 2}),
+    "front end (pitfall A1)": (lambda f, m: m.setattr(folder_dataset, "FRONT_END", "htk"), {}, {"vae": 1, "sounds": 2}),
     "damaged": (damage_cache, {}, {"vae": 1, "clip_text": 1, "sounds": 2, "texts": 1}),
     "switched off": (lambda f, m: None, {"use_cache": False}, {"vae": 1, "clip_text": 1, "sounds": 2, "texts": 1}),
 }
@@ -235,7 +235,7 @@ def test_what_has_changed_is_encoded_again_and_nothing_else(tmp_path, encoders, 
 
 def test_published_weights_are_known_by_name_size_and_time(tmp_path, monkeypatch):
     paths = {"vae": tmp_path / "v1-16.pth", "clip_text": tmp_path / "open_clip_model.safetensors"}
-    monkeypatch.setattr(training_data, "find_weights", lambda variant, folder, needs: {n: (paths[n],) for n in needs})
+    monkeypatch.setattr(folder_dataset, "find_weights", lambda variant, folder, needs: {n: (paths[n],) for n in needs})
 
     def identity():
         scan, cache = FolderScan([], []), DataCache(tmp_path)
@@ -298,7 +298,7 @@ def test_memory_does_not_grow_with_the_clips(tmp_path, monkeypatch):
     for seed in range(24):
         put_clip(tmp_path, f"clip{seed:02d}", 1.0, seed=seed, text=True)
     load(tmp_path)
-    monkeypatch.setattr(training_data, "RECENT_WINDOWS", 3)
+    monkeypatch.setattr(folder_dataset, "RECENT_WINDOWS", 3)
     before = live_tensors()
     clips, _ = load(tmp_path)
     assert live_tensors() == before
