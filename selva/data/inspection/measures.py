@@ -99,7 +99,7 @@ class Inspection:
 
     @property
     def usable(self) -> bool:
-        """True if there are clips, and all of them, and all other files, can be used."""
+        """True if there are clips, and everything in the folder can be used."""
         return bool(self.clips) and not self.left_out and not any(clip.problems for clip in self.clips)
 
 
