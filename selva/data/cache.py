@@ -1,7 +1,7 @@
-"""What is computed once per data folder and kept in ``<data_dir>/.selva_cache``, so that the next run starts at once.
+"""Results computed once per data folder and kept in ``<data_dir>/.selva_cache``, so that the next run starts at once.
 
     latents/<key>.safetensors  texts/<key>.safetensors    tensors; the key is a hash of everything that decides them
-    files.json                                            file name -> size, time, and what was found out about it
+    files.json                                            file name -> size, time, and facts found out about it
 
 Nothing in it is ever needed: entries that are missing, damaged or made with other settings are made again, and the
 folder can be deleted at any time.
@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from selva.utils.files import atomic_path, atomic_write_text, source_hash
@@ -34,7 +36,7 @@ Settings = Mapping[str, Any]  # anything that JSON can hold; equal settings mean
 
 
 class DataCache:
-    """The cache of one data folder; a temporary folder takes what cannot be written there.
+    """The cache of one data folder; a temporary folder holds entries that cannot be written there.
 
     Args:
         data_dir: whose cache; a read-only one is read from and left as it is.
@@ -44,16 +46,14 @@ class DataCache:
     def __init__(self, data_dir: Path, enabled: bool = True) -> None:
         self.folder = data_dir / CACHE_FOLDER if enabled else None
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
-        self._writable = enabled
+        self._writable_folder = self.folder  # None once it cannot be written to
         self._files = self._read_files()
         self._files_changed = False
 
-    # -- tensors --------------------------------------------------------------------------------------------------
+    # -- tensors -------------------------------------------------------------------------------------------------------
 
     def load(self, kind: str, settings: Settings) -> dict[str, Tensor] | None:
         """Return the tensors that were saved with exactly these settings; None if they have to be made (again)."""
-        from safetensors import SafetensorError, safe_open
-
         for folder in self._folders():
             path = folder / _entry_name(kind, settings)
             if not path.is_file():
@@ -72,8 +72,6 @@ class DataCache:
 
     def save(self, kind: str, settings: Settings, tensors: Mapping[str, Tensor]) -> None:
         """Keep ``tensors`` under these settings, whole or not at all."""
-        from safetensors.torch import save_file
-
         def write(folder: Path) -> None:
             with atomic_path(folder / _entry_name(kind, settings)) as temporary:
                 contiguous = {name: x.contiguous() for name, x in tensors.items()}
@@ -81,12 +79,12 @@ class DataCache:
 
         self._write(write)
 
-    # -- files ----------------------------------------------------------------------------------------------------
+    # -- files ---------------------------------------------------------------------------------------------------------
 
     def note(self, path: Path, name: str, find_out: Callable[[], Any]) -> Any:
-        """Return what ``find_out`` says about a file of the data folder, anything that JSON can hold.
+        """Return the result of ``find_out`` about a file of the data folder, anything that JSON can hold.
 
-        It is asked once, and again when the size or the time of the file has changed. :meth:`flush` writes it down.
+        It is called once, and again when the size or the time of the file has changed. :meth:`flush` writes it down.
         """
         status = path.stat()
         stamp = {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
@@ -119,7 +117,7 @@ class DataCache:
             return {}
         return {name: record for name, record in records.items() if _is_record(record)}
 
-    # -- where ----------------------------------------------------------------------------------------------------
+    # -- folders -------------------------------------------------------------------------------------------------------
 
     def _folders(self) -> list[Path]:
         temporary = Path(self._temporary.name) if self._temporary is not None else None
@@ -127,12 +125,12 @@ class DataCache:
 
     def _write(self, write: Callable[[Path], None]) -> None:
         """Call ``write`` with the folder to write to; once the data folder refuses, always with the temporary one."""
-        if self._writable:
+        if self._writable_folder is not None:
             try:
-                write(self.folder)
+                write(self._writable_folder)
                 return
             except OSError as error:
-                self._writable = False
+                self._writable_folder = None
                 log.warning("%s: cannot be written (%s); latents are kept in a temporary folder and will be made again "
                             "in the next run", self.folder, error)
         if self._temporary is None:

@@ -1,7 +1,7 @@
-"""What a training step eats: clips, read when they are visited, and the order in which batches visit them.
+"""Training clips, read on demand, and the order in which batches visit them.
 
     ClipDataset  clip i, window w -> latents (N, C), CLIP (T, ·), sync (S, ·), text (77, ·)
-    BucketBatchSampler  draw() -> visits of clips of equal length -> load() -> one batch
+    BucketBatchSampler  draw() -> windows of clips of equal length -> load() -> one batch
 
 A set knows the lengths of its clips without reading them, and reads a clip only when it is asked for, so memory does
 not grow with the number of clips. Clips keep their true length and are batched with clips of the same length: nothing
@@ -35,7 +35,7 @@ class TrainingClip:
         mean, std: (N, C) VAE posterior of the sound.
         clip_f: (T, clip_dim). sync_f: (S, sync_dim). text_f: (77, text_dim).
         has_video: False for sound without pictures. ``clip_f`` and ``sync_f`` are then NaN, to be replaced by the
-            learned empty features; a place that forgets to is seen at once.
+            learned empty features; where that was forgotten, the loss is NaN at once.
     """
 
     id: str
@@ -78,13 +78,16 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         tensors = (self.mean, self.std, self.clip_f, self.sync_f, self.text_f, self.has_video)
-        return Batch(*(x.to(device, non_blocking=True) for x in tensors), self.ids)
+        mean, std, clip_f, sync_f, text_f, has_video = (x.to(device, non_blocking=True) for x in tensors)
+        return Batch(mean, std, clip_f, sync_f, text_f, has_video, self.ids)
 
 
 def collate(clips: Sequence[TrainingClip]) -> Batch:
     """Return clips of equal lengths as one batch."""
-    stacked = (torch.stack([getattr(c, f) for c in clips]) for f in ("mean", "std", "clip_f", "sync_f", "text_f"))
-    return Batch(*stacked, torch.tensor([c.has_video for c in clips]), tuple(c.id for c in clips))
+    names = ("mean", "std", "clip_f", "sync_f", "text_f")
+    mean, std, clip_f, sync_f, text_f = (torch.stack([getattr(clip, name) for clip in clips]) for name in names)
+    has_video = torch.tensor([clip.has_video for clip in clips])
+    return Batch(mean, std, clip_f, sync_f, text_f, has_video, tuple(clip.id for clip in clips))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -98,7 +101,7 @@ class ClipDataset(ABC):
     @property
     @abstractmethod
     def ids(self) -> list[str]:
-        """What messages and metrics call each clip."""
+        """Names of the clips in messages and metrics."""
 
     @abstractmethod
     def lengths(self, index: int) -> Lengths:
@@ -106,7 +109,7 @@ class ClipDataset(ABC):
 
     @abstractmethod
     def num_windows(self, index: int) -> int:
-        """Return how many stretches a clip can be trained on; 1 unless it is longer than the longest allowed clip."""
+        """Return the number of windows of a clip; 1 unless it is longer than the longest allowed clip."""
 
     @abstractmethod
     def clip(self, index: int, window: int = 0) -> TrainingClip:
@@ -250,7 +253,7 @@ class ShuffledIndices:
 
 
 class ClipWindow(NamedTuple):
-    """One look at a clip: its number in the set, and which of its windows."""
+    """One window of a clip: the number of the clip in the set, and that of the window in the clip."""
 
     index: int
     window: int
@@ -263,7 +266,7 @@ class BucketBatchSampler:
     length until a batch is full. A batch holds no clip twice, unless fewer clips of its length exist than it has
     places: then it is filled over several epochs, with new noise for every visit.
 
-    Drawing and loading are apart, so that several processes can agree on the same visits and load a part of them each.
+    Drawing and loading are apart, so that several processes can agree on the same windows and load a part of them each.
     """
 
     def __init__(self, clips: ClipDataset | Sequence[TrainingClip], batch_size: int, seed: int) -> None:
@@ -281,7 +284,7 @@ class BucketBatchSampler:
         return self.load(self.draw())
 
     def draw(self) -> list[ClipWindow]:
-        """Return the ``batch_size`` visits of the next batch; reads nothing."""
+        """Return the ``batch_size`` windows of the next batch; reads nothing."""
         while True:
             index = next(self.sampler)
             lengths = self.clips.lengths(index)
@@ -289,12 +292,12 @@ class BucketBatchSampler:
             bucket.append(ClipWindow(index, self._draw_window(index)))
             batch = self._first_batch(bucket, distinct=self.num_clips[lengths] >= self.batch_size)
             if batch:
-                self.waiting[lengths] = [visit for i, visit in enumerate(bucket) if i not in batch]
+                self.waiting[lengths] = [window for i, window in enumerate(bucket) if i not in batch]
                 return [bucket[i] for i in batch]
 
-    def load(self, visits: Sequence[ClipWindow]) -> Batch:
-        """Return the batch of these visits, or of some of them."""
-        return collate([self.clips.clip(*visit) for visit in visits])
+    def load(self, windows: Sequence[ClipWindow]) -> Batch:
+        """Return the batch of these windows, or of some of them."""
+        return collate([self.clips.clip(*window) for window in windows])
 
     def _draw_window(self, index: int) -> int:
         count = self.clips.num_windows(index)
@@ -303,8 +306,8 @@ class BucketBatchSampler:
     def _first_batch(self, bucket: Sequence[ClipWindow], distinct: bool) -> list[int]:
         """Return the positions of the first full batch in a bucket, none if there is none yet."""
         places: dict[int, int] = {}
-        for place, visit in enumerate(bucket):
-            places.setdefault(visit.index if distinct else place, place)
+        for place, window in enumerate(bucket):
+            places.setdefault(window.index if distinct else place, place)
         return list(places.values())[: self.batch_size] if len(places) >= self.batch_size else []
 
     def state_dict(self) -> dict[str, Any]:
@@ -313,7 +316,7 @@ class BucketBatchSampler:
             "ids": _fingerprint(self.clips.ids),
             "sampler": self.sampler.state_dict(),
             "windows": self.window_rng.get_state(),
-            "waiting": [[list(visit) for visit in bucket] for bucket in self.waiting.values() if bucket],
+            "waiting": [[list(window) for window in bucket] for bucket in self.waiting.values() if bucket],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -323,7 +326,7 @@ class BucketBatchSampler:
             ValueError: the state is over other clips: another number, other names, or other lengths.
         """
         self.sampler.load_state_dict(state["sampler"])
-        waiting = [[ClipWindow(*visit) for visit in bucket] for bucket in state["waiting"]]
+        waiting = [[ClipWindow(*window) for window in bucket] for bucket in state["waiting"]]
         if state["ids"] != _fingerprint(self.clips.ids) or not all(self._fits(bucket) for bucket in waiting):
             raise ValueError(
                 f"the stored order is over other clips than the {len(self.clips)} there are now; "
@@ -333,9 +336,9 @@ class BucketBatchSampler:
         self.window_rng.set_state(state["windows"].to("cpu", torch.uint8))
 
     def _fits(self, bucket: Sequence[ClipWindow]) -> bool:
-        """Return whether the visits of a stored bucket exist and are of one length."""
-        lengths = {self.clips.lengths(visit.index) for visit in bucket}
-        return len(lengths) == 1 and all(visit.window < self.clips.num_windows(visit.index) for visit in bucket)
+        """Return True where the windows of a stored bucket exist and are of one length."""
+        lengths = {self.clips.lengths(index) for index, _ in bucket}
+        return len(lengths) == 1 and all(window < self.clips.num_windows(index) for index, window in bucket)
 
 
 def _fingerprint(ids: Sequence[str]) -> int:

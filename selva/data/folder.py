@@ -1,4 +1,4 @@
-"""A data folder: which feature files have their sound beside them, and the order in which training visits them.
+"""A data folder: feature files with their sound beside them, in the order of their names.
 
 data/dog_001.npz   features         data/dog_001.wav   sound, same stem        data/prompts.txt   optional
 """
@@ -11,6 +11,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from selva.features import FeatureBundle, load_features
 from selva.inputs.prompts import PROMPTS_FILE, PromptSource, choose_prompt, read_prompts
 from selva.inputs.suffixes import AUDIO_SUFFIXES
@@ -20,14 +22,13 @@ log = logging.getLogger(__name__)
 PathLike = str | os.PathLike[str]
 
 
-
 @dataclass(frozen=True)
-class Clip:
+class FolderClip:
     """One feature file and its sound.
 
     Attributes:
-        id: stem of both files; what every later message, metric and file name calls this clip.
-        prompt: what the clip is trained with.
+        id: stem of both files; the name of this clip in every later message, metric and file name.
+        prompt: the words that the clip is trained with.
         prompt_source: where the prompt is from: prompts.txt, the feature file, or the name of the folder.
         extracted_prompt: the prompt that the sync features were extracted with; "" if unknown.
         extracted_for: the variant whose encoders made the features; "" if unknown.
@@ -53,19 +54,19 @@ class Clip:
 
 @dataclass(frozen=True)
 class FolderScan:
-    """What a data folder holds.
+    """The content of a data folder.
 
     Attributes:
         clips: usable clips in the order of their file names.
         skipped: (file, reason) of everything that looks like part of a clip and cannot be used.
     """
 
-    clips: list[Clip]
+    clips: list[FolderClip]
     skipped: list[tuple[Path, str]]
 
 
 def scan_folder(data_dir: PathLike) -> FolderScan:
-    """Return the clips of ``data_dir`` (not of its subfolders) and what had to be left out.
+    """Return the clips of ``data_dir`` (not of its subfolders) and the files that had to be left out.
 
     A clip is ``X.npz`` with ``X.wav``, or another of ``AUDIO_SUFFIXES``, beside it. Its prompt is that of
     ``prompts.txt``, else the one it was extracted with, else the name of the folder. Every feature file is read and
@@ -94,7 +95,7 @@ def scan_folder(data_dir: PathLike) -> FolderScan:
     if unused_keys:
         log.warning("%s: no such feature file: %s", data_dir / PROMPTS_FILE, ", ".join(unused_keys))
 
-    clips: list[Clip] = []
+    clips: list[FolderClip] = []
     skipped: list[tuple[Path, str]] = []
     for path in features:
         if path.stem not in sounds:
@@ -116,16 +117,21 @@ def scan_folder(data_dir: PathLike) -> FolderScan:
     return FolderScan(clips, skipped)
 
 
-def _describe(path: Path, sound: Path, prompt: str, source: PromptSource, bundle: FeatureBundle) -> Clip:
-    digest = hashlib.sha256(bundle.clip_features.numpy())
-    digest.update(bundle.sync_features.numpy())
-    return Clip(
+def _describe(path: Path, sound: Path, prompt: str, source: PromptSource, bundle: FeatureBundle) -> FolderClip:
+    digest = hashlib.sha256(bundle.clip_features.numpy().data)
+    digest.update(bundle.sync_features.numpy().data)
+    return FolderClip(
         id=path.stem, features_path=path, audio_path=sound, prompt=prompt, prompt_source=source,
         extracted_prompt=bundle.prompt, extracted_for=bundle.variant, duration_sec=bundle.duration,
-        clip_shape=tuple(bundle.clip_features.shape[1:]), sync_shape=tuple(bundle.sync_features.shape[1:]),
-        text_shape=None if bundle.text_features is None else tuple(bundle.text_features.shape[1:]),
+        clip_shape=_token_shape(bundle.clip_features), sync_shape=_token_shape(bundle.sync_features),
+        text_shape=None if bundle.text_features is None else _token_shape(bundle.text_features),
         features_hash=digest.hexdigest(),
     )
+
+
+def _token_shape(features: Tensor) -> tuple[int, int]:
+    _, tokens, width = features.shape
+    return tokens, width
 
 
 def _choose_sound(paths: list[Path]) -> Path:

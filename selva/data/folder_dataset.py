@@ -1,4 +1,4 @@
-"""From a data folder to a training set.
+"""Training clips of a data folder.
 
     folder of clip.npz + clip.wav --mel, VAE, CLIP text--> FolderDataset     (encoded once, kept in the folder's cache)
     TensorDict memmap of MMAudio  -----------------------> MemmapDataset     (encoded already)
@@ -21,8 +21,8 @@ from torch import Tensor
 
 from selva.data.cache import DataCache, Settings
 from selva.data.dataset import ClipDataset, Lengths, TrainingClip
-from selva.data.folder import Clip, FolderScan, scan_folder
-from selva.data.latents import FRONT_END, encode_latents, load_windows
+from selva.data.folder import FolderClip, FolderScan, scan_folder
+from selva.data.latents import FRONT_END, Normalize, encode_latents, load_windows
 from selva.data.memmap.reader import MemmapDataset, is_memmap
 from selva.features import load_features
 from selva.inputs.suffixes import AUDIO_SUFFIXES
@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 MAX_WINDOWS = 8  # stretches of a long clip, spread evenly, whose latents are kept
 RECENT_WINDOWS = 256  # kept in memory, about 300 MB: reading a clip takes milliseconds, which short steps would notice
 
-Problems = list[tuple[Path, str]]  # what cannot be used, and why
+Problems = list[tuple[Path, str]]  # files that cannot be used, and the reason
 
 
 def load_clip_dataset(
@@ -55,7 +55,7 @@ def load_clip_dataset(
     device: torch.device,
     *,
     max_duration_sec: float = DEFAULT_DURATION_SEC,
-    normalize_audio: str = "peak",
+    normalize_audio: Normalize = "peak",
     use_cache: bool = True,
 ) -> tuple[ClipDataset, Problems]:
     """Return the clips of a data folder, ready for training, and (path, reason) for everything that cannot be used.
@@ -92,7 +92,7 @@ def load_clip_dataset(
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# what is trained on
+# clips and windows
 # ---------------------------------------------------------------------------------------------------------------
 
 
@@ -105,20 +105,20 @@ class PlannedClip:
         audio_hash: of the bytes of the sound file.
     """
 
-    files: Clip
+    files: FolderClip
     sequence: SequenceConfig
     starts: tuple[int, ...]
     audio_hash: str
 
     def start_sec(self, window: int) -> float:
-        """Return where a window begins."""
+        """Return the second at which a window begins."""
         return self.starts[window] * WINDOW_STEP_SEC
 
 
 def plan_clips(
     scan: FolderScan, cache: DataCache, variant: Variant, max_duration_sec: float
 ) -> tuple[list[PlannedClip], Problems]:
-    """Return what to train on of every clip, and the clips whose features do not fit. Reads no weights, no sound."""
+    """Return the windows of every clip, and the clips whose features do not fit. Reads no weights, no sound."""
     planned, problems = [], []
     for clip in scan.clips:
         try:
@@ -129,7 +129,7 @@ def plan_clips(
     return planned, problems
 
 
-def plan_windows(clip: Clip, variant: Variant, max_duration_sec: float) -> tuple[SequenceConfig, tuple[int, ...]]:
+def plan_windows(clip: FolderClip, variant: Variant, max_duration_sec: float) -> tuple[SequenceConfig, tuple[int, ...]]:
     """Return the lengths at which a clip is trained, and the first sync segment of each of its windows.
 
     A clip of up to ``max_duration_sec`` has one window of its own length. A longer one has up to ``MAX_WINDOWS`` of
@@ -171,7 +171,7 @@ class FolderDataset(ClipDataset):
     """Clips of a folder: features from their ``.npz``, latents and text features from the cache.
 
     Args:
-        scan: what the folder holds. clips: what is trained on. normalize_audio: "peak" or "none".
+        scan: content of the folder. clips: those to train on. normalize_audio: "peak" or "none".
     """
 
     def __init__(
@@ -181,11 +181,12 @@ class FolderDataset(ClipDataset):
         cache: DataCache,
         variant: Variant,
         selva_dir: Path | None,
-        normalize_audio: str,
+        normalize_audio: Normalize,
     ) -> None:
         self.scan, self.clips, self.cache, self.variant = scan, list(clips), cache, variant
-        self.selva_dir, self.normalize_audio = selva_dir, normalize_audio
-        self._weights: dict[str, Any] = {}  # part -> what its weights are known by
+        self.selva_dir = selva_dir
+        self.normalize_audio: Normalize = normalize_audio
+        self._weights: dict[str, Any] = {}  # part -> identity of its weights
         self._recent = functools.lru_cache(maxsize=RECENT_WINDOWS)(self._read_clip)
 
     @property
@@ -209,7 +210,10 @@ class FolderDataset(ClipDataset):
         clip_f = bundle.clip_features[0, clip_start : clip_start + sequence.clip_seq_len]
         sync_f = bundle.sync_features[0, sync_start : sync_start + sequence.sync_seq_len]
         latents = self._latents(clip, window)
-        text_f = bundle.text_features[0] if self._has_own_text(clip.files) else self._text(clip.files.prompt)
+        if self._has_own_text(clip.files):
+            text_f = None if bundle.text_features is None else bundle.text_features[0]
+        else:
+            text_f = self._text(clip.files.prompt)
         if (len(clip_f), len(sync_f)) != self.lengths(index)[1:] or latents is None or text_f is None:
             raise ValueError(f"{clip.files.features_path}: it or the cache of its folder was changed since the start; "
                              "leave both alone while training, and start again")
@@ -219,7 +223,7 @@ class FolderDataset(ClipDataset):
             clip_f=clip_f.clone(), sync_f=sync_f.clone(),  # lets go of the rest of a long clip
         )
 
-    # -- preparing ------------------------------------------------------------------------------------------------
+    # -- preparing -----------------------------------------------------------------------------------------------------
 
     def prepare(self, device: torch.device) -> Problems:
         """Encode what the cache lacks, drop the clips whose sound cannot be used, and return them with the reason."""
@@ -267,7 +271,7 @@ class FolderDataset(ClipDataset):
                 progress.update(number)
         return problems
 
-    # -- the cache ------------------------------------------------------------------------------------------------
+    # -- the cache -----------------------------------------------------------------------------------------------------
 
     def _latents(self, clip: PlannedClip, window: int) -> dict[str, Tensor] | None:
         """Return mean and std, each (N, C), from the cache, or None."""
@@ -285,8 +289,8 @@ class FolderDataset(ClipDataset):
     def _text_shape(self) -> tuple[int, int]:
         return self.variant.generator.text_seq_len, self.variant.generator.text_dim
 
-    def _has_own_text(self, clip: Clip) -> bool:
-        """Whether the feature file holds the text features of the prompt that is trained with."""
+    def _has_own_text(self, clip: FolderClip) -> bool:
+        """Return True where the feature file holds the text features of the prompt that is trained with."""
         return clip.text_shape == self._text_shape and clip.extracted_prompt == clip.prompt
 
     def _latent_settings(self, clip: PlannedClip, window: int) -> Settings:
@@ -304,7 +308,7 @@ class FolderDataset(ClipDataset):
         return {"prompt": prompt, "clip": self._identity("clip_text")}
 
     def _identity(self, part: str) -> Any:
-        """Return what tells the weights of a part from other ones; looked up once per run."""
+        """Return the identity of the weights of a part, which other weights do not share; looked up once per run."""
         if part not in self._weights:
             if self.variant.packaged:
                 self._weights[part] = [self.variant.name, packaged_identity(self.variant.name)]
@@ -315,8 +319,8 @@ class FolderDataset(ClipDataset):
         return self._weights[part]
 
 
-def _warn_of_other_prompts(clips: Sequence[Clip]) -> None:
-    """Say which clips are trained with other words than their sync features were extracted with (pitfall B6)."""
+def _warn_of_other_prompts(clips: Sequence[FolderClip]) -> None:
+    """Warn of clips that are trained with other words than their sync features were extracted with (pitfall B6)."""
     others = [clip for clip in clips if clip.prompt != clip.extracted_prompt]
     if others:
         log.warning(

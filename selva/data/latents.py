@@ -1,9 +1,10 @@
-"""From the sound of a clip to its latents: the sound file, its windows, the mel front end, the VAE encoder."""
+"""Latents of the sound of a clip: reading the file, its windows, the mel front end, the VAE encoder."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,15 +23,17 @@ MAX_AUDIO_SHORTFALL_SEC = 0.25
 # that latents of an older front end are not taken for right ones (pitfall A1).
 FRONT_END = "slaney-1"
 
+Normalize = Literal["peak", "none"]  # see :func:`selva.media.prepare_audio`
 
-def load_waveform(path: Path, sequence: SequenceConfig, normalize: str) -> Tensor:
+
+def load_waveform(path: Path, sequence: SequenceConfig, normalize: Normalize) -> Tensor:
     """Return the (samples,) float32 sound of the first window of a clip, at the model's rate and exactly its length."""
     (waveform,) = load_windows(path, sequence, (0.0,), normalize)
     return waveform
 
 
 def load_windows(
-    path: Path, sequence: SequenceConfig, starts_sec: Sequence[float], normalize: str
+    path: Path, sequence: SequenceConfig, starts_sec: Sequence[float], normalize: Normalize
 ) -> list[Tensor]:
     """Return (samples,) float32 per window of a clip; the level is normalised over the whole file, as MMAudio did.
 
@@ -58,7 +61,7 @@ def encode_latents(waveform: Tensor, mel: MelSpectrogram, vae: VAE) -> tuple[Ten
 
 
 class SoundEncoder:
-    """Sound of a clip -> latents, in float32 whatever the other encoders run in (pitfall G2); loaded on first use."""
+    """Sound of a clip -> latents, in float32 always (pitfall G2); loaded on first use."""
 
     def __init__(self, variant: Variant, selva_dir: Path | None, device: torch.device) -> None:
         self.variant, self.selva_dir, self.device = variant, selva_dir, device

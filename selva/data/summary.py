@@ -1,4 +1,4 @@
-"""What a data folder sounds like, and what is odd about it: read this before training for hours."""
+"""Summary of a data folder and the warnings about it, to be read before training for hours."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ NAMED = 5  # clips that a warning names
 
 @dataclass(frozen=True)
 class SoundStats:
-    """What was measured in one sound file, all channels.
+    """Measurements of one sound file, all channels.
 
     Attributes:
         loudness_lufs: integrated loudness, ITU-R BS.1770-4; None for silence and below 0.4 s.
@@ -62,11 +62,11 @@ class ClipSummary:
 
 @dataclass(frozen=True)
 class DataSummary:
-    """A folder before training.
+    """A data folder before training.
 
     Attributes:
         same_sound, same_features: groups of ids that share the sound file, or the features of the video.
-        left_out: (file, reason) of what cannot be used, missing partners among it.
+        left_out: (file, reason) of everything that cannot be used, missing partners among it.
         sampling_rate: of the model, Hz.
     """
 
@@ -104,7 +104,7 @@ class DataSummary:
         ]
 
     def warnings(self) -> list[str]:
-        """Return what deserves a look, one line per kind of trouble, with the clips it concerns."""
+        """Return one line per kind of trouble, with the clips it concerns."""
         found = [
             ("mostly silence", [c.id for c in self.clips if c.sound.silent_share > MOSTLY_SILENT]),
             ("clipped sound", [c.id for c in self.clips if c.sound.clipped_samples]),
@@ -125,7 +125,7 @@ class DataSummary:
         return lines
 
     def to_json(self) -> str:
-        """Return everything, every clip included, as a JSON object."""
+        """Return the summary as a JSON object, every clip included."""
         return json.dumps(asdict(self), indent=2, ensure_ascii=False)
 
 
@@ -133,7 +133,7 @@ def summarise(folder: FolderDataset, problems: Iterable[tuple[Path, str]] = ()) 
     """Return the summary of a prepared folder; files are measured one by one, once, and remembered in its cache.
 
     Args:
-        problems: what :func:`selva.data.folder_dataset.load_clip_dataset` could not use.
+        problems: files that :func:`selva.data.folder_dataset.load_clip_dataset` could not use.
     """
     clips = []
     with Progress(len(folder.clips), "measuring sound", "clips") as progress:

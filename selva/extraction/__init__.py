@@ -1,1 +1,1 @@
-"""From clips to feature files and data sets: read ahead, encoded, written, accounted for."""
+"""Extraction of clips into feature files and data sets: reading ahead, encoding, writing, the manifest."""

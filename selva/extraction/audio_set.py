@@ -17,12 +17,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from selva.data.latents import FRONT_END, SoundEncoder
+from selva.data.latents import FRONT_END, Normalize, SoundEncoder
 from selva.data.memmap.writer import MemmapWriter
 from selva.extraction.extractor import FeatureExtractor
 from selva.extraction.manifest import DONE, FAILED, ManifestWriter
@@ -45,17 +45,17 @@ log = logging.getLogger(__name__)
 AUDIO_SET_VERSION = 1
 READ_AHEAD = 2  # recordings per thread
 
-Normalize = Literal["peak", "none"]
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class SoundJob:
-    """One row to be made: a window of a recording, and what is to be heard in it.
+    """One row to be made: a window of a recording, and its caption.
 
     Attributes:
         path: the recording; None if there is none of that name.
-        problem: why the row cannot be made; "" as far as is known before the recording is read.
+        problem: reason why the row cannot be made; "" as far as is known before the recording is read.
     """
 
     window: Window
@@ -96,13 +96,13 @@ def plan_audio_set(clips: Path, captions: Path, data_dir: Path) -> list[SoundJob
     return jobs
 
 
-# -- sound ------------------------------------------------------------------------------------------------------------
+# -- sound -------------------------------------------------------------------------------------------------------------
 
 
 def read_windows(
     path: Path, windows: Sequence[Window], sequence: SequenceConfig, normalize: Normalize = "peak"
 ) -> list[Tensor | str]:
-    """Return for each window of a recording its (samples,) float32 for the model, or why it cannot be used.
+    """Return for each window of a recording its (samples,) float32 for the model, or the reason why it cannot be used.
 
     Memory holds the windows, never the recording.
 
@@ -139,16 +139,16 @@ def read_windows(
     return results
 
 
-# -- rows -------------------------------------------------------------------------------------------------------------
+# -- rows --------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class SoundResult:
-    """What became of a row.
+    """Result of one row.
 
     Attributes:
         index: of the job. made: False if the row was current already, or could not be made.
-        problem: why it could not be made; "" if it is there.
+        problem: reason why it could not be made; "" if it is there.
     """
 
     index: int
@@ -158,12 +158,12 @@ class SoundResult:
 
 @dataclass
 class _Recording:
-    """A recording that has been looked at: digests of its rows, and the sound of those that are not current."""
+    """A recording that has been read: digests of its rows, and the sound of those that are not current."""
 
     indices: list[int]
     digests: list[str]
     sounds: list[Tensor | str | None]  # None: current
-    problem: str = ""  # with all of it
+    problem: str = ""  # of the whole recording
 
 
 class AudioSetExtractor:
@@ -177,13 +177,14 @@ class AudioSetExtractor:
     """
 
     def __init__(self, extractor: FeatureExtractor, normalize: Normalize = "peak", num_workers: int = 2) -> None:
-        self.extractor, self.normalize, self.num_workers = extractor, normalize, num_workers
+        self.extractor, self.num_workers = extractor, num_workers
+        self.normalize: Normalize = normalize
         self.variant: Variant = extractor.variant
         self.sequence = sequence_config(self.variant.mode)
         self.sound = SoundEncoder(extractor.variant, extractor.selva_dir, extractor.device)
 
     def settings(self) -> dict[str, Any]:
-        """Return what decides the content of all rows alike."""
+        """Return the settings that decide the content of all rows alike."""
         return {
             "audio_set_version": AUDIO_SET_VERSION, "front_end": FRONT_END, "mode": self.variant.mode,
             "encoders": encoders_identity(self.variant), "normalize": self.normalize,
@@ -198,7 +199,7 @@ class AudioSetExtractor:
     def run(
         self, jobs: Sequence[SoundJob], writer: MemmapWriter, share: Iterable[int] | None = None
     ) -> Iterator[SoundResult]:
-        """Make the rows that are not current, and yield what became of each, recording by recording.
+        """Make the rows that are not current, and yield the result of each, recording by recording.
 
         Args:
             share: indices of the rows that this process is to make; None for all.
@@ -210,20 +211,21 @@ class AudioSetExtractor:
                 writer.skip(index)
                 yield SoundResult(index, made=False, problem=job.problem)
             else:
+                assert job.path is not None  # else it has a problem
                 groups.setdefault(job.path, []).append(index)
 
-        def read(indices: list[int]) -> _Recording:
-            return self._read([jobs[index] for index in indices], indices, writer)
+        def read(group: tuple[Path, list[int]]) -> _Recording:
+            path, indices = group
+            return self._read(path, [jobs[index] for index in indices], indices, writer)
 
-        for recording in ahead(read, list(groups.values()), self.num_workers):
+        for recording in ahead(read, list(groups.items()), self.num_workers):
             for number, index in enumerate(recording.indices):
                 yield self._finish(jobs[index], index, recording, number, writer)
                 if recording.sounds:
                     recording.sounds[number] = None  # lets go of it
 
-    def _read(self, jobs: Sequence[SoundJob], indices: list[int], writer: MemmapWriter) -> _Recording:
+    def _read(self, path: Path, jobs: Sequence[SoundJob], indices: list[int], writer: MemmapWriter) -> _Recording:
         """Return the sound of the windows of one recording whose rows are not current."""
-        path = jobs[0].path
         try:
             content = source_hash(path)
             digests = [_digest(content, job) for job in jobs]
@@ -256,7 +258,7 @@ class AudioSetExtractor:
 
 
 def _digest(content: str, job: SoundJob) -> str:
-    """Return what stands for everything that decides a row, but for the settings of the set."""
+    """Return a digest of everything that decides a row, but for the settings of the set."""
     decides = [content, job.window.start_sample, job.window.end_sample, job.caption]
     return hashlib.sha256(json.dumps(decides, ensure_ascii=False).encode()).hexdigest()
 
@@ -287,22 +289,22 @@ def run_sounds(
     results: Iterable[SoundResult],
     num_clips: int,
     jobs: Sequence[SoundJob],
-    accounts: ManifestWriter,
+    manifest: ManifestWriter,
     folder_name: str,
     strict: bool = False,
 ) -> Summary:
-    """Account for the rows of a set of sound while they are made; return what became of them.
+    """Record the rows of a set of sound in the manifest while they are made; return a summary.
 
     Args:
-        results: see :meth:`selva.extraction.audio_set.AudioSetExtractor.run`. num_clips: how many will come.
+        results: see :meth:`selva.extraction.audio_set.AudioSetExtractor.run`. num_clips: their number.
         folder_name: of the memmap.
-        strict: stop at the first clip that failed; the rest stays unaccounted for.
+        strict: stop at the first clip that failed; the rest stays pending.
     """
     summary, started = Summary(), time.monotonic()
     with Progress(num_clips, "encoding sound", "clips") as progress:
         for number, result in enumerate(results, 1):
             status = FAILED if result.problem else DONE
-            accounts.record(result.index, status, result.problem,
+            manifest.record(result.index, status, result.problem,
                             [folder_name] if status == DONE else (),
                             DEFAULT_DURATION_SEC if status == DONE else None)
             summary.count(status, result.made)

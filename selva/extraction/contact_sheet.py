@@ -1,4 +1,4 @@
-"""A picture of what the two image encoders saw of a clip, to look at before hours of extraction or training.
+"""A picture of what the two image encoders saw of a clip, to be checked before hours of extraction or training.
 
 A mask that is inverted, a video that lies on its side, a crop that cuts off the subject: all visible at a glance.
 """

@@ -1,4 +1,4 @@
-"""Data folders <-> memmaps: clips with their sound, and MMAudio's format, which holds latents instead.
+"""Conversion of data folders (clips with their sound) to memmaps (MMAudio's format, with latents instead) and back.
 
     folder of clip.npz + clip.wav --VAE, CLIP text--> memmap + table         (clips of 8 s)
     memmap + table --> folder of clip.npz with latents; on request, clip.flac decoded from them
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from selva.data.dataset import TrainingClip
 from selva.data.folder import scan_folder
-from selva.data.latents import FRONT_END, SoundEncoder, load_waveform
+from selva.data.latents import FRONT_END, Normalize, SoundEncoder, load_waveform
 from selva.data.memmap.reader import MemmapDataset
 from selva.data.memmap.writer import MemmapWriter
 from selva.extraction.extractor import FeatureExtractor
@@ -45,12 +45,12 @@ CONVERSION_VERSION = 1
 
 @dataclass(frozen=True)
 class Conversion:
-    """What became of a clip.
+    """Result of the conversion of one clip.
 
     Attributes:
         name: of the clip, or of the file that is none.
-        made: what was written; empty if it was current already, or could not be converted.
-        problem: why it could not be converted; "" if it was.
+        made: files that were written; empty if it was current already, or could not be converted.
+        problem: reason why it could not be converted; "" if it was.
     """
 
     name: str
@@ -60,16 +60,16 @@ class Conversion:
 
 Report = Callable[[Conversion], None]
 
-# -- folder -> memmap -------------------------------------------------------------------------------------------------
+# -- folder -> memmap --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class FolderClip:
-    """A clip of a data folder.
+class ConversionJob:
+    """One clip of a data folder that is to be converted.
 
     Attributes:
         sound_path: None if there is none; the feature file holds its latents then.
-        prompt: what the clip is trained with.
+        prompt: the words that the clip is trained with.
         has_text: the feature file holds the text features of that prompt.
     """
 
@@ -80,15 +80,15 @@ class FolderClip:
     has_text: bool
 
 
-def plan_folder(source: Path) -> tuple[list[FolderClip], list[Conversion]]:
-    """Return the clips of a data folder by name, and what in it is none.
+def plan_folder(source: Path) -> tuple[list[ConversionJob], list[Conversion]]:
+    """Return the clips of a data folder by name, and the files in it that belong to none.
 
     Raises:
         FileNotFoundError, ValueError: as :func:`selva.data.folder.scan_folder`, or there are no clips.
     """
     scan = scan_folder(source)
     clips = [
-        FolderClip(clip.id, clip.features_path, clip.audio_path, clip.prompt,
+        ConversionJob(clip.id, clip.features_path, clip.audio_path, clip.prompt,
                    clip.text_shape is not None and clip.extracted_prompt == clip.prompt)
         for clip in scan.clips
     ]
@@ -99,7 +99,7 @@ def plan_folder(source: Path) -> tuple[list[FolderClip], list[Conversion]]:
         if bundle is not None and bundle.latent_mean is not None:  # needs no sound
             prompt, _ = choose_prompt(prompts.get(path.name), bundle.prompt, source)
             has_text = bundle.text_features is not None and bundle.prompt == prompt
-            clips.append(FolderClip(path.stem, path, None, prompt, has_text))
+            clips.append(ConversionJob(path.stem, path, None, prompt, has_text))
         else:
             problems.append(Conversion(path.name, problem=f"{path}: {reason}"))
     if not clips:
@@ -118,9 +118,9 @@ def _load_or_none(path: Path) -> FeatureBundle | None:
 
 
 def folder_to_memmap(
-    clips: list[FolderClip], target: Path, extractor: FeatureExtractor, normalize: str, report: Report
+    clips: list[ConversionJob], target: Path, extractor: FeatureExtractor, normalize: Normalize, report: Report
 ) -> bool:
-    """Write the clips of a data folder as a memmap; return whether it is there.
+    """Write the clips of a data folder as a memmap; return True if it is there.
 
     Sound is encoded as for training, and texts where a feature file does not hold those of its prompt.
 
@@ -155,7 +155,7 @@ def folder_to_memmap(
 
 
 def _row(
-    clip: FolderClip, sound_hash: str, extractor: FeatureExtractor, sound: SoundEncoder, normalize: str
+    clip: ConversionJob, sound_hash: str, extractor: FeatureExtractor, sound: SoundEncoder, normalize: Normalize
 ) -> dict[str, Tensor]:
     """Return one row of every tensor.
 
@@ -171,21 +171,23 @@ def _row(
                          f"{DEFAULT_DURATION_SEC:g} s; {advice}")
     if clip.sound_path is None or sound_hash == (bundle.settings or {}).get("decoded_sound_sha256"):
         mean, std = bundle.latent_mean, bundle.latent_std  # of the sound, not of what was decoded from them
+        assert mean is not None and std is not None  # such files have latents
     else:
         mean, std = sound.encode(_waveform(clip.sound_path, variant, normalize))
-    text = bundle.text_features if clip.has_text else extractor.text_features(clip.prompt)
+    own_text = bundle.text_features if clip.has_text else None
+    text = own_text if own_text is not None else extractor.text_features(clip.prompt)
     return {"mean": mean[0], "std": std[0], "text_features": text[0], "clip_features": bundle.clip_features[0],
             "sync_features": bundle.sync_features[0]}
 
 
-def _waveform(path: Path, variant: Variant, normalize: str) -> Tensor:
+def _waveform(path: Path, variant: Variant, normalize: Normalize) -> Tensor:
     try:
         return load_waveform(path, sequence_config(variant.mode), normalize)
     except ValueError as error:
         raise ValueError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from error
 
 
-# -- memmap -> folder -------------------------------------------------------------------------------------------------
+# -- memmap -> folder --------------------------------------------------------------------------------------------------
 
 
 class LatentDecoder:

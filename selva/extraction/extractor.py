@@ -1,4 +1,4 @@
-"""From a video and a prompt to the features that the generator reads.
+"""Features that the generator reads, of a video and a prompt.
 
     video --8 fps--> CLIP image tower --> clip_features (1, T, ·)
           --25 fps-> TextSynch (SelVA, with T5 of the prompt) or Synchformer (MMAudio) --> sync_features (1, S, ·)
@@ -25,6 +25,9 @@ from torch import Tensor
 
 from selva.features import FeatureBundle
 from selva.media import SELVA_FILL_SEC, MaskSettings, VideoFrames, read_video
+from selva.models.clip_t5 import ClipImage
+from selva.models.synchformer import Synchformer
+from selva.models.textsynch import TextSynch
 from selva.models.variants import Variant
 from selva.sequence import DEFAULT_DURATION_SEC
 from selva.weights.load import load_clip_image, load_clip_text, load_t5, load_video_encoder
@@ -52,11 +55,11 @@ def clip_settings(
     precision: str,
     mask: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Return everything that decides the features of a clip; equal settings mean that they need not be redone.
+    """Return the settings that decide the features of a clip; equal ones mean that they need not be redone.
 
     Args:
         sha256: of the video's content. encoders: :func:`selva.weights.find.encoders_identity`. precision: "float32" ...
-        mask: what says which mask it was, and how it was used; None without one.
+        mask: which one, and how it was used; None without one.
     """
     settings = {
         "extraction_version": EXTRACTION_VERSION,
@@ -183,8 +186,8 @@ class FeatureExtractor:
         self._t5 = TextCache(  # prompt -> (1, L, ·) and its mask
             lambda: load_t5(*where, t5_dtype), lambda encoder, prompt: tuple(x.cpu() for x in encoder.encode([prompt]))
         )
-        self._clip_image = None
-        self._video_encoder = None
+        self._clip_image: ClipImage | None = None
+        self._video_encoder: TextSynch | Synchformer | None = None
 
     def prepare_texts(self, prompts: Iterable[str], sync: bool = True) -> None:
         """Encode the prompts that are not known yet; the text encoders are loaded, used and freed.
@@ -217,8 +220,8 @@ class FeatureExtractor:
         ((_, features),) = [*passes.add("clip", frames), *passes.flush()]
         return features[None]
 
-    def clip_passes(self) -> FramePasses:
-        """Return what brings the frames of many clips through the CLIP tower; its results are on the CPU, float32."""
+    def clip_passes(self) -> FramePasses[Any]:
+        """Return the passes of the frames of many clips through the CLIP tower; results are on the CPU, float32."""
         return FramePasses(self._clip_pass, FRAMES_PER_PASS[self.device.type])
 
     @torch.no_grad()
@@ -231,17 +234,19 @@ class FeatureExtractor:
     @torch.no_grad()
     def sync_features(self, frames: Tensor, prompt: str) -> Tensor:
         """Return (1, S, sync_dim) float32 on the CPU from uint8 frames (F, 3, H, W) at 25 per second."""
-        if self._video_encoder is None:
-            self._video_encoder = load_video_encoder(
-                self.variant.name, self.selva_dir, self.device, self.precision
-            )
+        encoder = self._video_encoder
+        if encoder is None:
+            encoder = load_video_encoder(self.variant.name, self.selva_dir, self.device, self.precision)
+            self._video_encoder = encoder
         pictures = frames_to_sync_input(frames.to(self.device)).to(self.precision)  # bytes travel four times as fast
         segments = SEGMENTS_PER_PASS[self.device.type]
         known = self.sync_text(prompt)
         if known is None:
-            return self._video_encoder.encode(pictures, segment_batch=segments).float().cpu()
+            assert isinstance(encoder, Synchformer)
+            return encoder.encode(pictures, segment_batch=segments).float().cpu()
+        assert isinstance(encoder, TextSynch)
         text, mask = known[0].to(self.device, self.precision), known[1].to(self.device)
-        return self._video_encoder.encode(pictures, text, mask, segment_batch=segments).float().cpu()
+        return encoder.encode(pictures, text, mask, segment_batch=segments).float().cpu()
 
     def read(
         self, path: Path, duration_sec: float = DEFAULT_DURATION_SEC, start_sec: float = 0.0,

@@ -1,4 +1,4 @@
-"""What became of every clip of a work list, written by any number of processes that need not know of each other.
+"""Manifest of a work list: the result of every clip, from any number of processes that need not know of each other.
 
     manifest.jsonl              one line per clip in the order of the work list, once all of it has been gone through
     manifest.incomplete.jsonl   the same before that; clips that nobody has finished yet are "pending"
@@ -35,12 +35,12 @@ Row = dict[str, Any]  # id, source, start_sec, status, reason, files, duration_s
 
 @dataclass(frozen=True)
 class Shard:
-    """Which share of a work list this process does: every ``count``-th clip, beginning with ``index``.
+    """Share of a work list that this process does: every ``count``-th clip, beginning with ``index``.
 
     Attributes:
         index, count: 0 of 1 is everything.
         group: the shards that were started together and end together; this one alone if None.
-        launch: what tells processes that were started together from those of an earlier time.
+        launch: the same in processes that were started together, another one at another time.
     """
 
     index: int = 0
@@ -70,7 +70,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How things stand when a process has finished.
+    """State of the work list when a process has finished.
 
     Attributes:
         complete: all shards have finished, the manifest is written.
@@ -86,12 +86,12 @@ class Outcome:
 
 
 class ManifestWriter:
-    """The books of one process about its share of a work list.
+    """Journal of one process about its share of a work list, and the manifest that all journals make.
 
     Args:
         manifest: the file to be written in the end. state: folder for the journals.
         rows: (id, source, start_sec or None) of every clip of the whole list, in order.
-        settings: whatever else makes two runs different; journals of other settings or lists do not count.
+        settings: everything else that makes two runs different; journals of other settings or lists do not count.
         shard: the share of this process.
     """
 
@@ -112,12 +112,12 @@ class ManifestWriter:
     def record(
         self, index: int, status: str, reason: str = "", files: Sequence[str] = (), duration_sec: float | None = None
     ) -> None:
-        """Note what became of clip ``index``. ``files`` are relative to the folder of the manifest."""
+        """Record the result of clip ``index``. ``files`` are relative to the folder of the manifest."""
         content = {"status": status, "reason": reason, "files": list(files), "duration_sec": duration_sec}
         self._write({"index": index, **content})
 
     def finish(self) -> Outcome:
-        """Say that this share has been gone through, and write the manifest of what all shares have come to."""
+        """Record that this share is finished, and write the manifest of all shares so far."""
         with self._lock:
             self._write({"finished": True})
             journals = {number: self._read(number) for number in range(self.shard.count)}
@@ -144,7 +144,7 @@ class ManifestWriter:
     def __exit__(self, *_exc: object) -> None:
         self.close()
 
-    # -- journals -------------------------------------------------------------------------------------------------
+    # -- journals ------------------------------------------------------------------------------------------------------
 
     def _path(self, number: int) -> Path:
         return self.state / f"shard_{number + 1}_of_{self.shard.count}.jsonl"
@@ -154,7 +154,7 @@ class ManifestWriter:
         self._journal.flush()
 
     def _read(self, number: int) -> _Journal:
-        """Return what a shard has written about this work list; nothing, if it has not begun."""
+        """Return the journal of a shard about this work list; an empty one if it has not begun."""
         lines = list(_lines(self._path(number)))
         if not lines or lines[0].get("work_list") != self.work_list:
             return _Journal("", {}, finished=False)

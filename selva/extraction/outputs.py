@@ -1,4 +1,4 @@
-"""Where extracted clips go: feature files with their sound beside them, or the rows of a memmap.
+"""Outputs of an extraction: feature files with their sound beside them, or the rows of a memmap.
 
 Both outputs have the same methods, so that the run (:mod:`selva.extraction.pipeline`) need not know which one it feeds.
 """
@@ -21,7 +21,7 @@ from selva.models.variants import Variant
 
 
 def beside_memmap(folder: Path, name: str) -> Path:
-    """Return where a file about a memmap goes: not into it, whose files belong to its format."""
+    """Return the path of a file about a memmap: not in it, whose files belong to its format."""
     return folder.with_name(f"{folder.name}.{name}")
 
 
@@ -31,8 +31,8 @@ def memmap_manifest(folder: Path) -> tuple[Path, Path]:
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """What the encoders made of one clip, all float32 on the CPU.
+class EncodedClip:
+    """Features of one clip as the encoders made them, all float32 on the CPU.
 
     Attributes:
         clip_features: (T, clip_dim). sync_features: (1, S, sync_dim). text_features: (1, 77, text_dim).
@@ -58,15 +58,16 @@ class FeatureFiles:
         self.digests: dict[int, str] = {}  # the readers look into the files instead
 
     def beside(self, name: str) -> Path:
-        """Return where a file about the whole output goes."""
+        """Return the path of a file about the whole output."""
         return self.folder / name
 
     def confirm(self, index: int, digest: str) -> bool:
-        """Return whether a clip that its reader found to be current is so."""
+        """Return True where a clip that its reader found to be current still is."""
         return True
 
-    def write(self, job: ClipJob, clip: ReadClip, encoded: Encoded) -> None:
+    def write(self, job: ClipJob, clip: ReadClip, encoded: EncodedClip) -> None:
         """Write the features of a clip, whole or not at all."""
+        assert clip.duration_sec is not None  # READY, so it was decoded
         mean, std = encoded.latents or (None, None)
         save_features(self.path_of(job), FeatureBundle(
             clip_features=encoded.clip_features[None],
@@ -83,18 +84,18 @@ class FeatureFiles:
         ))
 
     def leave_out(self, index: int) -> None:
-        """Nothing needs to be done for a clip without features."""
+        """Do nothing for a clip without features; a memmap has to record it."""
 
     def files_of(self, job: ClipJob, clip: ReadClip) -> list[str]:
         """Return the names of a clip's files, in the folder of the manifest."""
         return [f"{job.id}.npz", *([clip.sound_file] if clip.sound_file else [])]
 
-    def path_of(self, job: ClipJob) -> Path | None:
-        """Return the file of a clip's features; None if there is no such file."""
+    def path_of(self, job: ClipJob) -> Path:
+        """Return the file of a clip's features."""
         return self.folder / f"{job.id}.npz"
 
     def finish(self) -> list[Path]:
-        """Return what appeared only now that everything is done."""
+        """Return the paths that exist only after the last clip."""
         return []
 
     def close(self) -> None:
@@ -106,7 +107,7 @@ class MemmapRows:
 
     Args:
         folder: of the memmap. variant: whose latents and features. jobs: the whole work list.
-        settings: what decides the content of all rows alike.
+        settings: everything that decides the content of all rows alike.
     """
 
     def __init__(self, folder: Path, variant: Variant, jobs: Sequence[ClipJob], settings: Any) -> None:
@@ -122,7 +123,8 @@ class MemmapRows:
     def confirm(self, index: int, digest: str) -> bool:
         return self.writer.is_current(index, digest)
 
-    def write(self, job: ClipJob, clip: ReadClip, encoded: Encoded) -> None:
+    def write(self, job: ClipJob, clip: ReadClip, encoded: EncodedClip) -> None:
+        assert encoded.latents is not None  # clips of a memmap are read with sound
         mean, std = encoded.latents
         rows = {"mean": mean[0], "std": std[0], "text_features": encoded.text_features[0],
                 "clip_features": encoded.clip_features, "sync_features": encoded.sync_features[0]}
@@ -135,6 +137,7 @@ class MemmapRows:
         return [self.folder.name]
 
     def path_of(self, job: ClipJob) -> Path | None:
+        """Return None: a row has no file of its own."""
         return None
 
     def finish(self) -> list[Path]:

@@ -1,4 +1,4 @@
-"""The run of an extraction: clips that were read ahead -> encoders -> output, with every clip accounted for.
+"""The run of an extraction: clips that were read ahead -> encoders -> output, with a line of the manifest for each.
 
     workers: hash, compare, decode  -->  text, video encoder, CLIP (passes across clips), VAE  -->  write, manifest
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 from selva.data.latents import SoundEncoder
 from selva.extraction.extractor import FeatureExtractor, FramePasses
 from selva.extraction.manifest import DONE, FAILED, SKIPPED, ManifestWriter
-from selva.extraction.outputs import Encoded, FeatureFiles, MemmapRows
+from selva.extraction.outputs import EncodedClip, FeatureFiles, MemmapRows
 from selva.extraction.reader import READY, ReadClip
 from selva.inputs.jobs import ClipJob
 from selva.utils.device import peak_memory_bytes
@@ -34,7 +34,7 @@ class ClipEncoder:
 
     Args:
         extractor: the encoders. jobs: the whole work list. own: indices of the clips that will come.
-        times: takes the seconds of each stage.
+        times: collects the seconds of each stage.
     """
 
     def __init__(
@@ -44,8 +44,8 @@ class ClipEncoder:
         self.sound = SoundEncoder(extractor.variant, extractor.selva_dir, extractor.device)
         self._unread_prompts = {jobs[index].prompt for index in own}
 
-    def encode(self, clips: Iterable[ReadClip]) -> Iterator[tuple[ReadClip, Encoded | None]]:
-        """Yield the clips in their order, those that were READY with what the encoders made of them.
+    def encode(self, clips: Iterable[ReadClip]) -> Iterator[tuple[ReadClip, EncodedClip | None]]:
+        """Yield the clips in their order, those that were READY with their features.
 
         A clip that an encoder refuses comes back FAILED. A clip waits until the last of its frames was in a pass, which
         may take frames of the clips after it.
@@ -67,6 +67,7 @@ class ClipEncoder:
         """Encode everything of a clip but those of its CLIP frames that do not fill a pass yet."""
         clip, prompt = entry.clip, self.jobs[entry.clip.index].prompt
         frames, sync_frames, waveform = clip.clip_frames, clip.sync_frames, clip.waveform
+        assert frames is not None and sync_frames is not None  # as the clip is READY
         clip.clip_frames = clip.sync_frames = clip.waveform = None  # not needed twice
         try:
             with self.times.stage("text"):
@@ -94,7 +95,7 @@ class ClipEncoder:
 
 @dataclass
 class _Waiting:
-    """A clip on its way through the encoders; the tensors as in :class:`selva.extraction.outputs.Encoded`."""
+    """A clip on its way through the encoders; the tensors as in :class:`selva.extraction.outputs.EncodedClip`."""
 
     clip: ReadClip
     text_features: Tensor | None = None
@@ -103,8 +104,8 @@ class _Waiting:
     latents: tuple[Tensor, Tensor] | None = None
 
 
-def _take_complete(waiting: dict[int, _Waiting]) -> Iterator[tuple[ReadClip, Encoded | None]]:
-    """Yield and remove the clips at the front that nothing is missing of."""
+def _take_complete(waiting: dict[int, _Waiting]) -> Iterator[tuple[ReadClip, EncodedClip | None]]:
+    """Yield and remove the complete clips at the front."""
     while waiting:
         first = next(iter(waiting.values()))
         if first.clip.status != READY:
@@ -112,14 +113,15 @@ def _take_complete(waiting: dict[int, _Waiting]) -> Iterator[tuple[ReadClip, Enc
         elif first.clip_features is None:
             return
         else:
-            encoded = Encoded(first.clip_features, first.sync_features, first.text_features, first.latents)
+            assert first.sync_features is not None and first.text_features is not None  # made before the last pass
+            encoded = EncodedClip(first.clip_features, first.sync_features, first.text_features, first.latents)
         del waiting[first.clip.index]
         yield first.clip, encoded
 
 
 @dataclass
 class Summary:
-    """What a run did to its share of the list, and what it took.
+    """Results of a run over its share of the list, with the time and memory it needed.
 
     Attributes:
         extracted, current, skipped, failed: numbers of clips.
@@ -149,7 +151,7 @@ class Summary:
             self.current += 1
 
     def table(self) -> str:
-        """Return lines that say what the time and the memory went to."""
+        """Return lines about the time of every stage and the memory."""
         number = self.extracted + self.current + self.skipped + self.failed
         lines = [f"{'stage':22}{'seconds':>9}{'share':>7}{'ms per clip':>13}"] if self.seconds else []
         for name, seconds in self.seconds.items():
@@ -170,16 +172,16 @@ def run(
     num_clips: int,
     encoder: ClipEncoder,
     output: FeatureFiles | MemmapRows,
-    accounts: ManifestWriter,
+    manifest: ManifestWriter,
     *,
     strict: bool = False,
     announce: Callable[[Path], None] = lambda path: None,
 ) -> Summary:
-    """Encode and write clips and account for every one; return what became of them.
+    """Encode and write clips and record every one in the manifest; return a summary.
 
     Args:
-        clips: what was read, in order. num_clips: how many will come.
-        strict: stop at the first clip that failed; the rest stays unaccounted for.
+        clips: as they were read, in order. num_clips: their number.
+        strict: stop at the first clip that failed; the rest stays pending.
         announce: called with the path of every file of features that was written.
     """
     summary, times, started = Summary(seconds=encoder.times.seconds), encoder.times, time.monotonic()
@@ -188,7 +190,7 @@ def run(
             job = encoder.jobs[clip.index]
             with times.stage("write"):
                 status, reason = _write_result(clip, encoded, job, output)
-                accounts.record(clip.index, status, reason, output.files_of(job, clip) if status == DONE else (),
+                manifest.record(clip.index, status, reason, output.files_of(job, clip) if status == DONE else (),
                                 clip.duration_sec if status == DONE else None)
             summary.count(status, encoded is not None)
             if status == FAILED:
@@ -208,9 +210,9 @@ def run(
 
 
 def _write_result(
-    clip: ReadClip, encoded: Encoded | None, job: ClipJob, output: FeatureFiles | MemmapRows
+    clip: ReadClip, encoded: EncodedClip | None, job: ClipJob, output: FeatureFiles | MemmapRows
 ) -> tuple[str, str]:
-    """Write what there is of a clip; return its status for the manifest, and the reason."""
+    """Write the features of a clip, if any; return its status for the manifest, and the reason."""
     status, reason = clip.status, clip.reason
     if encoded is not None:
         try:
@@ -226,7 +228,7 @@ def _write_result(
 
 
 def _timed(clips: Iterable[ReadClip], times: StageTimes, summary: Summary) -> Iterator[ReadClip]:
-    """Yield the clips; count the time that is spent waiting for them, and what their readers say they needed."""
+    """Yield the clips; count the time that is spent waiting for them, and the seconds that their readers needed."""
     iterator = iter(clips)
     while True:
         with times.stage("waiting for clips"):

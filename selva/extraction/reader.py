@@ -18,9 +18,11 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+import torch.multiprocessing
+from torch.utils.data import DataLoader, Dataset
 
 from selva.data.latents import FRONT_END, MAX_AUDIO_SHORTFALL_SEC
 from selva.extraction.contact_sheet import write_contact_sheet
@@ -35,13 +37,14 @@ from selva.media import (
     copied_audio_suffix,
     copy_audio,
     extract_audio,
+    prepare_audio,
     probe,
     read_audio,
     read_video,
 )
 from selva.media.container import check_file
 from selva.models.variants import get_variant
-from selva.sequence import DEFAULT_DURATION_SEC, sequence_config
+from selva.sequence import DEFAULT_DURATION_SEC, SequenceConfig, sequence_config
 from selva.utils import torchrun
 from selva.utils.device import peak_memory_bytes
 from selva.utils.files import source_hash
@@ -50,6 +53,8 @@ from selva.utils.progress import StageTimes
 from selva.weights.find import encoders_identity
 
 log = logging.getLogger(__name__)
+
+Item = TypeVar("Item")
 
 READY = "ready"  # beside the words of the manifest: to be encoded
 
@@ -60,12 +65,12 @@ _AHEAD = 2  # clips per worker that wait to be encoded; one of 8 s has 58 MB at 
 
 
 class UnusableClip(ValueError):
-    """Nothing is wrong with this clip, but it cannot be part of such a set."""
+    """Error about a clip that is not damaged, but cannot be part of such a set."""
 
 
 @dataclass(frozen=True)
 class ReadSettings:
-    """How clips are read; the same for all of a list.
+    """Settings for reading clips, the same for all of a list.
 
     Attributes:
         variant: name; its encoders decide the sizes of the pictures.
@@ -73,7 +78,7 @@ class ReadSettings:
         output_dir: of the feature files; None for rows of a memmap, where every clip is 8 s with sound.
         audio: "extract", "copy" or "none": the sound file beside the features.
         latents: whether sound is wanted for the VAE too.
-        overwrite: take nothing for current.
+        overwrite: read clips whose features are current, too.
         mask_strength, mask_clip, mask_sync: see :class:`selva.media.MaskSettings`.
         preview_dir: where a picture of what the encoders see goes.
     """
@@ -99,8 +104,8 @@ class ReadSettings:
 
 @dataclass
 class ReadClip:
-    """What came of reading one clip. Arrays instead of tensors: they travel between processes without shared memory,
-    of which containers have little.
+    """A clip as it was read. Arrays instead of tensors: they travel between processes without shared memory, of which
+    containers have little.
 
     Attributes:
         index: in the work list.
@@ -130,12 +135,12 @@ class ReadClip:
     peak_memory: int = 0
 
 
-class ClipReader:
+class ClipReader(Dataset[ReadClip]):
     """Reads clip ``index`` of a list with ``reader[index]``; never raises for what is wrong with a clip.
 
     Args:
         jobs: the whole work list. settings: how to read it.
-        digests: for a memmap, what its rows hold already: index -> digest.
+        digests: of the rows that a memmap holds already: index -> digest.
     """
 
     def __init__(self, jobs: Sequence[ClipJob], settings: ReadSettings, digests: dict[int, str] | None = None) -> None:
@@ -177,7 +182,13 @@ class ClipReader:
             waveform, frames.duration_sec, frames.source_fps, sound_name,
         )
 
-    # -- is it there already? -------------------------------------------------------------------------------------
+    # -- comparing -----------------------------------------------------------------------------------------------------
+
+    @property
+    def _output_dir(self) -> Path:
+        """Folder of the feature files, which a memmap does not have."""
+        assert self.settings.output_dir is not None
+        return self.settings.output_dir
 
     def _settings(self, job: ClipJob) -> dict[str, Any]:
         options, variant = self.settings, get_variant(self.settings.variant)
@@ -200,7 +211,7 @@ class ClipReader:
         """Return the seconds of a clip whose features need not be made again, else None."""
         if self.settings.is_memmap:
             return DEFAULT_DURATION_SEC if self.digests.get(index) == digest else None
-        path = self.settings.output_dir / f"{job.id}.npz"
+        path = self._output_dir / f"{job.id}.npz"
         if not path.exists() or (sound_name and not (path.parent / sound_name).exists()):
             return None
         try:
@@ -210,7 +221,7 @@ class ClipReader:
             return None
         return bundle.duration if bundle.settings == settings else None
 
-    # -- pictures and sound ---------------------------------------------------------------------------------------
+    # -- pictures and sound --------------------------------------------------------------------------------------------
 
     def _frames(self, job: ClipJob) -> VideoFrames:
         variant = get_variant(self.settings.variant)
@@ -225,13 +236,13 @@ class ClipReader:
         return frames
 
     def _sound(self, job: ClipJob, duration_sec: float, sound_name: str) -> tuple[np.ndarray | None, str]:
-        """Write the sound beside the features; return what the VAE is to encode, or why there is nothing."""
+        """Write the sound beside the features; return the waveform for the VAE, or the reason why there is none."""
         options = self.settings
         lengths = sequence_config(get_variant(options.variant).mode, duration_sec)
         # The latent frames reach up to one frame beyond the clip; sound that is there is taken along for them.
         seconds = lengths.num_audio_frames / lengths.sampling_rate
         if sound_name:
-            target = options.output_dir / sound_name
+            target = self._output_dir / sound_name
             if options.audio == "copy":
                 copy_audio(job.path, target, job.start_sec)
             else:
@@ -246,7 +257,7 @@ class ClipReader:
             return None, f"{error}; its features are written without latents"
 
     def _preview(self, job: ClipJob, times: StageTimes, frames: VideoFrames | None = None) -> None:
-        """Show what the encoders see, or have seen: ``frames`` is None for a clip whose features are current."""
+        """Write a picture of what the encoders see; ``frames`` is None for a clip whose features are current."""
         if self.settings.preview_dir is None:
             return
         path = self.settings.preview_dir / f"{job.id}.png"
@@ -262,7 +273,7 @@ def digest_of(settings: dict[str, Any]) -> str:
 
 
 def _sound_file(job: ClipJob, audio: str) -> tuple[str, str]:
-    """Return the name of the sound that belongs beside the features ("" for none), and what there is to say."""
+    """Return the name of the sound that belongs beside the features ("" for none), and a remark."""
     if audio == "none":
         return "", ""
     if "audio" not in probe(job.path).streams:
@@ -270,14 +281,12 @@ def _sound_file(job: ClipJob, audio: str) -> tuple[str, str]:
     return job.id + (copied_audio_suffix(job.path) if audio == "copy" else ".flac"), ""
 
 
-def _waveform(job: ClipJob, seconds: float, lengths: Any) -> np.ndarray:
+def _waveform(job: ClipJob, seconds: float, lengths: SequenceConfig) -> np.ndarray:
     """Return (samples,) float32 for the VAE, prepared as for training.
 
     Raises:
         UnusableClip: there is no sound, it is too short, or silent.
     """
-    from selva.media import prepare_audio
-
     if "audio" not in probe(job.path).streams:
         raise UnusableClip(f"{job.path}: has no sound")
     waveform, rate = read_audio(job.path, job.start_sec, seconds)
@@ -309,7 +318,7 @@ def _file_hash(path: Path) -> str:
 
 
 def default_workers(num_clips: int) -> int:
-    """Return how many worker processes read clips ahead: the cores, shared by the processes of this machine."""
+    """Return the number of processes that read clips ahead: the cores, shared by the processes of this machine."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     share = cores // torchrun.local_world_size()
     if share < 2 or num_clips < 3:  # starting one takes longer than reading a clip
@@ -351,9 +360,6 @@ def _read_alone(reader: ClipReader, index: int, debug: bool) -> ReadClip:
 
 
 def _loader(reader: ClipReader, indices: Sequence[int], num_workers: int, debug: bool) -> Iterator[ReadClip]:
-    import torch.multiprocessing
-    from torch.utils.data import DataLoader
-
     # Forking a process that uses a GPU or threads is not safe; a server that has only imported this module can.
     methods = torch.multiprocessing.get_all_start_methods()
     context = torch.multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
@@ -366,8 +372,8 @@ def _loader(reader: ClipReader, indices: Sequence[int], num_workers: int, debug:
     ))
 
 
-def _unchanged(clip: ReadClip) -> ReadClip:
-    return clip
+def _unchanged(item: Item) -> Item:
+    return item
 
 
 def _set_up_worker(debug: bool, _worker: int) -> None:

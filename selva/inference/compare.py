@@ -35,7 +35,7 @@ from selva.inference.request import SoundRequest
 from selva.inputs.suffixes import OUTPUT_AUDIO_SUFFIXES
 from selva.media import prepare_audio, probe, read_audio
 from selva.utils.files import atomic_write_text
-from selva.utils.plots import new_figure, save_figure
+from selva.utils.plots import draw_spectrogram, new_figure, power_spectrogram, save_figure
 
 log = logging.getLogger(__name__)
 
@@ -277,7 +277,7 @@ def plot_sheet(rows: Sequence[Row], labels: Sequence[str], path: Path) -> None:
     loudest = max(np.percentile(image, 99.9) for line in images for image in line if image is not None)
     figure = new_figure(2.2 + CELL_WIDTH_IN * len(columns), 0.7 + CELL_HEIGHT_IN * len(rows))
     grid = figure.subplots(len(rows), len(columns), squeeze=False, sharex="row", sharey=True)
-    drawn = None
+    drawn = []
     for line, row, cells in zip(grid, rows, images, strict=True):
         seconds = max(len(sound) for sound in row.sounds.values()) / row.rate
         for column, (axes, image) in enumerate(zip(line, cells, strict=True)):
@@ -286,8 +286,9 @@ def plot_sheet(rows: Sequence[Row], labels: Sequence[str], path: Path) -> None:
                 axes.tick_params(left=False, bottom=False, labelleft=False, labelbottom=False)
                 axes.text(0.5, 0.5, "none", transform=axes.transAxes, ha="center", va="center", color="gray")
                 continue
-            drawn = axes.imshow(image, origin="lower", aspect="auto", cmap="magma", interpolation="nearest",
-                                vmin=loudest - RANGE_DB, vmax=loudest, extent=(0, seconds, 0, NUM_PIXELS))
+            limits = (loudest - RANGE_DB, loudest)
+            drawn.append(draw_spectrogram(axes, image, (seconds, NUM_PIXELS), limits, cmap="magma",
+                                          interpolation="nearest"))
             axes.set_xlabel(_caption(row, column - with_reference), fontsize=7, labelpad=2)
             axes.tick_params(labelsize=7, length=2, pad=2)
             axes.locator_params(axis="x", nbins=4)
@@ -297,7 +298,7 @@ def plot_sheet(rows: Sequence[Row], labels: Sequence[str], path: Path) -> None:
         axes.set_title(label, fontsize=9, fontweight="bold")
     places, names = _frequency_ticks(rows[0].rate)
     grid[0][0].set_yticks(places, [f"{name} kHz" for name in names])  # the axes share them
-    bar = figure.colorbar(drawn, ax=grid.ravel().tolist(), label="dB of full scale", aspect=40, pad=0.01)
+    bar = figure.colorbar(drawn[-1], ax=grid.ravel().tolist(), label="dB of full scale", aspect=40, pad=0.01)
     bar.ax.tick_params(labelsize=7)
     save_figure(figure, path)
 
@@ -327,19 +328,18 @@ def _spectrogram(sound: Tensor | None, rate: int) -> np.ndarray | None:
     size = 1024 if rate < 32_000 else 2048
     samples = torch.nn.functional.pad(sound.double(), (size // 2, size // 2))
     window = torch.hann_window(size, dtype=torch.float64)
-    frames = samples.unfold(0, size, size // 4) * window
-    power = (torch.fft.rfft(frames).abs() * 2 / window.sum()).square().T.numpy()  # (bins, frames)
+    power = power_spectrogram(samples, window, size // 4)  # (bins, frames)
     edges = _hertz(np.linspace(0, _mel(rate / 2), NUM_PIXELS + 1)) / (rate / 2) * (power.shape[0] - 1)
     # A pixel shows the loudest bin it covers, or what lies at its middle where it covers none.
-    image = np.empty((NUM_PIXELS, power.shape[1]))
+    image = power.new_empty(NUM_PIXELS, power.shape[1])
     for pixel, (low, high) in enumerate(pairwise(edges)):
         first, last = math.ceil(low), math.floor(high)
         if last >= first:
-            image[pixel] = power[first : last + 1].max(axis=0)
+            image[pixel] = power[first : last + 1].amax(dim=0)
         else:
             below, share = math.floor(low), (low + high) / 2 - math.floor(low)
             image[pixel] = (1 - share) * power[below] + share * power[min(below + 1, len(power) - 1)]
-    return 10 * np.log10(image + 1e-12)
+    return 10 * np.log10(image.numpy() + 1e-12)
 
 
 def _mel(hertz: Any) -> Any:

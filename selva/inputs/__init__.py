@@ -1,1 +1,1 @@
-"""From videos, folders and tables to one job per clip."""
+"""Inputs of a batch: videos, folders and tables, made into one job per clip."""

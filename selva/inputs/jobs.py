@@ -1,4 +1,4 @@
-"""What there is to do: videos, folders and tables -> one job per clip, in an order that never depends on chance.
+"""Jobs of a batch: videos, folders and tables -> one job per clip, in an order that never depends on chance.
 
     clips/dog.mp4                    -> dog
     clips/  (recursive) a/dog.mp4    -> a_dog
@@ -38,8 +38,6 @@ from selva.utils.text import listed
 log = logging.getLogger(__name__)
 
 PathLike = str | os.PathLike[str]
-
-# Ordered: where a table names no path and a folder has two videos of one stem, the first kind is taken.
 
 _HEADER_READERS = 8  # threads; reading headers waits for the disk
 
@@ -156,7 +154,7 @@ def _check_times(start_sec: float, duration_sec: float, windows: bool, overlap_s
         raise ValueError("; ".join(problems))
 
 
-# --- inputs ---------------------------------------------------------------------------------------------------------
+# -- inputs ------------------------------------------------------------------------------------------------------------
 
 
 def _rows_of(path: Path, recursive: bool, video_dir: Path | None) -> list[TableRow]:
@@ -234,13 +232,13 @@ def _warn_of_missing(rows: list[TableRow], folders: _Folders) -> None:
             log.warning("missing %s, whose clips will fail: %s", kind, listed(missing))
 
 
-# --- windows and names ----------------------------------------------------------------------------------------------
+# -- windows and names -------------------------------------------------------------------------------------------------
 
 
 def window_starts(
     start_sec: float, end_sec: float, duration_sec: float, overlap_sec: float = 0.0
 ) -> tuple[list[float], float]:
-    """Return where the windows of a video begin, and the seconds at its end that no window covers.
+    """Return the starts of the windows of a video, and the seconds at its end that no window covers.
 
     Windows follow each other at ``duration_sec - overlap_sec``. A remainder of at least half a window becomes one more
     window that ends at ``end_sec``. What is shorter than a window altogether is one window, which is then not full.
@@ -299,7 +297,7 @@ def _check_ids(clips: Iterable[tuple[str, Path]]) -> None:
         raise ValueError(listed(problems, separator="; "))
 
 
-# --- prompts and masks ----------------------------------------------------------------------------------------------
+# -- prompts and masks -------------------------------------------------------------------------------------------------
 
 
 def _point_to_lists(inputs: list[Path]) -> None:
@@ -309,7 +307,7 @@ def _point_to_lists(inputs: list[Path]) -> None:
 
 
 class _Prompts:
-    """Where the prompt of a clip comes from."""
+    """Prompts from all sources, of which a clip takes the most specific."""
 
     def __init__(self, path: PathLike | None, for_all: str, folders: _Folders) -> None:
         self.path, self.for_all, self.folders = path, for_all.strip(), folders
@@ -369,5 +367,3 @@ class _Masks:
         if self.without:
             log.warning("%s: no mask for %d of %d clips, which show the whole picture",
                         self.path, self.without, num_clips)
-
-

@@ -1,8 +1,8 @@
 """Numbered names: ``dog_001``, ``dog_002`` ... as ComfyUI-SelVA counts, but a clip keeps its number when run again.
 
 A clip is the same one if the name of its video and its start are the same, as the feature files in the folder say.
-Whatever else lies there under such a name, of other videos or of other programs, keeps its number too, so naming one
-video after the other "dog" collects them, and nothing is overwritten by another clip.
+Other files there under such a name, of other videos or of other programs, keep their numbers too, so naming one video
+after the other "dog" collects them, and no file is overwritten by another clip.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def numbered_names(name: str, clips: Sequence[ClipKey], folder: Path | None = No
 
 
 def _in_folder(folder: Path, clean: str) -> tuple[dict[ClipKey, deque[int]], set[int]]:
-    """Return which numbers which clips have, in order, and all numbers that are taken."""
+    """Return the numbers of every clip, in order, and all numbers that are taken."""
     pattern = re.compile(re.escape(clean) + r"_(\d{3,})\.npz")
     files = folder.iterdir() if folder.is_dir() else ()
     found = sorted((int(match[1]), path) for path in files if (match := pattern.fullmatch(path.name)))

@@ -30,7 +30,7 @@ _MAX_ID_BYTES = 200  # file names end at 255, and the id is followed by "_000" a
 
 @dataclass(frozen=True)
 class TableRow:
-    """What is known of a clip before defaults are filled in; None and "" mean: not given."""
+    """One row, before defaults are filled in; None and "" mean: not given."""
 
     id: str
     path: Path
@@ -42,7 +42,7 @@ class TableRow:
 
 
 def unsafe_id(id_: str) -> str | None:
-    """Return why ``id_`` cannot be the stem of a file inside a folder; None if it can."""
+    """Return the reason why ``id_`` cannot be the stem of a file inside a folder; None if it can."""
     if not id_:
         return "the id is empty"
     if any(letter in id_ for letter in "/\\"):

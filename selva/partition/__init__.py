@@ -1,1 +1,1 @@
-"""Long recordings cut into clips: windows, given segments, the table about them."""
+"""Partition of long recordings into clips: windows, given segments, the tables about them."""

@@ -17,7 +17,7 @@ CAPTIONS, PART, GENERAL = "captions and validation", "part of the recordings, fo
 
 @dataclass(frozen=True)
 class CuttingConfig:
-    """How recordings are cut.
+    """Rules by which recordings are cut.
 
     Attributes:
         min_length_sec: shorter recordings, or given segments, are left out; None for the published 8.1 s of recordings,

@@ -1,4 +1,4 @@
-"""Recordings -> clips: which windows or segments of each are taken, which are left out and why, and their sound.
+"""Cutting of recordings into clips: the windows or segments taken, those left out and the reason, and their sound.
 
     recording --header--> windows (or given segments) --silence--> clips --> clips.tsv, clips_val.tsv, captions.tsv
                                                              \\--> <id>.flac, <id>.txt
@@ -26,7 +26,6 @@ from selva.utils.files import atomic_write_text
 
 log = logging.getLogger(__name__)
 
-# Ordered: of recordings with one name, the first kind is taken, as when the clips are looked up again.
 LEFT_OUT_COLUMNS = ("file", "id", "start_sec", "end_sec", "reason")
 OVERSHOOT_SEC = 0.05  # given times are rounded; a segment that ends this much too late is cut without a word
 FLAC_CHANNELS = 8
@@ -34,7 +33,7 @@ FLAC_CHANNELS = 8
 
 @dataclass(frozen=True)
 class LeftOut:
-    """What gives no clip: a recording, or a stretch of it if it has times.
+    """A recording that gives no clip, or a stretch of it if it has times.
 
     Attributes:
         failed: it should have given one and could not be read; False for what the rules leave out.
@@ -101,13 +100,13 @@ def _preference(path: Path) -> tuple[bool, int]:
     return suffix != ".flac", AUDIO_SUFFIXES.index(suffix)
 
 
-# --- cutting --------------------------------------------------------------------------------------------------------
+# -- cutting -----------------------------------------------------------------------------------------------------------
 
 
 def cut_recording(
     path: Path, config: CuttingConfig, segments: Sequence[Segment] | None = None
 ) -> tuple[list[Window], list[LeftOut]]:
-    """Return the clips of a recording, and what of it gives none.
+    """Return the clips of a recording, and the stretches of it that give none.
 
     Only the header is read, except to find silence.
 
@@ -195,7 +194,7 @@ def avoid_silence(
 
 
 def _best_place(window: Window, taken: Sequence[Window], silence: SilenceMap) -> int | None:
-    """Return where ``window`` should start, None if every free place is mostly silent."""
+    """Return the best start of ``window``, None if every free place is mostly silent."""
     length = window.end_sample - window.start_sample
     starts = np.arange(0, silence.num_samples - length + 1, silence.block)
     starts = np.append(starts, silence.num_samples - length)  # the very end is between two places
@@ -208,7 +207,7 @@ def _best_place(window: Window, taken: Sequence[Window], silence: SilenceMap) ->
     return int(starts[best]) if shares[best] <= MOSTLY_SILENT else None
 
 
-# --- what clips belong to -------------------------------------------------------------------------------------------
+# -- validation --------------------------------------------------------------------------------------------------------
 
 
 def hold_out(names: Collection[str], fraction: float, seed: int) -> set[str]:
@@ -228,7 +227,7 @@ def hold_out(names: Collection[str], fraction: float, seed: int) -> set[str]:
     return set(ranked[: min(len(names) - 1, max(1, round(fraction * len(names))))])
 
 
-# --- sound ----------------------------------------------------------------------------------------------------------
+# -- sound -------------------------------------------------------------------------------------------------------------
 
 
 def write_piece(recording: Path, window: Window, folder: Path, caption: str = "") -> Path:
@@ -264,7 +263,7 @@ def write_piece(recording: Path, window: Window, folder: Path, caption: str = ""
 
 
 def _holds(path: Path, waveform: torch.Tensor, rate: int) -> bool:
-    """Return whether a file is what writing ``waveform`` with 24 bits gives."""
+    """Return True where a file holds ``waveform`` as writing it with 24 bits gives it."""
     try:
         found, found_rate = read_audio(path)
     except (ValueError, OSError):

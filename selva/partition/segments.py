@@ -1,4 +1,4 @@
-"""Where to cut recordings, as somebody else has said it: a table of segments, or what whisper wrote.
+"""Segments of recordings that are given: a table of them, or the output of whisper.
 
     segments.tsv (or .csv)   name       start    end      id         text           seconds; id and text are optional
                              talk_1     0.5      4.25     hello      a man says hello
@@ -34,8 +34,8 @@ class Segment:
     Attributes:
         name: stem of the recording.
         start_sec, end_sec: seconds from its beginning.
-        id: what the clip is called; "" for <name>_0, <name>_1 ... in the order of the file.
-        text: what is to be heard; "" if unknown.
+        id: name of the clip; "" for <name>_0, <name>_1 ... in the order of the file.
+        text: the caption; "" if unknown.
     """
 
     name: str
@@ -114,13 +114,13 @@ def _read_rows(path: Path, names: frozenset[str], problems: list[str]) -> Iterab
 
 
 def find_delimiter(path: Path) -> str:
-    """Return what separates the columns in the first line of a table: a tab, a semicolon or a comma."""
+    """Return the delimiter in the first line of a table: a tab, a semicolon or a comma."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             header = next(csv.reader(file, delimiter="\n"), [""])
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path}: cannot be read as a table in UTF-8 ({error})") from error
-    return next((mark for mark in DELIMITERS if header and mark in header[0]), "\t")
+    return next((sign for sign in DELIMITERS if header and sign in header[0]), "\t")
 
 
 def _read_whisper(path: Path, names: frozenset[str], problems: list[str]) -> Iterable[tuple[str, Segment]]:

@@ -51,7 +51,7 @@ def window_length(rate: int) -> int:
 
 
 def window_starts(num_samples: int, rate: int, max_windows: int = MAX_WINDOWS) -> list[int]:
-    """Return where the windows of a recording start: spread over all of it, without overlap.
+    """Return the first samples of the windows of a recording: spread over all of it, without overlap.
 
     A recording shorter than a window has none. Where there are several, the last one ends at the end of the recording,
     up to the rounding of the distance between two.
@@ -135,7 +135,7 @@ def table_captions(
     return {clip: caption for clip, caption in each.items() if caption}
 
 
-# --- tables ---------------------------------------------------------------------------------------------------------
+# -- tables ------------------------------------------------------------------------------------------------------------
 
 
 def write_table(path: PathLike, columns: Sequence[str], rows: Iterable[Iterable[object]]) -> None:

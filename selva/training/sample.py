@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 
 from selva.data.dataset import TrainingClip
-from selva.data.latents import load_waveform
+from selva.data.latents import Normalize, load_waveform
 from selva.flow import SamplingConfig
 from selva.media import write_audio
 from selva.models.variants import Variant
@@ -26,7 +26,8 @@ class TrainingSample:
     """
 
     def __init__(
-        self, clip: TrainingClip, held_out: bool, variant: Variant, selva_dir: Path | None, normalize: str, seed: int
+        self, clip: TrainingClip, held_out: bool, variant: Variant, selva_dir: Path | None, normalize: Normalize,
+        seed: int,
     ) -> None:
         self.clip, self.variant, self.selva_dir, self.seed = clip, variant, selva_dir, seed
         self.name = f"{clip.id} ({'held out' if held_out else 'a training clip: none is held out'})"

@@ -20,7 +20,7 @@ import numpy as np
 
 from selva.utils.files import atomic_write_text
 from selva.utils.metrics_log import MetricsFile, smoothed
-from selva.utils.plots import new_figure
+from selva.utils.plots import draw_spectrogram, new_figure, power_spectrogram
 
 _STYLE = """
 :root { --text: #1d2127; --soft: #5d6672; --line: #d9dee5; --back: #ffffff; --card: #f5f7fa; --good: #1c7c54; }
@@ -160,17 +160,17 @@ def _player(path: Path) -> str:
 
 def spectrogram_png(waveform: np.ndarray, rate: int, marks: Sequence[float] = (), height_in: float = 1.9) -> bytes:
     """Return a PNG of the spectrogram of (samples,), 80 dB deep below full scale, up to 8 kHz, with marked times."""
+    import torch
+
     size = 2 ** round(np.log2(0.05 * rate))
-    samples = np.pad(np.asarray(waveform, dtype=np.float64), size // 2)
-    window = np.hanning(size)
-    frames = np.lib.stride_tricks.sliding_window_view(samples, size)[:: size // 4]
-    level = 20 * np.log10(np.abs(np.fft.rfft(frames * window)) * 2 / window.sum() + 1e-6)
+    samples = torch.from_numpy(np.pad(np.asarray(waveform, dtype=np.float64), size // 2))
+    window = torch.hann_window(size, periodic=False, dtype=torch.float64)
+    level = 20 * torch.log10(power_spectrogram(samples, window, size // 4).sqrt() + 1e-6)
     highest = min(8.0, rate / 2000)  # kHz
-    level = level[:, : round(highest * 2000 / rate * (size // 2)) + 1]
+    level = level[: round(highest * 2000 / rate * (size // 2)) + 1].numpy()
     figure = new_figure(4.4, height_in)
     axes = figure.subplots()
-    extent = (0, len(waveform) / rate, 0, highest)
-    axes.imshow(level.T, origin="lower", aspect="auto", extent=extent, vmin=-90, vmax=-10, cmap="magma")
+    draw_spectrogram(axes, level, (len(waveform) / rate, highest), (-90, -10), cmap="magma")
     axes.vlines(list(marks), 0.9 * highest, highest, color="#7fffd4", linewidth=1.5)
     axes.set_xlabel("seconds", fontsize=7)
     axes.set_ylabel("kHz", fontsize=7)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from selva.utils.files import atomic_path
 from selva.utils.metrics_log import MetricsFile, smoothed
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
 
 
 def new_figure(width_in: float, height_in: float):
@@ -45,7 +49,7 @@ def plot_losses(metrics: MetricsFile, folder: Path, title: str) -> None:
         lr_axes.set_ylim(bottom=0)
         axes.set_title(title, pad=24)
         axes.set_xlabel("optimiser step")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.locator_params(axis="x", integer=True)
         axes.set_ylabel("mean squared error of the velocity")
         axes.grid(alpha=0.3)
         handles = [*axes.get_lines(), *lr_axes.get_lines()]
@@ -55,24 +59,55 @@ def plot_losses(metrics: MetricsFile, folder: Path, title: str) -> None:
         save_figure(figure, folder / name)
 
 
+# -- spectrograms ------------------------------------------------------------------------------------------------------
+
+
+def power_spectrogram(samples: Tensor, window: Tensor, hop: int) -> Tensor:
+    """Return the power (bins, frames) of mono sound (samples,), where a sine at full scale has 1.
+
+    Args:
+        window: (size,) of every frame, in the type of the samples, in which everything is computed.
+        hop: samples from one frame to the next; the first begins with the sound, and only full frames count.
+    """
+    import torch
+
+    spectrum = torch.stft(samples, len(window), hop, window=window, center=False, return_complex=True)
+    return (spectrum.abs() * 2 / window.sum()).square()
+
+
+def draw_spectrogram(
+    axes: Any, level: np.ndarray, size: tuple[float, float], limits: tuple[float, float], **options: Any
+) -> Any:
+    """Draw a level in dB, (rows, frames), with the first row at the bottom; return the image.
+
+    Args:
+        size: width and height in the units of the axes. limits: levels of the darkest and of the brightest colour.
+        options: ``cmap`` and ``interpolation`` of :meth:`matplotlib.axes.Axes.imshow`.
+    """
+    (width, height), (darkest, brightest) = size, limits
+    return axes.imshow(level, origin="lower", aspect="auto", extent=(0, width, 0, height), vmin=darkest, vmax=brightest,
+                       **options)
+
+
 def plot_spectrograms(panels: Sequence[tuple[str, Any]], sampling_rate: int, path: Path, title: str) -> None:
     """Write a PNG of one spectrogram per ``(label, waveform)``, mono (samples,), on common axes in dB."""
     import numpy as np
+    import torch
 
     figure = new_figure(8, 0.6 + 2.2 * len(panels))
     all_axes = figure.subplots(len(panels), 1, squeeze=False, sharex=True)[:, 0]
     size = 1024
-    window = np.hanning(size)
-    image = None
+    window = torch.hann_window(size, periodic=False, dtype=torch.float64)
+    images = []
     for axes, (label, waveform) in zip(all_axes, panels, strict=True):
         samples = np.pad(np.asarray(waveform, dtype=np.float64), (0, max(0, size - len(waveform))))
-        frames = np.lib.stride_tricks.sliding_window_view(samples, size)[:: size // 4]
-        level = 20 * np.log10(np.abs(np.fft.rfft(frames * window)) * 2 / window.sum() + 1e-6)  # dB of full scale
-        extent = (0, len(samples) / sampling_rate, 0, sampling_rate / 2000)  # seconds, kHz
-        image = axes.imshow(level.T, origin="lower", aspect="auto", extent=extent, vmin=-100, vmax=0)
+        power = power_spectrogram(torch.from_numpy(samples), window, size // 4)
+        level = 20 * torch.log10(power.sqrt() + 1e-6)  # dB of full scale
+        seconds, highest_khz = len(samples) / sampling_rate, sampling_rate / 2000
+        images.append(draw_spectrogram(axes, level.numpy(), (seconds, highest_khz), (-100, 0)))
         axes.set_title(label, fontsize=9)
         axes.set_ylabel("kHz")
     all_axes[-1].set_xlabel("seconds")
-    figure.colorbar(image, ax=list(all_axes), label="dB of full scale")
+    figure.colorbar(images[-1], ax=list(all_axes), label="dB of full scale")
     figure.suptitle(title, fontsize=10)
     save_figure(figure, path)

@@ -29,6 +29,7 @@ def test_an_entry_is_found_by_its_settings_only(tmp_path):
     DataCache(tmp_path).save("latents", SETTINGS, TENSORS)
     cache = DataCache(tmp_path)
     found = cache.load("latents", dict(reversed(SETTINGS.items())))
+    assert found is not None
     assert found.keys() == TENSORS.keys() and all(torch.equal(found[k], v) for k, v in TENSORS.items())
     assert cache.load("texts", SETTINGS) is None
     for key in SETTINGS:

@@ -70,11 +70,11 @@ def test_no_clip_is_twice_in_a_batch_and_epochs_are_complete(batch_size):
     batches = BucketBatchSampler(WindowedSet([1] * 7, [1.0] * 4 + [1.5] * 3), batch_size, seed=5)
     counts = Counter()
     for _ in range(140):
-        visits = batches.draw()
-        assert len(visits) == batch_size and len({v.index < 4 for v in visits}) == 1
-        if batch_size <= (4 if visits[0].index < 4 else 3):
-            assert len({v.index for v in visits}) == batch_size
-        counts.update(v.index for v in visits)
+        windows = batches.draw()
+        assert len(windows) == batch_size and len({v.index < 4 for v in windows}) == 1
+        if batch_size <= (4 if windows[0].index < 4 else 3):
+            assert len({v.index for v in windows}) == batch_size
+        counts.update(v.index for v in windows)
     assert max(counts.values()) - min(counts.values()) <= batch_size
 
 
@@ -85,7 +85,7 @@ def test_too_few_clips_of_a_length_fill_a_batch_over_several_epochs():
 
 def test_every_window_of_a_long_clip_gets_its_turn():
     batches = BucketBatchSampler(WindowedSet([5, 1]), 2, seed=0)
-    drawn = Counter(visit for _ in range(500) for visit in batches.draw())
+    drawn: Counter[tuple[int, int]] = Counter(window for _ in range(500) for window in batches.draw())
     assert drawn[(1, 0)] == 500
     assert all(60 < drawn[(0, window)] < 140 for window in range(5))  # 100 +- 9
     assert len(drawn) == 6
@@ -94,11 +94,11 @@ def test_every_window_of_a_long_clip_gets_its_turn():
 def test_drawing_reads_nothing_and_loading_reads_what_was_drawn():
     clips = WindowedSet([3, 3, 3])
     batches = BucketBatchSampler(clips, 2, seed=0)
-    visits = batches.draw()
+    windows = batches.draw()
     assert clips.loaded == []
-    batch = batches.load(visits)
-    assert clips.loaded == [tuple(v) for v in visits]
-    assert batch.mean[:, 0, 0].tolist() == [100 * v.index + v.window for v in visits]
+    batch = batches.load(windows)
+    assert clips.loaded == [tuple(v) for v in windows]
+    assert batch.mean[:, 0, 0].tolist() == [100 * v.index + v.window for v in windows]
 
 
 def test_processes_draw_the_same_batch_and_load_their_parts_of_it():
@@ -106,8 +106,8 @@ def test_processes_draw_the_same_batch_and_load_their_parts_of_it():
     for _ in range(10):
         everything = next(whole)
         drawn = [part.draw() for part in parts]
-        halves = [part.load(visits[slice(2 * i, 2 * i + 2)])
-                  for i, (part, visits) in enumerate(zip(parts, drawn, strict=True))]
+        halves = [part.load(windows[slice(2 * i, 2 * i + 2)])
+                  for i, (part, windows) in enumerate(zip(parts, drawn, strict=True))]
         assert torch.equal(torch.cat([h.mean for h in halves]), everything.mean)
 
 
@@ -142,7 +142,7 @@ def test_a_state_of_other_clips_is_refused():
     batches = BucketBatchSampler(WindowedSet([4, 4, 4]), 2, seed=0)
     for _ in range(100):
         batches.draw()
-        if any(visit.window for visits in batches.waiting.values() for visit in visits):
+        if any(window.window for windows in batches.waiting.values() for window in windows):
             break
     with pytest.raises(ValueError, match="over other clips"):
         BucketBatchSampler(WindowedSet([1, 1, 1]), 2, 0).load_state_dict(batches.state_dict())
@@ -155,7 +155,7 @@ def test_a_plain_list_of_clips_is_a_set():
         ListDataset(clips).clip(0, 1)
 
 
-# -- the stream of indices ----------------------------------------------------------------------------------------
+# -- the stream of indices ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("num_items", [10, 7, 5, 1, 6])

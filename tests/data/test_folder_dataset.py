@@ -5,15 +5,16 @@ from __future__ import annotations
 import gc
 import os
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from make_data import TINY, noise, put_clip, put_sound
 
-from selva.data import folder_dataset as training_data
-from selva.data.cache import CACHE_FOLDER
-from selva.data.folder import Clip
+from selva.data import folder_dataset
+from selva.data.cache import CACHE_FOLDER, DataCache
+from selva.data.folder import FolderClip, FolderScan
 from selva.data.folder_dataset import FolderDataset, first_clip_frame, load_clip_dataset, plan_windows
 from selva.data.latents import encode_latents, load_waveform
 from selva.features import FeatureBundle, save_features
@@ -26,7 +27,9 @@ CPU = torch.device("cpu")
 
 
 def load(folder, **options) -> tuple[FolderDataset, list]:
-    return load_clip_dataset(folder, TINY, None, CPU, **options)
+    clips, problems = load_clip_dataset(folder, TINY, None, CPU, **options)
+    assert isinstance(clips, FolderDataset)
+    return clips, problems
 
 
 @pytest.fixture
@@ -45,10 +48,10 @@ def encoders(monkeypatch):
         encoder.encode = count("texts", encoder.encode)
         return encoder
 
-    load_clip_text = training_data.load_clip_text
-    monkeypatch.setattr(training_data, "load_clip_text", count("clip_text", load_text))
-    monkeypatch.setattr(training_data, "load_vae", count("vae", training_data.load_vae))
-    monkeypatch.setattr(training_data, "encode_latents", count("sounds", encode_latents))
+    load_clip_text = folder_dataset.load_clip_text
+    monkeypatch.setattr(folder_dataset, "load_clip_text", count("clip_text", load_text))
+    monkeypatch.setattr(folder_dataset, "load_vae", count("vae", folder_dataset.load_vae))
+    monkeypatch.setattr(folder_dataset, "encode_latents", count("sounds", encode_latents))
 
     def since_last():
         found = {name: n for name, n in counts.items() if n}
@@ -58,12 +61,12 @@ def encoders(monkeypatch):
     return since_last
 
 
-# -- windows ------------------------------------------------------------------------------------------------------
+# -- windows -----------------------------------------------------------------------------------------------------------
 
 
 def plan(tmp_path, seconds, max_duration=8.0, variant=TINY):
     put_clip(tmp_path, "a", seconds, sound=noise(1))
-    (clip,) = training_data.scan_folder(tmp_path).clips
+    (clip,) = folder_dataset.scan_folder(tmp_path).clips
     return plan_windows(clip, variant, max_duration)
 
 
@@ -97,8 +100,8 @@ def test_windows_of_longer_clips_are_spread_over_them(tmp_path, seconds, limit, 
 def test_every_window_lies_inside_the_features(limit, variant):
     for seconds in np.linspace(limit, 17.0, 101):
         whole, config = sequence_config(variant.mode, seconds), variant.generator
-        clip = Clip("a", None, None, "", "folder", "", "", seconds, (whole.clip_seq_len, config.clip_dim),
-                    (whole.sync_seq_len, config.sync_dim), None, "")
+        clip = FolderClip("a", Path("a.npz"), Path("a.wav"), "", "folder", "", "", seconds,
+                          (whole.clip_seq_len, config.clip_dim), (whole.sync_seq_len, config.sync_dim), None, "")
         window, starts = plan_windows(clip, variant, limit)
         assert starts[0] == 0 and len(set(starts)) == len(starts) <= 8
         for start in starts:
@@ -131,7 +134,7 @@ def test_features_and_latents_of_a_window_are_of_the_same_stretch(tmp_path):
         torch.testing.assert_close(clip.std, std[0])
 
 
-# -- sound --------------------------------------------------------------------------------------------------------
+# -- sound -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode, samples, frames", [("16k", 128_000, 250), ("44k", 353_280, 345)])
@@ -165,7 +168,7 @@ def test_a_little_silence_is_appended_to_short_sound_but_not_more(tmp_path):
         load_waveform(tmp_path / "a.wav", sequence, "none")
 
 
-# -- what is encoded when -----------------------------------------------------------------------------------------
+# -- what is encoded when ----------------------------------------------------------------------------------------------
 
 
 def test_a_second_run_loads_no_encoder(tmp_path, encoders, monkeypatch):
@@ -178,8 +181,8 @@ def test_a_second_run_loads_no_encoder(tmp_path, encoders, monkeypatch):
     def forbidden(*args, **kwargs):
         raise AssertionError("an encoder was loaded")
 
-    monkeypatch.setattr(training_data, "load_vae", forbidden)
-    monkeypatch.setattr(training_data, "load_clip_text", forbidden)
+    monkeypatch.setattr(folder_dataset, "load_vae", forbidden)
+    monkeypatch.setattr(folder_dataset, "load_clip_text", forbidden)
     monkeypatch.setattr("selva.data.latents.read_audio", forbidden)
     second, problems = load(tmp_path)
     assert problems == [] and second.ids == first.ids == ["a", "b", "c"]
@@ -209,9 +212,9 @@ STALE = {
     "prompt": (change_prompt, {}, {"clip_text": 1, "texts": 1}),
     "level": (lambda f, m: None, {"normalize_audio": "none"}, {"vae": 1, "sounds": 2}),
     "length": (lambda f, m: None, {"max_duration_sec": 0.8}, {"vae": 1, "sounds": 2}),
-    "weights": (lambda f, m: m.setattr(training_data, "packaged_identity", lambda variant: "x"), {},
+    "weights": (lambda f, m: m.setattr(folder_dataset, "packaged_identity", lambda variant: "x"), {},
                 {"vae": 1, "clip_text": 1, "sounds": 2, "texts": 1}),
-    "front end (pitfall A1)": (lambda f, m: m.setattr(training_data, "FRONT_END", "htk"), {}, {"vae": 1, "sounds": 2}),
+    "front end (pitfall A1)": (lambda f, m: m.setattr(folder_dataset, "FRONT_END", "htk"), {}, {"vae": 1, "sounds": 2}),
     "damaged": (damage_cache, {}, {"vae": 1, "clip_text": 1, "sounds": 2, "texts": 1}),
     "switched off": (lambda f, m: None, {"use_cache": False}, {"vae": 1, "clip_text": 1, "sounds": 2, "texts": 1}),
 }
@@ -232,10 +235,11 @@ def test_what_has_changed_is_encoded_again_and_nothing_else(tmp_path, encoders, 
 
 def test_published_weights_are_known_by_name_size_and_time(tmp_path, monkeypatch):
     paths = {"vae": tmp_path / "v1-16.pth", "clip_text": tmp_path / "open_clip_model.safetensors"}
-    monkeypatch.setattr(training_data, "find_weights", lambda variant, folder, needs: {n: (paths[n],) for n in needs})
+    monkeypatch.setattr(folder_dataset, "find_weights", lambda variant, folder, needs: {n: (paths[n],) for n in needs})
 
     def identity():
-        return FolderDataset(None, [], None, get_variant("small_16k"), tmp_path, "peak")._identity("vae")
+        scan, cache = FolderScan([], []), DataCache(tmp_path)
+        return FolderDataset(scan, [], cache, get_variant("small_16k"), tmp_path, "peak")._identity("vae")
 
     paths["vae"].write_bytes(b"12345")
     first = identity()
@@ -282,7 +286,7 @@ def test_nothing_is_written_with_the_cache_switched_off(tmp_path):
     assert clips.clip(0).mean.shape == (32, 20) and sorted(tmp_path.rglob("*")) == before
 
 
-# -- memory -------------------------------------------------------------------------------------------------------
+# -- memory ------------------------------------------------------------------------------------------------------------
 
 
 def live_tensors():
@@ -294,7 +298,7 @@ def test_memory_does_not_grow_with_the_clips(tmp_path, monkeypatch):
     for seed in range(24):
         put_clip(tmp_path, f"clip{seed:02d}", 1.0, seed=seed, text=True)
     load(tmp_path)
-    monkeypatch.setattr(training_data, "RECENT_WINDOWS", 3)
+    monkeypatch.setattr(folder_dataset, "RECENT_WINDOWS", 3)
     before = live_tensors()
     clips, _ = load(tmp_path)
     assert live_tensors() == before
@@ -313,7 +317,7 @@ def test_a_window_does_not_hold_on_to_its_long_clip(tmp_path):
         assert tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
-# -- what cannot be used ------------------------------------------------------------------------------------------
+# -- what cannot be used -----------------------------------------------------------------------------------------------
 
 
 def test_every_problem_is_returned_and_the_rest_is_usable(tmp_path):

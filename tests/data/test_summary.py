@@ -12,7 +12,7 @@ import torch
 from make_data import TINY, noise, put_clip, put_sound
 
 from selva.data import summary as data_summary
-from selva.data.folder_dataset import load_clip_dataset
+from selva.data.folder_dataset import FolderDataset, load_clip_dataset
 from selva.data.summary import measure_sound, summarise
 
 
@@ -22,6 +22,7 @@ def tone(seconds=2.0, rate=48_000, level=1.0, frequency=997.0):
 
 def summary_of(folder):
     clips, problems = load_clip_dataset(folder, TINY, None, torch.device("cpu"))
+    assert isinstance(clips, FolderDataset)
     return summarise(clips, problems)
 
 

@@ -54,14 +54,14 @@ def extract(folder: Path, jobs, share=None, **kwargs):
         return list(makes.run(jobs, writer, share)), writer.publish_if_complete()
 
 
-# -- the work list ----------------------------------------------------------------------------------------------------
+# -- the work list -----------------------------------------------------------------------------------------------------
 
 
 def test_the_rows_are_those_of_the_table(tmp_path):
     tables = put_set(tmp_path, {"siren": 18, "bell": 9}, {"siren": "an ambulance", "bell": "ding", "siren_1": "dong"})
     jobs = plan_audio_set(*tables)
     assert not any(job.problem for job in jobs)
-    assert [(job.window.id, job.path.name, job.caption) for job in jobs] == [
+    assert [(job.window.id, job.path and job.path.name, job.caption) for job in jobs] == [
         ("siren_0", "siren.wav", "an ambulance"), ("siren_1", "siren.wav", "dong"), ("bell_0", "bell.wav", "ding"),
     ]
 
@@ -70,7 +70,7 @@ def test_flac_goes_before_wav_and_wav_before_the_others(tmp_path):
     tables = put_set(tmp_path, {"a": 9, "b": 9})
     put_recording(tmp_path / "recordings", "a", 9, suffix=".flac")
     put_recording(tmp_path / "recordings", "b", 9, suffix=".ogg")
-    assert [job.path.name for job in plan_audio_set(*tables)] == ["a.flac", "b.wav"]
+    assert [job.path and job.path.name for job in plan_audio_set(*tables)] == ["a.flac", "b.wav"]
 
 
 def test_what_is_missing_is_named_and_left_out(tmp_path, caplog):
@@ -103,7 +103,7 @@ def test_an_id_that_comes_twice_is_an_error(tmp_path):
         plan_audio_set(*tables)
 
 
-# -- sound ------------------------------------------------------------------------------------------------------------
+# -- sound -------------------------------------------------------------------------------------------------------------
 
 
 def test_the_level_of_the_whole_recording_counts(tmp_path):
@@ -114,8 +114,10 @@ def test_the_level_of_the_whole_recording_counts(tmp_path):
     normal = mono / mono.abs().max() * 0.95
     for window, found in zip(windows, read_windows(tmp_path / "a.wav", windows, LENGTHS), strict=True):
         expected = prepare_audio(normal[window.start_sample : window.end_sample], RATE, 16_000, normalize="none")
+        assert isinstance(found, torch.Tensor)
         assert found.shape == (128_000,) and torch.equal(found, expected[:128_000])
     raw = read_windows(tmp_path / "a.wav", windows, LENGTHS, "none")
+    assert isinstance(raw[0], torch.Tensor)
     torch.testing.assert_close(raw[0] / mono.abs().max() * 0.95, read_windows(tmp_path / "a.wav", windows, LENGTHS)[0])
 
 
@@ -171,7 +173,7 @@ def test_bad_recordings_are_refused(tmp_path, spoil, message):
         read_windows(tmp_path / "a.wav", partition("a", len(sound), RATE), LENGTHS)
 
 
-# -- rows -------------------------------------------------------------------------------------------------------------
+# -- rows --------------------------------------------------------------------------------------------------------------
 
 
 def test_the_rows_are_latents_and_text_features(tmp_path):
@@ -182,8 +184,10 @@ def test_the_rows_are_latents_and_text_features(tmp_path):
     clips = MemmapDataset(tmp_path / "set", TINY)
     assert clips.ids == ["siren_0", "siren_1", "bell_0"] and not clips.has_video
     assert clips.prompts == ["the sound of siren", "the sound of siren", "the sound of bell"]
+    assert jobs[1].path is not None
     (sound,) = read_windows(jobs[1].path, [jobs[1].window], LENGTHS)
     vae = load_vae("tiny_16k", None, "cpu")
+    assert isinstance(sound, torch.Tensor)
     mean, std = encode_latents(sound[None], build_mel("16k"), vae)
     text = FeatureExtractor(TINY, None, torch.device("cpu")).text_features("the sound of siren")
     row = clips.clip(1)
@@ -229,7 +233,7 @@ def test_two_shares_make_the_same_set_as_one_run(tmp_path):
     assert (tmp_path / "one.tsv").read_bytes() == (tmp_path / "two.tsv").read_bytes()
 
 
-# -- reading ahead ----------------------------------------------------------------------------------------------------
+# -- reading ahead -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 3])

@@ -1,4 +1,4 @@
-"""What decides whether features are current, and for which generators they serve."""
+"""Settings that decide whether features are current, and the generators that they serve."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What became of every clip, from one process or from several that know nothing of each other."""
+"""The manifest of all clips, from one process or from several that know nothing of each other."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from selva.extraction.manifest import ManifestWriter, Shard, read_manifest
 ROWS = [(name, f"{name}.mp4", 0.0) for name in "abcde"]
 
 
-def accounts(folder, shard=None, settings="s", rows=ROWS) -> ManifestWriter:
+def writer_for(folder, shard=None, settings="s", rows=ROWS) -> ManifestWriter:
     return ManifestWriter(folder / "manifest.jsonl", folder / ".extract", rows, settings, shard or Shard())
 
 
 def do_share(folder, index: int, count: int, **given):
-    with accounts(folder, Shard(index, count), **given) as books:
-        for clip in books.shard.own(len(books.rows)):
-            books.record(clip, "done", files=[f"{books.rows[clip][0]}.npz"], duration_sec=8.0)
-        return books.finish()
+    with writer_for(folder, Shard(index, count), **given) as writer:
+        for clip in writer.shard.own(len(writer.rows)):
+            writer.record(clip, "done", files=[f"{writer.rows[clip][0]}.npz"], duration_sec=8.0)
+        return writer.finish()
 
 
 def statuses(path) -> str:
@@ -27,11 +27,11 @@ def statuses(path) -> str:
 
 
 def test_every_clip_has_its_line_in_the_order_of_the_list(tmp_path):
-    with accounts(tmp_path) as books:
+    with writer_for(tmp_path) as writer:
         for index in (4, 2, 0, 1):  # order does not matter
-            books.record(index, "done", files=["x.npz"], duration_sec=8.0)
-        books.record(3, "failed", "d.mp4: broken")
-        outcome = books.finish()
+            writer.record(index, "done", files=["x.npz"], duration_sec=8.0)
+        writer.record(3, "failed", "d.mp4: broken")
+        outcome = writer.finish()
     assert outcome.complete and outcome.group_complete and outcome.group_failed == 1 and not outcome.unfinished
     rows = read_manifest(tmp_path / "manifest.jsonl")
     assert [row["id"] for row in rows] == list("abcde")
@@ -60,9 +60,9 @@ def test_a_share_that_is_done_again_takes_its_word_back_first(tmp_path):
     for index in range(2):
         do_share(tmp_path, index, 2)
     before = (tmp_path / "manifest.jsonl").read_bytes()
-    with accounts(tmp_path, Shard(1, 2)) as books:
+    with writer_for(tmp_path, Shard(1, 2)) as writer:
         assert not (tmp_path / "manifest.jsonl").exists()
-        books.record(1, "done")  # and then it is killed: neither finished nor closed
+        writer.record(1, "done")  # and then it is killed: neither finished nor closed
     assert not do_share(tmp_path, 0, 2).complete
     assert statuses(tmp_path / "manifest.incomplete.jsonl") == "done done done pending done"
     assert do_share(tmp_path, 1, 2).complete and (tmp_path / "manifest.jsonl").read_bytes() == before
@@ -82,9 +82,9 @@ def test_journals_of_another_number_of_shares_are_cleared_away(tmp_path):
 
 
 def test_a_line_that_a_killed_process_left_unfinished_does_not_count(tmp_path):
-    with accounts(tmp_path, Shard(0, 2)) as books:
-        books.record(0, "done")
-        books._journal.write('{"index": 2, "status": "do')
+    with writer_for(tmp_path, Shard(0, 2)) as writer:
+        writer.record(0, "done")
+        writer._journal.write('{"index": 2, "status": "do')
     do_share(tmp_path, 1, 2)
     assert statuses(tmp_path / "manifest.incomplete.jsonl") == "done done pending done pending"
 
@@ -103,8 +103,8 @@ def test_only_processes_that_were_started_together_end_together(tmp_path):
     """One that is still to begin must not be taken for finished because of an earlier run."""
     for launch in ("monday", "tuesday"):
         for index in range(2):
-            with accounts(tmp_path, Shard(index, 2, range(2), launch)) as books:
-                outcome = books.finish()
+            with writer_for(tmp_path, Shard(index, 2, range(2), launch)) as writer:
+                outcome = writer.finish()
             assert outcome.group_complete == (index == 1)
 
 

@@ -47,6 +47,7 @@ def test_a_clip_is_read_and_its_sound_written(tmp_path, video):
     (clip,) = read_clips(ClipReader([job(video)], settings(tmp_path / "out")), [0], 0)
     assert clip.status == "ready" and clip.duration_sec == 1.0 and clip.sound_file == "v.flac" and clip.fps == 25
     sizes = TINY.clip_image_size, TINY.sync_image_size
+    assert clip.clip_frames is not None and clip.sync_frames is not None
     assert clip.clip_frames.shape == (8, 3, sizes[0], sizes[0])
     assert clip.sync_frames.shape == (25, 3, sizes[1], sizes[1])
     assert (tmp_path / "out" / "v.flac").exists() and clip.waveform is None and set(clip.seconds) >= {"hash", "decode"}
@@ -57,6 +58,7 @@ def test_the_order_is_that_of_the_list_whatever_the_number_of_workers(tmp_path, 
     here, there = (list(read_clips(reader, range(1, 7), workers)) for workers in (0, 2))
     assert [clip.index for clip in here] == [clip.index for clip in there] == list(range(1, 7))
     for one, two in zip(here, there, strict=True):
+        assert one.sync_frames is not None and two.sync_frames is not None
         assert one.digest == two.digest and np.array_equal(one.sync_frames, two.sync_frames)
     assert {clip.process for clip in here} == {os.getpid()} and os.getpid() not in {clip.process for clip in there}
 
@@ -89,6 +91,7 @@ def test_workers_do_not_outlive_the_main_process():
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     process = subprocess.Popen([sys.executable, "-c", TAKE_ONE_AND_DIE], stdout=subprocess.PIPE, text=True,
                                env=environment)
+    assert process.stdout is not None
     worker = int(process.stdout.readline())  # not to its end: a worker that stays keeps it open
     assert process.wait() == -signal.SIGKILL
     deadline = time.monotonic() + 30
@@ -128,6 +131,7 @@ def test_rows_of_a_memmap_are_8_seconds_with_sound(tmp_path, seconds, sound, rea
     (clip,) = read_clips(ClipReader(clips, settings(None, latents=True)), [0], 0)
     assert clip.status == ("skipped" if reason else "ready") and reason in clip.reason
     if not reason:
+        assert clip.waveform is not None
         assert clip.waveform.shape == (128_000,) and np.abs(clip.waveform).max() > 0.5
         (again,) = read_clips(ClipReader(clips, settings(None, latents=True), {0: clip.digest}), [0], 0)
         assert again.status == "done" and again.clip_frames is None
@@ -164,10 +168,10 @@ def test_the_windows_of_a_video_hash_it_once(tmp_path, video, monkeypatch):
     assert len(calls) == 1
 
 
-def test_a_preview_is_made_of_current_clips_too_but_once(tmp_path, video):
+def test_a_preview_is_made_of_current_clips_too_but_once(tmp_path, video, monkeypatch):
     options = settings(tmp_path, preview_dir=tmp_path / "seen", audio="none")
     reader = ClipReader([job(video)], options)
-    reader._current = lambda *_: 1.0
+    monkeypatch.setattr(reader, "_current", lambda *_: 1.0)
     first, second = reader[0], reader[0]
     assert first.status == second.status == "done" and (tmp_path / "seen" / "v.png").exists()
     assert "preview" in first.seconds and "preview" not in second.seconds

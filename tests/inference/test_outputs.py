@@ -28,7 +28,7 @@ def a_sound() -> Sound:
         ("out", True, True, None, ["out/a.b.flac"]),
         ("out", False, False, 2, ["out/a.b_2.flac"]),
         ("variation.wav", True, False, None, ["variation.wav"]),
-        ("variation.MP4", True, False, 3, ["take_3.MP4"]),
+        ("take.MP4", True, False, 3, ["take_3.MP4"]),
     ],
 )
 def test_names(output, video, audio_only, number, expected):

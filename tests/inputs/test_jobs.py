@@ -1,4 +1,4 @@
-"""Which clips are made of videos, folders and tables, under which names, with which prompts."""
+"""Clips that are made of videos, folders and tables: their names and their prompts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def write_table(path: Path, *rows: str) -> Path:
     return path
 
 
-# --- videos and folders ---------------------------------------------------------------------------------------------
+# -- videos and folders ------------------------------------------------------------------------------------------------
 
 
 def test_videos_and_folders_keep_the_order_of_the_inputs(tmp_path):
@@ -90,7 +90,7 @@ def test_names_are_numbered_in_order_and_again_the_same(tmp_path):
         ]
 
 
-# --- tables ---------------------------------------------------------------------------------------------------------
+# -- tables ------------------------------------------------------------------------------------------------------------
 
 
 def test_a_table_says_everything_about_a_clip(tmp_path, caplog):
@@ -179,7 +179,7 @@ def test_a_missing_video_is_said_at_once_and_stays_in_the_list(tmp_path, caplog)
         collect_jobs([table], video_dir=Path(__file__).parent)
 
 
-# --- prompts --------------------------------------------------------------------------------------------------------
+# -- prompts -----------------------------------------------------------------------------------------------------------
 
 
 def test_the_more_specific_prompt_wins(tmp_path, caplog):
@@ -224,7 +224,7 @@ def test_prompts_name_windows_or_their_whole_video(tmp_path):
     assert [job.prompt for job in jobs] == ["all of it", "the middle", "all of it"]
 
 
-# --- masks ----------------------------------------------------------------------------------------------------------
+# -- masks -------------------------------------------------------------------------------------------------------------
 
 
 def test_masks_for_all_or_from_a_folder(tmp_path, caplog):
@@ -241,7 +241,7 @@ def test_masks_for_all_or_from_a_folder(tmp_path, caplog):
         collect_jobs([tmp_path / "v"], mask=tmp_path / "none.png")
 
 
-# --- windows --------------------------------------------------------------------------------------------------------
+# -- windows -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

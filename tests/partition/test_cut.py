@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from typing import Any
 
 import numpy as np
 import pytest
@@ -123,7 +124,10 @@ def test_headers_alone_are_read_unless_silence_is_looked_for(tmp_path):
 
 
 def test_bad_settings_are_refused():
-    for wrong in ({"min_length_sec": -1}, {"min_length_sec": float("nan")}, {"max_segments": 0}, {"silence_db": 3}):
+    cases: tuple[dict[str, Any], ...] = (
+        {"min_length_sec": -1}, {"min_length_sec": float("nan")}, {"max_segments": 0}, {"silence_db": 3},
+    )
+    for wrong in cases:
         with pytest.raises(ValueError, match=next(iter(wrong))):
             CuttingConfig(**wrong)
 

@@ -1,1 +1,1 @@
-"""What is in a data set, and what is odd about it."""
+"""Inspection of a data set: measurements, oddities, near-duplicates, a picture of it."""

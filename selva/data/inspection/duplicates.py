@@ -39,8 +39,8 @@ MOTION_WIDTH = 32
 Group = tuple[tuple[int, ...], float]  # indices, and the lowest similarity that holds them together
 
 
-def sound_print(waveform: Tensor, rate: int) -> np.ndarray:
-    """Return (frames, NUM_BANDS) float32, what happens when in (channels, samples): dB around the local mean."""
+def sound_fingerprint(waveform: Tensor, rate: int) -> np.ndarray:
+    """Return (frames, NUM_BANDS) float32 of (channels, samples): the level over time in dB around the local mean."""
     mono = waveform.mean(dim=0)[: round(LONGEST_SEC * rate)]
     size, hop = round(FRAME_SEC * rate), max(1, round(HOP_SEC * rate))
     if len(mono) < size:
@@ -69,8 +69,8 @@ def _local_mean(level: Tensor) -> Tensor:
     return ((total[:, last] - total[:, first]) / (last - first)).float()
 
 
-def motion_print(sync_features: Tensor) -> np.ndarray:
-    """Return (tokens, MOTION_WIDTH) float32, how (tokens, channels) sync features change over time.
+def motion_fingerprint(sync_features: Tensor) -> np.ndarray:
+    """Return (tokens, MOTION_WIDTH) float32: the change of (tokens, channels) sync features over time.
 
     The mean of each of the 8 tokens of a segment is taken off, and channels are mixed down at random, which keeps
     correlations.
@@ -82,19 +82,20 @@ def motion_print(sync_features: Tensor) -> np.ndarray:
     return (segments - segments.mean(axis=0)).reshape(tokens, MOTION_WIDTH).astype(np.float32)
 
 
-def correlations(prints: Sequence[np.ndarray], largest_shift: int = 0) -> np.ndarray:
-    """Return (n, n) float32: the correlation of each two prints where both have something, at the best shift.
+def correlations(fingerprints: Sequence[np.ndarray], largest_shift: int = 0) -> np.ndarray:
+    """Return (n, n) float32: the correlation of each two fingerprints over the frames of both, at the best shift.
 
     Args:
-        prints: each (frames, channels), zero on average. largest_shift: frames that one may be later than the other.
+        fingerprints: each (frames, channels), zero on average.
+        largest_shift: frames that one may be later than the other.
     """
-    count = len(prints)
-    lengths = np.array([len(p) for p in prints])
+    count = len(fingerprints)
+    lengths = np.array([len(p) for p in fingerprints])
     longest = int(lengths.max(initial=0))
     if not longest:
         return np.zeros((count, count), np.float32)
-    stacked = np.zeros((count, longest, prints[0].shape[1]), np.float32)
-    for row, values in zip(stacked, prints, strict=True):
+    stacked = np.zeros((count, longest, fingerprints[0].shape[1]), np.float32)
+    for row, values in zip(stacked, fingerprints, strict=True):
         row[: len(values)] = values
     energy = np.pad(np.cumsum(np.square(stacked, dtype=np.float64).sum(axis=2), axis=1), ((0, 0), (1, 0)))  # (n, T + 1)
     index = np.arange(count)
@@ -110,16 +111,16 @@ def correlations(prints: Sequence[np.ndarray], largest_shift: int = 0) -> np.nda
     return best
 
 
-def same_sounds(prints: Sequence[np.ndarray], hop_sec: float = HOP_SEC) -> list[Group]:
-    """Return the groups of sounds that are nearly the same, from what :func:`sound_print` says of each."""
-    return _groups(correlations(prints, round(LARGEST_SHIFT_SEC / hop_sec)), SAME_SOUND)
+def same_sounds(fingerprints: Sequence[np.ndarray], hop_sec: float = HOP_SEC) -> list[Group]:
+    """Return the groups of sounds that are nearly the same, each given by its :func:`sound_fingerprint`."""
+    return _groups(correlations(fingerprints, round(LARGEST_SHIFT_SEC / hop_sec)), SAME_SOUND)
 
 
 def same_videos(pictures: Sequence[Tensor], motions: Sequence[np.ndarray]) -> list[Group]:
     """Return the groups of videos that are nearly the same.
 
     Args:
-        pictures: mean CLIP features (channels,) of each. motions: what :func:`motion_print` says of each.
+        pictures: mean CLIP features (channels,) of each. motions: the :func:`motion_fingerprint` of each.
     """
     if not pictures:
         return []

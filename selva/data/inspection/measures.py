@@ -1,15 +1,16 @@
-"""What is in a data set, clip by clip: measurements, what cannot be used, and what is odd, each in a plain sentence.
+"""Inspection of a data set, clip by clip: measurements, problems that make a clip unusable, and oddities worth a note.
 
 Three kinds of data sets: pairs of features and sound (or, before extraction, sounds and videos alone), and the packed
-memmap of MMAudio. One clip is in memory at a time; of the others only what near-duplicates are found by.
+memmap of MMAudio. One clip is in memory at a time; of the others only the fingerprints that find near-duplicates.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch import Tensor
 from selva.audio.config import SILENCE_DB
 from selva.audio.loudness import true_peak_db
 from selva.audio.silence import MOSTLY_SILENT
-from selva.data.folder import Clip, scan_folder
+from selva.data.folder import FolderClip, scan_folder
 from selva.data.folder_dataset import plan_windows
 from selva.data.inspection import duplicates
 from selva.data.latents import MAX_AUDIO_SHORTFALL_SEC
@@ -43,16 +44,16 @@ LONGER_SEC = 1.0  # of sound than of features, before it is worth a word
 
 @dataclass
 class ClipReport:
-    """One clip. What does not apply, or could not be measured, is None.
+    """One clip. Measurements that do not apply, or failed, are None.
 
     Attributes:
-        id: what every message calls it. path: its sound, or the folder of a memmap.
+        id: its name in every message. path: its sound, or the folder of a memmap.
         duration_sec: of the features; without any, of the sound.
         sound: see :class:`selva.data.summary.SoundStats`. true_peak_db: dBTP.
         clip_norm: (lowest, highest) norm of a row of CLIP features; 1 as they leave the encoder.
         sync_norm, text_norm: mean norm of a row.
         latent_rms, latent_std: of a memmap: root mean square of the latents, mean deviation of their posterior.
-        problems: why it cannot be used. notes: what is odd about it and may be meant.
+        problems: reasons why it cannot be used. notes: oddities that may be meant.
     """
 
     id: str
@@ -98,15 +99,15 @@ class Inspection:
 
     @property
     def usable(self) -> bool:
-        """Whether there is a clip, and nothing that cannot be used."""
+        """True if there are clips, and everything in the folder can be used."""
         return bool(self.clips) and not self.left_out and not any(clip.problems for clip in self.clips)
 
 
-class _Prints:
-    """What the clips so far are compared by, in the order in which they came."""
+class _Fingerprints:
+    """Fingerprints of the clips so far, in the order in which they came."""
 
     def __init__(self) -> None:
-        self.prints: dict[str, list[tuple[str, np.ndarray]]] = {"sound": [], "latents": []}
+        self.fingerprints: dict[str, list[tuple[str, np.ndarray]]] = {"sound": [], "latents": []}
         self.videos: list[tuple[str, Tensor, np.ndarray]] = []  # id, mean CLIP features, motion
         self.hashes: dict[tuple[str, bytes], list[str]] = {}
         self.count = 0
@@ -116,28 +117,28 @@ class _Prints:
         return self.count > duplicates.MOST_COMPARED
 
     def add(self, clip_id: str, what: str, values: Tensor) -> bool:
-        """Remember the hash of a clip's content; return whether its print is wanted too."""
-        digest = hashlib.sha256(values.contiguous().numpy()).digest()
+        """Remember the hash of a clip's content; return True if its fingerprint is wanted too."""
+        digest = hashlib.sha256(values.contiguous().numpy().data).digest()
         self.hashes.setdefault((what, digest), []).append(clip_id)
         return not self.full
 
     def add_sound(self, clip_id: str, waveform: Tensor, rate: int) -> None:
         if self.add(clip_id, "sound", waveform):
-            self.prints["sound"].append((clip_id, duplicates.sound_print(waveform, rate)))
+            self.fingerprints["sound"].append((clip_id, duplicates.sound_fingerprint(waveform, rate)))
 
     def add_latents(self, clip_id: str, mean: Tensor) -> None:
         if self.add(clip_id, "latents", mean):
-            self.prints["latents"].append((clip_id, (mean - mean.mean(dim=0)).numpy()))
+            self.fingerprints["latents"].append((clip_id, (mean - mean.mean(dim=0)).numpy()))
 
     def add_video(self, clip_id: str, clip_f: Tensor, sync_f: Tensor) -> None:
         if self.add(clip_id, "video", torch.cat([clip_f.flatten(), sync_f.flatten()])):
-            self.videos.append((clip_id, clip_f.mean(dim=0), duplicates.motion_print(sync_f)))
+            self.videos.append((clip_id, clip_f.mean(dim=0), duplicates.motion_fingerprint(sync_f)))
 
     def find(self) -> list[Likeness]:
         """Return all groups; clips whose content is equal are one even where it has no pattern to compare."""
         found = []
         if not self.full:
-            for what, items in self.prints.items():
+            for what, items in self.fingerprints.items():
                 hop_sec = duplicates.HOP_SEC if what == "sound" else DEFAULT_DURATION_SEC / max(
                     (len(values) for _, values in items), default=1)
                 groups = duplicates.same_sounds([values for _, values in items], hop_sec)
@@ -153,35 +154,38 @@ class _Prints:
 
 
 def inspect(folder: Path, variant: Variant | None = None) -> Inspection:
-    """Return what is in a data set; nothing is written, and no weights are needed.
+    """Return the inspection of a data set; nothing is written, and no weights are needed.
 
     Args:
-        variant: what is to be trained; None takes it from the features, or from the shapes of a memmap.
+        variant: the model to be trained; None takes it from the features, or from the shapes of a memmap.
 
     Raises:
         FileNotFoundError: no such folder.
         ValueError: it is no data set, or a memmap that is damaged.
     """
-    prints = _Prints()
+    fingerprints = _Fingerprints()
+    left_out: list[tuple[str, str]] = []
+    steps: list[Callable[[], ClipReport]]
     if is_memmap(folder):
-        kind, left_out, steps = "memmap", [], _memmap_clips(folder, variant, prints)
+        kind, rows = "memmap", find_variant(folder, variant)
+        steps = [partial(_inspect_row, rows, index, fingerprints) for index in range(len(rows.ids))]
     elif folder.is_dir() and not any(folder.glob("*.npz")):
-        kind, left_out = "sounds", []
+        kind = "sounds"
         prompts = read_prompts(folder / PROMPTS_FILE) if (folder / PROMPTS_FILE).is_file() else {}
-        steps = [(_inspect_sound, (path, prompts, variant, prints)) for path in _sounds_in(folder)]
+        steps = [partial(_inspect_sound, path, prompts, variant, fingerprints) for path in _sounds_in(folder)]
     else:
         scan = scan_folder(folder)
         kind, left_out = "pairs", [(str(path), reason) for path, reason in scan.skipped]
-        steps = [(_inspect_pair, (clip, variant, prints)) for clip in scan.clips]
+        steps = [partial(_inspect_pair, clip, variant, fingerprints) for clip in scan.clips]
     if not steps and not left_out:
         raise ValueError(f"{folder}: holds neither features (.npz) nor sounds ({', '.join(AUDIO_SUFFIXES)}), videos or "
                          "a memmap (meta.json)")
     clips = []
     with Progress(len(steps), "inspecting", "clips") as progress:
-        for prints.count, (measure, arguments) in enumerate(steps, 1):
-            clips.append(measure(*arguments))
-            progress.update(prints.count)
-    return Inspection(str(folder), kind, clips, left_out, prints.find(), not prints.full)
+        for fingerprints.count, measure in enumerate(steps, 1):
+            clips.append(measure())
+            progress.update(fingerprints.count)
+    return Inspection(str(folder), kind, clips, left_out, fingerprints.find(), not fingerprints.full)
 
 
 def _sounds_in(folder: Path) -> list[Path]:
@@ -197,21 +201,23 @@ def _sounds_in(folder: Path) -> list[Path]:
     return [found[stem] for stem in sorted(found)]
 
 
-# --- pairs and sounds -----------------------------------------------------------------------------------------------
+# -- pairs and sounds --------------------------------------------------------------------------------------------------
 
 
-def _inspect_sound(path: Path, prompts: dict[str, str], variant: Variant | None, prints: _Prints) -> ClipReport:
+def _inspect_sound(
+    path: Path, prompts: dict[str, str], variant: Variant | None, fingerprints: _Fingerprints
+) -> ClipReport:
     note = path.with_suffix(".txt")
     report = ClipReport(id=path.stem, path=str(path), prompt=prompts.get(f"{path.stem}.npz", ""))
     if not report.prompt and note.is_file() and note.name != PROMPTS_FILE:
         report.prompt = read_sidecar(note)
-    _measure_sound(report, path, variant, prints)
+    _measure_sound(report, path, variant, fingerprints)
     if report.sound is not None:
         report.duration_sec = report.sound.duration_sec
     return report
 
 
-def _inspect_pair(clip: Clip, variant: Variant | None, prints: _Prints) -> ClipReport:
+def _inspect_pair(clip: FolderClip, variant: Variant | None, fingerprints: _Fingerprints) -> ClipReport:
     report = ClipReport(id=clip.id, path=str(clip.audio_path), prompt=clip.prompt, prompt_source=clip.prompt_source,
                         duration_sec=clip.duration_sec)
     variant = variant or VARIANTS.get(clip.extracted_for)
@@ -225,8 +231,8 @@ def _inspect_pair(clip: Clip, variant: Variant | None, prints: _Prints) -> ClipR
         report.problems.append(str(error).removeprefix(f"{clip.features_path}: "))
     else:
         text = None if bundle.text_features is None else bundle.text_features[0]
-        _measure_features(report, bundle.clip_features[0], bundle.sync_features[0], text, prints)
-    _measure_sound(report, clip.audio_path, variant, prints)
+        _measure_features(report, bundle.clip_features[0], bundle.sync_features[0], text, fingerprints)
+    _measure_sound(report, clip.audio_path, variant, fingerprints)
     if report.sound is not None:
         extra = report.sound.duration_sec - clip.duration_sec
         if extra < -MAX_AUDIO_SHORTFALL_SEC:
@@ -238,7 +244,7 @@ def _inspect_pair(clip: Clip, variant: Variant | None, prints: _Prints) -> ClipR
     return report
 
 
-def _measure_sound(report: ClipReport, path: Path, variant: Variant | None, prints: _Prints) -> None:
+def _measure_sound(report: ClipReport, path: Path, variant: Variant | None, fingerprints: _Fingerprints) -> None:
     try:
         waveform, rate = read_audio(path)  # (channels, samples)
     except (ValueError, OSError) as error:
@@ -256,11 +262,11 @@ def _measure_sound(report: ClipReport, path: Path, variant: Variant | None, prin
         report.problems.append("its channels cancel each other out" if cancels else "its sound is silent")
         return
     report.notes += _sound_notes(sound, waveform, mono, variant)
-    prints.add_sound(report.id, waveform, rate)
+    fingerprints.add_sound(report.id, waveform, rate)
 
 
 def _sound_notes(sound: SoundStats, waveform: Tensor, mono: Tensor, variant: Variant | None) -> Iterator[str]:
-    """Yield a sentence for everything odd. How steady a sound is, is nothing odd: rain and engines are (pitfall J1)."""
+    """Yield a sentence for every oddity. A steady sound is none: rain and engines are steady (pitfall J1)."""
     if sound.silent_share > MOSTLY_SILENT:
         yield f"{100 * sound.silent_share:.0f} % of it is silent (below {SILENCE_DB:g} dB)"
     if sound.clipped_samples:
@@ -280,9 +286,9 @@ def _sound_notes(sound: SoundStats, waveform: Tensor, mono: Tensor, variant: Var
 
 
 def _measure_features(
-    report: ClipReport, clip_f: Tensor, sync_f: Tensor, text_f: Tensor | None, prints: _Prints
+    report: ClipReport, clip_f: Tensor, sync_f: Tensor, text_f: Tensor | None, fingerprints: _Fingerprints
 ) -> None:
-    """Fill in what the (tokens, channels) features of a clip are like."""
+    """Fill in the measurements of the (tokens, channels) features of a clip."""
     norms, sync_norms = clip_f.norm(dim=1), sync_f.norm(dim=1)
     report.clip_norm, report.sync_norm = (norms.min().item(), norms.max().item()), sync_norms.mean().item()
     for name, rows in (("CLIP", norms), ("sync", sync_norms)):
@@ -295,11 +301,11 @@ def _measure_features(
                             "they were not made as the base model's were")
     if text_f is not None:
         report.text_norm = text_f.norm(dim=1).mean().item()
-    prints.add_video(report.id, clip_f, sync_f)
+    fingerprints.add_video(report.id, clip_f, sync_f)
 
 
 def _click(mono: Tensor, rate: int) -> str | None:
-    """Return at which end a sound peaks far above everything else in it, None if at neither."""
+    """Return the end at which a sound peaks far above everything else in it, None if there is none."""
     edge = round(EDGE_SEC * rate)
     inside = mono[edge:-edge].abs().max().item() if len(mono) > 4 * edge else math.inf
     for name, part in (("beginning", mono[:edge]), ("end", mono[-edge:])):
@@ -308,7 +314,7 @@ def _click(mono: Tensor, rate: int) -> str | None:
     return None
 
 
-# --- memmaps --------------------------------------------------------------------------------------------------------
+# -- memmaps -----------------------------------------------------------------------------------------------------------
 
 
 def find_variant(folder: Path, wanted: Variant | None) -> MemmapDataset:
@@ -328,12 +334,7 @@ def find_variant(folder: Path, wanted: Variant | None) -> MemmapDataset:
     raise ValueError(min(problems, key=len))  # the one with the fewest complaints
 
 
-def _memmap_clips(folder: Path, variant: Variant | None, prints: _Prints) -> Sequence[tuple]:
-    rows = find_variant(folder, variant)
-    return [(_inspect_row, (rows, index, prints)) for index in range(len(rows.ids))]
-
-
-def _inspect_row(rows: MemmapDataset, index: int, prints: _Prints) -> ClipReport:
+def _inspect_row(rows: MemmapDataset, index: int, fingerprints: _Fingerprints) -> ClipReport:
     report = ClipReport(id=rows.ids[index], path=str(rows.folder), prompt=rows.prompts[index], prompt_source="table",
                         duration_sec=rows.sequence.duration_sec)
     row = {key: torch.from_numpy(np.array(values[index])) for key, values in rows.rows.items()}  # each (tokens, ·)
@@ -351,7 +352,7 @@ def _inspect_row(rows: MemmapDataset, index: int, prints: _Prints) -> ClipReport
         report.problems.append("its text features are all zero: the row was never written")
     if not report.prompt:
         report.notes.append("it has no caption")
-    prints.add_latents(report.id, row["mean"])
+    fingerprints.add_latents(report.id, row["mean"])
     if rows.has_video:
-        _measure_features(report, row["clip_features"], row["sync_features"], None, prints)
+        _measure_features(report, row["clip_features"], row["sync_features"], None, fingerprints)
     return report

@@ -14,13 +14,13 @@ from torch import Tensor
 from selva.audio.config import SILENCE_DB
 from selva.audio.silence import block_power
 from selva.data.inspection.measures import ClipReport, Inspection, find_variant
-from selva.data.inspection.report import fit, mark, summary
+from selva.data.inspection.report import fit, sign_of, summary
 from selva.features import load_features
 from selva.inputs.suffixes import VIDEO_SUFFIXES
 from selva.media import probe, read_audio, read_video
 from selva.sequence import CLIP_FPS, SHORTEST_SEC
 from selva.utils.files import atomic_path
-from selva.utils.plots import new_figure
+from selva.utils.plots import draw_spectrogram, new_figure, power_spectrogram
 
 log = logging.getLogger(__name__)
 
@@ -34,10 +34,10 @@ WAVE_COLOUR, SILENCE_COLOUR = "#2b6cb0", "#d9dce1"
 
 
 def choose_clips(inspection: Inspection, most: int) -> list[int]:
-    """Return the indices of the clips to show, in order: those worth a look first, the others spread evenly."""
-    marked = sorted((i for i, clip in enumerate(inspection.clips) if mark(clip) != " "),
-                    key=lambda i: mark(inspection.clips[i]) != "!")[:most]
-    plain = [i for i, clip in enumerate(inspection.clips) if mark(clip) == " "]
+    """Return the indices of the clips to show, in order: those with a sign first, the others spread evenly."""
+    marked = sorted((i for i, clip in enumerate(inspection.clips) if sign_of(clip) != " "),
+                    key=lambda i: sign_of(inspection.clips[i]) != "!")[:most]
+    plain = [i for i, clip in enumerate(inspection.clips) if sign_of(clip) == " "]
     room = min(most - len(marked), len(plain))
     spread = [plain[k * len(plain) // room] for k in range(room)]
     return sorted(marked + spread)
@@ -138,7 +138,7 @@ class _Cell:
             loudness = report.sound.loudness_lufs
             facts.append("" if loudness is None else f"{loudness:.1f} LUFS")
             facts.append(f"{100 * report.sound.silent_share:.0f} % silent")
-        sign = mark(report)
+        sign = sign_of(report)
         words = "; ".join(report.problems + report.notes) or report.prompt
         for text, down, size, colour in (
             (f"{report.id}   {'   '.join(fact for fact in facts if fact)}", 0.14, 8, COLOURS[sign]),
@@ -237,12 +237,11 @@ def draw_spectrum(axes: Any, waveform: Tensor, rate: int, seconds: float) -> Non
     mono = waveform.mean(dim=0)
     hop = max(1, min(size // 4, len(mono) // 400))
     padded = torch.nn.functional.pad(mono, (size // 2, size // 2))
-    power = torch.stft(padded, size, hop, window=torch.hann_window(size), center=False, return_complex=True)
+    power = power_spectrogram(padded, torch.hann_window(size), hop)
     bank = melscale_fbanks(len(power), LOWEST_HZ, rate / 2, MEL_BANDS, rate, norm="slaney", mel_scale="slaney")
-    level = 10 * torch.log10((power.abs().square().T @ bank).clamp_min(1e-16))  # (T, bands)
+    level = 10 * torch.log10((power.T @ bank).clamp_min(1e-21))  # (T, bands)
     level = (level - level.max()).T.numpy()
-    axes.imshow(level, aspect="auto", origin="lower", extent=(0, seconds, 0, MEL_BANDS), cmap="magma", vmin=-RANGE_DB,
-                vmax=0, interpolation="bilinear")
+    draw_spectrogram(axes, level, (seconds, MEL_BANDS), (-RANGE_DB, 0), cmap="magma", interpolation="bilinear")
     centres = bank.argmax(dim=0) * rate / 2 / (len(power) - 1)  # (bands,) Hz
     ticks = [hz for hz in TICKS_HZ if hz < rate / 2]
     axes.set_yticks([int((centres - hz).abs().argmin()) + 0.5 for hz in ticks],

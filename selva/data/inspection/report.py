@@ -42,8 +42,8 @@ COLUMNS: tuple[Column, ...] = (
 )
 
 
-def mark(report: ClipReport) -> str:
-    """Return "!" for a clip that cannot be used, "?" for one that deserves a look, else " "."""
+def sign_of(report: ClipReport) -> str:
+    """Return "!" for a clip that cannot be used, "?" for one with a note, else " "."""
     return "!" if report.problems else "?" if report.notes else " "
 
 
@@ -52,10 +52,10 @@ def fit(text: str, width: int) -> str:
 
 
 def table(inspection: Inspection) -> list[str]:
-    """Return a line per clip; of very many clips those that deserve a look first, and how many are not shown."""
+    """Return a line per clip; of very many clips those with a sign first, and the number of those not shown."""
     clips = inspection.clips
     if len(clips) > MOST_ROWS:
-        clips = sorted(clips, key=lambda clip: " ?!".index(mark(clip)), reverse=True)[:MOST_ROWS]
+        clips = sorted(clips, key=lambda clip: " ?!".index(sign_of(clip)), reverse=True)[:MOST_ROWS]
     if not clips:
         return []
     columns = [[head, *(cell(clip) or "-" for clip in clips)] for head, cell in COLUMNS if any(map(cell, clips))]
@@ -67,7 +67,7 @@ def table(inspection: Inspection) -> list[str]:
     prompt_width = max(1, WIDTH - len(cells[0]) - 6 - id_width)
     lines = [f"  {'clip':{id_width}}  {cells[0]}  prompt"]
     for clip, row in zip(clips, cells[1:], strict=True):
-        line = f"{mark(clip)} {fit(clip.id, id_width):{id_width}}  {row}  {fit(clip.prompt, prompt_width)}"
+        line = f"{sign_of(clip)} {fit(clip.id, id_width):{id_width}}  {row}  {fit(clip.prompt, prompt_width)}"
         lines.append(line.rstrip())
     if len(clips) < len(inspection.clips):
         lines.append(f"... and {len(inspection.clips) - len(clips)} more; --json has all")
@@ -75,7 +75,7 @@ def table(inspection: Inspection) -> list[str]:
 
 
 def sentences(inspection: Inspection) -> list[str]:
-    """Return what cannot be used and what is odd, the worst first; a sentence that many clips share names five."""
+    """Return all problems and oddities, the worst first; a sentence that many clips share names five."""
     lines = [f"! {path}: {reason}" for path, reason in inspection.left_out]
     for sign, reports in (
         ("!", [(clip.id, clip.problems) for clip in inspection.clips]),
@@ -112,6 +112,6 @@ def summary(inspection: Inspection) -> str:
 
 
 def to_json(inspection: Inspection) -> str:
-    """Return everything as a JSON object; what could not be measured is null."""
+    """Return the inspection as a JSON object; measurements that failed are null."""
     content = {**asdict(inspection), "usable": inspection.usable}
     return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"

@@ -1,4 +1,4 @@
-"""The files of a memmap that is being written, see :mod:`selva.data.memmap.writer`.
+"""Files of a memmap that is being written, see :mod:`selva.data.memmap.writer`.
 
     data/vgg-train/               what is published (:mod:`selva.data.memmap.reader`); replaced only by a complete set
     data/vgg-train.tsv            id and label (or caption) of every row
@@ -37,7 +37,7 @@ Plan = dict[str, Any]  # column, shapes, settings, rows (id and label each): as 
 
 @dataclass(frozen=True)
 class Content:
-    """Rows that lie somewhere.
+    """Rows of a published set or of a generation.
 
     Attributes:
         folder: holds the ``.memmap`` files. entries: by row of the plan. slots: row of the plan -> place in the files.
@@ -50,7 +50,7 @@ class Content:
 
 
 class SetFiles:
-    """Where a set lies, finished and unfinished.
+    """Paths of a set, finished and unfinished, and the steps from one to the other.
 
     Args:
         folder: of the published set.
@@ -64,7 +64,7 @@ class SetFiles:
         self.lock = self.folder.with_name(f".{self.folder.name}.lock")
 
     def published(self) -> Content | None:
-        """Return what is published; None if there is nothing yet, or it is damaged.
+        """Return the published rows; None if there are none yet, or they are damaged.
 
         Raises:
             ValueError: files are in the way that we have not written, or the record is damaged.
@@ -164,14 +164,14 @@ class SetFiles:
 
 
 def content_of(generation: Path) -> Content:
-    """Return what a generation holds so far."""
+    """Return the rows of a generation so far."""
     plan = _read_json(generation / PLAN_FILE)
     slots = {row: row for row in range(len(plan["rows"]))}
     return Content(generation / DATA_FOLDER, plan, replay(generation), slots)
 
 
 def is_open(generation: Path) -> bool:
-    """Return whether a generation may still be written to."""
+    """Return True where a generation may still be written to."""
     return (generation / PLAN_FILE).is_file() and not (generation / SEAL_FILE).is_file()
 
 
@@ -225,7 +225,7 @@ def _row_bytes(shape: Sequence[int]) -> int:
 
 
 def _meta(shapes: Mapping[str, Sequence[int]], num_rows: int) -> dict[str, Any]:
-    """Return what tensordict writes into ``meta.json`` for tensors without a batch size."""
+    """Return the content of ``meta.json`` as tensordict writes it for tensors without a batch size."""
     tensors = {
         key: {"device": "cpu", "shape": [num_rows, *shape], "dtype": "torch.float32", "is_nested": False}
         for key, shape in shapes.items()

@@ -1,4 +1,4 @@
-"""Which rows of a work list are done: append-only files, one per process, that several machines may share.
+"""Journals of the rows that are done: append-only files, one per process, that several machines may share.
 
     journal-000001.jsonl    {"host": "node3", "pid": 4711}  who writes
                             {"row": 7, "digest": "9f2c..."}     the row holds what this digest stands for
@@ -28,7 +28,7 @@ PATTERN = "journal-*.jsonl"
 
 @dataclass(frozen=True)
 class Entry:
-    """What is known about a row.
+    """State of a row.
 
     Attributes:
         digest: of everything that decided its content; None for a row that is left out.
@@ -61,17 +61,17 @@ class RowJournal:
 
 
 def entry_line(row: int, entry: Entry) -> dict[str, Any]:
-    """Return the line that says what is known about a row."""
+    """Return the line that records the state of a row."""
     return {"row": row, "digest": entry.digest, **({"carried": True} if entry.carried else {})}
 
 
 def void_line(row: int) -> dict[str, Any]:
-    """Return the line that takes back whatever was said about a row."""
+    """Return the line that revokes all earlier lines about a row."""
     return {"row": row, "void": True}
 
 
 def replay(folder: Path) -> dict[int, Entry]:
-    """Return what the journals of a folder say about the rows they mention."""
+    """Return the state of every row that the journals of a folder mention."""
     entries: dict[int, Entry] = {}
     for path in sorted(folder.glob(PATTERN)):
         with open(path, encoding="utf-8", errors="replace") as file:
@@ -90,7 +90,7 @@ def replay(folder: Path) -> dict[int, Entry]:
 
 
 def living_writers(folder: Path) -> list[str]:
-    """Return the processes that are still writing here, on whatever machine, as "process 4711 on node3"."""
+    """Return the processes that are still writing here, on any machine, as "process 4711 on node3"."""
     living = []
     for path in sorted(folder.glob(PATTERN)):
         lock = FileLock(path.with_suffix(".lock"), thread_local=False)

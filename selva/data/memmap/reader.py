@@ -34,7 +34,7 @@ VIDEO_KEYS = ("clip_features", "sync_features")
 
 
 def is_memmap(folder: Path) -> bool:
-    """Return whether a data folder is a TensorDict memmap rather than a folder of ``.npz`` files.
+    """Return True where a data folder is a TensorDict memmap rather than a folder of ``.npz`` files.
 
     Raises:
         FileNotFoundError: there is no such folder yet, because its extraction has not come to the end.
@@ -69,7 +69,7 @@ def table_path(folder: Path) -> Path:
 
 
 def partial_path(folder: Path) -> Path:
-    """Return where a memmap is while it is being written: beside the folder."""
+    """Return the folder of a memmap while it is being written: beside its own."""
     folder = folder.resolve()
     return folder.parent / f"{folder.name}.partial"
 
@@ -126,7 +126,7 @@ class MemmapDataset(ClipDataset):
 
 
 def _absent(tokens: int, width: int) -> Tensor:
-    """Return what stands for the features of a video that does not exist, see :class:`TrainingClip`."""
+    """Return the NaN features of a video that does not exist, see :class:`TrainingClip`."""
     return torch.tensor(math.nan).expand(tokens, width)
 
 

@@ -1,4 +1,4 @@
-"""Write training data of MMAudio as a stream: row after row, by any number of processes, in the order of a work list.
+"""Writer of MMAudio's training data: a stream of rows from any number of processes, in the order of a work list.
 
     with MemmapWriter("data/vgg-train", variant, [("a", "a dog barking"), ...], video=True) as writer:
         if not writer.is_current(0, digest):
@@ -92,10 +92,10 @@ class MemmapWriter:
             twice = next(clip_id for clip_id in self.ids if self.ids.count(clip_id) > 1)
             raise ValueError(f"{self.files.folder}: the id {twice!r} comes more than once, every clip needs its own")
 
-    # -- rows -----------------------------------------------------------------------------------------------------
+    # -- rows ----------------------------------------------------------------------------------------------------------
 
     def is_current(self, index: int, digest: str) -> bool:
-        """Return whether row ``index`` holds already what ``digest`` stands for; if not, it has to be made."""
+        """Return True where row ``index`` is there with this digest already; otherwise it has to be made."""
         with self._threads:
             entry = self._entries.get(index)
             if entry is None:
@@ -181,6 +181,7 @@ class MemmapWriter:
             if self._pending:
                 for file in self._tensor_files.values():
                     os.fsync(file.fileno())
+                assert self._journal is not None  # lines are only noted within a generation
                 self._journal.append(self._pending)
                 self._pending = []
             self._flushed = time.monotonic()
@@ -196,10 +197,10 @@ class MemmapWriter:
     def __exit__(self, *_exc: object) -> None:
         self.close()
 
-    # -- publishing -----------------------------------------------------------------------------------------------
+    # -- publishing ----------------------------------------------------------------------------------------------------
 
     def publish_if_complete(self) -> bool:
-        """Move the set into place if every row, of all processes, is written or left out; return whether it is there.
+        """Move the set into place if every row, of all processes, is written or left out; return True if it is there.
 
         Raises:
             ValueError: all rows are left out. What was published before stays.
@@ -222,10 +223,10 @@ class MemmapWriter:
 
     @property
     def num_missing(self) -> int:
-        """How many rows nobody has written, left out or confirmed, as far as this process knows."""
+        """Number of rows that nobody has written, left out or confirmed, as far as this process knows."""
         return len(self.ids) - sum(not entry.carried for entry in self._entries.values())
 
-    # -- generations: one per work list, the newest counts; all of this happens under the lock ---------------------
+    # -- generations: one per work list, the newest counts; all of this happens under the lock -------------------------
 
     def _enter(self, force: bool = False) -> None:
         """Join the generation of this work list, or begin one; none is needed for what is published already.
@@ -241,7 +242,7 @@ class MemmapWriter:
         published = self.files.published()
         is_published = published is not None and published.plan == self._plan
         found = content_of(generation) if generation is not None else None
-        if found is not None and found.plan != self._plan:
+        if generation is not None and found is not None and found.plan != self._plan:
             if writers := living_writers(generation):
                 raise ValueError(f"{self.files.folder}: another run with other clips or settings is writing it "
                                  f"({', '.join(writers)}); wait for its end, or choose another folder. If it runs no "
@@ -272,6 +273,6 @@ class MemmapWriter:
 
 def _write_at(file: FileIO, position: int, values: np.ndarray) -> None:
     file.seek(position)
-    rest = memoryview(values).cast("B")
+    rest = values.data.cast("B")
     while rest:  # a full disk, among others, takes only a part and complains at the next one
         rest = rest[file.write(rest) :]

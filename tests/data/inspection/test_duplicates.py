@@ -8,7 +8,13 @@ import soundfile
 import torch
 from torchaudio.functional import resample
 
-from selva.data.inspection.duplicates import correlations, motion_print, same_sounds, same_videos, sound_print
+from selva.data.inspection.duplicates import (
+    correlations,
+    motion_fingerprint,
+    same_sounds,
+    same_videos,
+    sound_fingerprint,
+)
 from selva.media import read_audio
 
 RATE = 16_000
@@ -37,7 +43,7 @@ def test_copies_are_found_whatever_was_done_to_them(make, tmp_path):
         (sound + 0.1 * sound.std() * torch.randn(sound.shape), RATE),
     ]
     others = [(make(seed), RATE) for seed in (2, 3, 4)]
-    groups = same_sounds([sound_print(*item) for item in [*others, *copies]])
+    groups = same_sounds([sound_fingerprint(*item) for item in [*others, *copies]])
     assert [indices for indices, _ in groups] == [tuple(range(3, 11))]
     assert 0.85 <= groups[0][1] <= 1.001
 
@@ -48,7 +54,7 @@ def test_steady_sounds_and_silence_are_nobodys_copy():
     phases = [torch.sin(torch.arange(64_000) * 0.1 + p)[None] for p in (1, 2)]
     gusts = [rain(seed) * (1.2 + torch.sin(torch.arange(64_000) / 16_000 + 1)) for seed in (7, 8)]
     sounds = [rain(1), rain(2), hum, *phases, *gusts, torch.zeros(1, 64_000), torch.zeros(1, 64_000), rain(3, 0.05)]
-    assert same_sounds([sound_print(sound, RATE) for sound in sounds]) == []
+    assert same_sounds([sound_fingerprint(sound, RATE) for sound in sounds]) == []
     assert same_sounds([]) == []
 
 
@@ -75,14 +81,14 @@ def test_the_same_scene_with_another_movement_is_no_copy():
     videos.append((clip + 0.01, sync + 0.3 * torch.randn(sync.shape)))  # encoded anew
     videos.append((clip + 5, sync))  # moves the same, shows something else
     videos.append((clip, sync[:96]))  # shorter
-    groups = same_videos([c for c, _ in videos], [motion_print(s) for _, s in videos])
+    groups = same_videos([c for c, _ in videos], [motion_fingerprint(s) for _, s in videos])
     assert [indices for indices, _ in groups] == [(1, 4, 6)]
     assert same_videos([], []) == []
 
 
 def test_one_segment_says_nothing_about_movement():
     clip, sync = video(1, tokens=8)
-    assert same_videos([clip, clip], [motion_print(sync)] * 2) == []
+    assert same_videos([clip, clip], [motion_fingerprint(sync)] * 2) == []
 
 
 def test_groups_are_connected():

@@ -55,6 +55,7 @@ def test_nothing_is_said_about_good_clips(tmp_path):
     report = inspection.clips[0]
     assert report.sound == measure_sound(tmp_path / "data" / "clip_0.wav")
     assert report.clip_norm == pytest.approx((1, 1), abs=1e-5)
+    assert report.sound is not None and report.sound.peak_db is not None and report.true_peak_db is not None
     assert report.true_peak_db >= report.sound.peak_db
 
 

@@ -8,6 +8,7 @@ import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -58,14 +59,14 @@ def extract(folder: Path, clips=CLIPS, video: bool = True, settings=None, **work
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """Return everything that belongs to a set but its lock."""
+    """Return all files of a set but its lock."""
     paths = (path for path in folder.parent.rglob("*") if path.is_file() and path.suffix != ".lock")
     return {str(path.relative_to(folder.parent)): path.read_bytes() for path in paths}
 
 
 @pytest.fixture(autouse=True)
 def _no_waiting_for_the_disk(monkeypatch):
-    """What the tests look at, and what a kill leaves, is in the system's cache; only a power cut needs the disk."""
+    """Skip the waits for the disk: tests and kills read the system's cache, only a power cut needs more."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
@@ -76,7 +77,7 @@ def one_run(tmp_path_factory):
     return files(folder)
 
 
-# -- what is written --------------------------------------------------------------------------------------------------
+# -- what is written ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("video", [True, False])
@@ -131,12 +132,13 @@ def test_rows_of_any_float_type_are_stored_as_float32(tmp_path):
     assert torch.equal(clip.mean, rows["mean"].float()) and torch.equal(clip.clip_f, rows["clip_features"].float())
 
 
-# -- left-out rows ----------------------------------------------------------------------------------------------------
+# -- left-out rows -----------------------------------------------------------------------------------------------------
 
 
 def test_left_out_rows_leave_no_gaps(tmp_path):
     kept = [clip for clip in CLIPS if clip[0] not in ("clip_0", "clip_3", "clip_5")]
-    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
     extract(tmp_path / "a" / "data", skipped=("clip_0", "clip_3", "clip_5"))
     extract(tmp_path / "b" / "data", kept)
     gaps, none = files(tmp_path / "a" / "data"), files(tmp_path / "b" / "data")
@@ -165,7 +167,7 @@ def test_a_set_of_nothing_is_not_published(tmp_path):
     assert not (tmp_path / "data").exists() and not (tmp_path / "data.tsv").exists()
 
 
-# -- several processes ------------------------------------------------------------------------------------------------
+# -- several processes -------------------------------------------------------------------------------------------------
 
 
 def test_two_processes_at_once_write_the_same_files_as_one(tmp_path, one_run):
@@ -263,7 +265,7 @@ def test_another_run_with_other_settings_is_refused_while_the_first_lives(tmp_pa
     assert extract(tmp_path / "data", settings={"precision": "bf16"}) == ([clip_id for clip_id, _ in CLIPS], True)
 
 
-# -- running again ----------------------------------------------------------------------------------------------------
+# -- running again -----------------------------------------------------------------------------------------------------
 
 
 def test_a_run_with_nothing_new_touches_nothing(tmp_path):
@@ -289,7 +291,8 @@ CHANGES = {
 @pytest.mark.parametrize("start", ["published", "unfinished"])
 def test_only_what_has_changed_is_made_again(tmp_path, change, start):
     clips, versions, expected = CHANGES[change]
-    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
     if start == "published":
         extract(tmp_path / "a" / "data")
     else:
@@ -341,7 +344,7 @@ def test_values_reach_the_disk_before_the_line_that_says_so(tmp_path, monkeypatc
     assert flushed == [*(f"{key}.memmap" for key in writer.shapes), "journal-000002.jsonl"]
 
 
-# -- killed -----------------------------------------------------------------------------------------------------------
+# -- killed ------------------------------------------------------------------------------------------------------------
 
 
 def killed_at(step: int, work) -> bool:
@@ -379,7 +382,7 @@ def start_state(folder: Path, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["new set", "replacing a set"])
 def test_killed_at_any_step_a_run_completes_to_the_same_files(tmp_path, monkeypatch, kind):
     monkeypatch.setattr("selva.data.memmap.writer.FLUSH_ROWS", 2)
-    work = {"skipped": ("clip_1",), "video": False} if kind == "new set" else {"skipped": ("clip_1",)}
+    work: dict[str, Any] = {"skipped": ("clip_1",), "video": False} if kind == "new set" else {"skipped": ("clip_1",)}
     (tmp_path / "whole").mkdir()
     start_state(tmp_path / "whole" / "data", kind)
     old = files(tmp_path / "whole" / "data")
@@ -425,13 +428,14 @@ def test_rows_written_before_a_kill_are_not_made_again(tmp_path, monkeypatch, on
 def test_an_unfinished_line_counts_as_not_written(tmp_path, one_run):
     with open_writer(tmp_path / "data") as writer:
         do(writer)
+        assert writer._journal is not None
         journal = writer._journal.path
     journal.write_bytes(journal.read_bytes()[:-9])
     assert extract(tmp_path / "data") == (["clip_5"], True)
     assert files(tmp_path / "data") == one_run
 
 
-# -- refusals ---------------------------------------------------------------------------------------------------------
+# -- refusals ----------------------------------------------------------------------------------------------------------
 
 BAD_ROWS = {
     "missing": (lambda r: r.pop("std"), "clip 'clip_0': std is missing"),
@@ -471,7 +475,7 @@ def test_files_of_others_are_not_overwritten(tmp_path, name):
     assert (tmp_path / name).read_text() == "mine"
 
 
-# -- memory -----------------------------------------------------------------------------------------------------------
+# -- memory ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the memory of a process from /proc")
