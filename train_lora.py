@@ -30,7 +30,7 @@ from selva.data.dataset import ClipDataset, split_validation
 from selva.data.folder_dataset import FolderDataset, load_clip_dataset
 from selva.data.summary import summarise
 from selva.lora.config import PRESETS, LoRAConfig, parse_targets
-from selva.lora.layers import inject_lora
+from selva.lora.inject import inject_lora
 from selva.models.generator import cast_frozen_
 from selva.models.variants import Variant, get_variant
 from selva.sequence import DEFAULT_DURATION_SEC

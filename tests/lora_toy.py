@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from selva.lora.layers import adapter_tensors, lora_parameters
 from selva.lora.merge import Adapter
+from selva.lora.state import adapter_tensors, lora_parameters
 
 DIM = 12
 

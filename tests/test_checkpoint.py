@@ -27,8 +27,9 @@ from selva.checkpoint import (
     step_file_name,
 )
 from selva.lora.config import LoRAConfig
-from selva.lora.layers import inject_lora, load_lora_state_, lora_parameters, lora_plus_groups, lora_state_dict
+from selva.lora.inject import inject_lora
 from selva.lora.merge import merge_adapter
+from selva.lora.state import load_lora_state_, lora_parameters, lora_plus_groups, lora_state_dict
 
 ADAPTERS = Path(__file__).parent / "golden" / "adapters"
 DIM = 10

@@ -41,7 +41,7 @@ def load_strict_(module: nn.Module, state_dict: Mapping[str, Tensor], what: str)
         ]),
     ):
         if keys:
-            problems.append(f"{len(keys)} {title}: {listed(keys)}")
+            problems.append(f"{len(keys)} {title}: {listed(keys, 10)}")
     if problems:
         raise ValueError(f"these weights do not fit the {what}: {'; '.join(problems)}")
     module.load_state_dict(state_dict, strict=True)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from selva.lora.config import PRESETS, LoRAConfig, expand_targets, no_match_message, parse_targets
-from selva.lora.layers import inject_lora
+from selva.lora.inject import inject_lora
 from selva.models.generator import Generator
 from selva.models.variants import VARIANTS
 

@@ -11,16 +11,9 @@ from lora_toy import ALL, DIM, Toy, exported, make_input, make_toy, train_a_litt
 from torch import Tensor, nn
 
 from selva.lora.config import LoRAConfig
-from selva.lora.layers import (
-    adapter_tensors,
-    inject_lora,
-    load_lora_state_,
-    lora_parameters,
-    lora_plus_groups,
-    lora_state_dict,
-    remove_lora,
-)
+from selva.lora.inject import inject_lora, remove_lora
 from selva.lora.merge import Adapter, merge_adapter, merge_adapters, merged_adapters
+from selva.lora.state import adapter_tensors, load_lora_state_, lora_parameters, lora_plus_groups, lora_state_dict
 
 DORA = LoRAConfig(rank=3, alpha=5.0, targets=ALL, dora=True)
 DORA_PISSA = LoRAConfig(rank=3, targets=ALL, dora=True, init="pissa")

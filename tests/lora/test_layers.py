@@ -11,16 +11,9 @@ from lora_toy import ALL, DIM, Toy, make_input, make_toy, train_a_little_
 from torch import Tensor, nn
 
 from selva.lora.config import LoRAConfig
-from selva.lora.layers import (
-    LoRALinear,
-    adapter_tensors,
-    inject_lora,
-    load_lora_state_,
-    lora_parameters,
-    lora_plus_groups,
-    lora_state_dict,
-    remove_lora,
-)
+from selva.lora.inject import inject_lora, remove_lora
+from selva.lora.layers import LoRALinear
+from selva.lora.state import adapter_tensors, load_lora_state_, lora_parameters, lora_plus_groups, lora_state_dict
 from selva.models.generator import Generator
 from selva.models.variants import VARIANTS
 

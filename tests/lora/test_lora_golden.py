@@ -14,16 +14,10 @@ from torch import Tensor, nn
 from selva import flow
 from selva.checkpoint import load_adapter, load_checkpoint
 from selva.lora.config import LoRAConfig
-from selva.lora.layers import (
-    adapter_tensors,
-    inject_lora,
-    load_lora_state_,
-    lora_layers,
-    lora_parameters,
-    lora_plus_groups,
-    lora_state_dict,
-)
+from selva.lora.inject import inject_lora
+from selva.lora.layers import lora_layers
 from selva.lora.merge import Adapter, merge_adapter, merged_adapters
+from selva.lora.state import adapter_tensors, load_lora_state_, lora_parameters, lora_plus_groups, lora_state_dict
 from selva.models.config import GeneratorConfig
 from selva.models.generator import Generator
 from selva.models.variants import VARIANTS

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from selva.lora.config import LoRAConfig
-from selva.lora.layers import inject_lora
+from selva.lora.inject import inject_lora
 from selva.models import winograd_conv as winograd_conv
 from selva.models.blocks import ConvMLP
 
