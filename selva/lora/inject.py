@@ -5,14 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from selva.lora.config import MAX_PROBLEMS, LoRAConfig, no_match_message
-from selva.lora.layers import ADAPTED_CLASS, KIND, PARAMETERS, lora_layers
-from selva.lora.merge import row_norms
+from selva.lora.layers import ADAPTED_CLASS, KIND, PARAMETERS, LoRALayer, lora_layers
+from selva.lora.merge import MERGED_ATTRIBUTE, row_norms
 from selva.utils.text import listed
+
+CONFIG_ATTRIBUTE = "lora_config"  # of an adapted model: the settings of its adapters
+
+Plain = nn.Linear | nn.Conv1d
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -117,22 +123,22 @@ def inject_lora(model: nn.Module, cfg: LoRAConfig, generator: torch.Generator | 
     layers = []
     for name, module in matches.items():
         rank = cfg.rank_of(name)
-        _adapt_(module, rank, cfg.scale(rank), cfg, generator)
-        out_features, in_features = module.weight.shape[:2]
-        num_trained = sum(p.numel() for p in module.parameters(recurse=False) if p.requires_grad)
-        layers.append(AdaptedLayer(name, KIND[type(module)], rank, in_features, out_features, num_trained))
-    model.lora_config = cfg
+        layer = _adapt_(module, rank, cfg.scale(rank), cfg, generator)
+        out_features, in_features = layer.weight.shape[:2]
+        num_trained = sum(p.numel() for p in layer.parameters(recurse=False) if p.requires_grad)
+        layers.append(AdaptedLayer(name, KIND[type(layer)], rank, in_features, out_features, num_trained))
+    setattr(model, CONFIG_ATTRIBUTE, cfg)
     return InjectReport(layers, skipped, cfg)
 
 
-def _match(model: nn.Module, targets: Sequence[str]) -> tuple[dict[str, nn.Module], list[tuple[str, str]]]:
+def _match(model: nn.Module, targets: Sequence[str]) -> tuple[dict[str, Plain], list[tuple[str, str]]]:
     """Return the layers to adapt by name, and (name, reason) of the matching modules that cannot be adapted."""
-    matches: dict[str, nn.Module] = {}
+    matches: dict[str, Plain] = {}
     skipped = []
     for name, module in model.named_modules():
         if not name.endswith(tuple(targets)):
             continue
-        if type(module) not in ADAPTED_CLASS:
+        if not isinstance(module, nn.Linear | nn.Conv1d) or type(module) not in ADAPTED_CLASS:
             skipped.append((name, f"a {type(module).__name__}, neither nn.Linear nor nn.Conv1d"))
         elif isinstance(module, nn.Conv1d) and module.groups > 1:
             skipped.append((name, f"a convolution in {module.groups} groups"))
@@ -145,7 +151,7 @@ def _match(model: nn.Module, targets: Sequence[str]) -> tuple[dict[str, nn.Modul
     return matches, skipped
 
 
-def _check_pissa_rank(matches: Mapping[str, nn.Module], cfg: LoRAConfig) -> None:
+def _check_pissa_rank(matches: Mapping[str, Plain], cfg: LoRAConfig) -> None:
     problems = [
         f"{name} has rank at most {min(module.weight.flatten(1).shape)}, asked for {cfg.rank_of(name)}"
         for name, module in matches.items()
@@ -157,8 +163,8 @@ def _check_pissa_rank(matches: Mapping[str, nn.Module], cfg: LoRAConfig) -> None
         )
 
 
-def _check_unmerged(matches: Mapping[str, nn.Module]) -> None:
-    merged = [name for name, module in matches.items() if getattr(module, "has_merged_adapter", False)]
+def _check_unmerged(matches: Mapping[str, Plain]) -> None:
+    merged = [name for name, module in matches.items() if getattr(module, MERGED_ATTRIBUTE, False)]
     if merged:
         raise ValueError(
             "a DoRA adapter is relative to the base weights, but these layers have another adapter merged: "
@@ -166,14 +172,20 @@ def _check_unmerged(matches: Mapping[str, nn.Module]) -> None:
         )
 
 
+def _with_class(module: nn.Module, cls: type[M]) -> M:
+    """Return ``module`` itself as a ``cls``: its weight, its hooks, and every reference to it stay valid."""
+    module.__class__ = cls
+    assert isinstance(module, cls)
+    return module
+
+
 def _adapt_(
-    module: nn.Module, rank: int, scale: float, cfg: LoRAConfig, generator: torch.Generator | None
-) -> None:
-    """Turn an ``nn.Linear`` or ``nn.Conv1d`` into its adapted class."""
+    module: Plain, rank: int, scale: float, cfg: LoRAConfig, generator: torch.Generator | None
+) -> LoRALayer:
+    """Turn a layer into its adapted class, and return it."""
     weight = module.weight  # (out, in[, k])
-    # Changing the class keeps the object: its weight, its hooks, and every reference to it stay valid.
-    module.__class__ = ADAPTED_CLASS[type(module)]
-    module.lora_scale, module.lora_dropout = scale, cfg.dropout
+    layer = _with_class(module, ADAPTED_CLASS[type(module)])
+    layer.lora_scale, layer.lora_dropout = scale, cfg.dropout
     if cfg.init == "pissa":
         a, b = principal_factors(weight, rank)
     else:
@@ -187,7 +199,8 @@ def _adapt_(
         trained["lora_magnitude"], starts["lora_magnitude0"] = row_norms(weight), row_norms(weight)
     for name in PARAMETERS:
         value = trained.get(name, starts.get(name))
-        module.register_parameter(name, None if value is None else nn.Parameter(value, requires_grad=name in trained))
+        layer.register_parameter(name, None if value is None else nn.Parameter(value, requires_grad=name in trained))
+    return layer
 
 
 def principal_factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -208,6 +221,6 @@ def remove_lora(model: nn.Module) -> None:
     for _, layer in list(lora_layers(model)):
         for name in (*PARAMETERS, "lora_scale", "lora_dropout"):
             delattr(layer, name)
-        layer.__class__ = next(plain for plain, adapted in ADAPTED_CLASS.items() if adapted is type(layer))
-    if hasattr(model, "lora_config"):
-        del model.lora_config
+        _with_class(layer, next(plain for plain, adapted in ADAPTED_CLASS.items() if adapted is type(layer)))
+    if hasattr(model, CONFIG_ATTRIBUTE):
+        delattr(model, CONFIG_ATTRIBUTE)

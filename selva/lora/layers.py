@@ -44,6 +44,8 @@ class LoRALayer(nn.Module):
     what B A adds to it, so m = n as long as B A = 0, whatever device or type the model has moved to since.
     """
 
+    weight: Tensor
+    bias: Tensor | None
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     lora_A0: nn.Parameter | None
@@ -86,14 +88,15 @@ class LoRALayer(nn.Module):
             down, up = down.flatten(1), self.lora_scale * up.flatten(1)  # (rank, in * k), (out, rank)
             along = self.weight.float().flatten(1) @ down.T  # (out, rank)
             added = ((2 * along + up @ (down @ down.T)) * up).sum(1)  # (out,)
+            assert self.lora_magnitude0 is not None, "only DoRA asks for these lengths"
             return (self.lora_magnitude0.square() + added).clamp(min=0).sqrt()
 
     def _apply(self, fn, recurse: bool = True):
         """Move or cast the layer, but keep the factors in float32."""
-        masters = {name: self._parameters[name].detach() for name in self.lora_names()}
+        masters = {name: self.get_parameter(name).detach() for name in self.lora_names()}
         super()._apply(fn, recurse)
         for name, master in masters.items():
-            parameter = self._parameters[name]
+            parameter = self.get_parameter(name)
             if parameter.dtype != torch.float32:
                 parameter.data = master.to(parameter.device)
         return self
@@ -123,7 +126,7 @@ class LoRAConv1d(LoRALayer, nn.Conv1d):
 # Exact classes: a subclass may do something else in its forward, which the adapter would then miss.
 ADAPTED_CLASS: dict[type[nn.Module], type[LoRALayer]] = {nn.Linear: LoRALinear, nn.Conv1d: LoRAConv1d}
 PARAMETERS = ("lora_A", "lora_B", "lora_A0", "lora_B0", "lora_magnitude", "lora_magnitude0")  # of an adapted layer
-KIND = {LoRALinear: "linear", LoRAConv1d: "conv1d"}
+KIND: dict[type[LoRALayer], str] = {LoRALinear: "linear", LoRAConv1d: "conv1d"}
 
 
 def update_factors(a: Tensor, b: Tensor, a0: Tensor | None, b0: Tensor | None) -> tuple[Tensor, Tensor]:

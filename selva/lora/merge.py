@@ -25,6 +25,7 @@ from selva.utils.text import listed
 FACTOR_SUFFIXES = (".lora_A", ".lora_B")
 MAGNITUDE_SUFFIX = ".lora_magnitude"
 RESIDUAL_SUFFIXES = (".linear.weight", ".linear.bias")  # changed base weights in a published PiSSA file
+MERGED_ATTRIBUTE = "has_merged_adapter"  # of a layer
 ADAPTER_SUFFIXES = (*FACTOR_SUFFIXES, MAGNITUDE_SUFFIX, *RESIDUAL_SUFFIXES)
 
 
@@ -180,6 +181,7 @@ def merge_adapters(model: nn.Module, adapters: Iterable[tuple[Adapter, float]]) 
     active = [(adapter, strength) for adapter, strength in adapters if strength != 0]
     for name in dict.fromkeys(name for adapter, _ in active for name in adapter.layer_names()):
         module = modules[name]
+        assert isinstance(module, nn.Linear | nn.Conv1d), name
         here = [(adapter, strength) for adapter, strength in active if f"{name}.lora_A" in adapter.tensors]
         base = module.weight.float()
         weight = base.clone()
@@ -189,9 +191,10 @@ def merge_adapters(model: nn.Module, adapters: Iterable[tuple[Adapter, float]]) 
         for adapter, strength in here:
             changed = adapter.tensors.get(f"{name}.linear.bias")
             if changed is not None:
+                assert module.bias is not None, name
                 bias = module.bias.float()
                 module.bias.copy_(bias + strength * (changed.to(bias) - bias))
-        module.has_merged_adapter = True
+        setattr(module, MERGED_ATTRIBUTE, True)
 
 
 @contextmanager
@@ -207,7 +210,7 @@ def merged_adapters(model: nn.Module, adapters: Iterable[tuple[Adapter, float]])
     names = {name for adapter, _ in adapters for name in adapter.layer_names()}
     touched = [module for name, module in model.named_modules() if name in names]
     saved = [(p, p.detach().clone()) for module in touched for p in module.parameters(recurse=False)]
-    flags = [(module, getattr(module, "has_merged_adapter", False)) for module in touched]
+    flags = [(module, getattr(module, MERGED_ATTRIBUTE, False)) for module in touched]
     try:
         merge_adapters(model, adapters)
         yield
@@ -216,7 +219,7 @@ def merged_adapters(model: nn.Module, adapters: Iterable[tuple[Adapter, float]])
             for parameter, value in saved:
                 parameter.copy_(value)
         for module, flag in flags:
-            module.has_merged_adapter = flag
+            setattr(module, MERGED_ATTRIBUTE, flag)
 
 
 def _misfits(modules: Mapping[str, nn.Module], adapter: Adapter, strength: float) -> list[str]:
@@ -246,7 +249,7 @@ def _layer_misfits(module: nn.Module | None, name: str, adapter: Adapter) -> lis
         if own is None or residual.shape != own.shape:
             found = "none" if own is None else tuple(own.shape)
             problems.append(f"{name}.linear.{key} is {tuple(residual.shape)}, the model's {key} is {found}")
-    if adapter.is_relative(name) and getattr(module, "has_merged_adapter", False):
+    if adapter.is_relative(name) and getattr(module, MERGED_ATTRIBUTE, False):
         problems.append(
             f"{name} has another adapter merged already, but a {'PiSSA' if adapter.is_pissa else 'DoRA'} adapter is "
             "relative to the base weight; merge both at once with merge_adapters"

@@ -92,8 +92,8 @@ def adapter_tensors(model: nn.Module, state: Mapping[str, Tensor] | None = None)
     state = {**current, **(state or {})}
     pairs = {}
     for name, layer in lora_layers(model):
-        factors = (state.get(f"{name}.{key}") for key in ("lora_A", "lora_B", "lora_A0", "lora_B0"))
-        a, b = update_factors(*factors)
+        starts = state.get(f"{name}.lora_A0"), state.get(f"{name}.lora_B0")
+        a, b = update_factors(state[f"{name}.lora_A"], state[f"{name}.lora_B"], *starts)
         # With scale 1 the tensor itself, so that a file with both forms stores it once.
         pairs[name] = a, b if layer.lora_scale == 1 else b * layer.lora_scale
     magnitudes = {key: value for key, value in state.items() if key.endswith(MAGNITUDE_SUFFIX)}

@@ -48,7 +48,7 @@ def exact_seconds(seconds: float) -> Fraction:
 @contextmanager
 def open_media(path: PathLike) -> Iterator[Any]:
     """Yield the PyAV container of a file to read."""
-    import av
+    import av.error
 
     check_file(path)
     try:
@@ -65,7 +65,7 @@ def open_media(path: PathLike) -> Iterator[Any]:
 
 def _is_cover(stream: Any) -> bool:
     """Return whether a video stream is only the cover picture of a sound file."""
-    import av
+    import av.stream
 
     return bool(stream.disposition & av.stream.Disposition.attached_pic)
 
@@ -94,7 +94,7 @@ def audio_stream(container: Any, path: PathLike) -> Any:
 
 def time_origin(container: Any) -> Fraction:
     """Return the time stamp, in seconds, that is time 0 of the file."""
-    import av
+    import av.format
 
     if not container.format.flags & av.format.Flags.ts_discont.value:
         return Fraction(0)
@@ -229,7 +229,7 @@ def check_not_truncated(
 
 def read_packets(path: PathLike, container: Any, stream: Any) -> Iterator[Any]:
     """Yield the packets of ``stream`` in file order."""
-    import av
+    import av.error
 
     try:
         for packet in container.demux(stream):
@@ -259,7 +259,7 @@ def decode_frames(
 
     Decoding begins at or before ``start - preroll_sec``, so the first times may be negative.
     """
-    import av
+    import av.error
 
     zero = time_origin(container) + start
     time = -start
@@ -285,7 +285,7 @@ def decode_frames(
 
 def _seek(container: Any, stream: Any, seconds: Fraction) -> bool:
     """Move to the last key frame at or before ``seconds``; return whether the file allows it."""
-    import av
+    import av.error
 
     try:
         container.seek(math.floor(seconds / stream.time_base), stream=stream)

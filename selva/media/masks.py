@@ -107,6 +107,7 @@ class Masker:
 class _Source(Protocol):
     def at(self, time: Fraction) -> np.ndarray:
         """Return the (h, w) float32 mask, 0 ... 1, of the picture at ``time`` after the start; times ascend."""
+        ...
 
 
 def _open_source(path: Path, video_path: PathLike, start: Fraction, stack: ExitStack) -> _Source:

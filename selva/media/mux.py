@@ -144,7 +144,7 @@ def _picture_span(path: PathLike) -> _PictureSpan:
 @contextmanager
 def _open_output(path: Path) -> Iterator[Any]:
     """Yield a PyAV container to write to; the file appears under its name when it is complete."""
-    import av
+    import av.error
 
     options = {} if path.suffix.lower() == ".mkv" else {"movflags": "+faststart"}
     with atomic_path(path) as temporary:
@@ -171,7 +171,7 @@ def _encoded_pictures(
     path: PathLike, source: Any, stream: Any, target: Any, start: Fraction, length: Fraction
 ) -> Iterator[Any]:
     """Yield None once the output stream exists, then packets with the pictures of the range, upright, newly encoded."""
-    import av
+    import av.video.frame
 
     shown = _shown_frames(decode_frames(path, source, stream, start), length)
     begin, end, frame = next(shown)
@@ -221,7 +221,7 @@ def _shown_frames(frames: Iterable[tuple[Fraction, Any]], length: Fraction) -> I
 
 def _picture_filter(stream: Any, first: Any) -> Callable[[Any], Any]:
     """Return a function that makes of frames like ``first`` what players expect: upright, 4:2:0, even sides."""
-    import av
+    import av.filter
 
     matrix = _COLOR_MATRICES.get(int(first.colorspace))
     turns = {0: [], 1: [("transpose", "cclock")], 2: [("hflip", ""), ("vflip", "")], 3: [("transpose", "clock")]}

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -134,12 +135,12 @@ class Generator(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        for layer in (self.t_embed.mlp[0], self.t_embed.mlp[2]):
-            nn.init.normal_(layer.weight, std=0.02)
+        for name in ("0.weight", "2.weight"):
+            nn.init.normal_(self.t_embed.mlp.get_parameter(name), std=0.02)
         for name, module in self.named_modules():
             if name.endswith("adaLN_modulation.1") or name == "final_layer.conv":
-                nn.init.zeros_(module.weight)
-                nn.init.zeros_(module.bias)
+                nn.init.zeros_(module.get_parameter("weight"))
+                nn.init.zeros_(module.get_parameter("bias"))
 
     # -- lengths and weights ------------------------------------------------------------------------------------
 
@@ -247,7 +248,8 @@ class Generator(nn.Module):
         """Return the velocity from raw features: :meth:`preprocess_conditions`, then :meth:`predict_flow`."""
         return self.predict_flow(latent, t, self.preprocess_conditions(clip_f, sync_f, text_f))
 
-    def _run(self, index: int, block: nn.Module, *args):
+    def _run(self, index: int, block: nn.Module, *args: Tensor | tuple[Tensor, Tensor]) -> Any:
+        """Return ``block(*args)``, computed again in the backward pass where :attr:`gradient_checkpointing` says so."""
         recomputed = self.gradient_checkpointing is True or index < self.gradient_checkpointing
         if recomputed and torch.is_grad_enabled():
             return checkpoint(block, *args, use_reentrant=False)

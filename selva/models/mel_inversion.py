@@ -38,8 +38,8 @@ class MelInversion(nn.Module):
             nn.Conv1d(width, width, 3, padding=1), nn.GELU(),
             nn.Conv1d(width, bins, 1),
         )
-        nn.init.zeros_(self.sharpen[-1].weight)
-        nn.init.zeros_(self.sharpen[-1].bias)
+        for parameter in self.sharpen[-1].parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, mel: Tensor) -> Tensor:
         """Return the waveform (B, 1, T * hop_length) in [-1, 1], float32.
@@ -64,7 +64,7 @@ class MelInversion(nn.Module):
     def magnitudes(self, mel: Tensor) -> Tensor:
         """Return the STFT magnitudes (B, bins, T) of a log-mel spectrogram (B, num_mels, T)."""
         plain = self.plain_magnitudes(mel)
-        gain = self.sharpen(mel.to(self.sharpen[0].weight.dtype)).float()
+        gain = self.sharpen(mel.to(self.sharpen.get_parameter("0.weight").dtype)).float()
         return plain * gain.clamp(-6, 6).exp()
 
     def plain_magnitudes(self, mel: Tensor) -> Tensor:
@@ -120,4 +120,5 @@ class MelInversion(nn.Module):
 def _tables(mode: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Return the filterbank (bands, bins), its pseudo-inverse (bins, bands) and its square (bins, bins), float32."""
     bank = torch.from_numpy(slaney_filterbank(MEL_CONFIGS[mode]))
-    return tuple(x.float().to(device) for x in (bank, torch.linalg.pinv(bank), bank.T @ bank))
+    inverse, square = torch.linalg.pinv(bank), bank.T @ bank
+    return bank.float().to(device), inverse.float().to(device), square.float().to(device)
