@@ -193,7 +193,7 @@ def _for_file(
 
 
 def _why_native(tensors: Mapping[str, Tensor]) -> str:
-    """Return why ComfyUI-SelVA cannot apply ``tensors``, and what it could apply; empty if it can."""
+    """Return the reason why ComfyUI-SelVA cannot apply ``tensors``, and what it could apply; "" if it can."""
     causes, remedies = [], []
     if any(value.dim() == 3 for value in tensors.values()):
         causes.append("changes convolutions")
@@ -260,7 +260,7 @@ def _checked_meta(path: Path, adapter: Adapter) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class TrainingState:
-    """What a step file holds.
+    """Content of a step file.
 
     Attributes:
         step: finished optimiser steps.
@@ -368,7 +368,7 @@ def load_newest_checkpoint(folder: str | os.PathLike[str]) -> TrainingState | No
 
 
 def check_same_settings(saved: TrainingState, cfg: LoRAConfig) -> None:
-    """Make sure that a run with ``cfg`` may continue from ``saved``.
+    """Raise if a run with ``cfg`` cannot continue from ``saved``.
 
     Raises:
         ValueError: names every adapter setting that differs. (The dropout may.)

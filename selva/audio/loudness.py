@@ -102,7 +102,7 @@ def _decibels(amplitude: float) -> float:
 
 @dataclass(frozen=True)
 class LoudnessReport:
-    """What :func:`normalize_loudness` did; ``str()`` says it in one line.
+    """Result of :func:`normalize_loudness`: levels and gain; ``str()`` puts them into one line.
 
     Attributes:
         method, target: as asked for. unit: of ``target`` and ``level``.

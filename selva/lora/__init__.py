@@ -1,6 +1,6 @@
 """Low-rank adapters on linear layers and 1-D convolutions: settings, adapted layers, merging.
 
-    config.py   LoRAConfig: the layers to adapt, and the settings of their adapters; needs no PyTorch
+    config.py   LoRAConfig: settings of an adapter, the layers among them; needs no PyTorch
     layers.py   LoRALinear, LoRAConv1d: the adapted layers
     inject.py   inject_lora, remove_lora: a model gets adapters and loses them
     state.py    parameters of an adapted model: for the optimiser, for resuming, for files

@@ -1,4 +1,4 @@
-"""What to adapt and how: the settings of an adapter, and the names by which its layers are chosen.
+"""Settings of an adapter, and the names by which its layers are chosen.
 
 A target is the end of a layer's full name (``attn.qkv``, ``text_block.linear1``), as in published adapters, or one of
 the presets below, which stand for several such endings.
@@ -32,7 +32,7 @@ PRESETS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """What to adapt and how.
+    """Settings of an adapter: the layers to adapt, and how.
 
     Attributes:
         rank: rows of A and columns of B.

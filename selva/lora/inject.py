@@ -35,7 +35,7 @@ class AdaptedLayer:
 
 @dataclass(frozen=True)
 class InjectReport:
-    """What :func:`inject_lora` did.
+    """Result of :func:`inject_lora`.
 
     Attributes:
         layers: the adapted layers in module order.
@@ -66,7 +66,7 @@ class InjectReport:
 
     @property
     def notice(self) -> list[str]:
-        """Lines on what a user may not expect: matches that are not adapted, and where the adapter will not load."""
+        """Lines on surprises for a user: matches that are not adapted, and programs that will refuse the adapter."""
         lines = []
         for reason in dict.fromkeys(reason for _, reason in self.skipped):
             names = [name for name, why in self.skipped if why == reason]
@@ -98,14 +98,14 @@ class InjectReport:
         return list(dict.fromkeys(targets))
 
 
-def inject_lora(model: nn.Module, cfg: LoRAConfig, generator: torch.Generator | None = None) -> InjectReport:
-    """Freeze ``model``, give the layers that ``cfg.targets`` names an adapter, in place, and return what was done.
+def inject_lora(model: nn.Module, cfg: LoRAConfig, rng: torch.Generator | None = None) -> InjectReport:
+    """Freeze ``model``, give the layers that ``cfg.targets`` names an adapter, in place, and return a report.
 
     Afterwards only ``lora_A``, ``lora_B`` and, with DoRA, ``lora_magnitude`` require gradients. The output is unchanged
     bit for bit.
 
     Args:
-        generator: a CPU random number generator for A (default: the global one). The same numbers on every device.
+        rng: a CPU random number generator for A (default: the global one). The same numbers on every device.
 
     Raises:
         ValueError: the model has adapters already, a target fits no layer, PiSSA's rank exceeds a layer's size, or
@@ -123,7 +123,7 @@ def inject_lora(model: nn.Module, cfg: LoRAConfig, generator: torch.Generator | 
     layers = []
     for name, module in matches.items():
         rank = cfg.rank_of(name)
-        layer = _adapt_(module, rank, cfg.scale(rank), cfg, generator)
+        layer = _adapt_(module, rank, cfg.scale(rank), cfg, rng)
         out_features, in_features = layer.weight.shape[:2]
         num_trained = sum(p.numel() for p in layer.parameters(recurse=False) if p.requires_grad)
         layers.append(AdaptedLayer(name, KIND[type(layer)], rank, in_features, out_features, num_trained))
@@ -180,7 +180,7 @@ def _with_class(module: nn.Module, cls: type[M]) -> M:
 
 
 def _adapt_(
-    module: Plain, rank: int, scale: float, cfg: LoRAConfig, generator: torch.Generator | None
+    module: Plain, rank: int, scale: float, cfg: LoRAConfig, rng: torch.Generator | None
 ) -> LoRALayer:
     """Turn a layer into its adapted class, and return it."""
     weight = module.weight  # (out, in[, k])
@@ -191,7 +191,7 @@ def _adapt_(
     else:
         # He-uniform with a = sqrt(5), as nn.Linear starts: uniform in +-1/sqrt(fan in).
         bound = 1 / math.sqrt(weight[0].numel())
-        a = torch.empty(rank, *weight.shape[1:], device="cpu").uniform_(-bound, bound, generator=generator)
+        a = torch.empty(rank, *weight.shape[1:], device="cpu").uniform_(-bound, bound, generator=rng)
         b = torch.zeros(weight.shape[0], rank, *(1,) * (weight.dim() - 2))
     trained = {"lora_A": a.to(weight.device), "lora_B": b.to(weight.device)}
     starts = {f"{name}0": value.clone() for name, value in trained.items()} if cfg.init == "pissa" else {}

@@ -23,7 +23,7 @@ from selva.lora.merge import magnitude_excess, per_row
 
 
 class LoRALayer(nn.Module):
-    """What both kinds of adapted layers share. Made only by :func:`inject_lora`, from a layer that exists.
+    """Base class of the adapted layers. Made only by :func:`inject_lora`, from a layer that exists.
 
     Factors are float32 and stay so when the model is cast: a step of 1e-4 is lost in most bfloat16 weights. Each
     forward pass casts them to the type of its input.

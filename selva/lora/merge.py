@@ -100,11 +100,11 @@ class Adapter:
 
     @property
     def is_pissa(self) -> bool:
-        """Whether it replaces base weights; decided by its tensors, because ``init_mode`` is not always there."""
+        """True if it replaces base weights; decided by its tensors, because ``init_mode`` is not always there."""
         return any(key.endswith(RESIDUAL_SUFFIXES) for key in self.tensors)
 
     def is_relative(self, name: str) -> bool:
-        """Return whether the update of layer ``name`` depends on its base weight."""
+        """Return True if the update of layer ``name`` depends on its base weight."""
         return any(f"{name}{suffix}" in self.tensors for suffix in (MAGNITUDE_SUFFIX, *RESIDUAL_SUFFIXES))
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
@@ -117,7 +117,7 @@ class Adapter:
         return lora_scale(self.meta.get("alpha", rank), rank, self.meta.get("use_rslora", False))
 
     def problems(self) -> list[str]:
-        """Return what is wrong with the tensors by themselves: foreign keys, a missing partner, ranks that differ."""
+        """Return the problems of the tensors by themselves: foreign keys, a missing partner, ranks that differ."""
         problems = [f"{key} is no LoRA tensor" for key in self.tensors if not key.endswith(ADAPTER_SUFFIXES)]
         if problems:
             return problems
@@ -223,7 +223,7 @@ def merged_adapters(model: nn.Module, adapters: Iterable[tuple[Adapter, float]])
 
 
 def _misfits(modules: Mapping[str, nn.Module], adapter: Adapter, strength: float) -> list[str]:
-    """Return what keeps ``adapter`` from being merged into the layers ``modules``."""
+    """Return the problems that keep ``adapter`` from being merged into the layers ``modules``."""
     problems = adapter.problems()
     if not math.isfinite(strength):
         problems.append(f"strength must be a finite number, got {strength}")

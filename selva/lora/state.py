@@ -22,7 +22,7 @@ def named_factors(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Return what is trained: all A in module order, then all B, then with DoRA all magnitudes."""
+    """Return the trained parameters: all A in module order, then all B, then with DoRA all magnitudes."""
     return [parameter for group in lora_plus_groups(model, lr=0.0) for parameter in group["params"]]
 
 

@@ -1,4 +1,4 @@
-"""Put new sound under the pictures of a video: copied as they are where possible, otherwise encoded again."""
+"""Videos with new sound: their pictures are copied as they are where possible, otherwise encoded again."""
 
 from __future__ import annotations
 
@@ -97,12 +97,12 @@ def mux_video(
     return float(length)
 
 
-# --- what there is --------------------------------------------------------------------------------------------------
+# -- the video --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _PictureSpan:
-    """Where the pictures of a file are, by its packets alone (exact, and much cheaper than decoding)."""
+    """Extent of the pictures of a file, by its packets alone (exact, and much cheaper than decoding)."""
 
     end_sec: Fraction
     frame_sec: Fraction  # mean time between two frames, but no more than one can hear: a difference to ignore
@@ -138,7 +138,7 @@ def _picture_span(path: PathLike) -> _PictureSpan:
         return _PictureSpan(end, min((end - starts[0]) / len(starts), _TOLERANCE_SEC), copyable)
 
 
-# --- what is written ------------------------------------------------------------------------------------------------
+# -- the result -------------------------------------------------------------------------------------------------------
 
 
 @contextmanager

@@ -27,7 +27,7 @@ PHASE_SEED = 0
 
 
 class MelInversion(nn.Module):
-    """See the module. The network starts as none: its last layer is zero. Everything runs in float32."""
+    """Mel inversion as above, in float32. The last layer starts at zero, so that a fresh network changes nothing."""
 
     def __init__(self, config: MelInversionConfig) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class MelInversion(nn.Module):
             return self._waveform(self.magnitudes(mel.float()), mel.shape[2]).clamp(-1, 1)[:, None]
 
     def in_chunks(self, mel: Tensor, chunk_frames: int) -> Tensor:
-        """Return what :meth:`forward` returns. Phases depend on the whole, and a frame takes little memory."""
+        """Return the result of :meth:`forward`. Phases depend on the whole, and a frame takes little memory."""
         if chunk_frames < 1:
             raise ValueError(f"chunk_frames is {chunk_frames}, expected at least 1")
         return self(mel)
@@ -92,8 +92,8 @@ class MelInversion(nn.Module):
         def waveform(spectrum: Tensor) -> Tensor:
             return torch.istft(spectrum, cfg.n_fft, hop, window=window, length=total)
 
-        random = torch.Generator().manual_seed(PHASE_SEED)
-        phases = 2 * torch.pi * torch.rand(magnitudes.shape[1:], generator=random).to(magnitudes.device)
+        rng = torch.Generator().manual_seed(PHASE_SEED)
+        phases = 2 * torch.pi * torch.rand(magnitudes.shape[1:], generator=rng).to(magnitudes.device)
         direction = torch.polar(torch.ones_like(magnitudes), phases.expand_as(magnitudes))
         before = torch.zeros_like(direction)
         for _ in range(self.config.num_steps):

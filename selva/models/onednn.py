@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 @functools.cache
 def onednn_dtypes() -> frozenset[torch.dtype]:
-    """Return in which dtypes this processor multiplies matrices faster when oneDNN is asked for it directly.
+    """Return the dtypes in which this processor multiplies matrices faster when oneDNN is asked for it directly.
 
     Measured on an AMD processor with AVX-512 and layers 768 to 5120 wide: float32 175 to 195 GFLOP/s per thread instead
     of 95; bfloat16 by a tenth, because a call leaves out what PyTorch does around it. Intel's MKL needs no help.
@@ -31,7 +31,7 @@ def onednn_dtypes() -> frozenset[torch.dtype]:
 
 
 def goes_to_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Return whether :func:`linear` multiplies these two by oneDNN directly, which knows no gradients."""
+    """Return True if :func:`linear` multiplies these two by oneDNN directly, which knows no gradients."""
     return (
         x.device.type == "cpu" and x.dtype == weight.dtype and x.dtype in onednn_dtypes()
         and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")

@@ -83,6 +83,6 @@ def _unit_noise(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
     """Return (shape) float32 uniform values of zero mean and unit variance."""
     # RandomState is frozen by NumPy's compatibility policy; uniform draws involve no logarithm that a maths library
     # could round differently.
-    state = np.random.RandomState(zlib.crc32(f"{seed}/{name}".encode()))
-    x = state.random_sample(shape)
+    rng = np.random.RandomState(zlib.crc32(f"{seed}/{name}".encode()))
+    x = rng.random_sample(shape)
     return torch.from_numpy(np.asarray((2 * x - 1) * math.sqrt(3), dtype=np.float32))

@@ -131,7 +131,7 @@ class AntiAliasedActivation(nn.Module):
 
 
 def is_short(x: Tensor, weight: Tensor) -> bool:
-    """Whether rearranging ``x``, which has its channels last, costs less than copying ``weight`` to that layout."""
+    """Return True if rearranging ``x``, channels last, costs less than copying ``weight`` to that layout."""
     return x.stride(1) == 1 and LAYOUT_PASSES * x.numel() < weight.numel()
 
 
@@ -224,7 +224,7 @@ class Vocoder(nn.Module):
         return x.tanh() if self.config.final_tanh else x.clamp(-1, 1)
 
     def in_chunks(self, mel: Tensor, chunk_frames: int) -> Tensor:
-        """Return what :meth:`forward` returns, computed ``chunk_frames`` mel frames at a time to need less memory.
+        """Return the result of :meth:`forward`, computed ``chunk_frames`` mel frames at a time to need less memory.
 
         Each chunk is given at least its ``context_frames`` on both sides, so nothing but rounding differs from the
         whole. Only the ends of ``mel`` are padded, as in the whole. All chunks are computed at one length, and the

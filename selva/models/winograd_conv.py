@@ -27,7 +27,7 @@ FORWARD, REVERSED = (0, 1, 2, 3), (3, 1, 2, 0)  # which products m0 ... m3 belon
 
 
 def supports(x: Tensor, *layers: nn.Module) -> bool:
-    """Return whether ``layers``, convolutions that see ``x`` or what comes of it, should run through this module."""
+    """Return True if ``layers``, convolutions of ``x`` or of its images, should run through this module."""
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return False
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
@@ -114,7 +114,7 @@ class _Conv(torch.autograd.Function):
 
 
 class _GatedMLP(torch.autograd.Function):
-    """Keeps what the two inner convolutions return, and computes the gate again in the backward pass."""
+    """The gated MLP; keeps the results of the two inner convolutions, and computes the gate again when going back."""
 
     @staticmethod
     def forward(ctx, x: Tensor, f1: Tensor, f2: Tensor, f3: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ def adapted_weight(layer: nn.Module, scale: float, norm_is_constant: bool) -> Te
     return factor.view(-1, *(1,) * (direction.dim() - 1)) * direction
 
 
-# -- the layer --------------------------------------------------------------------------------------------------
+# -- the layer --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -153,7 +153,7 @@ def test_magnitudes_have_a_group_of_their_own_without_decay(model):
     assert [p for group in groups for p in group["params"]] == lora_parameters(model)
 
 
-# -- state and export -------------------------------------------------------------------------------------------
+# -- state and export -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cfg", [DORA, DORA_PISSA])
@@ -185,7 +185,7 @@ def test_removing_leaves_the_plain_model(model, x):
     assert list(model.state_dict()) == keys and torch.equal(model(x), before)
 
 
-# -- merging ----------------------------------------------------------------------------------------------------
+# -- merging ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.3, 1.0, -0.5])

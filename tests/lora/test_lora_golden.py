@@ -53,7 +53,7 @@ def recipe_factors_(model: nn.Module) -> None:
     load_lora_state_(model, values)
 
 
-# -- targets ----------------------------------------------------------------------------------------------------
+# -- targets ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["tiny_v1", "small_16k", "medium_44k", "large_44k", "large_44k_v2"])
@@ -75,7 +75,7 @@ def test_targets_reach_the_layers_of_the_reference_and_its_convolutions_too(gold
         assert not report.skipped
 
 
-# -- forward results --------------------------------------------------------------------------------------------
+# -- forward results --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +143,7 @@ def test_small_16k_adapter_files(golden):
             case.check(output, case.run(case.model))
 
 
-# -- PiSSA ------------------------------------------------------------------------------------------------------
+# -- PiSSA ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +176,7 @@ def test_pissa_adapter_file(pissa, output, strength):
         assert all(torch.equal(p, q) for p, q in zip(model.parameters(), pissa.model.parameters(), strict=True))
 
 
-# -- training ---------------------------------------------------------------------------------------------------
+# -- training ---------------------------------------------------------------------------------------------------------
 
 
 class TrainingCase(Case):
