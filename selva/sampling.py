@@ -14,6 +14,7 @@ from torch import Tensor
 from selva import flow
 from selva.flow import WHOLE_INTERVAL, SamplingConfig
 from selva.models.generator import Conditions, Generator
+from selva.models.mel_inversion import MelInversion
 from selva.models.vae import VAE
 from selva.models.vocoder import Vocoder
 from selva.sequence import SAMPLING_RATES
@@ -95,7 +96,9 @@ def sample_latents(
 
 
 @torch.no_grad()
-def decode_latents(latents: Tensor, vae: VAE, vocoder: Vocoder, chunk_sec: float | None = None) -> Tensor:
+def decode_latents(
+    latents: Tensor, vae: VAE, vocoder: Vocoder | MelInversion, chunk_sec: float | None = None
+) -> Tensor:
     """Return (B, samples) float32 waveforms in [-1, 1] from latents (B, N, C): VAE decoder, then vocoder.
 
     Both run in the dtype of their own weights.
