@@ -105,8 +105,8 @@ class LoudnessReport:
     """Result of :func:`normalize_loudness`: levels and gain; ``str()`` puts them into one line.
 
     Attributes:
-        method, target: as asked for. unit: of ``target`` and ``level``.
-        level: before the gain; None where it cannot be measured. gain_db: what was applied.
+        method, target: as asked for; ``target`` and ``level`` are in the unit of the method.
+        level: before the gain; None where it cannot be measured. gain_db: the gain applied.
         true_peak: after the gain, dBTP. limited: the gain is lower than the target needs, to keep the true peak down.
         reason: why the level is as it was, "" if it was changed.
     """
