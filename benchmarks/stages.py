@@ -27,8 +27,9 @@ from selva.data.dataset import ListDataset, TrainingClip
 from selva.data.memmap.reader import MemmapDataset
 from selva.flow import SamplingConfig
 from selva.lora.config import LoRAConfig
-from selva.lora.layers import adapter_tensors, inject_lora, lora_parameters
+from selva.lora.inject import inject_lora
 from selva.lora.merge import Adapter, merge_adapters
+from selva.lora.state import adapter_tensors, lora_parameters
 from selva.models.config import MelInversionConfig
 from selva.models.generator import Generator, cast_frozen_
 from selva.models.random_weights import random_state_dict

@@ -31,7 +31,8 @@ from selva.data.dataset import ClipDataset, split_validation
 from selva.data.folder_dataset import load_clip_dataset
 from selva.data.latents import encode_latents, load_waveform
 from selva.lora.config import LoRAConfig
-from selva.lora.layers import inject_lora, lora_parameters
+from selva.lora.inject import inject_lora
+from selva.lora.state import lora_parameters
 from selva.models.generator import Generator
 from selva.models.variants import Variant, get_variant
 from selva.models.zoo import build_mel

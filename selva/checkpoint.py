@@ -25,26 +25,22 @@ import json
 import logging
 import math
 import os
-import pickle
 import re
-import struct
-import zipfile
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from selva.lora.config import LoRAConfig
-from selva.lora.layers import adapter_tensors, lora_state_dict
+from selva.lora.config import MAX_PROBLEMS, LoRAConfig
 from selva.lora.merge import FACTOR_SUFFIXES, MAGNITUDE_SUFFIX, Adapter, padded_to_one_rank
+from selva.lora.state import adapter_tensors, lora_state_dict
 from selva.utils.files import atomic_path
 from selva.utils.text import listed
+from selva.utils.torch_files import check_plain, read_safetensors, read_torch
 
 __all__ = [
     "Adapter",
@@ -64,12 +60,6 @@ log = logging.getLogger(__name__)
 NATIVE_FORMAT = "selva-lora-1"
 TORCH_SUFFIXES = (".pt", ".pth")
 STEP_FILE = re.compile(r"adapter_step(\d{5,})\.pt")
-
-# What torch.load raises on files that are no checkpoints: bytes that are no pickle can trip it anywhere.
-UNREADABLE = (
-    pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, struct.error,
-    ValueError, TypeError, LookupError, AttributeError, AssertionError, OverflowError,
-)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -91,7 +81,7 @@ def save_adapter(
             ``.lora_magnitude``), whose scale the meta gives (``alpha``, default the rank, and ``use_rslora``).
         meta: plain values to store: ``variant``, ``steps``, ``target`` (known already from a model) and whatever else
             should travel along. ``rank``, ``alpha``, ``use_rslora`` and ``init_mode`` are set to match the tensors.
-        state: with a model: factors to write instead of its current ones, see ``lora.layers.adapter_tensors``.
+        state: with a model: factors to write instead of its current ones, see ``lora.state.adapter_tensors``.
 
     Raises:
         ValueError: an unknown suffix, tensors that are no adapter, or a meta with something else than plain values.
@@ -127,9 +117,9 @@ def load_adapter(path: str | os.PathLike[str]) -> Adapter:
     """
     path = Path(path)
     if path.suffix == ".safetensors":
-        tensors, meta = _read_safetensors(path)
+        tensors, meta = read_safetensors(path)
     else:
-        tensors, meta = _adapter_part(_read_torch(path))
+        tensors, meta = _adapter_part(read_torch(path))
     return _checked_adapter(path, tensors, meta)
 
 
@@ -154,7 +144,7 @@ def _checked_adapter(path: Path, tensors: Any, meta: Any) -> Adapter:
         {key: value.float().contiguous() for key, value in tensors.items()}, dict(meta), source=path.name
     )
     if problems := adapter.problems():
-        raise ValueError(f"{path}: {listed(problems)}")
+        raise ValueError(f"{path}: {listed(problems, MAX_PROBLEMS)}")
     return Adapter(adapter.tensors, _checked_meta(path, adapter), source=path.name)
 
 
@@ -168,7 +158,7 @@ def _meta_of_model(model: nn.Module, meta: Mapping[str, Any]) -> dict[str, Any]:
 def _folded(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return tensors of one rank with the scale of the meta folded into B."""
     if problems := adapter.problems():
-        raise ValueError(f"{adapter.source}: {listed(problems)}")
+        raise ValueError(f"{adapter.source}: {listed(problems, MAX_PROBLEMS)}")
     if adapter.is_pissa:
         raise ValueError(
             f"{adapter.source}: these tensors replace base weights (PiSSA), which an adapter file of ours does not hold"
@@ -198,12 +188,12 @@ def _for_file(
         meta = {**meta, "format": NATIVE_FORMAT, "target": [reason], "native_target": meta["target"]}
     else:
         meta = {key: value for key, value in meta.items() if key != "format"}
-    _check_plain(meta, "meta", allow_tensors=False)
+    check_plain(meta, "meta", allow_tensors=False)
     return tensors, meta
 
 
 def _why_native(tensors: Mapping[str, Tensor]) -> str:
-    """Return why ComfyUI-SelVA cannot apply ``tensors``, and what it could apply; empty if it can."""
+    """Return the reason why ComfyUI-SelVA cannot apply ``tensors``, and what it could apply; "" if it can."""
     causes, remedies = [], []
     if any(value.dim() == 3 for value in tensors.values()):
         causes.append("changes convolutions")
@@ -221,17 +211,19 @@ def _why_native(tensors: Mapping[str, Tensor]) -> str:
 
 def _check_tensors(path: Path, tensors: Mapping[str, Any]) -> None:
     if not any(str(key).endswith(FACTOR_SUFFIXES) for key in tensors):
-        keys = listed([str(key) for key in tensors])
+        keys = listed([str(key) for key in tensors], MAX_PROBLEMS)
         raise ValueError(f"{path}: not an adapter, it has no lora_A and lora_B tensors (found: {keys or 'nothing'})")
     foreign = [
         str(key) for key, value in tensors.items()
         if not isinstance(key, str) or not isinstance(value, Tensor) or not value.is_floating_point()
     ]
     if foreign:
-        raise ValueError(f"{path}: expected floating-point tensors only, but these are not: {listed(foreign)}")
+        raise ValueError(
+            f"{path}: expected floating-point tensors only, but these are not: {listed(foreign, MAX_PROBLEMS)}"
+        )
     broken = [key for key, value in tensors.items() if not value.isfinite().all()]
     if broken:
-        raise ValueError(f"{path}: these tensors hold NaN or infinite values: {listed(broken)}")
+        raise ValueError(f"{path}: these tensors hold NaN or infinite values: {listed(broken, MAX_PROBLEMS)}")
 
 
 def _checked_meta(path: Path, adapter: Adapter) -> dict[str, Any]:
@@ -268,11 +260,11 @@ def _checked_meta(path: Path, adapter: Adapter) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class TrainingState:
-    """What a step file holds.
+    """Content of a step file.
 
     Attributes:
         step: finished optimiser steps.
-        lora: the factors as they are trained, for :func:`selva.lora.layers.load_lora_state_`.
+        lora: the factors as they are trained, for :func:`selva.lora.state.load_lora_state_`.
         optimizer, scheduler: their state dicts; the scheduler's may be None.
         meta: settings of the run.
         extra: what else the run stored: random states, position in the data, averages, loss scaler ...
@@ -328,7 +320,7 @@ def save_checkpoint(
         "lora": lora,
         "extra": dict(extra or {}),
     }
-    _check_plain(content, "checkpoint")
+    check_plain(content, "checkpoint")
     with atomic_path(path) as temporary:
         torch.save(content, temporary)
     return meta
@@ -342,7 +334,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> TrainingState:
         ValueError: it is damaged, or an adapter for inference that cannot be resumed.
     """
     path = Path(path)
-    content = _read_torch(path)
+    content = read_torch(path)
     kinds = {"state_dict": Mapping, "optimizer": Mapping, "step": int, "meta": Mapping}
     missing = [key for key, kind in kinds.items() if not isinstance(content.get(key), kind)]
     if missing:
@@ -376,7 +368,7 @@ def load_newest_checkpoint(folder: str | os.PathLike[str]) -> TrainingState | No
 
 
 def check_same_settings(saved: TrainingState, cfg: LoRAConfig) -> None:
-    """Make sure that a run with ``cfg`` may continue from ``saved``.
+    """Raise if a run with ``cfg`` cannot continue from ``saved``.
 
     Raises:
         ValueError: names every adapter setting that differs. (The dropout may.)
@@ -396,64 +388,3 @@ def check_same_settings(saved: TrainingState, cfg: LoRAConfig) -> None:
             f"{saved.path}: cannot resume with other adapter settings: {'; '.join(different)}. "
             "Use the same settings, or start a new run"
         )
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# reading and checking files
-# ---------------------------------------------------------------------------------------------------------------
-
-
-def _read_torch(path: Path) -> Mapping[str, Any]:
-    """Return the dictionary in a file of ``torch.save``, without executing anything."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    if not zipfile.is_zipfile(path):
-        with open(path, "rb") as file:
-            start = file.read(16)
-        what = "it is empty" if not start else "its download or copy may be incomplete" if start[:2] == b"PK" else (
-            "it looks like a web page" if start.lstrip()[:1] == b"<" else f"it starts with {start!r}"
-        )
-        raise ValueError(f"{path}: not a readable PyTorch file; {what}")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except UNREADABLE as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(
-            f"{path}: damaged, or it holds more than tensors and plain values; nothing in it was executed ({reason})"
-        ) from error
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{path}: holds a {type(content).__name__}, expected a dictionary of tensors")
-    return content
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        with safetensors.safe_open(path, framework="pt", device="cpu") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is not a dictionary)
-            header = file.metadata() or {}
-        return tensors, json.loads(header.get("meta", "{}"))
-    except (safetensors.SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
-
-
-def _check_plain(value: Any, where: str, allow_tensors: bool = True) -> None:
-    """Make sure that ``value`` can be read back without unpickling objects.
-
-    Exact types: a NumPy float is a float, yet its pickle needs code to be read.
-    """
-    if value is None or type(value) in (bool, int, float, str):
-        return
-    if allow_tensors and type(value) in (Tensor, nn.Parameter):
-        return
-    if type(value) in (dict, OrderedDict):
-        for key, item in value.items():
-            if type(key) not in (str, int):
-                raise ValueError(f"{where}: the key {key!r} is a {type(key).__name__}, expected text or an integer")
-            _check_plain(item, f"{where}[{key!r}]", allow_tensors)
-    elif type(value) in (list, tuple):
-        for index, item in enumerate(value):
-            _check_plain(item, f"{where}[{index}]", allow_tensors)
-    else:
-        raise ValueError(f"{where} is a {type(value).__name__}, which cannot be stored; expected plain values or lists")

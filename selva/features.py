@@ -1,4 +1,4 @@
-"""The ``.npz`` feature bundle: what the generator sees of one video clip, in the published file format.
+"""The ``.npz`` feature bundle: the inputs of the generator for one video clip, in the published file format.
 
     clip_features  float32 (1, Tc, Dc)   CLIP frame features, 8 per second
     sync_features  float32 (1, S, Ds)    sync tokens, conditioned on the prompt for SelVA; eight per segment
@@ -175,7 +175,7 @@ _KEYS = ("clip_features", "sync_features", "duration", "prompt", "variant", *OPT
 
 
 def load_settings(path: PathLike) -> dict[str, Any] | None:
-    """Return how the features in ``path`` were made, reading nothing else of the file; None if it does not say.
+    """Return the settings that the features in ``path`` were made with, reading nothing else; None if it has none.
 
     Raises:
         FileNotFoundError: no such file.

@@ -14,6 +14,7 @@ from torch import Tensor
 from selva import flow
 from selva.flow import WHOLE_INTERVAL, SamplingConfig
 from selva.models.generator import Conditions, Generator
+from selva.models.mel_inversion import MelInversion
 from selva.models.vae import VAE
 from selva.models.vocoder import Vocoder
 from selva.sequence import SAMPLING_RATES
@@ -47,7 +48,7 @@ def guided_velocity(
         return flow.guided(v_cond, v_uncond, cfg_strength)
 
     if cfg_interval == WHOLE_INTERVAL:
-        return guided  # without a look at t, for which the CPU would wait for the device
+        return guided  # without reading t, for which the CPU would wait for the device
     start, end = cfg_interval[0] - TIME_TOLERANCE, cfg_interval[1] + TIME_TOLERANCE
     return lambda t, x: (guided if start <= t.item() <= end else conditional)(t, x)
 
@@ -79,7 +80,7 @@ def sample_latents(
     Args:
         clip_f, sync_f, text_f: (B, T, ·), (B, S, ·), (B, 77, ·) features on the generator's device.
         seeds: one seed per item.
-        negative_text: (1 or B, 77, text_dim) text features to guide away from; None is the learned empty text.
+        negative_text: (1 or B, 77, text_dim) text features to guide away from; None is the empty text.
         precision: autocast dtype of the network; the state, the time and the guidance are float32.
         on_step: called with the number of steps done.
     """
@@ -95,7 +96,9 @@ def sample_latents(
 
 
 @torch.no_grad()
-def decode_latents(latents: Tensor, vae: VAE, vocoder: Vocoder, chunk_sec: float | None = None) -> Tensor:
+def decode_latents(
+    latents: Tensor, vae: VAE, vocoder: Vocoder | MelInversion, chunk_sec: float | None = None
+) -> Tensor:
     """Return (B, samples) float32 waveforms in [-1, 1] from latents (B, N, C): VAE decoder, then vocoder.
 
     Both run in the dtype of their own weights.

@@ -26,7 +26,7 @@ HOP_LENGTHS = {"16k": 256, "44k": 512}  # samples per mel frame
 
 
 def num_sync_segments(num_frames: int) -> int:
-    """Return how many overlapping 16-frame segments fit into ``num_frames`` frames (0 below 16 frames)."""
+    """Return the number of overlapping 16-frame segments in ``num_frames`` frames (0 below 16 frames)."""
     return max(0, (num_frames - SYNC_SEGMENT_FRAMES) // SYNC_SEGMENT_STEP + 1)
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from selva.lora.layers import adapter_tensors, lora_parameters
 from selva.lora.merge import Adapter
+from selva.lora.state import adapter_tensors, lora_parameters
 
 DIM = 12
 
@@ -63,10 +63,10 @@ def make_input() -> Tensor:
 
 def train_a_little_(model: nn.Module) -> None:
     """Move the factors away from their start, as training would."""
-    generator = torch.Generator().manual_seed(3)
+    rng = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in lora_parameters(model):
-            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+            parameter += 0.2 * torch.randn(parameter.shape, generator=rng)
 
 
 def exported(model: nn.Module) -> Adapter:

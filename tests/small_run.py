@@ -8,7 +8,7 @@ import torch
 
 from selva.data.dataset import ListDataset, TrainingClip
 from selva.lora.config import LoRAConfig
-from selva.lora.layers import inject_lora
+from selva.lora.inject import inject_lora
 from selva.models.config import GeneratorConfig
 from selva.models.generator import Generator, cast_frozen_
 from selva.sequence import sequence_config

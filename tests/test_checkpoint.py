@@ -27,8 +27,9 @@ from selva.checkpoint import (
     step_file_name,
 )
 from selva.lora.config import LoRAConfig
-from selva.lora.layers import inject_lora, load_lora_state_, lora_parameters, lora_plus_groups, lora_state_dict
+from selva.lora.inject import inject_lora
 from selva.lora.merge import merge_adapter
+from selva.lora.state import load_lora_state_, lora_parameters, lora_plus_groups, lora_state_dict
 
 ADAPTERS = Path(__file__).parent / "golden" / "adapters"
 DIM = 10
@@ -83,14 +84,14 @@ def x() -> Tensor:
 def trained(base: Toy, name: str) -> Toy:
     model = copy.deepcopy(base)
     inject_lora(model, CONFIGS[name])
-    generator = torch.Generator().manual_seed(3)
+    rng = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in lora_parameters(model):
-            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+            parameter += 0.2 * torch.randn(parameter.shape, generator=rng)
     return model
 
 
-# -- the loader of ComfyUI-SelVA --------------------------------------------------------------------------------
+# -- the loader of ComfyUI-SelVA --------------------------------------------------------------------------------------
 
 
 class WrappedLinear(nn.Module):
@@ -194,7 +195,7 @@ def test_the_file_follows_the_published_rules(base, tmp_path):
     assert LoRAConfig.from_meta(meta) == CONFIGS["rslora"]
 
 
-# -- our own reader and writer ----------------------------------------------------------------------------------
+# -- our own reader and writer ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
@@ -262,7 +263,7 @@ def test_half_precision_tensors_come_as_float32(tmp_path):
     assert all(found[key].dtype == torch.float32 and torch.equal(found[key], tensors[key].float()) for key in tensors)
 
 
-# -- files that are refused -------------------------------------------------------------------------------------
+# -- files that are refused -------------------------------------------------------------------------------------------
 
 
 class Intruder:
@@ -412,7 +413,7 @@ def test_a_failed_write_keeps_the_old_file(base, tmp_path, monkeypatch):
     assert path.read_bytes() == old and [p.name for p in tmp_path.iterdir()] == ["a.pt"]
 
 
-# -- training state ---------------------------------------------------------------------------------------------
+# -- training state ---------------------------------------------------------------------------------------------------
 
 
 def make_run(base: Toy, name: str) -> tuple[Toy, torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:

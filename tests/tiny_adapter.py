@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from selva.lora.config import LoRAConfig
-from selva.lora.layers import adapter_tensors, inject_lora, lora_parameters
+from selva.lora.inject import inject_lora
 from selva.lora.merge import Adapter
+from selva.lora.state import adapter_tensors, lora_parameters
 from selva.weights.load import load_generator
 
 

@@ -102,11 +102,11 @@ def _decibels(amplitude: float) -> float:
 
 @dataclass(frozen=True)
 class LoudnessReport:
-    """What :func:`normalize_loudness` did; ``str()`` says it in one line.
+    """Result of :func:`normalize_loudness`: levels and gain; ``str()`` puts them into one line.
 
     Attributes:
-        method, target: as asked for. unit: of ``target`` and ``level``.
-        level: before the gain; None where it cannot be measured. gain_db: what was applied.
+        method, target: as asked for; ``target`` and ``level`` are in the unit of the method.
+        level: before the gain; None where it cannot be measured. gain_db: the gain applied.
         true_peak: after the gain, dBTP. limited: the gain is lower than the target needs, to keep the true peak down.
         reason: why the level is as it was, "" if it was changed.
     """
@@ -124,6 +124,7 @@ class LoudnessReport:
         if self.reason:
             return f"level left as it is ({self.reason}), {peak}"
         unit = UNITS[self.method]
+        assert self.level is not None, "a level that cannot be measured is a reason"
         reached = self.level + self.gain_db
         limited = f", not {self.target:g}, to keep the true peak down" if self.limited else ""
         return f"{self.level:.1f} to {reached:.1f} {unit} ({self.gain_db:+.1f} dB{limited}), {peak}"
@@ -163,6 +164,7 @@ def normalize_loudness(
     reason = _reason_to_leave(waveform, method, level)
     if reason:
         return waveform, LoudnessReport(method, target, level, 0.0, peak, reason=reason)
+    assert level is not None and target is not None, "else there is a reason to leave it"
     allowed = true_peak_limit_db - peak
     gain_db = min(target - level, allowed)
     gained = waveform * 10 ** (gain_db / 20)

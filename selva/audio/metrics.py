@@ -54,7 +54,7 @@ MATCH_TOLERANCE_SEC = 0.08
 
 
 def compare_sounds(sound: Tensor, reference: Tensor | None, rate: int) -> dict[str, Any]:
-    """Return what there is to say about a sound, alone and beside a reference, as JSON can hold it.
+    """Return the measurements of a sound, alone and against a reference, as JSON can hold them.
 
     Args:
         sound, reference: (samples,) mono at the same ``rate``. Of unequal lengths, the common beginning is compared.
@@ -138,7 +138,7 @@ def _frame_size(rate: int, frame_sec: float) -> int:
 
 @dataclass(frozen=True)
 class SpectralShape:
-    """Where the power of a sound lies: its mean frequency, the one below which 85 % of it lie, and how even it is.
+    """Distribution of the power of a sound: mean frequency, the one below which 85 % of it lie, and flatness.
 
     ``flatness`` is the geometric over the arithmetic mean of the power spectrum: near 1 for white noise, 0 for a sine.
     """
@@ -245,7 +245,7 @@ def onset_times(waveform: Tensor, rate: int) -> list[float]:
 
 
 def onset_strength(waveform: Tensor, rate: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return (frames,) how much the sound rises, 1 being an onset, and (frames,) the times in seconds.
+    """Return (frames,) the rise of the sound, 1 being an onset, and (frames,) the times in seconds.
 
     Spectral flux in dB: the rise of the level against 32 ms earlier, where there is one, in 40 mel bands from 60 Hz to
     8 kHz. The strength is the mean rise over 5 dB, or the mean weighted by the bands' power over 12 dB, whichever is
@@ -279,7 +279,7 @@ def _onset_bands(waveform: Tensor, rate: int) -> Tensor:
 
 @dataclass(frozen=True)
 class EventMatch:
-    """Which found events belong to which true ones.
+    """Pairs of found and true events that belong together.
 
     Attributes:
         pairs: (index found, index true), in order. num_found, num_true: how many there are of each.

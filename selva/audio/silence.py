@@ -1,4 +1,4 @@
-"""Which stretches of a sound are silent: one rule for cutting recordings and for judging clips.
+"""Silent stretches of a sound: one rule for cutting recordings and for judging clips.
 
 A block of 50 ms is silent if its RMS, over all channels, is below -60 dB of full scale. The rule looks at the level
 alone, never at how much it changes: rain, hum and engines are as steady as silence, and are sound.
@@ -26,12 +26,12 @@ def block_power(waveform: Tensor, rate: int) -> Tensor:
 
 
 def silent_share(waveform: Tensor, rate: int, silence_db: float = SILENCE_DB) -> float:
-    """Return how much of (channels, samples) is silent, 0 to 1."""
+    """Return the silent share of (channels, samples), 0 to 1."""
     return (block_power(waveform, rate) < 10 ** (silence_db / 10)).float().mean().item()
 
 
 class SilenceMap:
-    """Where a recording is silent: one bit of knowledge per 50 ms, whatever its length.
+    """Silent stretches of a recording: one bit for every 50 ms of it.
 
     Args:
         silent: (blocks,) bool. rate: samples per second. num_samples: of the recording.
@@ -44,14 +44,14 @@ class SilenceMap:
         self._silent_before = np.concatenate([[0], np.cumsum(silent * np.diff(self._edges))])  # samples, at each edge
 
     def share(self, start: np.ndarray | int, length: int) -> np.ndarray:
-        """Return how much of the ``length`` samples from ``start`` is silent, 0 to 1; for many starts at once."""
+        """Return the silent share, 0 to 1, of the ``length`` samples from ``start``; for many starts at once."""
         start = np.asarray(start)
         before = np.interp(start, self._edges, self._silent_before)
         return (np.interp(start + length, self._edges, self._silent_before) - before) / length
 
 
 def find_silence(path: PathLike, silence_db: float = SILENCE_DB) -> SilenceMap:
-    """Return where the sound of a file is silent; it is decoded in pieces of 10 s, so memory stays small.
+    """Return the silent stretches of a file; it is decoded in pieces of 10 s, so memory stays small.
 
     Raises:
         FileNotFoundError, ValueError: it cannot be read to its end, or has no sound.

@@ -1,7 +1,9 @@
 """Low-rank adapters on linear layers and 1-D convolutions: settings, adapted layers, merging.
 
-    config.py   LoRAConfig: what to adapt and how; needs no PyTorch
-    layers.py   inject_lora: adapted layers, their parameters, their export
+    config.py   LoRAConfig: settings of an adapter, the layers among them; needs no PyTorch
+    layers.py   LoRALinear, LoRAConv1d: the adapted layers
+    inject.py   inject_lora, remove_lora: a model gets adapters and loses them
+    state.py    parameters of an adapted model: for the optimiser, for resuming, for files
     merge.py    Adapter and merge_adapter: a finished adapter and the base weights
 
 Knows ``nn.Module`` and none of our networks.
@@ -15,15 +17,15 @@ from selva.utils.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from selva.lora.config import LoRAConfig
-    from selva.lora.layers import InjectReport, inject_lora
+    from selva.lora.inject import InjectReport, inject_lora
     from selva.lora.merge import Adapter, merge_adapter
 
 __all__ = ["Adapter", "InjectReport", "LoRAConfig", "inject_lora", "merge_adapter"]
 
 __getattr__, __dir__ = lazy_exports(__name__, {
     "Adapter": "selva.lora.merge",
-    "InjectReport": "selva.lora.layers",
+    "InjectReport": "selva.lora.inject",
     "LoRAConfig": "selva.lora.config",
-    "inject_lora": "selva.lora.layers",
+    "inject_lora": "selva.lora.inject",
     "merge_adapter": "selva.lora.merge",
 })

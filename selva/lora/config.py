@@ -1,4 +1,4 @@
-"""What to adapt and how: the settings of an adapter, and the names by which its layers are chosen.
+"""Settings of an adapter, and the names by which its layers are chosen.
 
 A target is the end of a layer's full name (``attn.qkv``, ``text_block.linear1``), as in published adapters, or one of
 the presets below, which stand for several such endings.
@@ -15,8 +15,8 @@ from typing import Any
 from selva.utils.settings import setting, settings_of
 from selva.utils.text import listed
 
-ADAPTER = "adapter"
-
+ADAPTER = "adapter"  # heading in --help and docs
+MAX_PROBLEMS = 10  # named in one message
 INITS = ("standard", "pissa")
 RSLORA_ALPHA = 16.0  # default alpha with rslora: fixed, because alpha = rank would make the scale grow with the rank
 
@@ -34,7 +34,7 @@ PRESETS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """What to adapt and how.
+    """Settings of an adapter: the layers to adapt, and how.
 
     Attributes:
         rank: rows of A and columns of B.
@@ -112,7 +112,8 @@ class LoRAConfig:
             stored = dict(meta["lora_config"])
             if unknown := sorted(stored.keys() - {field.name for field in fields(cls)}):
                 raise ValueError(
-                    f"the adapter was trained with settings unknown here: {listed(unknown)}; update this package"
+                    f"the adapter was trained with settings unknown here: {listed(unknown, MAX_PROBLEMS)}; "
+                    "update this package"
                 )
             return cls(**{**stored, "targets": tuple(stored["targets"])})
         missing = [key for key in ("rank", "alpha", "target") if key not in meta]
@@ -220,7 +221,7 @@ def no_match_message(names: Sequence[str], idle: Sequence[str], skipped: Sequenc
     starts = [(name, f".{name}".rfind(f".{target}.")) for target in idle for name in names]
     inside = [name[start:] for name, start in starts if start >= 0]
     offered = list(dict.fromkeys(inside + close)) or endings
-    message = f"No layers matched target={list(idle)}; endings that would: {listed(offered)}"
+    message = f"No layers matched target={list(idle)}; endings that would: {listed(offered, MAX_PROBLEMS)}"
     message += f"; presets: {', '.join(PRESETS)}"
     unfit = [f"{name} ({reason})" for name, reason in skipped if name.endswith(tuple(idle))]
     return f"{message}. Matched but cannot be adapted: {listed(unfit, 2)}" if unfit else message

@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from selva.lora.config import lora_scale
+from selva.lora.config import MAX_PROBLEMS, lora_scale
 from selva.utils.text import listed
 
 FACTOR_SUFFIXES = (".lora_A", ".lora_B")
 MAGNITUDE_SUFFIX = ".lora_magnitude"
 RESIDUAL_SUFFIXES = (".linear.weight", ".linear.bias")  # changed base weights in a published PiSSA file
+MERGED_ATTRIBUTE = "has_merged_adapter"  # of a layer
 ADAPTER_SUFFIXES = (*FACTOR_SUFFIXES, MAGNITUDE_SUFFIX, *RESIDUAL_SUFFIXES)
 
 
@@ -99,11 +100,11 @@ class Adapter:
 
     @property
     def is_pissa(self) -> bool:
-        """Whether it replaces base weights; decided by its tensors, because ``init_mode`` is not always there."""
+        """True if it replaces base weights; decided by its tensors, because ``init_mode`` is not always there."""
         return any(key.endswith(RESIDUAL_SUFFIXES) for key in self.tensors)
 
     def is_relative(self, name: str) -> bool:
-        """Return whether the update of layer ``name`` depends on its base weight."""
+        """Return True if the update of layer ``name`` depends on its base weight."""
         return any(f"{name}{suffix}" in self.tensors for suffix in (MAGNITUDE_SUFFIX, *RESIDUAL_SUFFIXES))
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
@@ -116,7 +117,7 @@ class Adapter:
         return lora_scale(self.meta.get("alpha", rank), rank, self.meta.get("use_rslora", False))
 
     def problems(self) -> list[str]:
-        """Return what is wrong with the tensors by themselves: foreign keys, a missing partner, ranks that differ."""
+        """Return the problems of the tensors by themselves: foreign keys, a missing partner, ranks that differ."""
         problems = [f"{key} is no LoRA tensor" for key in self.tensors if not key.endswith(ADAPTER_SUFFIXES)]
         if problems:
             return problems
@@ -176,10 +177,11 @@ def merge_adapters(model: nn.Module, adapters: Iterable[tuple[Adapter, float]]) 
     modules = dict(model.named_modules())
     problems = [problem for adapter, strength in adapters for problem in _misfits(modules, adapter, strength)]
     if problems:
-        raise ValueError(f"cannot merge: {listed(problems)}")
+        raise ValueError(f"cannot merge: {listed(problems, MAX_PROBLEMS)}")
     active = [(adapter, strength) for adapter, strength in adapters if strength != 0]
     for name in dict.fromkeys(name for adapter, _ in active for name in adapter.layer_names()):
         module = modules[name]
+        assert isinstance(module, nn.Linear | nn.Conv1d), name
         here = [(adapter, strength) for adapter, strength in active if f"{name}.lora_A" in adapter.tensors]
         base = module.weight.float()
         weight = base.clone()
@@ -189,9 +191,10 @@ def merge_adapters(model: nn.Module, adapters: Iterable[tuple[Adapter, float]]) 
         for adapter, strength in here:
             changed = adapter.tensors.get(f"{name}.linear.bias")
             if changed is not None:
+                assert module.bias is not None, name
                 bias = module.bias.float()
                 module.bias.copy_(bias + strength * (changed.to(bias) - bias))
-        module.has_merged_adapter = True
+        setattr(module, MERGED_ATTRIBUTE, True)
 
 
 @contextmanager
@@ -207,7 +210,7 @@ def merged_adapters(model: nn.Module, adapters: Iterable[tuple[Adapter, float]])
     names = {name for adapter, _ in adapters for name in adapter.layer_names()}
     touched = [module for name, module in model.named_modules() if name in names]
     saved = [(p, p.detach().clone()) for module in touched for p in module.parameters(recurse=False)]
-    flags = [(module, getattr(module, "has_merged_adapter", False)) for module in touched]
+    flags = [(module, getattr(module, MERGED_ATTRIBUTE, False)) for module in touched]
     try:
         merge_adapters(model, adapters)
         yield
@@ -216,11 +219,11 @@ def merged_adapters(model: nn.Module, adapters: Iterable[tuple[Adapter, float]])
             for parameter, value in saved:
                 parameter.copy_(value)
         for module, flag in flags:
-            module.has_merged_adapter = flag
+            setattr(module, MERGED_ATTRIBUTE, flag)
 
 
 def _misfits(modules: Mapping[str, nn.Module], adapter: Adapter, strength: float) -> list[str]:
-    """Return what keeps ``adapter`` from being merged into the layers ``modules``."""
+    """Return the problems that keep ``adapter`` from being merged into the layers ``modules``."""
     problems = adapter.problems()
     if not math.isfinite(strength):
         problems.append(f"strength must be a finite number, got {strength}")
@@ -246,7 +249,7 @@ def _layer_misfits(module: nn.Module | None, name: str, adapter: Adapter) -> lis
         if own is None or residual.shape != own.shape:
             found = "none" if own is None else tuple(own.shape)
             problems.append(f"{name}.linear.{key} is {tuple(residual.shape)}, the model's {key} is {found}")
-    if adapter.is_relative(name) and getattr(module, "has_merged_adapter", False):
+    if adapter.is_relative(name) and getattr(module, MERGED_ATTRIBUTE, False):
         problems.append(
             f"{name} has another adapter merged already, but a {'PiSSA' if adapter.is_pissa else 'DoRA'} adapter is "
             "relative to the base weight; merge both at once with merge_adapters"

@@ -43,7 +43,7 @@ _SUBTYPE = "PCM_24"  # 16 bits would put noise above the floor of the log-mel
 _SUFFIX_FORMATS = {".wav": "WAV", ".flac": "FLAC"}
 
 
-# --- reading --------------------------------------------------------------------------------------------------------
+# -- reading ----------------------------------------------------------------------------------------------------------
 
 
 def read_audio(path: PathLike, start_sec: float = 0.0, duration_sec: float | None = None) -> tuple[Tensor, int]:
@@ -241,7 +241,7 @@ def audio_length(path: PathLike) -> tuple[int, int]:
             return round(end_sec * stream.rate), stream.rate
 
 
-# --- preparing ------------------------------------------------------------------------------------------------------
+# -- preparing --------------------------------------------------------------------------------------------------------
 
 
 def prepare_audio(
@@ -315,7 +315,7 @@ def _resampler(rate: int, target_rate: int) -> Resample:
     )
 
 
-# --- writing --------------------------------------------------------------------------------------------------------
+# -- writing ----------------------------------------------------------------------------------------------------------
 
 
 def write_audio(path: PathLike, waveform: Tensor, rate: int) -> None:

@@ -1,6 +1,6 @@
-"""PyAV, wrapped once: open a file, find its streams, read what its header says, decode it from a given time.
+"""PyAV, wrapped once: open a file, find its streams, read its header, decode it from a given time.
 
-Every error names the file. Time 0 is what the package says it is, see :mod:`selva.media`.
+Every error names the file. Time 0 is that of the package, see :mod:`selva.media`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PathLike = str | os.PathLike[str]
 _TRUNCATION_SEC = 0.5  # a stream that ends this much before the end in its header was cut short
 
 
-# --- opening --------------------------------------------------------------------------------------------------------
+# -- opening ----------------------------------------------------------------------------------------------------------
 
 
 def check_file(path: PathLike) -> None:
@@ -48,7 +48,7 @@ def exact_seconds(seconds: float) -> Fraction:
 @contextmanager
 def open_media(path: PathLike) -> Iterator[Any]:
     """Yield the PyAV container of a file to read."""
-    import av
+    import av.error
 
     check_file(path)
     try:
@@ -60,18 +60,18 @@ def open_media(path: PathLike) -> Iterator[Any]:
         yield container
 
 
-# --- streams --------------------------------------------------------------------------------------------------------
+# -- streams ----------------------------------------------------------------------------------------------------------
 
 
 def _is_cover(stream: Any) -> bool:
-    """Return whether a video stream is only the cover picture of a sound file."""
-    import av
+    """Return True if a video stream is only the cover picture of a sound file."""
+    import av.stream
 
     return bool(stream.disposition & av.stream.Disposition.attached_pic)
 
 
 def has_pictures(container: Any) -> bool:
-    """Return whether a file is a video, and not sound with a cover picture."""
+    """Return True if a file is a video, and not sound with a cover picture."""
     return any(not _is_cover(stream) for stream in container.streams.video)
 
 
@@ -94,7 +94,7 @@ def audio_stream(container: Any, path: PathLike) -> Any:
 
 def time_origin(container: Any) -> Fraction:
     """Return the time stamp, in seconds, that is time 0 of the file."""
-    import av
+    import av.format
 
     if not container.format.flags & av.format.Flags.ts_discont.value:
         return Fraction(0)
@@ -103,12 +103,12 @@ def time_origin(container: Any) -> Fraction:
     return (first.start_time or 0) * first.time_base
 
 
-# --- headers --------------------------------------------------------------------------------------------------------
+# -- headers ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class MediaInfo:
-    """What the header of a file says; None where it says nothing or has no such stream.
+    """Header of a media file; None where it says nothing or has no such stream.
 
     Attributes:
         format: short name of the container, e.g. "mov,mp4,m4a,3gp,3g2,mj2".
@@ -131,7 +131,7 @@ class MediaInfo:
 
 
 def probe(path: PathLike) -> MediaInfo:
-    """Return what the header of an audio or video file says.
+    """Return the header of an audio or video file.
 
     Raises:
         FileNotFoundError: no such file.
@@ -174,7 +174,7 @@ def video_length(path: PathLike) -> float:
 
 
 def packet_times(path: PathLike, container: Any, stream: Any) -> list[Fraction]:
-    """Return when each frame of ``stream`` is shown, ascending, in exact seconds; nothing is decoded.
+    """Return the times at which the frames of ``stream`` are shown, ascending, in exact seconds, without decoding.
 
     Raises:
         ValueError: no frames, or frames without time stamps.
@@ -224,12 +224,12 @@ def check_not_truncated(
         )
 
 
-# --- packets and frames ---------------------------------------------------------------------------------------------
+# -- packets and frames -----------------------------------------------------------------------------------------------
 
 
 def read_packets(path: PathLike, container: Any, stream: Any) -> Iterator[Any]:
     """Yield the packets of ``stream`` in file order."""
-    import av
+    import av.error
 
     try:
         for packet in container.demux(stream):
@@ -259,7 +259,7 @@ def decode_frames(
 
     Decoding begins at or before ``start - preroll_sec``, so the first times may be negative.
     """
-    import av
+    import av.error
 
     zero = time_origin(container) + start
     time = -start
@@ -284,8 +284,8 @@ def decode_frames(
 
 
 def _seek(container: Any, stream: Any, seconds: Fraction) -> bool:
-    """Move to the last key frame at or before ``seconds``; return whether the file allows it."""
-    import av
+    """Move to the last key frame at or before ``seconds``; return True if the file allows it."""
+    import av.error
 
     try:
         container.seek(math.floor(seconds / stream.time_base), stream=stream)

@@ -52,7 +52,7 @@ def copy_audio(video_path: PathLike, out_path: PathLike, start_sec: float = 0.0)
         ValueError: the sound cannot be copied, and has to be extracted (:func:`extract_audio`).
         OSError: ``out_path`` cannot be written.
     """
-    import av
+    import av.error
 
     out_path, suffix = Path(out_path), copied_audio_suffix(video_path)
     if start_sec != 0:

@@ -33,11 +33,11 @@ log = logging.getLogger(__name__)
 SELVA_FILL_SEC = 0.125  # SelVA's training data repeats the last frame for at most 1 CLIP and 3 sync frames
 
 
-# --- which frames ---------------------------------------------------------------------------------------------------
+# -- frame selection --------------------------------------------------------------------------------------------------
 
 
 class _FrameClock:
-    """Tells for frames in presentation order how often each is sampled at ``fps`` frames per second."""
+    """Counter of how often each frame, in presentation order, is sampled at ``fps`` frames per second."""
 
     def __init__(self, fps: float) -> None:
         self.interval_sec = 1 / fps
@@ -89,7 +89,7 @@ def shortened_duration(duration_sec: float, num_clip_frames: int, num_sync_frame
     return duration_sec
 
 
-# --- reading pictures -----------------------------------------------------------------------------------------------
+# -- reading pictures -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Write pictures and sound that a program made as a video file."""
+"""Video files of pictures and sound that a program made."""
 
 from __future__ import annotations
 

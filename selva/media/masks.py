@@ -1,4 +1,4 @@
-"""Masks: which part of the pictures the image encoders see; the rest becomes neutral grey.
+"""Masks: the part of the pictures that the image encoders see; the rest becomes neutral grey.
 
     .png .jpg ...   one picture for the whole clip
     a video         each picture takes the frame of the mask that is nearest to it in time; both files start at time 0
@@ -46,7 +46,7 @@ _ASPECT_TOLERANCE = 0.02
 
 
 class Masker:
-    """Lays a mask on the pictures of one clip; a context manager.
+    """Mask for the pictures of one clip; a context manager.
 
     Args:
         settings: the mask. video_path: the video that it belongs to. start: of the clip, in exact seconds.
@@ -101,12 +101,13 @@ class Masker:
         return resized[0].clamp(0, 1)  # (H, W)
 
 
-# --- where masks come from ------------------------------------------------------------------------------------------
+# -- sources of masks -------------------------------------------------------------------------------------------------
 
 
 class _Source(Protocol):
     def at(self, time: Fraction) -> np.ndarray:
         """Return the (h, w) float32 mask, 0 ... 1, of the picture at ``time`` after the start; times ascend."""
+        ...
 
 
 def _open_source(path: Path, video_path: PathLike, start: Fraction, stack: ExitStack) -> _Source:
@@ -174,7 +175,7 @@ class _FromVideo:
         return self._shown[1]
 
 
-# --- arrays ---------------------------------------------------------------------------------------------------------
+# -- arrays -----------------------------------------------------------------------------------------------------------
 
 
 def _open_array(path: PathLike, video_path: PathLike, start: Fraction) -> _Source:
@@ -202,7 +203,7 @@ def _open_array(path: PathLike, video_path: PathLike, start: Fraction) -> _Sourc
 
 
 def _array_scale(path: PathLike, array: np.ndarray) -> float:
-    """Return what to divide the array by, after looking at every value of it."""
+    """Return the divisor that brings the array to 0 ... 1, after checking every value of it."""
     if array.dtype.kind not in "buif":
         raise ValueError(f"{path}: the mask is {array.dtype}, expected bool, integers or floats")
     frames = array if array.ndim == 3 else array[None]

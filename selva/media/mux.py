@@ -1,4 +1,4 @@
-"""Put new sound under the pictures of a video: copied as they are where possible, otherwise encoded again."""
+"""Videos with new sound: their pictures are copied as they are where possible, otherwise encoded again."""
 
 from __future__ import annotations
 
@@ -97,12 +97,12 @@ def mux_video(
     return float(length)
 
 
-# --- what there is --------------------------------------------------------------------------------------------------
+# -- the video --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _PictureSpan:
-    """Where the pictures of a file are, by its packets alone (exact, and much cheaper than decoding)."""
+    """Extent of the pictures of a file, by its packets alone (exact, and much cheaper than decoding)."""
 
     end_sec: Fraction
     frame_sec: Fraction  # mean time between two frames, but no more than one can hear: a difference to ignore
@@ -138,13 +138,13 @@ def _picture_span(path: PathLike) -> _PictureSpan:
         return _PictureSpan(end, min((end - starts[0]) / len(starts), _TOLERANCE_SEC), copyable)
 
 
-# --- what is written ------------------------------------------------------------------------------------------------
+# -- the result -------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def _open_output(path: Path) -> Iterator[Any]:
     """Yield a PyAV container to write to; the file appears under its name when it is complete."""
-    import av
+    import av.error
 
     options = {} if path.suffix.lower() == ".mkv" else {"movflags": "+faststart"}
     with atomic_path(path) as temporary:
@@ -171,7 +171,7 @@ def _encoded_pictures(
     path: PathLike, source: Any, stream: Any, target: Any, start: Fraction, length: Fraction
 ) -> Iterator[Any]:
     """Yield None once the output stream exists, then packets with the pictures of the range, upright, newly encoded."""
-    import av
+    import av.video.frame
 
     shown = _shown_frames(decode_frames(path, source, stream, start), length)
     begin, end, frame = next(shown)
@@ -221,7 +221,7 @@ def _shown_frames(frames: Iterable[tuple[Fraction, Any]], length: Fraction) -> I
 
 def _picture_filter(stream: Any, first: Any) -> Callable[[Any], Any]:
     """Return a function that makes of frames like ``first`` what players expect: upright, 4:2:0, even sides."""
-    import av
+    import av.filter
 
     matrix = _COLOR_MATRICES.get(int(first.colorspace))
     turns = {0: [], 1: [("transpose", "cclock")], 2: [("hflip", ""), ("vflip", "")], 3: [("transpose", "clock")]}

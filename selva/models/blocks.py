@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from selva.models import winograd_conv as winograd_conv
+from selva.models import winograd_conv
 from selva.models.qk_norm_rope import RMS_EPS, qk_norm_rope
 from selva.utils.text import listed
 
@@ -41,7 +41,7 @@ def load_strict_(module: nn.Module, state_dict: Mapping[str, Tensor], what: str)
         ]),
     ):
         if keys:
-            problems.append(f"{len(keys)} {title}: {listed(keys)}")
+            problems.append(f"{len(keys)} {title}: {listed(keys, 10)}")
     if problems:
         raise ValueError(f"these weights do not fit the {what}: {'; '.join(problems)}")
     module.load_state_dict(state_dict, strict=True)
@@ -133,7 +133,7 @@ class TimestepEmbedder(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         angle = t.float()[:, None] * time_frequencies(self.frequency_dim // 2, self.scale, t.device)
         embedding = torch.cat((angle.cos(), angle.sin()), dim=-1)  # (B, frequency_dim) float32
-        return self.mlp(embedding.to(self.mlp[0].weight.dtype))
+        return self.mlp(embedding.to(self.mlp.get_parameter("0.weight").dtype))
 
 
 @functools.lru_cache(maxsize=64)
@@ -244,7 +244,9 @@ class Stream(nn.Module):
     def _along_tokens(self, layer: nn.Module, x: Tensor) -> Tensor:
         if not self.convolves:
             return layer(x)
-        return winograd_conv.conv(x, layer) if winograd_conv.supports(x, layer) else layer(x.mT).mT
+        if isinstance(layer, nn.Conv1d) and winograd_conv.supports(x, layer):
+            return winograd_conv.conv(x, layer)
+        return layer(x.mT).mT
 
 
 class JointBlock(nn.Module):

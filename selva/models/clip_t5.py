@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,10 @@ from torch import Tensor, nn
 from selva.models.blocks import load_strict_
 from selva.models.config import ClipConfig, T5Config
 from selva.models.onednn import use_onednn_
+
+if TYPE_CHECKING:
+    from open_clip.model import CLIP
+    from transformers import T5EncoderModel
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP, per RGB channel of values in [0, 1]
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -53,11 +58,10 @@ class ClipText(nn.Module):
         super().__init__()
         self.config = config
         self.clip = meta_clip(config)
-        self.clip.visual = None
         # All token states are wanted: without pooling and projection, open_clip's own forward pass ends right there.
         self.clip.text_pool_type = "none"
-        self.clip.text_projection = None
-        self.clip.logit_scale = None
+        for part in ("visual", "text_projection", "logit_scale"):
+            setattr(self.clip, part, None)
         self.tokenize = _clip_tokenizer(config)
 
     def load_published(self, state_dict: Mapping[str, Tensor]) -> ClipText:
@@ -78,7 +82,7 @@ class ClipText(nn.Module):
 
         Neither pooled nor projected: the states of all positions after the last norm.
         """
-        tokens = self.tokenize(texts).to(self.clip.positional_embedding.device)  # (B, 77)
+        tokens = self.tokenize(texts).to(self.clip.get_parameter("positional_embedding").device)  # (B, 77)
         return F.normalize(self.token_states(tokens).float(), dim=-1)
 
     def token_states(self, tokens: Tensor) -> Tensor:
@@ -132,7 +136,7 @@ class ClipImage(nn.Module):
 
     def normalize(self, frames: Tensor) -> Tensor:
         """Return frames (T, 3, H, W) with mean and deviation taken out; uint8 0..255, or floating point 0..1."""
-        weight = self.visual.conv1.weight
+        weight = self.visual.get_parameter("conv1.weight")
         scaled = frames.to(weight.device).float() / (255 if frames.dtype == torch.uint8 else 1)
         mean, std = (torch.tensor(x, device=weight.device)[:, None, None] for x in (IMAGE_MEAN, IMAGE_STD))
         return ((scaled - mean) / std).to(weight.dtype)
@@ -152,15 +156,15 @@ class ClipImage(nn.Module):
                 raise ValueError(f"frames have values from {low:.3g} to {high:.3g}, expected 0 to 1 (or uint8)")
 
 
-def meta_clip(config: ClipConfig) -> nn.Module:
+def meta_clip(config: ClipConfig) -> CLIP:
     """Return open_clip's whole CLIP model on the meta device: names and shapes, no memory. Not for training."""
     from open_clip.transformer import QuickGELU
 
     with torch.device("meta"):
         clip = build_clip(config)
+    faster: dict[type[nn.Module], type[nn.Module]] = {QuickGELU: InPlaceQuickGELU}
     for layer in clip.modules():
-        if type(layer) is QuickGELU:
-            layer.__class__ = InPlaceQuickGELU
+        layer.__class__ = faster.get(type(layer), type(layer))
     return clip
 
 
@@ -171,7 +175,7 @@ class InPlaceQuickGELU(nn.Module):
         return x.mul_((1.702 * x).sigmoid_())
 
 
-def build_clip(config: ClipConfig) -> nn.Module:
+def build_clip(config: ClipConfig) -> CLIP:
     """Return open_clip's whole CLIP model with the weights that its training starts from."""
     from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 
@@ -252,7 +256,7 @@ class T5Text(nn.Module):
         return self.t5(input_ids=tokens, attention_mask=mask.long()).last_hidden_state.float(), mask
 
 
-def meta_t5(config: T5Config) -> nn.Module:
+def meta_t5(config: T5Config) -> T5EncoderModel:
     """Return transformers' T5 encoder on the meta device: names and shapes, no memory."""
     import transformers
 
@@ -267,7 +271,7 @@ def meta_t5(config: T5Config) -> nn.Module:
         relative_attention_max_distance=config.relative_max_distance,
         feed_forward_proj="gated-gelu",
         layer_norm_epsilon=1e-6,
-        tie_word_embeddings=False,
+        tie_word_embeddings=False,  # pyright: ignore[reportCallIssue]  -- a setting of all models, not listed for T5
         dropout_rate=0.0,
     )
     with torch.device("meta"):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +81,7 @@ class TokenProjection(nn.Sequential):
 
 
 class Generator(nn.Module):
-    """Predicts the flow velocity from noisy latents, the time and the conditions."""
+    """Network that predicts the flow velocity from noisy latents, the time and the conditions."""
 
     def __init__(self, config: GeneratorConfig) -> None:
         super().__init__()
@@ -134,14 +135,14 @@ class Generator(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        for layer in (self.t_embed.mlp[0], self.t_embed.mlp[2]):
-            nn.init.normal_(layer.weight, std=0.02)
+        for name in ("0.weight", "2.weight"):
+            nn.init.normal_(self.t_embed.mlp.get_parameter(name), std=0.02)
         for name, module in self.named_modules():
             if name.endswith("adaLN_modulation.1") or name == "final_layer.conv":
-                nn.init.zeros_(module.weight)
-                nn.init.zeros_(module.bias)
+                nn.init.zeros_(module.get_parameter("weight"))
+                nn.init.zeros_(module.get_parameter("bias"))
 
-    # -- lengths and weights ------------------------------------------------------------------------------------
+    # -- lengths and weights ------------------------------------------------------------------------------------------
 
     def set_sequence(self, latent_seq_len: int, clip_seq_len: int, sync_seq_len: int) -> None:
         """Set the token counts that inputs must have from now on.
@@ -164,7 +165,7 @@ class Generator(nn.Module):
         load_strict_(self, {k: v for k, v in state_dict.items() if k not in COMPUTED_KEYS}, "generator")
         return self
 
-    # -- latents ------------------------------------------------------------------------------------------------
+    # -- latents ------------------------------------------------------------------------------------------------------
 
     def normalize(self, x: Tensor) -> Tensor:
         """Return latents (B, N, C) as the flow sees them: zero mean, unit deviation per channel."""
@@ -174,7 +175,7 @@ class Generator(nn.Module):
         """Return latents (B, N, C) as the VAE decodes them; the inverse of :meth:`normalize`."""
         return x * self.latent_std.to(x.dtype) + self.latent_mean.to(x.dtype)
 
-    # -- conditions ---------------------------------------------------------------------------------------------
+    # -- conditions ---------------------------------------------------------------------------------------------------
 
     def preprocess_conditions(self, clip_f: Tensor, sync_f: Tensor, text_f: Tensor) -> Conditions:
         """Return the projected conditions, once per clip for all times.
@@ -196,7 +197,7 @@ class Generator(nn.Module):
         return Conditions(clip, sync, text, self.clip_cond_proj(clip.mean(1)), self.text_cond_proj(text.mean(1)))
 
     def empty_features(self, batch_size: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the learned (B, T, clip_dim), (B, S, sync_dim) and (B, 77, text_dim) features of "nothing given"."""
+        """Return the empty features, learned: (B, T, clip_dim), (B, S, sync_dim) and (B, 77, text_dim)."""
         return (
             self.empty_clip_feat.expand(batch_size, self.clip_seq_len, -1),
             self.empty_sync_feat.expand(batch_size, self.sync_seq_len, -1),
@@ -215,7 +216,7 @@ class Generator(nn.Module):
         clip_f, sync_f = clip_f.expand(batch_size, -1, -1), sync_f.expand(batch_size, -1, -1)
         return self.preprocess_conditions(clip_f, sync_f, negative_text.expand(batch_size, -1, -1))
 
-    # -- velocity -----------------------------------------------------------------------------------------------
+    # -- velocity -----------------------------------------------------------------------------------------------------
 
     def predict_flow(self, latent: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
         """Return the velocity (B, N, C) at ``latent`` (B, N, C) and the times ``t`` (B,) in [0, 1].
@@ -247,7 +248,8 @@ class Generator(nn.Module):
         """Return the velocity from raw features: :meth:`preprocess_conditions`, then :meth:`predict_flow`."""
         return self.predict_flow(latent, t, self.preprocess_conditions(clip_f, sync_f, text_f))
 
-    def _run(self, index: int, block: nn.Module, *args):
+    def _run(self, index: int, block: nn.Module, *args: Tensor | tuple[Tensor, Tensor]) -> Any:
+        """Return ``block(*args)``, computed again in the backward pass where :attr:`gradient_checkpointing` says so."""
         recomputed = self.gradient_checkpointing is True or index < self.gradient_checkpointing
         if recomputed and torch.is_grad_enabled():
             return checkpoint(block, *args, use_reentrant=False)

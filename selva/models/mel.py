@@ -1,4 +1,4 @@
-"""Waveform -> log-mel spectrogram, the picture of a sound that the VAE and the vocoder were trained on.
+"""Waveform -> log-mel spectrogram, the form of a sound that the VAE and the vocoder were trained on.
 
     clamp -> reflect padding -> STFT magnitude -> Slaney filterbank -> logarithm with a floor
 

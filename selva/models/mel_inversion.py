@@ -27,7 +27,7 @@ PHASE_SEED = 0
 
 
 class MelInversion(nn.Module):
-    """See the module. The network starts as none: its last layer is zero. Everything runs in float32."""
+    """Mel inversion as above, in float32. The last layer starts at zero, so that a fresh network changes nothing."""
 
     def __init__(self, config: MelInversionConfig) -> None:
         super().__init__()
@@ -38,8 +38,8 @@ class MelInversion(nn.Module):
             nn.Conv1d(width, width, 3, padding=1), nn.GELU(),
             nn.Conv1d(width, bins, 1),
         )
-        nn.init.zeros_(self.sharpen[-1].weight)
-        nn.init.zeros_(self.sharpen[-1].bias)
+        for parameter in self.sharpen[-1].parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, mel: Tensor) -> Tensor:
         """Return the waveform (B, 1, T * hop_length) in [-1, 1], float32.
@@ -56,7 +56,7 @@ class MelInversion(nn.Module):
             return self._waveform(self.magnitudes(mel.float()), mel.shape[2]).clamp(-1, 1)[:, None]
 
     def in_chunks(self, mel: Tensor, chunk_frames: int) -> Tensor:
-        """Return what :meth:`forward` returns. Phases depend on the whole, and a frame takes little memory."""
+        """Return the result of :meth:`forward`. Phases depend on the whole, and a frame takes little memory."""
         if chunk_frames < 1:
             raise ValueError(f"chunk_frames is {chunk_frames}, expected at least 1")
         return self(mel)
@@ -64,7 +64,7 @@ class MelInversion(nn.Module):
     def magnitudes(self, mel: Tensor) -> Tensor:
         """Return the STFT magnitudes (B, bins, T) of a log-mel spectrogram (B, num_mels, T)."""
         plain = self.plain_magnitudes(mel)
-        gain = self.sharpen(mel.to(self.sharpen[0].weight.dtype)).float()
+        gain = self.sharpen(mel.to(self.sharpen.get_parameter("0.weight").dtype)).float()
         return plain * gain.clamp(-6, 6).exp()
 
     def plain_magnitudes(self, mel: Tensor) -> Tensor:
@@ -92,8 +92,8 @@ class MelInversion(nn.Module):
         def waveform(spectrum: Tensor) -> Tensor:
             return torch.istft(spectrum, cfg.n_fft, hop, window=window, length=total)
 
-        random = torch.Generator().manual_seed(PHASE_SEED)
-        phases = 2 * torch.pi * torch.rand(magnitudes.shape[1:], generator=random).to(magnitudes.device)
+        rng = torch.Generator().manual_seed(PHASE_SEED)
+        phases = 2 * torch.pi * torch.rand(magnitudes.shape[1:], generator=rng).to(magnitudes.device)
         direction = torch.polar(torch.ones_like(magnitudes), phases.expand_as(magnitudes))
         before = torch.zeros_like(direction)
         for _ in range(self.config.num_steps):
@@ -120,4 +120,5 @@ class MelInversion(nn.Module):
 def _tables(mode: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Return the filterbank (bands, bins), its pseudo-inverse (bins, bands) and its square (bins, bins), float32."""
     bank = torch.from_numpy(slaney_filterbank(MEL_CONFIGS[mode]))
-    return tuple(x.float().to(device) for x in (bank, torch.linalg.pinv(bank), bank.T @ bank))
+    inverse, square = torch.linalg.pinv(bank), bank.T @ bank
+    return bank.float().to(device), inverse.float().to(device), square.float().to(device)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +27,8 @@ UNIT_MATRICES = ("clip_input_proj.0.weight", "text_input_proj.0.weight")
 WAVEFORM_FILTER, WAVEFORM_OFFSET = "conv_post.weight", "conv_post.bias"
 WAVEFORM_GAIN = 0.03
 SMALL = 0.1
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def random_tensor(name: str, shape: tuple[int, ...], seed: int = 0) -> Tensor:
@@ -65,11 +68,12 @@ def random_state_dict(module: nn.Module, seed: int = 0) -> dict[str, Tensor]:
     }
 
 
-def fill_random_(module: nn.Module, seed: int = 0) -> nn.Module:
+def fill_random_(module: M, seed: int = 0) -> M:
     """Load :func:`random_state_dict` into ``module`` as if it were a published file, and return ``module``."""
     weights = random_state_dict(module, seed)
-    if hasattr(module, "load_published"):
-        module.load_published(weights)
+    load_published = getattr(module, "load_published", None)
+    if load_published is not None:
+        load_published(weights)
     else:
         module.load_state_dict(weights, strict=True)
     return module
@@ -79,6 +83,6 @@ def _unit_noise(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
     """Return (shape) float32 uniform values of zero mean and unit variance."""
     # RandomState is frozen by NumPy's compatibility policy; uniform draws involve no logarithm that a maths library
     # could round differently.
-    state = np.random.RandomState(zlib.crc32(f"{seed}/{name}".encode()))
-    x = state.random_sample(shape)
+    rng = np.random.RandomState(zlib.crc32(f"{seed}/{name}".encode()))
+    x = rng.random_sample(shape)
     return torch.from_numpy(np.asarray((2 * x - 1) * math.sqrt(3), dtype=np.float32))

@@ -221,6 +221,9 @@ class VAE(nn.Module):
     ``state_dict`` and ``load_state_dict``, read a published file with :meth:`load_published`.
     """
 
+    data_mean: Tensor
+    data_std: Tensor
+
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         self.config = config

@@ -131,7 +131,7 @@ class AntiAliasedActivation(nn.Module):
 
 
 def is_short(x: Tensor, weight: Tensor) -> bool:
-    """Whether rearranging ``x``, which has its channels last, costs less than copying ``weight`` to that layout."""
+    """Return True if rearranging ``x``, channels last, costs less than copying ``weight`` to that layout."""
     return x.stride(1) == 1 and LAYOUT_PASSES * x.numel() < weight.numel()
 
 
@@ -141,6 +141,7 @@ class Conv1d(nn.Conv1d):
     def forward(self, x: Tensor) -> Tensor:
         if is_short(x, self.weight):
             return super().forward(x).mT.contiguous().mT
+        assert not isinstance(self.padding, str)  # "same" and "valid" are not used here
         padding, dilation = (0, *self.padding), (1, *self.dilation)
         x, weight = x[:, :, None], self.weight[:, :, None]
         return F.conv2d(x, weight, self.bias, padding=padding, dilation=dilation)[:, :, 0]
@@ -152,13 +153,14 @@ class ConvTranspose1d(nn.ConvTranspose1d):
     def forward(self, x: Tensor) -> Tensor:
         if is_short(x, self.weight):
             return super().forward(x).mT.contiguous().mT
+        assert not isinstance(self.padding, str)
         stride, padding = (1, *self.stride), (0, *self.padding)
         x, weight = x[:, :, None], self.weight[:, :, None]
         return F.conv_transpose2d(x, weight, self.bias, stride=stride, padding=padding)[:, :, 0]
 
 
-class ResidualBlock(nn.Module):
-    """Three residual layers of two convolutions on (B, C, T); the first of each is dilated."""
+class AMPBlock(nn.Module):
+    """BigVGAN's residual block on (B, C, T): layers of two convolutions, the first of each dilated (section 3.2)."""
 
     def __init__(self, channels: int, kernel_size: int, dilations: tuple[int, ...]) -> None:
         super().__init__()
@@ -194,7 +196,7 @@ class Vocoder(nn.Module):
             self.ups.append(nn.ModuleList((up,)))  # a list of one: the published name is ups.{i}.0
             channels //= 2
             for size in config.residual_kernels:
-                self.resblocks.append(ResidualBlock(channels, size, config.residual_dilations))
+                self.resblocks.append(AMPBlock(channels, size, config.residual_dilations))
         self.activation_post = AntiAliasedActivation(channels)
         self.conv_post = Conv1d(channels, 1, 7, padding=3, bias=config.final_bias)
 
@@ -214,15 +216,15 @@ class Vocoder(nn.Module):
         if x.device.type == "cpu":
             x = x.mT.contiguous().mT  # channels last: no convolution has to rearrange its input and its output
         x = self.conv_pre(x)  # (B, initial_channels, T)
-        for stage, (up,) in enumerate(self.ups):
-            x = up(x)  # (B, half the channels, rate times the frames)
+        for stage in range(len(self.ups)):
+            x = self.ups.get_submodule(f"{stage}.0")(x)  # (B, half the channels, rate times the frames)
             blocks = self.resblocks[stage * blocks_per_stage : (stage + 1) * blocks_per_stage]
             x = sum(block(x) for block in blocks) / blocks_per_stage
         x = self.conv_post(self.activation_post(x))  # (B, 1, T * hop_length)
         return x.tanh() if self.config.final_tanh else x.clamp(-1, 1)
 
     def in_chunks(self, mel: Tensor, chunk_frames: int) -> Tensor:
-        """Return what :meth:`forward` returns, computed ``chunk_frames`` mel frames at a time to need less memory.
+        """Return the result of :meth:`forward`, computed ``chunk_frames`` mel frames at a time to need less memory.
 
         Each chunk is given at least its ``context_frames`` on both sides, so nothing but rounding differs from the
         whole. Only the ends of ``mel`` are padded, as in the whole. All chunks are computed at one length, and the

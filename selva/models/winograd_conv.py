@@ -15,6 +15,8 @@ convolutions are left alone: PyTorch runs them at twice the rate of float32 matr
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,7 +27,7 @@ FORWARD, REVERSED = (0, 1, 2, 3), (3, 1, 2, 0)  # which products m0 ... m3 belon
 
 
 def supports(x: Tensor, *layers: nn.Module) -> bool:
-    """Return whether ``layers``, convolutions that see ``x`` or what comes of it, should run through this module."""
+    """Return True if ``layers``, convolutions of ``x`` or of its images, should run through this module."""
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return False
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
@@ -53,17 +55,20 @@ def gated_mlp(x: Tensor, w1: nn.Conv1d, w2: nn.Conv1d, w3: nn.Conv1d) -> Tensor:
 
 # Parameter -> (the weight it held, its version, the transformed weights). Holding the weight keeps its memory from
 # being given to another one, so that address and version tell whether it is still the same.
-_known = WeakTensorKeyDictionary()
+_known: MutableMapping[Tensor, tuple[Tensor, int, Tensor]] = WeakTensorKeyDictionary()
 
 
 def transformed(weight: Tensor) -> Tensor:
     """Return (4, out, in) bfloat16, the factors of m0 ... m3 for a weight (out, in, 3); anew when it has changed."""
-    held, version, factors = _known.get(weight, (None, None, None))
-    if held is None or held.data_ptr() != weight.data_ptr() or version != weight._version:
-        with torch.no_grad():
-            g0, g1, g2 = weight.float().unbind(-1)
-            factors = torch.stack((g0, (g0 + g1 + g2) / 2, (g0 - g1 + g2) / 2, g2)).to(torch.bfloat16)
-        _known[weight] = weight.detach(), weight._version, factors
+    known = _known.get(weight)
+    if known is not None:
+        held, version, factors = known
+        if held.data_ptr() == weight.data_ptr() and version == weight._version:
+            return factors
+    with torch.no_grad():
+        g0, g1, g2 = weight.float().unbind(-1)
+        factors = torch.stack((g0, (g0 + g1 + g2) / 2, (g0 - g1 + g2) / 2, g2)).to(torch.bfloat16)
+    _known[weight] = weight.detach(), weight._version, factors
     return factors
 
 
@@ -81,8 +86,9 @@ def _tiles(x: Tensor, order: tuple[int, ...]) -> Tensor:
     return tiles.flatten(1, 2)
 
 
-def _outputs(products: Tensor, batch: int, tokens: int, order: tuple[int, ...]) -> Tensor:
-    """Return (B, tokens, C) of the four products (4, B * tiles, C), which are overwritten."""
+def _outputs(products: Tensor, shape: torch.Size, order: tuple[int, ...]) -> Tensor:
+    """Return (B, tokens, C) of the four products (4, B * tiles, C), overwritten here; ``shape`` is (B, tokens, ...)."""
+    batch, tokens = shape[:2]
     m0, m1, m2, m3 = (products[place].unflatten(0, (batch, -1)) for place in order)
     y = products.new_empty(batch, m0.shape[1], 2, m0.shape[2])
     torch.add(m0.add_(m1), m2, out=y[:, :, 0])
@@ -91,7 +97,7 @@ def _outputs(products: Tensor, batch: int, tokens: int, order: tuple[int, ...]) 
 
 
 def _forward(x: Tensor, factors: Tensor) -> Tensor:
-    return _outputs(torch.bmm(_tiles(x, FORWARD), factors.mT), *x.shape[:2], FORWARD)
+    return _outputs(torch.bmm(_tiles(x, FORWARD), factors.mT), x.shape, FORWARD)
 
 
 class _Conv(torch.autograd.Function):
@@ -104,16 +110,16 @@ class _Conv(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         (factors,) = ctx.saved_tensors
-        return _outputs(torch.bmm(_tiles(grad, REVERSED), factors), *grad.shape[:2], REVERSED), None
+        return _outputs(torch.bmm(_tiles(grad, REVERSED), factors), grad.shape, REVERSED), None
 
 
 class _GatedMLP(torch.autograd.Function):
-    """Keeps what the two inner convolutions return, and computes the gate again in the backward pass."""
+    """The gated MLP; keeps the results of the two inner convolutions, and computes the gate again when going back."""
 
     @staticmethod
     def forward(ctx, x: Tensor, f1: Tensor, f2: Tensor, f3: Tensor) -> Tensor:
         tiles = _tiles(x, FORWARD)
-        gate, value = (_outputs(torch.bmm(tiles, f.mT), *x.shape[:2], FORWARD) for f in (f1, f3))
+        gate, value = (_outputs(torch.bmm(tiles, f.mT), x.shape, FORWARD) for f in (f1, f3))
         ctx.save_for_backward(gate, value, f1, f2, f3)
         return _forward(F.silu(gate).mul_(value), f2)
 
@@ -121,9 +127,9 @@ class _GatedMLP(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
         gate, value, f1, f2, f3 = ctx.saved_tensors
-        grad_hidden = _outputs(torch.bmm(_tiles(grad, REVERSED), f2), *grad.shape[:2], REVERSED)
+        grad_hidden = _outputs(torch.bmm(_tiles(grad, REVERSED), f2), grad.shape, REVERSED)
         grad_value = grad_hidden * F.silu(gate)
         grad_gate = torch.ops.aten.silu_backward(grad_hidden.mul_(value), gate)
         products = torch.bmm(_tiles(grad_gate, REVERSED), f1)
         products.baddbmm_(_tiles(grad_value, REVERSED), f3)
-        return _outputs(products, *grad.shape[:2], REVERSED), None, None, None
+        return _outputs(products, grad.shape, REVERSED), None, None, None

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from selva.checkpoint import TrainingState
 from selva.data.dataset import Batch, BucketBatchSampler, ClipDataset, ClipWindow
-from selva.lora.layers import load_lora_state_, lora_parameters, lora_plus_groups, named_factors
+from selva.lora.state import load_lora_state_, lora_parameters, lora_plus_groups, named_factors
 from selva.models.generator import Generator
 from selva.training.condition_cache import ConditionCache, ProjectedBatch, can_project
 from selva.training.config import TrainConfig

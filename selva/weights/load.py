@@ -10,8 +10,6 @@ Files are found in the layouts of ComfyUI (``models/selva`` with ``ext/``) and o
 
 from __future__ import annotations
 
-import pickle
-import struct
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -27,13 +25,8 @@ from selva.models.vae import DATA_BUFFERS, VAE
 from selva.models.variants import Variant, get_variant
 from selva.models.vocoder import Vocoder
 from selva.models.zoo import build_generator, build_vae, build_video_encoder, build_vocoder
+from selva.utils.torch_files import READ_ERRORS
 from selva.weights.find import ASSETS, asset_name, find_weights
-
-# torch.load on a file that is no checkpoint: an unpickler that meets arbitrary bytes may stumble in all these ways.
-READ_ERRORS = (
-    pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, struct.error,
-    ValueError, TypeError, LookupError, AttributeError, AssertionError, OverflowError,
-)
 
 VOCODER_KEY = "generator"  # the published vocoder files hold their tensors under this key
 CLIP_PREFIXES = {"clip_text": CLIP_TEXT_PREFIXES, "clip_image": (CLIP_IMAGE_PREFIX,)}

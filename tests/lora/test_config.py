@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from selva.lora.config import PRESETS, LoRAConfig, expand_targets, no_match_message, parse_targets
-from selva.lora.layers import inject_lora
+from selva.lora.inject import inject_lora
 from selva.models.generator import Generator
 from selva.models.variants import VARIANTS
 
@@ -88,7 +88,7 @@ def test_settings_of_a_newer_version_are_not_ignored():
         LoRAConfig.from_meta({"lora_config": stored})
 
 
-# -- presets ----------------------------------------------------------------------------------------------------
+# -- presets ----------------------------------------------------------------------------------------------------------
 
 
 def layer_kinds(variant: str) -> dict[str, type]:
@@ -136,7 +136,7 @@ def test_the_rank_of_an_ending_goes_before_that_of_a_preset_and_a_small_preset_b
         assert [cfg.rank_of(name) for name in names] == [3, 4, 2, 2]
 
 
-# -- the command line -------------------------------------------------------------------------------------------
+# -- the command line -------------------------------------------------------------------------------------------------
 
 
 def test_targets_are_read_from_the_command_line():
@@ -172,7 +172,7 @@ def test_all_targets_that_cannot_be_read_are_named_at_once():
         parse_targets(["a:x", "b:y"])
 
 
-# -- targets that fit nothing -----------------------------------------------------------------------------------
+# -- targets that fit nothing -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

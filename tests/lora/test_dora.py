@@ -11,16 +11,9 @@ from lora_toy import ALL, DIM, Toy, exported, make_input, make_toy, train_a_litt
 from torch import Tensor, nn
 
 from selva.lora.config import LoRAConfig
-from selva.lora.layers import (
-    adapter_tensors,
-    inject_lora,
-    load_lora_state_,
-    lora_parameters,
-    lora_plus_groups,
-    lora_state_dict,
-    remove_lora,
-)
+from selva.lora.inject import inject_lora, remove_lora
 from selva.lora.merge import Adapter, merge_adapter, merge_adapters, merged_adapters
+from selva.lora.state import adapter_tensors, load_lora_state_, lora_parameters, lora_plus_groups, lora_state_dict
 
 DORA = LoRAConfig(rank=3, alpha=5.0, targets=ALL, dora=True)
 DORA_PISSA = LoRAConfig(rank=3, targets=ALL, dora=True, init="pissa")
@@ -45,7 +38,7 @@ def adapted_weight(layer: nn.Module, scale: float, norm_is_constant: bool) -> Te
     return factor.view(-1, *(1,) * (direction.dim() - 1)) * direction
 
 
-# -- the layer --------------------------------------------------------------------------------------------------
+# -- the layer --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -160,7 +153,7 @@ def test_magnitudes_have_a_group_of_their_own_without_decay(model):
     assert [p for group in groups for p in group["params"]] == lora_parameters(model)
 
 
-# -- state and export -------------------------------------------------------------------------------------------
+# -- state and export -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cfg", [DORA, DORA_PISSA])
@@ -192,7 +185,7 @@ def test_removing_leaves_the_plain_model(model, x):
     assert list(model.state_dict()) == keys and torch.equal(model(x), before)
 
 
-# -- merging ----------------------------------------------------------------------------------------------------
+# -- merging ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.3, 1.0, -0.5])

@@ -11,16 +11,9 @@ from lora_toy import ALL, DIM, Toy, make_input, make_toy, train_a_little_
 from torch import Tensor, nn
 
 from selva.lora.config import LoRAConfig
-from selva.lora.layers import (
-    LoRALinear,
-    adapter_tensors,
-    inject_lora,
-    load_lora_state_,
-    lora_parameters,
-    lora_plus_groups,
-    lora_state_dict,
-    remove_lora,
-)
+from selva.lora.inject import inject_lora, remove_lora
+from selva.lora.layers import LoRALinear
+from selva.lora.state import adapter_tensors, load_lora_state_, lora_parameters, lora_plus_groups, lora_state_dict
 from selva.models.generator import Generator
 from selva.models.variants import VARIANTS
 
@@ -35,7 +28,7 @@ def x() -> Tensor:
     return make_input()
 
 
-# -- injection --------------------------------------------------------------------------------------------------
+# -- injection --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("init", ["standard", "pissa"])
@@ -179,7 +172,7 @@ def test_base_weights_keep_their_names_objects_and_hooks(model, x):
     assert calls == [1]
 
 
-# -- numerics ---------------------------------------------------------------------------------------------------
+# -- numerics ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_formula(x):
@@ -297,7 +290,7 @@ def test_lora_plus_scales_the_rate_of_b(model):
     assert group_b["params"][0] is model.blocks[0].attn.qkv.lora_B
 
 
-# -- state ------------------------------------------------------------------------------------------------------
+# -- state ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("init", ["standard", "pissa"])

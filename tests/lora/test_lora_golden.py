@@ -14,16 +14,10 @@ from torch import Tensor, nn
 from selva import flow
 from selva.checkpoint import load_adapter, load_checkpoint
 from selva.lora.config import LoRAConfig
-from selva.lora.layers import (
-    adapter_tensors,
-    inject_lora,
-    load_lora_state_,
-    lora_layers,
-    lora_parameters,
-    lora_plus_groups,
-    lora_state_dict,
-)
+from selva.lora.inject import inject_lora
+from selva.lora.layers import lora_layers
 from selva.lora.merge import Adapter, merge_adapter, merged_adapters
+from selva.lora.state import adapter_tensors, load_lora_state_, lora_parameters, lora_plus_groups, lora_state_dict
 from selva.models.config import GeneratorConfig
 from selva.models.generator import Generator
 from selva.models.variants import VARIANTS
@@ -59,7 +53,7 @@ def recipe_factors_(model: nn.Module) -> None:
     load_lora_state_(model, values)
 
 
-# -- targets ----------------------------------------------------------------------------------------------------
+# -- targets ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["tiny_v1", "small_16k", "medium_44k", "large_44k", "large_44k_v2"])
@@ -81,7 +75,7 @@ def test_targets_reach_the_layers_of_the_reference_and_its_convolutions_too(gold
         assert not report.skipped
 
 
-# -- forward results --------------------------------------------------------------------------------------------
+# -- forward results --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +143,7 @@ def test_small_16k_adapter_files(golden):
             case.check(output, case.run(case.model))
 
 
-# -- PiSSA ------------------------------------------------------------------------------------------------------
+# -- PiSSA ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +176,7 @@ def test_pissa_adapter_file(pissa, output, strength):
         assert all(torch.equal(p, q) for p, q in zip(model.parameters(), pissa.model.parameters(), strict=True))
 
 
-# -- training ---------------------------------------------------------------------------------------------------
+# -- training ---------------------------------------------------------------------------------------------------------
 
 
 class TrainingCase(Case):

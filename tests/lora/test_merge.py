@@ -11,8 +11,9 @@ from lora_toy import ALL, DIM, Toy, exported, make_input, make_toy, train_a_litt
 from torch import Tensor
 
 from selva.lora.config import LoRAConfig
-from selva.lora.layers import adapter_tensors, inject_lora
+from selva.lora.inject import inject_lora
 from selva.lora.merge import Adapter, merge_adapter, merge_adapters, merged_adapters
+from selva.lora.state import adapter_tensors
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Which samples are read, prepared and written, and what is said about sound that is not right."""
+"""Reading, preparing and writing sound, and the errors for sound that is not right."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from make_media import click_time, clicks, make_video, picture_of
 
 from selva.media import audio_blocks, audio_length, extract_audio, prepare_audio, read_audio, write_audio
 
-# --- read_audio -----------------------------------------------------------------------------------------------------
+# -- read_audio -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("suffix", [".wav", ".flac", ".aiff"])
@@ -129,7 +129,7 @@ def test_unusable_sound_is_named(tmp_path):
         read_audio(tmp_path / "none.wav")
 
 
-# --- prepare_audio --------------------------------------------------------------------------------------------------
+# -- prepare_audio ----------------------------------------------------------------------------------------------------
 
 
 def test_prepared_sound_is_mono_with_peak_095_over_the_whole():
@@ -179,7 +179,7 @@ def test_short_silent_and_broken_sound_is_refused():
         prepare_audio(tone[None, None], 16_000, 16_000)
 
 
-# --- writing --------------------------------------------------------------------------------------------------------
+# -- writing ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("suffix", [".wav", ".flac"])

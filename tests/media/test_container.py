@@ -1,4 +1,4 @@
-"""What the header of a file says."""
+"""Headers of media files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which pictures come out of a video, and what is said about videos that are not right."""
+"""Pictures of a video, and the errors for videos that are not right."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from selva.media import SELVA_FILL_SEC, mux_video, read_video, resize_frame, sel
 FRAME_CASES = json.loads((GOLDEN / "frame_selection.json").read_text())["cases"]
 
 
-# --- frame selection ------------------------------------------------------------------------------------------------
+# -- frame selection --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", FRAME_CASES)
@@ -54,7 +54,7 @@ def test_select_frames_end_is_inclusive_and_inputs_are_checked():
         select_frames([0.0, math.inf], 8.0)
 
 
-# --- read_video -----------------------------------------------------------------------------------------------------
+# -- read_video -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", FRAME_CASES)
@@ -193,7 +193,7 @@ def test_damaged_packets_are_found(tmp_path):
         read_video(path, 1.8, 0.0, 32, 32)
 
 
-# --- resize ---------------------------------------------------------------------------------------------------------
+# -- resize -----------------------------------------------------------------------------------------------------------
 
 
 def test_resize_equals_the_reference(golden):

@@ -1,4 +1,4 @@
-"""What the encoders see of a picture through a mask."""
+"""Pictures as the encoders see them through a mask."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_a_mask_lies_on_the_picture_as_it_is_shown(corner, tmp_path):
     assert white_corner(seen) == "top left" and (seen == GREY).float().mean() > 0.8
 
 
-# --- over time ------------------------------------------------------------------------------------------------------
+# -- over time --------------------------------------------------------------------------------------------------------
 
 
 def every_other(count, size=(64, 64)):

@@ -45,7 +45,7 @@ def shown_times(path):
         return [float(frame.pts * frame.time_base) for frame in file.decode(video=0)]
 
 
-# --- containers and codecs ------------------------------------------------------------------------------------------
+# -- containers and codecs --------------------------------------------------------------------------------------------
 
 KINDS = {
     "mp4 h264 aac": ("v.mp4", "libx264", "aac", {}),
@@ -109,7 +109,7 @@ def test_animations_are_videos(tmp_path):
     assert numbers_in(read_video(path, 1.6, 0.8, 64, 64).clip_frames)[:3] == [20, 24, 27]
 
 
-# --- pictures -------------------------------------------------------------------------------------------------------
+# -- pictures ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [(33, 47), (47, 33), (17, 301)])
@@ -158,7 +158,7 @@ def test_levels_survive_every_pixel_format(kind, tmp_path):
     assert found == pytest.approx(levels, abs=6)
 
 
-# --- time stamps ----------------------------------------------------------------------------------------------------
+# -- time stamps ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
@@ -200,7 +200,7 @@ def test_pictures_that_begin_late_and_earlier_than_0(tmp_path):
     assert video_length(late) == pytest.approx(3.5, abs=0.05)
 
 
-# --- streams --------------------------------------------------------------------------------------------------------
+# -- streams ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_video_without_sound(tmp_path):
@@ -225,7 +225,7 @@ def test_sound_without_pictures(tmp_path):
             reader(path)
 
 
-# --- only what is needed --------------------------------------------------------------------------------------------
+# -- only what is needed ----------------------------------------------------------------------------------------------
 
 
 def test_a_window_decodes_only_what_it_needs(tmp_path, monkeypatch):

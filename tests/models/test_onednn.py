@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from selva.models import onednn
-from selva.models.onednn import Attention, Linear, linear, use_onednn_
+from selva.models.onednn import Linear, MultiheadAttention, linear, use_onednn_
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_attention_is_that_of_pytorch(pointwise_calls, same, masked, gradients):
         expected = theirs(query, tokens, tokens, need_weights=False, attn_mask=mask)[0]
         use_onednn_(network)
         found = network["attn"](query, tokens, tokens, need_weights=False, attn_mask=mask)[0]
-    assert type(network["attn"]) is Attention and type(network["fc"]) is Linear
+    assert type(network["attn"]) is MultiheadAttention and type(network["fc"]) is Linear
     assert list(network.state_dict()) == names
     assert bool(pointwise_calls) is not gradients
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)

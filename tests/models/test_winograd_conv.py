@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from selva.lora.config import LoRAConfig
-from selva.lora.layers import inject_lora
+from selva.lora.inject import inject_lora
 from selva.models import winograd_conv as winograd_conv
 from selva.models.blocks import ConvMLP
 
@@ -25,7 +25,7 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def with_gradient(call, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what ``call`` makes of ``x`` and the gradient of a fixed weighting of it."""
+    """Return the result of ``call`` for ``x``, and the gradient of a fixed weighting of it."""
     x = x.clone().requires_grad_()
     y = call(x)
     y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype))

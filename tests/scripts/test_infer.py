@@ -21,7 +21,8 @@ import train_lora
 from selva.checkpoint import save_adapter
 from selva.inference import engine
 from selva.lora.config import LoRAConfig
-from selva.lora.layers import inject_lora, lora_parameters
+from selva.lora.inject import inject_lora
+from selva.lora.state import lora_parameters
 from selva.media import mux
 from selva.weights.load import load_generator
 

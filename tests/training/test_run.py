@@ -13,7 +13,7 @@ from selva import flow
 from selva.checkpoint import load_checkpoint, save_checkpoint
 from selva.data.dataset import BucketBatchSampler, ClipWindow, ListDataset, collate, split_validation
 from selva.lora.config import LoRAConfig
-from selva.lora.layers import lora_state_dict
+from selva.lora.state import lora_state_dict
 from selva.training.config import TrainConfig
 from selva.training.loop import fit
 from selva.training.objective import VALIDATION_TIMES, flow_loss, sample_noise, validate

@@ -1,0 +1,90 @@
+"""Files of tensors: read without executing anything in them, and checked so that they can be read back in that way."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import struct
+import zipfile
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# torch.load on a file that is no checkpoint: an unpickler that meets arbitrary bytes may stumble in all these ways.
+READ_ERRORS = (
+    pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, struct.error,
+    ValueError, TypeError, LookupError, AttributeError, AssertionError, OverflowError,
+)
+
+
+def read_torch(path: Path) -> Mapping[str, Any]:
+    """Return the dictionary in a file of ``torch.save``, without executing anything.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no such file, damaged, or it holds objects or something else than a dictionary.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    if not zipfile.is_zipfile(path):
+        with open(path, "rb") as file:
+            start = file.read(16)
+        what = "it is empty" if not start else "its download or copy may be incomplete" if start[:2] == b"PK" else (
+            "it looks like a web page" if start.lstrip()[:1] == b"<" else f"it starts with {start!r}"
+        )
+        raise ValueError(f"{path}: not a readable PyTorch file; {what}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except READ_ERRORS as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"{path}: damaged, or it holds more than tensors and plain values; nothing in it was executed ({reason})"
+        ) from error
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path}: holds a {type(content).__name__}, expected a dictionary of tensors")
+    return content
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], Any]:
+    """Return the tensors of a ``.safetensors`` file, and the JSON under its metadata key "meta" ({} without one).
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no such file, or damaged.
+    """
+    import safetensors
+
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        with safetensors.safe_open(path, framework="pt", device="cpu") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is not a dictionary)
+            header = file.metadata() or {}
+        return tensors, json.loads(header.get("meta", "{}"))
+    except (safetensors.SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
+
+
+def check_plain(value: Any, where: str, allow_tensors: bool = True) -> None:
+    """Make sure that ``value`` can be read back without unpickling objects.
+
+    Exact types: a NumPy float is a float, yet its pickle needs code to be read.
+    """
+    if value is None or type(value) in (bool, int, float, str):
+        return
+    if allow_tensors and type(value) in (Tensor, nn.Parameter):
+        return
+    if type(value) in (dict, OrderedDict):
+        for key, item in value.items():
+            if type(key) not in (str, int):
+                raise ValueError(f"{where}: the key {key!r} is a {type(key).__name__}, expected text or an integer")
+            check_plain(item, f"{where}[{key!r}]", allow_tensors)
+    elif type(value) in (list, tuple):
+        for index, item in enumerate(value):
+            check_plain(item, f"{where}[{index}]", allow_tensors)
+    else:
+        raise ValueError(f"{where} is a {type(value).__name__}, which cannot be stored; expected plain values or lists")
