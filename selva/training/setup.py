@@ -14,7 +14,7 @@ from selva.checkpoint import TrainingState, check_same_settings, load_checkpoint
 from selva.data.dataset import ClipDataset, split_validation
 from selva.data.folder_dataset import FolderDataset, load_clip_dataset
 from selva.data.summary import summarise
-from selva.lora.layers import inject_lora
+from selva.lora.inject import inject_lora
 from selva.models.generator import cast_frozen_
 from selva.models.variants import get_variant
 from selva.training.compiling import compile_blocks_
