@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tiny_tables import PARTS, figures_text, updated_document
 
 from selva import cli
 from selva.checkpoint import load_adapter
@@ -52,7 +53,6 @@ from toyworld.measure import (
     single_cases,
     timing_f1,
 )
-from toyworld.tables import PARTS, figures_text, updated_document
 
 log = logging.getLogger("selva.tiny_quality")
 

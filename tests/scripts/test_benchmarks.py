@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import importlib
 import json
-from pathlib import Path
 
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 SMALL = ["--variant", "tiny_16k", "--device", "cpu", "--precision", "fp32", "--repeats", "1", "--batches", "1", "2",
          "--durations", "1", "--clips", "2", "--rows", "4", "8"]
 
@@ -17,7 +15,6 @@ SMALL = ["--variant", "tiny_16k", "--device", "cpu", "--precision", "fp32", "--r
 @pytest.fixture
 def benchmark(monkeypatch):
     """``benchmark("run")`` imports a module of the folder as a script there would."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
     measure = importlib.import_module("measure")
     monkeypatch.setattr(measure, "CEILING_SIZE", {"cpu": 64})
     return importlib.import_module

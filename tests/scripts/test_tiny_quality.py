@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from tiny_tables import BEGIN_MARK, END_MARK, figures_text, updated_document
 
 from benchmarks import tiny_quality
 from selva.weights.load import load_generator
@@ -71,3 +72,25 @@ def test_margins_are_of_the_right_class():
 
     cases = measure.single_cases(["bell", "rain"], 1, 0, 2.0)
     assert tiny_quality.margins([np.zeros(1)] * 2, cases, Bench()) == [2.0, -2.0]
+
+
+FIGURES = {
+    "selection": {"scenes": 4, "f1_named": 0.8, "f1_other": 0.2, "difference": 0.6, "class_accuracy": 0.75},
+    "guidance": {
+        "scenes": 4, "strengths": {"4.5": {"timing_f1": 0.8, "class_accuracy": 0.9, "margin": 12.0}},
+        "negative_scenes": 2,
+        "negative": {"with": {"avoided": 0.1, "other": 0.8, "sounds_like_avoided": 0.0}},
+    },
+}
+
+
+def test_the_document_keeps_what_people_wrote():
+    first = updated_document("# Title\n\nWritten by hand.\n", {"selection": FIGURES["selection"]})
+    assert first.startswith("# Title\n\nWritten by hand.\n\n" + BEGIN_MARK) and "| 0.80 | 0.20 | 0.60 | 75 % |" in first
+    more = first + "\nAfterwards.\n"
+    second = updated_document(more, FIGURES)
+    assert second.startswith("# Title\n\nWritten by hand.\n\n") and second.endswith(f"{END_MARK}\n\nAfterwards.\n")
+    assert second.count(BEGIN_MARK) == 1 and "| 4.5 | 0.80 | 90 % | 12 |" in second
+    assert updated_document(second, FIGURES) == second
+    assert updated_document("", FIGURES).startswith("# tiny_16k")
+    assert "Timing and class" not in figures_text(FIGURES)  # what was not measured is not there
