@@ -16,13 +16,13 @@ What has no seams has the same figures at the joins as elsewhere. Prints a Markd
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from document import write_results
 from torch import Tensor
 
 from selva import cli
@@ -34,7 +34,6 @@ from selva.models.generator import Generator
 from selva.models.variants import get_variant
 from selva.sampling import decode_latents, sample_latents
 from selva.sequence import DEFAULT_DURATION_SEC, SAMPLING_RATES
-from selva.utils.files import atomic_write_text
 from selva.utils.progress import Progress
 from selva.weights.load import load_clip_text, load_generator, load_vae, load_vocoder
 
@@ -174,8 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     device = cli.resolve_device(args.device)
     rows = measure(args, load_generator(args.variant, args.selva_dir).to(device).eval(), device)
-    settings = {name: str(value) for name, value in vars(args).items() if name not in ("config", "debug")}
-    atomic_write_text(args.output, json.dumps({"settings": settings, "results": rows}, indent=2) + "\n")
+    write_results(args.output, vars(args), rows)
     print(markdown(rows))
     print(args.output)
     return 0

@@ -13,7 +13,6 @@ Without --features the sounds are made from --prompt alone. Prints two Markdown 
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import statistics
@@ -23,6 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from document import write_results
 from torch import Tensor
 
 from selva import cli, flow
@@ -33,7 +33,6 @@ from selva.models.generator import Generator
 from selva.models.variants import Variant, get_variant
 from selva.sampling import decode_latents, sample_latents
 from selva.sequence import DEFAULT_DURATION_SEC, SequenceConfig, sequence_config
-from selva.utils.files import atomic_write_text
 from selva.utils.progress import Progress
 from selva.weights.load import load_clip_text, load_generator, load_vae, load_vocoder
 
@@ -171,9 +170,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     generator = load_generator(variant.name, args.selva_dir).to(device).eval()
     clips = read_clips(args, variant, generator)
     means = summaries(measure(args, variant, generator, clips))
-    settings = {name: str(value) for name, value in vars(args).items() if name not in ("config", "debug")}
     results = [{**asdict(config), "evaluations": config.num_evaluations, **mean} for config, mean in means.items()]
-    atomic_write_text(args.output, json.dumps({"settings": settings, "results": results}, indent=2) + "\n")
+    write_results(args.output, vars(args), results)
     print(markdown(means, args.num_steps))
     print(args.output)
     return 0

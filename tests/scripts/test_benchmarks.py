@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from document import END_MARK
 
 SMALL = ["--variant", "tiny_16k", "--device", "cpu", "--precision", "fp32", "--repeats", "1", "--batches", "1", "2",
          "--durations", "1", "--clips", "2", "--rows", "4", "8"]
@@ -26,7 +27,7 @@ def test_a_small_run_of_every_stage_but_the_slow_ones(benchmark, tmp_path, capsy
     monkeypatch.setattr(data_stages, "DURATION_SEC", 1.5)
     monkeypatch.setattr(benchmark("stages"), "STEPS", 2)
     document = tmp_path / "page.md"
-    document.write_text(f"before\n\n{run.BEGIN_MARK}\nold\n{run.END_MARK}\n\nafter\n", encoding="utf-8")
+    document.write_text(f"before\n\n{run.BEGIN_MARK}\nold\n{END_MARK}\n\nafter\n", encoding="utf-8")
     stages = ["train", "checkpoint", "extract", "sample", "memmap"]
     given = [*SMALL, "--only", ",".join(stages), "--out", str(tmp_path / "out"), "--docs", str(document)]
     assert run.main(given) == 0  # 1 if the two ways differ

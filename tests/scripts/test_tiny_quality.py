@@ -7,7 +7,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from tiny_tables import BEGIN_MARK, END_MARK, figures_text, updated_document
+from document import END_MARK, with_block
+from tiny_tables import BEGIN_MARK, TITLE, figures_text
 
 from benchmarks import tiny_quality
 from selva.weights.load import load_generator
@@ -82,6 +83,10 @@ FIGURES = {
         "negative": {"with": {"avoided": 0.1, "other": 0.8, "sounds_like_avoided": 0.0}},
     },
 }
+
+
+def updated_document(text: str, figures: dict) -> str:
+    return with_block(text or TITLE, BEGIN_MARK, figures_text(figures))
 
 
 def test_the_document_keeps_what_people_wrote():
