@@ -134,7 +134,8 @@ def seam_figures(waveform: Tensor, rate: int, times: Sequence[float]) -> dict[st
 def measure(args, generator: Generator, device: torch.device) -> list[dict]:
     """Return a row per clip, seed and method: the means of the measures at the joins and elsewhere."""
     variant = get_variant(args.variant)
-    vae, vocoder = (load(variant.name, args.selva_dir, device) for load in (load_vae, load_vocoder))
+    vae = load_vae(variant.name, args.selva_dir, device)
+    vocoder = load_vocoder(variant.name, args.selva_dir, device)
     rate, paths = SAMPLING_RATES[variant.mode], args.features or [None]
     rows = []
     with Progress(len(paths) * args.num_seeds * len(METHODS), "sampling", "sounds") as progress:

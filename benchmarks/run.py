@@ -116,7 +116,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             results.append(result)
             log.info("%s, %s: %s", result.stage, result.size,
                      clock(result.ours_sec) if result.ratio is None else f"{result.ratio:.2f}")
-            if result.error is not None and not result.error <= result.tolerance:
+            if result.error is None:
+                continue
+            assert result.tolerance is not None
+            if not result.error <= result.tolerance:
                 wrong.append(f"{result.stage}, {result.size}: the two ways differ by {result.error:.2g}")
     name = "_".join([variant.name, args.precision, device.type, *(chosen if args.only else [])])
     figures = {"name": name, "title": title, "selva": __version__, "results": [result.row() for result in results]}

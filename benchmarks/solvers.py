@@ -68,7 +68,8 @@ class Clip:
         self.generator, self.sequence = generator, sequence
         generator.set_sequence(sequence.latent_seq_len, sequence.clip_seq_len, sequence.sync_seq_len)
         empty, device = generator.empty_features(1), generator.latent_mean.device
-        self.features = [given if own is None else own.to(device) for own, given in zip(features, empty, strict=True)]
+        clip_f, sync_f, text_f = (e if own is None else own.to(device) for own, e in zip(features, empty, strict=True))
+        self.features = clip_f, sync_f, text_f
 
     def sample(self, seed: int, config: SamplingConfig) -> tuple[Tensor, int]:
         """Return (1, N, C) latents, and how often the network ran: with guidance, twice per evaluation."""
@@ -117,7 +118,8 @@ def error_db(found: Tensor, reference: Tensor) -> float:
 def measure(args, variant: Variant, generator: Generator, clips: list[Clip]) -> list[dict[str, Any]]:
     """Return a row per setting and clip and seed; the first setting is Euler with half the steps of the reference."""
     device = generator.latent_mean.device
-    vae, vocoder = (load(variant.name, args.selva_dir, device) for load in (load_vae, load_vocoder))
+    vae = load_vae(variant.name, args.selva_dir, device)
+    vocoder = load_vocoder(variant.name, args.selva_dir, device)
     rate = clips[0].sequence.sampling_rate
     half = SamplingConfig(max(1, args.reference_steps // 2), args.cfg_strength)
     configs = [half, *settings_to_compare(args)]

@@ -109,6 +109,7 @@ def published_clips(
     result = []
     for index in range(len(clips)):
         clip = clips.clip(index)
+        assert clip.audio_path is not None
         waveform = load_waveform(clip.audio_path, clip.sequence, "peak")
         waveform = F.pad(waveform, (0, full.num_audio_frames - waveform.shape[0]))
         mean, _ = encode_latents(waveform[None].to(device), mel, vae)

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from selva.utils.files import atomic_path
 from selva.utils.metrics_log import MetricsFile, smoothed
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-def new_figure(width_in: float, height_in: float):
+
+def new_figure(width_in: float, height_in: float) -> Figure:
     """Return a matplotlib figure that needs no display and registers nowhere; 100 dots per inch."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width_in, height_in), dpi=100, layout="constrained")
 
 
-def save_figure(figure: Any, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
     with atomic_path(path) as temporary:
         figure.savefig(temporary)
 
@@ -27,6 +30,8 @@ def plot_losses(metrics: MetricsFile, folder: Path, title: str) -> None:
     steps, losses = metrics.series("loss")
     if not steps:
         return
+    from matplotlib.ticker import MaxNLocator
+
     for name, values, label in (
         ("loss_raw.png", losses, "training loss"),
         ("loss_smoothed.png", smoothed(losses), "training loss, smoothed"),
@@ -45,7 +50,9 @@ def plot_losses(metrics: MetricsFile, folder: Path, title: str) -> None:
         lr_axes.set_ylim(bottom=0)
         axes.set_title(title, pad=24)
         axes.set_xlabel("optimiser step")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        locator = axes.xaxis.get_major_locator()
+        assert isinstance(locator, MaxNLocator)
+        locator.set_params(integer=True)
         axes.set_ylabel("mean squared error of the velocity")
         axes.grid(alpha=0.3)
         handles = [*axes.get_lines(), *lr_axes.get_lines()]
@@ -73,6 +80,7 @@ def plot_spectrograms(panels: Sequence[tuple[str, Any]], sampling_rate: int, pat
         axes.set_title(label, fontsize=9)
         axes.set_ylabel("kHz")
     all_axes[-1].set_xlabel("seconds")
+    assert image is not None, "no panels"
     figure.colorbar(image, ax=list(all_axes), label="dB of full scale")
     figure.suptitle(title, fontsize=10)
     save_figure(figure, path)

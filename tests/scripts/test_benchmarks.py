@@ -7,7 +7,8 @@ import json
 
 import pytest
 import torch
-from document import END_MARK
+
+from benchmarks.document import END_MARK
 
 SMALL = ["--variant", "tiny_16k", "--device", "cpu", "--precision", "fp32", "--repeats", "1", "--batches", "1", "2",
          "--durations", "1", "--clips", "2", "--rows", "4", "8"]

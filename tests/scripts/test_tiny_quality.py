@@ -7,12 +7,13 @@ import json
 import numpy as np
 import pytest
 import torch
-from document import END_MARK, with_block
-from tiny_tables import BEGIN_MARK, TITLE, figures_text
 
 from benchmarks import tiny_quality
+from benchmarks.document import END_MARK, with_block
+from benchmarks.tiny_tables import BEGIN_MARK, TITLE, figures_text
 from selva.weights.load import load_generator
 from toyworld import measure
+from toyworld.judging import Classifier, fit_classifier
 
 
 @pytest.fixture(autouse=True)
@@ -26,8 +27,6 @@ def small(monkeypatch):
 
 
 def measure_classifier():
-    from toyworld.judging import fit_classifier
-
     return fit_classifier(count=3, names=("bell", "rain", "gong"))
 
 
@@ -62,14 +61,13 @@ def test_the_random_generator_has_the_scale_but_not_the_weights_of_the_real_one(
 
 
 def test_margins_are_of_the_right_class():
-    class Scores:
-        names = ("bell", "rain")
-
+    class Scores(Classifier):
         def scores(self, sound):
             return np.array([3.0, 1.0])
 
-    class Bench:
-        classifier = Scores()
+    class Bench(tiny_quality.Bench):
+        def __init__(self) -> None:
+            self.classifier = Scores(("bell", "rain"), np.zeros((2, 80)), np.eye(80))
 
     cases = measure.single_cases(["bell", "rain"], 1, 0, 2.0)
     assert tiny_quality.margins([np.zeros(1)] * 2, cases, Bench()) == [2.0, -2.0]

@@ -9,6 +9,7 @@ import torch
 from selva.flow import SamplingConfig
 from selva.weights.load import load_generator
 from toyworld import CLASSES
+from toyworld.judging import Classifier
 from toyworld.measure import Case, ToyGenerator, pair_cases, recognised, shuffled_events, single_cases, timing_f1
 
 SECONDS = 2.0
@@ -78,11 +79,12 @@ def test_the_codec_keeps_length(maker):
 
 
 def test_recognised_compares_with_the_class_of_each_sound():
-    class Deaf:
+    class Deaf(Classifier):
         def classify(self, sound):
             return "bell"
 
-    assert recognised([np.zeros(1)] * 2, ["bell", "rain"], Deaf()) == [True, False]
+    deaf = Deaf(("bell", "rain"), np.zeros((2, 80)), np.eye(80))
+    assert recognised([np.zeros(1)] * 2, ["bell", "rain"], deaf) == [True, False]
 
 
 def test_a_case_knows_its_object():
