@@ -34,6 +34,7 @@ from selva.features import FeatureBundle, save_features
 from selva.media import read_video, write_audio
 from selva.models.clip_t5 import ClipImage, ClipText, build_clip
 from selva.models.random_weights import random_state_dict
+from selva.models.textsynch import TextSynch
 from selva.models.variants import Variant
 from selva.models.zoo import build_mel, build_vae, build_video_encoder
 from selva.weights.find import find_weights
@@ -203,6 +204,7 @@ def clip_frames(bench: Bench, variant: Variant, clip: nn.Module) -> Result:
 def video_encoder(bench: Bench, variant: Variant) -> Result:
     """Sync features of one clip."""
     encoder = build_video_encoder(variant.name)
+    assert isinstance(encoder, TextSynch)
     encoder.load_published(random_state_dict(encoder))
     encoder.to(bench.device).eval().requires_grad_(False)
     count, size, text_dim = SYNC_FRAMES[bench.device.type], variant.sync_image_size, variant.video_encoder.text_dim

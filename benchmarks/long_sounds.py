@@ -16,13 +16,13 @@ What has no seams has the same figures at the joins as elsewhere. Prints a Markd
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from document import write_results
 from torch import Tensor
 
 from selva import cli
@@ -35,7 +35,6 @@ from selva.models.variants import get_variant
 from selva.sampling import decode_latents, sample_latents
 from selva.sequence import DEFAULT_DURATION_SEC, SAMPLING_RATES
 from selva.utils.device import resolve_device
-from selva.utils.files import atomic_write_text
 from selva.utils.progress import Progress
 from selva.weights.load import load_clip_text, load_generator, load_vae, load_vocoder
 
@@ -136,7 +135,8 @@ def seam_figures(waveform: Tensor, rate: int, times: Sequence[float]) -> dict[st
 def measure(args, generator: Generator, device: torch.device) -> list[dict]:
     """Return a row per clip, seed and method: the means of the measures at the joins and elsewhere."""
     variant = get_variant(args.variant)
-    vae, vocoder = (load(variant.name, args.selva_dir, device) for load in (load_vae, load_vocoder))
+    vae = load_vae(variant.name, args.selva_dir, device)
+    vocoder = load_vocoder(variant.name, args.selva_dir, device)
     rate, paths = SAMPLING_RATES[variant.mode], args.features or [None]
     rows = []
     with Progress(len(paths) * args.num_seeds * len(METHODS), "sampling", "sounds") as progress:
@@ -175,8 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     device = resolve_device(args.device)
     rows = measure(args, load_generator(args.variant, args.selva_dir).to(device).eval(), device)
-    settings = {name: str(value) for name, value in vars(args).items() if name not in ("config", "debug")}
-    atomic_write_text(args.output, json.dumps({"settings": settings, "results": rows}, indent=2) + "\n")
+    write_results(args.output, vars(args), rows)
     print(markdown(rows))
     print(args.output)
     return 0

@@ -265,20 +265,26 @@ def growth_table(results: list[Result]) -> str:
     lines = ["| stage | from, to | work | time plain | time ours | memory plain | memory ours |", "|---" * 7 + "|"]
     sized = [r for r in results if r.amount is not None]
     for (stage, unit), group in groupby(sorted(sized, key=_family), key=_family):
-        rows = sorted(group, key=lambda r: r.amount)
+        rows = sorted(group, key=_amount)
         first, last = rows[0], rows[-1]
-        if first.amount == last.amount:
+        low, high = _amount(first), _amount(last)
+        if low == high:
             continue
         pairs = ((first.plain_sec, last.plain_sec), (first.ours_sec, last.ours_sec),
                  (first.plain_mib, last.plain_mib), (first.ours_mib, last.ours_mib))
         factors = [f"× {b / a:.2f}" if a and b else "" for a, b in pairs]
-        sizes = f"{first.amount:g}, {last.amount:g} {unit}"
-        lines.append("| " + " | ".join((stage, sizes, f"× {last.amount / first.amount:g}", *factors)) + " |")
+        sizes = f"{low:g}, {high:g} {unit}"
+        lines.append("| " + " | ".join((stage, sizes, f"× {high / low:g}", *factors)) + " |")
     return "\n".join(lines) if len(lines) > 2 else ""
 
 
 def _family(result: Result) -> tuple[str, str]:
     return result.stage, result.unit
+
+
+def _amount(result: Result) -> float:
+    assert result.amount is not None
+    return result.amount
 
 
 def clock(seconds: float | None) -> str:

@@ -12,9 +12,10 @@ is called. CLIP is open_clip's network either way.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -22,17 +23,38 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from selva.media import resize_frame, select_frames
-from selva.models.blocks import nearest_index, rotary_table, time_frequencies
+from selva.models.blocks import (
+    ConvMLP,
+    FusedBlock,
+    GatedMLP,
+    JointBlock,
+    Stream,
+    nearest_index,
+    rotary_table,
+    time_frequencies,
+)
 from selva.models.clip_t5 import IMAGE_MEAN, IMAGE_STD, build_clip
 from selva.models.config import ClipConfig
 from selva.models.generator import Generator
-from selva.models.synchformer import VisualTrunk
-from selva.models.textsynch import TextSynch
-from selva.models.vae import LOG_VARIANCE_RANGE, VAE, limit, magnitude_silu, magnitude_sum, pixel_norm
+from selva.models.synchformer import DividedAttention, DividedBlock, VisualTrunk
+from selva.models.textsynch import TextCrossBlock, TextSynch
+from selva.models.vae import LOG_VARIANCE_RANGE, VAE, Level, limit, magnitude_silu, magnitude_sum, pixel_norm
+from selva.models.vae import ResidualBlock as VAEBlock
 from selva.models.vocoder import AntiAliasedActivation, Vocoder, antialias_filter
+from selva.models.vocoder import ResidualBlock as VocoderBlock
 from selva.sequence import CLIP_FPS, SYNC_FPS, SYNC_SEGMENT_FRAMES, SYNC_SEGMENT_STEP, SYNC_TOKENS_PER_SEGMENT
 
 RMS_EPS = torch.finfo(torch.float32).eps
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+def each(modules: Iterable[nn.Module], kind: type[ModuleT]) -> Iterator[ModuleT]:
+    """Yield modules that are all of one class, which a list of modules does not say."""
+    for module in modules:
+        assert isinstance(module, kind), type(module)
+        yield module
+
 
 # ---------------------------------------------------------------------------------------------------------------
 # generator
@@ -72,10 +94,13 @@ def conv(layer: nn.Conv1d, x: Tensor) -> Tensor:
 def linear_or_conv(layer: nn.Module, x: Tensor) -> Tensor:
     if isinstance(layer, nn.Conv1d):
         return conv(layer, x)
-    return layer(x) if isinstance(layer, PlainLoRALinear) else F.linear(x, layer.weight, layer.bias)
+    if isinstance(layer, PlainLoRALinear):
+        return layer(x)
+    assert isinstance(layer, nn.Linear), type(layer)
+    return F.linear(x, layer.weight, layer.bias)
 
 
-def gated(mlp: nn.Module, x: Tensor) -> Tensor:
+def gated(mlp: GatedMLP | ConvMLP, x: Tensor) -> Tensor:
     return linear_or_conv(mlp.w2, F.silu(linear_or_conv(mlp.w1, x)) * linear_or_conv(mlp.w3, x))
 
 
@@ -83,8 +108,8 @@ def projected(layers: nn.Sequential, x: Tensor) -> Tensor:
     for layer in layers:
         if isinstance(layer, nn.Conv1d | nn.Linear):
             x = linear_or_conv(layer, x)
-        else:
-            x = gated(layer, x) if hasattr(layer, "w1") else layer(x)  # an MLP, or an activation without weights
+        else:  # an MLP, or an activation without weights
+            x = gated(layer, x) if isinstance(layer, GatedMLP | ConvMLP) else layer(x)
     return x
 
 
@@ -99,7 +124,7 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
 
 
-def qkv_of(stream: nn.Module, x: Tensor, table: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+def qkv_of(stream: Stream, x: Tensor, table: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
     attn = stream.attn
     q, k, v = rearrange(linear_or_conv(attn.qkv, x), "b n (h d j) -> j b h n d", h=attn.num_heads, j=3)
     q, k = rms_norm(q, attn.q_norm.weight), rms_norm(k, attn.k_norm.weight)
@@ -108,9 +133,8 @@ def qkv_of(stream: nn.Module, x: Tensor, table: tuple[Tensor, Tensor] | None) ->
     return q.to(v.dtype), k.to(v.dtype), v
 
 
-def modulation_of(stream: nn.Module, c: Tensor) -> tuple[Tensor, ...]:
-    out = stream.adaLN_modulation[1]
-    c = F.linear(F.silu(c), out.weight, out.bias)
+def modulation_of(stream: Stream, c: Tensor) -> tuple[Tensor, ...]:
+    c = linear_or_conv(stream.adaLN_modulation[1], F.silu(c))
     return c.chunk(2 if stream.pre_only else 6, dim=-1)
 
 
@@ -118,7 +142,7 @@ def norm(x: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=1e-5)
 
 
-def after_attention(stream: nn.Module, x: Tensor, attended: Tensor, modulation: Sequence[Tensor]) -> Tensor:
+def after_attention(stream: Stream, x: Tensor, attended: Tensor, modulation: Sequence[Tensor]) -> Tensor:
     gate_attn, shift, scale, gate_ffn = modulation
     x = x + linear_or_conv(stream.linear1, attended) * gate_attn
     return x + gated(stream.ffn, norm(x) * (1 + scale) + shift) * gate_ffn
@@ -154,7 +178,7 @@ def plain_velocity(model: Generator, latent: Tensor, t: Tensor, conditions: tupl
     x = projected(model.audio_input_proj, latent.to(dtype))
     global_c = (time + pooled)[:, None]
     extended_c = global_c + sync
-    for block in model.joint_blocks:
+    for block in each(model.joint_blocks, JointBlock):
         streams = ((block.latent_block, x, extended_c, table), (block.clip_block, clip, global_c, clip_table),
                    (block.text_block, text, global_c, None))
         modulations = [modulation_of(stream, c) for stream, _, c, _ in streams]
@@ -168,12 +192,11 @@ def plain_velocity(model: Generator, latent: Tensor, t: Tensor, conditions: tupl
         if not block.pre_only:
             clip = after_attention(block.clip_block, clip, outs[1], modulations[1][2:])
             text = after_attention(block.text_block, text, outs[2], modulations[2][2:])
-    for block in model.fused_blocks:
+    for block in each(model.fused_blocks, FusedBlock):
         m = modulation_of(block, extended_c)
         attended = attention(*qkv_of(block, norm(x) * (1 + m[1]) + m[0], table))
         x = after_attention(block, x, attended, m[2:])
-    out = model.final_layer.adaLN_modulation[1]
-    shift, scale = F.linear(F.silu(global_c), out.weight, out.bias).chunk(2, dim=-1)
+    shift, scale = linear_or_conv(model.final_layer.adaLN_modulation[1], F.silu(global_c)).chunk(2, dim=-1)
     return conv(model.final_layer.conv, norm(x) * (1 + scale) + shift)
 
 
@@ -236,7 +259,7 @@ def einsum_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("b i j, b j d -> b i d", scores.softmax(-1), v)
 
 
-def divided_attention(attn: nn.Module, x: Tensor, grouping: str, **sizes: int) -> Tensor:
+def divided_attention(attn: DividedAttention, x: Tensor, grouping: str, **sizes: int) -> Tensor:
     q, k, v = rearrange(linear_or_conv(attn.qkv, x), "n t (j h c) -> j (n h) t c", j=3, h=attn.num_heads)
     of_class = einsum_attention(q[:, :1], k, v)
     inner = [rearrange(y[:, 1:], f"m (f p) c -> {grouping}", **sizes) for y in (q, k, v)]
@@ -261,7 +284,7 @@ def plain_patch_tokens(trunk: VisualTrunk, segments: Tensor) -> Tensor:
     place = (trunk.pos_embed[:, None, 1:] + trunk.temp_embed[:, :, None]).flatten(1, 2)
     class_token = (trunk.cls_token + trunk.pos_embed[:, :1]).expand(len(patches), -1, -1)
     x = torch.cat((class_token, patches + place), dim=1)
-    for block in trunk.blocks:
+    for block in each(trunk.blocks, DividedBlock):
         x = x + divided_attention(block.timeattn, layer_norm(block.norm3, x), "(m p) f c", **sizes)
         x = x + divided_attention(block.attn, layer_norm(block.norm1, x), "(m f) p c", **sizes)
         hidden = F.gelu(linear_or_conv(block.mlp.fc1, layer_norm(block.norm2, x)))
@@ -280,7 +303,7 @@ def plain_aggregation(trunk: VisualTrunk, tokens: Tensor) -> Tensor:
     return rearrange(x[:, 0], "(n f) d -> n f d", f=trunk.config.num_slots)
 
 
-def plain_text_attention(block: nn.Module, x: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+def plain_text_attention(block: TextCrossBlock, x: Tensor, text: Tensor, mask: Tensor) -> Tensor:
     attn = block.attn
     q = rearrange(linear_or_conv(attn.q_proj, x), "n t (h c) -> n h t c", h=attn.num_heads)
     k, v = rearrange(linear_or_conv(attn.kv_proj, text), "n l (h c j) -> j n h l c", h=attn.num_heads, j=2)
@@ -300,9 +323,10 @@ def plain_sync_features(encoder: TextSynch, frames: Tensor, text: Tensor, mask: 
     segments = torch.stack([frames[0, s : s + SYNC_SEGMENT_FRAMES] for s in starts])
     text, mask = encoder.prepend_supplementary(text, mask)
     first, activation, mlp = encoder.text_proj
+    assert isinstance(mlp, GatedMLP)
     text = gated(mlp, activation(linear_or_conv(first, text)))
     tokens = plain_patch_tokens(trunk, segments)
-    for block in encoder.synch_text_cross_blocks:
+    for block in each(encoder.synch_text_cross_blocks, TextCrossBlock):
         tokens = plain_text_attention(block, tokens, text.expand(len(tokens), -1, -1), mask.expand(len(tokens), -1))
     return plain_aggregation(trunk, tokens).flatten(0, 1)[None]
 
@@ -327,16 +351,19 @@ def plain_vocoder(vocoder: Vocoder, mel: Tensor) -> Tensor:
     """Return the waveform (B, 1, samples)."""
     count = len(vocoder.config.residual_kernels)
     x = F.conv1d(mel, vocoder.conv_pre.weight, vocoder.conv_pre.bias, padding=3)
-    for stage, (up,) in enumerate(vocoder.ups):
+    for stage, (up,) in enumerate(each(vocoder.ups, nn.ModuleList)):
+        assert isinstance(up, nn.ConvTranspose1d) and not isinstance(up.padding, str)
         x = F.conv_transpose1d(x, up.weight, up.bias, stride=up.stride, padding=up.padding)
         total = None
-        for block in vocoder.resblocks[stage * count : (stage + 1) * count]:
+        for block in each(vocoder.resblocks[stage * count : (stage + 1) * count], VocoderBlock):
             y = x
-            layers = zip(block.activations[::2], block.convs1, block.activations[1::2], block.convs2, strict=True)
-            for first, conv1, second, conv2 in layers:
+            activations = list(each(block.activations, AntiAliasedActivation))
+            convs = (each(layers, nn.Conv1d) for layers in (block.convs1, block.convs2))
+            for first, second, conv1, conv2 in zip(activations[::2], activations[1::2], *convs, strict=True):
                 z = _dilated(conv1, plain_activation(first, y))
                 y = y + _dilated(conv2, plain_activation(second, z))
             total = y if total is None else total + y
+        assert total is not None
         x = total / count
     x = plain_activation(vocoder.activation_post, x)
     x = F.conv1d(x, vocoder.conv_post.weight, vocoder.conv_post.bias, padding=3)
@@ -373,15 +400,16 @@ def plain_clip(config: ClipConfig, paths: Sequence[Path]) -> nn.Module:
 @torch.no_grad()
 def plain_text_features(clip: nn.Module, tokens: Tensor) -> Tensor:
     """Return (B, 77, D), each of length 1, from token ids (B, 77)."""
-    x = clip.token_embedding(tokens) + clip.positional_embedding
-    return F.normalize(clip.ln_final(clip.transformer(x, attn_mask=clip.attn_mask)), dim=-1)
+    embed, transformer, norm_of_tokens = map(clip.get_submodule, ("token_embedding", "transformer", "ln_final"))
+    x = embed(tokens) + clip.get_parameter("positional_embedding")
+    return F.normalize(norm_of_tokens(transformer(x, attn_mask=clip.get_buffer("attn_mask"))), dim=-1)
 
 
 @torch.no_grad()
 def plain_clip_features(clip: nn.Module, frames: Tensor) -> Tensor:
     """Return (T, D), each of length 1, from all uint8 frames (T, 3, H, W) in one pass."""
     mean, std = (torch.tensor(x, device=frames.device)[:, None, None] for x in (IMAGE_MEAN, IMAGE_STD))
-    return F.normalize(clip.visual((frames.float() / 255 - mean) / std), dim=-1)
+    return F.normalize(clip.get_submodule("visual")((frames.float() / 255 - mean) / std), dim=-1)
 
 
 def plain_frames(path: Path, clip_size: int, sync_size: int) -> tuple[Tensor, Tensor]:
@@ -403,9 +431,10 @@ def plain_frames(path: Path, clip_size: int, sync_size: int) -> tuple[Tensor, Te
 def plain_latents(vae: VAE, mel: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and deviation of the posterior, each (B, N, C), of a log-mel spectrogram (B, bands, T)."""
     encoder = vae.encoder
+    assert encoder is not None
     x = _same(encoder.conv_in, (mel - vae.data_mean) / vae.data_std)
-    for level in encoder.down:
-        for block in level.block:
+    for level in each(encoder.down, Level):
+        for block in each(level.block, VAEBlock):
             x = limit(_plain_residual(block, x))
         if level.downsample is not None:
             x = _same(level.downsample.conv2, F.avg_pool1d(_same(level.downsample.conv1, x), 2))
@@ -420,7 +449,7 @@ def plain_latents(vae: VAE, mel: Tensor) -> tuple[Tensor, Tensor]:
     return mean.mT, (0.5 * log_variance.clamp(*LOG_VARIANCE_RANGE)).exp().mT
 
 
-def _plain_residual(block: nn.Module, x: Tensor) -> Tensor:
+def _plain_residual(block: VAEBlock, x: Tensor) -> Tensor:
     x = pixel_norm(x)
     branch = _same(block.conv2, magnitude_silu(_same(block.conv1, magnitude_silu(x))))
     return magnitude_sum(x if block.nin_shortcut is None else _same(block.nin_shortcut, x), branch)

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from data_stages import extraction, startup
+from document import begin_mark, marked_block, update_document
 from measure import Bench, Result, clock, growth_table, markdown
 from stages import Sizes, Stage, checkpointed_step, memmap_reading, sampling, training_step, vocoder
 
@@ -32,7 +33,7 @@ from selva.utils.files import atomic_write_text
 
 log = logging.getLogger("selva.benchmark")
 
-BEGIN_MARK, END_MARK = "<!-- figures: benchmarks/run.py -->", "<!-- end of figures -->"
+BEGIN_MARK = begin_mark("benchmarks/run.py")
 
 STAGES: dict[str, Stage] = {
     "train": training_step,
@@ -90,15 +91,6 @@ def tables(figures: dict[str, Any]) -> str:
     return f"{figures['title']}\n\n{markdown(results)}\n" + (f"\nHow it grows:\n\n{growth}\n" if growth else "")
 
 
-def updated_document(text: str, all_figures: Sequence[dict[str, Any]]) -> str:
-    """Return a document with the tables between its marks replaced, or added at its end where it has no marks."""
-    sections = [f"### {figures['name']}\n\n{tables(figures)}" for figures in all_figures]
-    new = "\n".join([BEGIN_MARK, "", *sections, END_MARK, ""])
-    if BEGIN_MARK in text and END_MARK in text:
-        return text[: text.index(BEGIN_MARK)] + new + text[text.index(END_MARK) + len(END_MARK) + 1 :]
-    return f"{text.rstrip()}\n\n{new}" if text else new
-
-
 @cli.entry_point
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
@@ -125,7 +117,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             results.append(result)
             log.info("%s, %s: %s", result.stage, result.size,
                      clock(result.ours_sec) if result.ratio is None else f"{result.ratio:.2f}")
-            if result.error is not None and not result.error <= result.tolerance:
+            if result.error is None:
+                continue
+            assert result.tolerance is not None
+            if not result.error <= result.tolerance:
                 wrong.append(f"{result.stage}, {result.size}: the two ways differ by {result.error:.2g}")
     name = "_".join([variant.name, args.precision, device.type, *(chosen if args.only else [])])
     figures = {"name": name, "title": title, "selva": __version__, "results": [result.row() for result in results]}
@@ -133,9 +128,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     atomic_write_text(args.out / f"{name}.md", tables(figures))
     print(tables(figures))
     if args.docs is not None:
-        text = args.docs.read_text(encoding="utf-8") if args.docs.is_file() else ""
         stored = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(args.out.glob("*.json"))]
-        atomic_write_text(args.docs, updated_document(text, stored))
+        sections = [f"### {each['name']}\n\n{tables(each)}" for each in stored]
+        update_document(args.docs, BEGIN_MARK, marked_block(BEGIN_MARK, sections))
     if wrong:
         raise ValueError("; ".join(wrong))
     return 0

@@ -13,7 +13,6 @@ Without --features the sounds are made from --prompt alone. Prints two Markdown 
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import statistics
@@ -23,6 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from document import write_results
 from torch import Tensor
 
 from selva import cli, flow
@@ -34,7 +34,6 @@ from selva.models.variants import Variant, get_variant
 from selva.sampling import decode_latents, sample_latents
 from selva.sequence import DEFAULT_DURATION_SEC, SequenceConfig, sequence_config
 from selva.utils.device import resolve_device
-from selva.utils.files import atomic_write_text
 from selva.utils.progress import Progress
 from selva.weights.load import load_clip_text, load_generator, load_vae, load_vocoder
 
@@ -70,7 +69,8 @@ class Clip:
         self.generator, self.sequence = generator, sequence
         generator.set_sequence(sequence.latent_seq_len, sequence.clip_seq_len, sequence.sync_seq_len)
         empty, device = generator.empty_features(1), generator.latent_mean.device
-        self.features = [given if own is None else own.to(device) for own, given in zip(features, empty, strict=True)]
+        clip_f, sync_f, text_f = (e if own is None else own.to(device) for own, e in zip(features, empty, strict=True))
+        self.features = clip_f, sync_f, text_f
 
     def sample(self, seed: int, config: SamplingConfig) -> tuple[Tensor, int]:
         """Return (1, N, C) latents, and how often the network ran: with guidance, twice per evaluation."""
@@ -119,7 +119,8 @@ def error_db(found: Tensor, reference: Tensor) -> float:
 def measure(args, variant: Variant, generator: Generator, clips: list[Clip]) -> list[dict[str, Any]]:
     """Return a row per setting and clip and seed; the first setting is Euler with half the steps of the reference."""
     device = generator.latent_mean.device
-    vae, vocoder = (load(variant.name, args.selva_dir, device) for load in (load_vae, load_vocoder))
+    vae = load_vae(variant.name, args.selva_dir, device)
+    vocoder = load_vocoder(variant.name, args.selva_dir, device)
     rate = clips[0].sequence.sampling_rate
     half = SamplingConfig(max(1, args.reference_steps // 2), args.cfg_strength)
     configs = [half, *settings_to_compare(args)]
@@ -172,9 +173,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     generator = load_generator(variant.name, args.selva_dir).to(device).eval()
     clips = read_clips(args, variant, generator)
     means = summaries(measure(args, variant, generator, clips))
-    settings = {name: str(value) for name, value in vars(args).items() if name not in ("config", "debug")}
     results = [{**asdict(config), "evaluations": config.num_evaluations, **mean} for config, mean in means.items()]
-    atomic_write_text(args.output, json.dumps({"settings": settings, "results": results}, indent=2) + "\n")
+    write_results(args.output, vars(args), results)
     print(markdown(means, args.num_steps))
     print(args.output)
     return 0

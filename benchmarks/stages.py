@@ -34,6 +34,7 @@ from selva.models.config import MelInversionConfig
 from selva.models.generator import Generator, cast_frozen_
 from selva.models.random_weights import random_state_dict
 from selva.models.variants import Variant
+from selva.models.vocoder import Vocoder
 from selva.models.zoo import build_generator, build_vocoder
 from selva.partition.windows import write_table
 from selva.sampling import draw_noise, sample_latents
@@ -136,7 +137,9 @@ def set_lengths(generator: Generator, variant: Variant, seconds: float = DURATIO
 
 
 def features_of(clips: list[TrainingClip], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(torch.stack([getattr(c, f) for c in clips]).to(device) for f in ("clip_f", "sync_f", "text_f"))
+    names = ("clip_f", "sync_f", "text_f")
+    clip_f, sync_f, text_f = (torch.stack([getattr(clip, name) for clip in clips]).to(device) for name in names)
+    return clip_f, sync_f, text_f
 
 
 def velocities_differ(variant: Variant, bench: Bench) -> float:
@@ -241,6 +244,7 @@ def vocoder(bench: Bench, sizes: Sizes) -> Iterator[Result]:
     if isinstance(variant.vocoder, MelInversionConfig):
         return  # the stand-in of tiny_16k, which has no plain counterpart
     network = build_vocoder(variant.vocoder)
+    assert isinstance(network, Vocoder)
     network.load_published(random_state_dict(network))
     network.to(bench.device).eval().requires_grad_(False)
     for seconds in sizes.durations:

@@ -32,7 +32,7 @@ from plain import (
     plain_weights,
     wrap_plainly_,
 )
-from torch import Tensor, nn
+from torch import Tensor
 
 from selva import cli
 from selva.data.latents import load_waveform
@@ -40,6 +40,7 @@ from selva.features import load_features
 from selva.inputs.suffixes import AUDIO_SUFFIXES
 from selva.lora.config import LoRAConfig
 from selva.models.clip_t5 import _clip_tokenizer  # which words become which numbers is no part of what is compared
+from selva.models.generator import Generator
 from selva.models.variants import Variant, get_variant
 from selva.models.zoo import build_generator, build_mel, build_vae
 from selva.sequence import sequence_config
@@ -141,7 +142,7 @@ def start_plain(args, times: StageTimes) -> Callable[[], dict[str, Tensor]]:
 
 
 @torch.no_grad()
-def without_update(generator: nn.Module) -> nn.Module:
+def without_update(generator: Generator) -> Generator:
     """Return the generator with its adapter back at the start, where it changes nothing."""
     for name, parameter in generator.named_parameters():
         if name.endswith("lora_B"):

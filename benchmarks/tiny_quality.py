@@ -27,6 +27,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from document import update_document
+from tiny_tables import BEGIN_MARK, PARTS, TITLE, figures_text
 
 from selva import cli
 from selva.checkpoint import load_adapter
@@ -53,7 +55,6 @@ from toyworld.measure import (
     single_cases,
     timing_f1,
 )
-from toyworld.tables import PARTS, figures_text, updated_document
 
 log = logging.getLogger("selva.tiny_quality")
 
@@ -287,8 +288,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         figures[name] = MEASURES[name](bench)
         log.info("%s measured in %s", name, clock(time.monotonic() - started))
         atomic_write_text(args.output, json.dumps(figures, indent=2) + "\n")
-    text = args.document.read_text(encoding="utf-8") if args.document.is_file() else ""
-    atomic_write_text(args.document, updated_document(text, figures))
+    update_document(args.document, BEGIN_MARK, figures_text(figures), TITLE)
     print(figures_text(figures))
     print(args.output)
     print(args.document)

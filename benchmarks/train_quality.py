@@ -15,7 +15,6 @@ half of what guidance uses. Writes a JSON file and prints a Markdown table.
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import statistics
 import sys
@@ -24,6 +23,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from document import write_results
 from torch import Tensor
 
 from selva import cli, flow
@@ -41,7 +41,6 @@ from selva.training.config import TrainConfig
 from selva.training.objective import validate
 from selva.training.run import TrainingRun
 from selva.utils.device import resolve_device
-from selva.utils.files import atomic_write_text
 from selva.utils.progress import Progress
 from selva.weights.load import load_generator, load_vae
 
@@ -112,6 +111,7 @@ def published_clips(
     result = []
     for index in range(len(clips)):
         clip = clips.clip(index)
+        assert clip.audio_path is not None
         waveform = load_waveform(clip.audio_path, clip.sequence, "peak")
         waveform = F.pad(waveform, (0, full.num_audio_frames - waveform.shape[0]))
         mean, _ = encode_latents(waveform[None].to(device), mel, vae)
@@ -222,8 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                         results.append({"seed": seed, "way": way, "step": step, **row})
                         log.info("seed %d, %s, %d updates: cond %.4f, null %.4f", seed, way, step, row["cond"],
                                  row["null"])
-    settings = {name: str(value) for name, value in vars(args).items() if name not in ("config", "debug")}
-    atomic_write_text(args.output, json.dumps({"settings": settings, "results": results}, indent=2) + "\n")
+    write_results(args.output, vars(args), results)
     print(markdown(results))
     print(args.output)
     return 0

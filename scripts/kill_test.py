@@ -56,14 +56,19 @@ def newest_step(folder: Path) -> int:
     return max(steps, default=0)
 
 
-def undisturbed_run(command: list[str], folder: Path, quiet: dict) -> tuple[float, float]:
+def start_quietly(command: list[str]) -> subprocess.Popen[bytes]:
+    """Start a process whose output is thrown away."""
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def undisturbed_run(command: list[str], folder: Path) -> tuple[float, float]:
     """Run to the end and return the seconds before the first step and those after it.
 
     Raises:
         ValueError: the run failed.
     """
     started, first_step = time.monotonic(), None
-    process = subprocess.Popen(command, **quiet)
+    process = start_quietly(command)
     while process.poll() is None:
         if first_step is None and (folder / "config.yaml").exists():
             first_step = time.monotonic()
@@ -78,13 +83,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     if args.work_dir.exists() and any(args.work_dir.iterdir()):
         raise cli.UsageError(f"--work_dir {args.work_dir}: is not empty")
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    loading, training = undisturbed_run(train_command(args, args.work_dir / "whole"), args.work_dir / "whole", quiet)
+    whole = args.work_dir / "whole"
+    loading, training = undisturbed_run(train_command(args, whole), whole)
     log.info("undisturbed run: %d steps in %.1f s, after %.1f s of loading", args.steps, training, loading)
 
     killed, rng = args.work_dir / "killed", random.Random(args.seed)
     for number in range(1, args.kills + 1):
-        process = subprocess.Popen(train_command(args, killed), **quiet)
+        process = start_quietly(train_command(args, killed))
         wait = rng.uniform(0.7 * loading, loading + 1.6 * training / args.kills)  # now and then while still loading
         try:
             process.wait(wait)
@@ -94,7 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             process.kill()
             process.wait()
         log.info("kill %2d after %4.1f s: newest checkpoint at step %d", number, wait, newest_step(killed))
-    subprocess.run(train_command(args, killed), check=not (killed / "adapter_final.pt").exists(), **quiet)
+    subprocess.run(train_command(args, killed), check=not (killed / "adapter_final.pt").exists(),
+                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     one, two = (load_adapter(args.work_dir / name / "adapter_final.pt").tensors for name in ("whole", "killed"))
     equal = one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)

@@ -10,6 +10,7 @@ every clip) and events.tsv (what happens when). The same seed makes the same cli
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -72,12 +73,8 @@ def event_rows(stem: str, scene: Scene) -> list[str]:
     ]
 
 
-@cli.entry_point
-def main(argv: Sequence[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
-    if args.list:
-        print(list_sounds())
-        return 0
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raise UsageError with everything that is wrong on the command line."""
     problems = []
     if args.out is None:
         problems.append("--out is missing: the folder for the clips")
@@ -91,6 +88,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         problems.append(f"--seed is {args.seed}, expected 0 or more")
     if problems:
         raise cli.UsageError("; ".join(problems))
+
+
+@cli.entry_point
+def main(argv: Sequence[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    if args.list:
+        print(list_sounds())
+        return 0
+    check_arguments(args)
     sound, prompts, events = get_class(args.sound).name, [], []
     with Progress(args.count, "making clips", "clips") as progress:
         for number in range(1, args.count + 1):

@@ -170,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if media is None:
                     continue
                 waveform, rate = mono(media)
-                note = judge(waveform, rate, truth, classifier, judged[kind]) if truth else ""
+                note = judge(waveform, rate, truth, classifier, judged[kind]) if truth and classifier else ""
                 takes.append(ReportSound(LABELS[kind], note, media, waveform, rate))
             rows.append((name, takes, truth[1] if truth else []))
             progress.update(number)

@@ -97,6 +97,7 @@ def half_precision(template: nn.Module, seed: int) -> dict[str, Tensor]:
 
 
 def t5_tensors(variant: Variant, seed: int) -> dict[str, Tensor]:
+    assert variant.t5 is not None, variant.name
     tensors = half_precision(meta_t5(variant.t5), seed)
     del tensors[T5_EMBEDDING_COPY]  # the published file stores the shared table once
     return tensors

@@ -49,8 +49,8 @@ def draw_backdrop(rng: np.random.Generator, cluttered: bool) -> Backdrop:
     for _ in range(rng.integers(5, 11) if cluttered else 0):
         on_wall = rng.random() < 0.75
         base = wall if on_wall else floor
-        tint = tuple(float(v) for v in rng.uniform(40, 225, 3))
-        colour = mixed(base, tint, float(rng.uniform(0.15, 0.4)))
+        red, green, blue = rng.uniform(40, 225, 3).tolist()
+        colour = mixed(base, (red, green, blue), float(rng.uniform(0.15, 0.4)))
         y = rng.uniform(0.05, HORIZON - 0.06) if on_wall else rng.uniform(HORIZON + 0.03, 0.98)
         half = rng.uniform(0.03, 0.13, 2) * (1.0, 1.0 if on_wall else 0.35)
         clutter.append((float(rng.random()), float(y), float(half[0]), float(half[1]), darker(colour, 0.08),

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from toyworld import looks, sound
 from toyworld.paint import Colour
 
-_METALS = {"golden": (222, 178, 62), "silver": (196, 202, 210), "copper": (196, 112, 70)}
-_PLASTICS = {"red": (214, 56, 48), "blue": (58, 98, 214), "green": (52, 168, 84), "yellow": (238, 202, 60),
-             "orange": (238, 134, 44), "purple": (142, 74, 184)}
+_METALS: dict[str, Colour] = {"golden": (222, 178, 62), "silver": (196, 202, 210), "copper": (196, 112, 70)}
+_PLASTICS: dict[str, Colour] = {
+    "red": (214, 56, 48), "blue": (58, 98, 214), "green": (52, 168, 84), "yellow": (238, 202, 60),
+    "orange": (238, 134, 44), "purple": (142, 74, 184),
+}
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ Both are fitted or checked on the world's own sound only and know nothing of any
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,7 +36,7 @@ def heard_events(sound: np.ndarray, rate: int = RATE) -> list[float]:
     return times
 
 
-def timing(sound: np.ndarray, true_times: Sequence[float], rate: int = RATE) -> EventMatch:
+def timing(sound: np.ndarray, true_times: Iterable[float], rate: int = RATE) -> EventMatch:
     """Return how well what is heard in (samples,) matches the true times, within 80 ms."""
     return match_events(heard_events(sound, rate), list(true_times))
 

@@ -124,6 +124,7 @@ def gate(times: np.ndarray, events: Sequence[Event]) -> np.ndarray:
     """Return 0 where a running source is off and its strength where it is on, with short ramps."""
     result = np.zeros(len(times))
     for event in events:
+        assert event.end_sec is not None  # a running source, not an impact
         rise = np.clip((times - event.time_sec) / GATE_RAMP_SEC, 0, 1)
         fall = np.clip((event.end_sec + GATE_RELEASE_SEC - times) / GATE_RELEASE_SEC, 0, 1)
         level = np.minimum(rise, fall)
@@ -135,6 +136,7 @@ def turns(times: np.ndarray, events: Sequence[Event], slowest_hz: float, fastest
     """Return the revolutions done since the start; while running, the speed grows with the strength of the run."""
     result = np.zeros(len(times))
     for event in events:
+        assert event.end_sec is not None
         on = np.clip(times - event.time_sec, 0, event.end_sec + GATE_RELEASE_SEC - event.time_sec)  # it coasts to rest
         result += on * speed_hz(event, slowest_hz, fastest_hz)
     return result

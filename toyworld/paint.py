@@ -6,6 +6,7 @@ is given by its signed distance (negative inside), and only the pixels around it
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -16,7 +17,8 @@ Colour = tuple[float, float, float]  # red, green and blue in [0, 255]
 
 def mixed(a: Colour, b: Colour, share: float) -> Colour:
     """Return the colour that is ``share`` of the way from ``a`` to ``b``."""
-    return tuple(x + share * (y - x) for x, y in zip(a, b, strict=True))  # type: ignore[return-value]
+    red, green, blue = (x + share * (y - x) for x, y in zip(a, b, strict=True))
+    return red, green, blue
 
 
 def darker(colour: Colour, share: float = 0.3) -> Colour:
@@ -123,11 +125,10 @@ class Canvas:
         xs, ys = [p[0] for p in points], [p[1] for p in points]
 
         def distance(px: np.ndarray, py: np.ndarray) -> np.ndarray:
-            result = None
+            distances = []
             for (ax, ay), (bx, by) in zip(points, [*points[1:], points[0]], strict=True):
                 length = math.hypot(bx - ax, by - ay) + 1e-9
-                outside = ((px - ax) * (by - ay) - (py - ay) * (bx - ax)) / length
-                result = outside if result is None else np.maximum(result, outside)
-            return result
+                distances.append(((px - ax) * (by - ay) - (py - ay) * (bx - ax)) / length)
+            return functools.reduce(np.maximum, distances)
 
         self._paint((min(xs), min(ys), max(xs), max(ys)), distance, colour, alpha, shade)

@@ -216,12 +216,12 @@ def _draw_events(
 def _draw_thing(rng: np.random.Generator, name: str, side: int | None, events: tuple[Event, ...]) -> Thing:
     kind = get_class(name)
     colour = str(rng.choice(list(kind.colours)))
-    rgb = tuple(float(v) for v in np.clip(np.array(kind.colours[colour]) * rng.uniform(0.9, 1.1, 3), 0, 255))
+    red, green, blue = np.clip(np.array(kind.colours[colour]) * rng.uniform(0.9, 1.1, 3), 0, 255).tolist()
     if side is None:
         x, reach, middle = rng.uniform(0.38, 0.62), rng.uniform(0.19, 0.27), 0.23
     else:
         x, reach, middle = (0.26, 0.74)[side] + rng.uniform(-0.02, 0.02), rng.uniform(0.14, 0.19), 0.165
     return Thing(
-        name, colour, rgb, float(x), float(rng.uniform(0.82, 0.9)), float(reach), float((reach / middle) ** 1.3),
-        float(rng.uniform(0.75, 1.25)) if side is not None else 1.0, events,
+        name, colour, (red, green, blue), float(x), float(rng.uniform(0.82, 0.9)), float(reach),
+        float((reach / middle) ** 1.3), float(rng.uniform(0.75, 1.25)) if side is not None else 1.0, events,
     )

@@ -8,7 +8,7 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -18,7 +18,7 @@ _HIGHEST = 0.47  # of the rate: partials above would fold back
 
 
 def partials(
-    rate: int, seconds: float, hertz: Sequence[float], levels: Sequence[float], decays_sec: Sequence[float]
+    rate: int, seconds: float, hertz: Iterable[float], levels: Iterable[float], decays_sec: Iterable[float]
 ) -> np.ndarray:
     """Return a sum of decaying sines, what a struck stiff body gives."""
     t = np.arange(round(seconds * rate)) / rate

@@ -41,7 +41,10 @@ class World:
         """Replace the gradients by their mean over all processes, in place, in one message."""
         if self.size == 1:
             return
-        gradients = [p.grad for p in parameters]
+        gradients = []
+        for parameter in parameters:
+            assert parameter.grad is not None
+            gradients.append(parameter.grad)
         flat = torch.cat([g.flatten() for g in gradients])
         dist.all_reduce(flat)
         flat /= self.size

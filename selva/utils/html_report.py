@@ -15,12 +15,16 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from selva.utils.files import atomic_write_text
 from selva.utils.metrics_log import MetricsFile, smoothed
 from selva.utils.plots import draw_spectrogram, new_figure, power_spectrogram
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _STYLE = """
 :root { --text: #1d2127; --soft: #5d6672; --line: #d9dee5; --back: #ffffff; --card: #f5f7fa; --good: #1c7c54; }
@@ -197,7 +201,7 @@ def loss_png(metrics: MetricsFile) -> bytes | None:
     return _png(figure)
 
 
-def _png(figure) -> bytes:
+def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
     return buffer.getvalue()

@@ -11,17 +11,19 @@ from selva.utils.metrics_log import MetricsFile, smoothed
 
 if TYPE_CHECKING:
     import numpy as np
+    from matplotlib.figure import Figure
     from torch import Tensor
 
 
-def new_figure(width_in: float, height_in: float):
+
+def new_figure(width_in: float, height_in: float) -> Figure:
     """Return a matplotlib figure that needs no display and registers nowhere; 100 dots per inch."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width_in, height_in), dpi=100, layout="constrained")
 
 
-def save_figure(figure: Any, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
     with atomic_path(path) as temporary:
         figure.savefig(temporary)
 
@@ -31,6 +33,7 @@ def plot_losses(metrics: MetricsFile, folder: Path, title: str) -> None:
     steps, losses = metrics.series("loss")
     if not steps:
         return
+
     for name, values, label in (
         ("loss_raw.png", losses, "training loss"),
         ("loss_smoothed.png", smoothed(losses), "training loss, smoothed"),

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib
 import json
-from pathlib import Path
 
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+from benchmarks.document import END_MARK
+
 SMALL = ["--variant", "tiny_16k", "--device", "cpu", "--precision", "fp32", "--repeats", "1", "--batches", "1", "2",
          "--durations", "1", "--clips", "2", "--rows", "4", "8"]
 
@@ -17,7 +17,6 @@ SMALL = ["--variant", "tiny_16k", "--device", "cpu", "--precision", "fp32", "--r
 @pytest.fixture
 def benchmark(monkeypatch):
     """``benchmark("run")`` imports a module of the folder as a script there would."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
     measure = importlib.import_module("measure")
     monkeypatch.setattr(measure, "CEILING_SIZE", {"cpu": 64})
     return importlib.import_module
@@ -29,7 +28,7 @@ def test_a_small_run_of_every_stage_but_the_slow_ones(benchmark, tmp_path, capsy
     monkeypatch.setattr(data_stages, "DURATION_SEC", 1.5)
     monkeypatch.setattr(benchmark("stages"), "STEPS", 2)
     document = tmp_path / "page.md"
-    document.write_text(f"before\n\n{run.BEGIN_MARK}\nold\n{run.END_MARK}\n\nafter\n", encoding="utf-8")
+    document.write_text(f"before\n\n{run.BEGIN_MARK}\nold\n{END_MARK}\n\nafter\n", encoding="utf-8")
     stages = ["train", "checkpoint", "extract", "sample", "memmap"]
     given = [*SMALL, "--only", ",".join(stages), "--out", str(tmp_path / "out"), "--docs", str(document)]
     assert run.main(given) == 0  # 1 if the two ways differ

@@ -117,7 +117,7 @@ def test_feature_files_hold_everything_of_the_rows(tmp_path, capsys, caplog):
         for key, value in (("mean", bundle.latent_mean), ("std", bundle.latent_std),
                            ("text_features", bundle.text_features), ("clip_features", bundle.clip_features),
                            ("sync_features", bundle.sync_features)):
-            assert torch.equal(value[0], tensors[key][index])
+            assert value is not None and torch.equal(value[0], tensors[key][index])
 
 
 @pytest.mark.parametrize(("rows", "flags"), [(3, []), (1, ["--decode_audio"])])

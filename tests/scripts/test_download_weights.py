@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import scripts.download_weights as script
-from selva.models import zoo
+from selva.models.variants import WEIGHT_FILES, get_variant
 from selva.weights.find import check_weights
 
 ROOT = Path(__file__).parents[2]
@@ -28,7 +28,7 @@ class Hub(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), HubHandler)
         self.files = {}  # "owner/repo/path": bytes
         self.requests = []  # (method, path, range)
-        self.break_after = None  # bytes after which the next GET loses its connection
+        self.break_after: int | None = None  # bytes after which the next GET loses its connection
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
     def add(self, file, content):
@@ -40,6 +40,8 @@ class Hub(http.server.ThreadingHTTPServer):
 
 
 class HubHandler(http.server.BaseHTTPRequestHandler):
+    server: Hub
+
     def log_message(self, *args):
         pass
 
@@ -62,7 +64,9 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
             self.end_headers()
             return
         content = self.server.files[name]
-        start = int(re.fullmatch(r"bytes=(\d+)-", span)[1]) if span else 0
+        match = re.fullmatch(r"bytes=(\d+)-", span or "bytes=0-")
+        assert match is not None, span
+        start = int(match[1])
         self.send_response(206 if span else 200)
         self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
         self.send_header("X-Repo-Commit", COMMIT)
@@ -94,11 +98,11 @@ def hub(monkeypatch, tmp_path):
     )
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub_cache"))
     for name in ("small_16k", "small_44k", "mmaudio_small_44k"):
-        for file in script.needed_files(zoo.get_variant(name)):
+        for file in script.needed_files(get_variant(name)):
             content = server.add(file, f"content of {file.name}".encode() * 100)
-            if file.name in zoo.WEIGHT_FILES and file.md5_verified:
+            if file.name in WEIGHT_FILES and file.md5_verified:
                 stand_in = dataclasses.replace(file, md5=hashlib.md5(content).hexdigest())
-                monkeypatch.setitem(zoo.WEIGHT_FILES, file.name, stand_in)
+                monkeypatch.setitem(WEIGHT_FILES, file.name, stand_in)
     yield server
     server.shutdown()
     thread.join()

@@ -23,6 +23,7 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "inspect_dataset.py"
 @pytest.fixture(scope="module")
 def main():
     spec = importlib.util.spec_from_file_location("inspect_dataset", SCRIPT)
+    assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.main
@@ -105,6 +106,7 @@ def test_videos_are_found_by_what_the_features_were_made_from(feature_dir, clip_
 
 def test_frames_stand_above_their_time(tmp_path, clip_dir):
     strip = frame_strip(clip_dir / "knock_0.mp4", 0.0, 2.0, shape=6.0)  # the video is 96 x 64: four frames
+    assert strip is not None
     assert strip.shape == (overview.TILE_PIXELS, 4 * 144, 3) and strip.dtype == np.uint8
     for index, time in enumerate((0.25, 0.75, 1.25, 1.75)):
         tile = strip[:, index * 144 : (index + 1) * 144]

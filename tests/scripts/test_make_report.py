@@ -45,7 +45,9 @@ def test_the_page_says_what_changed(folders, monkeypatch, capsys):
     assert capsys.readouterr().out.strip() == str(folders / "report.html")
     page = (folders / "report.html").read_text(encoding="utf-8")
     assert "recognised as gong" in page and "0 of 2 → 2 of 2" in page
-    before, after = map(float, re.search(r"(\d\.\d\d) → (\d\.\d\d)", page).groups())
+    found = re.search(r"(\d\.\d\d) → (\d\.\d\d)", page)
+    assert found is not None
+    before, after = map(float, found.groups())
     assert before < 0.5 and after > 0.9
     assert page.count("<video") == 6 and "3 steps in 6 s" in page and "<h1>A gong</h1>" in page
     assert "http" not in re.sub(r"base64,[^\"]+", "", page)

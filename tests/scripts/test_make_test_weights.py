@@ -9,12 +9,14 @@ from scripts.make_test_weights import generator_tensors, main, vocoder_tensors
 from selva.models import zoo
 from selva.models.vocoder import FILTER_SUFFIXES
 from selva.weights import load as weights
+from selva.weights.find import check_weights
 
 
 @pytest.fixture(autouse=True)
 def small_variant(monkeypatch):
     """``small_16k`` with its published file names, the sizes of the tiny model and a narrow vocoder."""
     tiny = zoo.get_variant("tiny_16k")
+    assert tiny.t5 is not None
     variant = dataclasses.replace(
         tiny, name="small_16k", generator_file="generator_small_16k_sup_5.pth", packaged=False,
         t5=dataclasses.replace(tiny.t5, byte_tokens=False),
@@ -52,7 +54,7 @@ def test_a_layout_is_complete_and_says_that_it_is_random(tmp_path, capsys, layou
     files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     assert files == {"README.txt", *expected.split()}
     assert "RANDOM WEIGHTS" in (tmp_path / "README.txt").read_text()
-    weights.check_weights("small_16k", tmp_path)
+    check_weights("small_16k", tmp_path)
 
 
 def test_the_same_seed_writes_the_same_weights(tmp_path, small_variant):

@@ -9,8 +9,11 @@ import pytest
 import torch
 
 from benchmarks import tiny_quality
+from benchmarks.document import END_MARK, with_block
+from benchmarks.tiny_tables import BEGIN_MARK, TITLE, figures_text
 from selva.weights.load import load_generator
 from toyworld import measure
+from toyworld.judging import Classifier, fit_classifier
 
 
 @pytest.fixture(autouse=True)
@@ -24,8 +27,6 @@ def small(monkeypatch):
 
 
 def measure_classifier():
-    from toyworld.judging import fit_classifier
-
     return fit_classifier(count=3, names=("bell", "rain", "gong"))
 
 
@@ -60,14 +61,39 @@ def test_the_random_generator_has_the_scale_but_not_the_weights_of_the_real_one(
 
 
 def test_margins_are_of_the_right_class():
-    class Scores:
-        names = ("bell", "rain")
-
+    class Scores(Classifier):
         def scores(self, sound):
             return np.array([3.0, 1.0])
 
-    class Bench:
-        classifier = Scores()
+    class Bench(tiny_quality.Bench):
+        def __init__(self) -> None:
+            self.classifier = Scores(("bell", "rain"), np.zeros((2, 80)), np.eye(80))
 
     cases = measure.single_cases(["bell", "rain"], 1, 0, 2.0)
     assert tiny_quality.margins([np.zeros(1)] * 2, cases, Bench()) == [2.0, -2.0]
+
+
+FIGURES = {
+    "selection": {"scenes": 4, "f1_named": 0.8, "f1_other": 0.2, "difference": 0.6, "class_accuracy": 0.75},
+    "guidance": {
+        "scenes": 4, "strengths": {"4.5": {"timing_f1": 0.8, "class_accuracy": 0.9, "margin": 12.0}},
+        "negative_scenes": 2,
+        "negative": {"with": {"avoided": 0.1, "other": 0.8, "sounds_like_avoided": 0.0}},
+    },
+}
+
+
+def updated_document(text: str, figures: dict) -> str:
+    return with_block(text or TITLE, BEGIN_MARK, figures_text(figures))
+
+
+def test_the_document_keeps_what_people_wrote():
+    first = updated_document("# Title\n\nWritten by hand.\n", {"selection": FIGURES["selection"]})
+    assert first.startswith("# Title\n\nWritten by hand.\n\n" + BEGIN_MARK) and "| 0.80 | 0.20 | 0.60 | 75 % |" in first
+    more = first + "\nAfterwards.\n"
+    second = updated_document(more, FIGURES)
+    assert second.startswith("# Title\n\nWritten by hand.\n\n") and second.endswith(f"{END_MARK}\n\nAfterwards.\n")
+    assert second.count(BEGIN_MARK) == 1 and "| 4.5 | 0.80 | 90 % | 12 |" in second
+    assert updated_document(second, FIGURES) == second
+    assert updated_document("", FIGURES).startswith("# tiny_16k")
+    assert "Timing and class" not in figures_text(FIGURES)  # what was not measured is not there

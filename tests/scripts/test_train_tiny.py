@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 
 from scripts.train_tiny import main
 from selva.flow import SamplingConfig
+from selva.models.textsynch import TextSynch
 from selva.sampling import decode_latents, sample_latents
 from selva.weights import load as weights
 from toyworld.training.stages import STAGES, Recipe
@@ -48,7 +49,9 @@ def test_the_export_is_what_the_package_loads(trained, monkeypatch):
     text = weights.load_clip_text("tiny_16k").encode(["a bell rings"])
     clip = weights.load_clip_image("tiny_16k").encode(torch.rand(10, 3, 64, 64))[None]
     frames = torch.rand(1, 16, 3, 80, 80) * 2 - 1
-    sync = weights.load_video_encoder("tiny_16k").encode(frames, *weights.load_t5("tiny_16k").encode(["a bell rings"]))
+    encoder = weights.load_video_encoder("tiny_16k")
+    assert isinstance(encoder, TextSynch)
+    sync = encoder.encode(frames, *weights.load_t5("tiny_16k").encode(["a bell rings"]))
     latents = sample_latents(generator, clip, sync, text, [0], SamplingConfig(num_steps=2))
     sound = decode_latents(latents, weights.load_vae("tiny_16k"), weights.load_vocoder("tiny_16k"))
     assert sound.shape == (1, 40 * 512) and sound.isfinite().all()

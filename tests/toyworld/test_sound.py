@@ -37,6 +37,7 @@ def test_the_hum_of_a_fan_follows_its_speed():
     scene = make_scene(1, ["motor"])
     sound, thing = scene.sound(), scene.objects[0]
     for event in thing.events:
+        assert event.end_sec is not None
         part = sound[int((event.time_sec + 0.05) * 16_000) : int(event.end_sec * 16_000)]
         hertz, level = spectrum(part, 16_000)
         speed = 0.7 + (2.2 - 0.7) * (event.strength - 0.5) / 0.5

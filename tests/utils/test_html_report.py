@@ -95,4 +95,5 @@ def test_the_loss_picture_needs_a_loss():
     metrics = MetricsFile()
     assert loss_png(metrics) is None
     metrics.append([{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0, "val_loss": 1.5}])
-    assert loss_png(metrics).startswith(PNG)
+    picture = loss_png(metrics)
+    assert picture is not None and picture.startswith(PNG)

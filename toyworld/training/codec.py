@@ -99,6 +99,7 @@ class DecoderTask(VaeTask):
     def __init__(self, vae: VAE, train: Tensor, held_out: Tensor) -> None:
         super().__init__(vae, train, held_out)
         vae.requires_grad_(False)
+        assert vae.decoder is not None
         self.network = vae.decoder.requires_grad_(True)
 
     def loss(self, rng: np.random.Generator, batch_size: int) -> tuple[Tensor, dict[str, float | Tensor]]:

@@ -45,9 +45,10 @@ def initialised_t5(variant: Variant) -> T5Text:
     """Return the T5 encoder of a variant with fresh weights, ready to be trained."""
     import transformers
 
+    assert variant.t5 is not None, variant.name
     encoder = T5Text(variant.t5)
-    config = encoder.t5.config
-    encoder.load_published(transformers.T5EncoderModel(config).state_dict())
+    assert isinstance(encoder.t5, transformers.T5EncoderModel)
+    encoder.load_published(transformers.T5EncoderModel(encoder.t5.config).state_dict())
     return encoder.requires_grad_(True)
 
 
@@ -76,7 +77,9 @@ class SyncNetwork(nn.Module):
         super().__init__()
         dim = variant.video_encoder.embed_dim
         self.t5 = initialised_t5(variant)
-        self.encoder: TextSynch = build_video_encoder(variant.name)
+        encoder = build_video_encoder(variant.name)
+        assert isinstance(encoder, TextSynch)
+        self.encoder = encoder
         assert dim == MAP_WIDTH + 1, (dim, MAP_WIDTH)
         self.place_head = nn.Linear(dim, MAP_WIDTH + len(CLASSES) + 1)
         self.named_head = nn.Linear(dim, 1 + MAP_WIDTH)
@@ -124,7 +127,7 @@ def pixels_to_input(frames: Tensor) -> Tensor:
     return frames.float().div_(127.5).sub_(1)
 
 
-def small_attention(device: torch.device) -> AbstractContextManager[None]:
+def small_attention(device: torch.device) -> AbstractContextManager[object]:
     """Return a context in which a CPU computes attention by plain matrix products, faster for groups of few tokens."""
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
 
@@ -154,6 +157,7 @@ def start_from_components_(encoder: TextSynch, pool: ScenePool, samples: int = 4
         rows.append(torch.stack((first, whitened * sign), dim=1))  # (half, 2 frames, 3 patch patch)
     weight = torch.cat(rows).unflatten(-1, (3, patch, patch)).movedim(1, 2)  # (dim, 3, 2, patch, patch)
     projection = encoder.vfeat_extractor.patch_embed_3d["proj"]
+    assert isinstance(projection, nn.Conv3d) and projection.bias is not None
     projection.weight.copy_(weight)
     projection.bias.copy_(-torch.einsum("dctyx,cyx->d", weight, still.mean(0).unflatten(0, (3, patch, patch))))
 
@@ -164,6 +168,8 @@ class SyncTask(Task):
     Most of the work is looking, before any text is read, so a second prompt costs little; where there are two things it
     names the other one, so that the same pictures ask for opposite answers.
     """
+
+    network: SyncNetwork
 
     def __init__(self, network: SyncNetwork, pool: ScenePool, held_out: ScenePool) -> None:
         self.network, self.pool, self.held_out = network, pool, held_out
@@ -377,6 +383,8 @@ class ClipNetwork(nn.Module):
 class ClipTask(Task):
     """Tell sentences apart by what they name, made-up names too; pictures by what they show; and match the two."""
 
+    network: ClipNetwork
+
     def __init__(self, network: ClipNetwork, pool: ScenePool, held_out: ScenePool) -> None:
         self.network, self.pool, self.held_out = network, pool, held_out
 
@@ -397,10 +405,11 @@ class ClipTask(Task):
         scale = self.network.log_scale.exp().clamp(max=50)
         logits = scale * F.normalize(text, dim=-1) @ F.normalize(image, dim=-1).T  # (texts, images)
         right = shown[:, labels].T  # (texts, images)
-        return 0.5 * sum(
+        of_texts, of_images = (
             -((r / r.sum(1, keepdim=True)) * x.log_softmax(1)).sum(1).mean()
             for x, r in ((logits, right), (logits.T, right.T))
         )
+        return 0.5 * (of_texts + of_images)
 
     def _apart(self, rng: np.random.Generator, batch_size: int) -> Tensor:
         """Return the contrastive loss of pairs of sentences about the same made-up thing."""

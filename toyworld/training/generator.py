@@ -16,9 +16,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from selva.data.dataset import Batch
+from selva.models.blocks import JointBlock
 from selva.models.clip_t5 import ClipImage, ClipText
 from selva.models.generator import Generator
 from selva.models.mel import MelSpectrogram
@@ -179,6 +180,7 @@ def _picture_features(
     device = encoders.vae.data_mean.device
     pictures = torch.from_numpy(scene.frames(config.fps, config.size)).permute(0, 3, 1, 2)[None].to(device)
     small = torch.from_numpy(scene.frames(CLIP_FPS, clip_size)).permute(0, 3, 1, 2)
+    assert encoders.sync is not None, "pictures need the video encoder"
     return encoders.sync.encode(pictures, [prompt])[0], encoders.clip_image.encode(small)
 
 
@@ -192,6 +194,7 @@ def start_with_a_sense_of_place_(generator: Generator) -> None:
     training alone, this takes far longer than everything else.
     """
     block = generator.joint_blocks[0]
+    assert isinstance(block, JointBlock)
     heads, pair = generator.config.num_heads, 2 * PLACE_PAIR
     for stream, selector in ((block.latent_block, 0), (block.text_block, 1)):  # queries of latents, keys of text
         qkv = stream.attn.qkv
@@ -208,6 +211,7 @@ def start_with_a_sense_of_place_(generator: Generator) -> None:
 def quieten_frames_(generator: Generator) -> None:
     """Bring CLIP frame features, which a generator has never met, near to the learned "nothing" that it knows."""
     projection = generator.clip_input_proj[0]
+    assert isinstance(projection, nn.Linear)
     projection.bias.add_((1 - FRAME_SHARE) * generator.empty_clip_feat[0] @ projection.weight.T)
     projection.weight.mul_(FRAME_SHARE)
 
@@ -249,8 +253,9 @@ class GeneratorTask(Task):
         lengths = sequence_config("16k", duration_sec)
         last = (scenes.sequence.sync_seq_len - lengths.sync_seq_len) // SYNC_TOKENS_PER_SEGMENT
         last = min(last, (scenes.sequence.latent_seq_len - lengths.latent_seq_len) // LATENTS_PER_SEGMENT)
-        items, segment = rng.integers(len(scenes), size=count), rng.integers(last + 1, size=count)
-        batch = scenes.batch(items, segment, duration_sec, rng.integers(WORDINGS, size=count))
+        numbers = (len(scenes), last + 1, WORDINGS)
+        items, segment, wording = (rng.integers(number, size=count).tolist() for number in numbers)
+        batch = scenes.batch(items, segment, duration_sec, wording)
         if scenes.has_pictures:
             return batch
         other_f = scenes.other_sync(items, segment, lengths.sync_seq_len)

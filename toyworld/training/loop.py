@@ -23,7 +23,7 @@ from selva.training.ema import EMA
 from selva.utils.files import atomic_path
 from selva.utils.progress import Progress
 
-log = logging.getLogger(__name__)
+log = logging.getLogger(f"selva.{__name__}")  # below the logger that scripts set up
 
 STATE_FILE, METRICS_FILE = "state.pt", "metrics.jsonl"
 

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -41,7 +41,7 @@ from toyworld.training.generator import (
 from toyworld.training.loop import STATE_FILE, LoopConfig, Task, train
 from toyworld.training.scenes import PoolConfig, ScenePool
 
-log = logging.getLogger(__name__)
+NetworkT = TypeVar("NetworkT", bound=nn.Module)
 
 STAGES = ("vae", "decoder", "vocoder", "clip", "sync", "generator", "finetune")
 WEIGHTS_FILE = "weights.pt"
@@ -146,7 +146,7 @@ class StageRunner:
         with atomic_path(self.weights_path(stage)) as temporary:
             torch.save(keep() if keep else task.network.state_dict(), temporary)
 
-    def _read(self, stage: str, network: nn.Module) -> nn.Module:
+    def _read(self, stage: str, network: NetworkT) -> NetworkT:
         """Load the weights of a finished stage and freeze the network."""
         path = self.weights_path(stage)
         if not path.is_file():
@@ -249,20 +249,18 @@ class StageRunner:
     ) -> tuple[EncodedScenes, EncodedScenes]:
         """Return scenes to train on, and held-out ones; made anew when the weights they depend on have changed."""
         kind = "ideal" if clip_size is None else "encoded"
-        marks = [hashlib.sha256(self.weights_path(stage).read_bytes()).hexdigest()[:16] for stage in depends_on]
-        return tuple(
-            EncodedScenes.load_or_make(
-                PoolConfig(seed, number, self.recipe.generator_sec, self.variant.sync_image_size), encoders, clip_size,
-                self.folder / "cache" / f"{kind}_{name}.pt", " ".join(marks),
-            )
-            for name, seed, number in (
-                ("train", TRAIN_SEED, count), ("held_out", HELD_OUT_SEED, self.recipe.held_out)
-            )
-        )
+        hashes = [hashlib.sha256(self.weights_path(stage).read_bytes()).hexdigest()[:16] for stage in depends_on]
+
+        def encoded(name: str, seed: int, number: int) -> EncodedScenes:
+            config = PoolConfig(seed, number, self.recipe.generator_sec, self.variant.sync_image_size)
+            path = self.folder / "cache" / f"{kind}_{name}.pt"
+            return EncodedScenes.load_or_make(config, encoders, clip_size, path, " ".join(hashes))
+
+        return encoded("train", TRAIN_SEED, count), encoded("held_out", HELD_OUT_SEED, self.recipe.held_out)
 
     def encoders(self, with_sync: bool = True) -> Encoders:
         """Return the networks of the finished stages, frozen."""
-        clip: ClipNetwork = self._read("clip", ClipNetwork(self.variant))
+        clip = self._read("clip", ClipNetwork(self.variant))
         return Encoders(
             sync=self._read("sync", SyncNetwork(self.variant)) if with_sync else None,
             clip_text=clip.text, clip_image=clip.image, vae=self._read("vae", build_vae(self.variant.name)),
@@ -274,10 +272,11 @@ class StageRunner:
     def published(self) -> dict[str, dict[str, Tensor]]:
         """Return for every part of the variant the tensors that its ``load_published`` reads, in float16."""
         encoders = self.encoders()
-        generator: Generator = self._read("finetune", build_generator(self.variant.name))
-        vocoder: MelInversion = self._read("vocoder", build_vocoder(self.variant.name))
+        assert encoders.sync is not None
+        generator = self._read("finetune", build_generator(self.variant.name))
+        vocoder = self._read("vocoder", build_vocoder(self.variant.name))
         vae = self._read("decoder", build_vae(self.variant.name))
-        text, image = encoders.clip_text.clip.state_dict(), encoders.clip_image.visual.state_dict()
+        text, image = encoders.clip_text.clip.state_dict(), encoders.clip_image.get_submodule("visual").state_dict()
         t5 = encoders.sync.t5.t5.state_dict()
         t5.pop("encoder.embed_tokens.weight")  # the same table as "shared.weight"
         parts = {

@@ -12,6 +12,8 @@ CONFIG = LoopConfig(steps=12, lr=0.01, batch_size=4, warmup_steps=2, log_every=3
 class Line(Task):
     """Fit y = 2 x + 1; can be told to stop in the middle, as if the machine had."""
 
+    network: nn.Linear
+
     def __init__(self, stop_after: int | None = None) -> None:
         torch.manual_seed(0)
         self.network, self.left = nn.Linear(1, 1), stop_after

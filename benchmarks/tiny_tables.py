@@ -1,14 +1,16 @@
-"""The figures of ``benchmarks/tiny_quality.py`` as Markdown, and their place in a document."""
+"""Figures of ``benchmarks/tiny_quality.py`` as Markdown."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+from document import begin_mark, marked_block
+
 from selva.utils.text import clock
 
 PARTS = ("base", "selection", "adaptation", "guidance")  # in the order of the document
-BEGIN_MARK, END_MARK = "<!-- figures: benchmarks/tiny_quality.py -->", "<!-- end of figures -->"
+BEGIN_MARK = begin_mark("benchmarks/tiny_quality.py")
 TITLE = "# tiny_16k: what the built-in model can do"
 
 
@@ -101,14 +103,5 @@ TEXTS = {"base": base_text, "selection": selection_text, "adaptation": adaptatio
 
 
 def figures_text(figures: dict[str, Any]) -> str:
-    """Return the part of the document that is made from figures."""
-    parts = [TEXTS[name](figures[name]) for name in PARTS if name in figures]
-    return f"{BEGIN_MARK}\n\n" + "\n".join(parts) + f"\n{END_MARK}\n"
-
-
-def updated_document(text: str, figures: dict[str, Any]) -> str:
-    """Return the document with its figures replaced, or added at the end where it has none."""
-    new = figures_text(figures)
-    if BEGIN_MARK in text and END_MARK in text:
-        return text[: text.index(BEGIN_MARK)] + new + text[text.index(END_MARK) + len(END_MARK) + 1 :]
-    return (text or TITLE).rstrip("\n") + "\n\n" + new
+    """Return the block of the document that is made from figures."""
+    return marked_block(BEGIN_MARK, [TEXTS[name](figures[name]) for name in PARTS if name in figures])

@@ -1,0 +1,34 @@
+"""Pictures of losses and of sounds."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from selva.utils.metrics_log import MetricsFile
+from selva.utils.plots import plot_losses, plot_spectrograms
+
+
+def png_size(path) -> tuple[int, int]:
+    data = path.read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
+
+
+def test_loss_curves_are_800_pixels_wide(tmp_path):
+    metrics = MetricsFile(tmp_path / "metrics.jsonl")
+    metrics.append([{"step": i, "loss": 1 / i, "lr": 1e-4} for i in range(1, 50)])
+    metrics.append([{"step": 25, "val_loss": 0.5}])
+    plot_losses(metrics, tmp_path, "a run")
+    assert png_size(tmp_path / "loss_raw.png")[0] == png_size(tmp_path / "loss_smoothed.png")[0] == 800
+    assert (tmp_path / "loss_raw.png").read_bytes() != (tmp_path / "loss_smoothed.png").read_bytes()
+
+
+def test_no_losses_make_no_picture(tmp_path):
+    plot_losses(MetricsFile(tmp_path / "metrics.jsonl"), tmp_path, "a run")
+    assert not list(tmp_path.iterdir())
+
+
+def test_spectrograms_of_any_length(tmp_path):
+    plot_spectrograms([("tone", np.sin(np.arange(16_000) * 0.3)), ("short", np.zeros(10))], 16_000,
+                      tmp_path / "s.png", "two sounds")
+    assert png_size(tmp_path / "s.png")[0] == 800
