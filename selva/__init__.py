@@ -6,29 +6,37 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING
+
+from selva.utils.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from selva.checkpoint import load_adapter
+    from selva.features import load_features
+    from selva.flow import SamplingConfig
+    from selva.inference.engine import SoundGenerator
+    from selva.inference.request import Sound, SoundRequest
+    from selva.lora.merge import merge_adapter
 
 __version__ = "0.1.0"
 
-# Name -> module; imported on first use, because most of them need PyTorch, and `import selva` should cost nothing.
-_EXPORTS = {
-    "SamplingConfig": "selva.sampling",
+__all__ = [
+    "SamplingConfig",
+    "Sound",
+    "SoundGenerator",
+    "SoundRequest",
+    "__version__",
+    "load_adapter",
+    "load_features",
+    "merge_adapter",
+]
+
+__getattr__, __dir__ = lazy_exports(__name__, {
+    "SamplingConfig": "selva.flow",
     "Sound": "selva.inference.request",
     "SoundGenerator": "selva.inference.engine",
     "SoundRequest": "selva.inference.request",
     "load_adapter": "selva.checkpoint",
     "load_features": "selva.features",
     "merge_adapter": "selva.lora.merge",
-}
-__all__ = ["__version__", *_EXPORTS]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _EXPORTS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_EXPORTS[name]), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_EXPORTS})
+})

@@ -13,9 +13,9 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
 from selva import __version__
 from selva.utils import torchrun
@@ -50,7 +50,7 @@ class ArgumentParser(argparse.ArgumentParser):
     through the flag's own type and choices, so a file can set nothing that the command line could not.
     """
 
-    def __init__(self, description: str) -> None:
+    def __init__(self, description: str | None) -> None:
         super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
 
     def add_settings(self, config: type) -> None:
@@ -134,7 +134,8 @@ class ArgumentParser(argparse.ArgumentParser):
         for key, value in settings.items():
             action = flags[str(key).replace("-", "_")]
             if not action.option_strings:
-                positionals[action.dest] = [action.type(v) for v in (value if isinstance(value, list) else [value])]
+                convert = action.type if callable(action.type) else str
+                positionals[action.dest] = [convert(v) for v in (value if isinstance(value, list) else [value])]
                 continue
             collects = isinstance(action, argparse._AppendAction)  # the command line replaces, it does not add
             if value is None or (collects and any(o in given for o in action.option_strings)):
@@ -169,7 +170,7 @@ class BooleanFlag(argparse.BooleanOptionalAction):
         self.option_strings = [o.replace("--no-", "--no_") for o in self.option_strings]
 
     def __call__(self, parser, namespace, values, option_string=None):
-        setattr(namespace, self.dest, not option_string.startswith("--no_"))
+        setattr(namespace, self.dest, not (option_string or "").startswith("--no_"))
 
 
 def positive_int(text: str) -> int:
@@ -237,7 +238,13 @@ def _raise_terminated(_signal: int, _frame: Any) -> None:
     raise Terminated
 
 
-def entry_point(main: Callable[[Sequence[str] | None], int]) -> Callable[[Sequence[str] | None], int]:
+class Main(Protocol):
+    """Entry point of a script: arguments -> exit code; those of the command line if None are given."""
+
+    def __call__(self, argv: Sequence[str] | None = None) -> int: ...
+
+
+def entry_point(main: Main) -> Main:
     """Wrap a script's ``main(argv) -> exit code`` so that every way to end has its exit code and one clear line.
 
     Works in-process too: a test calls ``main([...])`` and gets the code that a shell would see.

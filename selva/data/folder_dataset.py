@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from selva.audio.config import Normalize
 from selva.data.cache import DataCache, Settings
 from selva.data.dataset import ClipDataset, Lengths, TrainingClip
 from selva.data.folder import FolderClip, FolderScan, scan_folder
-from selva.data.latents import FRONT_END, Normalize, encode_latents, load_windows
+from selva.data.latents import FRONT_END, encode_latents, load_windows
 from selva.data.memmap.reader import MemmapDataset, is_memmap
 from selva.features import load_features
 from selva.inputs.suffixes import AUDIO_SUFFIXES

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from selva.audio.config import Normalize
 from selva.media import prepare_audio, read_audio
 from selva.models.mel import MelSpectrogram
 from selva.models.vae import VAE
@@ -23,7 +23,6 @@ MAX_AUDIO_SHORTFALL_SEC = 0.25
 # that latents of an older front end are not taken for right ones (pitfall A1).
 FRONT_END = "slaney-1"
 
-Normalize = Literal["peak", "none"]  # see :func:`selva.media.prepare_audio`
 
 
 def load_waveform(path: Path, sequence: SequenceConfig, normalize: Normalize) -> Tensor:

@@ -22,7 +22,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from selva.data.latents import FRONT_END, Normalize, SoundEncoder
+from selva.audio.config import Normalize
+from selva.data.latents import FRONT_END, SoundEncoder
 from selva.data.memmap.writer import MemmapWriter
 from selva.extraction.extractor import FeatureExtractor
 from selva.extraction.manifest import DONE, FAILED, ManifestWriter

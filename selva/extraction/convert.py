@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from selva.audio.config import Normalize
 from selva.data.dataset import TrainingClip
 from selva.data.folder import scan_folder
-from selva.data.latents import FRONT_END, Normalize, SoundEncoder, load_waveform
+from selva.data.latents import FRONT_END, SoundEncoder, load_waveform
 from selva.data.memmap.reader import MemmapDataset
 from selva.data.memmap.writer import MemmapWriter
 from selva.extraction.extractor import FeatureExtractor
@@ -31,7 +32,6 @@ from selva.inputs.table import unsafe_id
 from selva.media import write_audio
 from selva.models.vae import VAE
 from selva.models.variants import Variant, features_problem
-from selva.models.vocoder import Vocoder
 from selva.sampling import decode_latents
 from selva.sequence import DEFAULT_DURATION_SEC, sequence_config
 from selva.utils.files import source_hash
@@ -196,7 +196,7 @@ class LatentDecoder:
     def __init__(self, variant: Variant, selva_dir: Path | None, device: torch.device) -> None:
         self.device, self.rate = device, sequence_config(variant.mode).sampling_rate
         self.vae: VAE = load_vae(variant.name, selva_dir, device).drop_encoder()
-        self.vocoder: Vocoder = load_vocoder(variant.name, selva_dir, device)
+        self.vocoder = load_vocoder(variant.name, selva_dir, device)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Return (samples,) on the CPU from latents (N, C)."""

@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 ENCODER_PARTS = ("clip_text", "clip_image", "t5", "video_encoder")
 CONFIG_FILE = "extract_config.yaml"
 
+ManifestRow = tuple[str, str, float | None]  # id, source, start
+
 
 def extract(
     config: ExtractionConfig, announce: Callable[[Path], None] = lambda path: None, debug: bool = False
@@ -96,7 +98,7 @@ def write_config(path: Path, config: ExtractionConfig) -> None:
 
 
 def open_accounts(
-    config: ExtractionConfig, manifest: Path, state: Path, rows: list[tuple[str, str, float | None]], prompts: list[str]
+    config: ExtractionConfig, manifest: Path, state: Path, rows: list[ManifestRow], prompts: list[str]
 ) -> ManifestWriter:
     """Return the books of this process about its share of the work list."""
     index, count = config.part
@@ -142,7 +144,7 @@ def _extract_videos(
         config.masks.mask_strength, config.masks.mask_clip, config.masks.mask_sync, config.preview,
     )
     reader = ClipReader(jobs, settings, output.digests)
-    rows = [(job.id, str(job.path), job.start_sec) for job in jobs]
+    rows: list[ManifestRow] = [(job.id, str(job.path), job.start_sec) for job in jobs]
     with open_accounts(config, output.manifest, output.state, rows, [job.prompt for job in jobs]) as accounts:
         own = accounts.shard.own(len(jobs))
         workers = config.workers if config.workers is not None else default_workers(len(own))
@@ -162,9 +164,10 @@ def _extract_sounds(
     config: ExtractionConfig, extractor: FeatureExtractor, announce: Callable[[Path], None]
 ) -> bool:
     """Make a set of sound without pictures; return True where a clip failed."""
+    assert config.captions is not None and config.recordings is not None
     jobs = plan_audio_set(config.inputs[0], config.captions, config.recordings)
     check_weights(extractor.variant.name, config.model.selva_dir, ("clip_text", "vae"))
-    rows = [(job.window.id, str(job.path or job.window.name), None) for job in jobs]
+    rows: list[ManifestRow] = [(job.window.id, str(job.path or job.window.name), None) for job in jobs]
     workers = config.workers if config.workers is not None else default_workers(len(jobs))
     sounds = AudioSetExtractor(extractor, num_workers=workers)
     with sounds.open_writer(config.output_dir, jobs) as writer:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from selva.lora.merge import Adapter, merge_adapters
+from selva.lora.merge import MERGED_ATTRIBUTE, Adapter, merge_adapters
 from selva.models.generator import Generator, cast_frozen_
 
 AdapterPairs = Sequence[tuple[Adapter, float]]
@@ -45,7 +45,7 @@ class AdapterSwitch:
         """
         names = {name for adapter, strength in adapters if strength != 0 for name in adapter.layer_names()}
         if self.generator is not None and names | self._merged <= self._base.keys():
-            self._exchange(adapters, names)
+            self._exchange(self.generator, adapters, names)
             return self.generator
         if self.generator is not None:
             self._kept |= names | self._merged
@@ -60,16 +60,16 @@ class AdapterSwitch:
         return self.generator
 
     @torch.no_grad()
-    def _exchange(self, adapters: AdapterPairs, names: set[str]) -> None:
-        layers = dict(self.generator.named_modules())
+    def _exchange(self, generator: Generator, adapters: AdapterPairs, names: set[str]) -> None:
+        layers = dict(generator.named_modules())
         touched = [layers[name].float() for name in names | self._merged]
         for name in names | self._merged:
             for key, parameter in _own(layers[name]):
                 parameter.copy_(self._base[name][key])
-            layers[name].has_merged_adapter = False
+            setattr(layers[name], MERGED_ATTRIBUTE, False)
         self._merged = set()
         try:
-            merge_adapters(self.generator, adapters)
+            merge_adapters(generator, adapters)
             self._merged = names
         finally:
             for layer in touched:

@@ -142,8 +142,8 @@ def reference_sound(
     """
     path, start_sec = None, 0.0
     beside = request.features if isinstance(request.features, Path) else None
-    if folder is not None or beside is not None:
-        stem = folder / name if folder is not None else beside.with_suffix("")
+    stem = folder / name if folder is not None else beside.with_suffix("") if beside is not None else None
+    if stem is not None:
         path = next((p for s in OUTPUT_AUDIO_SUFFIXES if (p := stem.with_name(stem.name + s)).is_file()), None)
     elif request.video is not None and "audio" in probe(request.video).streams:
         path, start_sec = request.video, request.start_sec

@@ -30,7 +30,10 @@ from selva.inference.request import Sound, SoundConditions, SoundRequest, check_
 from selva.lora.merge import Adapter
 from selva.media import MaskSettings, VideoFrames
 from selva.models.generator import Generator
+from selva.models.mel_inversion import MelInversion
+from selva.models.vae import VAE
 from selva.models.variants import Variant, features_problem, get_variant
+from selva.models.vocoder import Vocoder
 from selva.sampling import decode_latents, sample_latents
 from selva.sequence import DEFAULT_DURATION_SEC, SequenceConfig, sequence_config
 from selva.utils.device import PRECISIONS, dtype_of, resolve_device
@@ -140,7 +143,7 @@ class SoundGenerator:
         # Features are float32 as those that the base models and adapters were trained on.
         self._extractor = FeatureExtractor(self.variant, self.selva_dir, self.device)
         self._switch = AdapterSwitch(self._load_generator, self.precision, self.device)
-        self._decoders: tuple[Any, Any] | None = None
+        self._decoders: tuple[VAE, Vocoder | MelInversion] | None = None
         self._stage = ""
         self.set_adapters(adapters)
 
@@ -187,7 +190,7 @@ class SoundGenerator:
             negative_prompt, start_sec, duration_sec,
             MaskSettings(Path(mask)) if isinstance(mask, str | Path) else mask,
         )
-        conditions = self.encode([request])
+        conditions = [one for one in self.encode([request]) if one is not None]  # an error is raised, not left out
         return self.decode(conditions, self.sample(conditions, [seed], on_step))[0]
 
     # -- stage 1: encoders --------------------------------------------------------------------------------------
@@ -228,7 +231,7 @@ class SoundGenerator:
                 frames = self._extractor.read(request.video, duration, request.start_sec, request.mask)
                 return _Draft(request, request.prompt or "", frames.duration_sec, frames)
             if request.features is None:
-                return _Draft(request, request.prompt, request.duration_sec or DEFAULT_DURATION_SEC)
+                return _Draft(request, request.prompt or "", request.duration_sec or DEFAULT_DURATION_SEC)
             bundle = request.features
             if not isinstance(bundle, FeatureBundle):
                 bundle = load_features(bundle)
@@ -260,11 +263,13 @@ class SoundGenerator:
         if clip and drafts:
             with self.times.stage("CLIP"):
                 for draft in drafts:
+                    assert draft.frames is not None
                     draft.clip_f = self._extractor.clip_features(draft.frames.clip_frames)
             if self.offload == "auto":
                 self._extractor.free()
         with self.times.stage("video encoder"):
             for draft in drafts:
+                assert draft.frames is not None
                 draft.sync_f = self._extractor.sync_features(draft.frames.sync_frames, draft.prompt)
                 draft.frames = None
 
@@ -355,12 +360,14 @@ class SoundGenerator:
             if self._decoders is None:
                 vae = load_vae(self.variant.name, self.selva_dir, self.device, decoder_only=True)
                 self._decoders = vae, load_vocoder(self.variant.name, self.selva_dir, self.device)
-            return [self._sound(c, x) for c, x in zip(conditions, latents, strict=True)]
+            return [self._sound(c, x, *self._decoders) for c, x in zip(conditions, latents, strict=True)]
 
-    def _sound(self, conditions: SoundConditions, latents: Tensor) -> Sound:
+    def _sound(
+        self, conditions: SoundConditions, latents: Tensor, vae: VAE, vocoder: Vocoder | MelInversion
+    ) -> Sound:
         sequence, request = conditions.sequence, conditions.request
         chunk_sec = DECODER_CHUNK_SEC if sequence.duration_sec > DECODER_CHUNK_SEC else None
-        waveform = decode_latents(latents[None].to(self.device), *self._decoders, chunk_sec=chunk_sec)[0].cpu()
+        waveform = decode_latents(latents[None].to(self.device), vae, vocoder, chunk_sec=chunk_sec)[0].cpu()
         # The last latent frame may reach beyond the clip; the sound ends exactly with it.
         waveform = waveform[: round(sequence.duration_sec * sequence.sampling_rate)]
         waveform, level = normalize_loudness(waveform, sequence.sampling_rate, self.normalize, self.target)

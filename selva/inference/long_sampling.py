@@ -230,8 +230,10 @@ def _window_passes(
             torch.stack([sync_f[item, grid.sync_tokens(window)] for item, window in rows]),
             text_f[items],
         )
-        per_item = negative_text is not None and len(negative_text) > 1
-        empty = generator.empty_conditions(len(rows), negative_text[items] if per_item else negative_text)
+        negative = negative_text
+        if negative is not None and len(negative) > 1:  # one for each item
+            negative = negative[items]
+        empty = generator.empty_conditions(len(rows), negative)
         fn = guided_velocity(generator, conditions, empty, config.cfg_strength, config.cfg_interval)
         passes.append(WindowPass(rows, fn))
     return passes

@@ -165,6 +165,7 @@ class Variant:
         if self.packaged or part not in self.parts:
             return ()
         if part == "generator":
+            assert self.generator_file is not None  # only a packaged variant has none
             return (WEIGHT_FILES[self.generator_file],)
         if part == "video_encoder":
             selva = self.family == "selva"

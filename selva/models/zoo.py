@@ -55,7 +55,7 @@ def build_vocoder(which: str | VocoderConfig | MelInversionConfig) -> Vocoder | 
     """Return the vocoder of a mode ("16k", "44k"), of a variant name or of a configuration."""
     if isinstance(which, str):
         which = VOCODER_CONFIGS[which] if which in VOCODER_CONFIGS else get_variant(which).vocoder
-    return (MelInversion if isinstance(which, MelInversionConfig) else Vocoder)(which)
+    return MelInversion(which) if isinstance(which, MelInversionConfig) else Vocoder(which)
 
 
 def build_mel(which: str) -> MelSpectrogram:

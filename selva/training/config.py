@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from selva import flow
+from selva.audio.config import AUDIO_NORMALIZATIONS, Normalize
 from selva.lora.config import LoRAConfig
 from selva.sequence import DEFAULT_DURATION_SEC
 from selva.utils.device import PRECISIONS
@@ -16,7 +17,6 @@ from selva.weights.config import GENERAL, ModelConfig
 LATENT_MODES = ("sample", "mode")
 LR_SCHEDULES = ("constant", "cosine", "multistep", "cosine_restarts")
 CLIP_FEATURE_MODES = ("use", "empty")
-AUDIO_NORMALIZATIONS = ("peak", "none")
 
 DATA = "data and output"
 OPTIMISATION = "optimisation (a step is one update, whatever --grad_accum is)"
@@ -109,7 +109,7 @@ class RunConfig:
                                  group=DATA)
     duration: float = setting(DEFAULT_DURATION_SEC, "longer clips are trained on in windows of this length; shorter "
                               "ones stay as they are", group=DATA)
-    normalize_audio: str = setting("peak", "peak: 0.95 of full scale, as the base models were trained; none: as "
+    normalize_audio: Normalize = setting("peak", "peak: 0.95 of full scale, as the base models were trained; none: as "
                                    "recorded", group=DATA, choices=AUDIO_NORMALIZATIONS)
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)

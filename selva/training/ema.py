@@ -26,7 +26,8 @@ class EMA:
     def update(self, step: int) -> None:
         """Take the parameters after ``step`` updates into the average."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.average.values()), list(self.parameters.values()), 1 - decay)
+        torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]  -- one kernel; torch has no public name for it
+            list(self.average.values()), list(self.parameters.values()), 1 - decay)
 
     def restore(self, average: Mapping[str, Tensor]) -> None:
         """Continue from the stored averages of the same names."""

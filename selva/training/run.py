@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
 
 from selva.checkpoint import TrainingState
 from selva.data.dataset import Batch, BucketBatchSampler, ClipDataset, ClipWindow
@@ -56,7 +57,7 @@ class TrainingRun:
         # Fused: one kernel for all factors, which skips an update by a flag on the device, without the host's knowing.
         self.optimizer = torch.optim.AdamW(groups, betas=config.betas, weight_decay=config.weight_decay, fused=True)
         # Half-precision gradients below 6e-8 would vanish; bfloat16 has the range of float32 and needs no scaling.
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
+        self.scaler = GradScaler(self.device.type, enabled=precision == torch.float16)
         self.ema = EMA(named_factors(generator), config.ema_decay) if config.ema_decay else None
         self.step = 0  # optimiser updates done
         self.best_step, self.best_val_loss, self.worse_in_a_row = 0, math.inf, 0
@@ -87,7 +88,7 @@ class TrainingRun:
             self.scaler.step(self.optimizer)  # skips by itself, and lowers the scale
             self.scaler.update()
         else:
-            self.optimizer.found_inf = (~torch.isfinite(norm)).float()
+            setattr(self.optimizer, "found_inf", (~torch.isfinite(norm)).float())  # noqa: B010 -- read by the fused step
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1

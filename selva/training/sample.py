@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from selva.audio.config import Normalize
 from selva.data.dataset import TrainingClip
-from selva.data.latents import Normalize, load_waveform
+from selva.data.latents import load_waveform
 from selva.flow import SamplingConfig
 from selva.media import write_audio
 from selva.models.variants import Variant

@@ -59,8 +59,8 @@ def setting(default: T, help: str, **more: Any) -> T:
     """Return a dataclass field for a setting; see :class:`SettingInfo` for ``more``."""
     info = {KEY: SettingInfo(help, **more)}
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=info)  # type: ignore[return-value]
-    return field(default=default, metadata=info)  # type: ignore[return-value]
+        return field(default_factory=lambda: list(default), metadata=info)  # pyright: ignore[reportReturnType]  -- as dataclasses.field()
+    return field(default=default, metadata=info)  # pyright: ignore[reportReturnType]  -- as dataclasses.field()
 
 
 def required(help: str, **more: Any) -> Any:
@@ -106,6 +106,8 @@ def _single(hint: Any) -> type:
     if isinstance(hint, type) and not typing.get_args(hint):
         return hint
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return type(arguments[0])
     if origin in (typing.Union, types.UnionType):
         return _single(next(a for a in arguments if a is not type(None)))
     return _single(arguments[0])
@@ -123,9 +125,9 @@ def build(config: type[Config], values: Mapping[str, Any]) -> Config:
         ValueError: lists everything that is out of range, of all dataclasses together.
     """
     if hasattr(config, "from_settings"):
-        return config.from_settings(values)  # type: ignore[attr-defined]
+        return config.from_settings(values)  # pyright: ignore[reportAttributeAccessIssue]  -- seen above
     hints, arguments, problems = typing.get_type_hints(config), {}, []
-    for one in dataclasses.fields(config):  # type: ignore[arg-type]
+    for one in dataclasses.fields(config):  # pyright: ignore[reportArgumentType]  -- a dataclass by contract
         hint = hints[one.name]
         if is_dataclass(hint) and isinstance(hint, type):
             try:
@@ -138,7 +140,7 @@ def build(config: type[Config], values: Mapping[str, Any]) -> Config:
     try:
         built = config(**arguments)
     except ValueError as error:
-        problems.append(str(error))
+        raise ValueError("; ".join([*problems, str(error)])) from error
     if problems:
         raise ValueError("; ".join(problems))
     return built

@@ -89,7 +89,8 @@ def find_weights(variant: Variant, selva_dir: Path | None, needs: Sequence[str])
             f"variant {variant.name} lacks {', '.join(missing)}; {where}; "
             f"fetch with: {download_command(variant.name, selva_dir)}"
         )
-    return {part: tuple(found[file] for file in files) for part, files in wanted.items()}
+    paths = {file: path for file, path in found.items() if path is not None}
+    return {part: tuple(paths[file] for file in files) for part, files in wanted.items()}
 
 
 def check_weights(variant: str, selva_dir: Path | None, needs: Sequence[str] = PARTS) -> None:

@@ -13,12 +13,14 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from selva.models.clip_t5 import CLIP_IMAGE_PREFIX, CLIP_TEXT_PREFIXES, T5_PREFIXES, ClipImage, ClipText, T5Text
 from selva.models.generator import Generator
+from selva.models.mel_inversion import MelInversion
 from selva.models.synchformer import Synchformer
 from selva.models.textsynch import TextSynch
 from selva.models.vae import DATA_BUFFERS, VAE
@@ -30,6 +32,10 @@ from selva.weights.find import ASSETS, asset_name, find_weights
 
 VOCODER_KEY = "generator"  # the published vocoder files hold their tensors under this key
 CLIP_PREFIXES = {"clip_text": CLIP_TEXT_PREFIXES, "clip_image": (CLIP_IMAGE_PREFIX,)}
+
+
+AnyNetwork = Generator | TextSynch | Synchformer | VAE | Vocoder | MelInversion | ClipText | ClipImage | T5Text
+Network = TypeVar("Network", bound=AnyNetwork)
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------
@@ -87,14 +93,14 @@ def load_generator(
         FileNotFoundError: a file is missing; says which, and how to get it.
         ValueError: unknown variant, or a file that is damaged or belongs to another variant.
     """
-    return _load(variant, "generator", selva_dir, device, dtype)
+    return _load(variant, "generator", Generator, selva_dir, device, dtype)
 
 
 def load_video_encoder(
     variant: str, selva_dir: Path | None = None, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> TextSynch | Synchformer:
     """Return the encoder behind the sync features, TextSynch or Synchformer by family; see :func:`load_generator`."""
-    return _load(variant, "video_encoder", selva_dir, device, dtype)
+    return _load(variant, "video_encoder", (TextSynch, Synchformer), selva_dir, device, dtype)
 
 
 def load_vae(
@@ -107,28 +113,28 @@ def load_vae(
     """
     assert not (decoder_only and encoder_only)
     reduce = VAE.drop_encoder if decoder_only else VAE.drop_decoder if encoder_only else None
-    return _load(variant, "vae", selva_dir, device, dtype, reduce)
+    return _load(variant, "vae", VAE, selva_dir, device, dtype, reduce)
 
 
 def load_vocoder(
     variant: str, selva_dir: Path | None = None, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> Vocoder:
+) -> Vocoder | MelInversion:
     """Return the vocoder; see :func:`load_generator`."""
-    return _load(variant, "vocoder", selva_dir, device, dtype)
+    return _load(variant, "vocoder", (Vocoder, MelInversion), selva_dir, device, dtype)
 
 
 def load_clip_text(
     variant: str, selva_dir: Path | None = None, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> ClipText:
     """Return the CLIP text tower, without reading the image tower; see :func:`load_generator`."""
-    return _load(variant, "clip_text", selva_dir, device, dtype)
+    return _load(variant, "clip_text", ClipText, selva_dir, device, dtype)
 
 
 def load_clip_image(
     variant: str, selva_dir: Path | None = None, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> ClipImage:
     """Return the CLIP image tower, without reading the text tower; see :func:`load_generator`."""
-    return _load(variant, "clip_image", selva_dir, device, dtype)
+    return _load(variant, "clip_image", ClipImage, selva_dir, device, dtype)
 
 
 def load_t5(
@@ -143,16 +149,17 @@ def load_t5(
         raise ValueError(f"variant {variant} has no T5 encoder: its video encoder reads no text")
     if dtype == torch.float16:
         raise ValueError("T5 overflows in float16; load it in bfloat16 or float32")
-    return _load(variant, "t5", selva_dir, device, dtype)
+    return _load(variant, "t5", T5Text, selva_dir, device, dtype)
 
 
 def _load(
-    name: str, part: str, selva_dir: Path | None, device: torch.device | str, dtype: torch.dtype,
-    reduce: Callable[[nn.Module], object] | None = None,
-) -> nn.Module:
+    name: str, part: str, kind: type[Network] | tuple[type[Network], ...], selva_dir: Path | None,
+    device: torch.device | str, dtype: torch.dtype, reduce: Callable[[Any], object] | None = None,
+) -> Network:
     variant = get_variant(name)
     files = find_weights(variant, selva_dir, (part,))[part]
     network = _without_weights(variant, part, files)
+    assert isinstance(network, kind), part
     if reduce is not None:
         reduce(network)  # before its weights are read
     if variant.packaged:
@@ -170,7 +177,7 @@ def _load(
     return _finish(network, device, dtype)
 
 
-def _finish(network: nn.Module, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
+def _finish(network: Network, device: torch.device | str, dtype: torch.dtype) -> Network:
     return network.to(device=device, dtype=dtype).eval().requires_grad_(False)
 
 
@@ -181,7 +188,7 @@ def _check_band_statistics(weights: Mapping[str, Tensor]) -> None:
         raise ValueError(f"{' and '.join(missing)} are missing")
 
 
-def _without_weights(variant: Variant, part: str, files: Sequence[Path]) -> nn.Module:
+def _without_weights(variant: Variant, part: str, files: Sequence[Path]) -> AnyNetwork:
     """Return the network of one part with uninitialised weights, for a strict load to fill.
 
     Drawing hundreds of millions of initial values, only to overwrite them, would take seconds.
@@ -191,13 +198,14 @@ def _without_weights(variant: Variant, part: str, files: Sequence[Path]) -> nn.M
     if part == "clip_image":
         return ClipImage(variant.clip)
     if part == "t5":
+        assert variant.t5 is not None, variant.name
         return T5Text(variant.t5, tokenizer_file=files[1] if files else None)
     with torch.device("meta"):
         network = _build(variant, part)
     return network.to_empty(device="cpu")
 
 
-def _build(variant: Variant, part: str) -> nn.Module:
+def _build(variant: Variant, part: str) -> Generator | TextSynch | Synchformer | VAE | Vocoder | MelInversion:
     if part == "generator":
         return build_generator(variant.generator)
     if part == "video_encoder":
