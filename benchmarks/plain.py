@@ -153,7 +153,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def plain_conditions(model: Generator, clip_f: Tensor, sync_f: Tensor, text_f: Tensor) -> tuple[Tensor, ...]:
-    """Return what depends on the conditions only: clip, sync, text tokens and the pooled vector."""
+    """Return all that depends on the conditions only: clip, sync, text tokens and the pooled vector."""
     dtype = model.clip_cond_proj.weight.dtype
     clip_f, sync_f, text_f = clip_f.to(dtype), sync_f.to(dtype), text_f.to(dtype)
     segments = sync_f.unflatten(1, (-1, SYNC_TOKENS_PER_SEGMENT)) + model.sync_pos_emb.to(dtype)

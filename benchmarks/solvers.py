@@ -1,4 +1,4 @@
-"""How far few steps are from many: solvers and guidance intervals against many-step Euler.
+"""Errors of few steps against many: solvers and guidance intervals against many-step Euler.
 
     python benchmarks/solvers.py --variant tiny_16k
     python benchmarks/solvers.py --variant small_16k --selva_dir weights --features features/*.npz --device cuda
@@ -63,7 +63,7 @@ def build_parser() -> cli.ArgumentParser:
 
 
 class Clip:
-    """What one sound is made from, and the networks that make it."""
+    """The conditions of one sound, and the generator that makes it."""
 
     def __init__(self, generator: Generator, sequence: SequenceConfig, features: Sequence[Tensor | None]) -> None:
         self.generator, self.sequence = generator, sequence

@@ -91,7 +91,7 @@ def build_parser() -> cli.ArgumentParser:
 
 
 class Bench:
-    """What the parts share: networks, classifier, progress."""
+    """The networks, the classifier and the progress bars that the parts share."""
 
     def __init__(self, args) -> None:
         self.args, self.device = args, resolve_device(args.device)
@@ -164,7 +164,7 @@ def random_generator(like: Generator) -> Generator:
 
 
 def measure_selection(bench: Bench) -> dict[str, Any]:
-    """Return how onsets follow the object that is named, and the one that is not, in scenes with two."""
+    """Return scores of onsets against the object that is named, and the one that is not, in scenes with two."""
     cases = pair_cases(3 * bench.args.count, MEASURE_SEED + 100_000, DURATION_SEC)
     sounds = bench.made("two objects", bench.generator(), bench.encoded(cases))
     named = timing_f1(sounds, [case.events() for case in cases])
@@ -179,7 +179,7 @@ def measure_selection(bench: Bench) -> dict[str, Any]:
 
 
 def measure_guidance(bench: Bench) -> dict[str, Any]:
-    """Return scores at several strengths of guidance, and what a negative prompt does in scenes with two objects."""
+    """Return scores at several strengths of guidance, and those of negative prompts in scenes with two objects."""
     cases = single_cases(list(CLASSES), max(1, bench.args.count // 2), MEASURE_SEED + 200_000, DURATION_SEC)
     encoded, generator = bench.encoded(cases), bench.generator()
     strengths = {}
@@ -206,7 +206,7 @@ def measure_guidance(bench: Bench) -> dict[str, Any]:
 
 
 def margins(sounds: Sequence[np.ndarray], cases: Sequence[Case], bench: Bench) -> list[float]:
-    """Return by how much the class that should be heard beats the best other one, in units of log probability."""
+    """Return the log probability of the class that should be heard, less that of the best other one, of every sound."""
     result = []
     for sound, case in zip(sounds, cases, strict=True):
         scores = bench.classifier.scores(sound)
@@ -216,7 +216,7 @@ def margins(sounds: Sequence[np.ndarray], cases: Sequence[Case], bench: Bench) -
 
 
 def measure_adaptation(bench: Bench) -> dict[str, Any]:
-    """Return, for every new class, what teaching it to the model changes."""
+    """Return scores of every new class, and of the known ones, before and after teaching it to the model."""
     result = {}
     for number, name in enumerate(bench.args.sounds):
         with tempfile.TemporaryDirectory() as folder:
