@@ -175,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     device = resolve_device(args.device)
     rows = measure(args, load_generator(args.variant, args.selva_dir).to(device).eval(), device)
-    write_results(args.output, vars(args), rows)
+    write_results(args.output, cli.saved_settings(args), rows)
     print(markdown(rows))
     print(args.output)
     return 0

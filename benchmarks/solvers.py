@@ -62,7 +62,7 @@ def build_parser() -> cli.ArgumentParser:
     return parser
 
 
-class Clip:
+class SampledClip:
     """The conditions of one sound, and the generator that makes it."""
 
     def __init__(self, generator: Generator, sequence: SequenceConfig, features: Sequence[Tensor | None]) -> None:
@@ -82,7 +82,7 @@ class Clip:
         return latents, sum(batches)
 
 
-def read_clips(args, variant: Variant, generator: Generator) -> list[Clip]:
+def read_clips(args, variant: Variant, generator: Generator) -> list[SampledClip]:
     """Return the clips of --features, or one of the prompt alone."""
     clips = []
     encoder = None
@@ -96,7 +96,7 @@ def read_clips(args, variant: Variant, generator: Generator) -> list[Clip]:
         clip_f, sync_f = (bundle.clip_features, bundle.sync_features) if bundle else (None, None)
         if variant.family == "selva":
             clip_f = None  # as officially released
-        clips.append(Clip(generator, sequence, (clip_f, sync_f, text)))
+        clips.append(SampledClip(generator, sequence, (clip_f, sync_f, text)))
     return clips
 
 
@@ -116,7 +116,7 @@ def error_db(found: Tensor, reference: Tensor) -> float:
     return 10 * math.log10(max(ratio.item(), 1e-12))
 
 
-def measure(args, variant: Variant, generator: Generator, clips: list[Clip]) -> list[dict[str, Any]]:
+def measure(args, variant: Variant, generator: Generator, clips: list[SampledClip]) -> list[dict[str, Any]]:
     """Return a row per setting and clip and seed; the first setting is Euler with half the steps of the reference."""
     device = generator.latent_mean.device
     vae = load_vae(variant.name, args.selva_dir, device)
@@ -174,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     clips = read_clips(args, variant, generator)
     means = summaries(measure(args, variant, generator, clips))
     results = [{**asdict(config), "evaluations": config.num_evaluations, **mean} for config, mean in means.items()]
-    write_results(args.output, vars(args), results)
+    write_results(args.output, cli.saved_settings(args), results)
     print(markdown(means, args.num_steps))
     print(args.output)
     return 0

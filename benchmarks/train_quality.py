@@ -222,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                         results.append({"seed": seed, "way": way, "step": step, **row})
                         log.info("seed %d, %s, %d updates: cond %.4f, null %.4f", seed, way, step, row["cond"],
                                  row["null"])
-    write_results(args.output, vars(args), results)
+    write_results(args.output, cli.saved_settings(args), results)
     print(markdown(results))
     print(args.output)
     return 0
