@@ -103,11 +103,15 @@ def read_clips(args, variant: Variant, generator: Generator) -> list[SampledClip
 def settings_to_compare(args) -> list[SamplingConfig]:
     """Return every row: solvers at equal numbers of evaluations, then intervals."""
     rows = [
-        SamplingConfig(evaluations // flow.EVALUATIONS_PER_STEP[solver], args.cfg_strength, solver)
+        SamplingConfig(
+            evaluations // flow.EVALUATIONS_PER_STEP[solver], cfg_strength=args.cfg_strength, solver=solver
+        )
         for evaluations in args.evaluations for solver in flow.SOLVERS
         if evaluations % flow.EVALUATIONS_PER_STEP[solver] == 0
     ]
-    return rows + [SamplingConfig(args.num_steps, args.cfg_strength, cfg_interval=bounds) for bounds in INTERVALS]
+    return rows + [
+        SamplingConfig(args.num_steps, cfg_strength=args.cfg_strength, cfg_interval=bounds) for bounds in INTERVALS
+    ]
 
 
 def error_db(found: Tensor, reference: Tensor) -> float:
@@ -122,13 +126,13 @@ def measure(args, variant: Variant, generator: Generator, clips: list[SampledCli
     vae = load_vae(variant.name, args.selva_dir, device)
     vocoder = load_vocoder(variant.name, args.selva_dir, device)
     rate = clips[0].sequence.sampling_rate
-    half = SamplingConfig(max(1, args.reference_steps // 2), args.cfg_strength)
+    half = SamplingConfig(max(1, args.reference_steps // 2), cfg_strength=args.cfg_strength)
     configs = [half, *settings_to_compare(args)]
     rows = []
     with Progress(len(clips) * args.num_seeds * len(configs), "sampling", "sounds") as progress:
         for clip in clips:
             for seed in range(args.seed, args.seed + args.num_seeds):
-                reference, _ = clip.sample(seed, SamplingConfig(args.reference_steps, args.cfg_strength))
+                reference, _ = clip.sample(seed, SamplingConfig(args.reference_steps, cfg_strength=args.cfg_strength))
                 sound = decode_latents(reference.to(device), vae, vocoder)[0].cpu()
                 for config in configs:
                     latents, passes = clip.sample(seed, config)
