@@ -55,7 +55,7 @@ CLIP_FRAMES = {"cpu": 1, "cuda": 64, "mps": 64}
 
 
 def startup(bench: Bench, sizes: Sizes) -> Iterator[Result]:
-    """From nothing to the first step, in processes of their own; ours without and with what an earlier run cached."""
+    """Measure starts up to the first step, in processes of their own; ours without and with the cache of another."""
     parts = ("generator", "clip_text", "vae")
     if not sizes.variant.packaged:
         for path in {path for paths in find_weights(sizes.variant, sizes.selva_dir, parts).values() for path in paths}:
@@ -138,7 +138,7 @@ def stages_text(starts: list[dict[str, Any]]) -> str:
 
 
 def extraction(bench: Bench, sizes: Sizes) -> Iterator[Result]:
-    """What is done for a clip: reading its video, its prompt, CLIP, video encoder, sound; networks in float32."""
+    """Measure the work for a clip: reading its video, its prompt, CLIP, video encoder, sound; networks in float32."""
     yield reading(bench, sizes.variant)
     clip = build_clip(sizes.variant.clip).eval().requires_grad_(False).to(bench.device)
     yield texts(bench, sizes.variant, clip)
@@ -149,7 +149,7 @@ def extraction(bench: Bench, sizes: Sizes) -> Iterator[Result]:
 
 
 def reading(bench: Bench, variant: Variant) -> Result:
-    """Frames of a video at both rates: chosen while decoding, against decoding all of it first."""
+    """Measure the frames of a video at both rates: chosen while decoding, against decoding all of it first."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "scene.mp4"
         make_scene(0, [next(iter(CLASSES))], 1, DURATION_SEC).write(path, SCENE_SIZE)
@@ -170,7 +170,7 @@ def reading(bench: Bench, variant: Variant) -> Result:
 
 
 def texts(bench: Bench, variant: Variant, clip: nn.Module) -> Result:
-    """The prompts of some clips: each different one once, against every clip's."""
+    """Measure the prompts of some clips: each different one once, against every clip's."""
     encoder = ClipText(variant.clip).load_published(clip.state_dict()).to(bench.device)
     prompts = [PROMPTS[i % len(PROMPTS)] for i in range(4 * len(PROMPTS))]
 
@@ -189,7 +189,7 @@ def texts(bench: Bench, variant: Variant, clip: nn.Module) -> Result:
 
 
 def clip_frames(bench: Bench, variant: Variant, clip: nn.Module) -> Result:
-    """CLIP frames by the same network, in passes of a fixed number against all at once."""
+    """Measure CLIP frames by the same network, in passes of a fixed number against all at once."""
     passes = FRAMES_PER_PASS[bench.device.type]
     encoder = ClipImage(variant.clip, passes).load_published(clip.state_dict()).to(bench.device)
     count, size = CLIP_FRAMES[bench.device.type], variant.clip_image_size
@@ -202,7 +202,7 @@ def clip_frames(bench: Bench, variant: Variant, clip: nn.Module) -> Result:
 
 
 def video_encoder(bench: Bench, variant: Variant) -> Result:
-    """Sync features of one clip."""
+    """Measure the sync features of one clip."""
     encoder = build_video_encoder(variant.name)
     assert isinstance(encoder, TextSynch)
     encoder.load_published(random_state_dict(encoder))
@@ -225,7 +225,7 @@ def video_encoder(bench: Bench, variant: Variant) -> Result:
 
 
 def sound_encoder(bench: Bench, variant: Variant) -> Result:
-    """Mel and VAE of one clip."""
+    """Measure mel and VAE of one clip."""
     vae, mel = build_vae(variant.vae), build_mel(variant.mode).to(bench.device)
     vae.load_published(random_state_dict(vae))
     vae.to(bench.device).eval().requires_grad_(False)

@@ -35,7 +35,7 @@ def update_document(path: Path, begin: str, block: str, title: str = "") -> None
     atomic_write_text(path, with_block(text or title, begin, block))
 
 
-def write_results(path: Path, options: dict[str, Any], results: list[dict[str, Any]]) -> None:
-    """Write results together with the command-line options that they were measured with."""
-    settings = {name: str(value) for name, value in options.items() if name not in ("config", "debug")}
-    atomic_write_text(path, json.dumps({"settings": settings, "results": results}, indent=2) + "\n")
+def write_results(path: Path, settings: dict[str, Any], results: list[dict[str, Any]]) -> None:
+    """Write results together with the settings that they were measured with."""
+    words = {name: str(value) for name, value in settings.items()}
+    atomic_write_text(path, json.dumps({"settings": words, "results": results}, indent=2) + "\n")

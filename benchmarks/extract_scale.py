@@ -51,7 +51,7 @@ def build_parser() -> cli.ArgumentParser:
     return parser
 
 
-# -- the set ----------------------------------------------------------------------------------------------------------
+# -- the set -----------------------------------------------------------------------------------------------------------
 
 
 def make_set(folder: Path, count: int) -> None:
@@ -84,12 +84,12 @@ def write_work_list(path: Path, videos: Path, count: int) -> None:
     write_table(path, ("id", "path", "prompt"), rows)
 
 
-# -- runs -------------------------------------------------------------------------------------------------------------
+# -- runs --------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a finished run took: seconds, its exit code, and the peak memory of its largest process in GiB."""
+    """A finished run: seconds, exit code, and the peak memory of its largest process in GiB."""
 
     seconds: float
     code: int
@@ -139,7 +139,7 @@ def killed_run(given: list[str], log: Path, kills: int, expected_sec: float, rng
     return done, start(given, log).wait()
 
 
-# -- comparing --------------------------------------------------------------------------------------------------------
+# -- comparing ---------------------------------------------------------------------------------------------------------
 
 
 def contents(folder: Path) -> dict[str, str]:

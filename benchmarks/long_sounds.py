@@ -1,4 +1,4 @@
-"""Are there seams in long sounds? Windows that move together, beside one pass and beside clips that are cut together.
+"""Seams in long sounds: windows that move together, beside one pass and beside clips that are cut together.
 
     python benchmarks/long_sounds.py --variant tiny_16k --features long/*.npz
     python benchmarks/long_sounds.py --variant small_16k --selva_dir weights --prompt "rain on a roof" --device cuda
@@ -42,7 +42,7 @@ METHODS = ("windows", "one pass", "cut")
 MEASURES = ("level", "spectrum", "onset")
 BESIDE_SEC, AROUND_SEC, FLOOR = 0.1, 0.05, 1e-10  # of full-scale power
 
-Features = tuple[Tensor | None, Tensor | None, Tensor]  # of CLIP, of motion, of the text; None: the learned nothing
+Features = tuple[Tensor | None, Tensor | None, Tensor]  # of CLIP, of motion, of the text; None: the empty ones
 
 
 def build_parser() -> cli.ArgumentParser:
@@ -175,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     device = resolve_device(args.device)
     rows = measure(args, load_generator(args.variant, args.selva_dir).to(device).eval(), device)
-    write_results(args.output, vars(args), rows)
+    write_results(args.output, cli.saved_settings(args), rows)
     print(markdown(rows))
     print(args.output)
     return 0

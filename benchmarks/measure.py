@@ -1,4 +1,4 @@
-"""Measuring two ways of doing one thing: interleaved, medians, peak memory, and the machine's own ceiling."""
+"""Measurement of two ways of doing one thing: interleaved, medians, peak memory, and the machine's own ceiling."""
 
 from __future__ import annotations
 
@@ -132,14 +132,14 @@ class Bench:
         )
 
     def memory_rise(self, call: Callable[[], Any]) -> float:
-        """Return by how many MiB memory rises during a call: the allocator's peak on CUDA, resident memory else."""
+        """Return the rise of memory in MiB during a call: the allocator's peak on CUDA, resident memory else."""
         gc.collect()
         if self.device.type == "cuda":
             return self.tensor_rise(call)
         return resident_rise(call)
 
     def tensor_rise(self, call: Callable[[], Any]) -> float:
-        """Return by how many MiB the memory of tensors rises during a call: what it keeps and works on.
+        """Return the rise of the memory of tensors in MiB during a call: those it keeps and works on.
 
         Resident memory also holds what the C library keeps of freed tensors, and the scratch memory of libraries.
         """
@@ -160,7 +160,7 @@ class Bench:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the best rate in TFLOP/s of a few large matrix products: what this machine can do at most.
+    """Return the best rate in TFLOP/s of a few large matrix products, the most that this machine can do.
 
     By the fastest of the ways that the stages take: PyTorch's own linear layer, and oneDNN's.
     """
@@ -193,7 +193,7 @@ def _linear_flops(x_shape: tuple[int, ...], weight_shape: tuple[int, ...], *args
 
 
 def resident_rise(call: Callable[[], Any]) -> float:
-    """Return by how many MiB the resident memory of this process rises at most while ``call`` runs (Linux)."""
+    """Return the largest rise in MiB of the resident memory of this process while ``call`` runs (Linux)."""
     if sys.platform != "linux":
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         call()

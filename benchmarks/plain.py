@@ -38,10 +38,17 @@ from selva.models.config import ClipConfig
 from selva.models.generator import Generator
 from selva.models.synchformer import DividedAttention, DividedBlock, VisualTrunk
 from selva.models.textsynch import TextCrossBlock, TextSynch
-from selva.models.vae import LOG_VARIANCE_RANGE, VAE, Level, limit, magnitude_silu, magnitude_sum, pixel_norm
-from selva.models.vae import ResidualBlock as VAEBlock
-from selva.models.vocoder import AntiAliasedActivation, Vocoder, antialias_filter
-from selva.models.vocoder import ResidualBlock as VocoderBlock
+from selva.models.vae import (
+    LOG_VARIANCE_RANGE,
+    VAE,
+    Level,
+    ResidualBlock,
+    limit,
+    magnitude_silu,
+    magnitude_sum,
+    pixel_norm,
+)
+from selva.models.vocoder import AMPBlock, AntiAliasedActivation, Vocoder, antialias_filter
 from selva.sequence import CLIP_FPS, SYNC_FPS, SYNC_SEGMENT_FRAMES, SYNC_SEGMENT_STEP, SYNC_TOKENS_PER_SEGMENT
 
 RMS_EPS = torch.finfo(torch.float32).eps
@@ -153,7 +160,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def plain_conditions(model: Generator, clip_f: Tensor, sync_f: Tensor, text_f: Tensor) -> tuple[Tensor, ...]:
-    """Return what depends on the conditions only: clip, sync, text tokens and the pooled vector."""
+    """Return all that depends on the conditions only: clip, sync, text tokens and the pooled vector."""
     dtype = model.clip_cond_proj.weight.dtype
     clip_f, sync_f, text_f = clip_f.to(dtype), sync_f.to(dtype), text_f.to(dtype)
     segments = sync_f.unflatten(1, (-1, SYNC_TOKENS_PER_SEGMENT)) + model.sync_pos_emb.to(dtype)
@@ -355,7 +362,7 @@ def plain_vocoder(vocoder: Vocoder, mel: Tensor) -> Tensor:
         assert isinstance(up, nn.ConvTranspose1d) and not isinstance(up.padding, str)
         x = F.conv_transpose1d(x, up.weight, up.bias, stride=up.stride, padding=up.padding)
         total = None
-        for block in each(vocoder.resblocks[stage * count : (stage + 1) * count], VocoderBlock):
+        for block in each(vocoder.resblocks[stage * count : (stage + 1) * count], AMPBlock):
             y = x
             activations = list(each(block.activations, AntiAliasedActivation))
             convs = (each(layers, nn.Conv1d) for layers in (block.convs1, block.convs2))
@@ -434,7 +441,7 @@ def plain_latents(vae: VAE, mel: Tensor) -> tuple[Tensor, Tensor]:
     assert encoder is not None
     x = _same(encoder.conv_in, (mel - vae.data_mean) / vae.data_std)
     for level in each(encoder.down, Level):
-        for block in each(level.block, VAEBlock):
+        for block in each(level.block, ResidualBlock):
             x = limit(_plain_residual(block, x))
         if level.downsample is not None:
             x = _same(level.downsample.conv2, F.avg_pool1d(_same(level.downsample.conv1, x), 2))
@@ -449,7 +456,7 @@ def plain_latents(vae: VAE, mel: Tensor) -> tuple[Tensor, Tensor]:
     return mean.mT, (0.5 * log_variance.clamp(*LOG_VARIANCE_RANGE)).exp().mT
 
 
-def _plain_residual(block: VAEBlock, x: Tensor) -> Tensor:
+def _plain_residual(block: ResidualBlock, x: Tensor) -> Tensor:
     x = pixel_norm(x)
     branch = _same(block.conv2, magnitude_silu(_same(block.conv1, magnitude_silu(x))))
     return magnitude_sum(x if block.nin_shortcut is None else _same(block.nin_shortcut, x), branch)

@@ -1,4 +1,4 @@
-"""How far few steps are from many: solvers and guidance intervals against many-step Euler.
+"""Errors of few steps against many: solvers and guidance intervals against many-step Euler.
 
     python benchmarks/solvers.py --variant tiny_16k
     python benchmarks/solvers.py --variant small_16k --selva_dir weights --features features/*.npz --device cuda
@@ -62,8 +62,8 @@ def build_parser() -> cli.ArgumentParser:
     return parser
 
 
-class Clip:
-    """What one sound is made from, and the networks that make it."""
+class SampledClip:
+    """The conditions of one sound, and the generator that makes it."""
 
     def __init__(self, generator: Generator, sequence: SequenceConfig, features: Sequence[Tensor | None]) -> None:
         self.generator, self.sequence = generator, sequence
@@ -82,7 +82,7 @@ class Clip:
         return latents, sum(batches)
 
 
-def read_clips(args, variant: Variant, generator: Generator) -> list[Clip]:
+def read_clips(args, variant: Variant, generator: Generator) -> list[SampledClip]:
     """Return the clips of --features, or one of the prompt alone."""
     clips = []
     encoder = None
@@ -96,18 +96,22 @@ def read_clips(args, variant: Variant, generator: Generator) -> list[Clip]:
         clip_f, sync_f = (bundle.clip_features, bundle.sync_features) if bundle else (None, None)
         if variant.family == "selva":
             clip_f = None  # as officially released
-        clips.append(Clip(generator, sequence, (clip_f, sync_f, text)))
+        clips.append(SampledClip(generator, sequence, (clip_f, sync_f, text)))
     return clips
 
 
 def settings_to_compare(args) -> list[SamplingConfig]:
     """Return every row: solvers at equal numbers of evaluations, then intervals."""
     rows = [
-        SamplingConfig(evaluations // flow.EVALUATIONS_PER_STEP[solver], args.cfg_strength, solver)
+        SamplingConfig(
+            evaluations // flow.EVALUATIONS_PER_STEP[solver], cfg_strength=args.cfg_strength, solver=solver
+        )
         for evaluations in args.evaluations for solver in flow.SOLVERS
         if evaluations % flow.EVALUATIONS_PER_STEP[solver] == 0
     ]
-    return rows + [SamplingConfig(args.num_steps, args.cfg_strength, cfg_interval=bounds) for bounds in INTERVALS]
+    return rows + [
+        SamplingConfig(args.num_steps, cfg_strength=args.cfg_strength, cfg_interval=bounds) for bounds in INTERVALS
+    ]
 
 
 def error_db(found: Tensor, reference: Tensor) -> float:
@@ -116,19 +120,19 @@ def error_db(found: Tensor, reference: Tensor) -> float:
     return 10 * math.log10(max(ratio.item(), 1e-12))
 
 
-def measure(args, variant: Variant, generator: Generator, clips: list[Clip]) -> list[dict[str, Any]]:
+def measure(args, variant: Variant, generator: Generator, clips: list[SampledClip]) -> list[dict[str, Any]]:
     """Return a row per setting and clip and seed; the first setting is Euler with half the steps of the reference."""
     device = generator.latent_mean.device
     vae = load_vae(variant.name, args.selva_dir, device)
     vocoder = load_vocoder(variant.name, args.selva_dir, device)
     rate = clips[0].sequence.sampling_rate
-    half = SamplingConfig(max(1, args.reference_steps // 2), args.cfg_strength)
+    half = SamplingConfig(max(1, args.reference_steps // 2), cfg_strength=args.cfg_strength)
     configs = [half, *settings_to_compare(args)]
     rows = []
     with Progress(len(clips) * args.num_seeds * len(configs), "sampling", "sounds") as progress:
         for clip in clips:
             for seed in range(args.seed, args.seed + args.num_seeds):
-                reference, _ = clip.sample(seed, SamplingConfig(args.reference_steps, args.cfg_strength))
+                reference, _ = clip.sample(seed, SamplingConfig(args.reference_steps, cfg_strength=args.cfg_strength))
                 sound = decode_latents(reference.to(device), vae, vocoder)[0].cpu()
                 for config in configs:
                     latents, passes = clip.sample(seed, config)
@@ -174,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     clips = read_clips(args, variant, generator)
     means = summaries(measure(args, variant, generator, clips))
     results = [{**asdict(config), "evaluations": config.num_evaluations, **mean} for config, mean in means.items()]
-    write_results(args.output, vars(args), results)
+    write_results(args.output, cli.saved_settings(args), results)
     print(markdown(means, args.num_steps))
     print(args.output)
     return 0

@@ -53,7 +53,7 @@ BATCH_SEC = {"cpu": 1.0, "cuda": 8.0, "mps": 8.0}
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured.
+    """The sizes to measure at.
 
     Attributes:
         batches: batch sizes. durations: seconds of sound. clips: of a data folder. rows: of a memmap.
@@ -72,7 +72,7 @@ Stage = Callable[[Bench, Sizes], Iterator[Result]]  # results as they come
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# what the stages work on
+# networks and clips that the stages work on
 # ---------------------------------------------------------------------------------------------------------------
 
 
@@ -165,12 +165,12 @@ def velocities_differ(variant: Variant, bench: Bench) -> float:
 
 
 def training_step(bench: Bench, sizes: Sizes) -> Iterator[Result]:
-    """One optimiser update: our loop against the plain one."""
+    """Measure one optimiser update: our loop against the plain one."""
     yield from _steps(bench, sizes, "training step", checkpointing=False)
 
 
 def checkpointed_step(bench: Bench, sizes: Sizes) -> Iterator[Result]:
-    """The same with gradient checkpointing, less memory for more time, against the plain one without."""
+    """Measure the same with gradient checkpointing, less memory for more time, against the plain one without."""
     yield from _steps(bench, sizes, "step, checkpointed", checkpointing=True)
 
 
@@ -187,7 +187,7 @@ def _steps(bench: Bench, sizes: Sizes, stage: str, checkpointing: bool) -> Itera
 
 
 def sampling(bench: Bench, sizes: Sizes) -> Iterator[Result]:
-    """25 guided Euler steps of an adapted model: merged and batched against two passes of an unmerged one."""
+    """Measure 25 guided Euler steps of an adapted model: merged and batched against two passes of an unmerged one."""
     for seconds in sizes.durations:
         yield _sampling_row(bench, sizes.variant, 1, seconds, "one sound", seconds, "s")
     seconds = BATCH_SEC[bench.device.type]
@@ -239,7 +239,7 @@ def random_generator_like(model: Generator) -> Generator:
 
 
 def vocoder(bench: Bench, sizes: Sizes) -> Iterator[Result]:
-    """Mel to waveform in float32, as inference does it."""
+    """Measure mel to waveform in float32, as inference does it."""
     variant = sizes.variant
     if isinstance(variant.vocoder, MelInversionConfig):
         return  # the stand-in of tiny_16k, which has no plain counterpart
@@ -266,7 +266,7 @@ def vocoder(bench: Bench, sizes: Sizes) -> Iterator[Result]:
 
 
 def memmap_reading(bench: Bench, sizes: Sizes) -> Iterator[Result]:
-    """Rows of a memmap in random order, from sets of several sizes: neither time nor memory may grow."""
+    """Measure rows of a memmap in random order, from sets of several sizes: neither time nor memory may grow."""
     clip = random_clips(sizes.variant, 1)[0]
     for rows in sizes.rows:
         with tempfile.TemporaryDirectory() as folder:

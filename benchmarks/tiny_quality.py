@@ -90,8 +90,8 @@ def build_parser() -> cli.ArgumentParser:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-class Bench:
-    """What the parts share: networks, classifier, progress."""
+class QualityBench:
+    """The networks, the classifier and the progress bars that the parts share."""
 
     def __init__(self, args) -> None:
         self.args, self.device = args, resolve_device(args.device)
@@ -123,7 +123,7 @@ class Bench:
         return {name: mean(values) for name, values in self.judged(sounds, cases).items()}
 
 
-def measure_base(bench: Bench) -> dict[str, Any]:
+def measure_base(bench: QualityBench) -> dict[str, Any]:
     """Return scores of generated sounds, of the ceiling and of the floors, and of every class."""
     cases = single_cases(list(CLASSES), bench.args.count, MEASURE_SEED, DURATION_SEC)
     encoded = bench.encoded(cases)
@@ -163,8 +163,8 @@ def random_generator(like: Generator) -> Generator:
     return generator.to(like.latent_mean.device).eval()
 
 
-def measure_selection(bench: Bench) -> dict[str, Any]:
-    """Return how onsets follow the object that is named, and the one that is not, in scenes with two."""
+def measure_selection(bench: QualityBench) -> dict[str, Any]:
+    """Return scores of onsets against the object that is named, and the one that is not, in scenes with two."""
     cases = pair_cases(3 * bench.args.count, MEASURE_SEED + 100_000, DURATION_SEC)
     sounds = bench.made("two objects", bench.generator(), bench.encoded(cases))
     named = timing_f1(sounds, [case.events() for case in cases])
@@ -178,8 +178,8 @@ def measure_selection(bench: Bench) -> dict[str, Any]:
     }
 
 
-def measure_guidance(bench: Bench) -> dict[str, Any]:
-    """Return scores at several strengths of guidance, and what a negative prompt does in scenes with two objects."""
+def measure_guidance(bench: QualityBench) -> dict[str, Any]:
+    """Return scores at several strengths of guidance, and those of negative prompts in scenes with two objects."""
     cases = single_cases(list(CLASSES), max(1, bench.args.count // 2), MEASURE_SEED + 200_000, DURATION_SEC)
     encoded, generator = bench.encoded(cases), bench.generator()
     strengths = {}
@@ -205,8 +205,8 @@ def measure_guidance(bench: Bench) -> dict[str, Any]:
     return {"scenes": len(cases), "strengths": strengths, "negative_scenes": len(both), "negative": recall}
 
 
-def margins(sounds: Sequence[np.ndarray], cases: Sequence[Case], bench: Bench) -> list[float]:
-    """Return by how much the class that should be heard beats the best other one, in units of log probability."""
+def margins(sounds: Sequence[np.ndarray], cases: Sequence[Case], bench: QualityBench) -> list[float]:
+    """Return the log probability of the class that should be heard, less that of the best other one, of every sound."""
     result = []
     for sound, case in zip(sounds, cases, strict=True):
         scores = bench.classifier.scores(sound)
@@ -215,8 +215,8 @@ def margins(sounds: Sequence[np.ndarray], cases: Sequence[Case], bench: Bench) -
     return result
 
 
-def measure_adaptation(bench: Bench) -> dict[str, Any]:
-    """Return, for every new class, what teaching it to the model changes."""
+def measure_adaptation(bench: QualityBench) -> dict[str, Any]:
+    """Return scores of every new class, and of the known ones, before and after teaching it to the model."""
     result = {}
     for number, name in enumerate(bench.args.sounds):
         with tempfile.TemporaryDirectory() as folder:
@@ -267,7 +267,7 @@ def _run(script: str, *arguments: Any) -> None:
         raise ValueError(f"{script} ended with exit code {done.returncode}; its messages are above")
 
 
-MEASURES: dict[str, Callable[[Bench], dict[str, Any]]] = {
+MEASURES: dict[str, Callable[[QualityBench], dict[str, Any]]] = {
     "base": measure_base,
     "selection": measure_selection,
     "adaptation": measure_adaptation,
@@ -281,7 +281,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.threads > 0:
         torch.set_num_threads(args.threads)
     figures = json.loads(args.output.read_text(encoding="utf-8")) if args.output.is_file() else {}
-    started, bench = time.monotonic(), Bench(args)
+    started, bench = time.monotonic(), QualityBench(args)
     log.info("classifier fitted in %s", clock(time.monotonic() - started))
     for name in args.only:
         started = time.monotonic()

@@ -8,7 +8,7 @@
 (b) "ours": the defaults of train_lora.py.
 
 Both start from the same adapter and are judged alike, in float32, on the same held-out clips at their true length:
-`cond`, the loss with all conditions, and `null`, the loss with all of them replaced by the learned nothing, the other
+`cond`, the loss with all conditions, and `null`, the loss with all of them replaced by the empty features, the other
 half of what guidance uses. Writes a JSON file and prints a Markdown table.
 """
 
@@ -222,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                         results.append({"seed": seed, "way": way, "step": step, **row})
                         log.info("seed %d, %s, %d updates: cond %.4f, null %.4f", seed, way, step, row["cond"],
                                  row["null"])
-    write_results(args.output, vars(args), results)
+    write_results(args.output, cli.saved_settings(args), results)
     print(markdown(results))
     print(args.output)
     return 0

@@ -56,12 +56,12 @@ def md5_of(path: Path) -> str:
 
 
 def has_wrong_md5(file: WeightFile, path: Path) -> bool:
-    """Return whether ``path`` contradicts the published checksum of ``file``; False where there is none to trust."""
+    """Return True where ``path`` contradicts the published checksum of ``file``; False where there is none to trust."""
     return file.md5 is not None and file.md5_verified and md5_of(path) != file.md5
 
 
 def describe_check(file: WeightFile, path: Path) -> str:
-    """Return in words how far the content of ``path``, which passed :func:`has_wrong_md5`, is known to be right."""
+    """Return a note on the checksum of ``path``, which passed :func:`has_wrong_md5`."""
     if file.md5 is None:
         return "no checksum is published"
     if file.md5_verified:
@@ -149,7 +149,7 @@ def _check_disk_space(folder: Path, num_bytes: int) -> None:
 
 
 def network_errors() -> tuple[type[Exception], ...]:
-    """Return what a download may raise, whichever HTTP library this version of huggingface_hub is built on."""
+    """Return the errors that a download may raise, for every HTTP library that huggingface_hub is built on."""
     from huggingface_hub.utils import HfHubHTTPError
 
     # Its errors are OSErrors, and so are those of `requests` below old versions; those of `httpx` below new ones are

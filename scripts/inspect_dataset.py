@@ -1,11 +1,11 @@
-"""Look at a data set before training on it: what is in it, what cannot be used, what is odd.
+"""Inspect a data set before training on it: its content, what cannot be used, what is odd.
 
     python scripts/inspect_dataset.py features/dog
     python scripts/inspect_dataset.py features/dog --videos clips/ --png dog.png --json dog.json
     python scripts/inspect_dataset.py data/vgg-train                                   # a memmap of MMAudio
 
-DIR is what train_lora.py takes: features (.npz) with their sound, or a memmap with its table beside it. A folder of
-sounds or videos without features is measured too. Prints a table and a sentence for everything that deserves a look;
+DIR is a data set for train_lora.py: features (.npz) with their sound, or a memmap with its table beside it. A folder of
+sounds or videos without features is measured too. Prints a table and a sentence for everything remarkable;
 "!" cannot be used, "?" may be meant. Nothing in DIR is changed. Exit code 1 if something cannot be used.
 """
 
@@ -36,7 +36,7 @@ def build_parser() -> cli.ArgumentParser:
     group.add_argument("--png", type=Path, metavar="FILE",
                        help="write a picture: spectrogram and waveform of every clip, its frames above")
     group.add_argument("--png_clips", type=cli.positive_int, default=24, metavar="N",
-                       help="clips in the picture; those that deserve a look first, then others spread evenly")
+                       help="clips in the picture; remarkable ones first, then others spread evenly")
     group.add_argument("--videos", type=Path, metavar="DIR2",
                        help="folder of the videos that the features are of, for the frames; by default those beside "
                             "the features, or none")

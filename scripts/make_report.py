@@ -7,7 +7,7 @@
 
 Clips of one name in both folders are shown side by side; --true adds the videos with the sound that they really have.
 Where that folder holds an events.tsv of make_demo_clips.py, the page also says how well the onsets fit what happens
-(F1 within 80 ms), and what a classifier takes each sound for. The page needs no other file and no network. Prints its
+(F1 within 80 ms), and the class that a classifier hears in it. The page needs no other file and no network. Prints its
 path, and the numbers on stderr.
 """
 
@@ -42,7 +42,7 @@ FIT_COUNT = 25  # scenes per class for the classifier
 
 @dataclass
 class Judged:
-    """What is known about the sounds of one kind: "before", "after" or "true"."""
+    """Scores of the sounds of one kind: "before", "after" or "true"."""
 
     f1: list[float] = field(default_factory=list)
     heard_as: list[str] = field(default_factory=list)
@@ -131,7 +131,7 @@ def run_facts(run: Path) -> tuple[dict, MetricsFile]:
 
 
 def training_seconds(metrics: MetricsFile) -> float | None:
-    """Return how long the steps took, None if the run did not note it."""
+    """Return the seconds of all steps; None if the run did not note them."""
     _, seconds = metrics.series("sec_per_step")  # a row for every step
     return sum(seconds) if seconds else None
 
@@ -164,15 +164,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows: list[tuple[str, list[ReportSound], list[float]]] = []
     with Progress(len(names), "looking at clips", "clips") as progress:
         for number, name in enumerate(names, 1):
-            takes, truth = [], truths.get(name)
+            sounds, truth = [], truths.get(name)
             for kind, folder in (("before", args.before), ("after", args.after), ("true", args.true)):
                 media = media_of(folder, name)
                 if media is None:
                     continue
                 waveform, rate = mono(media)
                 note = judge(waveform, rate, truth, classifier, judged[kind]) if truth and classifier else ""
-                takes.append(ReportSound(LABELS[kind], note, media, waveform, rate))
-            rows.append((name, takes, truth[1] if truth else []))
+                sounds.append(ReportSound(LABELS[kind], note, media, waveform, rate))
+            rows.append((name, sounds, truth[1] if truth else []))
             progress.update(number)
 
     seconds, steps = training_seconds(metrics), metrics.series("loss")[0]
@@ -183,8 +183,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     page.cards([*cards, ("training", trained, f"adapter of {size / 2**20:.1f} MB" if size else "")])
     page.section("Listen", "New videos that the adapter was not trained on. "
                  + ("The green marks are the moments at which something happens in the picture." if truths else ""))
-    for name, takes, marks in rows:
-        page.takes(name, takes, marks)
+    for name, sounds, event_times in rows:
+        page.sounds(name, sounds, event_times)
     picture = loss_png(metrics)
     if picture is not None:
         page.section("Training", "How well the flow is predicted; lower is better.")

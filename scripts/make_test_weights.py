@@ -48,7 +48,7 @@ def build_parser() -> cli.ArgumentParser:
     return parser
 
 
-# -- tensors under their published names ------------------------------------------------------------------------------
+# -- tensors under their published names -------------------------------------------------------------------------------
 
 
 def generator_tensors(variant: Variant, seed: int) -> dict[str, Tensor]:
@@ -119,7 +119,7 @@ def stand_in_tokenizer(path: Path) -> None:
     tokenizer.save(str(path))
 
 
-# -- files ------------------------------------------------------------------------------------------------------------
+# -- files -------------------------------------------------------------------------------------------------------------
 
 
 def write_part(variant: Variant, part: str, path: Path, seed: int) -> None:

@@ -40,7 +40,7 @@ LARGEST_PACKAGE = 15_000_000  # bytes of all weights together
 def build_parser() -> cli.ArgumentParser:
     parser = cli.ArgumentParser(__doc__)
     group = parser.add_argument_group("training")
-    group.add_argument("--output_dir", type=Path, required=True, help="takes states, caches, metrics and weights")
+    group.add_argument("--output_dir", type=Path, required=True, help="folder for states, caches, metrics and weights")
     group.add_argument("--stages", nargs="*", choices=STAGES, default=list(STAGES), metavar="STAGE",
                        help=f"stages to train, of {', '.join(STAGES)}; none with --export alone")
     group.add_argument("--restart", action="store_true", help="forget what the given stages have done so far")
@@ -56,7 +56,7 @@ def build_parser() -> cli.ArgumentParser:
     return parser
 
 
-def export(workshop: StageRunner, folder: Path) -> list[Path]:
+def export(runner: StageRunner, folder: Path) -> list[Path]:
     """Write one file for every part and return their paths.
 
     Raises:
@@ -64,11 +64,11 @@ def export(workshop: StageRunner, folder: Path) -> list[Path]:
     """
     from safetensors.torch import save_file
 
-    parts = workshop.published()
+    parts = runner.published()
     size = sum(tensor.nbytes for tensors in parts.values() for tensor in tensors.values())
     if size > LARGEST_PACKAGE:
         raise ValueError(f"the weights take {size:,} bytes, expected at most {LARGEST_PACKAGE:,}")
-    paths = [folder / asset_name(workshop.variant.name, part) for part in parts]
+    paths = [folder / asset_name(runner.variant.name, part) for part in parts]
     for path, tensors in zip(paths, parts.values(), strict=True):
         with atomic_path(path) as temporary:
             save_file(tensors, temporary)
@@ -89,17 +89,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = resolve_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
-    workshop = StageRunner(args.output_dir, device, chosen_recipe(args), resume=not args.restart)
+    runner = StageRunner(args.output_dir, device, chosen_recipe(args), resume=not args.restart)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     cli.write_settings(args.output_dir / "config.yaml", args)
     for stage in (stage for stage in STAGES if stage in args.stages):
-        if workshop.is_finished(stage) and not args.restart:
+        if runner.is_finished(stage) and not args.restart:
             log.info("%s: finished before; train it anew with --restart", stage)
         else:
-            workshop.run(stage)
-        print(workshop.weights_path(stage))
+            runner.run(stage)
+        print(runner.weights_path(stage))
     if args.export:
-        for path in export(workshop, args.export):
+        for path in export(runner, args.export):
             print(path)
     return 0
 

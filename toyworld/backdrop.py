@@ -1,4 +1,4 @@
-"""What is behind the things: a wall and a floor, plain or with clutter; and the noise of the camera."""
+"""The background of a scene: a wall and a floor, plain or with clutter; and the noise of the camera."""
 
 from __future__ import annotations
 

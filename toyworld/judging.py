@@ -37,12 +37,12 @@ def heard_events(sound: np.ndarray, rate: int = RATE) -> list[float]:
 
 
 def timing(sound: np.ndarray, true_times: Iterable[float], rate: int = RATE) -> EventMatch:
-    """Return how well what is heard in (samples,) matches the true times, within 80 ms."""
+    """Return the match of the events heard in (samples,) and the true times, within 80 ms."""
     return match_events(heard_events(sound, rate), list(true_times))
 
 
 def sound_statistics(sound: np.ndarray) -> np.ndarray:
-    """Return (80,) statistics of (samples,) at 16 kHz that tell its timbre, whatever its level and its timing.
+    """Return (80,) statistics of (samples,) at 16 kHz that tell its timbre, independent of level and timing.
 
     Of the log mel in 20 pooled bands, clipped to two decades below the loudest: its mean over the frames that are
     not silent, its 95th percentile, and mean rise and fall from frame to frame where it changes.

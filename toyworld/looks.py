@@ -1,4 +1,4 @@
-"""What the things of the world look like, at rest and in motion.
+"""The looks of the things of the world, at rest and in motion.
 
 A look has two functions. ``still(canvas, thing)`` paints what never moves, once for a clip;
 ``moving(canvas, thing, now)`` the rest, for every picture. A thing stands on the ground at ``thing.x``,
@@ -80,11 +80,11 @@ def nothing_still(canvas: Canvas, thing: Any) -> None:
     shadow(canvas, thing)
 
 
-# --- things that are struck ------------------------------------------------------------------------------------------
+# -- things that are struck --------------------------------------------------------------------------------------------
 
 
 def wood(canvas: Canvas, thing: Any, now: Now) -> None:
-    """A block on two feet and a mallet from the right."""
+    """Paint a block on two feet and a mallet from the right."""
     x, s = thing.x, thing.reach
     y = thing.ground - 0.52 * s + 0.06 * s * now.glow
     for side in (-0.6, 0.6):
@@ -108,7 +108,7 @@ def bell_still(canvas: Canvas, thing: Any) -> None:
 
 
 def bell(canvas: Canvas, thing: Any, now: Now) -> None:
-    """A bell that hangs from a post and swings when the hammer at its left hits it."""
+    """Paint a bell that hangs from a post and swings when the hammer at its left hits it."""
     x, s, g = thing.x, thing.reach, thing.ground
     top, angle = g - 1.95 * s, -0.16 * now.sway
     cos, sin = math.cos(angle), math.sin(angle)
@@ -129,7 +129,7 @@ def bell(canvas: Canvas, thing: Any, now: Now) -> None:
 
 
 def drum(canvas: Canvas, thing: Any, now: Now) -> None:
-    """A drum seen a little from above, its skin dented by the stick from the left."""
+    """Paint a drum seen a little from above, its skin dented by the stick from the left."""
     x, s, g = thing.x, thing.reach, thing.ground
     top = g - 0.95 * s
     canvas.disc(x, g - 0.12 * s, 0.95 * s, 0.26 * s, colour=darker(thing.rgb, 0.4))
@@ -152,7 +152,7 @@ def ball_still(canvas: Canvas, thing: Any) -> None:
 
 
 def ball(canvas: Canvas, thing: Any, now: Now) -> None:
-    """A rubber ball that falls, is flattened by the floor and jumps again."""
+    """Paint a rubber ball that falls, is flattened by the floor and jumps again."""
     x, g, r = thing.x, thing.ground, 0.62 * thing.reach
     close = max(0.0, 1 - 3 * now.height)
     canvas.disc(x, g + 0.01, r * (0.6 + 0.4 * close), 0.18 * r, colour=(25, 22, 25), alpha=0.15 + 0.3 * close, shade=0)
@@ -166,7 +166,7 @@ def ball(canvas: Canvas, thing: Any, now: Now) -> None:
 
 
 def glass(canvas: Canvas, thing: Any, now: Now) -> None:
-    """A tumbler of water and a spoon that taps its rim from the right."""
+    """Paint a tumbler of water and a spoon that taps its rim from the right."""
     x, s, g = thing.x, thing.reach, thing.ground
     top, level = g - 1.45 * s, g - 0.75 * s
 
@@ -201,7 +201,7 @@ def water_still(canvas: Canvas, thing: Any) -> None:
 
 
 def water(canvas: Canvas, thing: Any, now: Now) -> None:
-    """A tap that drips into a basin; rings run over the water and drops jump up."""
+    """Paint a tap that drips into a basin; rings run over the water and drops jump up."""
     x, s, g = thing.x, thing.reach, thing.ground
     surface = g - 0.62 * s
     canvas.disc(x, g - 0.12 * s, 0.66 * s, 0.18 * s, colour=darker(thing.rgb, 0.5))
@@ -226,7 +226,7 @@ def water(canvas: Canvas, thing: Any, now: Now) -> None:
 
 
 def shaker(canvas: Canvas, thing: Any, now: Now) -> None:
-    """A maraca that is jerked downwards and stops dead."""
+    """Paint a maraca that is jerked downwards and stops dead."""
     x, s = thing.x, thing.reach
     y = thing.ground - 0.95 * s - 0.62 * s * now.lift
     tilt = 0.5 - 0.8 * now.lift
@@ -242,11 +242,11 @@ def shaker(canvas: Canvas, thing: Any, now: Now) -> None:
                             now.glow)
 
 
-# --- running sources ------------------------------------------------------------------------------------------------
+# -- running sources ---------------------------------------------------------------------------------------------------
 
 
 def rain(canvas: Canvas, thing: Any, now: Now) -> None:
-    """A cloud that darkens when it rains; more streaks for heavier rain."""
+    """Paint a cloud that darkens when it rains; more streaks for heavier rain."""
     x, s, g = thing.x, thing.reach, thing.ground
     cloud_y = g - 2.2 * s
     drops = round(26 * now.gate)
@@ -272,7 +272,7 @@ def motor_still(canvas: Canvas, thing: Any) -> None:
 
 
 def motor(canvas: Canvas, thing: Any, now: Now) -> None:
-    """A fan with four blades, one of them lighter so that its speed can be seen, and a lamp that shows it is on."""
+    """Paint a fan with four blades, one of them lighter so that its speed can be seen, and a lamp that is lit by it."""
     x, s, y = thing.x, thing.reach, thing.ground - 1.25 * thing.reach
     for k in range(4):
         angle = 2 * math.pi * (now.turns + k / 4)
@@ -292,7 +292,7 @@ def siren_still(canvas: Canvas, thing: Any) -> None:
 
 
 def siren(canvas: Canvas, thing: Any, now: Now) -> None:
-    """A warning lamp whose beam turns round: to the left, towards us, to the right, away."""
+    """Paint a warning lamp whose beam turns round: to the left, towards us, to the right, away."""
     x, s, g = thing.x, thing.reach, thing.ground
     on = min(1.0, 1.6 * now.gate)
     y = g - 1.0 * s
@@ -310,7 +310,7 @@ def siren(canvas: Canvas, thing: Any, now: Now) -> None:
         canvas.disc(x, y, (0.25 + 0.5 * front) * s, colour=light, alpha=0.55 * on * front, shade=0)
 
 
-# --- never used in training ------------------------------------------------------------------------------------------
+# -- never used in training --------------------------------------------------------------------------------------------
 
 
 def gong_still(canvas: Canvas, thing: Any) -> None:
@@ -323,7 +323,7 @@ def gong_still(canvas: Canvas, thing: Any) -> None:
 
 
 def gong(canvas: Canvas, thing: Any, now: Now) -> None:
-    """A large disc in a red frame, which a padded mallet from below right sets swinging."""
+    """Paint a large disc in a red frame, which a padded mallet from below right sets swinging."""
     x, s, g = thing.x, thing.reach, thing.ground
     y, r = g - 1.2 * s, 0.78 * s
     narrow = 1 - 0.25 * abs(now.sway)
@@ -348,7 +348,7 @@ def bird_still(canvas: Canvas, thing: Any) -> None:
 
 
 def bird(canvas: Canvas, thing: Any, now: Now) -> None:
-    """A small bird on a branch that ducks, and opens its beak for every tweet."""
+    """Paint a small bird on a branch that ducks, and opens its beak for every tweet."""
     x, s = thing.x, thing.reach
     feet = thing.ground - 0.7 * s
     y = feet - 0.48 * s - 0.22 * s * now.lift
@@ -380,7 +380,7 @@ def laser_still(canvas: Canvas, thing: Any) -> None:
 
 
 def laser(canvas: Canvas, thing: Any, now: Now) -> None:
-    """A ray gun on a tripod that dips, fires a bolt and recoils."""
+    """Paint a ray gun on a tripod that dips, fires a bolt and recoils."""
     x, s = thing.x - 0.1 * thing.reach, thing.reach
     y = thing.ground - 0.95 * s
     tilt = -0.25 - 0.55 * now.lift

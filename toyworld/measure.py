@@ -43,7 +43,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """The class that should be heard."""
+        """Class that should be heard."""
         return self.scene.objects[self.index].name
 
     def events(self) -> list[float]:
@@ -89,7 +89,7 @@ class ToyGenerator:
     """The networks of a variant around its generator.
 
     Args:
-        variant: its name. clip_features: whether the generator is given CLIP features of the pictures.
+        variant: its name. clip_features: True to give the generator CLIP features of the pictures.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class ToyGenerator:
         self, generator: Generator, encoded: Sequence[EncodedCases], duration_sec: float, first_seed: int = 0,
         negatives: Sequence[str] | None = None, sampling: SamplingConfig | None = None,
     ) -> Tensor:
-        """Return (B, N, C) latents; item i is sampled with seed ``first_seed + i``, whatever else is in the batch."""
+        """Return (B, N, C) latents; item i is sampled with seed ``first_seed + i``, independent of the rest."""
         sequence = sequence_config(self.variant.mode, duration_sec)
         generator.set_sequence(sequence.latent_seq_len, sequence.clip_seq_len, sequence.sync_seq_len)
         result = []
@@ -184,12 +184,12 @@ class ToyGenerator:
 
 
 def timing_f1(sounds: Sequence[np.ndarray], events: Sequence[Sequence[float]]) -> list[float]:
-    """Return for every sound how well its onsets match the events that belong to it."""
+    """Return the F1 of the onsets of every sound against the events that belong to it."""
     return [timing(sound, times).f1 for sound, times in zip(sounds, events, strict=True)]
 
 
 def recognised(sounds: Sequence[np.ndarray], names: Sequence[str], classifier: Classifier) -> list[bool]:
-    """Return for every sound whether it is taken for the class that it should be."""
+    """Return True for every sound that is classified as what it should be."""
     return [classifier.classify(sound) == name for sound, name in zip(sounds, names, strict=True)]
 
 

@@ -1,4 +1,4 @@
-"""When things happen, and the movements that lead up to it and follow.
+"""The times of events, and the movements before and after them.
 
 Impacts have a time and a strength; running sources (rain, a motor) have a time when they start and one when they stop.
 All curves are functions of time, so pictures and sound can be sampled at any rate and agree.
@@ -71,7 +71,7 @@ def with_flight_strength(events: Sequence[Event]) -> tuple[Event, ...]:
 
 
 def flights(events: Sequence[Event]) -> list[float]:
-    """Return for every impact of a ball how long the flight before it takes, in seconds."""
+    """Return the seconds of flight before every impact of a ball."""
     result, before = [], 0.0
     for index, event in enumerate(events):
         available = 2 * event.time_sec if index == 0 else event.time_sec - before  # the first one is dropped
@@ -80,11 +80,11 @@ def flights(events: Sequence[Event]) -> list[float]:
     return result
 
 
-# --- curves: one value for every time ------------------------------------------------------------------------------
+# -- curves: one value for every time ----------------------------------------------------------------------------------
 
 
 def lift(times: np.ndarray, events: Sequence[Event]) -> np.ndarray:
-    """Return how far a striker is raised: 0 at an impact, up to 1 between two, higher before a stronger one."""
+    """Return the height of a raised striker: 0 at an impact, up to 1 between two, higher before a stronger one."""
     hits = np.array([e.time_sec for e in events])
     heights = 0.4 + 0.6 * np.array([e.strength for e in events])
     after = np.min(np.where(hits >= times[:, None], hits - times[:, None], np.inf), axis=1)

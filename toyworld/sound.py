@@ -20,7 +20,7 @@ _HIGHEST = 0.47  # of the rate: partials above would fold back
 def partials(
     rate: int, seconds: float, hertz: Iterable[float], levels: Iterable[float], decays_sec: Iterable[float]
 ) -> np.ndarray:
-    """Return a sum of decaying sines, what a struck stiff body gives."""
+    """Return a sum of decaying sines, the sound of a struck stiff body."""
     t = np.arange(round(seconds * rate)) / rate
     sound = np.zeros(len(t))
     for f, level, decay in zip(hertz, levels, decays_sec, strict=True):
@@ -56,18 +56,18 @@ def _sum(*parts: np.ndarray) -> np.ndarray:
     return total
 
 
-# --- impacts --------------------------------------------------------------------------------------------------------
+# -- impacts -----------------------------------------------------------------------------------------------------------
 
 
 def wood(rate: int, size: float, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """Short dry knock: three partials of a bar that lose their energy within 40 ms."""
+    """Return a short dry knock: three partials of a bar that lose their energy within 40 ms."""
     f = 640 / size
     body = partials(rate, 0.3, (f, 2.57 * f, 4.9 * f), (1.0, 0.5, 0.25), (0.040, 0.022, 0.012))
     return strength * _sum(body, _click(rng, rate, 900, 4000, 0.003))
 
 
 def bell(rate: int, size: float, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """Bright metal with the minor third of bells, ringing for a second."""
+    """Return bright metal with the minor third of bells, ringing for a second."""
     f = 1050 / size
     ratios, levels = np.array((0.5, 1.0, 1.19, 1.5, 2.0, 2.74, 3.9)), (0.35, 0.8, 0.6, 0.4, 0.6, 0.4, 0.25)
     body = partials(rate, 1.8, f * ratios, levels, 0.55 / ratios**0.6)
@@ -75,7 +75,7 @@ def bell(rate: int, size: float, strength: float, rng: np.random.Generator) -> n
 
 
 def drum(rate: int, size: float, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """Low skin whose tension, and so its pitch, falls after the stroke, with the slap of the stick."""
+    """Return a low skin whose tension, and so its pitch, falls after the stroke, with the slap of the stick."""
     t = np.arange(round(0.7 * rate)) / rate
     f = 95 / size * (1 + 0.7 * np.exp(-t / 0.03))
     skin = sweep(rate, f) * np.exp(-t / 0.16) + 0.4 * sweep(rate, 1.59 * f) * np.exp(-t / 0.08)
@@ -83,7 +83,7 @@ def drum(rate: int, size: float, strength: float, rng: np.random.Generator) -> n
 
 
 def ball(rate: int, size: float, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """Rubber: a dull, quickly damped thud that glides upwards as the ball leaves the floor."""
+    """Return rubber: a dull, quickly damped thud that glides upwards as the ball leaves the floor."""
     t = np.arange(round(0.35 * rate)) / rate
     f = 270 / size * (1 + 0.6 * (1 - np.exp(-t / 0.05)))
     thud = (sweep(rate, f) + 0.5 * sweep(rate, 2 * f) + 0.25 * sweep(rate, 3 * f)) * np.exp(-t / 0.055)
@@ -91,14 +91,14 @@ def ball(rate: int, size: float, strength: float, rng: np.random.Generator) -> n
 
 
 def glass(rate: int, size: float, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """High, thin and clear: few partials above 2 kHz, ringing for a third of a second."""
+    """Return glass, high, thin and clear: few partials above 2 kHz, ringing for a third of a second."""
     f = 2600 / size**0.7
     body = partials(rate, 0.9, (f, 1.51 * f, 2.32 * f), (0.9, 0.5, 0.3), (0.20, 0.13, 0.08))
     return strength * _sum(body, 0.6 * _click(rng, rate, 4000, 7500, 0.002))
 
 
 def drop(rate: int, size: float, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """Water drop: the bubble it pulls under sings upwards, over a small splash."""
+    """Return a water drop: the bubble it pulls under sings upwards, over a small splash."""
     t = np.arange(round(0.25 * rate)) / rate
     rise = 620 / size * (1 + 1.6 * np.minimum(t / 0.07, 1.3) ** 1.5)
     bubble = sweep(rate, rise) * np.exp(-t / 0.045) * np.minimum(1, t / 0.002)
@@ -106,14 +106,14 @@ def drop(rate: int, size: float, strength: float, rng: np.random.Generator) -> n
 
 
 def shaker(rate: int, size: float, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """Seeds against the shell of a maraca: a burst of high noise without any pitch."""
+    """Return seeds against the shell of a maraca: a burst of high noise without any pitch."""
     t = np.arange(round(0.25 * rate)) / rate
     shape = np.minimum(1, t / 0.004) * np.exp(-t / 0.045)
     return 0.35 * strength * shape * band_noise(rng, rate, len(t), 3200 / size**0.5, 7400)
 
 
 def gong(rate: int, size: float, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """Large metal plate: many low inharmonic partials whose higher ones swell after the stroke, ringing for seconds."""
+    """Return a large metal plate: low inharmonic partials, the higher ones swelling after the stroke, for seconds."""
     f = 150 / size
     ratios = np.array((1.0, 1.41, 1.96, 2.44, 3.03, 3.57, 4.31, 5.2, 6.3, 7.7))
     body = partials(rate, 2.4, f * ratios, 1 / np.sqrt(ratios), 0.9 / ratios**0.5)
@@ -123,7 +123,7 @@ def gong(rate: int, size: float, strength: float, rng: np.random.Generator) -> n
 
 
 def chirp(rate: int, size: float, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """Bird: a tweet of two quick sweeps, down and up again, around 2 kHz."""
+    """Return a bird: a tweet of two quick sweeps, down and up again, around 2 kHz."""
     t = np.arange(round(0.21 * rate)) / rate
     low = 1700 / size**0.6
     hertz = low * np.where(t < 0.09, 1.5 - 0.5 * t / 0.09, 1.0 + 0.6 * (t - 0.09) / 0.12)
@@ -133,18 +133,18 @@ def chirp(rate: int, size: float, strength: float, rng: np.random.Generator) -> 
 
 
 def laser(rate: int, size: float, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """Toy ray gun: a buzzing tone that falls by three octaves in a quarter of a second."""
+    """Return a toy ray gun: a buzzing tone that falls by three octaves in a quarter of a second."""
     t = np.arange(round(0.32 * rate)) / rate
     f = 300 / size + 2400 / size * np.exp(-t / 0.06)
     tone = sum(sweep(rate, k * f) * (k * f < _HIGHEST * rate) / k for k in (1, 2, 3, 4, 5))
     return strength * tone * np.minimum(1, t / 0.002) * np.exp(-t / 0.11)
 
 
-# --- running sources ------------------------------------------------------------------------------------------------
+# -- running sources ---------------------------------------------------------------------------------------------------
 
 
 def rain(rate: int, num_samples: int, size: float, events: Sequence[Event], rng: np.random.Generator) -> np.ndarray:
-    """Steady wide noise whose level follows how densely it rains."""
+    """Return steady wide noise whose level follows how densely it rains."""
     times = np.arange(num_samples) / rate
     return 0.30 * gate(times, events) * band_noise(rng, rate, num_samples, 700 / size, 4200 / size**0.5)
 
@@ -154,7 +154,7 @@ LAMP_HZ = (0.6, 1.2)  # revolutions per second of the siren's light
 
 
 def motor(rate: int, num_samples: int, size: float, events: Sequence[Event], rng: np.random.Generator) -> np.ndarray:
-    """Hum of a fan: harmonics of a pitch proportional to its speed, softly beating with the blades, and moved air."""
+    """Return the hum of a fan: harmonics of a pitch that follows its speed, beating with the blades, and moved air."""
     times = np.arange(num_samples) / rate
     cycles = 75 / size * turns(times, events, *FAN_HZ)
     hum = sum(np.sin(2 * np.pi * k * cycles + k * k) / np.sqrt(k) for k in range(1, 13))
@@ -164,14 +164,14 @@ def motor(rate: int, num_samples: int, size: float, events: Sequence[Event], rng
 
 
 def siren(rate: int, num_samples: int, size: float, events: Sequence[Event], rng: np.random.Generator) -> np.ndarray:
-    """Buzzing horn that rises and falls once with every turn of the light."""
+    """Return a buzzing horn that rises and falls once with every turn of the light."""
     times = np.arange(num_samples) / rate
     hertz = 500 / size * (1 - 0.15 * np.cos(2 * np.pi * turns(times, events, *LAMP_HZ)))
     horn = sum((k * hertz < _HIGHEST * rate) * sweep(rate, k * hertz) / k**0.3 for k in range(1, 15))
     return 0.2 * gate(times, events) * horn
 
 
-# --- beyond the classes ----------------------------------------------------------------------------------------------
+# -- beyond the classes ------------------------------------------------------------------------------------------------
 
 
 def random_sound(rng: np.random.Generator, duration_sec: float = 8.0, rate: int = 16_000) -> np.ndarray:

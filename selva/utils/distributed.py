@@ -1,4 +1,4 @@
-"""Several processes training one adapter, started by ``torchrun``: who they are and what they exchange.
+"""Several processes training one adapter, started by ``torchrun``: their ranks and their messages.
 
 The frozen base and the data are the same everywhere, so only adapter gradients travel. Every process draws the noise of
 the whole global batch and computes its own slice of it: N processes do what one does with a batch N times as large.
@@ -30,11 +30,11 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes files and prints."""
+        """True in the process that writes files and prints."""
         return self.rank == 0
 
     def own_slice(self, per_process: int) -> slice:
-        """Return which items of a global batch this process computes."""
+        """Return the slice of a global batch that this process computes."""
         return slice(self.rank * per_process, (self.rank + 1) * per_process)
 
     def average_gradients_(self, parameters: Sequence[torch.nn.Parameter]) -> None:
@@ -58,11 +58,11 @@ class World:
         return values
 
     def any(self, flag: bool, device: torch.device) -> bool:
-        """Return whether ``flag`` is set in any process; all of them must ask at the same point."""
+        """Return True where ``flag`` is set in any process; all of them must ask at the same point."""
         return bool(self.sum_(torch.tensor(float(flag), device=device)))
 
     def wait(self) -> None:
-        """Return when all processes have come here."""
+        """Wait until all processes have come here."""
         if self.size > 1:
             dist.barrier()
 

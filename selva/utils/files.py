@@ -1,4 +1,4 @@
-"""Write a file so that its final name never holds half of it; tell files by their content."""
+"""Files whose final name never holds half of them, and hashes of their content."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def flush_file(path: Path) -> None:
-    """Return when the content of a file is on the disk."""
+    """Write the content of a file through to the disk."""
     # Opened for update, because Windows cannot flush a file that is open for reading only.
     with open(path, "r+b") as file:
         os.fsync(file.fileno())

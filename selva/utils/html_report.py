@@ -3,7 +3,7 @@
     page = Page("A new sound", "20 clips, 400 steps")
     page.cards([("recognised", "0 of 3 → 3 of 3", "")])
     page.section("Listen", "What the model makes of new videos.")
-    page.takes("gong_001", [ReportSound("before", video, sound, rate, "taken for a bell")], marks=[0.8, 2.1])
+    page.sounds("gong_001", [ReportSound("before", "heard as: bell", video, sound, rate)], event_times=[0.8, 2.1])
     page.write(path)
 """
 
@@ -41,7 +41,7 @@ p { margin: .3rem 0 .8rem; color: var(--soft); max-width: 46rem; }
 .card { background: var(--card); border-radius: .6rem; padding: 1rem 1.2rem; }
 .card .what { color: var(--soft); font-size: .85rem; }
 .card .value { font-size: 1.45rem; font-weight: 650; margin: .15rem 0; }
-.takes { display: grid; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); gap: 1rem; }
+.sounds { display: grid; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); gap: 1rem; }
 figure { margin: 0; background: var(--card); border-radius: .6rem; overflow: hidden; }
 figure video, figure img, figure audio { display: block; width: 100%; }
 figure video { background: #000; max-height: 17rem; object-fit: contain; }
@@ -106,22 +106,22 @@ class Page:
         body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>\n" for row in rows)
         self._parts.append(f"<table>\n<tr>{head}</tr>\n{body}</table>")
 
-    def takes(self, heading: str, takes: Sequence[ReportSound], marks: Sequence[float] = ()) -> None:
+    def sounds(self, heading: str, sounds: Sequence[ReportSound], event_times: Sequence[float] = ()) -> None:
         """Add the sounds of one clip side by side, each with its player and its spectrogram.
 
         Args:
-            marks: seconds that are marked in the spectrograms.
+            event_times: seconds, marked in the spectrograms.
         """
         figures = []
-        for take in takes:
-            picture = data_uri(spectrogram_png(take.waveform, take.rate, marks), "image/png")
+        for sound in sounds:
+            picture = data_uri(spectrogram_png(sound.waveform, sound.rate, event_times), "image/png")
             figures.append(
-                f"<figure>\n{_player(take.media)}\n"
-                f'<img src="{picture}" alt="spectrogram, {html.escape(take.label, quote=True)}">\n'
-                f"<figcaption><b>{html.escape(take.label)}</b><br>{html.escape(take.note)}</figcaption>\n</figure>"
+                f"<figure>\n{_player(sound.media)}\n"
+                f'<img src="{picture}" alt="spectrogram, {html.escape(sound.label, quote=True)}">\n'
+                f"<figcaption><b>{html.escape(sound.label)}</b><br>{html.escape(sound.note)}</figcaption>\n</figure>"
             )
         joined = "\n".join(figures)
-        self._parts.append(f'<h3>{html.escape(heading)}</h3>\n<div class="takes">\n{joined}\n</div>')
+        self._parts.append(f'<h3>{html.escape(heading)}</h3>\n<div class="sounds">\n{joined}\n</div>')
 
     def image(self, png: bytes, description: str) -> None:
         """Add a picture over the whole width."""
@@ -162,7 +162,9 @@ def _player(path: Path) -> str:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def spectrogram_png(waveform: np.ndarray, rate: int, marks: Sequence[float] = (), height_in: float = 1.9) -> bytes:
+def spectrogram_png(
+    waveform: np.ndarray, rate: int, event_times: Sequence[float] = (), height_in: float = 1.9
+) -> bytes:
     """Return a PNG of the spectrogram of (samples,), 80 dB deep below full scale, up to 8 kHz, with marked times."""
     import torch
 
@@ -175,7 +177,7 @@ def spectrogram_png(waveform: np.ndarray, rate: int, marks: Sequence[float] = ()
     figure = new_figure(4.4, height_in)
     axes = figure.subplots()
     draw_spectrogram(axes, level, (len(waveform) / rate, highest), (-90, -10), cmap="magma")
-    axes.vlines(list(marks), 0.9 * highest, highest, color="#7fffd4", linewidth=1.5)
+    axes.vlines(list(event_times), 0.9 * highest, highest, color="#7fffd4", linewidth=1.5)
     axes.set_xlabel("seconds", fontsize=7)
     axes.set_ylabel("kHz", fontsize=7)
     axes.tick_params(labelsize=7)

@@ -40,7 +40,7 @@ def snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:
     return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir() if path.is_file()}
 
 
-# -- folder -> memmap -------------------------------------------------------------------------------------------------
+# -- folder -> memmap --------------------------------------------------------------------------------------------------
 
 
 def test_a_memmap_holds_what_training_on_the_folder_would_use(tmp_path, capsys):
@@ -103,7 +103,7 @@ def test_a_second_run_converts_what_has_changed(tmp_path, caplog):
     assert "3 converted, 0 already current" in caplog.text
 
 
-# -- memmap -> folder -------------------------------------------------------------------------------------------------
+# -- memmap -> folder --------------------------------------------------------------------------------------------------
 
 
 def test_feature_files_hold_everything_of_the_rows(tmp_path, capsys, caplog):
@@ -194,7 +194,7 @@ def test_rows_that_cannot_be_converted_are_named(tmp_path, caplog):
         assert text in caplog.text
 
 
-# -- wrong usage ------------------------------------------------------------------------------------------------------
+# -- wrong usage -------------------------------------------------------------------------------------------------------
 
 
 def test_what_cannot_be_asked_for(tmp_path, capsys):

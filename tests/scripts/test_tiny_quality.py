@@ -65,12 +65,12 @@ def test_margins_are_of_the_right_class():
         def scores(self, sound):
             return np.array([3.0, 1.0])
 
-    class Bench(tiny_quality.Bench):
+    class QualityBench(tiny_quality.QualityBench):
         def __init__(self) -> None:
             self.classifier = Scores(("bell", "rain"), np.zeros((2, 80)), np.eye(80))
 
     cases = measure.single_cases(["bell", "rain"], 1, 0, 2.0)
-    assert tiny_quality.margins([np.zeros(1)] * 2, cases, Bench()) == [2.0, -2.0]
+    assert tiny_quality.margins([np.zeros(1)] * 2, cases, QualityBench()) == [2.0, -2.0]
 
 
 FIGURES = {

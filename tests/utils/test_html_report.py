@@ -46,7 +46,7 @@ def page_text(tmp_path):
     page.section("<Listen>", "now")
     tone = np.sin(np.arange(16_000) / 5).astype(np.float32)
     sounds = [ReportSound("before", "x<y", video, tone, 16_000), ReportSound("after", "", sound, tone, 16_000)]
-    page.takes("clip", sounds, [0.5])
+    page.sounds("clip", sounds, [0.5])
     page.table(("a", "b"), [("1", "<script>")])
     page.image(PNG, "loss")
     page.code("python x > y")
@@ -73,7 +73,7 @@ def test_texts_cannot_become_markup(page_text):
 def test_a_file_that_cannot_be_played_is_refused(tmp_path):
     (tmp_path / "a.avi").write_bytes(b"")
     with pytest.raises(ValueError, match=r"a\.avi: a page cannot play it"):
-        Page("t", "s").takes("c", [ReportSound("x", "", tmp_path / "a.avi", np.zeros(1600), 16_000)])
+        Page("t", "s").sounds("c", [ReportSound("x", "", tmp_path / "a.avi", np.zeros(1600), 16_000)])
 
 
 def test_spectrograms_show_sound_and_marks(tmp_path):

@@ -20,29 +20,27 @@ LOUD_WEIGHT = 6.0  # of the loudest values over the rest
 LOUD_DECADES = 2.5  # below the loudest value of a crop, over which that weight falls to none
 FLOOR = -4.0  # log10; what is fainter is never loud, even where nothing sounds
 NARROWEST = 0.2  # of a band's deviation: keeps bands that never sound from being blown up
-
-
-LEVEL_MARK = 2.0  # deviations by which neighbouring bands are shifted apart, see band_statistics
+BAND_SHIFT = 2.0  # deviations by which neighbouring bands are shifted apart, see band_statistics
 
 
 def band_statistics(mels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what the VAE takes for mean and deviation of the bands, each (1, bands, 1) float32, from log-mels.
+    """Return the mean and deviation of the bands that the VAE normalises by, each (1, bands, 1) float32.
 
     The first layer divides every frame by its magnitude. Bands that are centred would lose their level there: a faint
-    and a strong deviation from the mean look alike. Shifting even bands up and odd bands down leaves a mark of known
-    size in every frame, against which levels can be read.
+    and a strong deviation from the mean look alike. Shifting even bands up and odd bands down puts a value of
+    known size into every frame, against which levels can be read.
 
     Args:
-        mels: (n, bands, frames).
+        mels: (n, bands, frames) log-mels.
     """
     x = mels.float()
     std = x.std(dim=(0, 2)).clamp(min=NARROWEST)
-    mark = LEVEL_MARK * std * torch.tensor([1.0, -1.0]).repeat(len(std) // 2)
-    return (x.mean(dim=(0, 2)) - mark)[None, :, None], std[None, :, None]
+    shift = BAND_SHIFT * std * torch.tensor([1.0, -1.0]).repeat(len(std) // 2)
+    return (x.mean(dim=(0, 2)) - shift)[None, :, None], std[None, :, None]
 
 
 class VaeTask(Task):
-    """Reconstruct mels from noisy latents of limited information, loud values best.
+    """Reconstruction of mels from noisy latents of limited information, loud values best.
 
     Short high tones are few values among many. With all weighted alike, bird and glass came out decades too faint.
 
@@ -71,7 +69,7 @@ class VaeTask(Task):
         return self.train[chosen, :, start : start + self.frames].float().to(self.vae.data_mean.device)
 
     def _errors(self, latents: Tensor, mel: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what decoding misses, in deviations of each band: absolute and squared, and absolute alone."""
+        """Return the error of decoding, in deviations of each band: absolute and squared, and absolute alone."""
         error = (self.vae.decode(latents) - mel).float().div(self.vae.data_std)
         weight = loudness_weight(mel)
         l1 = (weight * error.abs()).mean()
@@ -93,8 +91,7 @@ class VaeTask(Task):
 
 
 class DecoderTask(VaeTask):
-    """Train the decoder alone, on latents with less noise than the information limit asks for; they stay what they are.
-    """
+    """Training of the decoder alone, on latents with less noise than in stage "vae"; the encoder stays as it is."""
 
     def __init__(self, vae: VAE, train: Tensor, held_out: Tensor) -> None:
         super().__init__(vae, train, held_out)
@@ -141,7 +138,7 @@ def as_published(vae: VAE) -> dict[str, Tensor]:
 
 
 class VocoderTask(Task):
-    """Learn the magnitudes that belong to a mel, on a scale on which quiet bins count less than loud ones.
+    """Training of the magnitudes that belong to a mel, on a scale on which quiet bins count less than loud ones.
 
     Args:
         sounds: (n, samples) float32. held_out: likewise.
@@ -161,7 +158,7 @@ class VocoderTask(Task):
         return error, {"plain": plain}
 
     def _errors(self, sound: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the error of the magnitudes, and what it would be without the network."""
+        """Return the error of the magnitudes, and that of the plain ones without the network."""
         mel, wanted = self.mel(sound), _compressed(self.mel.magnitudes(sound))
         return (
             (_compressed(self.vocoder.magnitudes(mel)) - wanted).abs().mean(),

@@ -3,9 +3,9 @@
     sync   T5 and TextSynch together: when, how hard and how long does the thing that the prompt names sound?
     clip   the two CLIP towers: which picture goes with which sentence?
 
-A sync feature is what it should say: values of three curves around its time, see :func:`ideal_features`. So features
-can be computed from the ground truth too, and the generator trained on them without a picture. What else is learned
-goes through linear heads that are dropped afterwards.
+An ideal sync feature is known: values of three curves around its time, see :func:`ideal_features`. So features can be
+computed from the ground truth too, and the generator trained on them without a picture. Everything else is learned
+through linear heads that are dropped afterwards.
 """
 
 from __future__ import annotations
@@ -95,15 +95,15 @@ class SyncNetwork(nn.Module):
             return self.encoder.encode(pixels_to_input(frames), *self.text(texts), segment_batch=SEGMENTS_AT_ONCE)
 
     def forward(self, segments: Tensor, texts: list[str]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what a segment holds for each of its texts.
+        """Return features and predictions of a segment for each of its texts.
 
         Args:
             segments: (B, 16, 3, H, W) uint8.
             texts: equally many for every segment, those of the first one first: n B.
 
         Returns:
-            Features (n B, slots, dim), what is read off patch tokens before the text (B, slots, patches, ·), and after
-            it (n B, slots, patches, ·).
+            Features (n B, slots, dim), predictions of patch tokens before the text (B, slots, patches, ·) and after it
+            (n B, slots, patches, ·).
         """
         encoder, trunk = self.encoder, self.encoder.vfeat_extractor
         with small_attention(segments.device):
@@ -123,7 +123,7 @@ class SyncNetwork(nn.Module):
 
 
 def pixels_to_input(frames: Tensor) -> Tensor:
-    """Return uint8 frames as the video encoder takes them, float32 in [-1, 1]."""
+    """Return uint8 frames as the input of the video encoder, float32 in [-1, 1]."""
     return frames.float().div_(127.5).sub_(1)
 
 
@@ -163,10 +163,10 @@ def start_from_components_(encoder: TextSynch, pool: ScenePool, samples: int = 4
 
 
 class SyncTask(Task):
-    """Answer for random segments of 16 pictures of random scenes, each with two prompts.
+    """Predictions for random segments of 16 pictures of random scenes, each with two prompts.
 
-    Most of the work is looking, before any text is read, so a second prompt costs little; where there are two things it
-    names the other one, so that the same pictures ask for opposite answers.
+    Most of the work is done on pictures, before any text is read, so a second prompt costs little; where there are two
+    things it names the other one, so that the same pictures ask for opposite answers.
     """
 
     network: SyncNetwork
@@ -239,7 +239,7 @@ def map_loss(out: Tensor, wanted: Tensor) -> Tensor:
     return onset + F.mse_loss(strength, strong) + F.mse_loss(level, running)
 
 
-# -- what features should be -----------------------------------------------------------------------------------------
+# -- ideal features ----------------------------------------------------------------------------------------------------
 
 
 def token_times(start_sec: float) -> np.ndarray:
@@ -286,7 +286,7 @@ def read_events(features: np.ndarray, duration_sec: float) -> np.ndarray:
     return grid[peaks]
 
 
-# -- measures --------------------------------------------------------------------------------------------------------
+# -- measures ----------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -307,7 +307,7 @@ def selection_scores(network: SyncNetwork, pool: ScenePool, seed: int = 0) -> di
 
 
 def _matches(found: np.ndarray, true: np.ndarray, tolerance_sec: float = 0.08) -> np.ndarray:
-    """Return how many agree, were found, and are true; each event can be matched once."""
+    """Return the numbers of matched, found and true events; each event can be matched once."""
     free, hits = list(true), 0
     for time in found:
         near = [t for t in free if abs(t - time) <= tolerance_sec]
@@ -319,7 +319,7 @@ def _matches(found: np.ndarray, true: np.ndarray, tolerance_sec: float = 0.08) -
 
 @dataclass(frozen=True)
 class View:
-    """How pictures are varied: moved by some pixels, perhaps mirrored, in other light.
+    """A variation of pictures: moved by some pixels, perhaps mirrored, in other light.
 
     Attributes:
         shift: pixels by which rows and columns are read further down and right. light: (256, 3) new pixel values.
@@ -360,7 +360,7 @@ class View:
 
 
 class ClipNetwork(nn.Module):
-    """Both CLIP towers and what is read off their features."""
+    """Both CLIP towers and the linear heads on their features."""
 
     def __init__(self, variant: Variant) -> None:
         super().__init__()
@@ -371,7 +371,7 @@ class ClipNetwork(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(2.3))
 
     def text_features(self, texts: list[str]) -> Tensor:
-        """Return (B, D), the mean of the token features, as the generator's global condition takes them."""
+        """Return (B, D), the mean of the token features, as in the generator's global condition."""
         tokens = self.text.tokenize(texts).to(self.log_scale.device)
         return F.normalize(self.text.token_states(tokens).float(), dim=-1).mean(1)
 
@@ -381,7 +381,7 @@ class ClipNetwork(nn.Module):
 
 
 class ClipTask(Task):
-    """Tell sentences apart by what they name, made-up names too; pictures by what they show; and match the two."""
+    """Classification of sentences (made-up names too) and of pictures, and matching of the two."""
 
     network: ClipNetwork
 

@@ -32,7 +32,7 @@ from selva.sequence import (
     sequence_config,
 )
 from selva.training.config import TrainConfig
-from selva.training.objective import flow_loss, sample_noise
+from selva.training.objective import NoiseSample, flow_loss, sample_noise
 from selva.utils.files import atomic_path
 from selva.utils.progress import Progress
 from toyworld import Scene
@@ -89,14 +89,14 @@ class EncodedScenes:
 
     @property
     def has_pictures(self) -> bool:
-        """Whether features are those of pictures, not ideal ones."""
+        """True where features are those of pictures, not ideal ones."""
         return self.clip.shape[1] > 0
 
     @classmethod
     def load_or_make(
         cls, config: PoolConfig, encoders: Encoders, clip_size: int | None, path: Path, fingerprint: str
     ) -> EncodedScenes:
-        """Return what ``path`` holds if it was made from the same scenes and weights, else encode and write it.
+        """Return the content of ``path`` if it was made from the same scenes and weights, else encode and write it.
 
         Without ``clip_size`` no pictures are painted: sync features are the ideal ones, CLIP features there are none.
         """
@@ -130,7 +130,6 @@ class EncodedScenes:
             cut(self.sync, [s * SYNC_TOKENS_PER_SEGMENT for s in segment], lengths.sync_seq_len),
             text, torch.ones(len(items), dtype=torch.bool), tuple(map(str, items)),
         )
-
 
     def other_sync(self, items: Sequence[int], segment: Sequence[int], length: int) -> Tensor:
         """Return (B, length, D) sync features of the other thing in the scene of every item, 0 where there is none."""
@@ -209,7 +208,7 @@ def start_with_a_sense_of_place_(generator: Generator) -> None:
 
 @torch.no_grad()
 def quieten_frames_(generator: Generator) -> None:
-    """Bring CLIP frame features, which a generator has never met, near to the learned "nothing" that it knows."""
+    """Bring CLIP frame features, which a generator has never met, near to the empty features that it knows."""
     projection = generator.clip_input_proj[0]
     assert isinstance(projection, nn.Linear)
     projection.bias.add_((1 - FRAME_SHARE) * generator.empty_clip_feat[0] @ projection.weight.T)
@@ -236,17 +235,17 @@ class GeneratorTask(Task):
 
     def loss(self, rng: np.random.Generator, batch_size: int) -> tuple[Tensor, dict[str, float | Tensor]]:
         batch = self._windows(self.train, rng, batch_size, float(rng.choice(self.durations)))
-        draws = sample_noise(batch.mean.shape, self.objective, torch_rng(rng), progress=0.0)
-        loss = self._loss(batch, draws, torch.from_numpy(rng.random(len(batch.ids)) < CLIP_DROP))
+        noise = sample_noise(batch.mean.shape, self.objective, torch_rng(rng), progress=0.0)
+        loss = self._loss(batch, noise, torch.from_numpy(rng.random(len(batch.ids)) < CLIP_DROP))
         return loss.mean(), {}
 
-    def _loss(self, batch: Batch, draws, no_clip: Tensor) -> Tensor:
+    def _loss(self, batch: Batch, noise: NoiseSample, no_clip: Tensor) -> Tensor:
         batch = batch.to(self.generator.latent_mean.device)
         empty = self.generator.empty_clip_feat
         if not self.train.has_pictures:
             no_clip = torch.ones_like(no_clip)
         clip = torch.where(no_clip.to(empty.device)[:, None, None], empty, batch.clip_f)
-        return flow_loss(self.generator, dataclasses.replace(batch, clip_f=clip), draws, self.objective, self.precision)
+        return flow_loss(self.generator, dataclasses.replace(batch, clip_f=clip), noise, self.objective, self.precision)
 
     def _windows(self, scenes: EncodedScenes, rng: np.random.Generator, batch_size: int, duration_sec: float) -> Batch:
         count = max(1, round(batch_size * SECONDS_PER_ITEM / duration_sec))
@@ -269,6 +268,6 @@ class GeneratorTask(Task):
         for first in range(0, len(self.held_out), 8):
             items = range(first, min(first + 8, len(self.held_out)))
             batch = self.held_out.batch(items, [0] * len(items), self.held_out.config.duration_sec, [0] * len(items))
-            draws = sample_noise(batch.mean.shape, objective, torch_rng(rng), progress=0.0)
-            total.append(self._loss(batch, draws, torch.ones(len(items), dtype=torch.bool)))
+            noise = sample_noise(batch.mean.shape, objective, torch_rng(rng), progress=0.0)
+            total.append(self._loss(batch, noise, torch.ones(len(items), dtype=torch.bool)))
         return {"val_loss": float(torch.cat(total).mean())}

@@ -30,7 +30,7 @@ STATE_FILE, METRICS_FILE = "state.pt", "metrics.jsonl"
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """How one stage is optimised.
+    """Settings of the optimisation of one stage.
 
     Attributes:
         lr: held after a linear warm-up, then falls linearly to 0 over the last ``decay_fraction`` of the steps.
@@ -55,7 +55,7 @@ class LoopConfig:
 
 
 class Task(ABC):
-    """What a stage learns. ``network`` holds everything that is trained, temporary heads included."""
+    """The objective of a stage. ``network`` holds everything that is trained, temporary heads included."""
 
     network: nn.Module
 
@@ -64,7 +64,7 @@ class Task(ABC):
         """Return the loss of one random batch, and numbers worth logging."""
 
     def after_update_(self) -> None:  # noqa: B027 -- most stages have nothing to do there
-        """Called after every optimiser step."""
+        """Change the network in place after every optimiser step."""
 
     def validate(self) -> dict[str, float]:
         """Return the measures of the stage on data that is never trained on, with the averaged weights in place."""
@@ -79,7 +79,7 @@ def learning_rate(step: int, config: LoopConfig) -> float:
 
 
 def step_rng(seed: int, step: int) -> np.random.Generator:
-    """Return the random numbers of one step, whatever steps were done before in this process."""
+    """Return the random state of one step, independent of the steps before it in this process."""
     return np.random.default_rng((seed, step))
 
 
@@ -91,7 +91,7 @@ def torch_rng(rng: np.random.Generator) -> torch.Generator:
 def train(task: Task, config: LoopConfig, folder: Path, device: torch.device, resume: bool = True) -> None:
     """Train ``task.network`` in place up to ``config.steps`` and leave the averaged weights in it.
 
-    ``folder`` takes the state to resume from and ``metrics.jsonl``.
+    ``folder`` receives the state to resume from and ``metrics.jsonl``.
 
     Raises:
         ValueError: the loss is not finite.

@@ -1,4 +1,4 @@
-"""Scenes rendered once and kept on disk, so that every visit costs a read."""
+"""Scenes rendered once and kept on disk, so that every later use costs a read."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from toyworld.motion import gate
 
 @dataclass(frozen=True)
 class PoolConfig:
-    """Which scenes: ``count`` of them from seed ``first_seed`` on, every second one with two objects."""
+    """A choice of scenes: ``count`` of them from seed ``first_seed`` on, every second one with two objects."""
 
     first_seed: int
     count: int
@@ -59,7 +59,7 @@ class ScenePool:
 
 
 def onset_map(scene: Scene, objects: Sequence[int], times: np.ndarray, width_sec: float) -> tuple[np.ndarray, ...]:
-    """Return how near the events of some objects are, how strong, and how loud running sources are, at ``times``.
+    """Return nearness and strength of the events of some objects, and the level of running sources, at ``times``.
 
     Three float32 arrays of the shape of ``times``: a Gaussian of deviation ``width_sec`` around every event, the same
     multiplied by its strength, and the level of running sources.

@@ -52,7 +52,7 @@ MEASURED = ("latent_mean", "latent_std", "empty_string_feat")  # parameters of a
 
 @dataclass(frozen=True)
 class Recipe:
-    """How much of everything; the defaults are those that the packaged weights were made with.
+    """Amounts of data and training; the defaults are those that the packaged weights were made with.
 
     Attributes:
         sounds, broad_sounds: sounds of the world and of no class for the VAE, ``codec_sec`` long.
@@ -103,10 +103,10 @@ class Recipe:
 
 
 class StageRunner:
-    """Runs stages in a folder.
+    """The stages of training in one folder.
 
     Args:
-        folder: takes everything. device: where networks run.
+        folder: for everything that is written. device: of the networks.
         resume: continue interrupted stages; False starts the stages that are run anew.
     """
 
@@ -129,7 +129,7 @@ class StageRunner:
         return self.weights_path(stage)
 
     def is_finished(self, stage: str) -> bool:
-        """Return whether a stage has its weights, made in as many steps as the recipe now wants."""
+        """Return True where a stage has its weights, made in as many steps as the recipe now wants."""
         state = self.folder / stage / STATE_FILE
         if not (self.weights_path(stage).is_file() and state.is_file()):
             return False
@@ -154,7 +154,7 @@ class StageRunner:
         network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         return network.to(self.device).eval().requires_grad_(False)
 
-    # -- sound ----------------------------------------------------------------------------------------------------
+    # -- sound ---------------------------------------------------------------------------------------------------------
 
     def _sounds(self) -> Tensor:
         """Return (n, samples) float32 sounds of the world, loud and faint, one or two objects, and of no class."""
@@ -201,7 +201,7 @@ class StageRunner:
         mel = build_mel(self.variant.name)
         self._train("vocoder", VocoderTask(vocoder, mel, sounds[:-held_out], sounds[-held_out:]))
 
-    # -- pictures and words ---------------------------------------------------------------------------------------
+    # -- pictures and words --------------------------------------------------------------------------------------------
 
     def _pools(self, name: str, count: int, size: int, fps: float) -> tuple[ScenePool, ScenePool]:
         sec, cache = self.recipe.sync_sec, self.folder / "cache"
@@ -220,7 +220,7 @@ class StageRunner:
         start_from_components_(network.encoder, pools[0])
         self._train("sync", SyncTask(network, *pools))
 
-    # -- generator ------------------------------------------------------------------------------------------------
+    # -- generator -----------------------------------------------------------------------------------------------------
 
     def _generator(self) -> None:
         sets = self._encoded(self.encoders(with_sync=False), self.recipe.generator_scenes, None, ("vae", "clip"))
@@ -267,7 +267,7 @@ class StageRunner:
             mel=build_mel(self.variant.name),
         )
 
-    # -- export ---------------------------------------------------------------------------------------------------
+    # -- export --------------------------------------------------------------------------------------------------------
 
     def published(self) -> dict[str, dict[str, Tensor]]:
         """Return for every part of the variant the tensors that its ``load_published`` reads, in float16."""
@@ -292,7 +292,7 @@ class StageRunner:
 
 @torch.no_grad()
 def prepare_(generator: Generator, scenes: EncodedScenes, clip_text: ClipText) -> None:
-    """Give a fresh generator what is measured instead of learned: latent statistics and the features of no text."""
+    """Set the measured parts of a fresh generator: latent statistics and the features of the empty text."""
     deviation = scenes.std.float().square().mean(dim=(0, 1))
     latents = scenes.mean.float()
     generator.latent_mean.copy_(latents.mean(dim=(0, 1))[None, None])
