@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from document import write_results
+from results import write_results
 from torch import Tensor
 
 from selva import cli

@@ -22,13 +22,13 @@ from typing import Any
 
 import torch
 from data_stages import extraction, startup
-from document import begin_mark, marked_block, update_document
 from measure import Bench, Result, clock, growth_table, markdown
 from stages import Sizes, Stage, checkpointed_step, memmap_reading, sampling, training_step, vocoder
 
 from selva import __version__, cli
 from selva.models.variants import get_variant
 from selva.utils.device import dtype_of, resolve_device
+from selva.utils.document import begin_mark, marked_block, update_document
 from selva.utils.files import atomic_write_text
 
 log = logging.getLogger("selva.benchmark")

@@ -22,7 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from document import write_results
+from results import write_results
 from torch import Tensor
 
 from selva import cli, flow

@@ -27,7 +27,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from document import update_document
 from tiny_tables import BEGIN_MARK, PARTS, TITLE, figures_text
 
 from selva import cli
@@ -38,6 +37,7 @@ from selva.models.generator import Generator
 from selva.models.random_weights import random_state_dict
 from selva.models.zoo import build_generator
 from selva.utils.device import resolve_device
+from selva.utils.document import update_document
 from selva.utils.files import atomic_write_text
 from selva.utils.progress import Progress
 from selva.utils.text import clock

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from document import begin_mark, marked_block
-
+from selva.utils.document import begin_mark, marked_block
 from selva.utils.text import clock
 
 PARTS = ("base", "selection", "adaptation", "guidance")  # in the order of the document

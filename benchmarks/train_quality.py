@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from document import write_results
+from results import write_results
 from torch import Tensor
 
 from selva import cli, flow

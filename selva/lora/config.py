@@ -101,6 +101,12 @@ class LoRAConfig:
             plain["targets"], plain["target_ranks"] = parse_targets(plain["targets"])
         return cls(**plain)
 
+    def to_settings(self) -> dict[str, Any]:
+        """Return the values of a command line; :meth:`from_settings` reads them back."""
+        values = {one.name: getattr(self, one.field) for one in settings_of(type(self))}
+        ranks = self.target_ranks or {}
+        return values | {"target": [f"{t}:{ranks[t]}" if t in ranks else t for t in self.targets]}
+
     @classmethod
     def from_meta(cls, meta: Mapping[str, Any]) -> LoRAConfig:
         """Return the settings that an adapter was trained with, from the meta of our files or of published ones.

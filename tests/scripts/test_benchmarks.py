@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from benchmarks.document import END_MARK
+from selva.utils.document import END_MARK
 
 SMALL = ["--variant", "tiny_16k", "--device", "cpu", "--precision", "fp32", "--repeats", "1", "--batches", "1", "2",
          "--durations", "1", "--clips", "2", "--rows", "4", "8"]

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from benchmarks import tiny_quality
-from benchmarks.document import END_MARK, with_block
 from benchmarks.tiny_tables import BEGIN_MARK, TITLE, figures_text
+from selva.utils.document import END_MARK, with_block
 from selva.weights.load import load_generator
 from toyworld import measure
 from toyworld.judging import Classifier, fit_classifier
