@@ -1,4 +1,4 @@
-"""What the tests of the scripts share: a small set of clips, and its features."""
+"""Fixtures that the tests of the scripts share: a small set of clips, and its features."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ PLACES = [(0, 0), (1, 0), (1, 1)]  # one thing, then two
 
 
 def encoded(clip_tokens: int = 64) -> EncodedScenes:
-    """Items whose every row says which item it is, and how far in."""
+    """Return items whose every row says which item it is, and how far in."""
 
     def rows(length: int, width: int) -> torch.Tensor:
         return (1000 * torch.arange(3)[:, None] + torch.arange(length)).half()[..., None].repeat(1, 1, width)
@@ -85,7 +85,7 @@ def test_quiet_frames_count_nearly_as_none():
 
 @pytest.mark.parametrize("clip_tokens", [0, 64])
 def test_a_step_reaches_the_blocks(clip_tokens):
-    """Without pictures the clip tokens are the learned nothing, and features are made imperfect."""
+    """Without pictures the clip tokens are the empty ones, and features are made imperfect."""
     generator = build_generator("tiny_16k")
     fill_random_(generator)
     scenes = encoded(clip_tokens)
