@@ -57,11 +57,11 @@ class LoRAConfig:
         f"{', '.join(PRESETS)}", group=ADAPTER, flag="target", nargs="+", metavar="SUFFIX[:RANK]",
         default_text="attn.qkv")
     dropout: float = setting(0.0, "dropout before the adapter", group=ADAPTER, flag="lora_dropout")
+    rslora: bool = setting(False, "scale alpha / sqrt(rank), alpha 16 unless given", group=ADAPTER)
     init: str = setting("standard", "pissa starts at the largest singular directions of the base weights",
                         group=ADAPTER, choices=INITS)
-    dora: bool = setting(False, "DoRA: also train the length of every row of the weights", group=ADAPTER)
-    rslora: bool = setting(False, "scale alpha / sqrt(rank), alpha 16 unless given", group=ADAPTER)
     target_ranks: Mapping[str, int] | None = None
+    dora: bool = setting(False, "DoRA: also train the length of every row of the weights", group=ADAPTER)
 
     def __post_init__(self) -> None:
         problems = []

@@ -46,7 +46,6 @@ class TrainConfig:
     ema_decay: float = setting(  # 0: no average of the adapter is kept
         0.0, "keep a moving average of the adapter, which is then what is judged and saved; e.g. 0.999",
         group=OPTIMISATION)
-    save_every: int = setting(500, "steps between checkpoints, each with a sample", group=OPTIMISATION)
     timestep_mode: str = setting("logit_normal", "times to train at; curriculum is logit_normal first and uniform "
                                  "later", group=OBJECTIVE, choices=flow.TIMESTEP_MODES)
     logit_normal_sigma: float = setting(1.0, "spread of logit_normal", group=OBJECTIVE)
@@ -58,10 +57,11 @@ class TrainConfig:
     clip_features: str = setting(
         "use", "pass CLIP frame features, or the empty ones as official SelVA does; stored in the adapter and followed "
         "by infer.py", group=OBJECTIVE, choices=CLIP_FEATURE_MODES)
-    val_every: int = setting(100, "steps between validations", group=EVALUATION)
     patience: int = setting(0, "stop after so many validations without a better one; 0: never", group=EVALUATION)
-    log_every: int = setting(10, "steps between log lines", group=EVALUATION)
     seed: int = setting(42, "seed of everything random", group=GENERAL)
+    save_every: int = setting(500, "steps between checkpoints, each with a sample", group=OPTIMISATION)
+    val_every: int = setting(100, "steps between validations", group=EVALUATION)
+    log_every: int = setting(10, "steps between log lines", group=EVALUATION)
 
     def __post_init__(self) -> None:
         problems = [
