@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Extract what the model sees: videos -> feature files (.npz) with their sound beside them, or a packed data set.
 
     python extract_features.py clips/ --output_dir features/dog --prompt "a dog barking" --variant small_16k --selva_dir weights/

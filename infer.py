@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Generate sound for videos, with or without adapters.
 
     python infer.py --video cat.mp4 --prompt "a cat purring" --variant small_16k --selva_dir weights/ --adapter runs/cat/adapter_final.pt

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Cut long recordings into clips of 8.1 s: recordings -> clips.tsv.
 
     python partition_clips.py --data_dir recordings/ --output_dir clips/

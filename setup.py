@@ -18,6 +18,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["selva", "selva.*", "toyworld", "toyworld.*"]),
     package_data={"selva": ["py.typed"], "selva.weights": ["assets/*"]},
+    scripts=["partition_clips.py", "extract_features.py", "train_lora.py", "infer.py"],
     install_requires=[
         # torchaudio's newest release refuses a torch built for another CUDA version, so the two move together.
         "torch>=2.5,<2.12",
@@ -37,5 +38,8 @@ setup(
         "tqdm>=4.66",
         "matplotlib>=3.8",
     ],
-    extras_require={"dev": ["basedpyright>=1.31", "pytest>=8", "ruff>=0.6"], "tensorboard": ["tensorboard>=2.14"]},
+    extras_require={
+        "dev": ["basedpyright>=1.31", "pytest>=8", "ruff>=0.6", "setuptools>=70.1"],
+        "tensorboard": ["tensorboard>=2.14"],
+    },
 )
