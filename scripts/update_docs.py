@@ -1,13 +1,16 @@
-"""Write the tables of flags in docs/ from the settings themselves.
+"""Write what docs/ says about flags and files from the code itself.
 
     python scripts/update_docs.py            # rewrites the tables
     python scripts/update_docs.py --check    # changes nothing; exit code 1 if a table is stale
 
-A setting is declared once, in its dataclass; --help and these tables are made from it. Prints the changed documents.
+A setting is declared once, in its dataclass; --help and the tables of flags are made from it. The tree of docs/code.md
+is made from the first lines of the modules. Prints the changed documents.
 """
 
 from __future__ import annotations
 
+import ast
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,13 +25,16 @@ from selva.utils.files import atomic_write_text
 from selva.utils.settings import Setting, settings_of
 from selva.weights.config import GENERAL
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
 TABLES: dict[str, type] = {
     "training.md": RunConfig,
     "data.md": ExtractionConfig,
     "partition.md": PartitionConfig,
     "inference.md": InferenceConfig,
 }
+TREE_PAGE, TREE_BEGIN, TREE_END = "code.md", "<!-- tree: scripts/update_docs.py -->", "<!-- end of tree -->"
+TREES = ("selva", "toyworld", "scripts", "benchmarks")
 COMMON = ("`--config FILE.yaml` reads settings from a file, over which the command line wins; `--debug` shows debug "
           "messages and the traceback of an error; `--help` and `--version` speak for themselves.")
 BEGIN, END = "<!-- flags: scripts/update_docs.py -->", "<!-- end of flags -->"
@@ -99,16 +105,56 @@ def escaped(text: str) -> str:
     return text.replace("|", "\\|")
 
 
+def tree_block(root: Path = ROOT) -> str:
+    """Return the annotated tree of the code: a list for each folder, a line for each file, between their marks."""
+    lines: list[str] = []
+    scripts = sorted(path for path in root.glob("*.py") if path.name != "setup.py")
+    lines += ["**The command line**", "", *(file_line(path, path.name) for path in scripts), ""]
+    for tree in TREES:
+        folders = sorted({path.parent for path in (root / tree).rglob("*.py")})
+        for folder in folders:
+            heading = f"**`{folder.relative_to(root).as_posix()}/`**"
+            package = folder / "__init__.py"
+            lines += [f"{heading} {summary(package)}" if package.exists() else heading, ""]
+            files = [path for path in sorted(folder.glob("*.py")) if path.name != "__init__.py"]
+            lines += [*(file_line(path, path.name) for path in files), ""]
+    return marked_block(TREE_BEGIN, lines, TREE_END)
+
+
+def file_line(path: Path, name: str) -> str:
+    return f"- `{name}` {summary(path)}"
+
+
+def summary(path: Path) -> str:
+    """Return the first sentence of a module's docstring, without its full stop.
+
+    Raises:
+        ValueError: it has no docstring.
+    """
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+    if not text:
+        raise ValueError(f"{path}: has no docstring; its first line goes into docs/{TREE_PAGE}")
+    sentence = re.split(r"(?<!\.)\. ", text.split("\n\n")[0].replace("\n", " "))[0]
+    return re.sub(r":\w+:`~?", "`", sentence).replace("``", "`").rstrip(".")
+
+
+def blocks() -> Iterator[tuple[str, str, str, str]]:
+    """Yield (document, begin, end, block) of everything that is written."""
+    for name, config in TABLES.items():
+        yield name, BEGIN, END, flags_block(config)
+    yield TREE_PAGE, TREE_BEGIN, TREE_END, tree_block()
+
+
 @cli.entry_point
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     stale = []
-    for name, config in TABLES.items():
+    for name, begin, end, block in blocks():
         path = args.docs / name
         text = path.read_text(encoding="utf-8")
-        if BEGIN not in text or END not in text:
-            raise ValueError(f"{path}: has no place for its flags; put the lines {BEGIN} and {END} where they go")
-        new = with_block(text, BEGIN, flags_block(config), END)
+        if begin not in text or end not in text:
+            raise ValueError(f"{path}: has no place for its tables; put the lines {begin} and {end} where they go")
+        new = with_block(text, begin, block, end)
         if new != text:
             stale.append(path)
             if not args.check:

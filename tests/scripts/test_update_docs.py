@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.update_docs import BEGIN, DOCS, END, TABLES, flags_block, main
+from scripts.update_docs import BEGIN, DOCS, END, TABLES, flags_block, main, tree_block
 from selva.utils.settings import settings_of
 
 
@@ -31,7 +31,7 @@ def test_a_page_without_a_place_for_its_flags_is_named(tmp_path, capsys):
     for name in TABLES:
         (tmp_path / name).write_text("# A page\n", encoding="utf-8")
     assert main(["--docs", str(tmp_path)]) == 1
-    assert "training.md: has no place for its flags" in capsys.readouterr().err
+    assert "training.md: has no place for its tables" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("config", TABLES.values(), ids=lambda config: config.__name__)
@@ -47,3 +47,16 @@ def test_every_setting_has_a_row_of_its_own(config: type):
 def test_tables_hold_bars_and_choices():
     block = flags_block(TABLES["training.md"])
     assert "| `--init standard\\|pissa` | `standard` |" in block and "| `--preview/--no_preview` | on |" in block
+
+
+def test_the_tree_has_a_line_for_every_file(tmp_path):
+    for path, text in (("a.py", '"""A script.\n\nMore."""'), ("selva/__init__.py", '"""The library."""'),
+                       ("selva/x/__init__.py", '"""A room: of things."""'), ("selva/x/b.py", '"""Of b. More."""')):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text + "\n", encoding="utf-8")
+    lines = [line for line in tree_block(tmp_path).splitlines() if line][1:-1]
+    assert lines == ["**The command line**", "- `a.py` A script", "**`selva/`** The library",
+                     "**`selva/x/`** A room: of things", "- `b.py` Of b"]
+    (tmp_path / "selva" / "x" / "c.py").write_text("x = 1\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"c\.py: has no docstring"):
+        tree_block(tmp_path)
