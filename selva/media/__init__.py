@@ -3,6 +3,7 @@
     frames.py      read_video: the pictures of a clip for the two image encoders
     masks.py       what read_video keeps of the pictures; mask_settings.py: MaskSettings
     audio.py       read_audio, prepare_audio, write_audio, extract_audio, audio_length
+    sound_pieces.py  who reads a sound, and how long it is; sound_stream.py, sound_header.py: what it needs for that
     copying.py     copy_audio: the sound of a video without decoding it
     mux.py         mux_video: a video with new sound
     make.py        write_video: pictures and sound that a program made

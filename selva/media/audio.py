@@ -3,29 +3,17 @@
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Iterable, Iterator
-from fractions import Fraction
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from selva.media.container import (
-    PathLike,
-    audio_stream,
-    check_file,
-    check_not_truncated,
-    check_range,
-    declared_end,
-    decode_frames,
-    exact_seconds,
-    has_pictures,
-    open_media,
-)
+from selva.media.container import PathLike, check_range
+from selva.media.sound_pieces import sound_length, sound_pieces
 from selva.utils.files import atomic_path
 
 if TYPE_CHECKING:
@@ -36,9 +24,6 @@ log = logging.getLogger(__name__)
 PEAK_LEVEL = 0.95  # of full scale; what the base models were trained on
 SILENCE_LEVEL = 1e-6  # a waveform that never exceeds this is silent
 
-_PREROLL_SEC = Fraction(1)  # decoders need some sound before a cut to be sample-exact after it
-_HEADER_ERROR_SEC = 0.05  # Ogg files may promise a few samples more than they hold
-_STAMP_JITTER_SEC = 0.02  # Matroska rounds time stamps to milliseconds; smaller jumps are no gaps
 _SUBTYPE = "PCM_24"  # 16 bits would put noise above the floor of the log-mel
 _SUFFIX_FORMATS = {".wav": "WAV", ".flac": "FLAC"}
 
@@ -49,121 +34,24 @@ _SUFFIX_FORMATS = {".wav": "WAV", ".flac": "FLAC"}
 def read_audio(path: PathLike, start_sec: float = 0.0, duration_sec: float | None = None) -> tuple[Tensor, int]:
     """Return the sound of an audio file or a video: (channels, samples) float32, full scale 1.0, and its rate in Hz.
 
-    libsndfile reads what it knows (WAV, FLAC, MP3, OGG, AIFF ...), PyAV the rest (AAC, M4A, sound in videos). The
-    sound of a video starts at time 0 of the pictures: what comes earlier is cut, a gap is silence.
+    libsndfile reads what counts its samples (WAV, AIFF, FLAC ...), PyAV the rest (MP3, Ogg, AAC, sound in videos). The
+    sound of a video starts at time 0 of the pictures: what comes earlier is cut, a gap of up to 10 s is silence. So are
+    packets that cannot be decoded, with a warning, up to a fifth of the sound.
 
     Args:
         duration_sec: seconds to read, None for all. Less is returned where the sound ends earlier.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no sound in it, damaged, or nothing left at ``start_sec``.
+        ValueError: no sound in it, cut short, damaged, or nothing left at ``start_sec``.
     """
     check_range(path, start_sec, duration_sec)
-    check_file(path)
-    import soundfile
-
-    try:
-        file = soundfile.SoundFile(path)
-    except soundfile.LibsndfileError:
-        waveform, rate = _read_audio_av(path, start_sec, duration_sec)
-    else:
-        with file:
-            waveform, rate = _read_audio_soundfile(path, file, start_sec, duration_sec)
+    pieces = list(sound_pieces(path, start_sec, duration_sec))
+    rate = pieces[0][1]
+    waveform = np.concatenate([samples for samples, _ in pieces], axis=1)  # (channels, samples)
     if waveform.shape[1] == 0:
         raise ValueError(f"{path}: has no sound after {start_sec} s, it is shorter than that")
-    return waveform, rate
-
-
-def _read_audio_soundfile(
-    path: PathLike, file: Any, start_sec: float, duration_sec: float | None
-) -> tuple[Tensor, int]:
-    import soundfile
-
-    rate = file.samplerate
-    start = min(round(start_sec * rate), file.frames)
-    wanted = file.frames - start
-    if duration_sec is not None:
-        wanted = min(wanted, round(duration_sec * rate))
-    # A frame of an MP3 needs bits of frames before it, which libsndfile does not fetch when it seeks.
-    preroll = min(start, int(_PREROLL_SEC * rate)) if file.format == "MP3" else 0
-    try:
-        file.seek(start - preroll)
-        samples = file.read(preroll + wanted, dtype="float32", always_2d=True)[preroll:]  # (samples, channels)
-    except soundfile.LibsndfileError as error:
-        raise ValueError(f"{path}: damaged, its sound cannot be decoded ({error})") from error
-    if len(samples) < wanted - _HEADER_ERROR_SEC * rate:
-        found, promised = (start + len(samples)) / rate, file.frames / rate
-        raise ValueError(f"{path}: ends after {found:.2f} s of {promised:.2f} s: cut short or damaged, copy it again")
-    return torch.from_numpy(np.ascontiguousarray(samples.T)), rate  # (channels, samples)
-
-
-def _read_audio_av(path: PathLike, start_sec: float, duration_sec: float | None) -> tuple[Tensor, int]:
-    with open_media(path) as container:
-        stream = audio_stream(container, path)
-        start = exact_seconds(start_sec)
-        if not has_pictures(container) and stream.start_time is not None:
-            start += stream.start_time * stream.time_base  # nothing to be aligned with: begin with the first sample
-        frames = decode_frames(path, container, stream, start, preroll_sec=_PREROLL_SEC)
-        waveform, rate = _assemble_sound(path, frames, duration_sec)
-        reached_sec = waveform.shape[1] / rate
-        if duration_sec is None or reached_sec < duration_sec:
-            check_not_truncated(path, container, stream, float(start), duration_sec, reached_sec)
-    return waveform, rate
-
-
-def _assemble_sound(
-    path: PathLike, frames: Iterable[tuple[Fraction, Any]], duration_sec: float | None
-) -> tuple[Tensor, int]:
-    """Return the decoded frames laid out on the time line, beginning at time 0: (channels, samples) and the rate."""
-    pieces: list[np.ndarray] = []
-    filled, rate, wanted = 0, 0, math.inf
-    for samples, rate in _time_line(path, frames):
-        if not pieces and duration_sec is not None:
-            wanted = round(duration_sec * rate)
-        pieces.append(samples)
-        filled += samples.shape[1]
-        if filled >= wanted:
-            break
-    if not pieces:
-        raise ValueError(f"{path}: has an audio stream, but no sound could be decoded from it")
-    waveform = np.concatenate(pieces, axis=1)  # (channels, samples)
-    return torch.from_numpy(waveform[:, : int(min(wanted, filled))].copy()), rate
-
-
-def _time_line(path: PathLike, frames: Iterable[tuple[Fraction, Any]]) -> Iterator[tuple[np.ndarray, int]]:
-    """Yield (channels, n) float32 and the rate, one after the other from time 0, with zeros where there is a gap."""
-    filled, position, rate, channels = 0, 0, 0, 0
-    for time, frame in frames:
-        samples = _float_samples(frame)  # (channels, n)
-        stamp = round(time * frame.sample_rate)
-        if rate == 0:
-            rate, position, channels = frame.sample_rate, stamp, len(samples)
-            yield np.zeros((channels, 0), dtype=np.float32), rate
-        if frame.sample_rate != rate or len(samples) != channels:
-            found, expected = f"{len(samples)} x {frame.sample_rate} Hz", f"{channels} x {rate} Hz"
-            raise ValueError(f"{path}: sound changes from {expected} to {found} after {float(time):.2f} s; convert it")
-        if abs(stamp - position) > _STAMP_JITTER_SEC * rate:
-            position = stamp
-        if position > filled:
-            yield np.zeros((channels, position - filled), dtype=np.float32), rate
-            filled = position
-        kept = samples[:, filled - position :]  # nothing of it lies before time 0, or twice at the same time
-        yield kept, rate
-        filled += kept.shape[1]
-        position += samples.shape[1]
-
-
-def _float_samples(frame: Any) -> np.ndarray:
-    """Return a decoded audio frame as (channels, samples) float32, full scale 1.0."""
-    samples = frame.to_ndarray()
-    if frame.format.is_packed:
-        samples = samples.reshape(-1, frame.layout.nb_channels).T  # (channels, samples)
-    if samples.dtype == np.uint8:
-        return (samples.astype(np.float32) - 128) / 128
-    if samples.dtype.kind == "i":
-        return (samples / -float(np.iinfo(samples.dtype).min)).astype(np.float32)
-    return samples.astype(np.float32)
+    return torch.from_numpy(waveform), rate
 
 
 def audio_blocks(path: PathLike, block_sec: float = 10.0) -> Iterator[tuple[Tensor, int]]:
@@ -177,7 +65,7 @@ def audio_blocks(path: PathLike, block_sec: float = 10.0) -> Iterator[tuple[Tens
     """
     waiting: list[np.ndarray] = []
     rate = size = held = 0
-    for samples, rate in _read_pieces(path, block_sec):
+    for samples, rate in sound_pieces(path):
         size = max(1, round(block_sec * rate))
         waiting.append(samples)
         held += samples.shape[1]
@@ -192,53 +80,17 @@ def audio_blocks(path: PathLike, block_sec: float = 10.0) -> Iterator[tuple[Tens
         yield torch.from_numpy(np.concatenate(waiting, axis=1)), rate
 
 
-def _read_pieces(path: PathLike, block_sec: float) -> Iterator[tuple[np.ndarray, int]]:
-    """Yield (channels, n) and the rate in pieces of any length."""
-    check_file(path)
-    import soundfile
-
-    try:
-        file = soundfile.SoundFile(path)
-    except soundfile.LibsndfileError:
-        with open_media(path) as container:
-            stream = audio_stream(container, path)
-            begins_first = not has_pictures(container) and stream.start_time is not None
-            start = stream.start_time * stream.time_base if begins_first else Fraction(0)
-            filled = rate = 0
-            for samples, rate in _time_line(path, decode_frames(path, container, stream, start)):
-                filled += samples.shape[1]
-                yield samples, rate
-            if not rate:
-                raise ValueError(f"{path}: has an audio stream, but no sound could be decoded from it") from None
-            check_not_truncated(path, container, stream, float(start), None, filled / rate)
-        return
-    with file:
-        size = max(1, round(block_sec * file.samplerate))
-        for start in range(0, file.frames, size):
-            waveform, rate = _read_audio_soundfile(path, file, start / file.samplerate, size / file.samplerate)
-            yield waveform.numpy(), rate
-
-
 def audio_length(path: PathLike) -> tuple[int, int]:
-    """Return (samples, rate) of the sound in a file, from its header alone.
+    """Return (samples, rate) of the sound in a file: what :func:`read_audio` gives of the whole of it.
+
+    From the header where it can be trusted, otherwise by decoding, once per file and process.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no sound in it, or a header without a length.
+        ValueError: no sound in it, cut short or damaged.
     """
-    import soundfile
-
-    check_file(path)
-    try:
-        info = soundfile.info(path)
-        return info.frames, info.samplerate
-    except soundfile.LibsndfileError:
-        with open_media(path) as container:
-            stream = audio_stream(container, path)
-            end_sec = declared_end(container, stream)
-            if end_sec is None:
-                raise ValueError(f"{path}: the header does not say how long the sound is; convert it") from None
-            return round(end_sec * stream.rate), stream.rate
+    length = sound_length(path)
+    return length.num_samples, length.rate
 
 
 # -- preparing --------------------------------------------------------------------------------------------------------

@@ -5,20 +5,26 @@ Every error names the file. Time 0 is that of the package, see :mod:`selva.media
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+log = logging.getLogger(__name__)
+
 PathLike = str | os.PathLike[str]
 
-_TRUNCATION_SEC = 0.5  # a stream that ends this much before the end in its header was cut short
+# They have no header that tells a length; FFmpeg guesses it by their bit rate, and may be far off.
+_GUESSED_FORMATS = ("mpeg", "aac", "ac3", "eac3", "dts", "dtshd", "truehd", "mlp", "loas", "amr", "amrnb", "amrwb")
+TRUNCATION_SEC = 0.5  # a stream that ends this much before the end in its header was cut short
 
 
 # -- opening ----------------------------------------------------------------------------------------------------------
@@ -85,11 +91,25 @@ def video_stream(container: Any, path: PathLike) -> Any:
 
 
 def audio_stream(container: Any, path: PathLike) -> Any:
-    """Return the first audio stream; ``path`` is for the error."""
-    if container.streams.audio:
-        return container.streams.audio[0]
+    """Return the audio stream that players choose: the default one; ``path`` is for errors and remarks."""
+    tracks = list(container.streams.audio)
+    known = [stream for stream in tracks if stream.codec_context is not None]  # None: no decoder for it
+    if known:
+        best = container.streams.best("audio")
+        best = best if best in known else known[0]
+        if len(tracks) > 1:
+            _say_track(str(path), tracks.index(best) + 1, len(tracks), best.language or "")
+        return best
+    if tracks:
+        raise ValueError(f"{path}: its sound is of a codec that is not known here; convert it to AAC or WAV")
     found = ", ".join(stream.type for stream in container.streams) or "no streams"
     raise ValueError(f"{path}: has no audio stream (found: {found})")
+
+
+@lru_cache(maxsize=4096)  # said once per file, however often it is opened
+def _say_track(path: str, number: int, count: int, language: str) -> None:
+    named = f" ({language})" if language else ""
+    log.warning("%s: has %d sound tracks; number %d%s is taken, the default one", path, count, number, named)
 
 
 def time_origin(container: Any) -> Fraction:
@@ -139,7 +159,7 @@ def probe(path: PathLike) -> MediaInfo:
     """
     with open_media(path) as container:
         video = video_stream(container, path) if has_pictures(container) else None
-        audio = container.streams.audio[0] if container.streams.audio else None
+        audio = container.streams.best("audio") if container.streams.audio else None
         if video is None and audio is None:
             raise ValueError(f"{path}: has neither pictures nor sound in it")
         return MediaInfo(
@@ -193,7 +213,7 @@ def packet_times(path: PathLike, container: Any, stream: Any) -> list[Fraction]:
 
 def declared_end(container: Any, stream: Any) -> float | None:
     """Return the time at which the header says that ``stream`` ends, None if it says nothing about this stream."""
-    if container.format.name == "mpeg":  # a program stream has no such header; FFmpeg guesses, and may be far off
+    if container.format.name in _GUESSED_FORMATS:
         return None
     origin_sec = float(time_origin(container))
     if stream.duration is not None:
@@ -217,7 +237,7 @@ def check_not_truncated(
     if declared is None:
         return
     end_sec = declared if duration_sec is None else min(declared, start_sec + duration_sec)
-    if start_sec + reached_sec < end_sec - _TRUNCATION_SEC:
+    if start_sec + reached_sec < end_sec - TRUNCATION_SEC:
         raise ValueError(
             f"{path}: ends after {start_sec + reached_sec:.2f} s of {declared:.2f} s: "
             "cut short or damaged, copy it again"
@@ -263,7 +283,7 @@ def decode_frames(
 
     zero = time_origin(container) + start
     time = -start
-    sought = seek and start > preroll_sec and _seek(container, stream, zero - preroll_sec)
+    sought = seek and start > preroll_sec and seek_before(container, stream, zero - preroll_sec)
     try:
         for frame in container.decode(stream):
             if frame.pts is None:
@@ -283,7 +303,7 @@ def decode_frames(
             yield from decode_frames(path, whole, whole.streams[stream.index], start, preroll_sec, seek=False)
 
 
-def _seek(container: Any, stream: Any, seconds: Fraction) -> bool:
+def seek_before(container: Any, stream: Any, seconds: Fraction) -> bool:
     """Move to the last key frame at or before ``seconds``; return True if the file allows it."""
     import av.error
 
