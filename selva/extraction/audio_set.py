@@ -29,7 +29,7 @@ from selva.extraction.extractor import FeatureExtractor
 from selva.extraction.manifest import DONE, FAILED, ManifestWriter
 from selva.extraction.pipeline import Summary
 from selva.media import audio_blocks, prepare_audio
-from selva.media.audio import PEAK_LEVEL, SILENCE_LEVEL
+from selva.media.audio import PEAK_LEVEL, SILENCE_LEVEL, cancellation, mean_power
 from selva.models.variants import Variant
 from selva.partition.cut import collect_recordings
 from selva.partition.windows import Window, caption_of, read_captions, read_clips
@@ -113,8 +113,10 @@ def read_windows(
     """
     pieces: list[list[Tensor]] = [[] for _ in windows]
     position, peak, rate = 0, 0.0, 0
+    energy = mono_energy = 0.0
     for block, block_rate in audio_blocks(path):
         mono, rate = block.mean(dim=0), block_rate
+        energy, mono_energy = energy + mean_power(block) * len(mono), mono_energy + mean_power(mono) * len(mono)
         if not torch.isfinite(mono).all():
             raise ValueError(f"{path}: the sound has values that are not finite (NaN or infinite)")
         peak = max(peak, mono.abs().max().item())
@@ -123,6 +125,8 @@ def read_windows(
             if len(part):  # many empty ones in between would keep freed blocks from being used again
                 kept.append(part.clone())
         position += len(mono)
+    if reason := cancellation(energy / max(1, position), mono_energy / max(1, position)):
+        raise ValueError(f"{path}: {reason}")
     if peak <= SILENCE_LEVEL:
         raise ValueError(f"{path}: the sound is silent (peak {peak:.1e}, expected more than {SILENCE_LEVEL:.0e})")
     results: list[Tensor | str] = []

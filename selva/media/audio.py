@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -23,6 +24,7 @@ log = logging.getLogger(__name__)
 
 PEAK_LEVEL = 0.95  # of full scale; what the base models were trained on
 SILENCE_LEVEL = 1e-6  # a waveform that never exceeds this is silent
+CANCELLED_DB = 20.0  # by which the mean of channels lies below them if they cancel each other; unrelated ones lose 3 dB
 
 _SUBTYPE = "PCM_24"  # 16 bits would put noise above the floor of the log-mel
 _SUFFIX_FORMATS = {".wav": "WAV", ".flac": "FLAC"}
@@ -116,13 +118,17 @@ def prepare_audio(
         pad: fill up sound that is too short with zeros, i.e. with real silence for the encoder; otherwise an error.
 
     Raises:
-        ValueError: silent, not finite, or shorter than ``num_samples`` without ``pad``.
+        ValueError: silent, not finite, of channels that cancel each other, or shorter than ``num_samples`` without
+            ``pad``.
     """
     if normalize not in ("peak", "none"):
         raise ValueError(f"normalize is {normalize!r}, expected 'peak' or 'none'")
-    mono = as_channels(waveform).mean(dim=0)  # (samples,)
+    channels = as_channels(waveform)
+    mono = channels.mean(dim=0)  # (samples,)
     if not torch.isfinite(mono).all():
         raise ValueError("the sound has values that are not finite (NaN or infinite)")
+    if reason := cancellation(mean_power(channels), mean_power(mono)):
+        raise ValueError(reason)
     peak = mono.abs().max().item() if len(mono) else 0.0
     if peak <= SILENCE_LEVEL:
         raise ValueError(f"the sound is silent (peak {peak:.1e}, expected more than {SILENCE_LEVEL:.0e})")
@@ -140,6 +146,31 @@ def prepare_audio(
             )
         mono = torch.nn.functional.pad(mono, (0, num_samples - len(mono)))
     return mono[:num_samples].clone()  # (num_samples,)
+
+
+def mean_power(waveform: Tensor) -> float:
+    """Return the mean square of all samples of all channels, 0.0 of nothing."""
+    return waveform.double().square().mean().item() if waveform.numel() else 0.0
+
+
+def cancellation(channel_power: float, mono_power: float) -> str:
+    """Return why the mean of channels is not what was recorded, "" if it is.
+
+    Args:
+        channel_power: mean power of the channels. mono_power: of their mean.
+    """
+    if channel_power <= SILENCE_LEVEL**2 or mono_power * 10 ** (CANCELLED_DB / 10) > channel_power:
+        return ""
+    below_db = 10 * math.log10(channel_power / mono_power) if mono_power > 0 else math.inf
+    amount = f"{below_db:.0f} dB below them" if below_db < 120 else "silence"
+    return (f"its channels cancel each other: their mean, which models hear, is {amount}, expected less than "
+            f"{CANCELLED_DB:g} dB; invert one channel, or keep only one")
+
+
+def warn_of_cancellation(path: PathLike, waveform: Tensor) -> None:
+    """Say that sound which is kept as it is cannot be trained on."""
+    if reason := cancellation(mean_power(waveform), mean_power(waveform.mean(dim=0))):
+        log.warning("%s: %s", path, reason)
 
 
 def as_channels(waveform: Tensor) -> Tensor:
@@ -212,6 +243,7 @@ def extract_audio(
         FileNotFoundError, ValueError: as :func:`read_audio` and :func:`write_audio`.
     """
     waveform, rate = read_audio(video_path, start_sec, duration_sec)
+    warn_of_cancellation(video_path, waveform)
     peak = waveform.abs().max().item()
     if peak > 1:
         log.info("%s: the decoded sound peaks at %.3f and was scaled to 1", video_path, peak)

@@ -93,12 +93,12 @@ def video_stream(container: Any, path: PathLike) -> Any:
 def audio_stream(container: Any, path: PathLike) -> Any:
     """Return the audio stream that players choose: the default one; ``path`` is for errors and remarks."""
     tracks = list(container.streams.audio)
-    known = [stream for stream in tracks if stream.codec_context is not None]  # None: no decoder for it
+    known = [stream for stream in tracks if can_decode(stream)]
     if known:
         best = container.streams.best("audio")
         best = best if best in known else known[0]
         if len(tracks) > 1:
-            _say_track(str(path), tracks.index(best) + 1, len(tracks), best.language or "")
+            _say_track(str(path), tracks.index(best) + 1, len(tracks), _is_default(best))
         return best
     if tracks:
         raise ValueError(f"{path}: its sound is of a codec that is not known here; convert it to AAC or WAV")
@@ -106,10 +106,21 @@ def audio_stream(container: Any, path: PathLike) -> Any:
     raise ValueError(f"{path}: has no audio stream (found: {found})")
 
 
+def can_decode(stream: Any) -> bool:
+    """Return whether there is a decoder for a stream; without one, PyAV's stream lacks most of its attributes."""
+    return stream.codec_context is not None
+
+
+def _is_default(stream: Any) -> bool:
+    import av.stream
+
+    return bool(stream.disposition & av.stream.Disposition.default)
+
+
 @lru_cache(maxsize=4096)  # said once per file, however often it is opened
-def _say_track(path: str, number: int, count: int, language: str) -> None:
-    named = f" ({language})" if language else ""
-    log.warning("%s: has %d sound tracks; number %d%s is taken, the default one", path, count, number, named)
+def _say_track(path: str, number: int, count: int, is_default: bool) -> None:
+    why = ", the default one" if is_default else ""
+    log.warning("%s: has %d sound tracks; number %d is taken%s", path, count, number, why)
 
 
 def time_origin(container: Any) -> Fraction:
@@ -169,8 +180,8 @@ def probe(path: PathLike) -> MediaInfo:
             fps=float(video.average_rate) if video is not None and video.average_rate else None,
             width=video.width if video is not None else None,
             height=video.height if video is not None else None,
-            audio_rate=audio.rate if audio is not None else None,
-            audio_channels=audio.channels if audio is not None else None,
+            audio_rate=audio.rate if audio is not None and can_decode(audio) else None,
+            audio_channels=audio.channels if audio is not None and can_decode(audio) else None,
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from selva.media.audio import SILENCE_LEVEL, audio_length, read_audio
+from selva.media.audio import SILENCE_LEVEL, audio_length, read_audio, warn_of_cancellation
 from selva.media.container import PathLike, audio_stream, open_media, read_packets
 from selva.utils.files import atomic_path
 
@@ -79,6 +79,7 @@ def copy_audio(video_path: PathLike, out_path: PathLike, start_sec: float = 0.0)
 def _check_copy(video_path: PathLike, copy_path: PathLike) -> None:
     """Raise if a copy does not begin with the sound of the video; decoders differ a little, so not bit by bit."""
     expected, rate = read_audio(video_path, 0.0, _COPY_CHECK_SEC)
+    warn_of_cancellation(video_path, expected)
     try:
         found, found_rate = read_audio(copy_path, 0.0, _COPY_CHECK_SEC)
     except ValueError as error:

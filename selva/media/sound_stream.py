@@ -34,16 +34,28 @@ MAX_LOST_SHARE = 0.2  # of the sound that cannot be decoded and becomes silence;
 _MAX_LATE_SEC = 3600.0  # sound of a video may begin late, as long as the video lasts, but not later than this
 _PREROLL_SEC = Fraction(1)  # decoders need some sound before a cut to be sample-exact after it
 _STAMP_JITTER_SEC = 0.02  # Matroska rounds time stamps to milliseconds; smaller jumps are no gaps
+_STAMP_ROUNDING_SEC = 0.002
+_MAX_BAD_PACKETS = 10  # one after the other that cannot even be read
+_LONGEST_PACKET_SEC = 1  # a longer one of which nothing can be decoded has a damaged duration
+_FREE_SILENCE_SEC = 60.0  # silence in place of what is missing; beyond, no more of it than of sound
 _OVERLAP_SEC = 1.0  # beside pictures, frames may overlap by so much, and their time stamps decide
 _SILENCE_BLOCK = 1 << 19  # samples of silence per piece
 
 
 class _Decoded(NamedTuple):
-    """A decoded frame, or None for a packet that could not be decoded."""
+    """A decoded frame, or None for a packet that could not be decoded.
 
-    stamp: Fraction | None  # seconds, of the container
+    Attributes:
+        stamp: seconds, of the container.
+        lost_sec: of packets before the frame, or instead of it, in which no sound was found. Decoders with a delay
+            make up for such packets later; then the time stamps leave no gap.
+        num_lost: number of these packets.
+    """
+
+    stamp: Fraction | None
     frame: Any
     lost_sec: Fraction = Fraction(0)
+    num_lost: int = 0
 
 
 class SoundStream:
@@ -56,6 +68,7 @@ class SoundStream:
         rate: samples per second, 0 before the first frame.
         is_continuous: time stamps never went back, so that seeking finds the right place.
         lost: samples of the range that are silence because they could not be decoded.
+        gap: samples of the range that are silence because the time stamps say so.
 
     Args:
         seek: False reads from the beginning of the file to ``start_sec``.
@@ -72,12 +85,13 @@ class SoundStream:
     ) -> None:
         self.path, self.start, self.duration_sec = path, exact_seconds(start_sec), duration_sec
         self._may_seek, self._num_samples = seek and self.start > _PREROLL_SEC, num_samples
-        self.rate = self.channels = self.lost = 0
+        self.rate = self.channels = self.lost = self.gap = 0
         self.is_continuous = True
         self._position = 0  # of the next frame, in samples from time 0
         self._filled, self._end = 0, math.inf  # what was handed over ends here; what is wanted ends there
-        self._num_packets = self._num_failed = 0
+        self._num_packets = self._num_failed = self._num_decoded = 0
         self._lost_before = Fraction(0)  # seconds before the first frame
+        self._lost_from: Fraction | None = None  # the time stamp at which they begin
         self._zero: Fraction | None = None  # seconds; the stamp of time 0
         self._error = ""
 
@@ -115,12 +129,16 @@ class SoundStream:
                 yield self._begin(item.frame), self.rate
             self._check_form(item.frame)
             self._place(item, alone, container if first else None)
+            if first:
+                self._count_lost_before()
+            self._check_silence()
             yield from self._silence(self._position)
             end = self._position + item.frame.samples
             if end > self._filled:
                 samples = _float_samples(item.frame)[:, self._filled - self._position :]
                 samples = samples[:, : int(min(self._end - self._filled, samples.shape[1]))]
                 self._filled += samples.shape[1]
+                self._num_decoded += samples.shape[1]
                 yield samples, self.rate
             self._position = end
             if self._filled >= self._end:
@@ -168,7 +186,7 @@ class SoundStream:
             self._position = stamp
             return
         jump_sec = (stamp - self._position) / self.rate
-        if abs(jump_sec) <= _STAMP_JITTER_SEC:
+        if abs(jump_sec) <= (_STAMP_ROUNDING_SEC if item.num_lost and jump_sec > 0 else _STAMP_JITTER_SEC):
             return
         if alone and jump_sec < 0:
             log.debug("%s: time stamps start again after %.2f s", self.path, self._position / self.rate)
@@ -176,7 +194,14 @@ class SoundStream:
             self._zero += Fraction(stamp - self._position, self.rate)
         elif jump_sec > MAX_GAP_SEC or jump_sec < -_OVERLAP_SEC:
             raise ValueError(self._jump(self._position / self.rate, stamp / self.rate))
+        elif item.num_lost and jump_sec > 0:
+            self._error = self._error or "no sound in them"
+            self._num_failed += item.num_lost
+            count = round(item.lost_sec * self.rate)  # exact, other than the time stamp
+            is_close = abs(count - (stamp - self._position)) <= _STAMP_ROUNDING_SEC * self.rate
+            self._skip(count if is_close else stamp - self._position)
         else:
+            self.gap += self._in_range(stamp)
             self._position = stamp
 
     def _jump(self, found_sec: float, next_sec: float) -> str:
@@ -199,15 +224,42 @@ class SoundStream:
         """Leave room for a packet that could not be decoded."""
         if self.rate == 0:
             self._lost_before += item.lost_sec
+            self._lost_from = item.stamp if self._lost_from is None else self._lost_from
             return
-        count = round(item.lost_sec * self.rate)
-        self.lost += max(0, int(min(self._position + count, self._end)) - max(self._position, self._first_sample))
+        if item.num_lost:
+            self._error = self._error or "no sound in them"
+            self._num_failed += item.num_lost
+        self._skip(round(item.lost_sec * self.rate))
+
+    def _count_lost_before(self) -> None:
+        """Count what could not be decoded before the first frame, whose place is known now."""
+        start = self._position - round(self._lost_before * self.rate)
+        if self._lost_from is not None and self._zero is not None:
+            start = round((self._lost_from - self._zero) * self.rate)
+        self.lost += max(0, int(min(self._position, self._end)) - max(start, self._first_sample))
+
+    def _skip(self, count: int) -> None:
+        """Leave out samples that could not be decoded."""
+        self.lost += self._in_range(self._position + count)
         self._position += count
+
+    def _in_range(self, end: int) -> int:
+        """Return how many samples from the position to ``end`` were asked for."""
+        return max(0, int(min(end, self._end)) - max(self._position, self._first_sample))
+
+    def _check_silence(self) -> None:
+        """Raise if most of the sound would be silence: many small jumps could fill any memory."""
+        if self.gap + self.lost > max(self._num_decoded, _FREE_SILENCE_SEC * self.rate):
+            raise ValueError(
+                f"{self.path}: damaged, of its first {self._position / self.rate:.2f} s "
+                f"{(self.gap + self.lost) / self.rate:.2f} s are missing; copy it again or convert it"
+            )
 
     def _judge_losses(self) -> None:
         """Raise if too much could not be decoded; otherwise say how much."""
-        if self._first_sample == 0:
-            self.lost += round(self._lost_before * self.rate)
+        if self.gap:
+            log.warning("%s: its time stamps leave gaps of %.2f s; silence is in their place",
+                        self.path, self.gap / self.rate)
         if self.lost == 0:
             if self._num_failed and self._first_sample == 0:
                 log.warning("%s: %d of %d packets of its sound cannot be decoded (%s), nothing else is missing",
@@ -289,34 +341,62 @@ def _decode(path: PathLike, container: Any, stream: Any, counter: SoundStream | 
     """
     import av.error
 
-    length = Fraction(0)  # of the last frame: what a packet without a duration is taken to hold
+    length = idle_sec = Fraction(0)  # of the last frame: what a packet without a duration is taken to hold
+    num_idle = 0
     try:
-        for packet in container.demux(stream):
-            if not packet.size:  # Ogg has empty ones; the last one only flushes the decoder
-                continue
-            if counter is not None:
-                counter.count(packet)
+        for packet in _packets(container, stream, counter):
+            lost_sec = packet.duration * packet.time_base if packet.duration else length
+            if abs(lost_sec - length) < _STAMP_ROUNDING_SEC or lost_sec > _LONGEST_PACKET_SEC:
+                lost_sec = length
             try:
                 frames = packet.decode()
             except av.error.FFmpegError as error:
                 if counter is not None:
                     counter.count_failed(error)
-                lost = packet.duration * packet.time_base if packet.duration else length
-                yield _Decoded(_seconds(packet), None, lost)
+                yield _Decoded(_seconds(packet), None, lost_sec)
                 continue
+            if not frames and not packet.is_discard and not packet.has_sidedata("skip_samples"):
+                idle_sec, num_idle = idle_sec + lost_sec, num_idle + 1
             for frame in frames:
                 stamp = _seconds(frame)
                 if stamp is None and not length:  # WMA: the first frame has none, though its packet has one
                     stamp = _seconds(packet)
                 length = Fraction(frame.samples, frame.sample_rate)
-                yield _Decoded(stamp, frame)
+                yield _Decoded(stamp, frame, idle_sec, num_idle)
+                idle_sec, num_idle = Fraction(0), 0
     except av.error.FFmpegError as error:
         raise ValueError(f"{path}: damaged, cannot be read to its end ({error.strerror})") from error
     try:
         for frame in stream.codec_context.decode(None):
-            yield _Decoded(_seconds(frame), frame)
+            yield _Decoded(_seconds(frame), frame, idle_sec, num_idle)
+            idle_sec, num_idle = Fraction(0), 0
     except av.error.FFmpegError:  # nothing was left, or nothing could be decoded at all
-        return
+        pass
+    if num_idle and length:
+        yield _Decoded(None, None, idle_sec, num_idle)
+
+
+def _packets(container: Any, stream: Any, counter: SoundStream | None) -> Iterator[Any]:
+    """Yield the packets of ``stream`` that hold anything, from where the container stands to its end."""
+    import av.error
+
+    num_bad = 0  # one after the other
+    while num_bad < _MAX_BAD_PACKETS:
+        try:
+            for packet in container.demux(stream):
+                if not packet.size:  # Ogg has empty ones; the last one only flushes the decoder
+                    continue
+                num_bad = 0
+                if counter is not None:
+                    counter.count(packet)
+                yield packet
+            return
+        except av.error.InvalidDataError as error:  # of this packet; the next one may be good
+            num_bad += 1
+            if num_bad == _MAX_BAD_PACKETS:
+                raise
+            if counter is not None:
+                counter.count_failed(error)
 
 
 def _seconds(item: Any) -> Fraction | None:

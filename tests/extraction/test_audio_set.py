@@ -165,6 +165,7 @@ def test_bad_windows_are_named_and_the_others_are_used(tmp_path):
 @pytest.mark.parametrize(("spoil", "message"), [
     (lambda sound: sound * 0, "the sound is silent"),
     (lambda sound: np.where(np.arange(len(sound))[:, None] == 5, np.nan, sound), "not finite"),
+    (lambda sound: sound[:, :1] * [1.0, -0.95], "its channels cancel each other"),
 ])
 def test_bad_recordings_are_refused(tmp_path, spoil, message):
     sound = put_recording(tmp_path, "a", 9)

@@ -179,6 +179,27 @@ def test_short_silent_and_broken_sound_is_refused():
         prepare_audio(tone[None, None], 16_000, 16_000)
 
 
+@pytest.mark.parametrize(("leak", "refused"), [(0.0, True), (0.05, True), (0.25, False), (2.0, False)])
+def test_channels_that_cancel_each_other_are_named(leak, refused, tmp_path, caplog):
+    """One microphone with its poles swapped: the mean is what is left of the room."""
+    noise = torch.randn(2, 8000) * 0.1
+    stereo = torch.stack([noise[0] + leak * noise[1], leak * noise[1] - noise[0]])
+    soundfile.write(tmp_path / "a.wav", stereo.T.numpy(), 16_000, subtype="FLOAT")
+    extract_audio(tmp_path / "a.wav", tmp_path / "b.flac")
+    if refused:
+        with pytest.raises(ValueError, match=r"its channels cancel each other: their mean, .* is (silence|2[0-9] dB)"):
+            prepare_audio(stereo, 16_000, 16_000)
+        assert "a.wav: its channels cancel each other" in caplog.text
+    else:
+        assert prepare_audio(stereo, 16_000, 16_000).abs().max().item() == pytest.approx(0.95)
+        assert "cancel" not in caplog.text
+    prepare_audio(stereo[:1], 16_000, 16_000)
+    prepare_audio(torch.randn(8, 8000), 16_000, 16_000)  # channels of nothing in common
+    one_of_six = torch.zeros(6, 8000)
+    one_of_six[2] = noise[0]
+    prepare_audio(one_of_six, 16_000, 16_000)
+
+
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 

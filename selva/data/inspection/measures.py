@@ -30,7 +30,7 @@ from selva.features import load_features
 from selva.inputs.prompts import PROMPTS_FILE, read_prompts, read_sidecar
 from selva.inputs.suffixes import AUDIO_SUFFIXES, VIDEO_SUFFIXES
 from selva.media import read_audio
-from selva.media.audio import SILENCE_LEVEL
+from selva.media.audio import SILENCE_LEVEL, cancellation, mean_power
 from selva.models.variants import VARIANTS, Variant, get_variant
 from selva.sequence import DEFAULT_DURATION_SEC, SAMPLING_RATES
 from selva.utils.progress import Progress
@@ -257,9 +257,11 @@ def _measure_sound(report: ClipReport, path: Path, variant: Variant | None, fing
     peak = true_peak_db(waveform, rate)
     report.true_peak_db = peak if math.isfinite(peak) else None
     mono = waveform.mean(dim=0)
+    if reason := cancellation(mean_power(waveform), mean_power(mono)):
+        report.problems.append(reason)
+        return
     if mono.abs().max() <= SILENCE_LEVEL:
-        cancels = waveform.abs().max() > SILENCE_LEVEL
-        report.problems.append("its channels cancel each other out" if cancels else "its sound is silent")
+        report.problems.append("its sound is silent")
         return
     report.notes += _sound_notes(sound, waveform, mono, variant)
     fingerprints.add_sound(report.id, waveform, rate)

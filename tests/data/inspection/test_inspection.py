@@ -95,7 +95,7 @@ def test_what_is_odd_is_named(tmp_path):
     put_good(data, "loud", 1, np.clip(noise(2.1, seed=1) * 100, -1, 1))
     put_good(data, "faint", 2, noise(2.1, seed=2) * 0.01)
     put_good(data, "long", 3, noise(9, seed=3))
-    put_good(data, "phase", 4, np.stack([noise(2.1, seed=4), -noise(2.1, seed=4) * 0.9], axis=1))
+    put_good(data, "phase", 4, np.stack([noise(2.1, seed=4), -noise(2.1, seed=4) * 0.7], axis=1))
     put_good(data, "offset", 5, noise(2.1, seed=5) + 0.05)
     put_good(data, "click", 6, np.concatenate([noise(2.1, seed=6) * 0.3, [0.0, 0.9, -0.9]]).astype(np.float32))
     put_good(data, "unnamed", 7, prompt="")
