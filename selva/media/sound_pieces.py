@@ -6,6 +6,7 @@ number of samples that reading gives: of the header where it can be trusted, els
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from functools import lru_cache
@@ -17,6 +18,8 @@ import numpy as np
 from selva.media.container import PathLike, check_file, has_pictures, open_media
 from selva.media.sound_header import cut_error, promised_frames
 from selva.media.sound_stream import SoundStream
+
+log = logging.getLogger(__name__)
 
 _BLOCK = 1 << 19  # samples that libsndfile reads at once; no more is allocated than the file holds
 _MOST_FRAMES = 1 << 48  # more is libsndfile's way of saying that it does not know
@@ -139,7 +142,14 @@ def _file_pieces(
             found += len(samples)
             yield np.ascontiguousarray(samples.T), rate
     except soundfile.LibsndfileError as error:
-        raise ValueError(f"{path}: damaged, its sound cannot be decoded ({error})") from error
+        if file.format != "FLAC":
+            raise ValueError(f"{path}: damaged, its sound cannot be decoded ({error})") from error
+        # libsndfile gives up at the first damaged frame, FFmpeg goes on after it.
+        log.warning("%s: damaged after %.2f s (%s)", path, (start + found) / rate, str(error).rstrip("."))
+        rest = SoundStream(path, (start + found) / rate, (wanted - found) / rate, num_before=found)
+        for samples, _ in rest.pieces():
+            found += samples.shape[1]
+            yield samples, rate
     if found < wanted:
         raise cut_error(path, (min(start, file.frames) + found) / rate, promised / rate)
 

@@ -73,6 +73,7 @@ class SoundStream:
     Args:
         seek: False reads from the beginning of the file to ``start_sec``.
         num_samples: of the whole sound, if that is known; time stamps that were rounded are fitted to it at the end.
+        num_before: good samples that were read by other means, just before the range.
     """
 
     def __init__(
@@ -82,11 +83,12 @@ class SoundStream:
         duration_sec: float | None = None,
         seek: bool = True,
         num_samples: int | None = None,
+        num_before: int = 0,
     ) -> None:
         self.path, self.start, self.duration_sec = path, exact_seconds(start_sec), duration_sec
         self._may_seek, self._num_samples = seek and self.start > _PREROLL_SEC, num_samples
         self.rate = self.channels = self.lost = self.gap = 0
-        self.is_continuous = True
+        self.is_continuous, self._num_before = True, num_before
         self._position = 0  # of the next frame, in samples from time 0
         self._filled, self._end = 0, math.inf  # what was handed over ends here; what is wanted ends there
         self._num_packets = self._num_failed = self._num_decoded = 0
@@ -265,7 +267,7 @@ class SoundStream:
                 log.warning("%s: %d of %d packets of its sound cannot be decoded (%s), nothing else is missing",
                             self.path, self._num_failed, self._num_packets, self._error)
             return
-        share = self.lost / max(1, self._filled - self._first_sample)
+        share = self.lost / max(1, self._num_before + self._filled - self._first_sample)
         what = (f"{self.lost / self.rate:.2f} s ({share:.0%}) of its sound cannot be decoded "
                 f"({self._num_failed} of {self._num_packets} packets: {self._error})")
         if share > MAX_LOST_SHARE:
@@ -341,6 +343,8 @@ def _decode(path: PathLike, container: Any, stream: Any, counter: SoundStream | 
     """
     import av.error
 
+    if stream.codec_context.name == "flac":  # FFmpeg would hand out noise; its frames have checksums
+        stream.codec_context.options = {"err_detect": "crccheck+explode"}
     length = idle_sec = Fraction(0)  # of the last frame: what a packet without a duration is taken to hold
     num_idle = 0
     try:

@@ -123,6 +123,24 @@ def test_a_flac_that_promises_too_many_samples_is_refused_without_memory_for_the
             read(tmp_path / "a.flac")
 
 
+@pytest.mark.parametrize("at_share", [0.1, 0.5, 0.9])
+def test_a_damaged_frame_of_a_flac_becomes_silence(at_share, tmp_path, caplog):
+    sound = noise(4.0)
+    soundfile.write(tmp_path / "a.flac", sound.T, RATE)
+    data = bytearray((tmp_path / "a.flac").read_bytes())
+    at = int(len(data) * at_share)
+    data[at : at + 500] = np.random.default_rng(0).bytes(500)
+    (tmp_path / "a.flac").write_bytes(data)
+    whole, _ = read_audio(tmp_path / "a.flac")
+    assert "a.flac: damaged after" in caplog.text and "silence is in" in caplog.text
+    assert whole.shape == sound.shape and audio_length(tmp_path / "a.flac") == (4 * RATE, RATE)
+    wrong = np.flatnonzero((whole.numpy() != np.round(sound * 32768) / 32768)[0])
+    assert 0 < len(wrong) <= 4 * 4096 and np.ptp(wrong) < 4 * 4096
+    assert (whole[0, wrong] == 0).all()
+    torch.testing.assert_close(torch.cat([b for b, _ in audio_blocks(tmp_path / "a.flac", 0.7)], dim=1), whole)
+    assert read_audio(tmp_path / "a.flac", 0.5, 3.2)[0].shape == (1, round(3.2 * RATE))
+
+
 @pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
 def test_chained_ogg_is_read_to_its_end(subtype, tmp_path):
     """Each of the streams counts from 0."""
