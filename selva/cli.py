@@ -1,4 +1,4 @@
-"""What the command-line scripts share: the parser, YAML settings, devices, exit codes, signals.
+"""Common parts of the command-line scripts: the parser, YAML settings, exit codes, signals.
 
 Exit codes: 0 done, 1 failed or some items failed, 2 wrong usage, 130 Ctrl-C, 143 SIGTERM. Results go to stdout, logs
 and progress to stderr. A user's mistake ends in one line, never in a traceback (``--debug`` shows it after all).
@@ -35,7 +35,7 @@ NOT_SAVED = ("config", "debug")  # arguments that say how to run, not what to do
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the examples of a description as they are, and ends every option with its default if it has one."""
+    """Formatter that keeps the examples of a description, and ends every option with its default if it has one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default in (None, False) or isinstance(action.default, list):
@@ -63,7 +63,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
         Args:
             precision: default of ``--precision``; None leaves it out.
-            seed, device: whether the script draws random numbers, and whether it computes on a device.
+            seed, device: the script draws random numbers; it computes on a device.
         """
         group = self._group(GENERAL)
         known = {action.dest for action in self._actions}
@@ -174,7 +174,7 @@ class BooleanFlag(argparse.BooleanOptionalAction):
 
 
 def positive_int(text: str) -> int:
-    """Argument type: an integer of at least 1."""
+    """Return an argument as an integer of at least 1."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not at least 1")
@@ -208,7 +208,7 @@ def _add(group: argparse._ArgumentGroup, setting: Setting) -> None:
 
 
 def _as_parsed(default: Any) -> Any:
-    """Return a default as argparse would return a value that was given: lists instead of tuples."""
+    """Return a default in the form of a parsed value: lists instead of tuples."""
     return list(default) if isinstance(default, tuple) else default
 
 
@@ -225,7 +225,7 @@ def config_from(config: type[Config], args: argparse.Namespace) -> Config:
 
 
 def saved_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the arguments that say what to do, not how to run, by name."""
+    """Return the arguments by name, without those of the run itself such as ``--debug``."""
     return {name: value for name, value in vars(args).items() if name not in NOT_SAVED}
 
 

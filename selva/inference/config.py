@@ -27,7 +27,7 @@ SUFFIXES = OUTPUT_AUDIO_SUFFIXES + OUTPUT_VIDEO_SUFFIXES
 
 @dataclass(frozen=True)
 class InferenceConfig:
-    """One call of ``infer.py``: for what sound is made, with which model and adapters, and what is written."""
+    """Settings of one call of ``infer.py``: inputs, outputs, model, adapters, sampling."""
 
     inputs: list[Path] = setting(
         [], "videos, folders of videos, or tables (.tsv, .csv) with the columns id, and optionally prompt, path, "
@@ -90,7 +90,7 @@ class InferenceConfig:
 
     @property
     def videos(self) -> list[Path]:
-        """Everything that is to get sound for its pictures."""
+        """Videos, folders and tables that are to get sound."""
         return [*self.inputs, *self.video]
 
     @property
@@ -99,7 +99,7 @@ class InferenceConfig:
         return self.output.suffix.lower() in SUFFIXES and not self.output.is_dir()
 
     def _problems(self) -> Iterator[str]:
-        """Yield everything that is wrong with the settings together."""
+        """Yield a message for every setting, or combination of settings, that is wrong."""
         videos, suffix = bool(self.videos), self.output.suffix.lower()
         files = (*self.adapter, self.prompts, self.compare)
         yield from (f"{path}: no such file" for path in files if path and not path.is_file())

@@ -1,4 +1,4 @@
-"""From videos, features or words to sound; the engine behind ``infer.py`` and ``from selva import SoundGenerator``.
+"""Engine that makes sound for videos, features or words; behind ``infer.py`` and ``from selva import SoundGenerator``.
 
     request --encoders--> SoundConditions --generator--> latents --VAE decoder, vocoder--> waveform --level--> Sound
 
@@ -76,7 +76,7 @@ def load_adapters(specs: Iterable[AdapterSpec], variant: Variant) -> list[tuple[
 
 
 def uses_clip_features(choice: str, variant: Variant, adapters: AdapterPairs) -> bool:
-    """Return whether CLIP frame features are passed: as asked for, as the adapters were trained, or as released.
+    """Return True where CLIP frame features are passed: as asked for, as the adapters were trained, or as released.
 
     Adapters of ComfyUI-SelVA do not say; that trainer always passes them. An adapter at strength 0 has no say, so that
     it is the same as no adapter.
@@ -154,16 +154,17 @@ class SoundGenerator:
         self.adapters = pairs
 
     def expect_adapters(self, adapters: Iterable[Adapter]) -> None:
-        """Announce what :meth:`set_adapters` will be called with, which saves reading the weights again."""
+        """Announce the adapters of later calls of :meth:`set_adapters`, which saves reading the weights again."""
         self._switch.expect(adapters)
 
-    def check_weights(self, video: bool, clip: bool | None = None) -> None:
-        """Return if the files for making sound are all there; with ``video``, those of the picture encoders too.
+    def check_weights(self, video: bool, use_clip_features: bool | None = None) -> None:
+        """Check that the files for making sound are there; with ``video``, those of the picture encoders too.
 
         Raises:
             FileNotFoundError: names every missing file, and how to get it.
         """
-        pictures = ["video_encoder", "t5", *(["clip_image"] if (self.uses_clip if clip is None else clip) else [])]
+        use_clip_features = self.uses_clip if use_clip_features is None else use_clip_features
+        pictures = ["video_encoder", "t5", *(["clip_image"] if use_clip_features else [])]
         needs = ["generator", "vae", "vocoder", "clip_text", *(pictures if video else [])]
         check_weights(self.variant.name, self.selva_dir, needs)
 
@@ -193,20 +194,21 @@ class SoundGenerator:
         conditions = [one for one in self.encode([request]) if one is not None]  # an error is raised, not left out
         return self.decode(conditions, self.sample(conditions, [seed], on_step))[0]
 
-    # -- stage 1: encoders --------------------------------------------------------------------------------------
+    # -- stage 1: encoders ---------------------------------------------------------------------------------------------
 
     def encode(
-        self, requests: Sequence[SoundRequest], *, clip: bool | None = None, on_error: OnError | None = None
+        self, requests: Sequence[SoundRequest], *, use_clip_features: bool | None = None,
+        on_error: OnError | None = None,
     ) -> list[SoundConditions | None]:
         """Return the conditions of every request.
 
         Args:
-            clip: whether to make CLIP features of videos; None as the adapters of the moment want it.
+            use_clip_features: make CLIP features of videos; None as the current adapters want it.
             on_error: called with the index and the error of a request that cannot be used, which becomes None; without
                 it the error is raised.
         """
         self._enter(ENCODERS)
-        clip = self.uses_clip if clip is None else clip
+        use_clip_features = self.uses_clip if use_clip_features is None else use_clip_features
 
         def attempt(index: int, function: Callable, *args: Any) -> Any:
             try:
@@ -220,7 +222,7 @@ class SoundGenerator:
         drafts = [attempt(index, self._opened, request) for index, request in enumerate(requests)]
         usable = [draft for draft in drafts if draft is not None]
         self._encode_texts(usable)
-        self._encode_pictures([draft for draft in usable if draft.frames is not None], clip)
+        self._encode_pictures([draft for draft in usable if draft.frames is not None], use_clip_features)
         return [draft and attempt(index, self._conditions, draft) for index, draft in enumerate(drafts)]
 
     def _opened(self, request: SoundRequest) -> _Draft:
@@ -259,8 +261,8 @@ class SoundGenerator:
                 extractor.prepare_texts(texts, sync=False)
                 extractor.prepare_texts({draft.prompt for draft in drafts if draft.frames is not None})
 
-    def _encode_pictures(self, drafts: Sequence[_Draft], clip: bool) -> None:
-        if clip and drafts:
+    def _encode_pictures(self, drafts: Sequence[_Draft], use_clip_features: bool) -> None:
+        if use_clip_features and drafts:
             with self.times.stage("CLIP"):
                 for draft in drafts:
                     assert draft.frames is not None
@@ -287,7 +289,7 @@ class SoundGenerator:
         check_widths(conditions, self.variant)
         return conditions
 
-    # -- stage 2: generator -------------------------------------------------------------------------------------
+    # -- stage 2: generator --------------------------------------------------------------------------------------------
 
     def sample(
         self, conditions: Sequence[SoundConditions], seeds: Sequence[int], on_step: Callable[[int], None] | None = None
@@ -351,7 +353,7 @@ class SoundGenerator:
     def _load_generator(self) -> Generator:
         return load_generator(self.variant.name, self.selva_dir)
 
-    # -- stage 3: decoders --------------------------------------------------------------------------------------
+    # -- stage 3: decoders ---------------------------------------------------------------------------------------------
 
     def decode(self, conditions: Sequence[SoundConditions], latents: Sequence[Tensor]) -> list[Sound]:
         """Return the sounds of latents, one after the other, exactly as long as their clips."""
@@ -373,10 +375,10 @@ class SoundGenerator:
         waveform, level = normalize_loudness(waveform, sequence.sampling_rate, self.normalize, self.target)
         return Sound(waveform, sequence.sampling_rate, level, request.video, request.start_sec)
 
-    # -- memory -------------------------------------------------------------------------------------------------
+    # -- memory --------------------------------------------------------------------------------------------------------
 
     def _enter(self, stage: str) -> None:
-        """Free what the stage does not need, if networks are not to stay."""
+        """Free the networks that the stage does not need, unless they are to stay."""
         if self.offload == "none" or stage == self._stage:
             return
         self._stage = stage

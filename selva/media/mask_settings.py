@@ -15,12 +15,12 @@ MASK_SUFFIXES = (".npy", *IMAGE_SUFFIXES)  # beside those of videos
 
 @dataclass(frozen=True)
 class MaskSettings:
-    """A mask and how it is used.
+    """A mask, its strength, and the encoders it is for.
 
     Attributes:
         path: image, video or .npy.
         strength: 1 makes the background grey, 0 leaves it, between blends.
-        clip, sync: which encoder's frames it is laid on.
+        clip, sync: it is applied to the frames of CLIP, of the video encoder.
 
     Raises:
         ValueError: a strength outside 0 ... 1, or a mask for neither encoder.

@@ -1,4 +1,4 @@
-"""One partition from its settings to the tables of clips; what ``partition_clips.py`` calls."""
+"""One partition from its settings to the tables of clips; behind ``partition_clips.py``."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def partition_recordings(config: PartitionConfig) -> tuple[list[Path], bool]:
 
 
 def choose_part(recordings: Sequence[Path], config: PartitionConfig) -> tuple[Sequence[Path], str]:
-    """Return the recordings of this process, and what its tables are called after ``clips``."""
+    """Return the recordings of this process, and the ending of its tables' names after ``clips``."""
     end = len(recordings) if config.end == -1 else min(config.end, len(recordings))
     chosen = recordings[config.start : end]
     if not chosen:
@@ -91,7 +91,7 @@ def choose_part(recordings: Sequence[Path], config: PartitionConfig) -> tuple[Se
 
 @dataclass
 class Cut:
-    """The clips so far, and what gave none."""
+    """The clips so far, and the recordings and parts that gave none."""
 
     windows: list[Window] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
@@ -145,7 +145,7 @@ def write_pieces(cut: Cut, recordings: Sequence[Path], captions: dict[str, str],
 
 
 def report_left_out(left_out: Sequence[LeftOut], table: Path) -> None:
-    """Name what was left out, the failures first and the rest up to a limit."""
+    """Log what was left out, the failures first and the rest up to a limit."""
     for item in sorted(left_out, key=lambda item: not item.failed)[:NAMED]:
         log.log(logging.ERROR if item.failed else logging.WARNING, "skipped %s", item)
     if len(left_out) > NAMED:
@@ -153,7 +153,7 @@ def report_left_out(left_out: Sequence[LeftOut], table: Path) -> None:
 
 
 def write_tables(cut: Cut, held_out: set[str], captions: dict[str, str], output_dir: Path, part: str) -> list[Path]:
-    """Write all tables of a run and return those with clips and captions; remove what a run before had more."""
+    """Write all tables of a run and return those with clips and captions; remove those of an earlier run."""
     train, val, texts = (output_dir / f"{name}{part}.tsv" for name in ("clips", "clips_val", "captions"))
     written = [train]
     write_clips(train, [window for window in cut.windows if window.name not in held_out])

@@ -28,7 +28,7 @@ MEMORY = "memory and speed"
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How an adapter is trained; one step is one optimiser update, whatever ``grad_accum`` is."""
+    """Optimisation, objective and evaluation; one step is one optimiser update, whatever ``grad_accum`` is."""
 
     steps: int = setting(2000, "updates", group=OPTIMISATION)
     lr: float = setting(1e-4, "learning rate", group=OPTIMISATION)
@@ -97,7 +97,7 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """One run of ``train_lora.py``: its data, its model, its adapter, its training, and what it writes."""
+    """Settings of one run of ``train_lora.py``: data, model, adapter, training, output."""
 
     data_dir: Path = required("folder of .npz + sound pairs, or an MMAudio memmap", group=DATA)
     output_dir: Path = setting(Path("lora_output"), "folder of this run", group=DATA)

@@ -1,4 +1,4 @@
-"""One run from its settings to the finished adapter; what ``train_lora.py`` calls."""
+"""One training run from its settings to the finished adapter; behind ``train_lora.py``."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a run has come to.
+    """Outcome of a run.
 
     Attributes:
         adapter: the final adapter, in the process that writes files; None after a dry run or a stop.
@@ -80,7 +80,7 @@ def _train(config: RunConfig, settings: Mapping[str, Any], device: torch.device,
     meta = adapter_meta(config, len(clips))
     folder = RunFolder(output_dir, meta, config.keep_last,
                        f"{config.model.variant}, {len(clips)} clips, rank {config.lora.rank}")
-    metrics, preview = MetricsFile(), None
+    metrics, sample = MetricsFile(), None
     if world.is_main:
         num_checkpoints = min(-(-training.steps // training.save_every), config.keep_last or training.steps)
         check_disk_space(output_dir, run.checkpoint_bytes(), num_checkpoints)
@@ -90,18 +90,18 @@ def _train(config: RunConfig, settings: Mapping[str, Any], device: torch.device,
         atomic_write_text(output_dir / "config.yaml", settings_text(settings))
         if config.preview:
             shown = val_clips if len(val_clips) else clips
-            preview = TrainingSample(shown.clip(0), bool(len(val_clips)), get_variant(config.model.variant),
-                                     config.model.selva_dir, config.normalize_audio, training.seed)
+            sample = TrainingSample(shown.clip(0), bool(len(val_clips)), get_variant(config.model.variant),
+                                    config.model.selva_dir, config.normalize_audio, training.seed)
 
     # 4. train
     def on_checkpoint(run: TrainingRun) -> None:
         if not world.is_main:
             return
         folder.save_step(run, metrics)
-        if preview is not None and not stop():
+        if sample is not None and not stop():
             try:
                 with run.evaluated():
-                    preview.write(run, output_dir)
+                    sample.write(run, output_dir)
             except (ValueError, OSError) as error:  # a sample that cannot be made must not end a run
                 log.warning("no sample at step %d: %s", run.step, error)
 
