@@ -56,7 +56,7 @@ class ExtractionConfig:
     overlap: float = setting(0.0, "seconds that each of these shares with the next", group=CLIPS)
     masks: MaskOptions = field(default_factory=MaskOptions)
     recordings: Path | None = setting(
-        None, "the folder of recordings that INPUT, a clips.tsv of partition_clips.py, cuts", group=SOUND_ONLY,
+        None, "folder of the recordings that are listed in INPUT, a clips.tsv of partition_clips.py", group=SOUND_ONLY,
         metavar="DIR")
     captions: Path | None = setting(
         None, "table with the columns id, a recording's name or a clip's id, and caption", group=SOUND_ONLY,

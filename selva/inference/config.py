@@ -45,8 +45,8 @@ class InferenceConfig:
     duration: float | None = setting(
         None, f"seconds of sound (default {DEFAULT_DURATION_SEC:g}, or what the features cover; with --long to the end "
         "of the video)", group=INPUT)
-    long: bool = setting(False, f"go through more than {DEFAULT_DURATION_SEC:g} s in overlapping windows that are "
-                         "sampled together", group=INPUT)
+    long: bool = setting(False, f"for videos longer than {DEFAULT_DURATION_SEC:g} s: make sound for the whole length, "
+                         "in overlapping windows", group=INPUT)
     masks: MaskOptions = field(default_factory=MaskOptions)
     output: Path = setting(Path("output"), "a folder, or for one sound a file name ending in .flac, .wav, .mp4, .mov, "
                            ".mkv or .m4v", group=OUTPUT)
@@ -64,8 +64,9 @@ class InferenceConfig:
     strength: list[float] = setting([], "strength of the adapter at the same position (default 1; 0 is the base model)",
                                     group=ADAPTERS, repeat=True)
     clip_features: str = setting(
-        "auto", "pass CLIP frame features, or the empty ones. auto: what the adapter was trained with; without one, "
-        "empty for SelVA and use for MMAudio, as officially released", group=ADAPTERS, choices=CLIP_FEATURE_CHOICES)
+        "auto", "give the model CLIP features of the pictures (use), or the empty ones. auto: as the adapter was "
+        "trained; without an adapter as the official release, empty for SelVA and use for MMAudio", group=ADAPTERS,
+        choices=CLIP_FEATURE_CHOICES)
     compare: Path | None = setting(
         None, "the same clips and seeds with each line of this list: `path strength [label]`, or `base`; writes one "
         "sheet of spectrograms and the figures", group=ADAPTERS, metavar="FILE")

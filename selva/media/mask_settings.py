@@ -47,8 +47,8 @@ class MaskOptions:
         "named like the clips. The rest becomes grey. A table's column mask wins", group=MASKS, metavar="PATH")
     mask_strength: float = setting(MaskSettings.strength, "1 makes the rest of the picture grey, 0 leaves it, between "
                                    "blends", group=MASKS)
-    mask_clip: bool = setting(MaskSettings.clip, "lay the mask on what CLIP sees", group=MASKS)
-    mask_sync: bool = setting(MaskSettings.sync, "lay the mask on what the video encoder sees", group=MASKS)
+    mask_clip: bool = setting(MaskSettings.clip, "apply the mask to the pictures for CLIP", group=MASKS)
+    mask_sync: bool = setting(MaskSettings.sync, "apply the mask to the pictures for the video encoder", group=MASKS)
 
     def of_clip(self, path: Path | None) -> MaskSettings | None:
         """Return the mask of one clip, None if it has none.

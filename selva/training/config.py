@@ -121,16 +121,17 @@ class RunConfig:
     tensorboard: bool = setting(False, "write the curves for TensorBoard too", group=EVALUATION)
     preview: bool = setting(True, "generate a sample at every checkpoint", group=EVALUATION)
     preserve: tuple[str, ...] = setting(
-        (), "sounds that shall stay as they are; the model also trains on what it makes of these prompts now. Without "
-        "them, a new sound may take over others at full strength", group=PRESERVATION, nargs="*", metavar="PROMPT")
-    preserve_share: float = setting(0.5, "share of the training that goes into that", group=PRESERVATION)
+        (), "prompts of sounds that the model knows and shall keep: it also trains on sounds that it generates for them "
+        "before the training. Without them, the new sound may replace others", group=PRESERVATION, nargs="*",
+        metavar="PROMPT")
+    preserve_share: float = setting(0.5, "share of these sounds in the training", group=PRESERVATION)
     grad_checkpointing: bool = setting(False, "recompute blocks in the backward pass: less memory for more time",
                                        group=MEMORY)
     checkpoint_blocks: int | None = setting(None, "recompute only the first N blocks, as few as the memory needs",
                                             group=MEMORY, metavar="N", at_least_one=True)
     compile: bool = setting(
-        False, "compile the blocks: the first steps take a minute or more, less when the same has been compiled "
-        "before, and later ones less; needs a C++ compiler, on NVIDIA GPUs triton", group=MEMORY)
+        False, "compile the blocks with torch.compile, for faster steps: the first ones take a minute or more, less in "
+        "the next run, as the result is kept; needs a C++ compiler, on NVIDIA GPUs triton", group=MEMORY)
     precision: str = setting("bf16", "number format of the networks", group=GENERAL, choices=PRECISIONS)
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""selva.inference.outputs: what is written where, and when it counts as made."""
+"""selva.inference.outputs: names of files, and the conditions under which they are current."""
 
 from __future__ import annotations
 

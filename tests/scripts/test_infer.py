@@ -138,11 +138,11 @@ def test_start_and_duration_cut_the_video(clip_dir, tmp_path):
     assert not list(tmp_path.glob("*.flac"))
 
 
-# --- picture and sound ----------------------------------------------------------------------------------------------
+# -- picture and sound -------------------------------------------------------------------------------------------------
 
 
 def stream_ends(path: Path) -> dict[str, float]:
-    """Return when the pictures and the sound of a file end, by its packets."""
+    """Return the times at which the pictures and the sound of a file end, by its packets."""
     ends: dict[str, float] = {}
     with av.open(str(path)) as container:
         for packet in container.demux():
@@ -235,7 +235,7 @@ def test_a_part_of_a_video_is_encoded_once_for_all_variations(tmp_path, monkeypa
     assert len(encoded) == 1 and coded_pictures(tmp_path / "whole" / "a_2.mp4") == coded_pictures(video)
 
 
-# --- batches --------------------------------------------------------------------------------------------------------
+# -- batches -----------------------------------------------------------------------------------------------------------
 
 
 def manifest(folder: Path) -> dict[str, dict]:
@@ -399,7 +399,7 @@ def test_paths_go_to_stdout_and_everything_else_to_stderr(tmp_path):
     assert "sampling" in done.stderr and "peak memory" in done.stderr and "dBTP" in done.stderr
 
 
-# --- adapters -------------------------------------------------------------------------------------------------------
+# -- adapters ----------------------------------------------------------------------------------------------------------
 
 
 def test_an_adapter_from_train_lora_changes_the_sound(feature_dir, tmp_path):
