@@ -36,7 +36,7 @@ from selva.models.variants import Variant, features_problem, get_variant
 from selva.models.vocoder import Vocoder
 from selva.sampling import decode_latents, sample_latents
 from selva.sequence import DEFAULT_DURATION_SEC, SequenceConfig, sequence_config
-from selva.utils.device import PRECISIONS, dtype_of, resolve_device
+from selva.utils.device import PRECISION_CHOICES, dtype_of, resolve_device, resolve_precision
 from selva.utils.progress import StageTimes
 from selva.weights.find import check_weights
 from selva.weights.load import load_generator, load_vae, load_vocoder
@@ -126,16 +126,19 @@ class SoundGenerator:
         normalize: str = "none",
         target: float | None = None,
         device: str = "auto",
-        precision: str = "bf16",
+        precision: str = "auto",
         batch_size: int = DEFAULT_BATCH_SIZE,
         offload: str = "none",
     ) -> None:
         for what, value, choices in (("clip_features", clip_features, CLIP_FEATURE_CHOICES),
-                                     ("precision", precision, PRECISIONS), ("offload", offload, OFFLOAD_CHOICES)):
+                                     ("precision", precision, PRECISION_CHOICES),
+                                     ("offload", offload, OFFLOAD_CHOICES)):
             if value not in choices:
                 raise ValueError(f"{what} is {value!r}, expected one of {', '.join(choices)}")
         self.variant, self.selva_dir = get_variant(variant), None if selva_dir is None else Path(selva_dir)
-        self.device, self.precision = resolve_device(device), dtype_of(precision)
+        self.device = resolve_device(device)
+        self.precision_name = resolve_precision(precision, self.device)
+        self.precision = dtype_of(self.precision_name)
         self.sampling, self.long = sampling or SamplingConfig(), long
         self.batch_size, self.offload = batch_size, offload
         self.normalize, self.target, self.clip_features = normalize, target, clip_features

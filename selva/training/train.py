@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ from selva.training.run_folder import RunFolder, check_disk_space
 from selva.training.sample import TrainingSample
 from selva.training.setup import adapter_meta, build_run, check_resumable, estimate, find_resume, load_split
 from selva.training.stopping import StopRequest
-from selva.utils.device import peak_memory_bytes, resolve_device
+from selva.utils.device import peak_memory_bytes, resolve_device, resolve_precision
 from selva.utils.distributed import World, join_world
 from selva.utils.files import atomic_write_text
 from selva.utils.metrics_log import MetricsFile
@@ -54,10 +55,12 @@ def train(config: RunConfig, settings: Mapping[str, Any] | None = None) -> Train
         ValueError, FileNotFoundError: data or weights cannot be used, or a run cannot be continued.
     """
     device = resolve_device(config.model.device)
+    config = dataclasses.replace(config, precision=resolve_precision(config.precision, device))
+    settings = {**(values_of(config) if settings is None else settings), "precision": config.precision}
     if config.compile:
         prepare_to_compile(device)
     with join_world(device) as world:
-        return _train(config, values_of(config) if settings is None else settings, device, world)
+        return _train(config, settings, device, world)
 
 
 def _train(config: RunConfig, settings: Mapping[str, Any], device: torch.device, world: World) -> TrainingResult:
@@ -66,6 +69,8 @@ def _train(config: RunConfig, settings: Mapping[str, Any], device: torch.device,
     saved = find_resume(config)
     if saved is not None:
         check_resumable(saved, config)
+        if (before := saved.meta.get("precision", config.precision)) != config.precision:
+            log.warning("%s: was trained in %s so far and goes on in %s", saved.path, before, config.precision)
     clips, val_clips = load_split(config, device, world)
 
     # 2. the model, and everything with a state; then the old state
