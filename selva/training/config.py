@@ -121,8 +121,8 @@ class RunConfig:
     tensorboard: bool = setting(False, "write the curves for TensorBoard too", group=EVALUATION)
     preview: bool = setting(True, "generate a sample at every checkpoint", group=EVALUATION)
     preserve: tuple[str, ...] = setting(
-        (), "prompts of sounds that the model knows and shall keep: it also trains on sounds that it generates for "
-        "them before the training. Without them, the new sound may replace others", group=PRESERVATION, nargs="*",
+        (), "prompts of sounds that the model knows and shall keep: it also trains on sounds that it has generated for "
+        "them at the start. Without them, the new sound may replace others", group=PRESERVATION, nargs="*",
         metavar="PROMPT")
     preserve_share: float = setting(0.5, "share of these sounds in the training", group=PRESERVATION)
     grad_checkpointing: bool = setting(False, "recompute blocks in the backward pass: less memory for more time",
