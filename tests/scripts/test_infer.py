@@ -116,7 +116,8 @@ def test_strength_zero_is_the_base_model_and_one_is_not(feature_dir, tmp_path, a
     sounds = {name: sound(tmp_path / f"{name}.wav") for name in settings}
     assert np.array_equal(sounds["none"], sounds["zero"])
     assert not np.array_equal(sounds["none"], sounds["one"]) and not np.array_equal(sounds["half"], sounds["one"])
-    np.testing.assert_allclose(sounds["half"] / 2**31, sounds["halves"] / 2**31, atol=1e-3)
+    half, halves = sounds["half"] / 2**31, sounds["halves"] / 2**31
+    assert np.linalg.norm(half - halves) < 1e-2 * np.linalg.norm(half - sounds["one"] / 2**31)
 
 
 @pytest.mark.parametrize(
@@ -374,7 +375,8 @@ def test_variations_have_numbers_and_seeds_of_their_own(feature_dir, tmp_path, c
     for number, seed in ((0, 7), (2, 9)):
         assert run(*one, "--seed", seed, "--output", tmp_path / "alone.wav") == 0
         alone = sound(tmp_path / "alone.wav") / 2**31
-        assert np.linalg.norm(sounds[number] - alone) < 1e-3 * np.linalg.norm(alone)  # a batch rounds differently
+        # A batch rounds differently, and finding phases for a mel multiplies that; another seed is another sound.
+        assert np.linalg.norm(sounds[number] - alone) < 1e-2 * np.linalg.norm(alone)
     assert np.linalg.norm(sounds[0] - sounds[1]) > 0.1 * np.linalg.norm(sounds[0])
 
 
