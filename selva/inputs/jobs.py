@@ -22,6 +22,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import unicodedata
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -94,8 +95,8 @@ def collect_jobs(
             more full window, moved back so that it ends with the video, if it is at least half a window; else it is
             left out and logged. A video shorter than a window is one shorter clip. Only headers are read.
         overlap_sec: seconds that a window shares with the one before it.
-        mask: image, video or .npy for all clips, or a folder with ``<id>.*`` or ``<video stem>.*``; a table's column
-            ``mask`` wins over it.
+        mask: image, video or .npy for all clips, or a folder with ``<id>.*`` or ``<video stem>.*``, where pictures and
+            .npy go before videos; a table's column ``mask`` wins over it. A clip is never a mask.
         name: call the clips ``name_001``, ``name_002`` ... in the order of the list.
         name_dir: where clips were written before: they keep their numbers, and new ones get the first that are free,
             see :mod:`selva.inputs.names`. Without it, numbers follow from the order alone.
@@ -127,7 +128,7 @@ def collect_jobs(
         ids = numbered_names(name, keys, None if name_dir is None else Path(name_dir))
         clips = [(row, new, start, length) for (row, _, start, length), new in zip(clips, ids, strict=True)]
     _check_ids((id_, row.path) for row, id_, _, _ in clips)
-    masks = _Masks(mask)
+    masks = _Masks(mask, [row for row, *_ in clips])
     texts = _Prompts(prompts, prompt, folders)
     if prompts is None:
         _point_to_lists([Path(item) for item in inputs])
@@ -341,27 +342,53 @@ class _Prompts:
             log.info("%d clips take their label as their prompt", self.labelled)
 
 
-class _Masks:
-    """The mask of a clip whose table does not name one."""
+def _same_file(one: Path, other: Path) -> bool:
+    return os.path.realpath(one) == os.path.realpath(other)
 
-    def __init__(self, path: PathLike | None) -> None:
+
+class _Masks:
+    """The mask of a clip whose table does not name one; no video is a mask that is itself a clip."""
+
+    def __init__(self, path: PathLike | None, rows: Iterable[TableRow]) -> None:
         self.path = None if path is None else Path(path)
-        self.by_stem: dict[str, Path] | None = None
+        self.by_stem: dict[str, list[Path]] | None = None
         self.without = 0
-        if self.path is not None and not self.path.exists():
+        self.ambiguous: set[str] = set()
+        rows = list(rows)
+        own = sorted({row.id for row in rows if row.mask is not None and _same_file(row.mask, row.path)})
+        if own:
+            raise ValueError(f"the mask of {listed(own)} is the video itself; name another, or none")
+        if self.path is None:
+            return
+        if not self.path.exists():
             raise FileNotFoundError(f"{self.path}: no such mask")
-        if self.path is not None and self.path.is_dir():
-            files = sorted(p for p in self.path.iterdir() if p.suffix.lower() in MASK_SUFFIXES + VIDEO_SUFFIXES)
-            self.by_stem = {p.stem: p for p in reversed(files) if not p.name.startswith(".")}  # the first one stays
+        clips = {os.path.realpath(row.path) for row in rows}
+        if self.path.is_dir():
+            self.by_stem = {}
+            for file in sorted(self.path.iterdir(), key=lambda p: (p.suffix.lower() not in MASK_SUFFIXES, p)):
+                if file.name.startswith(".") or file.suffix.lower() not in MASK_SUFFIXES + VIDEO_SUFFIXES:
+                    continue
+                if os.path.realpath(file) not in clips:
+                    self.by_stem.setdefault(unicodedata.normalize("NFC", file.stem), []).append(file)
+        elif os.path.realpath(self.path) in clips:
+            raise ValueError(f"{self.path}: is one of the videos, and cannot be their mask; name another")
 
     def of(self, row: TableRow, id_: str) -> Path | None:
         if self.by_stem is None:
             return self.path
-        found = self.by_stem.get(id_) or self.by_stem.get(row.id) or self.by_stem.get(row.path.stem)
-        self.without += found is None
-        return found
+        stems = (unicodedata.normalize("NFC", name) for name in (id_, row.id, row.path.stem))
+        found = next((self.by_stem[stem] for stem in stems if stem in self.by_stem), None)
+        if found is None:
+            self.without += 1
+            return None
+        if len(found) > 1:
+            self.ambiguous.add(f"{found[0].name}, not {', '.join(file.name for file in found[1:])}")
+        return found[0]
 
     def report(self, num_clips: int) -> None:
+        if self.ambiguous:
+            log.warning("%s: several masks of one name, of which pictures and .npy come first; taken: %s",
+                        self.path, listed(sorted(self.ambiguous), separator="; "))
         if self.without == num_clips and num_clips:
             raise ValueError(f"{self.path}: no mask for any clip; masks are named like the clips, e.g. dog_01.png")
         if self.without:
