@@ -10,7 +10,8 @@ so that only one network needs to be loaded at a time: :meth:`~SoundGenerator.en
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from torch import Tensor
 from selva.audio.loudness import normalize_loudness
 from selva.checkpoint import load_adapter
 from selva.extraction.extractor import FeatureExtractor
+from selva.extraction.reader import CLIP_ERRORS
 from selva.features import FeatureBundle, load_features
 from selva.flow import SamplingConfig
 from selva.inference.adapter_switch import AdapterPairs, AdapterSwitch
@@ -44,6 +46,7 @@ from selva.weights.load import load_generator, load_vae, load_vocoder
 log = logging.getLogger(__name__)
 
 ENCODERS, GENERATOR, DECODERS = "encoders", "generator", "decoders"  # what is loaded together
+COMPUTE_ERRORS = (RuntimeError, MemoryError)  # what can go wrong with one item in PyTorch
 DECODER_CHUNK_SEC = 8.0  # of longer sounds the vocoder makes this much at once
 
 
@@ -216,7 +219,8 @@ class SoundGenerator:
         def attempt(index: int, function: Callable, *args: Any) -> Any:
             try:
                 return function(*args)
-            except (ValueError, OSError) as error:
+            except CLIP_ERRORS as error:
+                log.debug("request %d", index, exc_info=True)
                 if on_error is None:
                     raise
                 on_error(index, error)
@@ -269,16 +273,21 @@ class SoundGenerator:
             with self.times.stage("CLIP"):
                 for draft in drafts:
                     assert draft.frames is not None
-                    draft.clip_f = self._extractor.clip_features(draft.frames.clip_frames)
+                    with draft.failing_alone():
+                        draft.clip_f = self._extractor.clip_features(draft.frames.clip_frames)
             if self.offload == "auto":
                 self._extractor.free()
         with self.times.stage("video encoder"):
             for draft in drafts:
                 assert draft.frames is not None
-                draft.sync_f = self._extractor.sync_features(draft.frames.sync_frames, draft.prompt)
+                if draft.error is None:
+                    with draft.failing_alone():
+                        draft.sync_f = self._extractor.sync_features(draft.frames.sync_frames, draft.prompt)
                 draft.frames = None
 
     def _conditions(self, draft: _Draft) -> SoundConditions:
+        if draft.error is not None:
+            raise draft.error
         request, sequence = draft.request, sequence_config(self.variant.mode, draft.duration_sec)
         conditions = SoundConditions(
             request=request,
@@ -412,6 +421,15 @@ class _Draft:
     clip_f: Tensor | None = None
     sync_f: Tensor | None = None
     text_f: Tensor | None = None
+    error: Exception | None = None  # why its pictures cannot be encoded
+
+    @contextmanager
+    def failing_alone(self) -> Iterator[None]:
+        """Keep an error of PyTorch (out of memory, for one) for this request; the others go on."""
+        try:
+            yield
+        except COMPUTE_ERRORS as error:
+            self.error = error
 
 
 def _lacks_clip(item: SoundConditions) -> bool:
