@@ -232,7 +232,8 @@ def declared_end(container: Any, stream: Any) -> float | None:
         return None
     origin_sec = float(time_origin(container))
     if stream.duration is not None:
-        return float((stream.start_time or 0) + stream.duration) * float(stream.time_base) - origin_sec
+        begin = Fraction(0) if _duration_is_end(container, stream) else stream_start(stream)
+        return float(begin + stream.duration * stream.time_base) - origin_sec
     if "DURATION" in stream.metadata:  # Matroska, "00:00:09.000000000"
         try:
             hours, minutes, seconds = stream.metadata["DURATION"].split(":")
@@ -246,6 +247,11 @@ def declared_end(container: Any, stream: Any) -> float | None:
     if len(container.streams) == 1 and container.duration is not None and origin_sec == 0:
         return (container.duration + (container.start_time or 0)) / 1_000_000  # from a later start, or from 0: unknown
     return None
+
+
+def _duration_is_end(container: Any, stream: Any) -> bool:
+    """Return True where lengths count from time stamp 0: in ASF, and in MP4 in fragments, whose index has no frames."""
+    return container.format.name == "asf" or (container.format.name.startswith("mov,") and not stream.frames)
 
 
 def check_not_truncated(
@@ -298,18 +304,22 @@ def decode_frames(
 ) -> Iterator[tuple[Fraction, Any]]:
     """Yield (time, frame) in presentation order; ``time`` is exact, in seconds relative to ``start``.
 
-    Decoding begins at or before ``start - preroll_sec``, so the first times may be negative.
+    Decoding begins at or before ``start - preroll_sec``, so the first times may be negative. A frame without a time
+    stamp follows the one before it.
     """
     import av.error
 
     zero = time_origin(container) + start
-    time = -start
+    time, following = -start, None
     sought = seek and start > preroll_sec and _seek(container, stream, zero - preroll_sec)
     try:
         for frame in container.decode(stream):
-            if frame.pts is None:
+            if frame.pts is None and following is None:
+                if sought:
+                    break
                 raise ValueError(f"{path}: its frames have no time stamps; put it into an .mp4 first")
-            time = frame.pts * frame.time_base - zero
+            time = following if frame.pts is None else frame.pts * frame.time_base - zero
+            following = _following(time, frame, stream)
             if sought and (time > -preroll_sec or (stream.type == "video" and not frame.key_frame)):
                 break
             sought = False
@@ -322,6 +332,15 @@ def decode_frames(
     if sought:  # Some containers only guess where a key frame or a time stamp lies; read those from the start.
         with open_media(path) as whole:
             yield from decode_frames(path, whole, whole.streams[stream.index], start, preroll_sec, seek=False)
+
+
+def _following(time: Fraction, frame: Any, stream: Any) -> Fraction | None:
+    """Return the time of the frame after ``frame``, None if the file does not say how long it is shown."""
+    if stream.type == "audio":
+        return time + Fraction(frame.samples, frame.sample_rate)
+    if frame.duration:
+        return time + frame.duration * frame.time_base
+    return time + 1 / stream.average_rate if stream.average_rate else None
 
 
 def _seek(container: Any, stream: Any, seconds: Fraction) -> bool:

@@ -210,9 +210,10 @@ def test_pictures_that_begin_late_and_earlier_than_0(tmp_path):
     assert video_length(late) == pytest.approx(3.5, abs=0.05)
 
 
-def moved(source, path, late_sec):
+def moved(source, path, late_sec, options=None):
     """Write the packets of a video into another file, all their time stamps moved by ``late_sec``."""
-    with av.open(str(source)) as old, av.open(str(path), "w", options={"avoid_negative_ts": "disabled"}) as new:
+    options = {"avoid_negative_ts": "disabled", **(options or {})}
+    with av.open(str(source)) as old, av.open(str(path), "w", options=options) as new:
         copies = {stream.index: new.add_stream_from_template(stream) for stream in old.streams}
         for packet in old.demux():
             if packet.size:
@@ -223,7 +224,14 @@ def moved(source, path, late_sec):
     return path
 
 
+def fragmented(source, path, late_sec):
+    """As :func:`moved`, in fragments as streaming services send them."""
+    flags = "dash+frag_keyframe+empty_moov+default_base_moof+delay_moov"
+    return moved(source, path, late_sec, {"movflags": flags})
+
+
 MOVED = {
+    "wmv": ("wmv2", "libmp3lame"), "3gp": ("libx264", "aac"),
     "mp4": ("libx264", "aac"), "mov": ("libx264", "pcm_s16le"), "mkv": ("libx264", "flac"), "flv": ("libx264", "aac"),
     "webm": ("libvpx", "libopus"), "ts": ("libx264", "aac"),
 }
@@ -252,6 +260,25 @@ def test_a_file_whose_time_stamps_begin_late_is_the_same_clip(kind, late_sec, tm
         assert click_time(sound, rate) == pytest.approx(1.5 - start, abs=0.03)
         assert sound.shape[1] / rate == pytest.approx(3.0 - start, abs=0.05)
     assert sum(len(block[0]) for block, _ in audio_blocks(path)) == read_audio(path)[0].shape[1]
+
+
+@pytest.mark.parametrize("late_sec", [0, 0.667, 60])
+def test_fragments_of_a_longer_stream(late_sec, tmp_path):
+    source = make_video(tmp_path / "whole.mp4", 3.0, sound=clicks([1.5], 3.0, 48_000), rate=48_000, options={"g": "10"})
+    path = fragmented(source, tmp_path / "late.mp4", late_sec)
+    assert video_length(path) == pytest.approx(3.0, abs=0.03)
+    sound, rate = read_audio(path, 1.0)
+    assert click_time(sound, rate) == pytest.approx(0.5, abs=0.03)
+    old, new = (read_video(one, 8.0, 1.0, 64, 64, fill_sec=SELVA_FILL_SEC) for one in (source, path))
+    assert new.duration_sec == pytest.approx(2.0, abs=0.03)
+    assert numbers_in(new.clip_frames) == pytest.approx(numbers_in(old.clip_frames), abs=1)
+
+
+def test_a_frame_without_a_time_stamp_follows_the_one_before(tmp_path):
+    """After a seek, B-frames in this container have none."""
+    path = make_video(tmp_path / "v.wmv", 2.0, bframes=2, options={"g": "10"})
+    video = read_video(path, 0.8, 1.0, 64, 64)
+    assert video.duration_sec >= 0.72 and numbers_in(video.sync_frames)[0] in (23, 24, 25)
 
 
 def test_late_pictures_without_sound(tmp_path):
