@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from selva.inputs.delimited import find_delimiter
 from selva.inputs.prompts import read_sidecar
 from selva.partition.config import CuttingConfig, PartitionConfig
 from selva.partition.cut import (
@@ -18,7 +19,7 @@ from selva.partition.cut import (
     write_left_out,
     write_piece,
 )
-from selva.partition.segments import Segment, find_delimiter, read_segments
+from selva.partition.segments import Segment, read_segments
 from selva.partition.windows import (
     WINDOW_SEC,
     Window,

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import logging
 import math
@@ -17,13 +16,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from selva.inputs.delimited import find_delimiter, read_text_table
 from selva.inputs.table import unsafe_id
-from selva.partition.windows import read_table
 from selva.utils.text import listed
 
 log = logging.getLogger(__name__)
 
-DELIMITERS = ("\t", ";", ",")  # in this order: a comma may stand in a name, a tab does not
 REQUIRED = ("name", "start", "end")
 
 
@@ -101,26 +99,16 @@ def _words(value: Any) -> str:
 
 def _read_rows(path: Path, names: frozenset[str], problems: list[str]) -> Iterable[tuple[str, Segment]]:
     """Yield (line, segment) of a table; names may be written with the suffix of the file."""
-    rows = read_table(path, REQUIRED, "name, start and end in seconds", find_delimiter(path))
-    for line, row in rows:
+    table = read_text_table(path, find_delimiter(path), REQUIRED, "name, start and end in seconds")
+    for line, row in table.rows:
         if None in row:
             problems.append(f"{path}, line {line}: more cells than columns")
             continue
-        cells = {key: (value or "").strip() for key, value in row.items()}
+        cells = {key: (value or "").strip() for key, value in row.items() if key is not None}
         stem = Path(cells["name"]).stem if "\0" not in cells["name"] else ""
         name = cells["name"] if cells["name"] in names or stem not in names else stem
         text = _words(cells.get("text") or cells.get("caption"))
         yield f"line {line}", Segment(name, _seconds(cells["start"]), _seconds(cells["end"]), cells.get("id", ""), text)
-
-
-def find_delimiter(path: Path) -> str:
-    """Return the delimiter in the first line of a table: a tab, a semicolon or a comma."""
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            header = next(csv.reader(file, delimiter="\n"), [""])
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path}: cannot be read as a table in UTF-8 ({error})") from error
-    return next((sign for sign in DELIMITERS if header and sign in header[0]), "\t")
 
 
 def _read_whisper(path: Path, names: frozenset[str], problems: list[str]) -> Iterable[tuple[str, Segment]]:

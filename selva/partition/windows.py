@@ -12,12 +12,17 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
+from selva.inputs.delimited import Cells, read_text_table, refuse_long_rows
 from selva.utils.files import atomic_write_text
+from selva.utils.text import listed
+
+log = logging.getLogger(__name__)
 
 WINDOW_SEC = 8.1  # a little more than the 8 s that a model takes, for resampling
 MAX_WINDOWS = 5  # of one recording, so that a long one does not outweigh the others
@@ -108,8 +113,16 @@ def read_captions(path: PathLike, delimiter: str = "\t") -> dict[str, str]:
         FileNotFoundError: no such file.
         ValueError: not such a table.
     """
-    rows = read_table(path, CAPTION_COLUMNS, "a table of captions", delimiter)
-    return {row["id"] or "": (row["caption"] or "").strip() for _, row in rows}
+    captions: dict[str, str] = {}
+    changed = set()
+    for _, row in read_table(path, CAPTION_COLUMNS, "a table of captions", delimiter):
+        name, caption = row["id"] or "", (row["caption"] or "").strip()
+        if captions.setdefault(name, caption) != caption:
+            changed.add(name)
+        captions[name] = caption
+    if changed:
+        log.warning("%s: several captions, of which the last counts: %s", path, listed(sorted(changed)))
+    return captions
 
 
 def caption_of(window: Window, captions: Mapping[str, str]) -> str:
@@ -149,29 +162,21 @@ def write_table(path: PathLike, columns: Sequence[str], rows: Iterable[Iterable[
 
 def read_table(
     path: PathLike, columns: Sequence[str], expected: str, delimiter: str = "\t"
-) -> list[tuple[int, dict[str, str | None]]]:
+) -> list[tuple[int, Cells]]:
     """Return (line, {column: text}) for every row; ``expected`` says in an error what the table should have been.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: one of ``columns`` is missing, or it is no text.
+        ValueError: one of ``columns`` is missing, it is no text, or a row has more cells than there are columns or
+            quotation marks that leave unclear where it ends.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            rows = csv.DictReader(file, delimiter=delimiter)
-            missing = [column for column in columns if column not in (rows.fieldnames or [])]
-            if missing:
-                found = ", ".join(rows.fieldnames or ["nothing"])
-                raise ValueError(f"{path}: column {', '.join(missing)} missing (found: {found}); expected {expected}")
-            return [(rows.line_num, row) for row in rows]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path}: cannot be read as tab-separated UTF-8 text ({error})") from error
+    table = read_text_table(path, delimiter, columns, expected)
+    refuse_long_rows(path, table)
+    return table.rows
 
 
-def _window(path: Path, line: int, row: dict[str, str | None]) -> Window:
+def _window(path: Path, line: int, row: Cells) -> Window:
     try:
         return Window(row["id"] or "", row["name"] or "", int(row["start_sample"] or ""), int(row["end_sample"] or ""))
     except ValueError as error:
