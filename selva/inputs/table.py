@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from selva.inputs.delimited import Cells, read_text_table
+from selva.inputs.file_names import FolderNames, same_name
 from selva.sequence import SHORTEST_SEC
 from selva.utils.text import listed
 
@@ -90,9 +91,10 @@ class _RowReader:
 
     def __init__(self, path: Path, folder: Path, video_suffixes: tuple[str, ...]) -> None:
         self.path, self.folder, self.video_suffixes = path, folder, video_suffixes
+        self.names = FolderNames()
         self.problems: list[str] = []
         self.lines: dict[str, int] = {}  # id -> line
-        self.videos: dict[str, Path] | None = None  # stem -> video, listed when first needed
+        self.videos: dict[str, Path] | None = None  # `same_name` of the stem -> video, listed when first needed
 
     def check_columns(self, columns: list[str]) -> None:
         twice = sorted({column for column in columns if columns.count(column) > 1 and column in COLUMNS})
@@ -142,7 +144,8 @@ class _RowReader:
         if "\0" in text[column]:
             self._problem(f"{column} has a NUL character in it")
             return None
-        return folder / text[column]
+        path = folder / text[column]
+        return self.names.find(path) or path
 
     def _find(self, id_: str) -> Path:
         """Return the video of an id; where there is none, the name that it would have."""
@@ -150,5 +153,5 @@ class _RowReader:
             self.videos = {}
             files = [p for p in self.folder.iterdir() if p.suffix.lower() in self.video_suffixes]
             for file in sorted(files, key=lambda p: (self.video_suffixes.index(p.suffix.lower()), p.name)):
-                self.videos.setdefault(file.stem, file)
-        return self.videos.get(id_, self.folder / f"{id_}{self.video_suffixes[0]}")
+                self.videos.setdefault(same_name(file.stem), file)
+        return self.videos.get(same_name(id_), self.folder / f"{id_}{self.video_suffixes[0]}")

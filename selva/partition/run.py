@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from selva.inputs.delimited import find_delimiter
+from selva.inputs.file_names import FolderNames, same_name
 from selva.inputs.prompts import read_sidecar
 from selva.partition.config import CuttingConfig, PartitionConfig
 from selva.partition.cut import (
@@ -116,13 +117,13 @@ def cut_all(
 def find_captions(recordings: Sequence[Path], table: Path | None) -> dict[str, str]:
     """Return {name: caption}: of the table, else of the text file beside a recording."""
     written = read_captions(table, find_delimiter(table)) if table else {}
-    unused = sorted(set(written) - {path.stem for path in recordings})
+    unused = sorted(set(written) - {same_name(path.stem) for path in recordings})
     if unused:
         log.warning("%s: no recording for %s", table, listed(unused))
-    captions = {}
+    captions, names = {}, FolderNames()
     for path in recordings:
-        note = path.with_suffix(".txt")
-        caption = written.get(path.stem) or (read_sidecar(note) if note.is_file() else "")
+        note = names.find(path.with_suffix(".txt"))
+        caption = written.get(same_name(path.stem)) or (read_sidecar(note) if note and note.is_file() else "")
         if caption:
             captions[path.stem] = caption
     return captions

@@ -19,6 +19,7 @@ from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
 from selva.inputs.delimited import Cells, read_text_table, refuse_long_rows
+from selva.inputs.file_names import same_name
 from selva.utils.files import atomic_write_text
 from selva.utils.text import listed
 
@@ -109,6 +110,8 @@ def write_captions(path: PathLike, captions: Mapping[str, str]) -> None:
 def read_captions(path: PathLike, delimiter: str = "\t") -> dict[str, str]:
     """Return the captions of a table with the columns id and caption, see :func:`caption_of`; the last of an id counts.
 
+    Ids are as :func:`same_name` has them.
+
     Raises:
         FileNotFoundError: no such file.
         ValueError: not such a table.
@@ -116,7 +119,7 @@ def read_captions(path: PathLike, delimiter: str = "\t") -> dict[str, str]:
     captions: dict[str, str] = {}
     changed = set()
     for _, row in read_table(path, CAPTION_COLUMNS, "a table of captions", delimiter):
-        name, caption = row["id"] or "", (row["caption"] or "").strip()
+        name, caption = same_name(row["id"] or ""), (row["caption"] or "").strip()
         if captions.setdefault(name, caption) != caption:
             changed.add(name)
         captions[name] = caption
@@ -127,7 +130,8 @@ def read_captions(path: PathLike, delimiter: str = "\t") -> dict[str, str]:
 
 def caption_of(window: Window, captions: Mapping[str, str]) -> str:
     """Return the caption of a clip, else that of its recording, else ""."""
-    return captions.get(window.id) or captions.get(window.name, "")
+    forms = (window.id, same_name(window.id), window.name, same_name(window.name))
+    return next((captions[form] for form in forms if captions.get(form)), "")
 
 
 def table_captions(
