@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from selva.utils.files import atomic_path, atomic_write_text, source_hash
+from selva.utils.torch_files import READ_ERRORS
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ class DataCache:
                 with safe_open(path, framework="pt") as file:
                     stored = (file.metadata() or {}).get("settings")
                     tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-            except (SafetensorError, OSError) as error:
+            except (SafetensorError, OSError, *READ_ERRORS) as error:
                 log.warning("%s: damaged (%s), made again", path, error)
                 continue
             if stored == _canonical(settings) and all(bool(torch.isfinite(x).all()) for x in tensors.values()):
@@ -111,7 +112,7 @@ class DataCache:
     def _read_files(self) -> dict[str, dict[str, Any]]:
         try:
             records = json.loads((self.folder / FILES_FILE).read_text(encoding="utf-8")) if self.folder else {}
-        except (OSError, ValueError):  # none yet, or damaged
+        except (OSError, ValueError, RecursionError):  # none yet, or damaged
             return {}
         if not isinstance(records, dict):
             return {}

@@ -130,3 +130,9 @@ def test_switched_off_it_leaves_the_folder_alone(tmp_path, caplog):
     cache.flush()
     assert cache.load("latents", {**SETTINGS, "start_sec": 1}) and caplog.text == ""
     assert len(entries(tmp_path)) == 1 and not (tmp_path / CACHE_FOLDER / FILES_FILE).exists()
+
+
+def test_a_list_of_files_nested_too_deeply_is_started_afresh(tmp_path):
+    (tmp_path / CACHE_FOLDER).mkdir()
+    (tmp_path / CACHE_FOLDER / FILES_FILE).write_text('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}")
+    assert DataCache(tmp_path).note(old_file(tmp_path / "a.wav"), "answer", lambda: 42) == 42
