@@ -1,7 +1,7 @@
 """Results computed once per data folder and kept in ``<data_dir>/.selva_cache``, so that the next run starts at once.
 
     latents/<key>.safetensors  texts/<key>.safetensors    tensors; the key is a hash of everything that decides them
-    files.json                                            file name -> size, time, and facts found out about it
+    files.json                                            file name -> size, times, inode, and facts found out about it
 
 Nothing in it is ever needed: entries that are missing, damaged or made with other settings are made again, and the
 folder can be deleted at any time.
@@ -85,10 +85,13 @@ class DataCache:
     def note(self, path: Path, name: str, find_out: Callable[[], Any]) -> Any:
         """Return the result of ``find_out`` about a file of the data folder, anything that JSON can hold.
 
-        It is called once, and again when the size or the time of the file has changed. :meth:`flush` writes it down.
+        It is called once, and again for another file, or a file that was written to: size and time alone do not tell
+        two sounds apart that have swapped their names, the inode and the time of its last change do. Notes of versions
+        that knew no more are made again. :meth:`flush` writes them down.
         """
         status = path.stat()
-        stamp = {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
+        stamp = {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "ctime_ns": status.st_ctime_ns,
+                 "inode": status.st_ino}
         record = self._files.get(path.name)
         if record is None or record["stamp"] != stamp:
             record = {"stamp": stamp, "notes": {}}

@@ -33,7 +33,7 @@ from selva.media import audio_blocks, prepare_audio
 from selva.media.audio import PEAK_LEVEL, SILENCE_LEVEL
 from selva.models.variants import Variant
 from selva.partition.cut import collect_recordings
-from selva.partition.windows import Window, caption_of, read_captions, read_clips
+from selva.partition.windows import Window, clip_captions, read_captions, read_clips
 from selva.sequence import DEFAULT_DURATION_SEC, SequenceConfig, sequence_config
 from selva.utils.device import peak_memory_bytes
 from selva.utils.files import source_hash
@@ -82,9 +82,13 @@ def plan_audio_set(clips: Path, captions: Path, data_dir: Path) -> list[SoundJob
     paths = {same_name(path.stem): path for path in collect_recordings(data_dir)[0]}
     if twice := [clip_id for clip_id, count in Counter(window.id for window in windows).items() if count > 1]:
         raise ValueError(f"{clips}: {listed(twice)} come more than once, every clip needs an id of its own")
+    try:
+        found = clip_captions(windows, texts, paths)
+    except ValueError as error:
+        raise ValueError(f"{captions}: {error}") from error
     jobs = []
     for window in windows:
-        path, caption, problem = paths.get(same_name(window.name)), caption_of(window, texts), ""
+        path, caption, problem = paths.get(same_name(window.name)), found.get(window.id, ""), ""
         if path is None:
             problem = f"{data_dir}: there is no recording {window.name}.flac, .wav or of another kind in it"
         elif not caption:

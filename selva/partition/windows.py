@@ -128,8 +128,39 @@ def read_captions(path: PathLike, delimiter: str = "\t") -> dict[str, str]:
     return captions
 
 
+def clip_captions(windows: Iterable[Window], captions: Mapping[str, str], names: Iterable[str] = ()) -> dict[str, str]:
+    """Return {id: caption} of the clips that have one, from a table whose ids are of clips, of recordings, or mixed.
+
+    An id may be both: ``rain_1`` is the second clip of ``rain``, and perhaps a recording. It is taken for what the
+    other ids of the table are.
+
+    Args:
+        captions: as :func:`read_captions` gives them.
+        names: of recordings, besides those that the clips are of.
+
+    Raises:
+        ValueError: the other ids do not tell what such an id is.
+    """
+    windows = list(windows)
+    clips = {same_name(window.id) for window in windows if window.id != window.name}
+    recordings = {same_name(name) for name in (*names, *(window.name for window in windows))}
+    both = sorted(set(captions) & clips & recordings)
+    of_clips = bool(set(captions) & (clips - recordings))
+    of_recordings = bool(set(captions) & (recordings - clips))
+    if both and of_clips == of_recordings:
+        raise ValueError(f"{listed(both)}: the name of a clip and of another recording, so that it is unclear which of "
+                         "them the caption belongs to; give captions by the ids of clips only, or of recordings only")
+    found = {}
+    for window in windows:
+        own, recording = same_name(window.id), same_name(window.name)
+        keys = [key for key in (own, recording) if key not in both or key == (own if of_clips else recording)]
+        if caption := next((captions[key] for key in keys if captions.get(key)), ""):
+            found[window.id] = caption
+    return found
+
+
 def caption_of(window: Window, captions: Mapping[str, str]) -> str:
-    """Return the caption of a clip, else that of its recording, else ""."""
+    """Return the caption of a clip, else that of its recording, else ""; see :func:`clip_captions` for many clips."""
     forms = (window.id, same_name(window.id), window.name, same_name(window.name))
     return next((captions[form] for form in forms if captions.get(form)), "")
 
@@ -145,10 +176,16 @@ def table_captions(
         of_clips: {id: caption}. of_names: {name of the recording: caption}, for the clips without one.
     """
     windows = list(windows)
+    each = captions_of(windows, of_clips, of_names)
     named = {window.name: of_names[window.name] for window in windows if of_names.get(window.name)}
     if not any(of_clips.get(window.id) or window.id in named for window in windows):
         return named
-    each = {window.id: of_clips.get(window.id) or named.get(window.name, "") for window in windows}
+    return each
+
+
+def captions_of(windows: Iterable[Window], of_clips: Mapping[str, str], of_names: Mapping[str, str]) -> dict[str, str]:
+    """Return {id: caption} of the clips that have one, their own or that of their recording."""
+    each = {window.id: of_clips.get(window.id) or of_names.get(window.name, "") for window in windows}
     return {clip: caption for clip, caption in each.items() if caption}
 
 

@@ -136,3 +136,26 @@ def test_a_list_of_files_nested_too_deeply_is_started_afresh(tmp_path):
     (tmp_path / CACHE_FOLDER).mkdir()
     (tmp_path / CACHE_FOLDER / FILES_FILE).write_text('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}")
     assert DataCache(tmp_path).note(old_file(tmp_path / "a.wav"), "answer", lambda: 42) == 42
+
+
+def test_two_sounds_that_swapped_their_names_swap_their_hashes(tmp_path):
+    one, two = (old_file(tmp_path / name, content) for name, content in (("a.wav", b"one"), ("b.wav", b"two")))
+    first = DataCache(tmp_path)
+    hashes = [first.content_hash(path) for path in (one, two)]
+    first.flush()
+    one.rename(tmp_path / "c")
+    two.rename(one)
+    (tmp_path / "c").rename(two)
+    assert [DataCache(tmp_path).content_hash(path) for path in (one, two)] == hashes[::-1]
+
+
+def test_a_sound_with_its_old_time_put_back_is_read_again(tmp_path):
+    path = old_file(tmp_path / "a.wav", b"one")
+    first = DataCache(tmp_path)
+    before = first.content_hash(path)
+    first.flush()
+    while path.stat().st_ctime_ns == json.loads(
+        (tmp_path / CACHE_FOLDER / FILES_FILE).read_text()
+    )["a.wav"]["stamp"]["ctime_ns"]:  # until the clock of the disk ticks
+        old_file(path, b"two")
+    assert DataCache(tmp_path).content_hash(path) != before
