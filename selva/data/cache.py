@@ -32,6 +32,7 @@ CACHE_FOLDER = ".selva_cache"
 FILES_FILE = "files.json"
 # A file may change again within one tick of its time stamp and look the same; what is younger is read every time.
 SETTLED_NS = 2_000_000_000
+BASIC_STAMP = {"size", "mtime_ns"}  # what every version has written
 
 Settings = Mapping[str, Any]  # anything that JSON can hold; equal settings mean equal content
 
@@ -86,17 +87,18 @@ class DataCache:
         """Return the result of ``find_out`` about a file of the data folder, anything that JSON can hold.
 
         It is called once, and again for another file, or a file that was written to: size and time alone do not tell
-        two sounds apart that have swapped their names, the inode and the time of its last change do. Notes of versions
-        that knew no more are made again. :meth:`flush` writes them down.
+        two sounds apart that have swapped their names, the inode and the time of its last change do. Notes of version
+        0.1.0, which knew only the first two, are believed by them. :meth:`flush` writes them down.
         """
         status = path.stat()
         stamp = {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "ctime_ns": status.st_ctime_ns,
                  "inode": status.st_ino}
         record = self._files.get(path.name)
-        if record is None or record["stamp"] != stamp:
+        if record is None or not record["stamp"].keys() >= BASIC_STAMP or record["stamp"].items() - stamp.items():
             record = {"stamp": stamp, "notes": {}}
         if name not in record["notes"]:
             record["notes"][name] = find_out()
+            record["stamp"] = stamp
             if time.time_ns() - status.st_mtime_ns > SETTLED_NS:
                 self._files[path.name], self._files_changed = record, True
         return record["notes"][name]
@@ -152,4 +154,4 @@ def _entry_name(kind: str, settings: Settings) -> str:
 
 def _is_record(record: Any) -> bool:
     parts = [record.get("stamp"), record.get("notes")] if isinstance(record, dict) else [None]
-    return all(isinstance(part, dict) for part in parts)
+    return all(isinstance(part, dict) for part in parts) and all(isinstance(x, int) for x in record["stamp"].values())

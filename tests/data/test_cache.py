@@ -159,3 +159,20 @@ def test_a_sound_with_its_old_time_put_back_is_read_again(tmp_path):
     )["a.wav"]["stamp"]["ctime_ns"]:  # until the clock of the disk ticks
         old_file(path, b"two")
     assert DataCache(tmp_path).content_hash(path) != before
+
+
+def test_notes_of_an_earlier_version_are_believed_until_something_new_is_noted(tmp_path):
+    path = old_file(tmp_path / "a.wav")
+    record = {"a.wav": {"stamp": {"size": 5, "mtime_ns": 10**18}, "notes": {"answer": 42}}}
+    (tmp_path / CACHE_FOLDER).mkdir()
+    (tmp_path / CACHE_FOLDER / FILES_FILE).write_text(json.dumps(record))
+    cache = DataCache(tmp_path)
+    assert cache.note(path, "answer", lambda: 43) == 42
+    cache.flush()
+    assert json.loads((tmp_path / CACHE_FOLDER / FILES_FILE).read_text()) == record
+    cache.note(path, "more", lambda: 1)
+    cache.flush()
+    stamp = json.loads((tmp_path / CACHE_FOLDER / FILES_FILE).read_text())["a.wav"]["stamp"]
+    assert stamp["inode"] == path.stat().st_ino and stamp["size"] == 5
+    os.utime(path, ns=(10**18, 10**18 + 1))
+    assert DataCache(tmp_path).note(path, "answer", lambda: 43) == 43
