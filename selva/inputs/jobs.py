@@ -28,6 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from selva.inputs.file_names import FolderNames, same_name
 from selva.inputs.names import numbered_names
 from selva.inputs.prompts import PROMPTS_FILE, read_prompts, read_sidecar
 from selva.inputs.suffixes import VIDEO_SUFFIXES
@@ -114,7 +115,7 @@ def collect_jobs(
     for item in inputs:
         rows += _rows_of(Path(item), recursive, None if video_dir is None else Path(video_dir))
     rows = _without_repeats(rows)
-    folders = _Folders()
+    folders = FolderNames()
     _warn_of_missing(rows, folders)
     if windows:
         clips = _cut(rows, start_sec, duration_sec, overlap_sec)
@@ -129,7 +130,8 @@ def collect_jobs(
         clips = [(row, new, start, length) for (row, _, start, length), new in zip(clips, ids, strict=True)]
     _check_ids((id_, row.path) for row, id_, _, _ in clips)
     masks = _Masks(mask, [row for row, *_ in clips])
-    texts = _Prompts(prompts, prompt, folders)
+    names = {name for row, id_, _, _ in clips for name in (row.id, id_, row.path.name, row.path.stem)}
+    texts = _Prompts(prompts, prompt, folders, names)
     if prompts is None:
         _point_to_lists([Path(item) for item in inputs])
     jobs = [
@@ -204,25 +206,9 @@ def _without_repeats(rows: list[TableRow]) -> list[TableRow]:
     return list(kept.values())
 
 
-class _Folders:
-    """The names in folders, each listed once: asking the system for every file takes minutes on network disks."""
-
-    def __init__(self) -> None:
-        self._names: dict[str, set[str]] = {}
-
-    def hold(self, path: Path) -> bool:
-        parent, name = os.path.split(path)
-        if parent not in self._names:
-            try:
-                self._names[parent] = set(os.listdir(parent or "."))
-            except OSError:
-                self._names[parent] = set()
-        return name in self._names[parent]
-
-
-def _warn_of_missing(rows: list[TableRow], folders: _Folders) -> None:
+def _warn_of_missing(rows: list[TableRow], folders: FolderNames) -> None:
     def exists(path: Path) -> bool:
-        return folders.hold(path) or path.is_file()  # some systems take DOG.mp4 for dog.mp4
+        return folders.find(path) == path or path.is_file()  # some systems take DOG.mp4 for dog.mp4
 
     videos = [str(row.path) for row in rows if not exists(row.path)]
     masks = sorted({str(row.mask) for row in rows if row.mask is not None and not exists(row.mask)})
@@ -310,16 +296,17 @@ def _point_to_lists(inputs: list[Path]) -> None:
 class _Prompts:
     """Prompts from all sources, of which a clip takes the most specific."""
 
-    def __init__(self, path: PathLike | None, for_all: str, folders: _Folders) -> None:
+    def __init__(self, path: PathLike | None, for_all: str, folders: FolderNames, names: Iterable[str]) -> None:
         self.path, self.for_all, self.folders = path, for_all.strip(), folders
-        self.written = read_prompts(path) if path is not None else {}
+        self.written = read_prompts(path, names) if path is not None else {}
         self.used: set[str] = set()
         self.labelled = 0
         self.sidecars: dict[Path, str] = {}  # the windows of a video share one
 
     def of(self, row: TableRow, id_: str) -> str:
         written = ""
-        for key in (f"{row.id}.npz", f"{id_}.npz"):  # the clip's own id wins over that of its whole video
+        for stem in (row.id, id_):  # the clip's own id wins over that of its whole video
+            key = same_name(f"{stem}.npz")
             if key in self.written:
                 self.used.add(key)
                 written = self.written[key]
@@ -330,8 +317,8 @@ class _Prompts:
     def _sidecar(self, video: Path) -> str:
         path = video.with_suffix(".txt")
         if path not in self.sidecars:
-            exists = path.name != PROMPTS_FILE and self.folders.hold(path) and path.is_file()
-            self.sidecars[path] = read_sidecar(path) if exists else ""
+            file = None if path.name == PROMPTS_FILE else self.folders.find(path)
+            self.sidecars[path] = read_sidecar(file) if file is not None and file.is_file() else ""
         return self.sidecars[path]
 
     def report(self) -> None:
