@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Extract what the model sees: videos -> feature files (.npz) with their sound beside them, or a packed data set.
+"""Extract the features that the model sees: videos -> .npz files with their sound beside them, or a packed data set.
 
     python extract_features.py clips/ --output_dir features/dog --prompt "a dog barking" --variant small_16k --selva_dir weights/
     python extract_features.py clips.tsv --output_dir features/all --windows --variant small_16k --selva_dir weights/
@@ -8,7 +8,7 @@
 
 Writes <id>.npz (published ComfyUI-SelVA schema) and <id>.flac for every clip; train_lora.py reads that folder. What is
 there already, made from the same content with the same settings, is left as it is: an interrupted run is started again.
-manifest.jsonl says what became of every clip.
+manifest.jsonl lists every clip with its status.
 """  # noqa: E501
 
 from __future__ import annotations

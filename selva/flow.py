@@ -122,7 +122,7 @@ WHOLE_INTERVAL = (0.0, 1.0)
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How latents are sampled; the defaults are those of the MMAudio and SelVA demos.
+    """Settings of sampling; the defaults are those of the MMAudio and SelVA demos.
 
     Attributes:
         num_steps: steps of the solver from noise to data.
@@ -155,14 +155,14 @@ class SamplingConfig:
 
     @property
     def num_evaluations(self) -> int:
-        """How often the velocity is evaluated; each is one network pass, of both branches where there is guidance."""
+        """Number of evaluations of the velocity; each is one network pass, of both branches where there is guidance."""
         return self.num_steps * EVALUATIONS_PER_STEP[self.solver]
 
 
 def sample_times(
     batch_size: int,
     mode: str,
-    generator: torch.Generator | None = None,
+    rng: torch.Generator | None = None,
     *,
     sigma: float = 1.0,
     progress: float = 0.0,
@@ -183,5 +183,5 @@ def sample_times(
     if mode not in TIMESTEP_MODES:
         raise ValueError(f"unknown timestep mode {mode!r}, expected one of {', '.join(TIMESTEP_MODES)}")
     if mode == "uniform" or (mode == "curriculum" and progress >= curriculum_switch):
-        return torch.rand(batch_size, generator=generator, dtype=torch.float32)
-    return torch.sigmoid(sigma * torch.randn(batch_size, generator=generator, dtype=torch.float32))
+        return torch.rand(batch_size, generator=rng, dtype=torch.float32)
+    return torch.sigmoid(sigma * torch.randn(batch_size, generator=rng, dtype=torch.float32))

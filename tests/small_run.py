@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import torch
@@ -55,3 +56,14 @@ def make_run(config: TrainConfig = CONFIG, val: int = 1, dtype: torch.dtype = to
     torch.manual_seed(config.seed)
     clips = make_clips() + make_clips(3, 1.5)
     return TrainingRun(make_generator(dtype=dtype), ListDataset(clips[val:]), ListDataset(clips[:val]), config, dtype)
+
+
+def spoil_latents(run: TrainingRun) -> None:
+    """Make every latent of a run NaN from now on."""
+    load = run.condition_cache.load
+
+    def spoilt(windows):
+        batch = load(windows)
+        return dataclasses.replace(batch, mean=torch.full_like(batch.mean, float("nan")))
+
+    run.condition_cache.load = spoilt

@@ -16,14 +16,14 @@ from selva.weights.config import GENERAL, ModelConfig
 
 INPUT, CLIPS, RUNNING = "input and output", "clips", "running"
 SOUND_ONLY = "sound without pictures (always a memmap)"
-# What has no meaning for sound without pictures.
+# Settings without a meaning for sound without pictures.
 VIDEO_ONLY = ("recursive", "video_dir", "audio", "latents", "name", "preview", "overwrite", "prompt", "prompts",
               "start", "windows", "overlap")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractionConfig:
-    """One call of ``extract_features.py``: the clips, the encoders, and what is written."""
+    """Settings of one call of ``extract_features.py``: clips, encoders, output."""
 
     inputs: list[Path] = setting(
         [], "videos, folders of videos, or tables (.tsv, .csv) with the columns id and, as you like, path, start, "
@@ -56,7 +56,7 @@ class ExtractionConfig:
     overlap: float = setting(0.0, "seconds that each of these shares with the next", group=CLIPS)
     masks: MaskOptions = field(default_factory=MaskOptions)
     recordings: Path | None = setting(
-        None, "the folder of recordings that INPUT, a clips.tsv of partition_clips.py, cuts", group=SOUND_ONLY,
+        None, "folder of the recordings that are listed in INPUT, a clips.tsv of partition_clips.py", group=SOUND_ONLY,
         metavar="DIR")
     captions: Path | None = setting(
         None, "table with the columns id, a recording's name or a clip's id, and caption", group=SOUND_ONLY,
@@ -86,7 +86,7 @@ class ExtractionConfig:
         return index - 1, count
 
     def _problems(self) -> Iterator[str]:
-        """Yield everything that is wrong with the settings together."""
+        """Yield a message for every setting, or combination of settings, that is wrong."""
         match = re.fullmatch(r"(\d+)/(\d+)", self.shard or "1/1")
         if match is None or not 1 <= int(match[1]) <= int(match[2]):
             yield f"--shard: {self.shard!r} is not a part like 2/8, from 1/8 to 8/8"

@@ -1,4 +1,4 @@
-"""One extraction from its settings to feature files or a memmap; what ``extract_features.py`` calls."""
+"""One extraction from its settings to feature files or a memmap; behind ``extract_features.py``."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def work_list(config: ExtractionConfig) -> list[ClipJob]:
 
 
 def open_output(config: ExtractionConfig, variant: Variant, jobs: list[ClipJob]) -> FeatureFiles | MemmapRows:
-    """Return what takes the features; the config of the run is written beside it."""
+    """Return the output for the features; the settings of the run are written beside it."""
     if config.format == "memmap":
         settings = {"extraction_version": EXTRACTION_VERSION, "encoders": encoders_identity(variant),
                     "mode": variant.mode, "precision": config.precision, "front_end": FRONT_END}
@@ -97,10 +97,10 @@ def write_config(path: Path, config: ExtractionConfig) -> None:
         atomic_write_text(path, settings_text({**values_of(config), "shard": None}))
 
 
-def open_accounts(
+def open_manifest_writer(
     config: ExtractionConfig, manifest: Path, state: Path, rows: list[ManifestRow], prompts: list[str]
 ) -> ManifestWriter:
-    """Return the books of this process about its share of the work list."""
+    """Return the writer of the manifest for this process's share of the work list."""
     index, count = config.part
     settings = {name: str(value) for name, value in values_of(config).items() if name in (
         "format", "audio", "latents", "variant", "precision", "mask_strength", "mask_clip", "mask_sync")}
@@ -108,6 +108,7 @@ def open_accounts(
 
 
 def report(summary: Summary, outcome: Outcome | None, manifest: Path) -> None:
+    """Log the times, the counts and the state of the manifest."""
     log.info("%s", summary.table())
     log.info("%d extracted, %d already current, %d left out, %d failed, in %s", summary.extracted, summary.current,
              summary.skipped, summary.failed, clock(summary.elapsed_sec))
@@ -121,7 +122,7 @@ def report(summary: Summary, outcome: Outcome | None, manifest: Path) -> None:
 
 
 def any_failed(summary: Summary, outcome: Outcome | None, shard: Shard) -> bool:
-    """Return True where a clip failed that this process has to answer for.
+    """Return True where this process has to report a failed clip by its exit code.
 
     torchrun ends the other processes when one of them fails, so under torchrun the last one to finish speaks for all.
     """
@@ -145,19 +146,20 @@ def _extract_videos(
     )
     reader = ClipReader(jobs, settings, output.digests)
     rows: list[ManifestRow] = [(job.id, str(job.path), job.start_sec) for job in jobs]
-    with open_accounts(config, output.manifest, output.state, rows, [job.prompt for job in jobs]) as accounts:
-        own = accounts.shard.own(len(jobs))
+    prompts = [job.prompt for job in jobs]
+    with open_manifest_writer(config, output.manifest, output.state, rows, prompts) as manifest_writer:
+        own = manifest_writer.shard.own(len(jobs))
         workers = config.workers if config.workers is not None else default_workers(len(own))
         encoder = ClipEncoder(extractor, jobs, own, StageTimes())
         clips = read_clips(reader, own, workers, debug)
-        summary = run(clips, len(own), encoder, output, accounts, strict=config.strict, announce=announce)
+        summary = run(clips, len(own), encoder, output, manifest_writer, strict=config.strict, announce=announce)
         stopped = config.strict and summary.failed
-        outcome = None if stopped else accounts.finish()
+        outcome = None if stopped else manifest_writer.finish()
         for path in [] if stopped else output.finish():
             announce(path)
     output.close()
     report(summary, outcome, output.manifest)
-    return any_failed(summary, outcome, accounts.shard)
+    return any_failed(summary, outcome, manifest_writer.shard)
 
 
 def _extract_sounds(
@@ -173,14 +175,15 @@ def _extract_sounds(
     with sounds.open_writer(config.output_dir, jobs) as writer:
         manifest, state = memmap_manifest(config.output_dir)
         write_config(beside_memmap(config.output_dir, CONFIG_FILE), config)
-        with open_accounts(config, manifest, state, rows, [job.caption for job in jobs]) as accounts:
-            own = accounts.shard.own_groups([job.window.name for job in jobs])  # a recording is read once
+        captions = [job.caption for job in jobs]
+        with open_manifest_writer(config, manifest, state, rows, captions) as manifest_writer:
+            own = manifest_writer.shard.own_groups([job.window.name for job in jobs])  # a recording is read once
             extractor.prepare_texts({jobs[index].caption for index in own}, sync=False)
             results = sounds.run(jobs, writer, own)
-            summary = run_sounds(results, len(own), jobs, accounts, config.output_dir.name, config.strict)
+            summary = run_sounds(results, len(own), jobs, manifest_writer, config.output_dir.name, config.strict)
             stopped = config.strict and summary.failed
-            outcome = None if stopped else accounts.finish()
+            outcome = None if stopped else manifest_writer.finish()
             if not stopped and writer.publish_if_complete():
                 announce(config.output_dir)
     report(summary, outcome, manifest)
-    return any_failed(summary, outcome, accounts.shard)
+    return any_failed(summary, outcome, manifest_writer.shard)

@@ -1,1 +1,1 @@
-"""From videos, features or words to sound; one or many, compared or not."""
+"""Inference: sound for videos, features or words; one or many, compared or not."""

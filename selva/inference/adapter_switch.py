@@ -1,4 +1,4 @@
-"""A generator whose adapters can be exchanged, so that several settings can be heard from one loaded model."""
+"""Generator whose adapters can be exchanged, so that one loaded model makes the sounds of several adapters."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ AdapterPairs = Sequence[tuple[Adapter, float]]
 
 
 class AdapterSwitch:
-    """Holds a generator in ``dtype``, with the adapters merged that were asked for last.
+    """A generator in ``dtype``, with the adapters merged that were asked for last.
 
-    Every setting starts from the float32 base weights and is rounded once, so that it equals, bit for bit, what a
-    fresh process makes of it; nothing is ever subtracted. The base weights of the layers that change are kept in
-    memory from the second setting on, or from the first if :meth:`expect` announced more; a setting that touches
-    others reads the weight file again.
+    Every exchange starts from the float32 base weights and is rounded once, so that the result equals, bit for bit,
+    that of a fresh process; nothing is ever subtracted. The base weights of the layers that change are kept in memory
+    from the second exchange on, or from the first if :meth:`expect` announced more; adapters of other layers make it
+    read the weight file again.
 
     Args:
         load: returns the base generator in float32 on the CPU.

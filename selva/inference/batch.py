@@ -1,6 +1,6 @@
-"""Many sounds in one run: clips, each with several seeds, each under several settings of the adapters.
+"""Batch of sounds: many clips, each with several seeds, each with several setups of the adapters.
 
-    clips --rounds of up to 16--> encode what is not there yet -> sample setting by setting -> decode -> write
+    clips --rounds of up to 16--> encode what is not there yet -> sample setup by setup -> decode -> write
 
 Every network is loaded once per round at most (with ``offload="none"`` once in all), a clip that cannot be used does
 not stop the others, and what an interrupted run has finished is kept.
@@ -19,9 +19,10 @@ from torch import Tensor
 
 from selva.audio.loudness import TRUE_PEAK_LIMIT_DB
 from selva.extraction.manifest import DONE, FAILED, INCOMPLETE_FILE, MANIFEST_FILE, PENDING
+from selva.extraction.reader import CLIP_ERRORS
 from selva.inference.adapter_switch import AdapterPairs
-from selva.inference.engine import SoundGenerator
-from selva.inference.outputs import SoundFiles, fingerprint, model_recipe, request_recipe
+from selva.inference.engine import COMPUTE_ERRORS, SoundGenerator
+from selva.inference.outputs import SoundFiles, model_identity, request_identity, sound_fingerprint
 from selva.inference.request import Sound, SoundConditions, SoundRequest
 from selva.media import audio_length, video_length
 from selva.sequence import DEFAULT_DURATION_SEC
@@ -44,14 +45,14 @@ class AdapterSetup:
     specs: Sequence[tuple[Path, float]] = ()
 
 
-def common_clip_features(choice: str, settings: Sequence[AdapterSetup]) -> str:
-    """Return ``--clip_features`` for settings that are compared: one for all, so that only the adapters differ.
+def common_clip_features(choice: str, setups: Sequence[AdapterSetup]) -> str:
+    """Return ``--clip_features`` for setups that are compared: one for all, so that only the adapters differ.
 
-    "auto" is what the adapters were trained with, for the base model too. If they disagree, it stays: each setting then
+    "auto" is what the adapters were trained with, for the base model too. If they disagree, it stays: each setup then
     follows its own, and what is heard is the difference of both.
     """
-    adapters = [adapter for setting in settings for adapter, _ in setting.adapters]
-    if choice != "auto" or len(settings) == 1 or not adapters:
+    adapters = [adapter for setup in setups for adapter, _ in setup.adapters]
+    if choice != "auto" or len(setups) == 1 or not adapters:
         return choice
     trained = {adapter.meta.get("clip_features", "use") for adapter in adapters}
     if len(trained) == 1:
@@ -65,11 +66,11 @@ class Variation:
     """One sound to be made.
 
     Attributes:
-        setting: index of its setting. seed: of its noise.
-        files: where it goes. settings: what is written beside it.
+        setup: index of its :class:`AdapterSetup`. seed: of its noise.
+        files: where it goes. settings: by the names of the flags, written beside it.
     """
 
-    setting: int
+    setup: int
     seed: int
     files: SoundFiles
     settings: Mapping[str, Any]
@@ -77,7 +78,7 @@ class Variation:
 
 @dataclass
 class BatchClip:
-    """A request, the variations of it, and what became of them.
+    """A request, the variations of it, and their progress.
 
     Attributes:
         problem: why it failed; "" if it has not.
@@ -101,26 +102,26 @@ class SoundBatch:
     """Makes the variations of all clips.
 
     Args:
-        generator: makes the sounds. settings: of the adapters, one for each value of ``Variation.setting``.
+        generator: makes the sounds. setups: of the adapters, one for each value of ``Variation.setup``.
         overwrite: make again what is there already.
         on_clip: called with every clip when it is done or has failed, in order.
     """
 
     def __init__(
-        self, generator: SoundGenerator, settings: Sequence[AdapterSetup], *, overwrite: bool = False,
+        self, generator: SoundGenerator, setups: Sequence[AdapterSetup], *, overwrite: bool = False,
         on_clip: Callable[[BatchClip], None] | None = None,
     ) -> None:
-        self.generator, self.settings, self.overwrite, self.on_clip = generator, settings, overwrite, on_clip
-        generator.expect_adapters([a for setting in settings for a, _ in setting.adapters] if len(settings) > 1 else [])
-        self.recipes = []
+        self.generator, self.setups, self.overwrite, self.on_clip = generator, setups, overwrite, on_clip
+        generator.expect_adapters([a for setup in setups for a, _ in setup.adapters] if len(setups) > 1 else [])
+        self.models = []  # identity of the model in every setup
         self.needs_clip = False
-        for setting in settings:
-            generator.set_adapters(setting.adapters)
-            self.recipes.append(model_recipe(generator))
+        for setup in setups:
+            generator.set_adapters(setup.adapters)
+            self.models.append(model_identity(generator))
             self.needs_clip |= generator.uses_clip
 
     def run(self, clips: Sequence[BatchClip]) -> None:
-        """Make and write everything; what happened stands in the clips afterwards."""
+        """Make and write everything; the clips then hold the outcome."""
         for first, part in rounds(clips):
             if len(part) < len(clips):
                 log.info("clips %d to %d of %d", first + 1, first + len(part), len(clips))
@@ -132,65 +133,87 @@ class SoundBatch:
                     self.on_clip(clip)
 
     def _round(self, clips: Sequence[BatchClip]) -> None:
-        prints = {id(variation): mark for clip in clips for variation, mark in self._missing(clip)}
-        todo = [clip for clip in clips if any(id(variation) in prints for variation in clip.variations)]
+        missing = {id(variation): fingerprint for clip in clips for variation, fingerprint in self._missing(clip)}
+        todo = [clip for clip in clips if any(id(variation) in missing for variation in clip.variations)]
         if not todo:
             return
 
         def failed(index: int, error: Exception) -> None:
-            todo[index].problem = str(error)
+            todo[index].problem = _reason(error)
 
-        encoded = self.generator.encode([clip.request for clip in todo], clip=self.needs_clip, on_error=failed)
+        requests = [clip.request for clip in todo]
+        encoded = self.generator.encode(requests, use_clip_features=self.needs_clip, on_error=failed)
         sounds: list[tuple[BatchClip, Variation, SoundConditions]] = []
         for clip, conditions in zip(todo, encoded, strict=True):
             if conditions is not None:
-                sounds += [(clip, variation, conditions) for variation in clip.variations if id(variation) in prints]
+                sounds += [(clip, variation, conditions) for variation in clip.variations if id(variation) in missing]
         latents = self._sample(sounds)
         for clip, variation, conditions in sounds:
+            if id(variation) not in latents:  # failed, and said so
+                continue
             # One by one: sounds are written as they are made, and not all held in memory.
             try:
                 (sound,) = self.generator.decode([conditions], [latents[id(variation)]])
-                self._write(clip, variation, sound, prints[id(variation)])
-            except (ValueError, OSError) as error:
-                clip.problem = str(error)
+                self._write(clip, variation, sound, missing[id(variation)])
+            except CLIP_ERRORS as error:
+                log.debug("%s", clip.name, exc_info=True)
+                clip.problem = _reason(error)
 
     def _missing(self, clip: BatchClip) -> Iterator[tuple[Variation, str]]:
         """Yield the variations of a clip that are still to be made, with their fingerprints."""
         try:
-            request = request_recipe(clip.request)
+            request = request_identity(clip.request)
         except OSError as error:
             clip.problem = f"{error.filename}: {error.strerror}"
             return
         for variation in clip.variations:
-            mark = fingerprint(self.recipes[variation.setting], request, variation.seed)
-            if not self.overwrite and variation.files.are_current(mark):
+            fingerprint = sound_fingerprint(self.models[variation.setup], request, variation.seed)
+            if not self.overwrite and variation.files.are_current(fingerprint):
                 clip.kept += 1
                 clip.made.append(variation)
             else:
-                yield variation, mark
+                yield variation, fingerprint
 
     def _sample(self, sounds: Sequence[tuple[BatchClip, Variation, SoundConditions]]) -> dict[int, Tensor]:
-        """Return the latents of every variation by its id, made setting by setting."""
+        """Return the latents of every variation by its id, made setup by setup."""
         generator, latents, done = self.generator, {}, 0
-        groups = [[s for s in sounds if s[1].setting == index] for index in range(len(self.settings))]
+        groups = [[s for s in sounds if s[1].setup == index] for index in range(len(self.setups))]
         batches = [len(generator.batches([conditions for *_, conditions in group])) for group in groups]
         steps = generator.sampling.num_steps
         with Progress(sum(batches) * steps, "sampling", "steps") as progress:
-            for setting, group, count in zip(self.settings, groups, batches, strict=True):
+            for setup, group, count in zip(self.setups, groups, batches, strict=True):
                 if not group:
                     continue
-                generator.set_adapters(setting.adapters)
-                rows = generator.sample(
-                    [conditions for *_, conditions in group], [variation.seed for _, variation, _ in group],
-                    lambda step, done=done, label=setting.label: progress.update(done + step, label),
-                )
-                latents.update((id(variation), row) for (_, variation, _), row in zip(group, rows, strict=True))
+                generator.set_adapters(setup.adapters)
+                latents.update(self._sample_group(
+                    group, lambda step, done=done, label=setup.label: progress.update(done + step, label)
+                ))
                 done += count * steps
         return latents
 
-    def _write(self, clip: BatchClip, variation: Variation, sound: Sound, mark: str) -> None:
+    def _sample_group(
+        self, group: Sequence[tuple[BatchClip, Variation, SoundConditions]], on_step: Callable[[int], None] | None
+    ) -> dict[int, Tensor]:
+        """Return the latents of variations of one setup; if that fails for them together, each is tried alone."""
+        try:
+            rows = self.generator.sample([conditions for *_, conditions in group],
+                                         [variation.seed for _, variation, _ in group], on_step)
+            return {id(variation): row for (_, variation, _), row in zip(group, rows, strict=True)}
+        except COMPUTE_ERRORS as error:
+            log.debug("sampling", exc_info=True)
+            reason = _reason(error)
+        if len(group) == 1:
+            group[0][0].problem = reason
+            return {}
+        log.warning("%d sounds cannot be sampled together (%s); one by one now", len(group), reason)
+        latents: dict[int, Tensor] = {}
+        for one in group:
+            latents.update(self._sample_group([one], None))
+        return latents
+
+    def _write(self, clip: BatchClip, variation: Variation, sound: Sound, fingerprint: str) -> None:
         with self.generator.times.stage("writing"):
-            variation.files.save(_with_pictures_of_another_variation(sound, clip), variation.settings, mark)
+            variation.files.save(_with_pictures_of_another_variation(sound, clip), variation.settings, fingerprint)
         clip.made.append(variation)
         name, level = variation.files.written[0], sound.level
         if self.generator.normalize == "none" and level.true_peak > TRUE_PEAK_LIMIT_DB:
@@ -198,6 +221,11 @@ class SoundBatch:
                         TRUE_PEAK_LIMIT_DB)
         else:
             log.info("%s: %s", name, level)
+
+
+def _reason(error: Exception) -> str:
+    """Return what a clip failed with; some errors of libraries say nothing."""
+    return str(error) or type(error).__name__
 
 
 def rounds(clips: Sequence[BatchClip]) -> Iterator[tuple[int, Sequence[BatchClip]]]:
@@ -245,7 +273,7 @@ def _duration(clip: BatchClip) -> float | None:
 
 
 def write_manifest(folder: Path, clips: Sequence[BatchClip], finished: bool) -> Path:
-    """Write what became of every clip, one JSON object per line, in the order of the clips; return the path."""
+    """Write the manifest, one JSON object per clip and line, in the order of the clips; return the path."""
     lines = []
     for clip in clips:
         complete = len(clip.made) == len(clip.variations)

@@ -1,12 +1,12 @@
-"""Several adapters and strengths on the same clips and seeds, side by side: one sheet of spectrograms, and figures.
+"""Comparison of adapters and strengths on the same clips and seeds: one sheet of spectrograms, and figures.
 
     adapters.txt        # path strength [label]; quote what has spaces; paths as given, or relative to this file
                         base
                         runs/dog/adapter_final.pt 0.5
                         runs/dog/adapter_final.pt 1.0  "dog, full"
 
-    comparison.png      a row per clip and seed, a column per setting; the recorded sound first where there is one
-    comparison.json     every figure of every sound, and their means per setting
+    comparison.png      a row per clip and seed, a column per setup; the recorded sound first where there is one
+    comparison.json     every figure of every sound, and their means per setup
 
 Everything is measured on the files as they were written, so that a restarted run says the same.
 """
@@ -43,7 +43,7 @@ BASE_LABEL = "base"
 SHEET_FILE, FIGURES_FILE = "comparison.png", "comparison.json"
 ROWS_PER_SHEET = 16
 
-# What the table and the sheet show of the figures: key of compare_sounds, heading, format.
+# Figures in the table and on the sheet: key of compare_sounds, heading, format.
 SHOWN = (
     ("log_spectral_distance_db", "LSD dB", "{:.1f}"),
     ("mel_cepstral_distortion_db", "MCD dB", "{:.1f}"),
@@ -62,14 +62,14 @@ SHOWN = (
 
 @dataclass(frozen=True)
 class CompareLine:
-    """One setting: its name, and (file, strength) of its adapters, none for the base model."""
+    """One setup: its name, and (file, strength) of its adapters, none for the base model."""
 
     label: str
     adapters: tuple[tuple[Path, float], ...]
 
 
 def read_compare_list(path: Path) -> list[CompareLine]:
-    """Return the settings in a list of lines ``path strength [label]`` or ``base``; # begins a comment.
+    """Return the setups in a list of lines ``path strength [label]`` or ``base``; # begins a comment.
 
     Labels, which become folders, default to the name of the file (of a training run's, with its folder) and the
     strength.
@@ -164,11 +164,11 @@ def reference_sound(
 
 @dataclass(frozen=True)
 class Row:
-    """One clip with one seed: its sounds by the index of their setting.
+    """One clip with one seed: its sounds by the index of their setup.
 
     Attributes:
         reference: (samples,) recorded sound or None. sounds: (samples,) each, at ``rate``.
-        figures: of every sound, by setting.
+        figures: of every sound, by setup.
     """
 
     name: str
@@ -181,20 +181,20 @@ class Row:
 
 
 def write_comparison(
-    folder: Path, clips: Sequence[BatchClip], settings: Sequence[AdapterSetup], reference_dir: Path | None
+    folder: Path, clips: Sequence[BatchClip], setups: Sequence[AdapterSetup], reference_dir: Path | None
 ) -> list[Path]:
     """Write the figures and the sheets of everything that was made; return their paths."""
     rows = compare_rows(clips, reference_dir)
-    means = [mean_figures([row.figures[i] for row in rows if i in row.figures]) for i in range(len(settings))]
-    for line in figures_table(settings, means):
+    means = [mean_figures([row.figures[i] for row in rows if i in row.figures]) for i in range(len(setups))]
+    for line in figures_table(setups, means):
         log.info("%s", line)
     content = {
         "settings": [
-            {"label": setting.label, "adapters": [[str(path), s] for path, s in setting.specs], "mean": mean}
-            for setting, mean in zip(settings, means, strict=True)
+            {"label": setup.label, "adapters": [[str(path), s] for path, s in setup.specs], "mean": mean}
+            for setup, mean in zip(setups, means, strict=True)
         ],
         "sounds": [
-            {"clip": row.name, "seed": row.seed, "prompt": row.prompt, "setting": settings[index].label,
+            {"clip": row.name, "seed": row.seed, "prompt": row.prompt, "setting": setups[index].label,
              "has_reference": row.reference is not None, **row.figures[index]}
             for row in rows for index in sorted(row.figures)
         ],
@@ -204,7 +204,7 @@ def write_comparison(
     for first in range(0, len(rows), ROWS_PER_SHEET):
         number = first // ROWS_PER_SHEET + 1
         name = SHEET_FILE if number == 1 else SHEET_FILE.replace(".png", f"_{number}.png")
-        plot_sheet(rows[first : first + ROWS_PER_SHEET], [setting.label for setting in settings], folder / name)
+        plot_sheet(rows[first : first + ROWS_PER_SHEET], [setup.label for setup in setups], folder / name)
         paths.append(folder / name)
     return paths
 
@@ -220,7 +220,7 @@ def compare_rows(clips: Sequence[BatchClip], reference_dir: Path | None = None) 
         duration_sec = len(made[0][1]) / rate
         reference = reference_sound(clip.name, clip.request, reference_dir, duration_sec, rate)
         for seed in sorted({variation.seed for variation, *_ in made}):
-            sounds = {variation.setting: sound for variation, sound, _ in made if variation.seed == seed}
+            sounds = {variation.setup: sound for variation, sound, _ in made if variation.seed == seed}
             figures = {index: compare_sounds(sound, reference, rate) for index, sound in sounds.items()}
             rows.append(Row(clip.name, seed, clip.request.prompt or "", rate, reference, sounds, figures))
     return rows
@@ -241,12 +241,12 @@ def mean_figures(figures: Sequence[dict[str, Any]]) -> dict[str, float | None]:
     return means
 
 
-def figures_table(settings: Sequence[AdapterSetup], means: Sequence[dict[str, float | None]]) -> list[str]:
-    """Return the lines of a table of the means, one per setting, with the figures that any of them has."""
+def figures_table(setups: Sequence[AdapterSetup], means: Sequence[dict[str, float | None]]) -> list[str]:
+    """Return the lines of a table of the means, one per setup, with the figures that any of them has."""
     shown = [column for column in SHOWN if any(mean.get(column[0]) is not None for mean in means)]
     table = [["mean over all sounds", *(heading for _, heading, _ in shown)]]
-    for setting, mean in zip(settings, means, strict=True):
-        table.append([setting.label, *(_formatted(mean.get(key), form) for key, _, form in shown)])
+    for setup, mean in zip(setups, means, strict=True):
+        table.append([setup.label, *(_formatted(mean.get(key), form) for key, _, form in shown)])
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in table]
 
@@ -303,8 +303,8 @@ def plot_sheet(rows: Sequence[Row], labels: Sequence[str], path: Path) -> None:
     save_figure(figure, path)
 
 
-def _cells(row: Row, num_settings: int, with_reference: bool) -> list[Tensor | None]:
-    return [*([row.reference] if with_reference else []), *(row.sounds.get(index) for index in range(num_settings))]
+def _cells(row: Row, num_setups: int, with_reference: bool) -> list[Tensor | None]:
+    return [*([row.reference] if with_reference else []), *(row.sounds.get(index) for index in range(num_setups))]
 
 
 def _label_row(axes: Any, row: Row) -> None:
@@ -313,7 +313,7 @@ def _label_row(axes: Any, row: Row) -> None:
 
 
 def _caption(row: Row, index: int) -> str:
-    """Return what stands below a spectrogram: seconds run along the axis, so only the figures are named."""
+    """Return the text below a spectrogram: the figures only, as the axis shows the seconds."""
     figures = row.figures.get(index)
     if figures is None:
         return ""

@@ -12,7 +12,7 @@ from selva.flow import SamplingConfig
 from selva.inputs.suffixes import OUTPUT_AUDIO_SUFFIXES, OUTPUT_VIDEO_SUFFIXES
 from selva.media.mask_settings import MaskOptions
 from selva.sequence import DEFAULT_DURATION_SEC, SHORTEST_SEC
-from selva.utils.device import PRECISIONS
+from selva.utils.device import PRECISION_CHOICES, PRECISION_HELP
 from selva.utils.settings import setting
 from selva.weights.config import GENERAL, ModelConfig
 
@@ -27,7 +27,7 @@ SUFFIXES = OUTPUT_AUDIO_SUFFIXES + OUTPUT_VIDEO_SUFFIXES
 
 @dataclass(frozen=True)
 class InferenceConfig:
-    """One call of ``infer.py``: for what sound is made, with which model and adapters, and what is written."""
+    """Settings of one call of ``infer.py``: inputs, outputs, model, adapters, sampling."""
 
     inputs: list[Path] = setting(
         [], "videos, folders of videos, or tables (.tsv, .csv) with the columns id, and optionally prompt, path, "
@@ -45,8 +45,8 @@ class InferenceConfig:
     duration: float | None = setting(
         None, f"seconds of sound (default {DEFAULT_DURATION_SEC:g}, or what the features cover; with --long to the end "
         "of the video)", group=INPUT)
-    long: bool = setting(False, f"go through more than {DEFAULT_DURATION_SEC:g} s in overlapping windows that are "
-                         "sampled together", group=INPUT)
+    long: bool = setting(False, f"for videos longer than {DEFAULT_DURATION_SEC:g} s: make sound for the whole length, "
+                         "in overlapping windows", group=INPUT)
     masks: MaskOptions = field(default_factory=MaskOptions)
     output: Path = setting(Path("output"), "a folder, or for one sound a file name ending in .flac, .wav, .mp4, .mov, "
                            ".mkv or .m4v", group=OUTPUT)
@@ -64,8 +64,9 @@ class InferenceConfig:
     strength: list[float] = setting([], "strength of the adapter at the same position (default 1; 0 is the base model)",
                                     group=ADAPTERS, repeat=True)
     clip_features: str = setting(
-        "auto", "pass CLIP frame features, or the empty ones. auto: what the adapter was trained with; without one, "
-        "empty for SelVA and use for MMAudio, as officially released", group=ADAPTERS, choices=CLIP_FEATURE_CHOICES)
+        "auto", "give the model CLIP features of the pictures (use), or the empty ones. auto: as the adapter was "
+        "trained; without an adapter as the official release, empty for SelVA and use for MMAudio", group=ADAPTERS,
+        choices=CLIP_FEATURE_CHOICES)
     compare: Path | None = setting(
         None, "the same clips and seeds with each line of this list: `path strength [label]`, or `base`; writes one "
         "sheet of spectrograms and the figures", group=ADAPTERS, metavar="FILE")
@@ -82,7 +83,7 @@ class InferenceConfig:
         "auto", "auto: load one network after the other and free it, which takes the least memory; none: keep all "
         "loaded, which is quicker for many clips", group=SAMPLING, choices=OFFLOAD_CHOICES)
     seed: int = setting(42, "seed of everything random", group=GENERAL)
-    precision: str = setting("bf16", "number format of the networks", group=GENERAL, choices=PRECISIONS)
+    precision: str = setting("auto", PRECISION_HELP, group=GENERAL, choices=PRECISION_CHOICES)
 
     def __post_init__(self) -> None:
         if problems := list(self._problems()):
@@ -90,7 +91,7 @@ class InferenceConfig:
 
     @property
     def videos(self) -> list[Path]:
-        """Everything that is to get sound for its pictures."""
+        """Videos, folders and tables that are to get sound."""
         return [*self.inputs, *self.video]
 
     @property
@@ -99,7 +100,7 @@ class InferenceConfig:
         return self.output.suffix.lower() in SUFFIXES and not self.output.is_dir()
 
     def _problems(self) -> Iterator[str]:
-        """Yield everything that is wrong with the settings together."""
+        """Yield a message for every setting, or combination of settings, that is wrong."""
         videos, suffix = bool(self.videos), self.output.suffix.lower()
         files = (*self.adapter, self.prompts, self.compare)
         yield from (f"{path}: no such file" for path in files if path and not path.is_file())

@@ -1,4 +1,4 @@
-"""From videos, features or words to sound; the engine behind ``infer.py`` and ``from selva import SoundGenerator``.
+"""Engine that makes sound for videos, features or words; behind ``infer.py`` and ``from selva import SoundGenerator``.
 
     request --encoders--> SoundConditions --generator--> latents --VAE decoder, vocoder--> waveform --level--> Sound
 
@@ -10,7 +10,8 @@ so that only one network needs to be loaded at a time: :meth:`~SoundGenerator.en
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from torch import Tensor
 from selva.audio.loudness import normalize_loudness
 from selva.checkpoint import load_adapter
 from selva.extraction.extractor import FeatureExtractor
+from selva.extraction.reader import CLIP_ERRORS
 from selva.features import FeatureBundle, load_features
 from selva.flow import SamplingConfig
 from selva.inference.adapter_switch import AdapterPairs, AdapterSwitch
@@ -36,7 +38,7 @@ from selva.models.variants import Variant, features_problem, get_variant
 from selva.models.vocoder import Vocoder
 from selva.sampling import decode_latents, sample_latents
 from selva.sequence import DEFAULT_DURATION_SEC, SequenceConfig, sequence_config
-from selva.utils.device import PRECISIONS, dtype_of, resolve_device
+from selva.utils.device import PRECISION_CHOICES, dtype_of, resolve_device, resolve_precision
 from selva.utils.progress import StageTimes
 from selva.weights.find import check_weights
 from selva.weights.load import load_generator, load_vae, load_vocoder
@@ -44,6 +46,7 @@ from selva.weights.load import load_generator, load_vae, load_vocoder
 log = logging.getLogger(__name__)
 
 ENCODERS, GENERATOR, DECODERS = "encoders", "generator", "decoders"  # what is loaded together
+COMPUTE_ERRORS = (RuntimeError, MemoryError)  # what can go wrong with one item in PyTorch
 DECODER_CHUNK_SEC = 8.0  # of longer sounds the vocoder makes this much at once
 
 
@@ -76,7 +79,7 @@ def load_adapters(specs: Iterable[AdapterSpec], variant: Variant) -> list[tuple[
 
 
 def uses_clip_features(choice: str, variant: Variant, adapters: AdapterPairs) -> bool:
-    """Return whether CLIP frame features are passed: as asked for, as the adapters were trained, or as released.
+    """Return True where CLIP frame features are passed: as asked for, as the adapters were trained, or as released.
 
     Adapters of ComfyUI-SelVA do not say; that trainer always passes them. An adapter at strength 0 has no say, so that
     it is the same as no adapter.
@@ -126,16 +129,19 @@ class SoundGenerator:
         normalize: str = "none",
         target: float | None = None,
         device: str = "auto",
-        precision: str = "bf16",
+        precision: str = "auto",
         batch_size: int = DEFAULT_BATCH_SIZE,
         offload: str = "none",
     ) -> None:
         for what, value, choices in (("clip_features", clip_features, CLIP_FEATURE_CHOICES),
-                                     ("precision", precision, PRECISIONS), ("offload", offload, OFFLOAD_CHOICES)):
+                                     ("precision", precision, PRECISION_CHOICES),
+                                     ("offload", offload, OFFLOAD_CHOICES)):
             if value not in choices:
                 raise ValueError(f"{what} is {value!r}, expected one of {', '.join(choices)}")
         self.variant, self.selva_dir = get_variant(variant), None if selva_dir is None else Path(selva_dir)
-        self.device, self.precision = resolve_device(device), dtype_of(precision)
+        self.device = resolve_device(device)
+        self.precision_name = resolve_precision(precision, self.device)
+        self.precision = dtype_of(self.precision_name)
         self.sampling, self.long = sampling or SamplingConfig(), long
         self.batch_size, self.offload = batch_size, offload
         self.normalize, self.target, self.clip_features = normalize, target, clip_features
@@ -154,16 +160,17 @@ class SoundGenerator:
         self.adapters = pairs
 
     def expect_adapters(self, adapters: Iterable[Adapter]) -> None:
-        """Announce what :meth:`set_adapters` will be called with, which saves reading the weights again."""
+        """Announce the adapters of later calls of :meth:`set_adapters`, which saves reading the weights again."""
         self._switch.expect(adapters)
 
-    def check_weights(self, video: bool, clip: bool | None = None) -> None:
-        """Return if the files for making sound are all there; with ``video``, those of the picture encoders too.
+    def check_weights(self, video: bool, use_clip_features: bool | None = None) -> None:
+        """Check that the files for making sound are there; with ``video``, those of the picture encoders too.
 
         Raises:
             FileNotFoundError: names every missing file, and how to get it.
         """
-        pictures = ["video_encoder", "t5", *(["clip_image"] if (self.uses_clip if clip is None else clip) else [])]
+        use_clip_features = self.uses_clip if use_clip_features is None else use_clip_features
+        pictures = ["video_encoder", "t5", *(["clip_image"] if use_clip_features else [])]
         needs = ["generator", "vae", "vocoder", "clip_text", *(pictures if video else [])]
         check_weights(self.variant.name, self.selva_dir, needs)
 
@@ -193,25 +200,27 @@ class SoundGenerator:
         conditions = [one for one in self.encode([request]) if one is not None]  # an error is raised, not left out
         return self.decode(conditions, self.sample(conditions, [seed], on_step))[0]
 
-    # -- stage 1: encoders --------------------------------------------------------------------------------------
+    # -- stage 1: encoders ---------------------------------------------------------------------------------------------
 
     def encode(
-        self, requests: Sequence[SoundRequest], *, clip: bool | None = None, on_error: OnError | None = None
+        self, requests: Sequence[SoundRequest], *, use_clip_features: bool | None = None,
+        on_error: OnError | None = None,
     ) -> list[SoundConditions | None]:
         """Return the conditions of every request.
 
         Args:
-            clip: whether to make CLIP features of videos; None as the adapters of the moment want it.
+            use_clip_features: make CLIP features of videos; None as the current adapters want it.
             on_error: called with the index and the error of a request that cannot be used, which becomes None; without
                 it the error is raised.
         """
         self._enter(ENCODERS)
-        clip = self.uses_clip if clip is None else clip
+        use_clip_features = self.uses_clip if use_clip_features is None else use_clip_features
 
         def attempt(index: int, function: Callable, *args: Any) -> Any:
             try:
                 return function(*args)
-            except (ValueError, OSError) as error:
+            except CLIP_ERRORS as error:
+                log.debug("request %d", index, exc_info=True)
                 if on_error is None:
                     raise
                 on_error(index, error)
@@ -220,7 +229,7 @@ class SoundGenerator:
         drafts = [attempt(index, self._opened, request) for index, request in enumerate(requests)]
         usable = [draft for draft in drafts if draft is not None]
         self._encode_texts(usable)
-        self._encode_pictures([draft for draft in usable if draft.frames is not None], clip)
+        self._encode_pictures([draft for draft in usable if draft.frames is not None], use_clip_features)
         return [draft and attempt(index, self._conditions, draft) for index, draft in enumerate(drafts)]
 
     def _opened(self, request: SoundRequest) -> _Draft:
@@ -259,21 +268,26 @@ class SoundGenerator:
                 extractor.prepare_texts(texts, sync=False)
                 extractor.prepare_texts({draft.prompt for draft in drafts if draft.frames is not None})
 
-    def _encode_pictures(self, drafts: Sequence[_Draft], clip: bool) -> None:
-        if clip and drafts:
+    def _encode_pictures(self, drafts: Sequence[_Draft], use_clip_features: bool) -> None:
+        if use_clip_features and drafts:
             with self.times.stage("CLIP"):
                 for draft in drafts:
                     assert draft.frames is not None
-                    draft.clip_f = self._extractor.clip_features(draft.frames.clip_frames)
+                    with draft.failing_alone():
+                        draft.clip_f = self._extractor.clip_features(draft.frames.clip_frames)
             if self.offload == "auto":
                 self._extractor.free()
         with self.times.stage("video encoder"):
             for draft in drafts:
                 assert draft.frames is not None
-                draft.sync_f = self._extractor.sync_features(draft.frames.sync_frames, draft.prompt)
+                if draft.error is None:
+                    with draft.failing_alone():
+                        draft.sync_f = self._extractor.sync_features(draft.frames.sync_frames, draft.prompt)
                 draft.frames = None
 
     def _conditions(self, draft: _Draft) -> SoundConditions:
+        if draft.error is not None:
+            raise draft.error
         request, sequence = draft.request, sequence_config(self.variant.mode, draft.duration_sec)
         conditions = SoundConditions(
             request=request,
@@ -287,7 +301,7 @@ class SoundGenerator:
         check_widths(conditions, self.variant)
         return conditions
 
-    # -- stage 2: generator -------------------------------------------------------------------------------------
+    # -- stage 2: generator --------------------------------------------------------------------------------------------
 
     def sample(
         self, conditions: Sequence[SoundConditions], seeds: Sequence[int], on_step: Callable[[int], None] | None = None
@@ -351,7 +365,7 @@ class SoundGenerator:
     def _load_generator(self) -> Generator:
         return load_generator(self.variant.name, self.selva_dir)
 
-    # -- stage 3: decoders --------------------------------------------------------------------------------------
+    # -- stage 3: decoders ---------------------------------------------------------------------------------------------
 
     def decode(self, conditions: Sequence[SoundConditions], latents: Sequence[Tensor]) -> list[Sound]:
         """Return the sounds of latents, one after the other, exactly as long as their clips."""
@@ -373,10 +387,10 @@ class SoundGenerator:
         waveform, level = normalize_loudness(waveform, sequence.sampling_rate, self.normalize, self.target)
         return Sound(waveform, sequence.sampling_rate, level, request.video, request.start_sec)
 
-    # -- memory -------------------------------------------------------------------------------------------------
+    # -- memory --------------------------------------------------------------------------------------------------------
 
     def _enter(self, stage: str) -> None:
-        """Free what the stage does not need, if networks are not to stay."""
+        """Free the networks that the stage does not need, unless they are to stay."""
         if self.offload == "none" or stage == self._stage:
             return
         self._stage = stage
@@ -407,6 +421,15 @@ class _Draft:
     clip_f: Tensor | None = None
     sync_f: Tensor | None = None
     text_f: Tensor | None = None
+    error: Exception | None = None  # why its pictures cannot be encoded
+
+    @contextmanager
+    def failing_alone(self) -> Iterator[None]:
+        """Keep an error of PyTorch (out of memory, for one) for this request; the others go on."""
+        try:
+            yield
+        except COMPUTE_ERRORS as error:
+            self.error = error
 
 
 def _lacks_clip(item: SoundConditions) -> bool:

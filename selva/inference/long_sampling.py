@@ -39,7 +39,7 @@ SHORTEST_WINDOW_SEC = 4 * WINDOW_STEP_SEC  # half of it overlaps, and there is s
 
 @dataclass(frozen=True)
 class WindowGrid:
-    """Where the windows of a long clip lie.
+    """Positions of the windows of a long clip.
 
     All windows have the same lengths, begin with a sync segment, and together cover every latent frame.
 

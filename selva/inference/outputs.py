@@ -1,4 +1,4 @@
-"""What is written for a sound: its files, the settings beside them, and whether both are there already.
+"""Files of a sound: the sound, the video, the settings beside them, and the test for whether they are current.
 
     dog.flac  dog.mp4    the sound, and the video with it
     dog.yaml             the settings, which `infer.py --config dog.yaml` reads back. The last line is written last: a
@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from selva import __version__
+from selva.extraction.reader import CLIP_ERRORS
 from selva.features import FeatureBundle
 from selva.inference.engine import SoundGenerator
 from selva.inference.request import Sound, SoundRequest
@@ -33,7 +35,7 @@ INFERENCE_VERSION = 1
 
 @dataclass(frozen=True)
 class SoundFiles:
-    """Where one sound goes; None for what is not written."""
+    """Paths of one sound; None for what is not written."""
 
     audio: Path | None
     video: Path | None
@@ -47,23 +49,40 @@ class SoundFiles:
         return self.written[0].with_suffix(SETTINGS_SUFFIX)
 
     def are_current(self, fingerprint: str) -> bool:
-        """Return whether everything is there, and was made from what the fingerprint stands for."""
+        """Return True where everything is there, and was made from what the fingerprint stands for."""
         if not all(path.is_file() for path in (*self.written, self.settings)):
             return False
         text = self.settings.read_text(encoding="utf-8", errors="replace")
         return text.rstrip("\n").rsplit("\n", 1)[-1] == FINGERPRINT_LINE + fingerprint
 
     def foreign(self) -> list[Path]:
-        """Return what is there without settings beside it: somebody else's, such as the recorded sound of a clip."""
+        """Return the files that are there without settings beside them: not ours, such as a clip's recorded sound."""
         return [] if self.settings.exists() else [path for path in self.written if path.exists()]
 
     def save(self, sound: Sound, settings: Mapping[str, Any], fingerprint: str) -> None:
-        """Write the sound, the video and the settings; these first without, and in the end with the fingerprint."""
+        """Write the sound, the video and the settings; these first without, and in the end with the fingerprint.
+
+        Raises:
+            ValueError: the video cannot be written; says where its sound is.
+        """
         text = settings_text(settings) + FINGERPRINT_LINE
         atomic_write_text(self.settings, f"{text}unfinished\n")
-        for path in self.written:
-            sound.save(path)
+        if self.audio is not None:  # first: what took long to make is safe, whatever becomes of the video
+            sound.save(self.audio)
+        if self.video is not None:
+            try:
+                sound.save(self.video)
+            except CLIP_ERRORS as error:
+                kept = self.audio or sound.save(_free_name(self.video))
+                raise ValueError(f"{error}; its sound is kept in {kept}") from error
         atomic_write_text(self.settings, f"{text}{fingerprint}\n")
+
+
+def _free_name(video: Path) -> Path:
+    """Return the path of a .flac beside a video that could not be written, where there is no file yet."""
+    endings = itertools.chain([""], (f"_sound{number or ''}" for number in itertools.count()))
+    candidates = (video.with_name(f"{video.stem}{ending}.flac") for ending in endings)
+    return next(path for path in candidates if not path.exists())
 
 
 def sound_files(
@@ -91,7 +110,7 @@ def sound_files(
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def model_recipe(generator: SoundGenerator) -> dict[str, Any]:
+def model_identity(generator: SoundGenerator) -> dict[str, Any]:
     """Return everything about a generator, with its adapters of the moment, that decides the bits of a sound.
 
     Batch size, device and memory settings are left out: they change the rounding at most.
@@ -109,7 +128,7 @@ def model_recipe(generator: SoundGenerator) -> dict[str, Any]:
     }
 
 
-def request_recipe(request: SoundRequest) -> dict[str, Any]:
+def request_identity(request: SoundRequest) -> dict[str, Any]:
     """Return everything about a request that decides a sound: the contents of its files, not their names.
 
     Raises:
@@ -125,8 +144,8 @@ def request_recipe(request: SoundRequest) -> dict[str, Any]:
     }
 
 
-def fingerprint(model: dict[str, Any], request: dict[str, Any], seed: int) -> str:
-    """Return 64 hexadecimal digits for the two recipes and a seed."""
+def sound_fingerprint(model: dict[str, Any], request: dict[str, Any], seed: int) -> str:
+    """Return 64 hexadecimal digits for the identities of model and request, and a seed."""
     return hashlib.sha256(json.dumps([model, request, seed], sort_keys=True).encode()).hexdigest()
 
 

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 def collect_requests(config: InferenceConfig) -> dict[str, SoundRequest]:
-    """Return what sound is to be made for, by the name of the output."""
+    """Return the requests of all sounds, by the name of the output."""
     if config.features:
         return feature_requests(config)
     if not config.videos:
@@ -59,6 +59,7 @@ def name_of_words(prompt: str | None) -> str:
 
 
 def feature_requests(config: InferenceConfig) -> dict[str, SoundRequest]:
+    """Return the requests for feature files, by the name of the output."""
     requests: dict[str, SoundRequest] = {}
     for path in config.features:
         found = sorted(p for p in path.glob("*.npz") if not p.name.startswith(".")) if path.is_dir() else [path]
@@ -73,7 +74,7 @@ def feature_requests(config: InferenceConfig) -> dict[str, SoundRequest]:
 
 
 def warn_of_long_videos(config: InferenceConfig, jobs: Sequence[ClipJob]) -> None:
-    """Say which videos get sound for their beginning only because nothing else was asked for."""
+    """Log a warning that names the videos of which only the beginning gets sound, as nothing else was asked for."""
     if config.long:
         return
     if config.duration is not None:
@@ -94,8 +95,8 @@ def warn_of_long_videos(config: InferenceConfig, jobs: Sequence[ClipJob]) -> Non
                     DEFAULT_DURATION_SEC, listed(longer))
 
 
-def adapter_settings(config: InferenceConfig) -> list[AdapterSetup]:
-    """Return the adapters and strengths to use: one setting, or those of the list to compare."""
+def adapter_setups(config: InferenceConfig) -> list[AdapterSetup]:
+    """Return the adapters and strengths to use: one setup, or those of the list to compare."""
     variant = get_variant(config.model.variant)
     if config.compare:
         lines = read_compare_list(config.compare)
@@ -108,12 +109,12 @@ def adapter_settings(config: InferenceConfig) -> list[AdapterSetup]:
 
 
 def plan_clip(
-    config: InferenceConfig, name: str, request: SoundRequest, settings: Sequence[AdapterSetup]
+    config: InferenceConfig, name: str, request: SoundRequest, setups: Sequence[AdapterSetup]
 ) -> BatchClip:
-    """Return a clip with one variation for every setting and seed."""
+    """Return a clip with one variation for every setup and seed."""
     variations = []
-    for index, setting in enumerate(settings):
-        output = config.output / setting.label if config.compare else config.output
+    for index, setup in enumerate(setups):
+        output = config.output / setup.label if config.compare else config.output
         for number in range(1, config.num_variations + 1):
             seed = config.seed + number - 1
             files = sound_files(output, name, request.video is not None, config.audio_only,
@@ -121,12 +122,12 @@ def plan_clip(
             # From a folder, the settings would name the sound after its source, and know no number.
             own_name = config.num_variations == 1 and name in (Path(request.source).stem, name_of_words(request.prompt))
             target = output if own_name else files.written[0]
-            variations.append(Variation(index, seed, files, variation_settings(config, request, setting, seed, target)))
+            variations.append(Variation(index, seed, files, variation_settings(config, request, setup, seed, target)))
     return BatchClip(name, request, variations)
 
 
 def variation_settings(
-    config: InferenceConfig, request: SoundRequest, setting: AdapterSetup, seed: int, output: Path
+    config: InferenceConfig, request: SoundRequest, setup: AdapterSetup, seed: int, output: Path
 ) -> dict[str, Any]:
     """Return the settings, by the names of the flags, that make this one sound again."""
     own: dict[str, Any] = {
@@ -134,7 +135,7 @@ def variation_settings(
         "features": [request.features] if request.features else [], "prompt": request.prompt, "seed": seed,
         "start": request.start_sec, "mask": request.mask.path if request.mask else None,
         "duration": None if request.duration_sec == WHOLE_VIDEO_SEC else request.duration_sec,
-        "adapter": [path for path, _ in setting.specs], "strength": [strength for _, strength in setting.specs],
+        "adapter": [path for path, _ in setup.specs], "strength": [strength for _, strength in setup.specs],
         "compare": None, "reference": None, "overwrite": False, "num_variations": 1, "output": output,
     }
     return values_of(config) | own

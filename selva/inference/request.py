@@ -1,4 +1,4 @@
-"""One sound from request to file: what is asked for, what the generator is told, and what comes out.
+"""One sound from request to file: the request, the conditions of the generator, the finished sound.
 
     SoundRequest --encoders--> SoundConditions --generator, decoders--> Sound --> .flac, .mp4
 """
@@ -20,7 +20,7 @@ from selva.sequence import SequenceConfig
 
 @dataclass(frozen=True)
 class SoundRequest:
-    """What one sound is to be made for: a video, features of one, or words only.
+    """Request for one sound: for a video, for features of one, or for words only.
 
     Attributes:
         video, features: at most one of them; features are a file of ``extract_features.py`` or a bundle.
@@ -50,7 +50,7 @@ class SoundRequest:
 
     @property
     def source(self) -> str:
-        """What messages call it."""
+        """The name of the request in messages."""
         if isinstance(self.features, FeatureBundle):
             return "features"
         return str(self.video or self.features or repr(self.prompt))
@@ -58,12 +58,12 @@ class SoundRequest:
 
 @dataclass(frozen=True)
 class SoundConditions:
-    """What the generator is told about one sound; features (1, tokens, channels) float32 on the CPU.
+    """Conditions of the generator for one sound; features (1, tokens, channels) float32 on the CPU.
 
     Attributes:
         sequence: all lengths. prompt: the words in ``text_f``.
         clip_f: kept where it is known, whether or not it will be passed. clip_f, sync_f: None where there is no
-            picture, which becomes the learned empty features. negative: None is the learned empty text.
+            picture, which becomes the empty features. negative: None is the empty text.
     """
 
     request: SoundRequest
@@ -121,4 +121,4 @@ def check_widths(conditions: SoundConditions, variant: Variant) -> None:
     ):
         if features is not None and features.shape[2] != width:
             raise ValueError(f"{conditions.request.source}: {what} are {features.shape[2]} wide, but {variant.name} "
-                             f"variations {width}; extract again with --variant {variant.name}")
+                             f"takes {width}; extract again with --variant {variant.name}")

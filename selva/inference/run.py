@@ -11,7 +11,7 @@ from selva.inference.batch import BatchClip, SoundBatch, common_clip_features, w
 from selva.inference.compare import check_reference_dir, write_comparison
 from selva.inference.config import InferenceConfig
 from selva.inference.engine import SoundGenerator, uses_clip_features
-from selva.inference.plan import adapter_settings, check_names, collect_requests, plan_clip
+from selva.inference.plan import adapter_setups, check_names, collect_requests, plan_clip
 from selva.inputs.table import TABLE_SUFFIXES
 from selva.utils.device import peak_memory_bytes
 
@@ -30,13 +30,14 @@ def generate(config: InferenceConfig, announce: Callable[[Path], None] = lambda 
     """
     if config.reference:
         check_reference_dir(config.reference)
-    setups = adapter_settings(config)
+    setups = adapter_setups(config)
     config = dataclasses.replace(config, clip_features=common_clip_features(config.clip_features, setups))
     generator = SoundGenerator(
         config.model.variant, config.model.selva_dir, clip_features=config.clip_features, sampling=config.sampling,
         long=config.long, normalize=config.normalize, target=config.target, device=config.model.device,
         precision=config.precision, batch_size=config.batch_size, offload=config.offload,
     )
+    config = dataclasses.replace(config, precision=generator.precision_name)  # for the settings beside the sounds
     clips = [plan_clip(config, name, request, setups) for name, request in collect_requests(config).items()]
     check_names(config, clips)
     lists = any(path.is_dir() or path.suffix.lower() in TABLE_SUFFIXES for path in (*config.inputs, *config.features))
@@ -59,7 +60,7 @@ def generate(config: InferenceConfig, announce: Callable[[Path], None] = lambda 
 
 
 def _log_outcome(clips: Sequence[BatchClip], generator: SoundGenerator) -> int:
-    """Say what was done; return the number of clips that failed."""
+    """Log the outcome of all clips; return the number of clips that failed."""
     failed, kept = sum(bool(clip.problem) for clip in clips), sum(clip.kept for clip in clips)
     made = sum(len(clip.made) for clip in clips) - kept
     log.info("%d made, %d already there, %d of %d clips failed", made, kept, failed, len(clips))

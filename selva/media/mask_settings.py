@@ -15,12 +15,12 @@ MASK_SUFFIXES = (".npy", *IMAGE_SUFFIXES)  # beside those of videos
 
 @dataclass(frozen=True)
 class MaskSettings:
-    """A mask and how it is used.
+    """A mask, its strength, and the encoders it is for.
 
     Attributes:
         path: image, video or .npy.
         strength: 1 makes the background grey, 0 leaves it, between blends.
-        clip, sync: which encoder's frames it is laid on.
+        clip, sync: it is applied to the frames of CLIP, of the video encoder.
 
     Raises:
         ValueError: a strength outside 0 ... 1, or a mask for neither encoder.
@@ -47,8 +47,8 @@ class MaskOptions:
         "named like the clips. The rest becomes grey. A table's column mask wins", group=MASKS, metavar="PATH")
     mask_strength: float = setting(MaskSettings.strength, "1 makes the rest of the picture grey, 0 leaves it, between "
                                    "blends", group=MASKS)
-    mask_clip: bool = setting(MaskSettings.clip, "lay the mask on what CLIP sees", group=MASKS)
-    mask_sync: bool = setting(MaskSettings.sync, "lay the mask on what the video encoder sees", group=MASKS)
+    mask_clip: bool = setting(MaskSettings.clip, "apply the mask to the pictures for CLIP", group=MASKS)
+    mask_sync: bool = setting(MaskSettings.sync, "apply the mask to the pictures for the video encoder", group=MASKS)
 
     def of_clip(self, path: Path | None) -> MaskSettings | None:
         """Return the mask of one clip, None if it has none.

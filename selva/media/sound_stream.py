@@ -147,7 +147,7 @@ class SoundStream:
                 break
         else:
             if not self.rate:
-                reason = f" ({self._error})" if self._error else ""
+                reason = f" (damaged: {self._error})" if self._error else ""
                 raise ValueError(f"{self.path}: has an audio stream, but no sound could be decoded from it{reason}")
             self._check_end(container, stream)
             if self._num_samples is not None and self._num_samples - self._position < _STAMP_JITTER_SEC * self.rate:

@@ -78,18 +78,18 @@ class VideoEncoderConfig:
 
     @property
     def num_slots(self) -> int:
-        """Time steps per segment, and sync features per segment: f below."""
+        """Time steps per segment, and sync features per segment."""
         return SYNC_SEGMENT_FRAMES // self.temporal_patch
 
     @property
     def num_patches(self) -> int:
-        """Patches per time step: p below."""
+        """Patches per time step."""
         return (self.image_size // self.patch_size) ** 2
 
 
 @dataclass(frozen=True)
 class MelConfig:
-    """What one family of models hears.
+    """Mel spectrogram of one family of models.
 
     Attributes:
         sampling_rate: audio samples per second.
@@ -207,7 +207,7 @@ class MelInversionConfig:
     Attributes:
         mode: "16k" or "44k"; decides the mel bands.
         hidden_dim: width of the network between bands and bins.
-        num_steps: projections that the phases are found in.
+        num_steps: projections with which the phases are found.
     """
 
     mode: str = "16k"
@@ -232,7 +232,7 @@ class MelInversionConfig:
 class ClipConfig:
     """Sizes of a CLIP model; the defaults are ViT-H/14 with QuickGELU as trained by DFN5B.
 
-    ``image_size`` is what the position table is for. The published features come from 384-pixel frames in this
+    ``image_size`` is that of the position table. The published features come from 384-pixel frames in this
     378-pixel tower, whose stride of 14 leaves 27 patches and ignores the last six rows and columns.
     ``byte_tokens`` replaces CLIP's word pieces by the bytes of the text, which need no vocabulary.
     """

@@ -1,4 +1,4 @@
-"""Variants: which networks, of which sizes, from which published files; needs no PyTorch.
+"""Variants of the base model: their networks, sizes and published files; needs no PyTorch.
 
 ``tiny_16k`` has the classes of the published models in small sizes and needs no files. Sizes and files: SelVA
 (arXiv:2512.02650), MMAudio (arXiv:2412.15322), BigVGAN (arXiv:2206.04658), DFN CLIP (arXiv:2309.17425) and FLAN-T5
@@ -19,7 +19,7 @@ from selva.models.config import (
     VocoderConfig,
 )
 
-# -- published files --------------------------------------------------------------------------------------------------
+# -- published files ---------------------------------------------------------------------------------------------------
 
 SELVA_REPO = "jnwnlee/SelVA"
 MMAUDIO_REPO = "hkchengrex/MMAudio"
@@ -34,7 +34,7 @@ class WeightFile:
 
     Attributes:
         name: the local file name.
-        purpose: what it is needed for, in words.
+        purpose: its use, in words.
         repo: repository on the Hugging Face Hub.
         remote: path inside the repository.
         md5: checksum, where one was published.
@@ -113,7 +113,7 @@ CLIP_WEIGHTS = _hub(
 T5_WEIGHTS = _hub("model.safetensors", "FLAN-T5 text encoder", T5_REPO, ("pytorch_model.bin",))
 T5_TOKENIZER = _hub("tokenizer.json", "FLAN-T5 tokenizer", T5_REPO)
 
-# -- variants ---------------------------------------------------------------------------------------------------------
+# -- variants ----------------------------------------------------------------------------------------------------------
 
 PARTS = ("generator", "video_encoder", "vae", "vocoder", "clip_text", "clip_image", "t5")
 
@@ -151,7 +151,7 @@ class Variant:
 
     @property
     def encoders(self) -> str:
-        """What the encoders are known by; variants of one family share them, and so their features."""
+        """Name of the encoders; variants of one family share them, and so their features."""
         return self.name if self.packaged else self.family
 
     @property
@@ -276,7 +276,7 @@ def get_variant(name: str) -> Variant:
 
 
 def features_problem(made_for: str, variant: Variant) -> str | None:
-    """Return why features that name the variant ``made_for`` do not suit ``variant``; None if they do, or may.
+    """Return the reason against using features of the variant ``made_for`` with ``variant``; None if there is none.
 
     SelVA's and MMAudio's features have the same shapes, so only the name can tell them apart.
     """

@@ -53,7 +53,7 @@ class CuttingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PartitionConfig:
-    """One call of ``partition_clips.py``: the recordings, how they are cut, and the tables that are written."""
+    """Settings of one call of ``partition_clips.py``: recordings, cutting, tables."""
 
     data_dir: Path = required("folder of recordings (subfolders are not read)", group=INPUT)
     output_dir: Path = required("where clips.tsv goes", group=INPUT)
@@ -80,7 +80,7 @@ class PartitionConfig:
             raise ValueError("; ".join(problems))
 
     def _problems(self) -> Iterator[str]:
-        """Yield everything that is wrong with the settings together."""
+        """Yield a message for every setting, or combination of settings, that is wrong."""
         rules = (
             (self.start < 0 or self.end < -1,
              f"--start {self.start} --end {self.end}: expected 0 or more (--end -1 for all)"),

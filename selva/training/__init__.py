@@ -1,1 +1,1 @@
-"""Training an adapter: settings, objective, state of a run, loop, output folder."""
+"""Training of an adapter: settings, objective, state of a run, loop, output folder."""

@@ -1,4 +1,4 @@
-"""Compiling the blocks of a generator with ``torch.compile``, kept on disk for the next run."""
+"""Compilation of a generator's blocks with ``torch.compile``, kept on disk for the next run."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def prepare_to_compile(device: torch.device) -> None:
 def compile_blocks_(generator: Generator) -> None:
     """Make every block run compiled from its next call on, in place.
 
-    Block by block, not as a whole: blocks of one kind share what is compiled, so that it takes a fraction of the time.
+    Block by block, not as a whole: blocks of one kind share their compiled code, which saves most of the time.
     Names and values of parameters stay what they are.
     """
     for block in (*generator.joint_blocks, *generator.fused_blocks):
@@ -42,7 +42,7 @@ def compile_blocks_(generator: Generator) -> None:
 
 
 def missing_compiler(device: torch.device) -> str | None:
-    """Return what PyTorch's compiler lacks on this machine, in words, or None."""
+    """Return the name of the part that PyTorch's compiler lacks on this machine, None if nothing is missing."""
     if device.type == "cuda":
         return None if importlib.util.find_spec("triton") else "the package triton"
     compiler = os.environ.get("CXX")

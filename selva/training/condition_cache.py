@@ -1,7 +1,7 @@
-"""Clips as the generator's blocks take them: latents and projected conditions, computed once and kept on the device.
+"""Cache of latents and projected conditions, in the form that the generator's blocks take, kept on the device.
 
 The projections of pictures, motion and text depend neither on the time nor on the noise. Unless the adapter changes
-them, a clip's are the same at every visit, and a step then needs nothing from the host but random numbers.
+them, a clip's are the same in every batch, and a step then needs nothing from the host but random numbers.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from selva.data.dataset import ClipDataset, ClipWindow, Lengths, collate
 from selva.lora.layers import lora_layers
 from selva.models.generator import CONDITION_PARTS, Conditions, Generator
 
-MAX_BYTES = 512 * 2**20  # about 500 clips of 8 s; a larger set is projected anew at every visit
+MAX_BYTES = 512 * 2**20  # about 500 clips of 8 s; a larger set is not cached
 
 
 @dataclass(frozen=True)
-class ProjectedBatch:
-    """What :class:`selva.data.dataset.Batch` becomes behind the projections.
+class CachedBatch:
+    """A batch behind the projections, see :class:`selva.data.dataset.Batch`.
 
     Attributes:
         mean, std: (B, N, C). has_video: (B,) bool; where it is False, the conditions of pictures and motion are NaN.
-        conditions: of B clips. empty: of batch 1, what stands in for a dropped condition.
+        conditions: of B clips. empty: of batch 1, in place of a dropped condition.
         lengths: (N, T, S).
     """
 
@@ -47,8 +47,8 @@ class ProjectedBatch:
         return Conditions(**{name: choose(mask, name) for name, mask in masks.items()})
 
 
-def can_project(generator: Generator, clips: ClipDataset, precision: torch.dtype) -> bool:
-    """Return whether a set can be projected once: no adapted layer is in the way, and the result is small enough.
+def can_cache(generator: Generator, clips: ClipDataset, precision: torch.dtype) -> bool:
+    """Return True where the conditions of a set can be cached: no projection is adapted, and the cache is small enough.
 
     The answer depends on settings and data only, so that a resumed run computes what the interrupted one did.
     """
@@ -68,7 +68,7 @@ def can_project(generator: Generator, clips: ClipDataset, precision: torch.dtype
 
 
 class ConditionCache:
-    """The clips of a training set, each projected at its first visit.
+    """The conditions of a training set, those of each window computed at its first use.
 
     Args:
         generator: with its adapter, on its device. precision: autocast dtype of the projections.
@@ -79,25 +79,25 @@ class ConditionCache:
         self._known: dict[ClipWindow, tuple[Tensor, Tensor, Tensor, Conditions]] = {}
         self._empty: dict[Lengths, Conditions] = {}
 
-    def load(self, visits: Sequence[ClipWindow]) -> ProjectedBatch:
-        """Return the batch of these visits, which are of one length."""
-        lengths = self.clips.lengths(visits[0].index)
+    def load(self, windows: Sequence[ClipWindow]) -> CachedBatch:
+        """Return the batch of these windows, which are of one length."""
+        lengths = self.clips.lengths(windows[0].index)
         self.generator.set_sequence(*lengths)
-        rows = [self._known.get(visit) or self._project(visit) for visit in visits]
+        rows = [self._known.get(window) or self._compute(window) for window in windows]
         means, stds, has_video, conditions = zip(*rows, strict=True)
-        return ProjectedBatch(
+        return CachedBatch(
             torch.cat(means), torch.cat(stds), torch.cat(has_video), Conditions.cat_all(conditions),
             self._empty_conditions(lengths), lengths,
         )
 
     @torch.no_grad()
-    def _project(self, visit: ClipWindow) -> tuple[Tensor, Tensor, Tensor, Conditions]:
+    def _compute(self, window: ClipWindow) -> tuple[Tensor, Tensor, Tensor, Conditions]:
         # One clip at a time, whatever batch it comes in: its bits must not depend on its neighbours.
-        clip = collate([self.clips.clip(*visit)]).to(self.generator.latent_mean.device)
+        clip = collate([self.clips.clip(*window)]).to(self.generator.latent_mean.device)
         with self._autocast():
             conditions = self.generator.preprocess_conditions(clip.clip_f, clip.sync_f, clip.text_f)
-        self._known[visit] = clip.mean, clip.std, clip.has_video, conditions
-        return self._known[visit]
+        self._known[window] = clip.mean, clip.std, clip.has_video, conditions
+        return self._known[window]
 
     @torch.no_grad()
     def _empty_conditions(self, lengths: Lengths) -> Conditions:

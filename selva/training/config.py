@@ -10,7 +10,7 @@ from selva import flow
 from selva.audio.config import AUDIO_NORMALIZATIONS, Normalize
 from selva.lora.config import LoRAConfig
 from selva.sequence import DEFAULT_DURATION_SEC
-from selva.utils.device import PRECISIONS
+from selva.utils.device import PRECISION_CHOICES, PRECISION_HELP
 from selva.utils.settings import required, setting
 from selva.weights.config import GENERAL, ModelConfig
 
@@ -28,7 +28,7 @@ MEMORY = "memory and speed"
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How an adapter is trained; one step is one optimiser update, whatever ``grad_accum`` is."""
+    """Optimisation, objective and evaluation; one step is one optimiser update, whatever ``grad_accum`` is."""
 
     steps: int = setting(2000, "updates", group=OPTIMISATION)
     lr: float = setting(1e-4, "learning rate", group=OPTIMISATION)
@@ -97,7 +97,7 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """One run of ``train_lora.py``: its data, its model, its adapter, its training, and what it writes."""
+    """Settings of one run of ``train_lora.py``: data, model, adapter, training, output."""
 
     data_dir: Path = required("folder of .npz + sound pairs, or an MMAudio memmap", group=DATA)
     output_dir: Path = setting(Path("lora_output"), "folder of this run", group=DATA)
@@ -121,17 +121,18 @@ class RunConfig:
     tensorboard: bool = setting(False, "write the curves for TensorBoard too", group=EVALUATION)
     preview: bool = setting(True, "generate a sample at every checkpoint", group=EVALUATION)
     preserve: tuple[str, ...] = setting(
-        (), "sounds that shall stay as they are; the model also trains on what it makes of these prompts now. Without "
-        "them, a new sound may take over others at full strength", group=PRESERVATION, nargs="*", metavar="PROMPT")
-    preserve_share: float = setting(0.5, "share of the training that goes into that", group=PRESERVATION)
+        (), "prompts of sounds that the model knows and shall keep: it also trains on sounds that it has generated for "
+        "them at the start. Without them, the new sound may replace others", group=PRESERVATION, nargs="*",
+        metavar="PROMPT")
+    preserve_share: float = setting(0.5, "share of these sounds in the training", group=PRESERVATION)
     grad_checkpointing: bool = setting(False, "recompute blocks in the backward pass: less memory for more time",
                                        group=MEMORY)
     checkpoint_blocks: int | None = setting(None, "recompute only the first N blocks, as few as the memory needs",
                                             group=MEMORY, metavar="N", at_least_one=True)
     compile: bool = setting(
-        False, "compile the blocks: the first steps take a minute or more, less when the same has been compiled "
-        "before, and later ones less; needs a C++ compiler, on NVIDIA GPUs triton", group=MEMORY)
-    precision: str = setting("bf16", "number format of the networks", group=GENERAL, choices=PRECISIONS)
+        False, "compile the blocks with torch.compile, for faster steps: the first ones take a minute or more, less in "
+        "the next run, as the result is kept; needs a C++ compiler, on NVIDIA GPUs triton", group=MEMORY)
+    precision: str = setting("auto", PRECISION_HELP, group=GENERAL, choices=PRECISION_CHOICES)
 
     def __post_init__(self) -> None:
         problems = []

@@ -1,4 +1,4 @@
-"""The loop: step, log, validate, save, until the last step, until patience ends or until it is asked to stop."""
+"""Training loop: step, log, validate, save, until the last step, until patience ends or until it is asked to stop."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def _log_line(
 
 
 def _warn_of_overfitting(run: TrainingRun, metrics: MetricsFile) -> None:
-    """Say so when held-out clips have got worse for a while although the training loss fell."""
+    """Log a warning when held-out clips have got worse for a while although the training loss fell."""
     if run.worse_in_a_row < OVERFITTING_AFTER:
         return
     steps, losses = metrics.series("loss")

@@ -1,6 +1,6 @@
 """Objective of a training step, and validation on fixed noise.
 
-The recipe is that of the base models (MMAudio, arXiv:2412.15322): latents drawn from the VAE posterior at every visit,
+The recipe is that of the base models (MMAudio, arXiv:2412.15322): latents drawn from the VAE posterior at every use,
 logit-normal times, video and text conditions replaced by the empty ones with probability 0.1 each. Time, noise, targets
 and loss are float32; only the frozen network runs in half precision.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 from selva import flow
 from selva.data.dataset import Batch, ClipDataset, collate
 from selva.models.generator import Generator
-from selva.training.condition_cache import ProjectedBatch
+from selva.training.condition_cache import CachedBatch
 from selva.training.config import TrainConfig
 from selva.utils.distributed import World
 
@@ -26,7 +26,7 @@ ALONE = World()
 
 @dataclass(frozen=True)
 class NoiseSample:
-    """Everything random about one batch, drawn on the CPU in float32 (masks: bool), so that devices agree.
+    """Random numbers of one batch, drawn on the CPU in float32 (masks: bool), so that devices agree.
 
     Attributes:
         posterior, noise: (B, N, C) standard normal. t: (B,). drop_video, drop_text: (B,) which conditions are empty.
@@ -39,12 +39,12 @@ class NoiseSample:
     drop_text: Tensor
 
     def part(self, own: slice) -> NoiseSample:
-        """Return the draws of some items of the batch."""
+        """Return the random numbers of some items of the batch."""
         return NoiseSample(*(getattr(self, field.name)[own] for field in fields(self)))
 
 
 def sample_noise(shape: torch.Size, config: TrainConfig, rng: torch.Generator, progress: float) -> NoiseSample:
-    """Draw for a batch of latents of ``shape`` (B, N, C); the order is MMAudio's."""
+    """Draw the random numbers for a batch of latents of ``shape`` (B, N, C); the order is MMAudio's."""
     posterior = torch.randn(shape, generator=rng)
     t = flow.sample_times(
         shape[0], config.timestep_mode, rng, sigma=config.logit_normal_sigma,
@@ -57,19 +57,19 @@ def sample_noise(shape: torch.Size, config: TrainConfig, rng: torch.Generator, p
 
 
 def flow_loss(
-    generator: Generator, batch: Batch | ProjectedBatch, draws: NoiseSample, config: TrainConfig, precision: torch.dtype
+    generator: Generator, batch: Batch | CachedBatch, noise: NoiseSample, config: TrainConfig, precision: torch.dtype
 ) -> Tensor:
     """Return the (B,) flow-matching losses of a batch, in float32.
 
     Args:
-        batch: on the generator's device; features, or what the generator projected them to.
-        draws: on the CPU, see :func:`sample_noise`.
+        batch: on the generator's device; features, or their projections from the cache.
+        noise: on the CPU, see :func:`sample_noise`.
         precision: autocast dtype of the network; float32 switches autocast off.
     """
     device = batch.mean.device
     posterior, t, x0, drop_video, drop_text = (
         x.to(device, non_blocking=True)
-        for x in (draws.posterior, draws.t, draws.noise, draws.drop_video, draws.drop_text)
+        for x in (noise.posterior, noise.t, noise.noise, noise.drop_video, noise.drop_text)
     )
     generator.set_sequence(*batch.lengths)
     latent = batch.mean + batch.std * posterior if config.latent == "sample" else batch.mean
@@ -79,7 +79,7 @@ def flow_loss(
     drop_video = drop_video | ~batch.has_video
     drop_clip = torch.ones_like(drop_video) if config.clip_features == "empty" else drop_video
     with torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32):
-        if isinstance(batch, ProjectedBatch):
+        if isinstance(batch, CachedBatch):
             conditions = batch.with_dropped(drop_clip, drop_video, drop_text)
         else:
             conditions = generator.preprocess_conditions(*_features(generator, batch, drop_clip, drop_video, drop_text))
@@ -90,7 +90,7 @@ def flow_loss(
 def _features(
     generator: Generator, batch: Batch, drop_clip: Tensor, drop_video: Tensor, drop_text: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the CLIP, sync and text features of a batch with the learned empty ones where the (B,) masks are True."""
+    """Return the CLIP, sync and text features of a batch with the empty ones where the (B,) masks are True."""
     pairs = zip(
         (drop_clip, drop_video, drop_text), generator.empty_features(1), (batch.clip_f, batch.sync_f, batch.text_f),
         strict=True,

@@ -1,4 +1,4 @@
-"""Keeping what a model knows while it learns something new: its own sounds among the training clips.
+"""Prior preservation: a model keeps what it knows, as its own sounds are mixed into the training clips.
 
 A few dozen clips of one sound teach a model that everything sounds like that. Beside them it is therefore trained on
 what it makes itself, before any training, for prompts of sounds that shall stay (as DreamBooth keeps a class,
@@ -25,21 +25,21 @@ from selva.utils.progress import Progress
 log = logging.getLogger(__name__)
 
 UNGUIDED = SamplingConfig(cfg_strength=0.0)
-SOUNDS_PER_PROMPT = 2  # at least; fewer clips than that asks for are visited several times an epoch
-MOST_SOUNDS = 200  # kept in memory, about 1 MB each; a larger share of a large set meets each of them more than once
+SOUNDS_PER_PROMPT = 2  # at least; if there are fewer clips, an epoch uses each of them several times
+MOST_SOUNDS = 200  # kept in memory, about 1 MB each; a larger share of a large set uses each of them more than once
 
 
 def mixture(num_clips: int, num_prompts: int, share: float) -> tuple[int, int]:
-    """Return how often an epoch visits each clip, and how many preserved sounds it visits, which are ``share`` of all.
+    """Return (uses of each clip, preserved sounds) in an epoch; the preserved sounds are ``share`` of all.
 
     Raises:
         ValueError: ``share`` is not between 0 and 1.
     """
     if not 0 < share < 1:
         raise ValueError(f"preserve_share is {share}, expected more than 0 and less than 1")
-    per_visit = num_clips * share / (1 - share)
-    visits = max(1, math.ceil(SOUNDS_PER_PROMPT * num_prompts / per_visit))
-    return visits, round(visits * per_visit)
+    per_repeat = num_clips * share / (1 - share)
+    repeats = max(1, math.ceil(SOUNDS_PER_PROMPT * num_prompts / per_repeat))
+    return repeats, round(repeats * per_repeat)
 
 
 def with_preserved(
@@ -51,26 +51,26 @@ def with_preserved(
     *,
     seed: int,
     precision: torch.dtype,
-    use_clip: bool = True,
+    use_clip_features: bool = True,
 ) -> ClipDataset:
     """Return the clips, and sounds that the generator makes for ``prompts`` as ``share`` of all.
 
     There are at least :data:`SOUNDS_PER_PROMPT` for every prompt; a small set of clips is repeated to keep the share.
     Each sound borrows the sync features of one of the clips, with the prompts in turn, so that something happens in it
-    at certain moments, and every other sound the clip's CLIP features. Without any, these would announce that the new
-    sound is to come; with all of them, the looks of the new thing would mean nothing. Depends on nothing but the
-    arguments.
+    at certain moments, and every other sound the clip's CLIP features. If no sound had CLIP features, the model would
+    learn that they always mean the new sound; if all had them, it would learn to ignore them. Depends on nothing but
+    the arguments.
 
     Args:
         generator: the base model, on its device; its adapter, if there is one, must not have learned anything.
         text_features: (prompts, 77, text_dim).
         seed: of the noise. precision: autocast dtype of the network.
-        use_clip: the training passes CLIP features; if not, no sound is made with them either.
+        use_clip_features: the training passes CLIP features; if not, no sound is made with them either.
 
     Raises:
         ValueError: ``share`` is not between 0 and 1.
     """
-    visits, wanted = mixture(len(clips), len(prompts), share)
+    repeats, wanted = mixture(len(clips), len(prompts), share)
     shift_after = math.lcm(len(clips), len(prompts))  # then each prompt meets other clips than before
     made, count = [], min(wanted, max(MOST_SOUNDS, len(prompts)))
     was_training = generator.training
@@ -79,17 +79,17 @@ def with_preserved(
         for number in range(count):
             which = number % len(prompts)
             clip = clips.clip((number + number // shift_after) % len(clips))
-            clip = clip if use_clip and (number + number // len(prompts)) % 2 else _unseen(generator, clip)
+            clip = clip if use_clip_features and (number + number // len(prompts)) % 2 else _unseen(generator, clip)
             made.append(_as_made(generator, clip, prompts[which], text_features[which], seed + number, precision))
             progress.update(number + 1)
     generator.train(was_training)
     preserved = ListDataset(made)
-    repeated = clips if visits == 1 else clips.subset(i for _ in range(visits) for i in range(len(clips)))
+    repeated = clips if repeats == 1 else clips.subset(i for _ in range(repeats) for i in range(len(clips)))
     return ConcatDataset(repeated, preserved.subset(i % len(preserved) for i in range(wanted)))
 
 
 def _unseen(generator: Generator, clip: TrainingClip) -> TrainingClip:
-    """Return the clip with the learned nothing for its CLIP features."""
+    """Return the clip with the empty features in place of its CLIP features."""
     generator.set_sequence(*clip.lengths)
     return dataclasses.replace(clip, clip_f=generator.empty_features(1)[0][0].detach().float().cpu())
 
@@ -97,7 +97,7 @@ def _unseen(generator: Generator, clip: TrainingClip) -> TrainingClip:
 def _as_made(
     generator: Generator, clip: TrainingClip, prompt: str, text_f: Tensor, seed: int, precision: torch.dtype
 ) -> TrainingClip:
-    """Return a clip of the same moments and looks with another prompt, and what the generator makes of it."""
+    """Return a clip with the features of this one, another prompt, and the sound that the generator makes for both."""
     device = generator.latent_mean.device
     generator.set_sequence(*clip.lengths)
     clip_f, sync_f, _ = generator.empty_features(1)

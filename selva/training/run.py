@@ -1,4 +1,4 @@
-"""Everything of a training that has a state and must survive a restart."""
+"""State of a training, and the step that changes it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from selva.checkpoint import TrainingState
 from selva.data.dataset import Batch, BucketBatchSampler, ClipDataset, ClipWindow
 from selva.lora.state import load_lora_state_, lora_parameters, lora_plus_groups, named_factors
 from selva.models.generator import Generator
-from selva.training.condition_cache import ConditionCache, ProjectedBatch, can_project
+from selva.training.condition_cache import CachedBatch, ConditionCache, can_cache
 from selva.training.config import TrainConfig
 from selva.training.ema import EMA
 from selva.training.objective import ALONE, flow_loss, sample_noise, validate
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 class TrainingRun:
-    """Everything that has a state and must survive a restart: adapter, optimiser, scaler, data order, random states.
+    """State of a training that must survive a restart: adapter, optimiser, scaler, data order, random states.
 
     Args:
         generator: frozen base with adapters injected, on its device.
@@ -48,8 +48,8 @@ class TrainingRun:
         self.generator, self.val_clips, self.config, self.precision = generator, val_clips, config, precision
         self.world, self.device = world, generator.latent_mean.device
         self.batches = BucketBatchSampler(clips, config.batch_size * world.size, config.seed)
-        known_once = can_project(generator, self.batches.clips, precision)
-        self.projected = ConditionCache(generator, self.batches.clips, precision) if known_once else None
+        cached = can_cache(generator, self.batches.clips, precision)
+        self.condition_cache = ConditionCache(generator, self.batches.clips, precision) if cached else None
         self.rng = torch.Generator().manual_seed(config.seed)
         self.parameters = lora_parameters(generator)
         groups = lora_plus_groups(generator, config.lr, config.lora_plus_ratio)
@@ -70,11 +70,11 @@ class TrainingRun:
         config, own = self.config, self.world.own_slice(self.config.batch_size)
         total = torch.zeros((), device=self.device)
         for _ in range(config.grad_accum):
-            visits = self.batches.draw()
-            batch = self._load(visits[own])
-            shape = torch.Size((len(visits), *batch.mean.shape[1:]))  # of the global batch
-            draws = sample_noise(shape, config, self.rng, progress=self.step / config.steps).part(own)
-            loss = flow_loss(self.generator, batch, draws, config, self.precision).mean()
+            windows = self.batches.draw()
+            batch = self._load(windows[own])
+            shape = torch.Size((len(windows), *batch.mean.shape[1:]))  # of the global batch
+            noise = sample_noise(shape, config, self.rng, progress=self.step / config.steps).part(own)
+            loss = flow_loss(self.generator, batch, noise, config, self.precision).mean()
             self.scaler.scale(loss / config.grad_accum).backward()
             total += loss.detach() / config.grad_accum
         total = self.world.sum_(total) / self.world.size
@@ -96,13 +96,13 @@ class TrainingRun:
             self.ema.update(self.step)
         return total, norm
 
-    def _load(self, visits: Sequence[ClipWindow]) -> Batch | ProjectedBatch:
-        if self.projected is not None:
-            return self.projected.load(visits)
-        return self.batches.load(visits).to(self.device)
+    def _load(self, windows: Sequence[ClipWindow]) -> Batch | CachedBatch:
+        if self.condition_cache is not None:
+            return self.condition_cache.load(windows)
+        return self.batches.load(windows).to(self.device)
 
     def evaluated(self) -> AbstractContextManager[None]:
-        """Return a context in which the model holds what is validated, heard and saved: the average if there is one."""
+        """Return a context in which the model holds the weights to validate and save: the average if there is one."""
         return self.ema.applied() if self.ema is not None else nullcontext()
 
     def validate(self) -> dict[str, Any]:
@@ -116,11 +116,11 @@ class TrainingRun:
         return {"step": self.step, "val_loss": loss, "val_loss_bins": bins}
 
     def checkpoint_bytes(self) -> int:
-        """Return about how large a step file is: factors, the same exported, two moments, and the average."""
+        """Return the approximate size of a step file: factors, the same exported, two moments, and the average."""
         return sum(p.numel() for p in self.parameters) * 4 * (5 if self.ema else 4)
 
     def extra_state(self) -> dict[str, Any]:
-        """Return what a step file must hold beside adapter and optimiser so that :meth:`restore` is exact."""
+        """Return the state beside adapter and optimiser that :meth:`restore` needs to be exact."""
         return {
             "scaler": self.scaler.state_dict(),
             "batches": self.batches.state_dict(),

@@ -1,4 +1,4 @@
-"""The output folder of a training run: what is written when, what is kept, and how an older run is left alone."""
+"""Output folder of a training run: its files, the limit on step files, and older runs, which are moved aside."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A sound generated in the middle of training, the way ``infer.py`` would, beside the recorded one."""
+"""Sample in the middle of training: a sound generated the way ``infer.py`` does it, beside the recorded one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 class TrainingSample:
-    """Generates the sound of one clip, with guidance and always the same noise.
+    """Generator of the sound of one clip, with guidance and always the same noise.
 
     Args:
         clip: best one that is held out, see ``held_out``. normalize: how the recorded sound is shown.

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 def adapter_meta(config: RunConfig, num_clips: int) -> dict[str, Any]:
-    """Return what is stored in every adapter of the run: the published keys, and ours that others ignore."""
+    """Return the metadata of every adapter of the run: the published keys, and ours that others ignore."""
     training = config.training
     return {
         "variant": config.model.variant,
@@ -155,7 +155,7 @@ def build_run(
         clips = (
             with_preserved(
                 generator, clips[0], config.preserve, text_features, config.preserve_share, seed=training.seed,
-                precision=precision, use_clip=training.clip_features == "use",
+                precision=precision, use_clip_features=training.clip_features == "use",
             ),
             clips[1],
         )
@@ -170,7 +170,7 @@ def build_run(
 
 
 def estimate(run: TrainingRun) -> None:
-    """Try two steps and tell what the whole run will need; nothing is written."""
+    """Try two steps and log the time and memory that the whole run will need; nothing is written."""
     run.generator.train()
     run.train_step()  # the first one allocates and warms up
     started = time.monotonic()

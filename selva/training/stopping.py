@@ -1,4 +1,4 @@
-"""Stopping a run from outside, by Ctrl-C or SIGTERM, so that it can be continued."""
+"""Request to stop a run, by Ctrl-C or SIGTERM, so that it can be continued."""
 
 from __future__ import annotations
 

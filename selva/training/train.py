@@ -1,7 +1,8 @@
-"""One run from its settings to the finished adapter; what ``train_lora.py`` calls."""
+"""One training run from its settings to the finished adapter; behind ``train_lora.py``."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ from selva.training.run_folder import RunFolder, check_disk_space
 from selva.training.sample import TrainingSample
 from selva.training.setup import adapter_meta, build_run, check_resumable, estimate, find_resume, load_split
 from selva.training.stopping import StopRequest
-from selva.utils.device import peak_memory_bytes, resolve_device
+from selva.utils.device import peak_memory_bytes, resolve_device, resolve_precision
 from selva.utils.distributed import World, join_world
 from selva.utils.files import atomic_write_text
 from selva.utils.metrics_log import MetricsFile
@@ -32,7 +33,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a run has come to.
+    """Outcome of a run.
 
     Attributes:
         adapter: the final adapter, in the process that writes files; None after a dry run or a stop.
@@ -54,10 +55,12 @@ def train(config: RunConfig, settings: Mapping[str, Any] | None = None) -> Train
         ValueError, FileNotFoundError: data or weights cannot be used, or a run cannot be continued.
     """
     device = resolve_device(config.model.device)
+    config = dataclasses.replace(config, precision=resolve_precision(config.precision, device))
+    settings = {**(values_of(config) if settings is None else settings), "precision": config.precision}
     if config.compile:
         prepare_to_compile(device)
     with join_world(device) as world:
-        return _train(config, values_of(config) if settings is None else settings, device, world)
+        return _train(config, settings, device, world)
 
 
 def _train(config: RunConfig, settings: Mapping[str, Any], device: torch.device, world: World) -> TrainingResult:
@@ -66,6 +69,8 @@ def _train(config: RunConfig, settings: Mapping[str, Any], device: torch.device,
     saved = find_resume(config)
     if saved is not None:
         check_resumable(saved, config)
+        if (before := saved.meta.get("precision", config.precision)) != config.precision:
+            log.warning("%s: was trained in %s so far and goes on in %s", saved.path, before, config.precision)
     clips, val_clips = load_split(config, device, world)
 
     # 2. the model, and everything with a state; then the old state
@@ -80,7 +85,7 @@ def _train(config: RunConfig, settings: Mapping[str, Any], device: torch.device,
     meta = adapter_meta(config, len(clips))
     folder = RunFolder(output_dir, meta, config.keep_last,
                        f"{config.model.variant}, {len(clips)} clips, rank {config.lora.rank}")
-    metrics, preview = MetricsFile(), None
+    metrics, sample = MetricsFile(), None
     if world.is_main:
         num_checkpoints = min(-(-training.steps // training.save_every), config.keep_last or training.steps)
         check_disk_space(output_dir, run.checkpoint_bytes(), num_checkpoints)
@@ -90,18 +95,18 @@ def _train(config: RunConfig, settings: Mapping[str, Any], device: torch.device,
         atomic_write_text(output_dir / "config.yaml", settings_text(settings))
         if config.preview:
             shown = val_clips if len(val_clips) else clips
-            preview = TrainingSample(shown.clip(0), bool(len(val_clips)), get_variant(config.model.variant),
-                                     config.model.selva_dir, config.normalize_audio, training.seed)
+            sample = TrainingSample(shown.clip(0), bool(len(val_clips)), get_variant(config.model.variant),
+                                    config.model.selva_dir, config.normalize_audio, training.seed)
 
     # 4. train
     def on_checkpoint(run: TrainingRun) -> None:
         if not world.is_main:
             return
         folder.save_step(run, metrics)
-        if preview is not None and not stop():
+        if sample is not None and not stop():
             try:
                 with run.evaluated():
-                    preview.write(run, output_dir)
+                    sample.write(run, output_dir)
             except (ValueError, OSError) as error:  # a sample that cannot be made must not end a run
                 log.warning("no sample at step %d: %s", run.step, error)
 

@@ -1,4 +1,4 @@
-"""Blocks of a Markdown document that a program writes, between two marks; what people wrote around them stays."""
+"""Blocks of a Markdown document that a program writes, between two marks; the text around them stays."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings in one place: a dataclass field holds a setting's default, type, choices and help.
+"""Declaration of settings: a dataclass field holds a setting's default, type, choices and help.
 
     @dataclass(frozen=True)
     class Config:
@@ -26,20 +26,20 @@ KEY = "setting"  # of the metadata of a dataclass field
 
 @dataclass(frozen=True)
 class SettingInfo:
-    """Everything about a setting that its field does not say itself.
+    """Properties of a setting beside the name, type and default of its field.
 
     Attributes:
-        help: what it does, without its default.
+        help: its effect, without its default.
         group: heading under which ``--help`` and ``docs/`` list it.
         choices: all values that are allowed; empty if the set is open.
-        metavar: what stands for the value in ``--help``.
+        metavar: placeholder of the value in ``--help``.
         flag: name on the command line, where it differs from the field's; the metavar of a positional argument.
         nargs: as argparse understands it, for settings with several values.
         repeat: the flag may be given several times, once for each value.
         positional: given without a flag.
         required: has no default.
         at_least_one: an integer of 1 or more, refused by the parser otherwise.
-        default_text: what ``--help`` shows as the default where the value itself says little.
+        default_text: the default as ``--help`` shows it, where the value itself says little.
     """
 
     help: str
@@ -70,7 +70,7 @@ def required(help: str, **more: Any) -> Any:
 
 @dataclass(frozen=True)
 class Setting:
-    """A setting as it is declared: name of its field, the type of one value, its default and the rest.
+    """One declared setting: name of its field, the type of one value, its default and the rest.
 
     Attributes:
         name: on the command line and in settings files, without hyphens.

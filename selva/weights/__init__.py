@@ -1,1 +1,1 @@
-"""Weight files: where they lie, what they are known by, and loading them. ``assets/`` holds those of tiny_16k."""
+"""Weight files: finding, identifying and loading them. ``assets/`` holds those of tiny_16k."""

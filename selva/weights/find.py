@@ -1,4 +1,4 @@
-"""Weight files: where they lie, whether all are there, and by what they are known; needs no PyTorch."""
+"""Search for weight files, check that all are there, and identities of packaged ones; needs no PyTorch."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def weight_folders(selva_dir: Path) -> list[Path]:
 
 
 def find_file(file: WeightFile, selva_dir: Path | None) -> Path | None:
-    """Return where ``file`` lies, or None; looks into ``selva_dir`` first, then into the Hugging Face cache."""
+    """Return the path of ``file``, None if it is missing; ``selva_dir`` goes before the Hugging Face cache."""
     names = (file.name, *file.alternatives)
     for folder in weight_folders(Path(selva_dir)) if selva_dir is not None else ():
         place = folder / file.folder_name if file.hub_folder else folder
@@ -45,7 +45,7 @@ def find_file(file: WeightFile, selva_dir: Path | None) -> Path | None:
 
     for name in names:
         cached = try_to_load_from_cache(file.repo, name)
-        if isinstance(cached, str):  # neither None nor the mark of "known not to exist"
+        if isinstance(cached, str):  # neither None nor the sentinel for "known not to exist"
             return Path(cached)
     return None
 
@@ -56,7 +56,7 @@ def default_layout(selva_dir: Path) -> str:
 
 
 def local_path(file: WeightFile, selva_dir: Path, layout: str) -> Path:
-    """Return where a new copy of ``file`` belongs in one of the LAYOUTS."""
+    """Return the path for a new copy of ``file`` in one of the LAYOUTS."""
     assert layout in LAYOUTS, layout
     if layout == "selva":
         folder = selva_dir / ("ext_weights" if file.external else "weights")
@@ -94,7 +94,7 @@ def find_weights(variant: Variant, selva_dir: Path | None, needs: Sequence[str])
 
 
 def check_weights(variant: str, selva_dir: Path | None, needs: Sequence[str] = PARTS) -> None:
-    """Return if every file of the parts in ``needs`` is there. Cheap: looks, reads nothing.
+    """Check that every file of the parts in ``needs`` exists. Cheap: no file is read.
 
     Raises:
         ValueError: unknown variant.
@@ -103,7 +103,7 @@ def check_weights(variant: str, selva_dir: Path | None, needs: Sequence[str] = P
     find_weights(get_variant(variant), selva_dir, needs)
 
 
-# -- the weights in the package ---------------------------------------------------------------------------------------
+# -- the weights in the package ----------------------------------------------------------------------------------------
 
 
 def asset_name(variant: str, part: str) -> str:
@@ -121,7 +121,7 @@ def packaged_identity(variant: str) -> str:
 
 
 def encoders_identity(variant: Variant) -> str:
-    """Return what decides the features that a variant's encoders make, for files that remember how they were made.
+    """Return a name for a variant's encoders that changes with their features, to be stored beside features.
 
     Published encoders never change; those of a packaged variant may, with the package.
     """

@@ -1,4 +1,4 @@
-"""Published weight files -> networks that are ready to use.
+"""Loaders: published weight files -> networks that are ready to use.
 
     check_weights(variant, selva_dir, needs)    are all files there?  one error names every missing one
     load_generator(variant, selva_dir) ...      a frozen network in eval mode
@@ -38,7 +38,7 @@ AnyNetwork = Generator | TextSynch | Synchformer | VAE | Vocoder | MelInversion 
 Network = TypeVar("Network", bound=AnyNetwork)
 
 
-# -- reading ----------------------------------------------------------------------------------------------------------
+# -- reading -----------------------------------------------------------------------------------------------------------
 
 
 def read_checkpoint(path: Path, key: str | None = None, prefixes: tuple[str, ...] = ("",)) -> dict[str, Tensor]:
@@ -77,7 +77,7 @@ def read_checkpoint(path: Path, key: str | None = None, prefixes: tuple[str, ...
     return {name: tensor for name, tensor in content.items() if name.startswith(prefixes)}
 
 
-# -- loading ----------------------------------------------------------------------------------------------------------
+# -- loading -----------------------------------------------------------------------------------------------------------
 
 
 def load_generator(
@@ -182,7 +182,7 @@ def _finish(network: Network, device: torch.device | str, dtype: torch.dtype) ->
 
 
 def _check_band_statistics(weights: Mapping[str, Tensor]) -> None:
-    """Insist on what a VAE without weights has no values for; its load_published would keep what is there."""
+    """Raise a ValueError if the band statistics are missing, which the VAE's load_published would not notice."""
     missing = [name for name in DATA_BUFFERS if name not in weights]
     if missing:
         raise ValueError(f"{' and '.join(missing)} are missing")

@@ -7,8 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_run import make_clips
 
-from selva.data.dataset import BucketBatchSampler, ClipDataset, ListDataset, ShuffledIndices, TrainingClip, collate
+from selva.data.dataset import (
+    BucketBatchSampler,
+    ClipDataset,
+    ListDataset,
+    ShuffledIndices,
+    TrainingClip,
+    collate,
+    split_validation,
+)
 from selva.sequence import sequence_config
 
 
@@ -153,6 +162,37 @@ def test_a_plain_list_of_clips_is_a_set():
     assert BucketBatchSampler(clips, 1, 0).clips.ids == ListDataset(clips).ids == ["a", "b"]
     with pytest.raises(AssertionError):
         ListDataset(clips).clip(0, 1)
+
+
+def test_epochs_visit_every_clip_once_in_batches_of_one_length():
+    """Pitfall F9: shuffled epochs, not draws with replacement."""
+    clips = make_clips(4) + make_clips(4, 1.5)
+    batches = BucketBatchSampler(clips, 2, seed=3)
+    seen = []
+    for _ in range(4):
+        batch = next(batches)
+        assert len({i.rsplit("_", 1)[1] for i in batch.ids}) == 1
+        seen += batch.ids
+    assert sorted(seen) == sorted(c.id for c in clips)
+
+
+def test_batch_order_continues_from_its_state():
+    clips = make_clips(5) + make_clips(3, 1.5)
+    batches, other = BucketBatchSampler(clips, 2, seed=3), BucketBatchSampler(clips, 2, seed=9)
+    for _ in range(5):
+        next(batches)
+    other.load_state_dict(batches.state_dict())
+    assert [next(batches).ids for _ in range(9)] == [next(other).ids for _ in range(9)]
+
+
+@pytest.mark.parametrize(
+    "count, fraction, expected", [(4, 0.1, 0), (5, 0.1, 1), (30, 0.1, 3), (10, 0.0, 0), (6, 0.99, 5)]
+)
+def test_how_many_clips_are_held_out(count, fraction, expected):
+    clips = ListDataset(make_clips(count))
+    train, val = split_validation(clips, fraction, seed=1)
+    assert len(val) == expected and sorted(train.ids + val.ids) == sorted(clips.ids)
+    assert split_validation(clips, fraction, seed=1)[1].ids == val.ids
 
 
 # -- the stream of indices ---------------------------------------------------------------------------------------------

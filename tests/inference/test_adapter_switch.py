@@ -14,7 +14,7 @@ from selva.weights.load import load_generator
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("expected", [True, False])
 def test_exchanged_adapters_leave_no_trace(dtype, expected):
-    """Every setting holds the bits of a fresh one, convolutions and DoRA included."""
+    """Every exchange gives the bits of a fresh model, convolutions and DoRA included."""
     plain = make_adapter(1, ("attn.qkv", "linear1"))
     dora = make_adapter(2, ("attn.qkv", "text_block.linear1"), dora=True)
     settings = [[], [(plain, 0.7)], [(dora, 1.0), (plain, 0.3)], [(plain, 0.0)], [(dora, -0.5)], [(plain, 0.7)], []]

@@ -1,4 +1,4 @@
-"""selva.inference.batch: how many clips go together."""
+"""selva.inference.batch: clips that go together."""
 
 from __future__ import annotations
 

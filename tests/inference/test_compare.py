@@ -1,4 +1,4 @@
-"""selva.inference.compare: the list of settings, recorded sounds, figures and the sheet."""
+"""selva.inference.compare: the list of setups, recorded sounds, figures and the sheet."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def knocks(times: list[float], seconds: float = 1.0) -> np.ndarray:
     return sum(0.5 * np.exp(-40 * np.clip(t - s, 0, None)) * np.sin(4000 * (t - s)) * (t >= s) for s in times)
 
 
-# --- the list -------------------------------------------------------------------------------------------------------
+# -- the list ----------------------------------------------------------------------------------------------------------
 
 
 def test_the_list_names_files_strengths_and_labels(tmp_path):
@@ -74,19 +74,19 @@ def test_every_wrong_line_is_named(tmp_path, text, message):
 
 
 def test_compared_settings_share_their_clip_features(caplog):
-    def setting(*clip_features: str) -> AdapterSetup:
+    def setup(*clip_features: str) -> AdapterSetup:
         return AdapterSetup("x", [(argparse.Namespace(meta={"clip_features": c}), 1.0) for c in clip_features])
 
     base = AdapterSetup("base", [])
-    assert common_clip_features("auto", [base, setting("use"), setting("use")]) == "use"
-    assert common_clip_features("auto", [base, setting("empty")]) == "empty"
-    assert common_clip_features("empty", [base, setting("use")]) == "empty"
+    assert common_clip_features("auto", [base, setup("use"), setup("use")]) == "use"
+    assert common_clip_features("auto", [base, setup("empty")]) == "empty"
+    assert common_clip_features("empty", [base, setup("use")]) == "empty"
     assert common_clip_features("auto", [base, base]) == "auto"
-    assert common_clip_features("auto", [setting("use")]) == "auto"
-    assert common_clip_features("auto", [setting("use"), setting("empty")]) == "auto" and "its own" in caplog.text
+    assert common_clip_features("auto", [setup("use")]) == "auto"
+    assert common_clip_features("auto", [setup("use"), setup("empty")]) == "auto" and "its own" in caplog.text
 
 
-# --- recorded sounds ------------------------------------------------------------------------------------------------
+# -- recorded sounds ---------------------------------------------------------------------------------------------------
 
 
 def test_the_recorded_sound_is_that_of_the_folder_the_video_or_the_features(tmp_path):
@@ -127,18 +127,18 @@ def test_a_reference_folder_without_sounds_is_refused(tmp_path):
         check_reference_dir(tmp_path)
 
 
-# --- figures and sheet ----------------------------------------------------------------------------------------------
+# -- figures and sheet -------------------------------------------------------------------------------------------------
 
 
 def clip_of(folder: Path, name: str, sounds: dict[int, np.ndarray], seeds: tuple[int, ...] = (1,)) -> BatchClip:
-    """Return a clip whose variations were made: ``sounds`` by setting, for every seed."""
+    """Return a clip whose variations were made: ``sounds`` by setup, for every seed."""
     variations = []
-    for setting, sound in sounds.items():
+    for index, sound in sounds.items():
         for seed in seeds:
-            path = folder / str(setting) / f"{name}_{seed}.flac"
+            path = folder / str(index) / f"{name}_{seed}.flac"
             path.parent.mkdir(parents=True, exist_ok=True)
             soundfile.write(path, sound, RATE, subtype="PCM_24")
-            variations.append(Variation(setting, seed, SoundFiles(path, None), argparse.Namespace()))
+            variations.append(Variation(index, seed, SoundFiles(path, None), argparse.Namespace()))
     return BatchClip(name, SoundRequest(prompt="a knock"), variations, made=list(variations))
 
 
@@ -147,8 +147,8 @@ def test_figures_tell_the_settings_apart(tmp_path):
     (tmp_path / "refs").mkdir()
     put_sound(tmp_path / "refs" / "a.wav", true, RATE)
     clips = [clip_of(tmp_path, "a", {0: shifted, 1: true}, seeds=(1, 2)), clip_of(tmp_path, "b", {0: shifted, 1: true})]
-    settings = [AdapterSetup("base", []), AdapterSetup("dog", [], [(Path("dog.pt"), 0.5)])]
-    paths = compare.write_comparison(tmp_path / "out", clips, settings, tmp_path / "refs")
+    setups = [AdapterSetup("base", []), AdapterSetup("dog", [], [(Path("dog.pt"), 0.5)])]
+    paths = compare.write_comparison(tmp_path / "out", clips, setups, tmp_path / "refs")
     assert [path.name for path in paths] == ["comparison.json", "comparison.png"]
     content = json.loads(paths[0].read_text())
     base, dog = (setting["mean"] for setting in content["settings"])
@@ -159,7 +159,7 @@ def test_figures_tell_the_settings_apart(tmp_path):
         ("a", 1, "base", True), ("a", 1, "dog", True), ("a", 2, "base", True), ("a", 2, "dog", True),
         ("b", 1, "base", False), ("b", 1, "dog", False),
     ]
-    lines = figures_table(settings, [base, dog])
+    lines = figures_table(setups, [base, dog])
     assert len({len(line) for line in lines}) == 1 and lines[2].startswith("dog") and "1.00" in lines[2]
 
 
@@ -172,8 +172,8 @@ def test_a_sheet_has_a_row_per_clip_and_a_column_per_setting(tmp_path, monkeypat
     monkeypatch.setattr(compare, "ROWS_PER_SHEET", 2)
     clips = [clip_of(tmp_path, name, {0: tone(500), 1: tone(2000)}) for name in "abc"]
     clips.append(BatchClip("failed", SoundRequest(prompt="x"), [], problem="broken"))
-    settings = [AdapterSetup("low", []), AdapterSetup("high", [])]
-    sheets = compare.write_comparison(tmp_path / "out", clips, settings, None)[1:]
+    setups = [AdapterSetup("low", []), AdapterSetup("high", [])]
+    sheets = compare.write_comparison(tmp_path / "out", clips, setups, None)[1:]
     assert [path.name for path in sheets] == ["comparison.png", "comparison_2.png"]
     heights, widths = zip(*(read_png(path).shape[:2] for path in sheets), strict=True)
     assert heights[0] - heights[1] == pytest.approx(compare.CELL_HEIGHT_IN * 100, abs=1) and widths[0] == widths[1]

@@ -52,7 +52,7 @@ def bundles(tmp_path_factory) -> list[Path]:
     return [put_features(folder / f"clip_{index}.npz", 1.0 if index < 4 else 1.5, index) for index in range(5)]
 
 
-# --- one sound and many ---------------------------------------------------------------------------------------------
+# -- one sound and many ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("precision, latents_db, sound_db", [("fp32", -100.0, -35.0), ("bf16", -40.0, -3.0)])
@@ -136,7 +136,7 @@ def test_a_sound_without_pictures_cannot_become_a_video(bundles, tmp_path):
         tiny().generate(features=bundles[0]).save(tmp_path / "a.mp4")
 
 
-# --- lengths and levels ---------------------------------------------------------------------------------------------
+# -- lengths and levels ------------------------------------------------------------------------------------------------
 
 
 def test_long_sounds_are_made_in_windows_and_short_ones_as_ever():
@@ -165,7 +165,7 @@ def test_the_level_is_brought_to_the_target(bundles):
     assert "not normalised" in str(plain.level)
 
 
-# --- adapters -------------------------------------------------------------------------------------------------------
+# -- adapters ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -199,7 +199,7 @@ def test_clip_features_that_were_not_encoded_are_missed(tmp_path):
         generator.sample(conditions, [1])
 
 
-# --- memory ---------------------------------------------------------------------------------------------------------
+# -- memory ------------------------------------------------------------------------------------------------------------
 
 
 def loaded(generator: SoundGenerator) -> set[str]:
@@ -230,7 +230,7 @@ def test_networks_are_freed_or_kept(tmp_path, offload):
     assert torch.equal(again.waveform, sound.waveform)
 
 
-# --- from Python ----------------------------------------------------------------------------------------------------
+# -- from Python -------------------------------------------------------------------------------------------------------
 
 
 def test_importing_the_package_loads_nothing_heavy():

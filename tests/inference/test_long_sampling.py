@@ -89,7 +89,7 @@ TURN = 0.3  # radians per latent frame
 
 @dataclass
 class Places:
-    """SoundConditions that only say where in the clip each row begins."""
+    """Conditions that hold only the start of each row in the clip."""
 
     first_frame: Tensor
 
@@ -121,7 +121,7 @@ class Rotor(Generator):
         return Places(torch.zeros(batch_size))
 
     def target(self, first_frame: Tensor) -> Tensor:
-        """Return (B, N, 2), what is sampled in windows that begin there."""
+        """Return (B, N, 2), the samples of windows that begin there."""
         sign = torch.where((first_frame / 10).round() % 2 == 0, 1.0, -1.0)[:, None]
         phase = TURN * (first_frame[:, None] + torch.arange(self.latent_seq_len)) + sign * self.phase_error
         return torch.stack((phase.cos(), phase.sin()), dim=-1) * (1 + sign * self.level_error)[..., None]
@@ -169,7 +169,7 @@ def cuts(grid: WindowGrid) -> list[int]:
 
 
 def phase_steps(latents: Tensor) -> Tensor:
-    """Return (N - 1,) how much more the phase turns from frame to frame than it should, in radians."""
+    """Return (N - 1,) radians by which the phase turns too far from frame to frame."""
     z = torch.complex(latents[0, :, 0], latents[0, :, 1])
     return (z[1:] / z[:-1] * torch.exp(torch.tensor(-1j * TURN))).angle().abs()
 

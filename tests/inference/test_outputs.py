@@ -1,4 +1,4 @@
-"""selva.inference.outputs: what is written where, and when it counts as made."""
+"""selva.inference.outputs: names of files, and the conditions under which they are current."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ from tiny_adapter import make_adapter
 from selva.audio.loudness import normalize_loudness
 from selva.flow import SamplingConfig
 from selva.inference.engine import SoundGenerator
-from selva.inference.outputs import SoundFiles, fingerprint, model_recipe, request_recipe, shared_names, sound_files
+from selva.inference.outputs import (
+    SoundFiles,
+    model_identity,
+    request_identity,
+    shared_names,
+    sound_files,
+    sound_fingerprint,
+)
 from selva.inference.request import Sound, SoundRequest
 from selva.media import MaskSettings
 
@@ -27,7 +34,7 @@ def a_sound() -> Sound:
         ("out", True, False, None, ["out/a.b.flac", "out/a.b.mp4"]),
         ("out", True, True, None, ["out/a.b.flac"]),
         ("out", False, False, 2, ["out/a.b_2.flac"]),
-        ("variation.wav", True, False, None, ["variation.wav"]),
+        ("take.wav", True, False, None, ["take.wav"]),
         ("take.MP4", True, False, 3, ["take_3.MP4"]),
     ],
 )
@@ -84,7 +91,8 @@ def test_everything_that_decides_a_sound_changes_its_fingerprint(tmp_path):
 
     def mark(seed: int = 1, request: dict | None = None, **engine) -> str:
         generator = SoundGenerator("tiny_16k", device="cpu", **engine)
-        return fingerprint(model_recipe(generator), request_recipe(SoundRequest(**{**plain, **(request or {})})), seed)
+        identity = request_identity(SoundRequest(**{**plain, **(request or {})}))
+        return sound_fingerprint(model_identity(generator), identity, seed)
 
     marks = [
         mark(), mark(2), mark(request={"video": tmp_path / "b.mp4"}), mark(request={"prompt": "y"}),

@@ -31,7 +31,7 @@ def extract(videos, out: Path, *more: str) -> int:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Return what a run has written, but for its settings and its journals."""
+    """Return the contents of all files of a run but its settings and its journals."""
     files = [path for path in folder.rglob("*") if path.is_file() and path.name != "extract_config.yaml"]
     names = {str(path.relative_to(folder)): path for path in files}
     return {name: path.read_bytes() for name, path in sorted(names.items()) if not name.startswith(".")}
@@ -43,7 +43,7 @@ def statuses(out: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def whole(clip_dir, tmp_path_factory) -> dict[str, bytes]:
-    """What one process that reads for itself writes."""
+    """Files of a run in one process that reads for itself."""
     folder = tmp_path_factory.mktemp("whole")
     assert extract(clip_dir, folder, "--workers", "0") == 0
     return contents(folder)
@@ -84,7 +84,7 @@ def descendants(pid: int) -> list[int]:
 
 
 def ended(pids: list[int], within_sec: float) -> bool:
-    """Return whether processes end by themselves; those that do not are ended."""
+    """Return True where processes end by themselves; those that do not are ended."""
     def living() -> list[int]:
         return [pid for pid in pids if Path(f"/proc/{pid}").exists()]
 
@@ -178,7 +178,7 @@ def test_optional_keys_of_the_feature_files(clip_dir, tmp_path):
 
 
 def test_stored_latents_are_those_of_the_sound_beside_them(clip_dir, tmp_path):
-    """So that whoever trains on them, trains on what our own training would compute."""
+    """Training on them is training on the latents that our own training would compute."""
     from selva.data.latents import encode_latents, load_waveform
     from selva.models.zoo import build_mel
     from selva.sequence import sequence_config

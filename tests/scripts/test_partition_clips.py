@@ -1,4 +1,4 @@
-"""partition_clips.py: the table it writes, what it says about files it cannot use, its exit codes."""
+"""partition_clips.py: its table, its messages about files that it cannot use, its exit codes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compiled blocks compute what they compute without, and a machine that cannot compile says so."""
+"""selva.training.compiling: the results of compiled blocks, and the message of a machine that cannot compile."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ CPU = torch.device("cpu")
 
 
 def velocity_and_gradients(model: torch.nn.Module) -> list[torch.Tensor]:
-    draw = torch.Generator().manual_seed(1)
+    rng = torch.Generator().manual_seed(1)
     sizes = ((2, model.latent_seq_len, model.config.latent_dim), (2, model.clip_seq_len, model.config.clip_dim),
              (2, model.sync_seq_len, model.config.sync_dim), (2, model.config.text_seq_len, model.config.text_dim))
-    latent, *features = (torch.randn(size, generator=draw) for size in sizes)
+    latent, *features = (torch.randn(size, generator=rng) for size in sizes)
     velocity = model(latent, *features, torch.tensor([0.2, 0.7]))
     factors = [p for name, p in model.named_parameters() if "lora_B" in name]
     return [velocity, *torch.autograd.grad(velocity.square().mean(), factors)]

@@ -1,4 +1,4 @@
-"""Clips projected once: the losses of their features, and only where the adapter leaves the projections alone."""
+"""selva.training.condition_cache: the losses of the features, and no cache where an adapter changes the projections."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from small_run import CONFIG, make_clips, make_generator
 
 from selva.data.dataset import ClipWindow, ListDataset, collate
 from selva.lora.config import LoRAConfig
-from selva.training.condition_cache import ConditionCache, can_project
+from selva.training.condition_cache import ConditionCache, can_cache
 from selva.training.objective import flow_loss, sample_noise
 
 FP32 = torch.float32
 
 
 def losses(model, batch, drop_video=False, drop_text=False, clip_features="use") -> torch.Tensor:
-    draws = sample_noise(batch.mean.shape, CONFIG, torch.Generator().manual_seed(3), 0.0)
+    noise = sample_noise(batch.mean.shape, CONFIG, torch.Generator().manual_seed(3), 0.0)
     size = len(batch.mean)
-    draws = dataclasses.replace(
-        draws, drop_video=torch.tensor([drop_video] * size), drop_text=torch.tensor([False] * (size - 1) + [drop_text])
+    noise = dataclasses.replace(
+        noise, drop_video=torch.tensor([drop_video] * size), drop_text=torch.tensor([False] * (size - 1) + [drop_text])
     )
     with torch.no_grad():
-        return flow_loss(model, batch, draws, dataclasses.replace(CONFIG, clip_features=clip_features), FP32)
+        return flow_loss(model, batch, noise, dataclasses.replace(CONFIG, clip_features=clip_features), FP32)
 
 
 @pytest.mark.parametrize(
@@ -31,9 +31,9 @@ def losses(model, batch, drop_video=False, drop_text=False, clip_features="use")
 )
 def test_the_loss_is_that_of_the_features(dropped):
     model, clips = make_generator(LoRAConfig(rank=2)).eval(), make_clips(3)
-    projected = ConditionCache(model, ListDataset(clips), FP32)
+    cache = ConditionCache(model, ListDataset(clips), FP32)
     for _ in range(2):  # computed, then remembered
-        found = losses(model, projected.load([ClipWindow(2, 0), ClipWindow(0, 0)]), **dropped)
+        found = losses(model, cache.load([ClipWindow(2, 0), ClipWindow(0, 0)]), **dropped)
         torch.testing.assert_close(found, losses(model, collate([clips[2], clips[0]]), **dropped))
     assert not torch.allclose(found, losses(model, collate([clips[1], clips[0]]), **dropped))
 
@@ -52,9 +52,9 @@ def test_a_clip_is_read_once_and_does_not_depend_on_its_batch(monkeypatch):
     read = []
     clip = clips.clip
     monkeypatch.setattr(clips, "clip", lambda index, window: read.append(index) or clip(index, window))
-    projected = ConditionCache(model, clips, FP32)
-    alone = projected.load([ClipWindow(1, 0)]).conditions
-    batch = projected.load([ClipWindow(0, 0), ClipWindow(1, 0), ClipWindow(2, 0)]).conditions
+    cache = ConditionCache(model, clips, FP32)
+    alone = cache.load([ClipWindow(1, 0)]).conditions
+    batch = cache.load([ClipWindow(0, 0), ClipWindow(1, 0), ClipWindow(2, 0)]).conditions
     assert read == [1, 0, 2]
     again = ConditionCache(model, clips, FP32).load([ClipWindow(2, 0), ClipWindow(1, 0)]).conditions
     for one, three, two in zip(alone.tensors(), batch.tensors(), again.tensors(), strict=True):
@@ -67,15 +67,15 @@ def test_a_clip_is_read_once_and_does_not_depend_on_its_batch(monkeypatch):
 )
 def test_an_adapted_projection_is_not_remembered(target, expected):
     model = make_generator(LoRAConfig(rank=2, targets=(target,)))
-    assert can_project(model, ListDataset(make_clips()), FP32) is expected
+    assert can_cache(model, ListDataset(make_clips()), FP32) is expected
 
 
 def test_a_large_set_is_not_remembered(monkeypatch):
     model, clips = make_generator(), ListDataset(make_clips(4))
-    projected = ConditionCache(model, clips, FP32)
-    batch = projected.load([ClipWindow(i, 0) for i in range(4)])
+    cache = ConditionCache(model, clips, FP32)
+    batch = cache.load([ClipWindow(i, 0) for i in range(4)])
     size = sum(x.nbytes for x in (*batch.conditions.tensors(), batch.mean, batch.std))
     monkeypatch.setattr("selva.training.condition_cache.MAX_BYTES", size)
-    assert can_project(model, clips, FP32)
+    assert can_cache(model, clips, FP32)
     monkeypatch.setattr("selva.training.condition_cache.MAX_BYTES", size - 1)
-    assert not can_project(model, clips, FP32)
+    assert not can_cache(model, clips, FP32)

@@ -1,4 +1,4 @@
-"""What a model is trained on so that it keeps what it knows: its own sounds, and nothing else changes for them."""
+"""selva.training.prior_preservation: the model's own sounds among the clips, in the share that was asked for."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_a_large_share_repeats_a_limited_number_of_sounds(monkeypatch):
 
 def test_looks_that_the_training_ignores_are_left_out():
     model, clips = make_generator(LoRAConfig(rank=2)), ListDataset(make_clips(3))
-    joined = with_preserved(model, clips, PROMPTS, TEXT, 0.5, seed=7, precision=FP32, use_clip=False)
+    joined = with_preserved(model, clips, PROMPTS, TEXT, 0.5, seed=7, precision=FP32, use_clip_features=False)
     nothing = model.empty_features(1)[0][0]
     assert all(torch.equal(joined.clip(i).clip_f, nothing) for i in range(6, 12))
 
@@ -115,8 +115,8 @@ def test_training_visits_both_and_continues_exactly():
     first, second = run(), run()
     losses = [first.train_step()[0].item() for _ in range(3)]
     assert losses == [second.train_step()[0].item() for _ in range(3)]
-    visited = {visit.index for _ in range(12) for visit in first.batches.draw()}
-    assert visited == set(range(12))
+    used = {window.index for _ in range(12) for window in first.batches.draw()}
+    assert used == set(range(12))
 
 
 def test_joined_sets_keep_their_numbers():
