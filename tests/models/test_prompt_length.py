@@ -67,7 +67,7 @@ def test_it_is_said_in_extraction_training_and_inference(tmp_path, capsys):
     assert f"dog one: the prompt is longer than the 77 tokens that the text encoder reads; {said}" in (
         capsys.readouterr().err)
     assert infer.main(["--features", str(tmp_path / "f" / "dog one.npz"), "--negative_prompt", LONG[1:], "--output",
-                       str(tmp_path / "dog.flac"), "--steps", "1", *common]) == 0
+                       str(tmp_path / "dog.flac"), "--num_steps", "1", *common]) == 0
     error = capsys.readouterr().err
     assert "dog one.npz: the prompt is longer" in error and "dog one.npz, negative prompt: the prompt is lo" in error
     put_clip(tmp_path / "data", "clip_7", prompt=LONG)
