@@ -215,7 +215,10 @@ def _read_arrays(path: Path, keys: Sequence[str] | None = None) -> dict[str, np.
         with file:
             wanted = [key for key in (_KEYS if keys is None else keys) if key in file.files]
             _check_sizes(file.zip, wanted)
-            return {key: file[key] for key in wanted}
+            arrays = {key: file[key] for key in wanted}
+        if foreign := [key for key, array in arrays.items() if not isinstance(array, np.ndarray)]:
+            raise ValueError(f"{', '.join(foreign)} does not begin as an array does")
+        return arrays
     except READ_ERRORS as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         if "allow_pickle" in reason:  # NumPy's own words advise to load the file unsafely

@@ -27,6 +27,7 @@ from selva.data.latents import FRONT_END, encode_latents, load_windows
 from selva.data.memmap.reader import MemmapDataset, is_memmap
 from selva.features import load_features
 from selva.inputs.suffixes import AUDIO_SUFFIXES
+from selva.models.prompt_length import warn_of_cut_prompts
 from selva.models.variants import Variant, features_problem
 from selva.models.zoo import build_mel
 from selva.sequence import (
@@ -236,6 +237,7 @@ class FolderDataset(ClipDataset):
 
     def _encode_texts(self, device: torch.device) -> None:
         clips = [clip.files for clip in self.clips]
+        warn_of_cut_prompts(((clip.id, clip.prompt) for clip in clips), self.variant.clip)
         if self.variant.family == "selva":
             _warn_of_other_prompts(clips)
         prompts = sorted({clip.prompt for clip in clips if not self._has_own_text(clip)})

@@ -31,6 +31,7 @@ from selva.extraction.pipeline import Summary
 from selva.inputs.file_names import same_name
 from selva.media import audio_blocks, prepare_audio
 from selva.media.audio import PEAK_LEVEL, SILENCE_LEVEL, cancellation, mean_power
+from selva.models.prompt_length import warn_of_cut_prompts
 from selva.models.variants import Variant
 from selva.partition.cut import collect_recordings
 from selva.partition.windows import Window, clip_captions, read_captions, read_clips
@@ -215,7 +216,10 @@ class AudioSetExtractor:
             share: indices of the rows that this process is to make; None for all.
         """
         groups: dict[Path, list[int]] = {}
-        for index in range(len(jobs)) if share is None else share:
+        share = range(len(jobs)) if share is None else list(share)
+        captions = [(jobs[index].window.id, jobs[index].caption) for index in share]
+        warn_of_cut_prompts(captions, self.variant.clip)
+        for index in share:
             job = jobs[index]
             if job.problem:
                 writer.skip(index)

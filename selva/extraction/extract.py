@@ -15,6 +15,7 @@ from selva.extraction.outputs import FeatureFiles, MemmapRows, beside_memmap, me
 from selva.extraction.pipeline import ClipEncoder, Summary, run
 from selva.extraction.reader import ClipReader, ReadSettings, default_workers, read_clips
 from selva.inputs.jobs import ClipJob, collect_jobs
+from selva.models.prompt_length import warn_of_cut_prompts
 from selva.models.variants import Variant, get_variant
 from selva.utils.device import dtype_of, resolve_device
 from selva.utils.errors import UsageError
@@ -150,6 +151,7 @@ def _extract_videos(
     with open_manifest_writer(config, output.manifest, output.state, rows, prompts) as manifest_writer:
         own = manifest_writer.shard.own(len(jobs))
         workers = config.workers if config.workers is not None else default_workers(len(own))
+        warn_of_cut_prompts(((jobs[index].id, jobs[index].prompt) for index in own), extractor.variant.clip)
         encoder = ClipEncoder(extractor, jobs, own, StageTimes())
         clips = read_clips(reader, own, workers, debug)
         summary = run(clips, len(own), encoder, output, manifest_writer, strict=config.strict, announce=announce)

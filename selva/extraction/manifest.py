@@ -195,7 +195,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
         for line in file:
             try:
                 content = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             if isinstance(content, dict):
                 lines.append(content)
@@ -214,7 +214,7 @@ def read_manifest(path: str | os.PathLike[str]) -> list[Row]:
     for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: line {number} is not JSON ({error})") from error
         if not isinstance(row, dict) or "id" not in row or "status" not in row:
             raise ValueError(f"{path}: line {number} is no row of a manifest, expected an id and a status")

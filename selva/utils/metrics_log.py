@@ -29,7 +29,7 @@ class MetricsFile:
             for line in path.read_text(encoding="utf-8").splitlines():
                 try:
                     self.rows.append(json.loads(line))
-                except json.JSONDecodeError:
+                except (json.JSONDecodeError, RecursionError):
                     log.warning("%s: dropped an unfinished line", path)  # the process was killed while writing it
 
     def cut_after(self, step: int) -> None:

@@ -135,9 +135,10 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     path = folder / META_FILE
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: is not JSON ({error}); copy the folder again") from error
-    tensors = {k: v for k, v in meta.items() if isinstance(v, dict) and _is_shape(v.get("shape"))}
+    entries = meta.items() if isinstance(meta, dict) else ()
+    tensors = {k: v for k, v in entries if isinstance(v, dict) and _is_shape(v.get("shape"))}
     if not tensors:
         raise ValueError(f"{path}: describes no tensors, so {folder} is not a TensorDict memmap; expected one, or a "
                          "folder of .npz files from extract_features.py")

@@ -193,3 +193,11 @@ def test_reading_needs_no_tensordict(tmp_path):
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
     assert out.stdout.strip() == "False"
     assert isinstance(load(tmp_path / "data")[0], MemmapDataset)
+
+
+@pytest.mark.parametrize("text", ["[1]", "3", "null", "[" * 100_000])
+def test_a_meta_of_another_kind_is_named(tmp_path, text):
+    put_memmap(tmp_path / "set")
+    (tmp_path / "set" / "meta.json").write_text(text)
+    with pytest.raises(ValueError, match=r"meta\.json: (describes no tensors|is not JSON)"):
+        MemmapDataset(tmp_path / "set", TINY)
