@@ -69,9 +69,9 @@ class FolderScan:
 def scan_folder(data_dir: PathLike) -> FolderScan:
     """Return the clips of ``data_dir`` (not of its subfolders) and the files that had to be left out.
 
-    A clip is ``X.npz`` with ``X.wav``, or another of ``AUDIO_SUFFIXES``, beside it. Its prompt is that of
-    ``prompts.txt``, else the one it was extracted with, else the name of the folder. Every feature file is read and
-    checked; sounds are only looked for.
+    A clip is ``X.npz`` with ``X.wav``, or another of ``AUDIO_SUFFIXES``, beside it; of several, the one that was
+    extracted with the features. Its prompt is that of ``prompts.txt``, else the one it was extracted with, else the
+    name of the folder. Every feature file is read and checked; sounds are only looked for.
 
     Raises:
         FileNotFoundError: no such folder.
@@ -108,7 +108,7 @@ def scan_folder(data_dir: PathLike) -> FolderScan:
         except (ValueError, OSError) as error:
             skipped.append((path, str(error).removeprefix(f"{path}: ")))
             continue
-        sound = _choose_sound(sounds[same_name(path.stem)])
+        sound = _choose_sound(sounds[same_name(path.stem)], (bundle.origin or {}).get("sound", ""))
         prompt, source = choose_prompt(prompts.get(same_name(path.name)), bundle.prompt, data_dir)
         clips.append(_describe(path, sound, prompt, source, bundle))
 
@@ -136,8 +136,9 @@ def _token_shape(features: Tensor) -> tuple[int, int]:
     return tokens, width
 
 
-def _choose_sound(paths: list[Path]) -> Path:
-    ranked = sorted(paths, key=lambda path: (AUDIO_SUFFIXES.index(path.suffix.lower()), path.name))
+def _choose_sound(paths: list[Path], extracted: str) -> Path:
+    """Return the sound that was extracted with the features, else the first kind; say which others there are."""
+    ranked = sorted(paths, key=lambda path: (path.name != extracted, AUDIO_SUFFIXES.index(path.suffix.lower()), path.name))
     if len(ranked) > 1:
         others = ", ".join(path.name for path in ranked[1:])
         log.warning("%s is used as the sound of %s, not %s", ranked[0].name, ranked[0].stem, others)

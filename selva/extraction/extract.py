@@ -144,7 +144,7 @@ def _extract_videos(
         None if config.format == "memmap" else config.output_dir, config.audio or "extract", latents, config.overwrite,
         config.masks.mask_strength, config.masks.mask_clip, config.masks.mask_sync, config.preview,
     )
-    reader = ClipReader(jobs, settings, output.digests)
+    reader = ClipReader(jobs, settings, output.digests, output.pairs)
     rows: list[ManifestRow] = [(job.id, str(job.path), job.start_sec) for job in jobs]
     prompts = [job.prompt for job in jobs]
     with open_manifest_writer(config, output.manifest, output.state, rows, prompts) as manifest_writer:

@@ -155,7 +155,7 @@ class ManifestWriter:
 
     def _read(self, number: int) -> _Journal:
         """Return the journal of a shard about this work list; an empty one if it has not begun."""
-        lines = list(_lines(self._path(number)))
+        lines = list(json_lines(self._path(number)))
         if not lines or lines[0].get("work_list") != self.work_list:
             return _Journal("", {}, finished=False)
         rows = {line["index"]: line for line in lines[1:] if "index" in line}
@@ -186,8 +186,8 @@ class _Journal:
     finished: bool
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a journal; one that a killed process left unfinished counts as not written."""
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the JSON objects in the lines of a file; one that a killed process left unfinished counts as not written."""
     if not path.is_file():
         return []
     lines = []

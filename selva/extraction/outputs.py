@@ -14,8 +14,9 @@ from torch import Tensor
 
 from selva.data.memmap.writer import MemmapWriter
 from selva.extraction.manifest import MANIFEST_FILE
-from selva.extraction.reader import ReadClip
-from selva.features import FeatureBundle, save_features
+from selva.extraction.pairs import PairFolder
+from selva.extraction.reader import STATE_FOLDER, ReadClip
+from selva.features import FeatureBundle
 from selva.inputs.jobs import ClipJob
 from selva.models.variants import Variant
 
@@ -46,7 +47,7 @@ class EncodedClip:
 
 
 class FeatureFiles:
-    """One ``.npz`` per clip in a folder; the readers of the clips have put the sound there already.
+    """One ``.npz`` per clip in a folder, with the sound that the reader of the clip has made ready beside it.
 
     Args:
         folder: of the files. variant: stored in them, for information.
@@ -54,7 +55,9 @@ class FeatureFiles:
 
     def __init__(self, folder: Path, variant: Variant) -> None:
         self.folder, self.variant = folder, variant
-        self.manifest, self.state = folder / MANIFEST_FILE, folder / ".extract"
+        self.manifest, self.state = folder / MANIFEST_FILE, folder / STATE_FOLDER
+        self.state.mkdir(parents=True, exist_ok=True)
+        self.pairs = PairFolder(folder, self.state)
         self.digests: dict[int, str] = {}  # the readers look into the files instead
 
     def beside(self, name: str) -> Path:
@@ -66,10 +69,10 @@ class FeatureFiles:
         return True
 
     def write(self, job: ClipJob, clip: ReadClip, encoded: EncodedClip) -> None:
-        """Write the features of a clip, whole or not at all."""
+        """Place the features of a clip with its sound, both or neither."""
         assert clip.duration_sec is not None  # READY, so it was decoded
         mean, std = encoded.latents or (None, None)
-        save_features(self.path_of(job), FeatureBundle(
+        bundle = FeatureBundle(
             clip_features=encoded.clip_features[None],
             sync_features=encoded.sync_features,
             duration=clip.duration_sec,
@@ -81,14 +84,17 @@ class FeatureFiles:
             fps=clip.fps or None,
             source_sha256=clip.settings["source_sha256"],
             settings=clip.settings,
-        ))
+            origin={"sound": clip.sound.file, "sound_sha256": clip.sound.sha256},
+        )
+        self.pairs.place(job, bundle, clip.sound)
 
-    def leave_out(self, index: int) -> None:
-        """Do nothing for a clip without features; a memmap has to record it."""
+    def leave_out(self, clip: ReadClip) -> None:
+        """Let go of the sound of a clip without features; a memmap has to record it."""
+        self.pairs.drop(clip.sound)
 
     def files_of(self, job: ClipJob, clip: ReadClip) -> list[str]:
         """Return the names of a clip's files, in the folder of the manifest."""
-        return [f"{job.id}.npz", *([clip.sound_file] if clip.sound_file else [])]
+        return [f"{job.id}.npz", *([clip.sound.file] if clip.sound.file else [])]
 
     def path_of(self, job: ClipJob) -> Path:
         """Return the file of a clip's features."""
@@ -99,7 +105,7 @@ class FeatureFiles:
         return []
 
     def close(self) -> None:
-        pass
+        self.pairs.close()
 
 
 class MemmapRows:
@@ -116,6 +122,7 @@ class MemmapRows:
         rows = [(job.id, job.prompt) for job in jobs]
         self.writer = MemmapWriter(folder, variant, rows, video=True, settings=settings)
         self.digests = self.writer.digests()
+        self.pairs = None
 
     def beside(self, name: str) -> Path:
         return beside_memmap(self.folder, name)
@@ -130,8 +137,8 @@ class MemmapRows:
                 "clip_features": encoded.clip_features, "sync_features": encoded.sync_features[0]}
         self.writer.write(clip.index, rows, clip.digest)
 
-    def leave_out(self, index: int) -> None:
-        self.writer.skip(index)
+    def leave_out(self, clip: ReadClip) -> None:
+        self.writer.skip(clip.index)
 
     def files_of(self, job: ClipJob, clip: ReadClip) -> list[str]:
         return [self.folder.name]
