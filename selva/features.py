@@ -11,8 +11,8 @@
     fps            float64 ()            ours, optional: average frame rate of the video
     source_sha256  text ()               ours, optional: of the whole content of the video file
     settings       text ()               ours, optional: JSON object, how the features were made
-    origin         text ()               ours, optional: JSON object, the sound that was placed with the features, its hash,
-                                         and an identity of the weights that made them
+    origin         text ()               ours, optional: JSON object, the sound that was placed with the features, its
+                                         hash, and an identity of the weights
 
 The first five are what ComfyUI-SelVA writes and reads; it ignores other keys, and so does this reader.
 """

@@ -138,7 +138,10 @@ def _token_shape(features: Tensor) -> tuple[int, int]:
 
 def _choose_sound(paths: list[Path], extracted: str) -> Path:
     """Return the sound that was extracted with the features, else the first kind; say which others there are."""
-    ranked = sorted(paths, key=lambda path: (path.name != extracted, AUDIO_SUFFIXES.index(path.suffix.lower()), path.name))
+    def rank(path: Path) -> tuple[bool, int, str]:
+        return path.name != extracted, AUDIO_SUFFIXES.index(path.suffix.lower()), path.name
+
+    ranked = sorted(paths, key=rank)
     if len(ranked) > 1:
         others = ", ".join(path.name for path in ranked[1:])
         log.warning("%s is used as the sound of %s, not %s", ranked[0].name, ranked[0].stem, others)

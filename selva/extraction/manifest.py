@@ -187,7 +187,7 @@ class _Journal:
 
 
 def json_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the JSON objects in the lines of a file; one that a killed process left unfinished counts as not written."""
+    """Return the JSON objects in the lines of a file; an unfinished one counts as not written."""
     if not path.is_file():
         return []
     lines = []

@@ -114,7 +114,7 @@ class PairFolder:
         return sha256 in self.sounds.get(name, ()) or (name, sha256) == noted
 
     def _was_written_by_an_earlier_version(self, job: ClipJob, path: Path, bundle: FeatureBundle | None) -> bool:
-        """Return whether a sound is, by its samples, what an earlier version took out of the video, without noting it."""
+        """Return whether a sound is, by its samples, what an earlier version took out of the video."""
         settings = (bundle.settings or {}) if bundle is not None else {}
         if bundle is None or bundle.origin is not None or settings.get("source_sha256") != source_hash(job.path):
             return False
