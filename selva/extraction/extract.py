@@ -10,7 +10,8 @@ from selva.data.latents import FRONT_END
 from selva.extraction.audio_set import AudioSetExtractor, plan_audio_set, run_sounds
 from selva.extraction.config import ExtractionConfig
 from selva.extraction.extractor import EXTRACTION_VERSION, FeatureExtractor
-from selva.extraction.manifest import ManifestWriter, Outcome, Shard
+from selva.extraction.leftovers import report_leftovers
+from selva.extraction.manifest import ManifestWriter, Outcome, Shard, read_manifest
 from selva.extraction.outputs import FeatureFiles, MemmapRows, beside_memmap, memmap_manifest
 from selva.extraction.pipeline import ClipEncoder, Summary, run
 from selva.extraction.reader import ClipReader, ReadSettings, default_workers, read_clips
@@ -155,6 +156,8 @@ def _extract_videos(
         summary = run(clips, len(own), encoder, output, manifest_writer, strict=config.strict, announce=announce)
         stopped = config.strict and summary.failed
         outcome = None if stopped else manifest_writer.finish()
+        if outcome is not None and outcome.complete and output.pairs is not None:
+            report_leftovers(output.pairs, read_manifest(output.manifest), config.prune)
         for path in [] if stopped else output.finish():
             announce(path)
     output.close()

@@ -269,6 +269,18 @@ class PairFolder:
         if sound.file:
             self.sounds.setdefault(sound.file, set()).add(sound.sha256)
 
+    def remove(self, clip_id: str) -> bool:
+        """Delete the features of a clip with their sound; return False where not all of it is by an extraction."""
+        path, bundle = self.folder / f"{clip_id}.npz", self.features(clip_id)
+        sounds = list(self._beside(clip_id))
+        if bundle is None or "source_sha256" not in (bundle.settings or {}):
+            return False
+        if not all(self.is_ours(sound.name, source_hash(sound), bundle) for sound in sounds):
+            return False
+        for file in (path, *sounds):
+            file.unlink(missing_ok=True)
+        return True
+
     def close(self) -> None:
         """Remove the folder of waiting sounds where nothing waits."""
         if self.waiting.is_dir() and not any(self.waiting.iterdir()):

@@ -229,3 +229,52 @@ def test_the_file_says_what_was_placed(two_videos, tmp_path):
     (line,) = (tmp_path / ".extract" / "written.jsonl").read_text().splitlines()
     assert json.loads(line)["source"] == str(two_videos[0].resolve())
     assert not (tmp_path / ".extract" / "waiting").exists()
+
+
+# -- what is left of other lists --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def three_clips(two_videos, tmp_path):
+    """Three clips that were extracted; then one is taken out of the list, and one is spoilt."""
+    videos, out = tmp_path / "videos", tmp_path / "out"
+    videos.mkdir()
+    for name in ("a", "b", "c"):
+        shutil.copy(two_videos[0], videos / f"{name}.mkv")
+    assert extract(videos, out) == 0
+    (videos / "a.mkv").unlink()
+    (videos / "b.mkv").write_bytes(b"no video")
+    return videos, out
+
+
+def test_pairs_that_the_list_did_not_make_are_named_and_pruned(three_clips, capsys):
+    videos, out = three_clips
+    capsys.readouterr()
+    assert extract(videos, out) == 1
+    error = capsys.readouterr().err
+    assert "1 clips failed or were left out now" in error and "trained on; --prune removes them: b" in error
+    assert "not in this list" in error and "trained on; --prune removes them: a" in error and len(state(out)) == 6
+    assert extract(videos, out, "--prune") == 1
+    assert "--prune: removed 2 clips that are not in the list, or failed: a, b" in capsys.readouterr().err
+    assert set(state(out)) == {"c.npz", "c.flac"}
+    assert extract(videos, out) == 1 and "--prune" not in capsys.readouterr().err
+
+
+def test_pruning_leaves_a_sound_of_the_users_own(three_clips, own_sound, capsys):
+    videos, out = three_clips
+    path, content = own_sound("a.flac")
+    assert extract(videos, out, "--prune") == 1
+    assert set(state(out)) == {"a.npz", "a.flac", "c.npz", "c.flac"} and path.read_bytes() == content
+    assert "which --prune does not remove" in capsys.readouterr().err
+
+
+def test_training_says_which_clips_are_not_of_the_last_extraction(three_clips, caplog):
+    from selva.data.folder import scan_folder
+
+    videos, out = three_clips
+    scan_folder(out)
+    assert "last extraction" not in caplog.text
+    assert extract(videos, out) == 1
+    scan_folder(out)
+    assert "1 of 3 clips failed in the last extraction" in caplog.text and "are used: b.npz" in caplog.text
+    assert "1 of 3 clips are not of the last extraction" in caplog.text and "are used: a.npz" in caplog.text

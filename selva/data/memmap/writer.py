@@ -24,13 +24,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock
 from torch import Tensor
 
 from selva.data.memmap.files import DATA_FOLDER, SEAL_FILE, Plan, SetFiles, content_of, is_open, remove, remove_if_empty
 from selva.data.memmap.journal import Entry, RowJournal, entry_line, living_writers, replay, void_line
 from selva.data.memmap.reader import row_shapes
 from selva.models.variants import Variant
+from selva.utils.locks import file_lock
 
 # A line of the journal is written once the values of its row are on the disk, so it is true even after a power cut and
 # for another machine. Waiting for the disk at every row would cost more than making a few rows again.
@@ -80,7 +80,7 @@ class MemmapWriter:
         self._pending: list[dict[str, Any]] = []
         self._flushed = time.monotonic()
         self.files.folder.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(self.files.lock, thread_local=False)
+        self._lock = file_lock(self.files.lock)
         self._threads = threading.RLock()
         with self._lock:
             self._enter()
