@@ -14,7 +14,7 @@ from selva.extraction.leftovers import report_leftovers
 from selva.extraction.manifest import ManifestWriter, Outcome, Shard, read_manifest
 from selva.extraction.outputs import FeatureFiles, MemmapRows, beside_memmap, memmap_manifest
 from selva.extraction.pipeline import ClipEncoder, Summary, run
-from selva.extraction.reader import ClipReader, ReadSettings, default_workers, read_clips
+from selva.extraction.reader import ClipReader, ReadSettings, default_workers, digest_of, read_clips
 from selva.inputs.jobs import ClipJob, collect_jobs
 from selva.models.variants import Variant, get_variant
 from selva.utils.device import dtype_of, resolve_device
@@ -85,7 +85,9 @@ def open_output(config: ExtractionConfig, variant: Variant, jobs: list[ClipJob])
     if config.format == "memmap":
         settings = {"extraction_version": EXTRACTION_VERSION, "encoders": encoders_identity(variant),
                     "mode": variant.mode, "precision": config.precision, "front_end": FRONT_END}
-        output = MemmapRows(config.output_dir, variant, jobs, settings)
+        masks = [config.masks.mask_strength, config.masks.mask_clip, config.masks.mask_sync]
+        recipe = [[job.start_sec, masks if job.mask else None] for job in jobs]
+        output = MemmapRows(config.output_dir, variant, jobs, settings, digest_of({"rows": recipe}))
     else:
         output = FeatureFiles(config.output_dir, variant)
     write_config(output.beside(CONFIG_FILE), config)

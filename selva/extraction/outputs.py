@@ -113,14 +113,16 @@ class MemmapRows:
 
     Args:
         folder: of the memmap. variant: whose latents and features. jobs: the whole work list.
-        settings: everything that decides the content of all rows alike.
+        settings: everything that decides the content of all rows alike. recipe: everything else, see the writer.
     """
 
-    def __init__(self, folder: Path, variant: Variant, jobs: Sequence[ClipJob], settings: Any) -> None:
+    def __init__(
+        self, folder: Path, variant: Variant, jobs: Sequence[ClipJob], settings: Any, recipe: str = ""
+    ) -> None:
         self.folder = folder
         self.manifest, self.state = memmap_manifest(folder)
         rows = [(job.id, job.prompt) for job in jobs]
-        self.writer = MemmapWriter(folder, variant, rows, video=True, settings=settings)
+        self.writer = MemmapWriter(folder, variant, rows, video=True, settings=settings, recipe=recipe)
         self.digests = self.writer.digests()
         self.pairs = None
 
