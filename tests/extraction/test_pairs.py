@@ -278,3 +278,13 @@ def test_training_says_which_clips_are_not_of_the_last_extraction(three_clips, c
     scan_folder(out)
     assert "1 of 3 clips failed in the last extraction" in caplog.text and "are used: b.npz" in caplog.text
     assert "1 of 3 clips are not of the last extraction" in caplog.text and "are used: a.npz" in caplog.text
+
+
+def test_a_full_disk_is_a_failure_of_its_clip_that_names_the_file(two_videos, tmp_path, monkeypatch, capsys):
+    def full(*_arguments, **_more):
+        raise soundfile.LibsndfileError(2)
+
+    monkeypatch.setattr(soundfile, "write", full)
+    assert extract(two_videos[0], tmp_path) == 1
+    error = capsys.readouterr().err
+    assert "GOPR0001.flac: cannot be written" in error and "Traceback" not in error and not state(tmp_path)
