@@ -24,7 +24,7 @@ from selva.utils.progress import StageTimes
 from selva.utils.settings import settings_text, values_of
 from selva.utils.text import clock
 from selva.utils.torchrun import is_main_process
-from selva.weights.find import check_weights, encoders_identity
+from selva.weights.find import check_weights, encoders_identity, weights_identity
 
 log = logging.getLogger(__name__)
 
@@ -80,16 +80,18 @@ def work_list(config: ExtractionConfig) -> list[ClipJob]:
     return jobs
 
 
-def open_output(config: ExtractionConfig, variant: Variant, jobs: list[ClipJob]) -> FeatureFiles | MemmapRows:
+def open_output(
+    config: ExtractionConfig, variant: Variant, jobs: list[ClipJob], weights: str
+) -> FeatureFiles | MemmapRows:
     """Return the output for the features; the settings of the run are written beside it."""
     if config.format == "memmap":
         settings = {"extraction_version": EXTRACTION_VERSION, "encoders": encoders_identity(variant),
                     "mode": variant.mode, "precision": config.precision, "front_end": FRONT_END}
         masks = [config.masks.mask_strength, config.masks.mask_clip, config.masks.mask_sync]
         recipe = [[job.start_sec, masks if job.mask else None] for job in jobs]
-        output = MemmapRows(config.output_dir, variant, jobs, settings, digest_of({"rows": recipe}))
+        output = MemmapRows(config.output_dir, variant, jobs, settings, digest_of({"rows": recipe, "weights": weights}))
     else:
-        output = FeatureFiles(config.output_dir, variant)
+        output = FeatureFiles(config.output_dir, variant, weights)
     write_config(output.beside(CONFIG_FILE), config)
     return output
 
@@ -140,12 +142,15 @@ def _extract_videos(
     """Extract features of videos; return True where a clip failed."""
     variant, jobs = extractor.variant, work_list(config)
     latents = config.latents or config.format == "memmap"
-    check_weights(variant.name, config.model.selva_dir, (*ENCODER_PARTS, *(("vae",) if latents else ())))
-    output = open_output(config, variant, jobs)
+    parts = (*ENCODER_PARTS, *(("vae",) if latents else ()))
+    check_weights(variant.name, config.model.selva_dir, parts)
+    weights = weights_identity(variant, config.model.selva_dir, parts)
+    output = open_output(config, variant, jobs, weights)
     settings = ReadSettings(
         variant.name, str(extractor.precision).removeprefix("torch."),
         None if config.format == "memmap" else config.output_dir, config.audio or "extract", latents, config.overwrite,
         config.masks.mask_strength, config.masks.mask_clip, config.masks.mask_sync, config.preview,
+        weights,
     )
     reader = ClipReader(jobs, settings, output.digests, output.pairs)
     rows: list[ManifestRow] = [(job.id, str(job.path), job.start_sec) for job in jobs]

@@ -50,11 +50,11 @@ class FeatureFiles:
     """One ``.npz`` per clip in a folder, with the sound that the reader of the clip has made ready beside it.
 
     Args:
-        folder: of the files. variant: stored in them, for information.
+        folder: of the files. variant: stored in them, for information. weights: identity of those of the encoders.
     """
 
-    def __init__(self, folder: Path, variant: Variant) -> None:
-        self.folder, self.variant = folder, variant
+    def __init__(self, folder: Path, variant: Variant, weights: str = "") -> None:
+        self.folder, self.variant, self.weights = folder, variant, weights
         self.manifest, self.state = folder / MANIFEST_FILE, folder / STATE_FOLDER
         self.state.mkdir(parents=True, exist_ok=True)
         self.pairs = PairFolder(folder, self.state)
@@ -84,7 +84,7 @@ class FeatureFiles:
             fps=clip.fps or None,
             source_sha256=clip.settings["source_sha256"],
             settings=clip.settings,
-            origin={"sound": clip.sound.file, "sound_sha256": clip.sound.sha256},
+            origin={"sound": clip.sound.file, "sound_sha256": clip.sound.sha256, "weights": self.weights},
         )
         self.pairs.place(job, bundle, clip.sound)
 

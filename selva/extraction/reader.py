@@ -83,6 +83,7 @@ class ReadSettings:
         overwrite: read clips whose features are current, too.
         mask_strength, mask_clip, mask_sync: see :class:`selva.media.MaskSettings`.
         preview_dir: where a picture of what the encoders see goes.
+        weights: identity of the encoders' weights, see :func:`selva.weights.find.weights_identity`.
     """
 
     variant: str
@@ -95,6 +96,7 @@ class ReadSettings:
     mask_clip: bool = True
     mask_sync: bool = True
     preview_dir: Path | None = None
+    weights: str = ""
 
     @property
     def is_memmap(self) -> bool:
@@ -179,7 +181,7 @@ class ClipReader(Dataset[ReadClip]):
         job, options = self.jobs[index], self.settings
         with times.stage("hash"):
             settings = self._settings(job)
-        digest = digest_of(settings)
+        digest = self._digest(index, settings)
         with times.stage("compare"):
             sound_name, remark = ("", "") if options.is_memmap else _sound_file(job, options.audio)
             bundle = None if options.is_memmap else self.pairs.features(job.id)
@@ -204,6 +206,13 @@ class ClipReader(Dataset[ReadClip]):
         )
 
     # -- comparing -----------------------------------------------------------------------------------------------------
+
+    def _digest(self, index: int, settings: dict[str, Any]) -> str:
+        """Return the digest of a row: that of an earlier version, which did not note the weights, while it is there."""
+        earlier = digest_of(settings)
+        if not self.settings.weights or self.digests.get(index) == earlier:
+            return earlier
+        return digest_of({**settings, "weights": self.settings.weights})
 
     @property
     def pairs(self) -> PairFolder:
@@ -237,6 +246,8 @@ class ClipReader(Dataset[ReadClip]):
             return DEFAULT_DURATION_SEC if self.digests.get(index) == digest else None
         if bundle is None or bundle.settings != settings:
             return None
+        if (bundle.origin or {}).get("weights", self.settings.weights) != self.settings.weights:
+            return None  # earlier versions did not note them
         is_current, remark = self.pairs.sound_is_current(self.jobs[index], sound_name, bundle)
         remarks += [remark] if remark else []
         return bundle.duration if is_current else None
@@ -335,7 +346,7 @@ def _waveform(job: ClipJob, seconds: float, lengths: SequenceConfig) -> np.ndarr
 
 
 @functools.lru_cache(maxsize=256)
-def _hash_of(path: Path, _size: int, _time_ns: int) -> str:
+def _hash_of(path: Path, *_status: int) -> str:
     return source_hash(path)
 
 
@@ -343,7 +354,7 @@ def _file_hash(path: Path) -> str:
     """Return the SHA-256 of a file; the windows of one video read it once."""
     check_file(path)  # with words that belong into a manifest
     status = path.stat()
-    return _hash_of(path, status.st_size, status.st_mtime_ns)
+    return _hash_of(path, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
 
 
 # ---------------------------------------------------------------------------------------------------------------
