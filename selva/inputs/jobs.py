@@ -126,7 +126,8 @@ def collect_jobs(
         ]
     if name is not None:
         keys = [(row.path.name, start) for row, _, start, _ in clips]
-        ids = numbered_names(name, keys, None if name_dir is None else Path(name_dir))
+        videos = [row.path for row, *_ in clips]
+        ids = numbered_names(name, keys, None if name_dir is None else Path(name_dir), videos)
         clips = [(row, new, start, length) for (row, _, start, length), new in zip(clips, ids, strict=True)]
     _check_ids((id_, row.path) for row, id_, _, _ in clips)
     masks = _Masks(mask, [row for row, *_ in clips])

@@ -29,6 +29,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         FileNotFoundError: the block ended without writing the file.
         IsADirectoryError: ``path`` is a folder.
+        OSError: names ``path``, for a full disk too.
     """
     path = Path(path)
     if path.is_dir():
@@ -41,6 +42,10 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         flush_file(temporary)
         os.replace(temporary, path)
         flush_folder(path.parent)
+    except OSError as error:
+        if error.errno is None or (error.filename is not None and not str(error.filename).startswith(str(folder))):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error  # "No space left on device" names no file
     finally:
         shutil.rmtree(folder)
 
