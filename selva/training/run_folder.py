@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -109,20 +110,23 @@ class RunFolder:
         """
         path = self.path / step_file_name(run.step)
         metrics.flush()
-        if not self._best_written:
+        if not self._best_written and run.best_step != run.step:  # else it was tried a moment ago
             self._write_best(run)
-        extra = {**run.extra_state(), "best_adapter": self._best if run.best_step != run.step else None}
-        written = self._try(
-            path, lambda: save_checkpoint(
-                path, run.generator, {**self.meta, "step": run.step}, step=run.step,
-                optimizer=run.optimizer.state_dict(), extra=extra, state=run.ema.average if run.ema else None,
-            ), "the training goes on. Make room, or use --keep_last")
+        written = self._try(path, lambda: self._write_step(run, path),
+                            "the training goes on. Make room, or use --keep_last")
         if written:
             self.newest_saved = path
             log.info("saved %s", path)
             self._prune(run.step)
         self._try(self.path / "loss_raw.png", lambda: plot_losses(metrics, self.path, self.title))
         return path if written else None
+
+    def _write_step(self, run: TrainingRun, path: Path) -> None:
+        extra = {**run.extra_state(), "best_adapter": self._best if run.best_step != run.step else None}
+        save_checkpoint(
+            path, run.generator, {**self.meta, "step": run.step}, step=run.step, optimizer=run.optimizer.state_dict(),
+            extra=extra, state=run.ema.average if run.ema else None,
+        )
 
     def _prune(self, newest: int) -> None:
         if not self.keep_last:
@@ -171,11 +175,13 @@ class RunFolder:
                 path = self.path / f"adapter_final_{number:03d}.pt"
         meta: dict[str, Any] = {}
 
-        def write() -> None:
+        def write(path: Path) -> None:
             with run.evaluated():
                 meta.update(save_adapter(path, run.generator, {**self.meta, "step": run.step}))
 
-        missing = [] if self._try(path, write) else [path.name]
+        written = self._try(path, lambda: write(path), "the adapter is put elsewhere if possible")
+        missing = [] if written else [path.name]
+        rescued = _rescue(path.name, write) if missing else ""
         text = json.dumps(readable_meta(meta), indent=2) + "\n"
         meta_path = self.path / "meta.json"
         if meta and not self._try(meta_path, lambda: atomic_write_text(meta_path, text)):
@@ -185,8 +191,8 @@ class RunFolder:
         missing += [] if self._best_written else [BEST_FILE]
         missing += [] if metrics.flush() else ["metrics.jsonl"]
         if missing:
-            raise NotSaved(f"{self.path}: the training is done, but {', '.join(missing)} could not be written. Make "
-                           f"room{self._how_to_go_on()}")
+            raise NotSaved(f"{self.path}: the training is done, but {', '.join(missing)} could not be written. "
+                           f"{rescued}Make room{self._how_to_go_on()}")
         return path
 
     def stopped(self, run: TrainingRun, steps: int) -> None:
@@ -198,7 +204,8 @@ class RunFolder:
         if self.newest_saved is not None and self.newest_saved.name == step_file_name(run.step):
             log.warning("stopped at step %d of %d; continue with --resume auto", run.step, steps)
             return
-        raise NotSaved(f"{self.path}: stopped at step {run.step} of {steps}, which was not saved. Make "
+        rescued = _rescue(step_file_name(run.step), lambda path: self._write_step(run, path))
+        raise NotSaved(f"{self.path}: stopped at step {run.step} of {steps}, which was not saved there. {rescued}Make "
                        f"room{self._how_to_go_on()}")
 
     def _how_to_go_on(self) -> str:
@@ -214,6 +221,20 @@ class RunFolder:
             log.error("%s: not saved, %s; older files are intact and %s", path, why_not_written(error), then)
             return False
         return True
+
+
+def _rescue(name: str, write: Callable[[Path], object]) -> str:
+    """Write a file to a temporary folder, which may be on another disk; return a sentence that says where, or ""."""
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="selva_rescued_"))
+        try:
+            write(folder / name)
+        except OSError:
+            shutil.rmtree(folder)
+            raise
+    except OSError:
+        return ""
+    return f"{folder / name} holds it; move it there. "
 
 
 def check_disk_space(folder: Path, checkpoint_bytes: int, num_checkpoints: int) -> None:

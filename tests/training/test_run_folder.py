@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import logging
 import math
@@ -11,6 +12,7 @@ import pytest
 import torch
 from small_run import CONFIG, make_run
 
+import selva.training.run_folder
 from selva.checkpoint import load_adapter, load_checkpoint
 from selva.training.loop import fit
 from selva.training.run_folder import NotSaved, RunFolder
@@ -18,6 +20,15 @@ from selva.utils.metrics_log import MetricsFile
 
 resource = pytest.importorskip("resource", reason="limits of file sizes")
 META = {"variant": "small"}
+
+
+@pytest.fixture(autouse=True)
+def no_curves(request, monkeypatch):
+    """Curves take most of the time of such short runs."""
+    if "full_disk" not in request.fixturenames:
+        monkeypatch.setattr("selva.training.run_folder.plot_losses", lambda *args: None)
+
+
 LONG = dataclasses.replace(CONFIG, steps=12)  # saves and validates every 3 steps
 
 
@@ -167,7 +178,7 @@ def test_a_disk_that_stays_full_says_what_is_missing(tmp_path, full_disk):
     metrics = folder.open(None)
     fit(run, metrics, on_checkpoint=lambda r: folder.save_step(r, metrics), on_best=folder.save_best,
         should_stop=lambda: bool(full_disk(100 if run.step >= 6 else None)))
-    with pytest.raises(NotSaved, match=r"adapter_final\.pt.*metrics\.jsonl could not be written.*adapter_step00003\.pt"):
+    with pytest.raises(NotSaved, match=r"final\.pt.*metrics\.jsonl could not be written.*adapter_step00003\.pt"):
         folder.save_final(run, metrics)
     full_disk(None)
     assert steps(tmp_path) == [3] and not list(tmp_path.glob(".partial*"))
@@ -189,8 +200,29 @@ def test_a_stop_on_a_full_disk_says_what_was_not_saved(tmp_path, full_disk, save
                    should_stop=stop)
     with pytest.raises(NotSaved) as told:
         folder.stopped(run, 12)
-    assert "step 5 of 12, which was not saved" in str(told.value)
+    assert "step 5 of 12, which was not saved there. Make room" in str(told.value)
     assert ("goes on from adapter_step00003.pt" if saved_before else "has to start again") in str(told.value)
+
+
+def test_a_final_adapter_without_room_is_put_elsewhere(tmp_path, monkeypatch):
+    go_on(tmp_path / "room")
+    run, folder = make_run(LONG), RunFolder(tmp_path / "run", META)
+    metrics = folder.open(None)
+    fit(run, metrics, on_checkpoint=lambda r: folder.save_step(r, metrics), on_best=folder.save_best)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "elsewhere"))
+    (tmp_path / "elsewhere").mkdir()
+    real = selva.training.run_folder.save_adapter
+
+    def save(path, *args, **kwargs):
+        if path.parent == folder.path:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr("selva.training.run_folder.save_adapter", save)
+    with pytest.raises(NotSaved, match="holds it; move it there"):
+        folder.save_final(run, metrics)
+    (rescued,) = (tmp_path / "elsewhere").glob("*/adapter_final.pt")
+    assert equal(*(load_adapter(p).tensors for p in (rescued, tmp_path / "room" / "adapter_final.pt")))
 
 
 def test_metrics_are_json_without_nan(tmp_path):
