@@ -24,7 +24,7 @@ from selva.checkpoint import (
 from selva.lora.state import lora_state_dict
 from selva.training.run import TrainingRun
 from selva.training.set_aside import final_of, move_later_aside, move_old_run_aside, step_in_adapter
-from selva.utils.files import atomic_write_text, why_not_written
+from selva.utils.files import PARTIAL_PREFIX, atomic_write_text, why_not_written
 from selva.utils.metrics_log import MetricsFile
 from selva.utils.plots import plot_losses
 
@@ -63,6 +63,8 @@ class RunFolder:
         one of another folder, again all of an old run.
         """
         self.path.mkdir(parents=True, exist_ok=True)
+        for remains in self.path.glob(f"{PARTIAL_PREFIX}*"):  # of a killed run; the lock says that none is alive
+            shutil.rmtree(remains, ignore_errors=True)
         resumed = saved is not None and saved.path.resolve().parent == self.path.resolve()
         if saved is not None and resumed:
             move_later_aside(self.path, saved.step)
