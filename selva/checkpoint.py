@@ -39,7 +39,14 @@ from selva.lora.merge import FACTOR_SUFFIXES, MAGNITUDE_SUFFIX, Adapter, padded_
 from selva.lora.state import adapter_tensors, lora_state_dict
 from selva.utils.files import atomic_path
 from selva.utils.text import listed
-from selva.utils.torch_files import check_plain, read_safetensors, read_torch, write_safetensors, write_torch
+from selva.utils.torch_files import (
+    check_plain,
+    is_whole_tensor,
+    read_safetensors,
+    read_torch,
+    write_safetensors,
+    write_torch,
+)
 
 __all__ = [
     "Adapter",
@@ -214,7 +221,7 @@ def _check_tensors(path: Path, tensors: Mapping[str, Any]) -> None:
         raise ValueError(f"{path}: not an adapter, it has no lora_A and lora_B tensors (found: {keys or 'nothing'})")
     foreign = [
         str(key) for key, value in tensors.items()
-        if not isinstance(key, str) or not isinstance(value, Tensor) or not value.is_floating_point()
+        if not isinstance(key, str) or not is_whole_tensor(value) or not value.is_floating_point()
     ]
     if foreign:
         raise ValueError(
@@ -336,6 +343,8 @@ def load_checkpoint(path: str | os.PathLike[str]) -> TrainingState:
     content = read_torch(path)
     kinds = {"state_dict": Mapping, "optimizer": Mapping, "step": int, "meta": Mapping}
     missing = [key for key, kind in kinds.items() if not isinstance(content.get(key), kind)]
+    optional = {"scheduler": Mapping | None, "lora": Mapping, "extra": Mapping}
+    missing += [key for key, kind in optional.items() if key in content and not isinstance(content[key], kind)]
     if missing:
         raise ValueError(
             f"{path}: cannot resume from this file, it has no {', '.join(missing)}; resume from an adapter_stepNNNNN.pt"
@@ -361,7 +370,7 @@ def load_newest_checkpoint(folder: str | os.PathLike[str]) -> TrainingState | No
     for step in sorted(files, reverse=True):
         try:
             return load_checkpoint(files[step])
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             log.warning("passing over a step file: %s", error)
     return None
 

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import logging
 import os
+import reprlib
 import signal
 import sys
 import threading
@@ -32,7 +33,16 @@ log = logging.getLogger(__name__)
 Config = TypeVar("Config")
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 130, 143
+# Values that are no YAML for all their looks, such as the date 2024-13-45, stop PyYAML's constructors in these ways.
+_YAML_VALUE_ERRORS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
+_REPR = reprlib.Repr()
+_REPR.maxlevel = 2  # a few lines of YAML with aliases can stand for more text than fits into memory
 NOT_SAVED = ("config", "debug")  # arguments that say how to run, not what to do
+
+
+def _short(value: Any) -> str:
+    """Return a value of a settings file for a message, in 100 characters or so."""
+    return _REPR.repr(value)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -121,8 +131,11 @@ class ArgumentParser(argparse.ArgumentParser):
         import yaml
 
         try:
-            settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            text = path.read_bytes().decode("utf-8-sig")
+            settings, written = yaml.safe_load(text) or {}, yaml.load(text, yaml.BaseLoader)
+        except RecursionError:
+            self.error(f"--config {path}: cannot be read as YAML: it is nested too deeply")
+        except (OSError, yaml.YAMLError, *_YAML_VALUE_ERRORS) as error:
             self.error(f"--config {path}: cannot be read as YAML: {' '.join(str(error).split())}")
         if not isinstance(settings, dict):
             self.error(f"--config {path}: holds a {type(settings).__name__}, expected lines like `steps: 2000`")
@@ -135,20 +148,48 @@ class ArgumentParser(argparse.ArgumentParser):
         for key, value in settings.items():
             action = flags[str(key).replace("-", "_")]
             if not action.option_strings:
-                convert = action.type if callable(action.type) else str
-                positionals[action.dest] = [convert(v) for v in (value if isinstance(value, list) else [value])]
+                if value is not None:
+                    positionals[action.dest] = self._texts(action, value, path)
                 continue
             collects = isinstance(action, argparse._AppendAction)  # the command line replaces, it does not add
             if value is None or (collects and any(o in given for o in action.option_strings)):
                 continue
+            self._check_values(action, value, written.get(key), path)
             arguments += self._as_arguments(action, value, path)
         return arguments, positionals
+
+    def _texts(self, action: argparse.Action, value: Any, path: Path) -> list:
+        values = value if isinstance(value, list) else [value]
+        if not all(isinstance(v, str) for v in values):
+            self.error(f"--config {path}: {action.dest} is {_short(value)}, expected a text or a list of texts; "
+                       "put what looks like a number, a date, yes or no between quotation marks")
+        try:
+            return [action.type(v) if callable(action.type) else v for v in values]
+        except (ValueError, argparse.ArgumentTypeError) as error:
+            self.error(f"--config {path}: {action.dest} is {_short(value)}: {error}")
+
+    def _check_values(self, action: argparse.Action, value: Any, written: Any, path: Path) -> None:
+        """End with an error if a value is no text, number or list of these, or if YAML made another text of it.
+
+        Args:
+            written: the same as texts, as they stand in the file.
+        """
+        values, texts = (x if isinstance(x, list) else [x] for x in (value, written))
+        if any(v is None or isinstance(v, list | dict | set | bytes) for v in values):
+            self.error(f"--config {path}: {action.dest} is {_short(value)}, expected a single value or a list of "
+                       "single values" + (", none of them empty" if None in values else ""))
+        if action.nargs == 0 or action.type not in (None, str, Path):
+            return
+        for v, text in zip(values, texts, strict=False):
+            if not isinstance(v, str) and isinstance(text, str) and str(v) != text:  # 0777 is 511, and 1:30 is 90
+                self.error(f"--config {path}: {action.dest} is {text}, which YAML reads as {v}; put it between "
+                           "quotation marks")
 
     def _as_arguments(self, action: argparse.Action, value: Any, path: Path) -> list[str]:
         flag = action.option_strings[0]
         if action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction):
             if not isinstance(value, bool):
-                self.error(f"--config {path}: {action.dest} is {value!r}, expected true or false")
+                self.error(f"--config {path}: {action.dest} is {_short(value)}, expected true or false")
             if isinstance(action, argparse.BooleanOptionalAction):
                 return [flag if value else "--no_" + flag[2:]]
             return [flag] if value else []
@@ -159,7 +200,7 @@ class ArgumentParser(argparse.ArgumentParser):
             return [flag, *map(str, values)]
         if len(values) != 1 or isinstance(values[0], dict) or action.nargs is not None:
             expected = "a single value" if action.nargs is None else f"{action.nargs} values"
-            self.error(f"--config {path}: {action.dest} is {value!r}, expected {expected}")
+            self.error(f"--config {path}: {action.dest} is {_short(value)}, expected {expected}")
         return [f"{flag}={values[0]}"]
 
 

@@ -18,8 +18,11 @@ The first five are what ComfyUI-SelVA writes and reads; it ignores other keys, a
 from __future__ import annotations
 
 import json
+import lzma
 import math
 import os
+import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -166,7 +169,7 @@ def load_features(path: PathLike) -> FeatureBundle:
             source_sha256=_text(arrays, "source_sha256"),
             settings=_settings(arrays),
         )
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:  # PyTorch cannot take every array that NumPy can describe
         raise ValueError(f"{path}: {error}") from error
 
 
@@ -190,15 +193,31 @@ def load_settings(path: PathLike) -> dict[str, Any] | None:
         raise ValueError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from error
 
 
+# What NumPy and zipfile raise on damaged files: bad headers, encrypted or unknown compression, cut or foreign content.
+READ_ERRORS = (
+    ValueError, OSError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error,
+    RuntimeError, tokenize.TokenError, SyntaxError, LookupError, TypeError, AttributeError, OverflowError,
+)
+MAX_ARRAY_BYTES = 1 << 30  # hours of features; a file of a few KiB can promise more
+
+
+def _check_sizes(file: zipfile.ZipFile, keys: Sequence[str]) -> None:
+    for info in file.infolist():
+        if info.filename.removesuffix(".npy") in keys and info.file_size > MAX_ARRAY_BYTES:
+            raise ValueError(f"{info.filename} has {info.file_size} bytes, expected at most {MAX_ARRAY_BYTES}")
+
+
 def _read_arrays(path: Path, keys: Sequence[str] | None = None) -> dict[str, np.ndarray]:
     try:
         file = np.load(path, allow_pickle=False)
         if isinstance(file, np.ndarray):
             raise ValueError("it holds a single array")
         with file:
-            return {key: file[key] for key in (_KEYS if keys is None else keys) if key in file.files}
-    except (ValueError, OSError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
-        reason = str(error) or type(error).__name__
+            wanted = [key for key in (_KEYS if keys is None else keys) if key in file.files]
+            _check_sizes(file.zip, wanted)
+            return {key: file[key] for key in wanted}
+    except READ_ERRORS as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
         if "allow_pickle" in reason:  # NumPy's own words advise to load the file unsafely
             reason = "it holds Python objects, which are never loaded"
         raise ValueError(f"{path}: cannot be read as a feature file ({reason}); extract it again") from error
@@ -240,7 +259,7 @@ def _settings(arrays: dict[str, np.ndarray]) -> dict[str, Any] | None:
         return None
     try:
         settings = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"settings is not JSON ({error}), expected an object") from error
     if not isinstance(settings, dict):
         raise ValueError(f"settings is a JSON {type(settings).__name__}, expected an object")

@@ -543,3 +543,53 @@ def test_step_files_are_found_newest_good_first(base, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         assert load_newest_checkpoint(tmp_path).step == 99500
     assert "adapter_step100500.pt" in caplog.text
+
+
+def archive_damages(path: Path) -> dict[str, bytes]:
+    torch.save({"state_dict": good_tensors(), "meta": META}, path)
+    whole = path.read_bytes()
+    directory = whole.index(b"PK\x01\x02")
+    return {
+        "several disks": whole[:-18] + b"\x01\x00\x01\x00" + whole[-14:],
+        "zip64 without its end": whole[:-22].replace(b"PK\x06\x06", b"PK\x06\x00") + whole[-22:],
+        "several disks in zip64": whole[:-42].replace(b"PK\x06\x06", b"PK\x06\x06") + b"PK\x06\x07" + b"\x07" * 16
+        + whole[-22:],
+        "no directory": whole[:directory] + bytes(len(whole) - directory - 22) + whole[-22:],
+        "encrypted": whole[: directory + 8] + b"\x01" + whole[directory + 9 :],
+    }
+
+
+@pytest.mark.parametrize("load", [load_adapter, load_checkpoint])
+def test_an_archive_that_is_damaged_in_its_own_way_is_named(tmp_path, load):
+    path = tmp_path / "a.pt"
+    for what, content in archive_damages(path).items():
+        path.write_bytes(content)
+        try:
+            load(path)
+        except ValueError as error:
+            assert str(error).startswith(f"{path}: ") and "\n" not in str(error), what
+
+
+@pytest.mark.parametrize("tensor", [
+    torch.ones(1).expand(1 << 40, 3), torch.eye(3).to_sparse(), torch.ones(2, 3, device="meta"),
+    torch.quantize_per_tensor(torch.ones(2, 3), 0.1, 0, torch.qint8),
+], ids=["expanded", "sparse", "meta", "quantised"])
+def test_a_tensor_without_its_values_is_refused(tmp_path, tensor):
+    torch.save({"state_dict": {**good_tensors(), "l.lora_A": tensor}, "meta": META}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=r"a\.pt: "):
+        load_adapter(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("changed", [{"scheduler": 3}, {"lora": [1]}, {"extra": "x"}, {"extra": None}])
+def test_a_step_file_with_a_part_of_another_kind_is_refused(tmp_path, changed):
+    content = {"state_dict": good_tensors(), "meta": META, "optimizer": {}, "step": 2, **changed}
+    torch.save(content, tmp_path / "adapter_step00002.pt")
+    with pytest.raises(ValueError, match=f"it has no {next(iter(changed))}"):
+        load_checkpoint(tmp_path / "adapter_step00002.pt")
+
+
+def test_a_safetensors_file_nested_too_deeply_is_named(tmp_path):
+    deep = "[" * 100_000 + "]" * 100_000
+    safetensors.torch.save_file(good_tensors(), tmp_path / "a.safetensors", metadata={"meta": deep})
+    with pytest.raises(ValueError, match=r"a\.safetensors: not a readable"):
+        load_adapter(tmp_path / "a.safetensors")

@@ -176,3 +176,53 @@ def test_settings_files_give_flags_of_several_values(tmp_path, capsys):
     with pytest.raises(SystemExit):
         parser.parse_args(["--config", str(path)])
     assert "interval is 0.5, expected 2 values" in capsys.readouterr().err
+
+
+def inputs_parser() -> cli.ArgumentParser:
+    made = parser()
+    made.add_argument("inputs", nargs="*", type=Path)
+    return made
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("inputs: 2024", "inputs is 2024, expected a text or a list of texts; put what looks like a number"),
+        ("inputs:\n  - a.mp4\n  -\n", "inputs is ['a.mp4', None], expected a text or a list"),
+        ("inputs: [2024-01-31]", "expected a text or a list"),
+        ("inputs: {a: b}", "expected a text or a list"),
+        ("inputs: [[a]]", "expected a text or a list"),
+        ("data_dir: 2024-13-45", "cannot be read as YAML: month must be in 1..12"),
+        ('data_dir: !!int ""', "cannot be read as YAML: "),
+        ("data_dir: !!float x", "cannot be read as YAML: "),
+        ("data_dir: !!timestamp x", "cannot be read as YAML: "),
+        ("data_dir: " + "[" * 3000 + "]" * 3000, "cannot be read as YAML: it is nested too deeply"),
+        ("data_dir: 0777", "data_dir is 0777, which YAML reads as 511; put it between quotation marks"),
+        ("data_dir: 1:30", "data_dir is 1:30, which YAML reads as 90"),
+        ("target: [x, on]", "target is on, which YAML reads as True"),
+        ("target: [x, ]\nadapter: [~]", "adapter is [None], expected a single value or a list"),
+        ("data_dir: [[a]]", "data_dir is [['a']], expected a single value"),
+        ("rank: 2024-01-31", "invalid int value: '2024-01-31'"),
+    ],
+)
+def test_yaml_of_wrong_types_is_a_usage_error_with_the_files_name(tmp_path, capsys, text, message):
+    config = settings(tmp_path, text)
+    with pytest.raises(SystemExit) as stop:
+        inputs_parser().parse_args(["--data_dir", "d", *config])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error and len(error) < 4000
+    assert "settings.yaml" in error or message.startswith("invalid int")
+
+
+def test_an_alias_that_grows_without_bounds_is_not_printed(tmp_path, capsys):
+    deep = "data_dir:\n- &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+        f"- &{new} [{', '.join(['*' + old] * 9)}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
+    )
+    with pytest.raises(SystemExit) as stop:
+        parser().parse_args(settings(tmp_path, deep))
+    assert stop.value.code == 2 and len(capsys.readouterr().err) < 4000
+
+
+def test_texts_that_look_like_numbers_are_taken_as_they_are_written(tmp_path):
+    args = inputs_parser().parse_args(settings(tmp_path, 'data_dir: 2024\ninputs: ["2024"]\ntarget: [1.5]\n'))
+    assert (args.data_dir, args.inputs, args.target) == (Path("2024"), [Path("2024")], ["1.5"])

@@ -12,7 +12,7 @@ import torch
 from golden_case import GOLDEN
 from recipe import make_input
 
-from selva.features import FeatureBundle, load_features, save_features
+from selva.features import FeatureBundle, load_features, load_settings, save_features
 
 GOLDEN_FILES = json.loads((GOLDEN / "feature_files.json").read_text())["files"]
 
@@ -163,3 +163,66 @@ def test_damaged_files_are_named(tmp_path):
 def test_only_npz_is_written(tmp_path):
     with pytest.raises(ValueError, match=r"end in \.npz"):
         save_features(tmp_path / "a.pt", small_bundle())
+
+
+def damaged_archives(path):
+    """Yield (what is wrong, content) of feature files that zipfile and NumPy cannot read, each in a way of its own."""
+    save_features(path, small_bundle())
+    whole = path.read_bytes()
+    header = whole.index(b"{'descr'")
+    for name, old, new in [
+        ("open bracket", b"(", b"["), ("open text", b"'descr'", b"'descr("), ("a call", b"False", b"abs()"),
+        ("no type", b"'<f4'", b"'<x4'"), ("a type that refers to itself", b"'<f4'", b"'<V9'"), ("bytes", b"{", b"\xff"),
+    ]:
+        changed = bytearray(whole)
+        place = whole.index(old, header)
+        changed[place : place + len(old)] = new
+        yield name, bytes(changed)
+    with zipfile.ZipFile(path) as archive:
+        arrays = {name: archive.read(name) for name in archive.namelist()}
+    for kind in (zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2, zipfile.ZIP_DEFLATED):
+        with zipfile.ZipFile(path, "w", kind) as archive:
+            for name, content in arrays.items():
+                archive.writestr(name, content)
+        content = bytearray(path.read_bytes())
+        yield f"compression {kind}", bytes(content[:60] + bytes(x ^ 0x5A for x in content[60:90]) + content[90:])
+    whole = bytearray(whole)
+    for field, value in ((6, 1), (8, 99), (4, 200)):  # encrypted; an unknown compression; a version to come
+        central = whole.index(b"PK\x01\x02")
+        changed = bytearray(whole)
+        changed[field] = value
+        changed[central + field + 2] = value
+        yield f"field {field}", bytes(changed)
+    yield "several disks", bytes(whole[:-18] + b"\x01\x00\x01\x00" + whole[-14:])
+    yield "offset of the directory", bytes(whole[:-6] + b"\xff\xff\xff\x7f" + whole[-2:])
+
+
+def test_every_kind_of_damage_is_named(tmp_path):
+    path = tmp_path / "a.npz"
+    refused = set()
+    for what, content in list(damaged_archives(path)):
+        path.write_bytes(content)
+        for load in (load_features, load_settings):
+            try:
+                load(path)
+            except ValueError as error:
+                assert str(error).startswith(f"{path}: ") and "\n" not in str(error), what
+                refused.add(what)
+    assert len(refused) >= 12  # what does no harm, such as numbers of disks that nobody reads, may be read
+
+
+def test_settings_nested_too_deeply_are_named(tmp_path):
+    path = tmp_path / "a.npz"
+    deep = '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}"
+    np.savez(path, clip_features=CLIP, sync_features=SYNC, settings=deep)
+    for load in (load_features, load_settings):
+        with pytest.raises(ValueError, match=r"a\.npz: settings is not JSON"):
+            load(path)
+
+
+def test_a_small_file_that_promises_gigabytes_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "a.npz"
+    np.savez_compressed(path, clip_features=np.zeros((1, 10_000, 40), np.float32), sync_features=SYNC)
+    monkeypatch.setattr("selva.features.MAX_ARRAY_BYTES", 1_000_000)
+    with pytest.raises(ValueError, match=r"a\.npz: .*clip_features\.npy has 1600\d\d\d bytes, expected at most"):
+        load_features(path)

@@ -1,7 +1,7 @@
 """Results computed once per data folder and kept in ``<data_dir>/.selva_cache``, so that the next run starts at once.
 
     latents/<key>.safetensors  texts/<key>.safetensors    tensors; the key is a hash of everything that decides them
-    files.json                                            file name -> size, time, and facts found out about it
+    files.json                                            file name -> size, times, inode, and facts found out about it
 
 Nothing in it is ever needed: entries that are missing, damaged or made with other settings are made again, and the
 folder can be deleted at any time.
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from selva.utils.files import atomic_path, atomic_write_text, source_hash, why_not_written
 from selva.utils.lock import FolderLock
-from selva.utils.torch_files import write_safetensors
+from selva.utils.torch_files import READ_ERRORS, write_safetensors
 from selva.utils.torchrun import is_main_process
 
 log = logging.getLogger(__name__)
@@ -35,6 +35,7 @@ CACHE_FOLDER = ".selva_cache"
 FILES_FILE, LOCK_FILE = "files.json", "encoding.lock"
 # A file may change again within one tick of its time stamp and look the same; what is younger is read every time.
 SETTLED_NS = 2_000_000_000
+BASIC_STAMP = {"size", "mtime_ns"}  # what every version has written
 
 Settings = Mapping[str, Any]  # anything that JSON can hold; equal settings mean equal content
 
@@ -73,7 +74,7 @@ class DataCache:
                 with safe_open(path, framework="pt") as file:
                     stored = (file.metadata() or {}).get("settings")
                     tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-            except (SafetensorError, OSError) as error:
+            except (SafetensorError, OSError, *READ_ERRORS) as error:
                 log.warning("%s: damaged (%s), made again", path, error)
                 continue
             if stored == _canonical(settings) and all(bool(torch.isfinite(x).all()) for x in tensors.values()):
@@ -109,15 +110,19 @@ class DataCache:
     def note(self, path: Path, name: str, find_out: Callable[[], Any]) -> Any:
         """Return the result of ``find_out`` about a file of the data folder, anything that JSON can hold.
 
-        It is called once, and again when the size or the time of the file has changed. :meth:`flush` writes it down.
+        It is called once, and again for another file, or a file that was written to: size and time alone do not tell
+        two sounds apart that have swapped their names, the inode and the time of its last change do. Notes of version
+        0.1.0, which knew only the first two, are believed by them. :meth:`flush` writes them down.
         """
         status = path.stat()
-        stamp = {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
+        stamp = {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "ctime_ns": status.st_ctime_ns,
+                 "inode": status.st_ino}
         record = self._files.get(path.name)
-        if record is None or record["stamp"] != stamp:
+        if record is None or not record["stamp"].keys() >= BASIC_STAMP or record["stamp"].items() - stamp.items():
             record = {"stamp": stamp, "notes": {}}
         if name not in record["notes"]:
             record["notes"][name] = find_out()
+            record["stamp"] = stamp
             if time.time_ns() - status.st_mtime_ns > SETTLED_NS:
                 self._files[path.name], self._files_changed = record, True
         return record["notes"][name]
@@ -137,7 +142,7 @@ class DataCache:
     def _read_files(self) -> dict[str, dict[str, Any]]:
         try:
             records = json.loads((self.folder / FILES_FILE).read_text(encoding="utf-8")) if self.folder else {}
-        except (OSError, ValueError):  # none yet, or damaged
+        except (OSError, ValueError, RecursionError):  # none yet, or damaged
             return {}
         if not isinstance(records, dict):
             return {}
@@ -201,4 +206,4 @@ def _entry_name(kind: str, settings: Settings) -> str:
 
 def _is_record(record: Any) -> bool:
     parts = [record.get("stamp"), record.get("notes")] if isinstance(record, dict) else [None]
-    return all(isinstance(part, dict) for part in parts)
+    return all(isinstance(part, dict) for part in parts) and all(isinstance(x, int) for x in record["stamp"].values())

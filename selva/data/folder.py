@@ -14,6 +14,7 @@ from pathlib import Path
 from torch import Tensor
 
 from selva.features import FeatureBundle, load_features
+from selva.inputs.file_names import same_name
 from selva.inputs.prompts import PROMPTS_FILE, PromptSource, choose_prompt, read_prompts
 from selva.inputs.suffixes import AUDIO_SUFFIXES
 
@@ -88,17 +89,18 @@ def scan_folder(data_dir: PathLike) -> FolderScan:
     sounds: dict[str, list[Path]] = {}
     for path in files:
         if path.suffix.lower() in AUDIO_SUFFIXES:
-            sounds.setdefault(path.stem, []).append(path)
+            sounds.setdefault(same_name(path.stem), []).append(path)
 
-    prompts = read_prompts(data_dir / PROMPTS_FILE) if (data_dir / PROMPTS_FILE).is_file() else {}
-    unused_keys = sorted(set(prompts) - {path.name for path in features})
+    names = [path.name for path in features]
+    prompts = read_prompts(data_dir / PROMPTS_FILE, names) if (data_dir / PROMPTS_FILE).is_file() else {}
+    unused_keys = sorted(set(prompts) - set(map(same_name, names)))
     if unused_keys:
         log.warning("%s: no such feature file: %s", data_dir / PROMPTS_FILE, ", ".join(unused_keys))
 
     clips: list[FolderClip] = []
     skipped: list[tuple[Path, str]] = []
     for path in features:
-        if path.stem not in sounds:
+        if same_name(path.stem) not in sounds:
             skipped.append((path, f"no sound beside it ({path.stem}{', '.join(AUDIO_SUFFIXES)})"))
             continue
         try:
@@ -106,11 +108,11 @@ def scan_folder(data_dir: PathLike) -> FolderScan:
         except (ValueError, OSError) as error:
             skipped.append((path, str(error).removeprefix(f"{path}: ")))
             continue
-        sound = _choose_sound(sounds[path.stem])
-        prompt, source = choose_prompt(prompts.get(path.name), bundle.prompt, data_dir)
+        sound = _choose_sound(sounds[same_name(path.stem)])
+        prompt, source = choose_prompt(prompts.get(same_name(path.name)), bundle.prompt, data_dir)
         clips.append(_describe(path, sound, prompt, source, bundle))
 
-    stems = {path.stem for path in features}
+    stems = {same_name(path.stem) for path in features}
     for stem, paths in sounds.items():
         if stem not in stems:
             skipped += [(path, f"no features beside it ({stem}.npz)") for path in paths]

@@ -28,11 +28,12 @@ from selva.data.memmap.writer import MemmapWriter
 from selva.extraction.extractor import FeatureExtractor
 from selva.extraction.manifest import DONE, FAILED, ManifestWriter
 from selva.extraction.pipeline import Summary
+from selva.inputs.file_names import same_name
 from selva.media import audio_blocks, prepare_audio
 from selva.media.audio import PEAK_LEVEL, SILENCE_LEVEL
 from selva.models.variants import Variant
 from selva.partition.cut import collect_recordings
-from selva.partition.windows import Window, caption_of, read_captions, read_clips
+from selva.partition.windows import Window, clip_captions, read_captions, read_clips
 from selva.sequence import DEFAULT_DURATION_SEC, SequenceConfig, sequence_config
 from selva.utils.device import peak_memory_bytes
 from selva.utils.files import source_hash
@@ -78,18 +79,22 @@ def plan_audio_set(clips: Path, captions: Path, data_dir: Path) -> list[SoundJob
         ValueError: a table is none, an id comes twice, or not a single clip has both a recording and a caption.
     """
     windows, texts = read_clips(clips), read_captions(captions)
-    paths = {path.stem: path for path in collect_recordings(data_dir)[0]}
+    paths = {same_name(path.stem): path for path in collect_recordings(data_dir)[0]}
     if twice := [clip_id for clip_id, count in Counter(window.id for window in windows).items() if count > 1]:
         raise ValueError(f"{clips}: {listed(twice)} come more than once, every clip needs an id of its own")
+    try:
+        found = clip_captions(windows, texts, paths)
+    except ValueError as error:
+        raise ValueError(f"{captions}: {error}") from error
     jobs = []
     for window in windows:
-        path, caption, problem = paths.get(window.name), caption_of(window, texts), ""
+        path, caption, problem = paths.get(same_name(window.name)), found.get(window.id, ""), ""
         if path is None:
             problem = f"{data_dir}: there is no recording {window.name}.flac, .wav or of another kind in it"
         elif not caption:
             problem = f"{captions}: has no caption for {window.name}"
         jobs.append(SoundJob(window, path, caption, problem))
-    known = {window.id for window in windows} | {window.name for window in windows}
+    known = {same_name(name) for window in windows for name in (window.id, window.name)}
     if unused := sorted(set(texts) - known):
         log.warning("%s: no clip for %s", captions, listed(unused))
     if all(job.problem for job in jobs):

@@ -17,10 +17,13 @@ from selva.utils.plots import new_figure, save_figure
 
 PathLike = str | os.PathLike[str]
 
+_HEADER_BYTES = 4096  # of a PNG; comments come before the pixels
 _PICTURE_IN = 1.75  # width and height of one picture, in inches of 100 pixels
 
 
-def write_contact_sheet(path: PathLike, frames: VideoFrames, title: str = "", columns: int = 8) -> None:
+def write_contact_sheet(
+    path: PathLike, frames: VideoFrames, title: str = "", columns: int = 8, digest: str = ""
+) -> None:
     """Write a PNG with evenly spaced frames of a clip, above as CLIP and below as the video encoder got them.
 
     Both rows show the same moments. The times are those in the video file, so a clip of a later part begins later.
@@ -30,6 +33,7 @@ def write_contact_sheet(path: PathLike, frames: VideoFrames, title: str = "", co
         frames: as read, i.e. resized and masked.
         title: e.g. the id and the prompt of the clip; long ones are wrapped.
         columns: frames per row; fewer if the clip has fewer.
+        digest: of what decides the picture, for :func:`is_sheet_of`.
 
     Raises:
         ValueError: another suffix, or less than one column.
@@ -60,7 +64,16 @@ def write_contact_sheet(path: PathLike, frames: VideoFrames, title: str = "", co
             if column == 0:
                 axis.set_title(f"{name}: {len(pictures)} of {pictures.shape[-1]} x {pictures.shape[-2]}", fontsize=8,
                                loc="left")
-    save_figure(figure, path)
+    save_figure(figure, path, digest)
+
+
+def is_sheet_of(path: Path, digest: str) -> bool:
+    """Return True if ``path`` is a sheet that was written with this digest, and not with an older mask or prompt."""
+    try:
+        with open(path, "rb") as file:
+            return digest.encode() in file.read(_HEADER_BYTES)
+    except FileNotFoundError:
+        return False
 
 
 def _source(frames: VideoFrames) -> str:

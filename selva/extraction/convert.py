@@ -27,6 +27,7 @@ from selva.data.memmap.reader import MemmapDataset
 from selva.data.memmap.writer import MemmapWriter
 from selva.extraction.extractor import FeatureExtractor
 from selva.features import FeatureBundle, load_features, save_features
+from selva.inputs.file_names import same_name
 from selva.inputs.prompts import PROMPTS_FILE, choose_prompt, read_prompts
 from selva.inputs.table import unsafe_id
 from selva.media import write_audio
@@ -92,12 +93,13 @@ def plan_folder(source: Path) -> tuple[list[ConversionJob], list[Conversion]]:
                    clip.text_shape is not None and clip.extracted_prompt == clip.prompt)
         for clip in scan.clips
     ]
-    prompts = read_prompts(source / PROMPTS_FILE) if (source / PROMPTS_FILE).is_file() else {}
+    names = [path.name for path, _ in scan.skipped]
+    prompts = read_prompts(source / PROMPTS_FILE, names) if (source / PROMPTS_FILE).is_file() else {}
     problems = []
     for path, reason in scan.skipped:
         bundle = _load_or_none(path)
         if bundle is not None and bundle.latent_mean is not None:  # needs no sound
-            prompt, _ = choose_prompt(prompts.get(path.name), bundle.prompt, source)
+            prompt, _ = choose_prompt(prompts.get(same_name(path.name)), bundle.prompt, source)
             has_text = bundle.text_features is not None and bundle.prompt == prompt
             clips.append(ConversionJob(path.stem, path, None, prompt, has_text))
         else:

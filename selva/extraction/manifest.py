@@ -210,7 +210,8 @@ def read_manifest(path: str | os.PathLike[str]) -> list[Row]:
         ValueError: a line is not a JSON object with an id and a status.
     """
     rows = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    # Bytes, as a line of text would also end at a U+2028 in a prompt.
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
         try:
             row = json.loads(line)
         except ValueError as error:

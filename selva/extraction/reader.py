@@ -25,7 +25,7 @@ import torch.multiprocessing
 from torch.utils.data import DataLoader, Dataset
 
 from selva.data.latents import FRONT_END, MAX_AUDIO_SHORTFALL_SEC
-from selva.extraction.contact_sheet import write_contact_sheet
+from selva.extraction.contact_sheet import is_sheet_of, write_contact_sheet
 from selva.extraction.extractor import clip_settings
 from selva.extraction.manifest import DONE, FAILED, SKIPPED
 from selva.features import load_features
@@ -261,10 +261,11 @@ class ClipReader(Dataset[ReadClip]):
         if self.settings.preview_dir is None:
             return
         path = self.settings.preview_dir / f"{job.id}.png"
-        if frames is None and path.exists():
+        digest = digest_of(self._settings(job))
+        if frames is None and is_sheet_of(path, digest):
             return
         with times.stage("preview"):
-            write_contact_sheet(path, frames or self._frames(job), f"{job.id}: {job.prompt}")
+            write_contact_sheet(path, frames or self._frames(job), f"{job.id}: {job.prompt}", digest=digest)
 
 
 def digest_of(settings: dict[str, Any]) -> str:

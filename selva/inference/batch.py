@@ -19,8 +19,9 @@ from torch import Tensor
 
 from selva.audio.loudness import TRUE_PEAK_LIMIT_DB
 from selva.extraction.manifest import DONE, FAILED, INCOMPLETE_FILE, MANIFEST_FILE, PENDING
+from selva.extraction.reader import CLIP_ERRORS
 from selva.inference.adapter_switch import AdapterPairs
-from selva.inference.engine import SoundGenerator
+from selva.inference.engine import COMPUTE_ERRORS, SoundGenerator
 from selva.inference.outputs import SoundFiles, model_identity, request_identity, sound_fingerprint
 from selva.inference.request import Sound, SoundConditions, SoundRequest
 from selva.media import audio_length, video_length
@@ -138,7 +139,7 @@ class SoundBatch:
             return
 
         def failed(index: int, error: Exception) -> None:
-            todo[index].problem = str(error)
+            todo[index].problem = _reason(error)
 
         requests = [clip.request for clip in todo]
         encoded = self.generator.encode(requests, use_clip_features=self.needs_clip, on_error=failed)
@@ -148,12 +149,15 @@ class SoundBatch:
                 sounds += [(clip, variation, conditions) for variation in clip.variations if id(variation) in missing]
         latents = self._sample(sounds)
         for clip, variation, conditions in sounds:
+            if id(variation) not in latents:  # failed, and said so
+                continue
             # One by one: sounds are written as they are made, and not all held in memory.
             try:
                 (sound,) = self.generator.decode([conditions], [latents[id(variation)]])
                 self._write(clip, variation, sound, missing[id(variation)])
-            except (ValueError, OSError) as error:
-                clip.problem = str(error)
+            except CLIP_ERRORS as error:
+                log.debug("%s", clip.name, exc_info=True)
+                clip.problem = _reason(error)
 
     def _missing(self, clip: BatchClip) -> Iterator[tuple[Variation, str]]:
         """Yield the variations of a clip that are still to be made, with their fingerprints."""
@@ -181,12 +185,30 @@ class SoundBatch:
                 if not group:
                     continue
                 generator.set_adapters(setup.adapters)
-                rows = generator.sample(
-                    [conditions for *_, conditions in group], [variation.seed for _, variation, _ in group],
-                    lambda step, done=done, label=setup.label: progress.update(done + step, label),
-                )
-                latents.update((id(variation), row) for (_, variation, _), row in zip(group, rows, strict=True))
+                latents.update(self._sample_group(
+                    group, lambda step, done=done, label=setup.label: progress.update(done + step, label)
+                ))
                 done += count * steps
+        return latents
+
+    def _sample_group(
+        self, group: Sequence[tuple[BatchClip, Variation, SoundConditions]], on_step: Callable[[int], None] | None
+    ) -> dict[int, Tensor]:
+        """Return the latents of variations of one setup; if that fails for them together, each is tried alone."""
+        try:
+            rows = self.generator.sample([conditions for *_, conditions in group],
+                                         [variation.seed for _, variation, _ in group], on_step)
+            return {id(variation): row for (_, variation, _), row in zip(group, rows, strict=True)}
+        except COMPUTE_ERRORS as error:
+            log.debug("sampling", exc_info=True)
+            reason = _reason(error)
+        if len(group) == 1:
+            group[0][0].problem = reason
+            return {}
+        log.warning("%d sounds cannot be sampled together (%s); one by one now", len(group), reason)
+        latents: dict[int, Tensor] = {}
+        for one in group:
+            latents.update(self._sample_group([one], None))
         return latents
 
     def _write(self, clip: BatchClip, variation: Variation, sound: Sound, fingerprint: str) -> None:
@@ -199,6 +221,11 @@ class SoundBatch:
                         TRUE_PEAK_LIMIT_DB)
         else:
             log.info("%s: %s", name, level)
+
+
+def _reason(error: Exception) -> str:
+    """Return what a clip failed with; some errors of libraries say nothing."""
+    return str(error) or type(error).__name__
 
 
 def rounds(clips: Sequence[BatchClip]) -> Iterator[tuple[int, Sequence[BatchClip]]]:

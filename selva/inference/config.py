@@ -12,7 +12,7 @@ from selva.flow import SamplingConfig
 from selva.inputs.suffixes import OUTPUT_AUDIO_SUFFIXES, OUTPUT_VIDEO_SUFFIXES
 from selva.media.mask_settings import MaskOptions
 from selva.sequence import DEFAULT_DURATION_SEC, SHORTEST_SEC
-from selva.utils.device import PRECISIONS
+from selva.utils.device import PRECISION_CHOICES, PRECISION_HELP
 from selva.utils.settings import setting
 from selva.weights.config import GENERAL, ModelConfig
 
@@ -83,7 +83,7 @@ class InferenceConfig:
         "auto", "auto: load one network after the other and free it, which takes the least memory; none: keep all "
         "loaded, which is quicker for many clips", group=SAMPLING, choices=OFFLOAD_CHOICES)
     seed: int = setting(42, "seed of everything random", group=GENERAL)
-    precision: str = setting("bf16", "number format of the networks", group=GENERAL, choices=PRECISIONS)
+    precision: str = setting("auto", PRECISION_HELP, group=GENERAL, choices=PRECISION_CHOICES)
 
     def __post_init__(self) -> None:
         if problems := list(self._problems()):

@@ -10,7 +10,8 @@ so that only one network needs to be loaded at a time: :meth:`~SoundGenerator.en
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from torch import Tensor
 from selva.audio.loudness import normalize_loudness
 from selva.checkpoint import load_adapter
 from selva.extraction.extractor import FeatureExtractor
+from selva.extraction.reader import CLIP_ERRORS
 from selva.features import FeatureBundle, load_features
 from selva.flow import SamplingConfig
 from selva.inference.adapter_switch import AdapterPairs, AdapterSwitch
@@ -36,7 +38,7 @@ from selva.models.variants import Variant, features_problem, get_variant
 from selva.models.vocoder import Vocoder
 from selva.sampling import decode_latents, sample_latents
 from selva.sequence import DEFAULT_DURATION_SEC, SequenceConfig, sequence_config
-from selva.utils.device import PRECISIONS, dtype_of, resolve_device
+from selva.utils.device import PRECISION_CHOICES, dtype_of, resolve_device, resolve_precision
 from selva.utils.progress import StageTimes
 from selva.weights.find import check_weights
 from selva.weights.load import load_generator, load_vae, load_vocoder
@@ -44,6 +46,7 @@ from selva.weights.load import load_generator, load_vae, load_vocoder
 log = logging.getLogger(__name__)
 
 ENCODERS, GENERATOR, DECODERS = "encoders", "generator", "decoders"  # what is loaded together
+COMPUTE_ERRORS = (RuntimeError, MemoryError)  # what can go wrong with one item in PyTorch
 DECODER_CHUNK_SEC = 8.0  # of longer sounds the vocoder makes this much at once
 
 
@@ -126,16 +129,19 @@ class SoundGenerator:
         normalize: str = "none",
         target: float | None = None,
         device: str = "auto",
-        precision: str = "bf16",
+        precision: str = "auto",
         batch_size: int = DEFAULT_BATCH_SIZE,
         offload: str = "none",
     ) -> None:
         for what, value, choices in (("clip_features", clip_features, CLIP_FEATURE_CHOICES),
-                                     ("precision", precision, PRECISIONS), ("offload", offload, OFFLOAD_CHOICES)):
+                                     ("precision", precision, PRECISION_CHOICES),
+                                     ("offload", offload, OFFLOAD_CHOICES)):
             if value not in choices:
                 raise ValueError(f"{what} is {value!r}, expected one of {', '.join(choices)}")
         self.variant, self.selva_dir = get_variant(variant), None if selva_dir is None else Path(selva_dir)
-        self.device, self.precision = resolve_device(device), dtype_of(precision)
+        self.device = resolve_device(device)
+        self.precision_name = resolve_precision(precision, self.device)
+        self.precision = dtype_of(self.precision_name)
         self.sampling, self.long = sampling or SamplingConfig(), long
         self.batch_size, self.offload = batch_size, offload
         self.normalize, self.target, self.clip_features = normalize, target, clip_features
@@ -213,7 +219,8 @@ class SoundGenerator:
         def attempt(index: int, function: Callable, *args: Any) -> Any:
             try:
                 return function(*args)
-            except (ValueError, OSError) as error:
+            except CLIP_ERRORS as error:
+                log.debug("request %d", index, exc_info=True)
                 if on_error is None:
                     raise
                 on_error(index, error)
@@ -266,16 +273,21 @@ class SoundGenerator:
             with self.times.stage("CLIP"):
                 for draft in drafts:
                     assert draft.frames is not None
-                    draft.clip_f = self._extractor.clip_features(draft.frames.clip_frames)
+                    with draft.failing_alone():
+                        draft.clip_f = self._extractor.clip_features(draft.frames.clip_frames)
             if self.offload == "auto":
                 self._extractor.free()
         with self.times.stage("video encoder"):
             for draft in drafts:
                 assert draft.frames is not None
-                draft.sync_f = self._extractor.sync_features(draft.frames.sync_frames, draft.prompt)
+                if draft.error is None:
+                    with draft.failing_alone():
+                        draft.sync_f = self._extractor.sync_features(draft.frames.sync_frames, draft.prompt)
                 draft.frames = None
 
     def _conditions(self, draft: _Draft) -> SoundConditions:
+        if draft.error is not None:
+            raise draft.error
         request, sequence = draft.request, sequence_config(self.variant.mode, draft.duration_sec)
         conditions = SoundConditions(
             request=request,
@@ -409,6 +421,15 @@ class _Draft:
     clip_f: Tensor | None = None
     sync_f: Tensor | None = None
     text_f: Tensor | None = None
+    error: Exception | None = None  # why its pictures cannot be encoded
+
+    @contextmanager
+    def failing_alone(self) -> Iterator[None]:
+        """Keep an error of PyTorch (out of memory, for one) for this request; the others go on."""
+        try:
+            yield
+        except COMPUTE_ERRORS as error:
+            self.error = error
 
 
 def _lacks_clip(item: SoundConditions) -> bool:

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from selva import __version__
+from selva.extraction.reader import CLIP_ERRORS
 from selva.features import FeatureBundle
 from selva.inference.engine import SoundGenerator
 from selva.inference.request import Sound, SoundRequest
@@ -58,12 +60,29 @@ class SoundFiles:
         return [] if self.settings.exists() else [path for path in self.written if path.exists()]
 
     def save(self, sound: Sound, settings: Mapping[str, Any], fingerprint: str) -> None:
-        """Write the sound, the video and the settings; these first without, and in the end with the fingerprint."""
+        """Write the sound, the video and the settings; these first without, and in the end with the fingerprint.
+
+        Raises:
+            ValueError: the video cannot be written; says where its sound is.
+        """
         text = settings_text(settings) + FINGERPRINT_LINE
         atomic_write_text(self.settings, f"{text}unfinished\n")
-        for path in self.written:
-            sound.save(path)
+        if self.audio is not None:  # first: what took long to make is safe, whatever becomes of the video
+            sound.save(self.audio)
+        if self.video is not None:
+            try:
+                sound.save(self.video)
+            except CLIP_ERRORS as error:
+                kept = self.audio or sound.save(_free_name(self.video))
+                raise ValueError(f"{error}; its sound is kept in {kept}") from error
         atomic_write_text(self.settings, f"{text}{fingerprint}\n")
+
+
+def _free_name(video: Path) -> Path:
+    """Return the path of a .flac beside a video that could not be written, where there is no file yet."""
+    endings = itertools.chain([""], (f"_sound{number or ''}" for number in itertools.count()))
+    candidates = (video.with_name(f"{video.stem}{ending}.flac") for ending in endings)
+    return next(path for path in candidates if not path.exists())
 
 
 def sound_files(

@@ -37,6 +37,7 @@ def generate(config: InferenceConfig, announce: Callable[[Path], None] = lambda 
         long=config.long, normalize=config.normalize, target=config.target, device=config.model.device,
         precision=config.precision, batch_size=config.batch_size, offload=config.offload,
     )
+    config = dataclasses.replace(config, precision=generator.precision_name)  # for the settings beside the sounds
     clips = [plan_clip(config, name, request, setups) for name, request in collect_requests(config).items()]
     check_names(config, clips)
     lists = any(path.is_dir() or path.suffix.lower() in TABLE_SUFFIXES for path in (*config.inputs, *config.features))

@@ -22,11 +22,13 @@ from __future__ import annotations
 import logging
 import math
 import os
+import unicodedata
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from selva.inputs.file_names import FolderNames, same_name
 from selva.inputs.names import numbered_names
 from selva.inputs.prompts import PROMPTS_FILE, read_prompts, read_sidecar
 from selva.inputs.suffixes import VIDEO_SUFFIXES
@@ -94,8 +96,8 @@ def collect_jobs(
             more full window, moved back so that it ends with the video, if it is at least half a window; else it is
             left out and logged. A video shorter than a window is one shorter clip. Only headers are read.
         overlap_sec: seconds that a window shares with the one before it.
-        mask: image, video or .npy for all clips, or a folder with ``<id>.*`` or ``<video stem>.*``; a table's column
-            ``mask`` wins over it.
+        mask: image, video or .npy for all clips, or a folder with ``<id>.*`` or ``<video stem>.*``, where pictures and
+            .npy go before videos; a table's column ``mask`` wins over it. A clip is never a mask.
         name: call the clips ``name_001``, ``name_002`` ... in the order of the list.
         name_dir: where clips were written before: they keep their numbers, and new ones get the first that are free,
             see :mod:`selva.inputs.names`. Without it, numbers follow from the order alone.
@@ -113,7 +115,7 @@ def collect_jobs(
     for item in inputs:
         rows += _rows_of(Path(item), recursive, None if video_dir is None else Path(video_dir))
     rows = _without_repeats(rows)
-    folders = _Folders()
+    folders = FolderNames()
     _warn_of_missing(rows, folders)
     if windows:
         clips = _cut(rows, start_sec, duration_sec, overlap_sec)
@@ -127,8 +129,9 @@ def collect_jobs(
         ids = numbered_names(name, keys, None if name_dir is None else Path(name_dir))
         clips = [(row, new, start, length) for (row, _, start, length), new in zip(clips, ids, strict=True)]
     _check_ids((id_, row.path) for row, id_, _, _ in clips)
-    masks = _Masks(mask)
-    texts = _Prompts(prompts, prompt, folders)
+    masks = _Masks(mask, [row for row, *_ in clips])
+    names = {name for row, id_, _, _ in clips for name in (row.id, id_, row.path.name, row.path.stem)}
+    texts = _Prompts(prompts, prompt, folders, names)
     if prompts is None:
         _point_to_lists([Path(item) for item in inputs])
     jobs = [
@@ -203,25 +206,9 @@ def _without_repeats(rows: list[TableRow]) -> list[TableRow]:
     return list(kept.values())
 
 
-class _Folders:
-    """The names in folders, each listed once: asking the system for every file takes minutes on network disks."""
-
-    def __init__(self) -> None:
-        self._names: dict[str, set[str]] = {}
-
-    def hold(self, path: Path) -> bool:
-        parent, name = os.path.split(path)
-        if parent not in self._names:
-            try:
-                self._names[parent] = set(os.listdir(parent or "."))
-            except OSError:
-                self._names[parent] = set()
-        return name in self._names[parent]
-
-
-def _warn_of_missing(rows: list[TableRow], folders: _Folders) -> None:
+def _warn_of_missing(rows: list[TableRow], folders: FolderNames) -> None:
     def exists(path: Path) -> bool:
-        return folders.hold(path) or path.is_file()  # some systems take DOG.mp4 for dog.mp4
+        return folders.find(path) == path or path.is_file()  # some systems take DOG.mp4 for dog.mp4
 
     videos = [str(row.path) for row in rows if not exists(row.path)]
     masks = sorted({str(row.mask) for row in rows if row.mask is not None and not exists(row.mask)})
@@ -309,16 +296,17 @@ def _point_to_lists(inputs: list[Path]) -> None:
 class _Prompts:
     """Prompts from all sources, of which a clip takes the most specific."""
 
-    def __init__(self, path: PathLike | None, for_all: str, folders: _Folders) -> None:
+    def __init__(self, path: PathLike | None, for_all: str, folders: FolderNames, names: Iterable[str]) -> None:
         self.path, self.for_all, self.folders = path, for_all.strip(), folders
-        self.written = read_prompts(path) if path is not None else {}
+        self.written = read_prompts(path, names) if path is not None else {}
         self.used: set[str] = set()
         self.labelled = 0
         self.sidecars: dict[Path, str] = {}  # the windows of a video share one
 
     def of(self, row: TableRow, id_: str) -> str:
         written = ""
-        for key in (f"{row.id}.npz", f"{id_}.npz"):  # the clip's own id wins over that of its whole video
+        for stem in (row.id, id_):  # the clip's own id wins over that of its whole video
+            key = same_name(f"{stem}.npz")
             if key in self.written:
                 self.used.add(key)
                 written = self.written[key]
@@ -329,8 +317,8 @@ class _Prompts:
     def _sidecar(self, video: Path) -> str:
         path = video.with_suffix(".txt")
         if path not in self.sidecars:
-            exists = path.name != PROMPTS_FILE and self.folders.hold(path) and path.is_file()
-            self.sidecars[path] = read_sidecar(path) if exists else ""
+            file = None if path.name == PROMPTS_FILE else self.folders.find(path)
+            self.sidecars[path] = read_sidecar(file) if file is not None and file.is_file() else ""
         return self.sidecars[path]
 
     def report(self) -> None:
@@ -341,27 +329,53 @@ class _Prompts:
             log.info("%d clips take their label as their prompt", self.labelled)
 
 
-class _Masks:
-    """The mask of a clip whose table does not name one."""
+def _same_file(one: Path, other: Path) -> bool:
+    return os.path.realpath(one) == os.path.realpath(other)
 
-    def __init__(self, path: PathLike | None) -> None:
+
+class _Masks:
+    """The mask of a clip whose table does not name one; no video is a mask that is itself a clip."""
+
+    def __init__(self, path: PathLike | None, rows: Iterable[TableRow]) -> None:
         self.path = None if path is None else Path(path)
-        self.by_stem: dict[str, Path] | None = None
+        self.by_stem: dict[str, list[Path]] | None = None
         self.without = 0
-        if self.path is not None and not self.path.exists():
+        self.ambiguous: set[str] = set()
+        rows = list(rows)
+        own = sorted({row.id for row in rows if row.mask is not None and _same_file(row.mask, row.path)})
+        if own:
+            raise ValueError(f"the mask of {listed(own)} is the video itself; name another, or none")
+        if self.path is None:
+            return
+        if not self.path.exists():
             raise FileNotFoundError(f"{self.path}: no such mask")
-        if self.path is not None and self.path.is_dir():
-            files = sorted(p for p in self.path.iterdir() if p.suffix.lower() in MASK_SUFFIXES + VIDEO_SUFFIXES)
-            self.by_stem = {p.stem: p for p in reversed(files) if not p.name.startswith(".")}  # the first one stays
+        clips = {os.path.realpath(row.path) for row in rows}
+        if self.path.is_dir():
+            self.by_stem = {}
+            for file in sorted(self.path.iterdir(), key=lambda p: (p.suffix.lower() not in MASK_SUFFIXES, p)):
+                if file.name.startswith(".") or file.suffix.lower() not in MASK_SUFFIXES + VIDEO_SUFFIXES:
+                    continue
+                if os.path.realpath(file) not in clips:
+                    self.by_stem.setdefault(unicodedata.normalize("NFC", file.stem), []).append(file)
+        elif os.path.realpath(self.path) in clips:
+            raise ValueError(f"{self.path}: is one of the videos, and cannot be their mask; name another")
 
     def of(self, row: TableRow, id_: str) -> Path | None:
         if self.by_stem is None:
             return self.path
-        found = self.by_stem.get(id_) or self.by_stem.get(row.id) or self.by_stem.get(row.path.stem)
-        self.without += found is None
-        return found
+        stems = (unicodedata.normalize("NFC", name) for name in (id_, row.id, row.path.stem))
+        found = next((self.by_stem[stem] for stem in stems if stem in self.by_stem), None)
+        if found is None:
+            self.without += 1
+            return None
+        if len(found) > 1:
+            self.ambiguous.add(f"{found[0].name}, not {', '.join(file.name for file in found[1:])}")
+        return found[0]
 
     def report(self, num_clips: int) -> None:
+        if self.ambiguous:
+            log.warning("%s: several masks of one name, of which pictures and .npy come first; taken: %s",
+                        self.path, listed(sorted(self.ambiguous), separator="; "))
         if self.without == num_clips and num_clips:
             raise ValueError(f"{self.path}: no mask for any clip; masks are named like the clips, e.g. dog_01.png")
         if self.without:

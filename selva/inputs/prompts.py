@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
+
+from selva.inputs.file_names import same_name
+from selva.utils.text import listed
 
 log = logging.getLogger(__name__)
 
@@ -14,13 +19,19 @@ PromptSource = Literal["prompts.txt", "features", "folder"]
 
 PROMPTS_FILE = "prompts.txt"
 
+_LINE_END = re.compile(r"\r\n|\n|\r")  # str.splitlines() also ends a line at U+2028, form feeds and others
 
-def read_prompts(path: PathLike) -> dict[str, str]:
-    """Return the prompts of a ``prompts.txt``: {name of the feature file, with .npz: prompt}.
 
-    One ``name.npz: prompt`` per line, split at the first colon; the ``.npz`` may be left out. Empty lines, lines that
-    start with ``#``, and lines without a colon are ignored, and so is a name without a prompt. The last line of a name
-    counts. Names are only ever compared with those of files in the folder, never opened.
+def read_prompts(path: PathLike, names: Iterable[str] = ()) -> dict[str, str]:
+    """Return the prompts of a ``prompts.txt``: {name of the feature file, with .npz, as `same_name` has it: prompt}.
+
+    One ``name.npz: prompt`` per line, split at the first colon; the ``.npz`` may be left out. Lines end with LF, CR LF
+    or CR and with nothing else. Empty lines and comments are left out: a comment is ``#`` followed by a space, or by
+    what is not one of ``names``. Lines without a colon and names without a prompt are left out with a warning. The last
+    line of a name counts. Names are only ever compared with those of files in the folder, never opened.
+
+    Args:
+        names: of files, with or without .npz, for which a line that begins with ``#`` may be meant.
 
     Raises:
         FileNotFoundError: no such file.
@@ -29,23 +40,38 @@ def read_prompts(path: PathLike) -> dict[str, str]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # editors on Windows begin files with a byte order mark
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+    marked = {same_name(name.removesuffix(".npz")) for name in names if name.startswith("#")}
     full_names: dict[str, str] = {}
     stems: dict[str, str] = {}
-    for line in text.splitlines():
+    no_colon, again = [], []
+    for number, line in enumerate(_LINE_END.split(_read_text(path)), 1):
         line = line.strip()
-        if not line or line.startswith("#") or ":" not in line:
+        if not line:
             continue
-        key, prompt = (part.strip() for part in line.split(":", 1))
+        key, colon, prompt = (part.strip() for part in line.partition(":"))
+        key = same_name(key)
+        if line.startswith("#"):
+            if not colon or key.removesuffix(".npz") not in marked:
+                continue
+            if line[1:2].isspace():
+                log.warning("%s, line %d: a comment, as # and a space begin one, although a file is called %r; "
+                            "rename the file", path, number, key)
+                continue
+        if not colon:
+            no_colon.append(str(number))
+            continue
         if not prompt:
             log.warning("%s: no prompt after %r", path, key)
-        elif key.endswith(".npz"):
-            full_names[key] = prompt
-        else:
-            stems[f"{key}.npz"] = prompt
+            continue
+        kind, name = (full_names, key) if key.endswith(".npz") else (stems, f"{key}.npz")
+        if kind.get(name, prompt) != prompt:
+            again.append(key)
+        kind[name] = prompt
+    if no_colon:
+        log.warning("%s: not read, as there is no colon in it, expected `name.npz: prompt`: line %s",
+                    path, listed(no_colon))
+    if again:
+        log.warning("%s: several prompts, of which the last counts: %s", path, listed(again))
     return {**stems, **full_names}  # the published reader knows full names only, so they win
 
 
@@ -55,8 +81,12 @@ def read_sidecar(path: PathLike) -> str:
     Raises:
         ValueError: it is not UTF-8 text.
     """
+    return " ".join(_read_text(Path(path)).split())
+
+
+def _read_text(path: Path) -> str:
     try:
-        return " ".join(Path(path).read_text(encoding="utf-8-sig").split())
+        return path.read_bytes().decode("utf-8-sig")  # editors on Windows begin files with a byte order mark
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
 

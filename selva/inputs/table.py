@@ -10,13 +10,14 @@ given folder. An empty cell counts as no cell. MMAudio's tables (``id``, ``label
 
 from __future__ import annotations
 
-import csv
 import logging
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from selva.inputs.delimited import Cells, read_text_table
+from selva.inputs.file_names import FolderNames, same_name
 from selva.sequence import SHORTEST_SEC
 from selva.utils.text import listed
 
@@ -74,20 +75,10 @@ def read_clip_table(path: Path, video_suffixes: Iterable[str], video_dir: Path |
     folder = path.parent if video_dir is None else video_dir
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
     reader = _RowReader(path, folder, tuple(video_suffixes))
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        table = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
-        try:
-            table.fieldnames = [name.strip().lower() for name in table.fieldnames or []]
-            reader.check_columns(table.fieldnames)
-            rows = [reader.read(table.line_num, cells) for cells in table]
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: is not UTF-8 text (after line {table.line_num}); save it as UTF-8") from error
-        except csv.Error as error:
-            raise ValueError(f"{path}: after line {table.line_num} there is no row ({error}); a cell that begins with "
-                             'a quotation mark has to end with one, and "" stands for a mark inside') from error
+    table = read_text_table(path, "\t" if path.suffix.lower() == ".tsv" else ",", ["id"])
+    reader.check_columns(table.columns)
+    rows = [reader.read(line, cells) for line, cells in table.rows]
     if reader.problems:
         raise ValueError(f"{path}: {listed(reader.problems, separator='; ')}")
     if not rows:
@@ -100,14 +91,12 @@ class _RowReader:
 
     def __init__(self, path: Path, folder: Path, video_suffixes: tuple[str, ...]) -> None:
         self.path, self.folder, self.video_suffixes = path, folder, video_suffixes
+        self.names = FolderNames()
         self.problems: list[str] = []
         self.lines: dict[str, int] = {}  # id -> line
-        self.videos: dict[str, Path] | None = None  # stem -> video, listed when first needed
+        self.videos: dict[str, Path] | None = None  # `same_name` of the stem -> video, listed when first needed
 
     def check_columns(self, columns: list[str]) -> None:
-        if "id" not in columns:
-            found = ", ".join(columns) or "nothing"
-            raise ValueError(f"{self.path}: column id missing (found: {found}); the first line names the columns")
         twice = sorted({column for column in columns if columns.count(column) > 1 and column in COLUMNS})
         if twice:
             raise ValueError(f"{self.path}: column {', '.join(twice)} is there more than once")
@@ -115,7 +104,7 @@ class _RowReader:
         if unknown:
             log.warning("%s: columns not used: %s (known are %s)", self.path, ", ".join(unknown), ", ".join(COLUMNS))
 
-    def read(self, line: int, cells: dict[str | None, str | None]) -> TableRow | None:
+    def read(self, line: int, cells: Cells) -> TableRow | None:
         before = len(self.problems)
         self.line = line
         if None in cells:
@@ -155,7 +144,8 @@ class _RowReader:
         if "\0" in text[column]:
             self._problem(f"{column} has a NUL character in it")
             return None
-        return folder / text[column]
+        path = folder / text[column]
+        return self.names.find(path) or path
 
     def _find(self, id_: str) -> Path:
         """Return the video of an id; where there is none, the name that it would have."""
@@ -163,5 +153,5 @@ class _RowReader:
             self.videos = {}
             files = [p for p in self.folder.iterdir() if p.suffix.lower() in self.video_suffixes]
             for file in sorted(files, key=lambda p: (self.video_suffixes.index(p.suffix.lower()), p.name)):
-                self.videos.setdefault(file.stem, file)
-        return self.videos.get(id_, self.folder / f"{id_}{self.video_suffixes[0]}")
+                self.videos.setdefault(same_name(file.stem), file)
+        return self.videos.get(same_name(id_), self.folder / f"{id_}{self.video_suffixes[0]}")

@@ -4,14 +4,15 @@
     masks.py       what read_video keeps of the pictures; mask_settings.py: MaskSettings
     audio.py       read_audio, prepare_audio, write_audio, extract_audio, audio_length
     copying.py     copy_audio: the sound of a video without decoding it
+    pictures.py    decoded pictures: which way up, how long, time stamps that jump
     mux.py         mux_video: a video with new sound
     make.py        write_video: pictures and sound that a program made
     container.py   probe, video_length: what a header says; and what the others need of FFmpeg
 
 The only package that knows PyAV, soundfile and torchvision; each is imported where it is used.
 
-Time 0 of a file is time stamp 0 of its container, for the pictures and for the sound, so that both stay aligned.
-(Transport streams start at an arbitrary stamp; there time 0 is the first picture.)
+Time 0 of a file is the start of its container, for the pictures and for the sound, so that both stay aligned: time
+stamps may begin anywhere. (In transport streams it is the first picture; see container.time_origin.)
 """
 
 from __future__ import annotations

@@ -25,6 +25,8 @@ from selva.media.container import (
     exact_seconds,
     has_pictures,
     open_media,
+    stream_start,
+    time_origin,
 )
 from selva.utils.files import atomic_path
 
@@ -102,8 +104,8 @@ def _read_audio_av(path: PathLike, start_sec: float, duration_sec: float | None)
     with open_media(path) as container:
         stream = audio_stream(container, path)
         start = exact_seconds(start_sec)
-        if not has_pictures(container) and stream.start_time is not None:
-            start += stream.start_time * stream.time_base  # nothing to be aligned with: begin with the first sample
+        if not has_pictures(container):  # nothing to be aligned with: begin with the first sample
+            start += stream_start(stream) - time_origin(container)
         frames = decode_frames(path, container, stream, start, preroll_sec=_PREROLL_SEC)
         waveform, rate = _assemble_sound(path, frames, duration_sec)
         reached_sec = waveform.shape[1] / rate
@@ -202,8 +204,7 @@ def _read_pieces(path: PathLike, block_sec: float) -> Iterator[tuple[np.ndarray,
     except soundfile.LibsndfileError:
         with open_media(path) as container:
             stream = audio_stream(container, path)
-            begins_first = not has_pictures(container) and stream.start_time is not None
-            start = stream.start_time * stream.time_base if begins_first else Fraction(0)
+            start = Fraction(0) if has_pictures(container) else stream_start(stream) - time_origin(container)
             filled = rate = 0
             for samples, rate in _time_line(path, decode_frames(path, container, stream, start)):
                 filled += samples.shape[1]

@@ -11,13 +11,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from selva.sequence import SHORTEST_SEC
 
 PathLike = str | os.PathLike[str]
 
+MAX_PAUSE_SEC = 30  # a screen recording has no pictures while nothing moves; beyond this, time stamps are wrong
+_MAX_STEP_BACK_SEC = 1  # frames of a damaged file may be out of order; further back, another recording begins
+_LEAST_BYTES_PER_SEC = 500  # a header that promises a longer file than that is not believed
 _TRUNCATION_SEC = 0.5  # a stream that ends this much before the end in its header was cut short
 
 
@@ -57,7 +61,13 @@ def open_media(path: PathLike) -> Iterator[Any]:
     except av.error.FFmpegError as error:
         raise ValueError(f"{path}: cannot be read as video or audio ({error.strerror})") from error
     with container:
-        yield container
+        try:
+            yield container
+        except av.error.FFmpegError as error:
+            if isinstance(error, ValueError | OSError):
+                raise
+            # Errors of libraries behind FFmpeg, which Python has no name for, and no batch expects.
+            raise ValueError(f"{path}: cannot be decoded ({error.strerror})") from error
 
 
 # -- streams ----------------------------------------------------------------------------------------------------------
@@ -76,10 +86,13 @@ def has_pictures(container: Any) -> bool:
 
 
 def video_stream(container: Any, path: PathLike) -> Any:
-    """Return the first video stream that is no cover picture; ``path`` is for the error."""
-    for stream in container.streams.video:
-        if not _is_cover(stream):
+    """Return the first video stream that is no cover picture and can be decoded; ``path`` is for the error."""
+    pictures = [stream for stream in container.streams.video if not _is_cover(stream)]
+    for stream in pictures:
+        if can_decode(stream):
             return stream
+    if pictures:
+        raise ValueError(f"{path}: its pictures are of a codec that is not known here; convert it to H.264")
     found = ", ".join(stream.type for stream in container.streams) or "no streams"
     raise ValueError(f"{path}: has no video stream (found: {found})")
 
@@ -92,15 +105,35 @@ def audio_stream(container: Any, path: PathLike) -> Any:
     raise ValueError(f"{path}: has no audio stream (found: {found})")
 
 
+def can_decode(stream: Any) -> bool:
+    """Return whether there is a decoder for a stream; without one, PyAV's stream lacks most of its attributes."""
+    return stream.codec_context is not None
+
+
 def time_origin(container: Any) -> Fraction:
-    """Return the time stamp, in seconds, that is time 0 of the file."""
+    """Return the time stamp, in seconds, that is time 0 of the file, for its pictures and for its sound.
+
+    It is the start of the container: of the stream that begins first. Formats for broadcast may hold programs whose
+    clocks have nothing to do with each other; there it is the start of the pictures. Pictures without sound that begin
+    less than a sync segment late keep their stamps: the published extraction lets the first one stand in.
+    """
     import av.format
 
-    if not container.format.flags & av.format.Flags.ts_discont.value:
-        return Fraction(0)
     pictures = [stream for stream in container.streams.video if not _is_cover(stream)]
-    first = (pictures or container.streams)[0]
-    return (first.start_time or 0) * first.time_base
+    streams = [*pictures, *container.streams.audio]
+    is_broadcast = bool(container.format.flags & av.format.Flags.ts_discont.value)
+    if is_broadcast:
+        streams = streams[:1]
+    # Not container.start_time: rounded to microseconds, it may lie after the first picture.
+    starts = [stream_start(stream) for stream in streams if stream.start_time is not None]
+    start = max(Fraction(0), min(starts, default=Fraction(0)))  # before 0 there is only what decoders need to start
+    is_silent = bool(pictures) and not container.streams.audio
+    return Fraction(0) if is_silent and start < SHORTEST_SEC and not is_broadcast else start
+
+
+def stream_start(stream: Any) -> Fraction:
+    """Return the time stamp, in exact seconds, at which a stream begins; 0 if the file does not say."""
+    return (stream.start_time or 0) * stream.time_base
 
 
 # -- headers ----------------------------------------------------------------------------------------------------------
@@ -149,27 +182,29 @@ def probe(path: PathLike) -> MediaInfo:
             fps=float(video.average_rate) if video is not None and video.average_rate else None,
             width=video.width if video is not None else None,
             height=video.height if video is not None else None,
-            audio_rate=audio.rate if audio is not None else None,
-            audio_channels=audio.channels if audio is not None else None,
+            audio_rate=audio.rate if audio is not None and can_decode(audio) else None,
+            audio_channels=audio.channels if audio is not None and can_decode(audio) else None,
         )
 
 
 def video_length(path: PathLike) -> float:
     """Return the seconds from time 0 to the end of the pictures, from the header; nothing is decoded.
 
-    Where there is no such header (a stream that was never finished; MPEG program streams, for which FFmpeg guesses),
-    the packets of the file are read.
+    Where there is no such header (a stream that was never finished; MPEG program streams, for which FFmpeg guesses), or
+    where it promises far more than a file of that size can hold, the packets of the file are read.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a video, or without any frame.
+        ValueError: not a video, without any frame, or with time stamps that jump.
     """
     with open_media(path) as container:
         stream = video_stream(container, path)
         declared = declared_end(container, stream)
-        if declared is not None and declared > 0:
+        if declared is not None and 0 < declared <= os.path.getsize(path) / _LEAST_BYTES_PER_SEC:
             return declared
         starts = packet_times(path, container, stream)
+        for last, time in pairwise(starts):
+            check_step(path, last, time, Fraction(0))
         return float(starts[-1] + (1 / stream.average_rate if stream.average_rate else 0))
 
 
@@ -197,16 +232,26 @@ def declared_end(container: Any, stream: Any) -> float | None:
         return None
     origin_sec = float(time_origin(container))
     if stream.duration is not None:
-        return float((stream.start_time or 0) + stream.duration) * float(stream.time_base) - origin_sec
+        begin = Fraction(0) if _duration_is_end(container, stream) else stream_start(stream)
+        return float(begin + stream.duration * stream.time_base) - origin_sec
     if "DURATION" in stream.metadata:  # Matroska, "00:00:09.000000000"
         try:
             hours, minutes, seconds = stream.metadata["DURATION"].split(":")
-            return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
+            end_sec = int(hours) * 3600 + int(minutes) * 60 + float(seconds)
         except ValueError:
             return None
-    if len(container.streams) == 1 and container.duration is not None:
-        return (container.duration + (container.start_time or 0)) / 1_000_000 - origin_sec
+        # FFmpeg writes the stamp of the end there, MKVToolNix (which says that it did) the seconds from the start.
+        if any(key.startswith("_STATISTICS_WRITING_APP") for key in stream.metadata):
+            end_sec += float(stream_start(stream))
+        return end_sec - origin_sec
+    if len(container.streams) == 1 and container.duration is not None and origin_sec == 0:
+        return (container.duration + (container.start_time or 0)) / 1_000_000  # from a later start, or from 0: unknown
     return None
+
+
+def _duration_is_end(container: Any, stream: Any) -> bool:
+    """Return True where lengths count from time stamp 0: in ASF, and in MP4 in fragments, whose index has no frames."""
+    return container.format.name == "asf" or (container.format.name.startswith("mov,") and not stream.frames)
 
 
 def check_not_truncated(
@@ -221,6 +266,21 @@ def check_not_truncated(
         raise ValueError(
             f"{path}: ends after {start_sec + reached_sec:.2f} s of {declared:.2f} s: "
             "cut short or damaged, copy it again"
+        )
+
+
+def check_step(path: PathLike, last: Fraction | None, time: Fraction, start: Fraction) -> None:
+    """Raise if the picture at ``time`` cannot follow the one at ``last`` (None: the first), counted from ``start``.
+
+    Raises:
+        ValueError: time jumps, by more than ``MAX_PAUSE_SEC`` without a picture, or backwards; names the place.
+    """
+    since = Fraction(0) if last is None else last
+    # What lies before the start of a clip concerns nobody.
+    if time - max(since, Fraction(0)) > MAX_PAUSE_SEC or (last is not None and last - time > _MAX_STEP_BACK_SEC):
+        raise ValueError(
+            f"{path}: its time stamps jump from {float(since + start):.2f} s to {float(time + start):.2f} s, expected "
+            f"at most {MAX_PAUSE_SEC} s between two pictures: damaged, or several recordings joined; cut it there"
         )
 
 
@@ -239,36 +299,27 @@ def read_packets(path: PathLike, container: Any, stream: Any) -> Iterator[Any]:
         raise ValueError(f"{path}: damaged, cannot be read to its end ({error.strerror})") from error
 
 
-def upright(picture: np.ndarray, frame: Any) -> np.ndarray:
-    """Return ``picture`` (H, W, ...), made from ``frame``, turned the way a player shows it."""
-    quarter_turns = round(frame.rotation / 90)  # counter-clockwise, as in NumPy
-    return np.rot90(picture, quarter_turns) if quarter_turns else picture
-
-
-def frame_duration(frame: Any, stream: Any) -> float:
-    """Return the seconds that a decoded frame is shown; 0.0 if the file does not say."""
-    if frame.duration:
-        return float(frame.duration * frame.time_base)
-    return float(1 / stream.average_rate) if stream.average_rate else 0.0
-
-
 def decode_frames(
     path: PathLike, container: Any, stream: Any, start: Fraction, preroll_sec: Fraction = Fraction(0), seek: bool = True
 ) -> Iterator[tuple[Fraction, Any]]:
     """Yield (time, frame) in presentation order; ``time`` is exact, in seconds relative to ``start``.
 
-    Decoding begins at or before ``start - preroll_sec``, so the first times may be negative.
+    Decoding begins at or before ``start - preroll_sec``, so the first times may be negative. A frame without a time
+    stamp follows the one before it.
     """
     import av.error
 
     zero = time_origin(container) + start
-    time = -start
+    time, following = -start, None
     sought = seek and start > preroll_sec and _seek(container, stream, zero - preroll_sec)
     try:
         for frame in container.decode(stream):
-            if frame.pts is None:
+            if frame.pts is None and following is None:
+                if sought:
+                    break
                 raise ValueError(f"{path}: its frames have no time stamps; put it into an .mp4 first")
-            time = frame.pts * frame.time_base - zero
+            time = following if frame.pts is None else frame.pts * frame.time_base - zero
+            following = _following(time, frame, stream)
             if sought and (time > -preroll_sec or (stream.type == "video" and not frame.key_frame)):
                 break
             sought = False
@@ -281,6 +332,15 @@ def decode_frames(
     if sought:  # Some containers only guess where a key frame or a time stamp lies; read those from the start.
         with open_media(path) as whole:
             yield from decode_frames(path, whole, whole.streams[stream.index], start, preroll_sec, seek=False)
+
+
+def _following(time: Fraction, frame: Any, stream: Any) -> Fraction | None:
+    """Return the time of the frame after ``frame``, None if the file does not say how long it is shown."""
+    if stream.type == "audio":
+        return time + Fraction(frame.samples, frame.sample_rate)
+    if frame.duration:
+        return time + frame.duration * frame.time_base
+    return time + 1 / stream.average_rate if stream.average_rate else None
 
 
 def _seek(container: Any, stream: Any, seconds: Fraction) -> bool:

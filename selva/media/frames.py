@@ -19,13 +19,12 @@ from selva.media.container import (
     check_range,
     decode_frames,
     exact_seconds,
-    frame_duration,
     open_media,
-    upright,
     video_stream,
 )
 from selva.media.mask_settings import MaskSettings
 from selva.media.masks import Masker
+from selva.media.pictures import frame_duration, steady, upright
 from selva.sequence import CLIP_FPS, DEFAULT_DURATION_SEC, SYNC_FPS, SYNC_SEGMENT_FRAMES
 
 log = logging.getLogger(__name__)
@@ -148,12 +147,12 @@ def read_video(
 ) -> VideoFrames:
     """Return the pictures of ``duration_sec`` seconds from ``start_sec``, sampled at 8 and at 25 frames per second.
 
-    The frames are those of :func:`select_frames` with times relative to ``start_sec``, turned upright if the file
-    says how. Frames are resized as they are decoded, so memory does not depend on the size of the video.
+    The frames are those of :func:`select_frames` with times relative to ``start_sec``, turned and mirrored as the file
+    says. Frames are resized as they are decoded, so memory does not depend on the size of the video.
 
     A video that ends early makes a shorter clip: its duration becomes what the sampled frames cover (191 frames at
     23.976 fps give 7.96 s). So does one whose last frame is held for long, with a warning. A file that ends before the
-    end in its own header is damaged and an error.
+    end in its own header is damaged and an error, as is one whose time stamps jump.
 
     Args:
         fill_sec: if not more than this is missing between the last samples and the end (of the request, or of a
@@ -178,7 +177,8 @@ def read_video(
         stream = video_stream(container, path)
         stream.thread_type = "AUTO"
         stream.codec_context.thread_count = torch.get_num_threads()  # one in a worker that reads ahead, else all
-        for exact_time, frame in decode_frames(path, container, stream, exact_seconds(start_sec)):
+        start = exact_seconds(start_sec)
+        for exact_time, frame in steady(path, decode_frames(path, container, stream, start), start):
             time = float(exact_time)
             end_sec = time + frame_duration(frame, stream)
             if time > duration_sec:

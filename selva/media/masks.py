@@ -29,13 +29,12 @@ from selva.media.container import (
     PathLike,
     check_file,
     decode_frames,
-    frame_duration,
     open_media,
     packet_times,
-    upright,
     video_stream,
 )
 from selva.media.mask_settings import IMAGE_SUFFIXES, MaskSettings
+from selva.media.pictures import frame_duration, steady, upright
 
 log = logging.getLogger(__name__)
 
@@ -150,7 +149,7 @@ class _FromVideo:
         self.path, self.start = path, start
         container = stack.enter_context(open_media(path))
         self.stream = video_stream(container, path)
-        self._frames = decode_frames(path, container, self.stream, start)
+        self._frames = steady(path, decode_frames(path, container, self.stream, start), start)
         self._next = next(self._frames, None)
         if self._next is None:
             raise ValueError(f"{path}: the mask has no frames at {float(start):g} s")

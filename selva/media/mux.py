@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import logging
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -27,10 +28,17 @@ from selva.media.container import (
     time_origin,
     video_stream,
 )
+from selva.media.pictures import orientation, steady
 from selva.utils.files import atomic_path
 
-_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv")
-_COPYABLE_CODECS = ("h264", "hevc", "mpeg4", "av1", "vp9")  # what every container in _SUFFIXES can hold
+log = logging.getLogger(__name__)
+
+_COPYABLE_CODECS = {  # what each container can hold, and FFmpeg writes into it
+    ".mp4": ("h264", "hevc", "mpeg4", "av1", "vp9"),
+    ".m4v": ("h264", "mpeg4"),
+    ".mov": ("h264", "hevc", "mpeg4"),
+    ".mkv": ("h264", "hevc", "mpeg4", "av1", "vp9"),
+}
 _COPYABLE_FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")  # their packets need no rewriting
 _PICTURE_TIME_BASE = Fraction(1, 60_000)  # holds 24, 25, 29.97, 30 and 60 fps exactly; MPEG-4 allows 16 bits
 _COLOR_MATRICES = {1: "bt709", 7: "smpte240m", 9: "bt2020", 10: "bt2020"}  # what FFmpeg would turn into bt601 otherwise
@@ -63,14 +71,14 @@ def mux_video(
     """
     check_range(video_path, start_sec, duration_sec)
     out_path, sound = Path(out_path), as_channels(waveform)
-    if out_path.suffix.lower() not in _SUFFIXES:
-        raise ValueError(f"{out_path}: cannot write {out_path.suffix!r}, expected one of {', '.join(_SUFFIXES)}")
+    if out_path.suffix.lower() not in _COPYABLE_CODECS:
+        raise ValueError(f"{out_path}: cannot write {out_path.suffix!r}, expected one of {', '.join(_COPYABLE_CODECS)}")
     if out_path.exists() and out_path.samefile(video_path):
         raise ValueError(f"{out_path}: is the video itself, choose another name for the result")
     if sound.shape[0] > 2 or sound.shape[1] == 0 or not torch.isfinite(sound).all():
         raise ValueError(f"the sound is {tuple(sound.shape)}, expected 1 or 2 channels, not empty, all values finite")
 
-    span = _picture_span(video_path)
+    span = _picture_span(video_path, out_path.suffix.lower())
     available_sec = span.end_sec - exact_seconds(start_sec)
     if available_sec <= 0:
         raise ValueError(f"{video_path}: has no picture at {start_sec} s, it ends after {float(span.end_sec):.2f} s")
@@ -82,19 +90,32 @@ def mux_video(
     copy = start_sec == 0 and span.copyable and abs(available_sec - length) <= span.frame_sec
     sound = sound[:, : round(length * rate)].clamp(-1, 1)
 
+    if copy:
+        try:
+            _write(video_path, out_path, None, length, sound, rate)
+            return float(length)
+        except (ValueError, OSError) as error:  # the header of the source may lack what another container needs
+            log.info("%s: its pictures cannot be copied, they are encoded again (%s)", video_path, error)
+    _write(video_path, out_path, exact_seconds(start_sec), length, sound, rate)
+    return float(length)
+
+
+def _write(
+    video_path: PathLike, out_path: Path, start: Fraction | None, length: Fraction, sound: Tensor, rate: int
+) -> None:
+    """Write the pictures from ``start``, encoded again, or from the beginning as they are (None); and the sound."""
     with open_media(video_path) as source, _open_output(out_path) as target:
         stream = video_stream(source, video_path)
-        if copy:
+        if start is None:
             pictures = _copied_pictures(video_path, source, stream, target, length)
         else:
             stream.thread_type = "AUTO"
-            pictures = _encoded_pictures(video_path, source, stream, target, exact_seconds(start_sec), length)
+            pictures = _encoded_pictures(video_path, source, stream, target, start, length)
         next(pictures)  # runs up to the point where the output stream exists: all must, before the first packet
         sounds = _encoded_sound(target, sound, rate)
         next(sounds)
         for packet in heapq.merge(pictures, sounds, key=_decoding_time):
             target.mux(packet)
-    return float(length)
 
 
 # -- the video --------------------------------------------------------------------------------------------------------
@@ -106,10 +127,10 @@ class _PictureSpan:
 
     end_sec: Fraction
     frame_sec: Fraction  # mean time between two frames, but no more than one can hear: a difference to ignore
-    copyable: bool  # the packets can be put into another file as they are
+    copyable: bool  # the packets can be put into the other file as they are
 
 
-def _picture_span(path: PathLike) -> _PictureSpan:
+def _picture_span(path: PathLike, suffix: str) -> _PictureSpan:
     with open_media(path) as container:
         stream, origin = video_stream(container, path), time_origin(container)
         starts: list[Fraction] = []
@@ -133,7 +154,7 @@ def _picture_span(path: PathLike) -> _PictureSpan:
             and origin == 0
             and starts[0] == 0
             and container.format.name in _COPYABLE_FORMATS
-            and stream.codec_context.name in _COPYABLE_CODECS
+            and stream.codec_context.name in _COPYABLE_CODECS[suffix]
         )
         return _PictureSpan(end, min((end - starts[0]) / len(starts), _TOLERANCE_SEC), copyable)
 
@@ -173,7 +194,7 @@ def _encoded_pictures(
     """Yield None once the output stream exists, then packets with the pictures of the range, upright, newly encoded."""
     import av.video.frame
 
-    shown = _shown_frames(decode_frames(path, source, stream, start), length)
+    shown = _shown_frames(steady(path, decode_frames(path, source, stream, start), start), length)
     begin, end, frame = next(shown)
     upright = _picture_filter(stream, frame)
     picture = upright(frame)
@@ -224,9 +245,8 @@ def _picture_filter(stream: Any, first: Any) -> Callable[[Any], Any]:
     import av.filter
 
     matrix = _COLOR_MATRICES.get(int(first.colorspace))
-    turns = {0: [], 1: [("transpose", "cclock")], 2: [("hflip", ""), ("vflip", "")], 3: [("transpose", "clock")]}
     steps = [
-        *turns[round(first.rotation / 90) % 4],
+        *orientation(first).filters,
         ("crop", "trunc(iw/2)*2:trunc(ih/2)*2:0:0"),
         ("scale", "out_range=tv" + (f":out_color_matrix={matrix}" if matrix else "")),  # the range that players expect
         ("format", "yuv420p"),

@@ -19,6 +19,7 @@ from selva.audio.silence import MOSTLY_SILENT, SilenceMap, find_silence
 from selva.inputs.suffixes import AUDIO_SUFFIXES, VIDEO_SUFFIXES
 from selva.media import audio_length, read_audio, write_audio
 from selva.partition.config import CuttingConfig
+from selva.partition.pieces import WrittenPieces
 from selva.partition.segments import Segment
 from selva.partition.windows import WINDOW_SEC, Window, partition, write_table
 from selva.sequence import SHORTEST_SEC
@@ -230,15 +231,22 @@ def hold_out(names: Collection[str], fraction: float, seed: int) -> set[str]:
 # -- sound -------------------------------------------------------------------------------------------------------------
 
 
-def write_piece(recording: Path, window: Window, folder: Path, caption: str = "") -> Path:
+def write_piece(
+    recording: Path, window: Window, folder: Path, caption: str = "", written: WrittenPieces | None = None
+) -> Path:
     """Write the sound of a clip as <id>.flac and its caption, if any, as <id>.txt; return the path of the sound.
 
     Level, rate and channels are those of the recording. Sound beyond full scale is scaled to fit, as it is for
     videos. Files that hold just that already are left alone, so a second run completes the first.
 
+    Args:
+        written: what was written to the folder before; None reads it.
+
     Raises:
         FileNotFoundError, ValueError: the recording cannot be read there, or FLAC cannot hold it.
+        FileExistsError: a file of this name holds something else and was not written here.
     """
+    written = WrittenPieces(folder) if written is None else written
     path = folder / f"{window.id}.flac"
     _, rate = audio_length(recording)
     length = window.end_sample - window.start_sample
@@ -254,11 +262,18 @@ def write_piece(recording: Path, window: Window, folder: Path, caption: str = ""
     if (peak := waveform.abs().max().item()) > 1:
         log.info("%s: %s peaks at %.3f and was scaled to 1", recording, window.id, peak)
         waveform = waveform / peak
-    if not _holds(path, waveform, rate):
-        write_audio(path, waveform, rate)
     note = path.with_suffix(".txt")
-    if caption and not (note.is_file() and note.read_bytes() == f"{caption}\n".encode()):
+    holds_sound = _holds(path, waveform, rate)
+    holds_note = not caption or (note.is_file() and note.read_bytes() == f"{caption}\n".encode())
+    for file, holds in ((path, holds_sound), (note, holds_note)):
+        if not holds:
+            written.check_replaceable(file)
+    if not holds_sound:
+        write_audio(path, waveform, rate)
+        written.add(path)
+    if not holds_note:
         atomic_write_text(note, f"{caption}\n")
+        written.add(note)
     return path
 
 

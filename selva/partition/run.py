@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from selva.inputs.delimited import find_delimiter
+from selva.inputs.file_names import FolderNames, same_name
 from selva.inputs.prompts import read_sidecar
 from selva.partition.config import CuttingConfig, PartitionConfig
 from selva.partition.cut import (
@@ -18,11 +20,12 @@ from selva.partition.cut import (
     write_left_out,
     write_piece,
 )
-from selva.partition.segments import Segment, find_delimiter, read_segments
+from selva.partition.pieces import WrittenPieces
+from selva.partition.segments import Segment, read_segments
 from selva.partition.windows import (
     WINDOW_SEC,
     Window,
-    caption_of,
+    captions_of,
     read_captions,
     table_captions,
     write_captions,
@@ -52,10 +55,11 @@ def partition_recordings(config: PartitionConfig) -> tuple[list[Path], bool]:
     of_clips = {s.id: s.text for given in (segments or {}).values() for s in given if s.text}
     of_names = find_captions(recordings, config.captions)
 
+    check_targets(config, part)
     cut = cut_all(chosen, config.cutting, segments)
     cut.left_out += not_taken if config.start == 0 else []
     if config.write_audio is not None:
-        write_pieces(cut, chosen, table_captions(cut.windows, of_clips, of_names), config.write_audio)
+        write_pieces(cut, chosen, captions_of(cut.windows, of_clips, of_names), config.write_audio)
         if not part and (old := forgotten_pieces(config.write_audio, cut.windows)):
             log.warning("%s: of no clip of this run: %s; remove them if they are of an earlier one",
                         config.write_audio, listed(old))
@@ -67,8 +71,9 @@ def partition_recordings(config: PartitionConfig) -> tuple[list[Path], bool]:
     held_out = hold_out(names, config.val_fraction, config.seed) if config.val_fraction else set()
 
     captions = table_captions(cut.windows, of_clips, of_names)
-    tables = write_tables(cut, held_out, captions, config.output_dir, part)
+    # First, as it says that the tables are ours.
     atomic_write_text(config.output_dir / f"clips{part}_config.yaml", settings_text(values_of(config)))
+    tables = write_tables(cut, held_out, captions, config.output_dir, part)
     failed = {item.path for item in cut.left_out if item.failed}
     log.info("%d clips from %d of %d recordings, %d unreadable", len(cut.windows), len(names), len(chosen), len(failed))
     if held_out:
@@ -87,6 +92,24 @@ def choose_part(recordings: Sequence[Path], config: PartitionConfig) -> tuple[Se
         )
     whole = config.start == 0 and config.end == -1
     return chosen, "" if whole else f"_{config.start}_{end}"
+
+
+TABLES = ("clips", "clips_val", "captions", "left_out")
+
+
+def check_targets(config: PartitionConfig, part: str) -> None:
+    """Raise if a table that will be written, or removed, is an input or of somebody else.
+
+    Raises:
+        FileExistsError: names the tables.
+    """
+    targets = [config.output_dir / f"{name}{part}.tsv" for name in TABLES]
+    inputs = {path.resolve() for path in (config.captions, *(config.segments or [])) if path is not None}
+    ours = (config.output_dir / f"clips{part}_config.yaml").is_file()
+    theirs = [str(path) for path in targets if path.resolve() in inputs or (path.exists() and not ours)]
+    if theirs:
+        raise FileExistsError(f"{listed(theirs)}: would be written anew, and is an input or not of an earlier run of "
+                              "partition_clips.py; choose another --output_dir, or move it away")
 
 
 @dataclass
@@ -115,27 +138,31 @@ def cut_all(
 def find_captions(recordings: Sequence[Path], table: Path | None) -> dict[str, str]:
     """Return {name: caption}: of the table, else of the text file beside a recording."""
     written = read_captions(table, find_delimiter(table)) if table else {}
-    unused = sorted(set(written) - {path.stem for path in recordings})
+    unused = sorted(set(written) - {same_name(path.stem) for path in recordings})
     if unused:
         log.warning("%s: no recording for %s", table, listed(unused))
-    captions = {}
+    captions, names = {}, FolderNames()
     for path in recordings:
-        note = path.with_suffix(".txt")
-        caption = written.get(path.stem) or (read_sidecar(note) if note.is_file() else "")
+        note = names.find(path.with_suffix(".txt"))
+        caption = written.get(same_name(path.stem)) or (read_sidecar(note) if note and note.is_file() else "")
         if caption:
             captions[path.stem] = caption
     return captions
 
 
 def write_pieces(cut: Cut, recordings: Sequence[Path], captions: dict[str, str], folder: Path) -> None:
-    """Write the sound of every clip; clips whose sound cannot be read leave the table."""
+    """Write the sound of every clip; clips whose sound cannot be read or written leave the table.
+
+    Args:
+        captions: {id of the clip: caption}.
+    """
     by_name = {path.stem: path for path in recordings}
-    readable = []
+    readable, pieces = [], WrittenPieces(folder)
     with Progress(len(cut.windows), "writing sound", "clips") as bar:
         for number, window in enumerate(cut.windows, 1):
             recording = by_name[window.name]
             try:
-                write_piece(recording, window, folder, caption_of(window, captions))
+                write_piece(recording, window, folder, captions.get(window.id, ""), pieces)
                 readable.append(window)
             except (ValueError, OSError) as error:
                 reason = str(error).removeprefix(f"{recording}: ")

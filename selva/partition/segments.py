@@ -7,23 +7,22 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from selva.inputs.delimited import find_delimiter, read_text_table
+from selva.inputs.file_names import same_name
 from selva.inputs.table import unsafe_id
-from selva.partition.windows import read_table
 from selva.utils.text import listed
 
 log = logging.getLogger(__name__)
 
-DELIMITERS = ("\t", ";", ",")  # in this order: a comma may stand in a name, a tab does not
 REQUIRED = ("name", "start", "end")
 
 
@@ -56,7 +55,7 @@ def read_segments(paths: Sequence[Path], names: Iterable[str]) -> dict[str, list
         FileNotFoundError: no such file.
         ValueError: not such a file, or a segment that cannot be; lists all of them.
     """
-    names = frozenset(names)
+    names = {same_name(name): name for name in names}  # as compared: as written
     problems: list[str] = []
     by_name: dict[str, list[Segment]] = {}
     for path in paths:
@@ -64,7 +63,7 @@ def read_segments(paths: Sequence[Path], names: Iterable[str]) -> dict[str, list
             raise FileNotFoundError(f"{path}: no such file")
         read = _read_whisper if path.suffix.lower() == ".json" else _read_rows
         for place, segment in read(path, names, problems):
-            if problem := _problem_of(segment, names):
+            if problem := _problem_of(segment, names.values()):
                 problems.append(f"{path}, {place}: {problem}")
             by_name.setdefault(segment.name, []).append(segment)
     for name, segments in by_name.items():
@@ -78,7 +77,7 @@ def read_segments(paths: Sequence[Path], names: Iterable[str]) -> dict[str, list
     return by_name
 
 
-def _problem_of(segment: Segment, names: frozenset[str]) -> str | None:
+def _problem_of(segment: Segment, names: Collection[str]) -> str | None:
     if segment.name not in names:
         return f"there is no recording called {segment.name!r}"
     if not 0 <= segment.start_sec <= segment.end_sec < math.inf:  # False for NaN too
@@ -99,31 +98,21 @@ def _words(value: Any) -> str:
     return " ".join(str(value or "").split())
 
 
-def _read_rows(path: Path, names: frozenset[str], problems: list[str]) -> Iterable[tuple[str, Segment]]:
+def _read_rows(path: Path, names: Mapping[str, str], problems: list[str]) -> Iterable[tuple[str, Segment]]:
     """Yield (line, segment) of a table; names may be written with the suffix of the file."""
-    rows = read_table(path, REQUIRED, "name, start and end in seconds", find_delimiter(path))
-    for line, row in rows:
+    table = read_text_table(path, find_delimiter(path), REQUIRED, "name, start and end in seconds")
+    for line, row in table.rows:
         if None in row:
             problems.append(f"{path}, line {line}: more cells than columns")
             continue
-        cells = {key: (value or "").strip() for key, value in row.items()}
+        cells = {key: (value or "").strip() for key, value in row.items() if key is not None}
         stem = Path(cells["name"]).stem if "\0" not in cells["name"] else ""
-        name = cells["name"] if cells["name"] in names or stem not in names else stem
+        name = names.get(same_name(cells["name"])) or names.get(same_name(stem)) or cells["name"]
         text = _words(cells.get("text") or cells.get("caption"))
         yield f"line {line}", Segment(name, _seconds(cells["start"]), _seconds(cells["end"]), cells.get("id", ""), text)
 
 
-def find_delimiter(path: Path) -> str:
-    """Return the delimiter in the first line of a table: a tab, a semicolon or a comma."""
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            header = next(csv.reader(file, delimiter="\n"), [""])
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path}: cannot be read as a table in UTF-8 ({error})") from error
-    return next((sign for sign in DELIMITERS if header and sign in header[0]), "\t")
-
-
-def _read_whisper(path: Path, names: frozenset[str], problems: list[str]) -> Iterable[tuple[str, Segment]]:
+def _read_whisper(path: Path, names: Mapping[str, str], problems: list[str]) -> Iterable[tuple[str, Segment]]:
     """Yield (place, segment) of a JSON file as whisper writes it."""
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -134,13 +123,13 @@ def _read_whisper(path: Path, names: frozenset[str], problems: list[str]) -> Ite
     found = content.get("segments") if isinstance(content, dict) else None
     if not isinstance(found, list):
         raise ValueError(f'{path}: has no list "segments", expected what whisper writes')
-    name = path.stem
-    if name not in names:
+    name = names.get(same_name(path.stem), path.stem)
+    if name not in names.values():
         if len(names) != 1:
             problems.append(f"{path}: there is no recording called {name!r}; "
                             "give the file the name of the recording that it belongs to")
             return
-        (name,) = names
+        (name,) = names.values()
     for index, item in enumerate(found):
         if not isinstance(item, dict):
             problems.append(f"{path}, segment {index}: is no object with start and end")

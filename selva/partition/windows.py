@@ -12,12 +12,18 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
+from selva.inputs.delimited import Cells, read_text_table, refuse_long_rows
+from selva.inputs.file_names import same_name
 from selva.utils.files import atomic_write_text
+from selva.utils.text import listed
+
+log = logging.getLogger(__name__)
 
 WINDOW_SEC = 8.1  # a little more than the 8 s that a model takes, for resampling
 MAX_WINDOWS = 5  # of one recording, so that a long one does not outweigh the others
@@ -104,17 +110,59 @@ def write_captions(path: PathLike, captions: Mapping[str, str]) -> None:
 def read_captions(path: PathLike, delimiter: str = "\t") -> dict[str, str]:
     """Return the captions of a table with the columns id and caption, see :func:`caption_of`; the last of an id counts.
 
+    Ids are as :func:`same_name` has them.
+
     Raises:
         FileNotFoundError: no such file.
         ValueError: not such a table.
     """
-    rows = read_table(path, CAPTION_COLUMNS, "a table of captions", delimiter)
-    return {row["id"] or "": (row["caption"] or "").strip() for _, row in rows}
+    captions: dict[str, str] = {}
+    changed = set()
+    for _, row in read_table(path, CAPTION_COLUMNS, "a table of captions", delimiter):
+        name, caption = same_name(row["id"] or ""), (row["caption"] or "").strip()
+        if captions.setdefault(name, caption) != caption:
+            changed.add(name)
+        captions[name] = caption
+    if changed:
+        log.warning("%s: several captions, of which the last counts: %s", path, listed(sorted(changed)))
+    return captions
+
+
+def clip_captions(windows: Iterable[Window], captions: Mapping[str, str], names: Iterable[str] = ()) -> dict[str, str]:
+    """Return {id: caption} of the clips that have one, from a table whose ids are of clips, of recordings, or mixed.
+
+    An id may be both: ``rain_1`` is the second clip of ``rain``, and perhaps a recording. It is taken for what the
+    other ids of the table are.
+
+    Args:
+        captions: as :func:`read_captions` gives them.
+        names: of recordings, besides those that the clips are of.
+
+    Raises:
+        ValueError: the other ids do not tell what such an id is.
+    """
+    windows = list(windows)
+    clips = {same_name(window.id) for window in windows if window.id != window.name}
+    recordings = {same_name(name) for name in (*names, *(window.name for window in windows))}
+    both = sorted(set(captions) & clips & recordings)
+    of_clips = bool(set(captions) & (clips - recordings))
+    of_recordings = bool(set(captions) & (recordings - clips))
+    if both and of_clips == of_recordings:
+        raise ValueError(f"{listed(both)}: the name of a clip and of another recording, so that it is unclear which of "
+                         "them the caption belongs to; give captions by the ids of clips only, or of recordings only")
+    found = {}
+    for window in windows:
+        own, recording = same_name(window.id), same_name(window.name)
+        keys = [key for key in (own, recording) if key not in both or key == (own if of_clips else recording)]
+        if caption := next((captions[key] for key in keys if captions.get(key)), ""):
+            found[window.id] = caption
+    return found
 
 
 def caption_of(window: Window, captions: Mapping[str, str]) -> str:
-    """Return the caption of a clip, else that of its recording, else ""."""
-    return captions.get(window.id) or captions.get(window.name, "")
+    """Return the caption of a clip, else that of its recording, else ""; see :func:`clip_captions` for many clips."""
+    forms = (window.id, same_name(window.id), window.name, same_name(window.name))
+    return next((captions[form] for form in forms if captions.get(form)), "")
 
 
 def table_captions(
@@ -128,10 +176,16 @@ def table_captions(
         of_clips: {id: caption}. of_names: {name of the recording: caption}, for the clips without one.
     """
     windows = list(windows)
+    each = captions_of(windows, of_clips, of_names)
     named = {window.name: of_names[window.name] for window in windows if of_names.get(window.name)}
     if not any(of_clips.get(window.id) or window.id in named for window in windows):
         return named
-    each = {window.id: of_clips.get(window.id) or named.get(window.name, "") for window in windows}
+    return each
+
+
+def captions_of(windows: Iterable[Window], of_clips: Mapping[str, str], of_names: Mapping[str, str]) -> dict[str, str]:
+    """Return {id: caption} of the clips that have one, their own or that of their recording."""
+    each = {window.id: of_clips.get(window.id) or of_names.get(window.name, "") for window in windows}
     return {clip: caption for clip, caption in each.items() if caption}
 
 
@@ -149,29 +203,21 @@ def write_table(path: PathLike, columns: Sequence[str], rows: Iterable[Iterable[
 
 def read_table(
     path: PathLike, columns: Sequence[str], expected: str, delimiter: str = "\t"
-) -> list[tuple[int, dict[str, str | None]]]:
+) -> list[tuple[int, Cells]]:
     """Return (line, {column: text}) for every row; ``expected`` says in an error what the table should have been.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: one of ``columns`` is missing, or it is no text.
+        ValueError: one of ``columns`` is missing, it is no text, or a row has more cells than there are columns or
+            quotation marks that leave unclear where it ends.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            rows = csv.DictReader(file, delimiter=delimiter)
-            missing = [column for column in columns if column not in (rows.fieldnames or [])]
-            if missing:
-                found = ", ".join(rows.fieldnames or ["nothing"])
-                raise ValueError(f"{path}: column {', '.join(missing)} missing (found: {found}); expected {expected}")
-            return [(rows.line_num, row) for row in rows]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path}: cannot be read as tab-separated UTF-8 text ({error})") from error
+    table = read_text_table(path, delimiter, columns, expected)
+    refuse_long_rows(path, table)
+    return table.rows
 
 
-def _window(path: Path, line: int, row: dict[str, str | None]) -> Window:
+def _window(path: Path, line: int, row: Cells) -> Window:
     try:
         return Window(row["id"] or "", row["name"] or "", int(row["start_sample"] or ""), int(row["end_sample"] or ""))
     except ValueError as error:

@@ -10,7 +10,7 @@ from selva import flow
 from selva.audio.config import AUDIO_NORMALIZATIONS, Normalize
 from selva.lora.config import LoRAConfig
 from selva.sequence import DEFAULT_DURATION_SEC
-from selva.utils.device import PRECISIONS
+from selva.utils.device import PRECISION_CHOICES, PRECISION_HELP
 from selva.utils.settings import required, setting
 from selva.weights.config import GENERAL, ModelConfig
 
@@ -121,8 +121,8 @@ class RunConfig:
     tensorboard: bool = setting(False, "write the curves for TensorBoard too", group=EVALUATION)
     preview: bool = setting(True, "generate a sample at every checkpoint", group=EVALUATION)
     preserve: tuple[str, ...] = setting(
-        (), "prompts of sounds that the model knows and shall keep: it also trains on sounds that it generates for them "
-        "before the training. Without them, the new sound may replace others", group=PRESERVATION, nargs="*",
+        (), "prompts of sounds that the model knows and shall keep: it also trains on sounds that it has generated for "
+        "them at the start. Without them, the new sound may replace others", group=PRESERVATION, nargs="*",
         metavar="PROMPT")
     preserve_share: float = setting(0.5, "share of these sounds in the training", group=PRESERVATION)
     grad_checkpointing: bool = setting(False, "recompute blocks in the backward pass: less memory for more time",
@@ -132,7 +132,7 @@ class RunConfig:
     compile: bool = setting(
         False, "compile the blocks with torch.compile, for faster steps: the first ones take a minute or more, less in "
         "the next run, as the result is kept; needs a C++ compiler, on NVIDIA GPUs triton", group=MEMORY)
-    precision: str = setting("bf16", "number format of the networks", group=GENERAL, choices=PRECISIONS)
+    precision: str = setting("auto", PRECISION_HELP, group=GENERAL, choices=PRECISION_CHOICES)
 
     def __post_init__(self) -> None:
         problems = []

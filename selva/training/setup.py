@@ -103,7 +103,7 @@ def patience_has_ended(saved: TrainingState, config: RunConfig) -> bool:
 def check_resumable(saved: TrainingState, config: RunConfig) -> None:
     """Raise a ValueError if the run is at its end, or if continuing would mix two different trainings.
 
-    A run that was stopped between its last step and its final adapter is not at its end. Another precision is said.
+    A run that was stopped between its last step and its final adapter is not at its end.
     """
     training = config.training
     finished = finished_adapter(saved, config.output_dir) is not None
@@ -120,9 +120,6 @@ def check_resumable(saved: TrainingState, config: RunConfig) -> None:
     if different:
         raise ValueError(f"{saved.path}: continuing with other settings would mix two trainings: "
                          f"{'; '.join(different)}. Use the same settings, or start a new run")
-    if (precision := saved.meta.get("precision", config.precision)) != config.precision:
-        log.warning("%s: was trained with --precision %s and goes on with %s; the numbers will be others than in one "
-                    "run", saved.path, precision, config.precision)
 
 
 # -- data --------------------------------------------------------------------------------------------------------------

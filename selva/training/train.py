@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Mapping
@@ -32,7 +33,7 @@ from selva.training.setup import (
     patience_has_ended,
 )
 from selva.training.stopping import StopRequest
-from selva.utils.device import peak_memory_bytes, resolve_device
+from selva.utils.device import peak_memory_bytes, resolve_device, resolve_precision
 from selva.utils.distributed import World, join_world
 from selva.utils.files import check_can_write
 from selva.utils.lock import FolderLock
@@ -70,6 +71,8 @@ def train(config: RunConfig, settings: Mapping[str, Any] | None = None) -> Train
             cannot be continued.
     """
     device = resolve_device(config.model.device)
+    config = dataclasses.replace(config, precision=resolve_precision(config.precision, device))
+    settings = {**(values_of(config) if settings is None else settings), "precision": config.precision}
     check_can_write(config.output_dir)  # before hours of encoding
     if problem := schedule_problem(config.training):
         log.warning("%s", problem)
@@ -78,7 +81,7 @@ def train(config: RunConfig, settings: Mapping[str, Any] | None = None) -> Train
     try:
         with join_world(device) as world, _locked(config, world):
             try:
-                return _train(config, values_of(config) if settings is None else settings, device, world)
+                return _train(config, settings, device, world)
             except NotSaved as error:  # only rank 0 knows; the others leave as they do after a whole run
                 not_saved = error
         raise not_saved
@@ -103,6 +106,8 @@ def _train(config: RunConfig, settings: Mapping[str, Any], device: torch.device,
             adapter = finished_adapter(saved, output_dir)
             if adapter is not None:
                 return TrainingResult(adapter if world.is_main else None)
+        if (before := saved.meta.get("precision", config.precision)) != config.precision:
+            log.warning("%s: was trained in %s so far and goes on in %s", saved.path, before, config.precision)
     clips, val_clips = load_split(config, device, world)
 
     # 2. the model, and everything with a state; then the old state

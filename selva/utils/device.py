@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import platform
 import sys
+import time
 from typing import TYPE_CHECKING, Any
 
 from selva.utils import torchrun
@@ -11,7 +14,15 @@ from selva.utils.errors import UsageError
 if TYPE_CHECKING:
     import torch
 
+log = logging.getLogger(__name__)
+
 PRECISIONS = ("bf16", "fp16", "fp32")
+PRECISION_CHOICES = ("auto", *PRECISIONS)
+PRECISION_HELP = ("number format of the networks; auto: bf16 where the device multiplies it natively, fp16 on older "
+                  "NVIDIA GPUs, fp32 elsewhere")
+
+_BF16_CAPABILITY = (8, 0)  # CUDA compute capability from which bf16 is native
+_PROBE_SIZE, _PROBE_SEC = 128, 0.01  # matrices that are multiplied, and for how long, to see what a format costs
 
 
 def peak_memory_bytes(device: Any) -> int:
@@ -49,6 +60,76 @@ def dtype_of(precision: str) -> torch.dtype:
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}, expected one of {', '.join(PRECISIONS)}")
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+
+
+def resolve_precision(name: str, device: torch.device) -> str:
+    """Return the precision to compute in; a line in the log says which and why, a warning that it is slow here.
+
+    Args:
+        name: one of ``PRECISION_CHOICES``; "auto" chooses what is fast on ``device``.
+
+    Raises:
+        ValueError: another name.
+    """
+    if name not in PRECISION_CHOICES:
+        raise ValueError(f"precision is {name!r}, expected one of {', '.join(PRECISION_CHOICES)}")
+    best, reason = native_precision(device)
+    if name == "auto":
+        log.info("precision %s: %s", best, reason)
+        return best
+    if device.type == "cpu" and name != "fp32" and best == "fp32":
+        log.warning("--precision %s: %s; a product of matrices takes %.1f times as long in it (measured). "
+                    "--precision auto computes in fp32 here; %s needs less memory", name, reason, _slowdown(name), name)
+    return name
+
+
+def native_precision(device: torch.device) -> tuple[str, str]:
+    """Return the shortest number format that a device multiplies at full speed, and the reason in words."""
+    import torch
+
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        which = f"compute capability {'.'.join(map(str, capability))}"
+        if capability >= _BF16_CAPABILITY:
+            return "bf16", f"native on this GPU ({which})"
+        return "fp16", f"this GPU ({which}) has no bf16"
+    if device.type == "cpu":
+        if _cpu_has_bf16():
+            return "bf16", "native on this CPU"
+        return "fp32", "this CPU has no instructions for half precision"
+    return "fp32", f"nothing is known of half precision on {device.type}"
+
+
+def _cpu_has_bf16() -> bool:
+    """Return True where the CPU has AVX512-BF16 or AMX, or their Arm equivalent, and PyTorch uses it."""
+    import torch
+
+    if platform.machine().lower() in ("arm64", "aarch64"):
+        supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+        return torch.backends.mkldnn.is_available() and supported is not None and bool(supported())
+    # PyTorch's own choice, so that ATEN_CPU_CAPABILITY counts; the question itself has no public name.
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX512") and bool(supported())
+
+
+def _slowdown(precision: str) -> float:
+    """Return how many times as long as in float32 a product of matrices takes on the CPU, measured for a moment."""
+    import torch
+
+    def seconds(dtype: torch.dtype) -> float:
+        matrix, taken = torch.ones(_PROBE_SIZE, _PROBE_SIZE, dtype=dtype), []
+        while len(taken) < 3 or sum(taken) < _PROBE_SEC:  # the first one loads what it needs
+            start = time.perf_counter()
+            torch.mm(matrix, matrix)
+            taken.append(time.perf_counter() - start)
+        return min(taken)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # several threads wait for each other where other programs run
+    try:
+        return seconds(dtype_of(precision)) / seconds(torch.float32)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def resolve_device(name: str) -> torch.device:

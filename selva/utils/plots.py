@@ -23,9 +23,10 @@ def new_figure(width_in: float, height_in: float) -> Figure:
     return Figure(figsize=(width_in, height_in), dpi=100, layout="constrained")
 
 
-def save_figure(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path, comment: str = "") -> None:
+    """Write a figure, whole or not at all; ``comment`` is stored in the file (PNG)."""
     with atomic_path(path) as temporary:
-        figure.savefig(temporary)
+        figure.savefig(temporary, **({"metadata": {"Comment": comment}} if comment else {}))
 
 
 def plot_losses(metrics: MetricsFile, folder: Path, title: str) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 # torch.load on a file that is no checkpoint: an unpickler that meets arbitrary bytes may stumble in all these ways.
 READ_ERRORS = (
     pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, struct.error,
-    ValueError, TypeError, LookupError, AttributeError, AssertionError, OverflowError,
+    ValueError, TypeError, LookupError, AttributeError, AssertionError, OverflowError, MemoryError, SyntaxError,
 )
 
 
@@ -34,7 +34,7 @@ def read_torch(path: Path) -> Mapping[str, Any]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    if not zipfile.is_zipfile(path):
+    if not _is_zip(path):
         with open(path, "rb") as file:
             start = file.read(16)
         what = "it is empty" if not start else "its download or copy may be incomplete" if start[:2] == b"PK" else (
@@ -53,6 +53,13 @@ def read_torch(path: Path) -> Mapping[str, Any]:
     return content
 
 
+def _is_zip(path: Path) -> bool:
+    try:
+        return zipfile.is_zipfile(path)
+    except (zipfile.BadZipFile, struct.error, ValueError):  # it has the beginnings of one
+        return False
+
+
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], Any]:
     """Return the tensors of a ``.safetensors`` file, and the JSON under its metadata key "meta" ({} without one).
 
@@ -69,7 +76,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], Any]:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is not a dictionary)
             header = file.metadata() or {}
         return tensors, json.loads(header.get("meta", "{}"))
-    except (safetensors.SafetensorError, json.JSONDecodeError) as error:
+    except (safetensors.SafetensorError, *READ_ERRORS) as error:
         raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
 
 
@@ -116,6 +123,16 @@ def write_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mappi
     import safetensors.torch
 
     path.write_bytes(safetensors.torch.save(dict(tensors), dict(metadata)))
+
+
+def is_whole_tensor(value: Any) -> bool:
+    """Return True for a tensor in memory whose storage holds all of its values.
+
+    Sparse and quantised tensors are not, nor those that repeat a few values and would need terabytes later.
+    """
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_quantized or value.is_meta:
+        return False
+    return value.untyped_storage().nbytes() >= value.numel() * value.element_size()
 
 
 def check_plain(value: Any, where: str, allow_tensors: bool = True) -> None:

@@ -134,6 +134,52 @@ def test_switched_off_it_leaves_the_folder_alone(tmp_path, caplog):
     assert len(entries(tmp_path)) == 1 and not (tmp_path / CACHE_FOLDER / FILES_FILE).exists()
 
 
+def test_a_list_of_files_nested_too_deeply_is_started_afresh(tmp_path):
+    (tmp_path / CACHE_FOLDER).mkdir()
+    (tmp_path / CACHE_FOLDER / FILES_FILE).write_text('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}")
+    assert DataCache(tmp_path).note(old_file(tmp_path / "a.wav"), "answer", lambda: 42) == 42
+
+
+def test_two_sounds_that_swapped_their_names_swap_their_hashes(tmp_path):
+    one, two = (old_file(tmp_path / name, content) for name, content in (("a.wav", b"one"), ("b.wav", b"two")))
+    first = DataCache(tmp_path)
+    hashes = [first.content_hash(path) for path in (one, two)]
+    first.flush()
+    one.rename(tmp_path / "c")
+    two.rename(one)
+    (tmp_path / "c").rename(two)
+    assert [DataCache(tmp_path).content_hash(path) for path in (one, two)] == hashes[::-1]
+
+
+def test_a_sound_with_its_old_time_put_back_is_read_again(tmp_path):
+    path = old_file(tmp_path / "a.wav", b"one")
+    first = DataCache(tmp_path)
+    before = first.content_hash(path)
+    first.flush()
+    while path.stat().st_ctime_ns == json.loads(
+        (tmp_path / CACHE_FOLDER / FILES_FILE).read_text()
+    )["a.wav"]["stamp"]["ctime_ns"]:  # until the clock of the disk ticks
+        old_file(path, b"two")
+    assert DataCache(tmp_path).content_hash(path) != before
+
+
+def test_notes_of_an_earlier_version_are_believed_until_something_new_is_noted(tmp_path):
+    path = old_file(tmp_path / "a.wav")
+    record = {"a.wav": {"stamp": {"size": 5, "mtime_ns": 10**18}, "notes": {"answer": 42}}}
+    (tmp_path / CACHE_FOLDER).mkdir()
+    (tmp_path / CACHE_FOLDER / FILES_FILE).write_text(json.dumps(record))
+    cache = DataCache(tmp_path)
+    assert cache.note(path, "answer", lambda: 43) == 42
+    cache.flush()
+    assert json.loads((tmp_path / CACHE_FOLDER / FILES_FILE).read_text()) == record
+    cache.note(path, "more", lambda: 1)
+    cache.flush()
+    stamp = json.loads((tmp_path / CACHE_FOLDER / FILES_FILE).read_text())["a.wav"]["stamp"]
+    assert stamp["inode"] == path.stat().st_ino and stamp["size"] == 5
+    os.utime(path, ns=(10**18, 10**18 + 1))
+    assert DataCache(tmp_path).note(path, "answer", lambda: 43) == 43
+
+
 # -- several processes, and no room -----------------------------------------------------------------------------------
 
 

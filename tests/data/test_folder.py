@@ -147,3 +147,16 @@ def test_importing_it_loads_no_media_library():
     root = GOLDEN.parent.parent
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
     assert out.stdout.strip() == "set()"
+
+
+def test_one_damaged_feature_file_never_stops_a_folder(tmp_path):
+    for stem in "abcd":
+        put_clip(tmp_path, stem)
+    (tmp_path / "b.npz").write_bytes((tmp_path / "b.npz").read_bytes().replace(b"{'descr'", b"{'descr("))
+    encrypted = bytearray((tmp_path / "c.npz").read_bytes())
+    encrypted[6] = encrypted[encrypted.index(b"PK\x01\x02") + 8] = 1
+    (tmp_path / "c.npz").write_bytes(encrypted)
+    scan = scan_folder(tmp_path)
+    assert [clip.id for clip in scan.clips] == ["a", "d"]
+    assert [path.name for path, _ in scan.skipped] == ["b.npz", "c.npz"]
+    assert all("cannot be read as a feature file" in reason for _, reason in scan.skipped)

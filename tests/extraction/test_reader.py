@@ -177,6 +177,20 @@ def test_a_preview_is_made_of_current_clips_too_but_once(tmp_path, video, monkey
     assert "preview" in first.seconds and "preview" not in second.seconds
 
 
+def test_a_preview_of_an_older_mask_is_made_again(tmp_path, video, monkeypatch):
+    """Features that are current may have been made after the preview, in a run without ``--preview``."""
+    np.save(tmp_path / "white.npy", np.ones((4, 4)))
+    np.save(tmp_path / "half.npy", np.float64([[1, 0]]))
+    pictures = []
+    for mask in ("white.npy", "half.npy", "half.npy"):
+        reader = ClipReader([job(video, mask=tmp_path / mask)],
+                            settings(tmp_path, preview_dir=tmp_path / "seen", audio="none"))
+        monkeypatch.setattr(reader, "_current", lambda *_: 1.0)
+        assert reader[0].status == "done"
+        pictures.append((tmp_path / "seen" / "v.png").read_bytes())
+    assert pictures[0] != pictures[1] == pictures[2]
+
+
 def test_workers_follow_the_cores_and_the_clips(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: set(range(8)), raising=False)
     assert [default_workers(count) for count in (1, 2, 3, 100)] == [0, 0, 3, 7]

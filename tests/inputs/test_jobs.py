@@ -241,6 +241,31 @@ def test_masks_for_all_or_from_a_folder(tmp_path, caplog):
         collect_jobs([tmp_path / "v"], mask=tmp_path / "none.png")
 
 
+def test_a_clip_is_never_a_mask(tmp_path, caplog):
+    """Videos and masks may lie in one folder."""
+    touch(*(tmp_path / "v" / name for name in ("dog.mp4", "dog.png", "cat.mp4", "cat.mov", "owl.mp4", "emu.mp4")),
+          tmp_path / "v" / "emu.npy", tmp_path / "v" / "emu.jpg")
+    with caplog.at_level(logging.WARNING):
+        jobs = collect_jobs([tmp_path / "v" / f"{stem}.mp4" for stem in ("dog", "cat", "owl", "emu")],
+                            mask=tmp_path / "v")
+    assert [job.mask and job.mask.name for job in jobs] == ["dog.png", "cat.mov", None, "emu.jpg"]
+    assert "no mask for 1 of 4 clips" in caplog.text and "taken: emu.jpg, not emu.npy" in caplog.text
+    with pytest.raises(ValueError, match="no mask for any clip"):
+        collect_jobs([tmp_path / "v" / "owl.mp4"], mask=tmp_path / "v")
+    with pytest.raises(ValueError, match=r"owl\.mp4: is one of the videos, and cannot be their mask"):
+        collect_jobs([tmp_path / "v" / "owl.mp4"], mask=tmp_path / "v" / ".." / "v" / "owl.mp4")
+    table = write_table(tmp_path / "v" / "t.tsv", "id\tpath\tmask", "a\towl.mp4\towl.mp4", "b\tdog.mp4\tdog.png")
+    with pytest.raises(ValueError, match="the mask of a is the video itself"):
+        collect_jobs([table])
+
+
+def test_pictures_and_arrays_are_masks_before_videos(tmp_path, caplog):
+    touch(tmp_path / "v" / "dog.mp4", tmp_path / "m" / "dog.avi", tmp_path / "m" / "dog.png")
+    with caplog.at_level(logging.WARNING):
+        assert [job.mask for job in collect_jobs([tmp_path / "v"], mask=tmp_path / "m")] == [tmp_path / "m" / "dog.png"]
+    assert "taken: dog.png, not dog.avi" in caplog.text
+
+
 # -- windows -----------------------------------------------------------------------------------------------------------
 
 

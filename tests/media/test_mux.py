@@ -96,6 +96,30 @@ def test_a_video_with_hidden_frames_is_encoded(tmp_path):
     assert [number_in(picture.transpose(2, 0, 1)) for _, picture in frames] == list(range(25, 75))
 
 
+@pytest.mark.parametrize("suffix", [".mp4", ".m4v", ".mov", ".mkv"])
+@pytest.mark.parametrize("codec", ["libvpx-vp9", "libx265", "mpeg4"])
+def test_pictures_that_another_container_cannot_hold_are_encoded(codec, suffix, tmp_path):
+    if codec not in av.codecs_available:
+        pytest.skip(f"this PyAV has no {codec}")
+    options = {"b": "2M", "cpu-used": "8"} if "vpx" in codec else {"x265-params": "log-level=none"}
+    path = make_video(tmp_path / "v.mkv", 1.0, codec=codec, options=options if codec != "mpeg4" else {})
+    assert mux_video(path, torch.rand(1, 16_000), 16_000, tmp_path / f"out{suffix}") == pytest.approx(1.0)
+    frames, played, rate = decode(tmp_path / f"out{suffix}")
+    assert [number_in(picture.transpose(2, 0, 1)) for _, picture in frames] == list(range(25))
+    assert played.shape[1] / rate == pytest.approx(1.0, abs=1024 / rate)
+
+
+def test_pictures_that_cannot_be_copied_after_all_are_encoded(tmp_path, monkeypatch, caplog):
+    """A header may lack what the other container needs; only FFmpeg knows."""
+    monkeypatch.setattr("selva.media.mux._COPYABLE_CODECS", {".mov": ("vp9",), ".m4v": ("vp9",)})
+    path = make_video(tmp_path / "v.mkv", 1.0, codec="libvpx-vp9", options={"b": "2M", "cpu-used": "8"})
+    for suffix in (".mov", ".m4v"):
+        with caplog.at_level("INFO"):
+            mux_video(path, torch.rand(1, 16_000), 16_000, tmp_path / f"out{suffix}")
+        assert "v.mkv: its pictures cannot be copied, they are encoded again" in caplog.text
+        assert len(decode(tmp_path / f"out{suffix}")[0]) == 25
+
+
 def test_odd_sizes_and_mpeg4_are_encoded_when_h264_is_missing(tmp_path, monkeypatch):
     path = tmp_path / "v.avi"
     with av.open(str(path), "w") as container:

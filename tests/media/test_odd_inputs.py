@@ -10,7 +10,17 @@ import pytest
 import torch
 from make_media import click_time, clicks, make_video, numbers_in, picture_of
 
-from selva.media import SELVA_FILL_SEC, extract_audio, probe, read_audio, read_video, select_frames, video_length
+from selva.media import (
+    SELVA_FILL_SEC,
+    audio_blocks,
+    audio_length,
+    extract_audio,
+    probe,
+    read_audio,
+    read_video,
+    select_frames,
+    video_length,
+)
 from selva.media import container as container_module
 
 
@@ -198,6 +208,101 @@ def test_pictures_that_begin_late_and_earlier_than_0(tmp_path):
     assert numbers_in(video.clip_frames) == select_frames(times, 8.0, 0.0, 1.6)[:12]  # the first one stands in
     assert numbers_in(read_video(late, 1.6, 0.8, 64, 64).clip_frames)[0] == 8
     assert video_length(late) == pytest.approx(3.5, abs=0.05)
+
+
+def moved(source, path, late_sec, options=None):
+    """Write the packets of a video into another file, all their time stamps moved by ``late_sec``."""
+    options = {"avoid_negative_ts": "disabled", **(options or {})}
+    with av.open(str(source)) as old, av.open(str(path), "w", options=options) as new:
+        copies = {stream.index: new.add_stream_from_template(stream) for stream in old.streams}
+        for packet in old.demux():
+            if packet.size:
+                late = round(Fraction(str(late_sec)) / packet.time_base)
+                packet.pts, packet.dts = packet.pts + late, packet.dts + late
+                packet.stream = copies[packet.stream.index]
+                new.mux(packet)
+    return path
+
+
+def fragmented(source, path, late_sec):
+    """As :func:`moved`, in fragments as streaming services send them."""
+    flags = "dash+frag_keyframe+empty_moov+default_base_moof+delay_moov"
+    return moved(source, path, late_sec, {"movflags": flags})
+
+
+MOVED = {
+    "wmv": ("wmv2", "libmp3lame"), "3gp": ("libx264", "aac"),
+    "mp4": ("libx264", "aac"), "mov": ("libx264", "pcm_s16le"), "mkv": ("libx264", "flac"), "flv": ("libx264", "aac"),
+    "webm": ("libvpx", "libopus"), "ts": ("libx264", "aac"),
+}
+
+
+@pytest.mark.parametrize("late_sec", [0.667, 60])
+@pytest.mark.parametrize("kind", MOVED)
+def test_a_file_whose_time_stamps_begin_late_is_the_same_clip(kind, late_sec, tmp_path):
+    """Time 0 is the start of the container, for pictures and for sound; nothing is made up before it."""
+    codec, audio_codec = MOVED[kind]
+    if codec not in av.codecs_available or audio_codec not in av.codecs_available:
+        pytest.skip(f"this PyAV has no {codec} or {audio_codec}")
+    source = make_video(tmp_path / f"whole.{kind}", 3.0, sound=clicks([1.5], 3.0, 48_000), rate=48_000, codec=codec,
+                        audio_codec=audio_codec, options={"g": "10", "b": "2M"})
+    path = moved(source, tmp_path / f"late.{kind}", late_sec)
+    with av.open(str(path)) as file:
+        assert file.start_time / 1e6 > late_sec - 0.1
+    priming_sec = 1024 / 48_000 + 0.001  # what a decoder may need before the first sample
+    assert video_length(path) == pytest.approx(3.0, abs=0.05)
+    assert audio_length(path)[0] / 48_000 == pytest.approx(3.0, abs=0.05) if kind in ("mp4", "mov", "mkv") else True
+    for start in (0.0, 1.0):
+        old, new = (read_video(one, 8.0, start, 64, 64, fill_sec=SELVA_FILL_SEC) for one in (source, path))
+        assert new.duration_sec == pytest.approx(old.duration_sec, abs=priming_sec)
+        assert numbers_in(new.clip_frames) == pytest.approx(numbers_in(old.clip_frames), abs=1)
+        sound, rate = read_audio(path, start)
+        assert click_time(sound, rate) == pytest.approx(1.5 - start, abs=0.03)
+        assert sound.shape[1] / rate == pytest.approx(3.0 - start, abs=0.05)
+    assert sum(len(block[0]) for block, _ in audio_blocks(path)) == read_audio(path)[0].shape[1]
+
+
+@pytest.mark.parametrize("late_sec", [0, 0.667, 60])
+def test_fragments_of_a_longer_stream(late_sec, tmp_path):
+    source = make_video(tmp_path / "whole.mp4", 3.0, sound=clicks([1.5], 3.0, 48_000), rate=48_000, options={"g": "10"})
+    path = fragmented(source, tmp_path / "late.mp4", late_sec)
+    assert video_length(path) == pytest.approx(3.0, abs=0.03)
+    sound, rate = read_audio(path, 1.0)
+    assert click_time(sound, rate) == pytest.approx(0.5, abs=0.03)
+    old, new = (read_video(one, 8.0, 1.0, 64, 64, fill_sec=SELVA_FILL_SEC) for one in (source, path))
+    assert new.duration_sec == pytest.approx(2.0, abs=0.03)
+    assert numbers_in(new.clip_frames) == pytest.approx(numbers_in(old.clip_frames), abs=1)
+
+
+def test_a_frame_without_a_time_stamp_follows_the_one_before(tmp_path):
+    """After a seek, B-frames in this container have none."""
+    path = make_video(tmp_path / "v.wmv", 2.0, bframes=2, options={"g": "10"})
+    video = read_video(path, 0.8, 1.0, 64, 64)
+    assert video.duration_sec >= 0.72 and numbers_in(video.sync_frames)[0] in (23, 24, 25)
+
+
+def test_late_pictures_without_sound(tmp_path):
+    """Up to one sync segment they keep their stamps, as in the published extraction; beyond, time 0 is their start."""
+    source = make_video(tmp_path / "whole.mkv", 3.0)
+    late = moved(source, tmp_path / "late.mkv", 20)
+    assert video_length(late) == pytest.approx(3.0)
+    old, new = (read_video(path, 1.6, 0.8, 64, 64) for path in (source, late))
+    assert numbers_in(new.sync_frames) == numbers_in(old.sync_frames) and numbers_in(new.sync_frames)[0] == 20
+
+
+def test_the_length_that_mkvtoolnix_writes_counts_from_the_start(tmp_path):
+    source = make_video(tmp_path / "whole.mkv", 3.0)
+    with av.open(str(source)) as old, av.open(str(tmp_path / "late.mkv"), "w") as new:
+        copy = new.add_stream_from_template(old.streams.video[0])
+        copy.metadata["_STATISTICS_WRITING_APP"] = "mkvmerge v41.0.0"
+        for packet in old.demux(video=0):
+            if packet.size:
+                packet.pts, packet.dts, packet.stream = packet.pts + 5000, packet.dts + 5000, copy
+                new.mux(packet)
+    content = (tmp_path / "late.mkv").read_bytes()
+    assert content.count(b"00:00:08.0") == 1
+    (tmp_path / "late.mkv").write_bytes(content.replace(b"00:00:08.0", b"00:00:03.0"))
+    assert video_length(tmp_path / "late.mkv") == pytest.approx(3.0)
 
 
 # -- streams ----------------------------------------------------------------------------------------------------------

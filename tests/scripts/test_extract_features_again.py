@@ -178,7 +178,7 @@ def test_optional_keys_of_the_feature_files(clip_dir, tmp_path):
 
 
 def test_stored_latents_are_those_of_the_sound_beside_them(clip_dir, tmp_path):
-    """So that whoever trains on them, trains on what our own training would compute."""
+    """Training on them is training on the latents that our own training would compute."""
     from selva.data.latents import encode_latents, load_waveform
     from selva.models.zoo import build_mel
     from selva.sequence import sequence_config

@@ -116,7 +116,8 @@ def test_strength_zero_is_the_base_model_and_one_is_not(feature_dir, tmp_path, a
     sounds = {name: sound(tmp_path / f"{name}.wav") for name in settings}
     assert np.array_equal(sounds["none"], sounds["zero"])
     assert not np.array_equal(sounds["none"], sounds["one"]) and not np.array_equal(sounds["half"], sounds["one"])
-    np.testing.assert_allclose(sounds["half"] / 2**31, sounds["halves"] / 2**31, atol=1e-3)
+    half, halves = sounds["half"] / 2**31, sounds["halves"] / 2**31
+    assert np.linalg.norm(half - halves) < 1e-2 * np.linalg.norm(half - sounds["one"] / 2**31)
 
 
 @pytest.mark.parametrize(
@@ -329,6 +330,65 @@ def test_a_sound_that_is_not_finite_is_a_failure_of_its_clip(two_clips, tmp_path
     assert [Path(path).stem for path in captured.out.split()] == ["knock_0"] * 2
 
 
+@pytest.mark.parametrize("where", ["read", "clip", "sync", "sample", "sample alone", "decode"])
+def test_an_error_of_a_library_is_a_failure_of_its_clip(two_clips, tmp_path, capsys, monkeypatch, where):
+    """A decoder's RuntimeError, or a graphics card without memory, does not end the batch."""
+    extractor, generator = engine.FeatureExtractor, engine.SoundGenerator
+    owner, name, is_bad = {
+        "read": (extractor, "read", lambda path, *_: path.stem == "knock_5"),
+        "clip": (extractor, "clip_features", lambda frames: len(frames) < 12),
+        "sync": (extractor, "sync_features", lambda frames, _: len(frames) < 40),
+        "sample": (generator, "sample", lambda items, *_: any(x.request.video.stem == "knock_5" for x in items)),
+        "sample alone": (generator, "sample", lambda items, *_: len(items) > 1),
+        "decode": (generator, "decode", lambda items, _: items[0].request.video.stem == "knock_5"),
+    }[where]
+    original = getattr(owner, name)
+
+    def failing(self, *args):
+        if is_bad(*args):
+            raise RuntimeError("the library failed")
+        return original(self, *args)
+
+    monkeypatch.setattr(owner, name, failing)
+    arguments = [two_clips, "--prompt", "a knock", "--clip_features", "use", "--audio_only", "--output", tmp_path / "o"]
+    assert run(*arguments) == (0 if where == "sample alone" else 1)
+    captured = capsys.readouterr()
+    assert "the library failed" in captured.err and "Traceback" not in captured.err
+    made = [Path(path).stem for path in captured.out.split()]
+    if where == "sample alone":
+        assert made == ["knock_0", "knock_5"] and "2 sounds cannot be sampled together" in captured.err
+    else:
+        assert made == ["knock_0"] and "knock_5: the library failed" in captured.err
+        assert [row["status"] for row in manifest(tmp_path / "o").values()] == ["done", "failed"]
+
+
+@pytest.mark.parametrize("suffix", [".mov", ".m4v"])
+def test_a_vp9_video_becomes_any_video(tmp_path, capsys, suffix):
+    path = make_video(tmp_path / "v.webm", 1.0, codec="libvpx-vp9", options={"b": "2M", "cpu-used": "8"})
+    assert run("--video", path, "--prompt", "x", "--output", tmp_path / f"out{suffix}") == 0
+    frames, samples, rate = decode(tmp_path / f"out{suffix}")
+    assert len(frames) == 25 and samples.shape[1] / rate == pytest.approx(1.0, abs=1024 / rate)
+
+
+def test_a_sound_is_kept_when_its_video_cannot_be_written(clip_dir, tmp_path, capsys, monkeypatch):
+    def refuse(_source, _waveform, _rate, path, *_):
+        raise OSError(f"{path}: cannot be written (Invalid argument)")
+
+    monkeypatch.setattr("selva.inference.request.mux_video", refuse)
+    arguments = ["--video", clip_dir / "knock_0.mp4", "--prompt", "x", "--output"]
+    (tmp_path / "out.flac").write_bytes(b"somebody's recording")
+    assert run(*arguments, tmp_path / "out.mov") == 1
+    assert "out.mov: cannot be written (Invalid argument); its sound is kept in" in capsys.readouterr().err
+    assert (tmp_path / "out.flac").read_bytes() == b"somebody's recording"
+    assert len(sound(tmp_path / "out_sound.flac")) == 32_000
+    assert run(*arguments, tmp_path / "folder") == 1
+    assert f"its sound is kept in {tmp_path / 'folder' / 'knock_0.flac'}" in capsys.readouterr().err
+    assert np.array_equal(sound(tmp_path / "folder" / "knock_0.flac"), sound(tmp_path / "out_sound.flac"))
+    monkeypatch.undo()
+    assert run(*arguments, tmp_path / "folder") == 0  # not taken for finished
+    assert (tmp_path / "folder" / "knock_0.mp4").exists()
+
+
 def test_a_recording_is_not_replaced_by_mistake(feature_dir, two_clips, capsys):
     recorded = (feature_dir / "knock_0.flac").read_bytes()
     assert run("--features", feature_dir / "knock_0.npz", "--output", feature_dir) == 2
@@ -374,7 +434,8 @@ def test_variations_have_numbers_and_seeds_of_their_own(feature_dir, tmp_path, c
     for number, seed in ((0, 7), (2, 9)):
         assert run(*one, "--seed", seed, "--output", tmp_path / "alone.wav") == 0
         alone = sound(tmp_path / "alone.wav") / 2**31
-        assert np.linalg.norm(sounds[number] - alone) < 1e-3 * np.linalg.norm(alone)  # a batch rounds differently
+        # A batch rounds differently, and finding phases for a mel multiplies that; another seed is another sound.
+        assert np.linalg.norm(sounds[number] - alone) < 1e-2 * np.linalg.norm(alone)
     assert np.linalg.norm(sounds[0] - sounds[1]) > 0.1 * np.linalg.norm(sounds[0])
 
 

@@ -27,6 +27,7 @@ from selva.data.latents import MAX_AUDIO_SHORTFALL_SEC
 from selva.data.memmap.reader import MemmapDataset, is_memmap
 from selva.data.summary import QUIET_LUFS, SoundStats, measure_waveform
 from selva.features import load_features
+from selva.inputs.file_names import same_name
 from selva.inputs.prompts import PROMPTS_FILE, read_prompts, read_sidecar
 from selva.inputs.suffixes import AUDIO_SUFFIXES, VIDEO_SUFFIXES
 from selva.media import read_audio
@@ -171,8 +172,10 @@ def inspect(folder: Path, variant: Variant | None = None) -> Inspection:
         steps = [partial(_inspect_row, rows, index, fingerprints) for index in range(len(rows.ids))]
     elif folder.is_dir() and not any(folder.glob("*.npz")):
         kind = "sounds"
-        prompts = read_prompts(folder / PROMPTS_FILE) if (folder / PROMPTS_FILE).is_file() else {}
-        steps = [partial(_inspect_sound, path, prompts, variant, fingerprints) for path in _sounds_in(folder)]
+        sounds = _sounds_in(folder)
+        listed = folder / PROMPTS_FILE
+        prompts = read_prompts(listed, [path.stem for path in sounds]) if listed.is_file() else {}
+        steps = [partial(_inspect_sound, path, prompts, variant, fingerprints) for path in sounds]
     else:
         scan = scan_folder(folder)
         kind, left_out = "pairs", [(str(path), reason) for path, reason in scan.skipped]
@@ -208,7 +211,7 @@ def _inspect_sound(
     path: Path, prompts: dict[str, str], variant: Variant | None, fingerprints: _Fingerprints
 ) -> ClipReport:
     note = path.with_suffix(".txt")
-    report = ClipReport(id=path.stem, path=str(path), prompt=prompts.get(f"{path.stem}.npz", ""))
+    report = ClipReport(id=path.stem, path=str(path), prompt=prompts.get(same_name(f"{path.stem}.npz"), ""))
     if not report.prompt and note.is_file() and note.name != PROMPTS_FILE:
         report.prompt = read_sidecar(note)
     _measure_sound(report, path, variant, fingerprints)

@@ -1,0 +1,141 @@
+"""Tables as text, tab separated or with commas or semicolons: the one reader of all tables that people write.
+
+A cell that begins with a quotation mark ends with the next one; where none follows, or follows by chance some rows
+later, everything in between would become part of that cell. So what the marks leave unclear is an error with its line.
+"""
+
+from __future__ import annotations
+
+import csv
+import logging
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from selva.utils.text import listed
+
+log = logging.getLogger(__name__)
+
+DELIMITERS = ("\t", ";", ",")  # in this order: a comma may stand in a name, a tab does not
+MARKS = 'a cell that begins with a quotation mark has to end with one, and "" stands for a mark inside'
+
+Cells = dict[str | None, str | None]
+
+
+@dataclass(frozen=True)
+class TextTable:
+    """The content of a table.
+
+    Attributes:
+        columns: names in the first line, lower case and without spaces around them.
+        rows: (line, {column: text}) of every row that is not empty. A column is None where a row ends before it; the
+            key None stands for cells beyond the last column.
+    """
+
+    columns: list[str]
+    rows: list[tuple[int, Cells]]
+
+
+def find_delimiter(path: Path) -> str:
+    """Return the delimiter in the first line of a table: a tab, a semicolon or a comma.
+
+    Raises:
+        ValueError: it is not UTF-8 text.
+    """
+    try:
+        with open(path, encoding="utf-8-sig", newline=None) as file:
+            header = file.readline()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is not UTF-8 text ({error}); save it as UTF-8") from error
+    return next((sign for sign in DELIMITERS if sign in header), "\t")
+
+
+def read_text_table(path: Path, delimiter: str, required: Sequence[str], expected: str = "") -> TextTable:
+    """Return the rows of a table.
+
+    Args:
+        required: columns that have to be there.
+        expected: says in an error what the table should have been.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not UTF-8 text, a column that is missing or, of those required, given twice, or quotation marks
+            that leave unclear where a row ends; names the line.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        lines = _rows_of(path, csv.reader(file, delimiter=delimiter, strict=True))
+        columns = [name.strip().lower() for name in next(lines, (0, 0, []))[2]]
+        _check_columns(path, columns, required, expected)
+        return TextTable(columns, list(_checked_rows(path, lines, columns, delimiter)))
+
+
+def refuse_long_rows(path: Path, table: TextTable) -> None:
+    """Raise if a row has more cells than there are columns, as a comma inside a caption makes it.
+
+    Raises:
+        ValueError: names the lines.
+    """
+    if lines := [str(line) for line, cells in table.rows if None in cells]:
+        raise ValueError(f"{path}, line {listed(lines)}: more cells than columns; put a text with a delimiter in it "
+                         "between quotation marks")
+
+
+def _check_columns(path: Path, columns: Sequence[str], required: Collection[str], expected: str) -> None:
+    missing = [name for name in required if name not in columns]
+    if missing:
+        found = ", ".join(columns) or "nothing"
+        what = f"expected {expected}" if expected else "the first line names the columns"
+        raise ValueError(f"{path}: column {', '.join(missing)} missing (found: {found}); {what}")
+    if twice := sorted({name for name in columns if name in required and columns.count(name) > 1}):
+        raise ValueError(f"{path}: column {', '.join(twice)} is there more than once")
+
+
+def _rows_of(path: Path, table: Any) -> Iterator[tuple[int, int, list[str]]]:
+    """Yield (first line, last line, cells) of every row."""
+    last = 0
+    while True:
+        try:
+            cells = next(table, None)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: is not UTF-8 text (after line {last}); save it as UTF-8") from error
+        except csv.Error as error:
+            raise ValueError(f"{path}: after line {last} there is no row ({error}); {MARKS}") from error
+        if cells is None:
+            return
+        first, last = last + 1, table.line_num
+        yield first, last, cells
+
+
+def _checked_rows(
+    path: Path, rows: Iterator[tuple[int, int, list[str]]], columns: list[str], delimiter: str
+) -> Iterator[tuple[int, Cells]]:
+    several = []
+    for first, last, cells in rows:
+        if not cells:
+            continue
+        if last > first:
+            _check_one_row(path, cells, (first, last), len(columns), delimiter)
+            several.append(f"{first} to {last}")
+        row: Cells = dict.fromkeys(columns)
+        row.update(zip(columns, cells, strict=False))
+        if len(cells) > len(columns):
+            row[None] = delimiter.join(cells[len(columns):])
+        yield last, row
+    if several:
+        log.warning("%s: a cell between quotation marks goes over several lines: %s", path, listed(several))
+
+
+def _check_one_row(path: Path, cells: list[str], lines: tuple[int, int], num_columns: int, delimiter: str) -> None:
+    """Raise if a cell that goes over several lines holds lines that could be rows themselves."""
+    for index, cell in enumerate(cells):
+        inside = cell.replace("\r\n", "\n").replace("\r", "\n").split("\n")[1:]
+        if not inside:
+            continue
+        marks = [line.count(delimiter) for line in inside]
+        marks[-1] += len(cells) - 1 - index  # the row goes on behind the cell
+        if max(marks) >= num_columns - 1:
+            raise ValueError(f"{path}: lines {lines[0]} to {lines[1]} would be one row, as a cell in it begins with a "
+                             f"quotation mark and ends lines later; {MARKS}")
