@@ -244,17 +244,30 @@ class FolderDataset(ClipDataset):
         missing = [prompt for prompt in prompts if self._text(prompt) is None]
         if not missing:
             return
-        log.info("encoding %d prompts", len(missing))
-        encoder = load_clip_text(self.variant.name, self.selva_dir, device)
-        for prompt in missing:
-            (features,) = encoder.encode([prompt]).cpu()
-            self.cache.save("texts", self._text_settings(prompt), {"text_features": features})
+        with self.cache.building():
+            missing = [prompt for prompt in missing if self._text(prompt) is None]  # another process may have been here
+            if not missing:
+                return
+            log.info("encoding %d prompts", len(missing))
+            encoder = load_clip_text(self.variant.name, self.selva_dir, device)
+            for prompt in missing:
+                (features,) = encoder.encode([prompt]).cpu()
+                self.cache.save("texts", self._text_settings(prompt), {"text_features": features})
 
     def _encode_sounds(self, device: torch.device) -> Problems:
-        """Encode the windows that the cache lacks; the mel front end and the VAE run in float32 (pitfall G2)."""
-        missing = [clip for clip in self.clips if not all(self._latents(clip, w) for w in range(len(clip.starts)))]
+        """Encode the windows that the cache lacks, after another process that encodes the same folder."""
+        missing = [clip for clip in self.clips if self._lacks_latents(clip)]
         if not missing:
             return []
+        with self.cache.building():
+            missing = [clip for clip in missing if self._lacks_latents(clip)]
+            return self._encode_missing(missing, device) if missing else []
+
+    def _lacks_latents(self, clip: PlannedClip) -> bool:
+        return not all(self._latents(clip, window) for window in range(len(clip.starts)))
+
+    def _encode_missing(self, missing: Sequence[PlannedClip], device: torch.device) -> Problems:
+        """Encode all windows of some clips; the mel front end and the VAE run in float32 (pitfall G2)."""
         problems: Problems = []
         vae = load_vae(self.variant.name, self.selva_dir, device, encoder_only=True)
         mel = build_mel(self.variant.mode).to(device)

@@ -116,8 +116,8 @@ class TrainingRun:
         return {"step": self.step, "val_loss": loss, "val_loss_bins": bins}
 
     def checkpoint_bytes(self) -> int:
-        """Return the approximate size of a step file: factors, the same exported, two moments, and the average."""
-        return sum(p.numel() for p in self.parameters) * 4 * (5 if self.ema else 4)
+        """Return the approximate size of a step file: factors, exported, of the best step, two moments, average."""
+        return sum(p.numel() for p in self.parameters) * 4 * (6 if self.ema else 5)
 
     def extra_state(self) -> dict[str, Any]:
         """Return the state beside adapter and optimiser that :meth:`restore` needs to be exact."""
@@ -151,7 +151,9 @@ class TrainingRun:
         if not saved.extra:
             log.warning("%s: holds no random states; the order of the clips and the noise start afresh", saved.path)
             return
-        self.scaler.load_state_dict(saved.extra["scaler"])
+        # Only fp16 scales its loss; a run that went on in bf16 or fp32 until now starts with the first scale.
+        if self.scaler.is_enabled() and saved.extra["scaler"]:
+            self.scaler.load_state_dict(saved.extra["scaler"])
         self.batches.load_state_dict(saved.extra["batches"])
         best = saved.extra["best"]
         self.best_step, self.best_val_loss, self.worse_in_a_row = best["step"], best["val_loss"], best["worse_in_a_row"]

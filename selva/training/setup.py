@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import time
 from pathlib import Path
@@ -10,7 +11,13 @@ from typing import Any
 
 import torch
 
-from selva.checkpoint import TrainingState, check_same_settings, load_checkpoint, load_newest_checkpoint
+from selva.checkpoint import (
+    TrainingState,
+    check_same_settings,
+    load_adapter,
+    load_checkpoint,
+    load_newest_checkpoint,
+)
 from selva.data.dataset import ClipDataset, split_validation
 from selva.data.folder_dataset import FolderDataset, load_clip_dataset
 from selva.data.summary import summarise
@@ -21,6 +28,7 @@ from selva.training.compiling import compile_blocks_
 from selva.training.config import RunConfig
 from selva.training.prior_preservation import with_preserved
 from selva.training.run import TrainingRun
+from selva.training.set_aside import final_of
 from selva.utils.device import dtype_of, peak_memory_bytes
 from selva.utils.distributed import World
 from selva.utils.text import clock
@@ -67,13 +75,38 @@ def find_resume(config: RunConfig) -> TrainingState | None:
 FIXED_SETTINGS = ("clip_features", "latent", "null_prob", "timestep_mode", "logit_normal_sigma", "seed")
 
 
+def finished_adapter(saved: TrainingState, output_dir: Path) -> Path | None:
+    """Return the final adapter of the step of ``saved`` if the run wrote all of its end; None if it has to be written.
+
+    A run may have been killed between its last step file and its final adapter, or between that and ``meta.json``.
+    """
+    final = final_of(saved.path, output_dir)
+    try:
+        meta = json.loads((output_dir / "meta.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    written = final is not None and meta == json.loads(json.dumps(load_adapter(final).meta))
+    return final if written else None
+
+
+def patience_has_ended(saved: TrainingState, config: RunConfig) -> bool:
+    """Return True, and say so, if the run had already stopped because its patience had ended."""
+    best, patience = saved.extra.get("best", {}), config.training.patience
+    if not 0 < patience <= best.get("worse_in_a_row", 0) or saved.step >= config.training.steps:
+        return False
+    log.warning("%s: the run stopped here, after %d validations without a better one than step %d (--patience %d); "
+                "nothing is trained. To go on, use --patience 0 or a larger one", saved.path, best["worse_in_a_row"],
+                best["step"], patience)
+    return True
+
+
 def check_resumable(saved: TrainingState, config: RunConfig) -> None:
     """Raise a ValueError if the run is at its end, or if continuing would mix two different trainings.
 
     A run that was stopped between its last step and its final adapter is not at its end.
     """
     training = config.training
-    finished = (config.output_dir / "adapter_final.pt").exists()
+    finished = finished_adapter(saved, config.output_dir) is not None
     if saved.step > training.steps or (saved.step == training.steps and finished):
         raise ValueError(f"{saved.path}: is at step {saved.step} and --steps is {training.steps}; "
                          "give a larger --steps")

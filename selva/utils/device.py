@@ -39,6 +39,16 @@ def peak_memory_bytes(device: Any) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return True if an error says that a device, or the machine, has no memory left."""
+    torch = sys.modules.get("torch")  # an error of PyTorch can only come from a PyTorch that was imported
+    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
+        return True
+    # MPS and the CPU allocator raise a plain RuntimeError.
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+
+
 def dtype_of(precision: str) -> torch.dtype:
     """Return the PyTorch type of one of ``PRECISIONS``.
 

@@ -208,7 +208,8 @@ def test_resuming_with_another_adapter_shape_is_refused(feature_dir, tmp_path, c
     assert "rank is 2 there and 4 now" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143),
+                                          (getattr(signal, "SIGHUP", signal.SIGTERM), 143)])
 def test_a_signal_ends_in_a_state_to_resume_from(feature_dir, tmp_path, number, code):
     """Pitfall F8: at any step, also for a single one more."""
     out = tmp_path / "run"

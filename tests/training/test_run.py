@@ -188,3 +188,27 @@ def test_a_new_rate_takes_effect_when_resuming(tmp_path):
     changed.train_step()
     groups = changed.optimizer.param_groups
     assert [g["lr"] for g in groups] == [0.5, 2.0] and [g["weight_decay"] for g in groups] == [0.25, 0.25]
+
+
+PRECISIONS = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("before", PRECISIONS)
+@pytest.mark.parametrize("after", PRECISIONS)
+def test_a_run_goes_on_in_any_precision(tmp_path, before, after):
+    """Only fp16 scales its loss: the step file of another precision holds no scale, and one of fp16 a useless one."""
+    run = make_run(dtype=before)
+    run.train_step()
+    path = tmp_path / "adapter_step00001.pt"
+    save_checkpoint(path, run.generator, {}, step=1, optimizer=run.optimizer.state_dict(), extra=run.extra_state())
+    resumed = make_run(dtype=after)
+    resumed.restore(load_checkpoint(path))
+    assert resumed.scaler.is_enabled() == (after == torch.float16)
+    if before == after:
+        assert resumed.scaler.state_dict() == run.scaler.state_dict()
+    start = lora_state_dict(resumed.generator)
+    assert all(torch.equal(start[key], value) for key, value in lora_state_dict(run.generator).items())
+    for _ in range(6):  # a first scale that is too high skips steps
+        loss, _ = resumed.train_step()
+        assert torch.isfinite(loss)
+    assert not all(torch.equal(start[key], value) for key, value in lora_state_dict(resumed.generator).items())
