@@ -36,6 +36,7 @@ EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 130, 143
 _YAML_VALUE_ERRORS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
 _REPR = reprlib.Repr()
 _REPR.maxlevel = 2  # a few lines of YAML with aliases can stand for more text than fits into memory
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # of MPS and drivers, Linux, Windows
 NOT_SAVED = ("config", "debug")  # arguments that say how to run, not what to do
 
 
@@ -318,7 +319,7 @@ def entry_point(main: Main) -> Main:
         except Exception as error:
             if not _is_out_of_memory(error):
                 raise
-            log.error("the device is out of memory: %s", str(error).split(". ")[0])
+            log.error("the device is out of memory: %s", str(error).split(". ")[0] or type(error).__name__)
             log.error("what helps, in order of effect: when training, --grad_checkpointing; a smaller --batch_size, "
                       "with more --grad_accum when training; --precision bf16; a smaller --variant")
             return EXIT_FAILED
@@ -330,8 +331,13 @@ def entry_point(main: Main) -> Main:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
+    """Return True for a device or a host without memory; MPS and the CPU raise plain RuntimeErrors."""
+    if isinstance(error, MemoryError):
+        return True
     torch = sys.modules.get("torch")  # an error of PyTorch can only come from a PyTorch that was imported
-    return torch is not None and isinstance(error, torch.OutOfMemoryError)
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in OUT_OF_MEMORY)
 
 
 def _report(error: Exception, code: int, debug: bool) -> int:

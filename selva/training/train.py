@@ -19,7 +19,7 @@ from selva.training.loop import fit
 from selva.training.run import TrainingRun
 from selva.training.run_folder import RunFolder, check_disk_space
 from selva.training.sample import TrainingSample
-from selva.training.setup import adapter_meta, build_run, check_resumable, estimate, find_resume, load_split
+from selva.training.setup import adapter_meta, build_run, check_resumable, estimate, find_resume, load_split, load_start
 from selva.training.stopping import StopRequest
 from selva.utils.device import peak_memory_bytes, resolve_device, resolve_precision
 from selva.utils.distributed import World, join_world
@@ -71,12 +71,15 @@ def _train(config: RunConfig, settings: Mapping[str, Any], device: torch.device,
         check_resumable(saved, config)
         if (before := saved.meta.get("precision", config.precision)) != config.precision:
             log.warning("%s: was trained in %s so far and goes on in %s", saved.path, before, config.precision)
-    clips, val_clips = load_split(config, device, world)
+    start = load_start(config) if saved is None else None
+    clips, val_clips = load_split(config, device, world, saved)
 
     # 2. the model, and everything with a state; then the old state
     run = build_run(config, (clips, val_clips), device, world)
     if saved is not None:
         run.restore(saved)
+    if start is not None:
+        run.start_from(start)
     if config.dry_run:
         estimate(run)
         return TrainingResult()

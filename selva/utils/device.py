@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# Where a fused AdamW leaves an update out by a flag on the device; that of MPS ignores the flag (pytorch 186360).
+FUSED_DEVICES = ("cpu", "cuda")
 PRECISIONS = ("bf16", "fp16", "fp32")
 PRECISION_CHOICES = ("auto", *PRECISIONS)
 PRECISION_HELP = ("number format of the networks; auto: bf16 where the device multiplies it natively, fp16 on older "
@@ -37,6 +39,17 @@ def peak_memory_bytes(device: Any) -> int:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a tensor of the CPU on a device; the host does not wait for the copy where that is safe.
+
+    That is from pinned memory to CUDA, whose allocator keeps a buffer until its copy is done. On MPS a copy that nobody
+    waits for reads memory that may be somebody else's by then (pytorch 189690).
+    """
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def dtype_of(precision: str) -> torch.dtype:
