@@ -227,7 +227,7 @@ class TrainingRun:
         """Raise a ValueError that names every clip that is not what it was; a file of version 0.1.0 does not tell."""
         stored = saved.extra.get("content", {})
         problems = []
-        for kind, what in (("clips", "trained on"), ("held_out", "held out")):
+        for kind, what in (("clips", "trained on"), ("held_out", "held out (--val_dir, --val_clips)")):
             # Without a validation so far there is nothing that other held-out clips could be confused with.
             if kind in stored and (kind == "clips" or stored[kind]["ids"]):
                 problems += [f"{what}, {text}" for text in content_changes(stored[kind], self.content[kind])]

@@ -82,36 +82,37 @@ class World:
 
     @contextmanager
     def main_first(self, what: str) -> Iterator[None]:
-        """Do the block in rank 0, then in the others, which wait without a limit as long as rank 0 shows life.
+        """Do the block in rank 0, then in the others; who is waited for shows life, and is waited for without a limit.
 
-        All processes must come here in the same order. If the block fails in rank 0, the others do it too, and fail.
+        All processes must come here in the same order, and leave together. If the block fails in rank 0, the others do
+        it too, and fail.
 
         Args:
             what: that is done, for messages.
 
         Raises:
-            RuntimeError: rank 0 has shown no life for ``SILENCE_SEC``.
+            RuntimeError: a process has shown no life for ``SILENCE_SEC``.
         """
         if self.size == 1:
             yield
             return
         name = f"selva/main_first/{next(self._firsts)}"
-        if self.is_main:
-            with _pulse(self.store, name):
-                yield
-            return
-        self._wait_for_main(name, what)
-        yield
+        if not self.is_main:
+            self._wait_for(name, 0, what)
+        with _pulse(self.store, f"{name}/{self.rank}"):
+            yield
+        for rank in range(self.size):
+            self._wait_for(name, rank, what)
 
-    def _wait_for_main(self, name: str, what: str) -> None:
+    def _wait_for(self, name: str, rank: int, what: str) -> None:
         last, seen = -1, time.monotonic()
-        while not self.store.add(f"{name}/done", 0):
-            pulse = self.store.add(f"{name}/pulse", 0)
+        while not self.store.add(f"{name}/{rank}/done", 0):
+            pulse = self.store.add(f"{name}/{rank}/pulse", 0)
             if pulse != last:
                 last, seen = pulse, time.monotonic()
             elif time.monotonic() - seen > SILENCE_SEC:
-                raise RuntimeError(f"{what}: rank 0 has shown no life for {SILENCE_SEC:.0f} s, expected a sign every "
-                                   f"{PULSE_SEC:.0f} s; look at its log, and start again")
+                raise RuntimeError(f"{what}: process {rank} has shown no life for {SILENCE_SEC:.0f} s, expected a sign "
+                                   f"every {PULSE_SEC:.0f} s; look at its log, and start again")
             time.sleep(PULSE_SEC / 10)
 
 

@@ -307,7 +307,7 @@ def test_other_held_out_clips_are_refused_where_there_were_some(tmp_path):
     """The best step would be that of a comparison between different clips."""
     clips, others = make_clips(4), make_clips(3, 1.5)
     saved = saved_run(run_on(ListDataset(clips), others[:1]), tmp_path / "adapter_step00000.pt")
-    with pytest.raises(ValueError, match=r"held out, new: clip1_1.5; held out, gone: clip0_1.5"):
+    with pytest.raises(ValueError, match=r"held out .*, new: clip1_1.5; held out .*, gone: clip0_1.5"):
         run_on(ListDataset(clips), others[1:2]).restore(saved)
     without = saved_run(run_on(ListDataset(clips)), tmp_path / "adapter_step00000.pt")
     run_on(ListDataset(clips), others).restore(without)

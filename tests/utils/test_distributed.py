@@ -60,9 +60,9 @@ class Shared:
 def test_the_others_wait_without_a_limit_while_rank_0_shows_life(monkeypatch):
     """A data set that takes rank 0 longer to encode than a collective may take: no barrier is met, here for 11 days."""
     def rank_0(shared):
-        shared.add("selva/main_first/0/pulse", 1)
+        shared.add("selva/main_first/0/0/pulse", 1)
         if shared.sleeps == 10_000:
-            shared.add("selva/main_first/0/done", 1)
+            shared.add("selva/main_first/0/0/done", 1)
 
     shared = Shared(rank_0)
     monkeypatch.setattr(distributed, "time", shared)
@@ -74,24 +74,31 @@ def test_the_others_wait_without_a_limit_while_rank_0_shows_life(monkeypatch):
 def test_the_others_do_not_wait_for_a_silent_rank_0(monkeypatch):
     shared = Shared(lambda shared: None)
     monkeypatch.setattr(distributed, "time", shared)
-    with (pytest.raises(RuntimeError, match="encoding x: rank 0 has shown no life for 600 s"),
+    with (pytest.raises(RuntimeError, match="encoding x: process 0 has shown no life for 600 s"),
           World(1, 2, shared).main_first("encoding x")):
         pytest.fail("nothing to go on with")
 
 
-def test_rank_0_counts_up_and_says_when_it_is_done(monkeypatch):
+def test_rank_0_counts_up_and_waits_for_the_others(monkeypatch):
+    """Where they cannot read its cache, they encode everything themselves."""
+    def rank_1(shared):
+        shared.add(f"selva/main_first/{number}/1/pulse", 1)
+        if shared.sleeps % 1000 == 0:
+            shared.add(f"selva/main_first/{number}/1/done", 1)
+
     monkeypatch.setattr(distributed, "PULSE_SEC", 0.001)
-    shared = Shared(None)
+    shared = Shared(rank_1)
+    monkeypatch.setattr(distributed, "time", shared)
     world = World(0, 2, shared)
     for number in range(2):
         with world.main_first("x"):
-            while not shared.values[f"selva/main_first/{number}/pulse"]:
+            while not shared.values[f"selva/main_first/{number}/0/pulse"]:
                 pass
-            assert not shared.values[f"selva/main_first/{number}/done"]
-        assert shared.values[f"selva/main_first/{number}/done"]
+            assert not shared.values[f"selva/main_first/{number}/0/done"]
+        assert shared.values[f"selva/main_first/{number}/0/done"] and shared.sleeps == 1000 * (number + 1)
     with pytest.raises(ValueError, match="no clip"), world.main_first("x"):
         raise ValueError("no clip")
-    assert shared.values["selva/main_first/2/done"]
+    assert shared.values["selva/main_first/2/0/done"]
 
 
 def test_where_rank_0_fails_the_others_go_on_to_fail_themselves(tmp_path):
