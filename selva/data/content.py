@@ -31,8 +31,18 @@ def content_state(clips: ClipDataset) -> dict[str, Any]:
     return {"ids": list(clips.ids), "aspects": list(ASPECTS), "hashes": hashes}
 
 
-def content_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return one text for every kind of difference between two results of :func:`content_state`, with the clips."""
+def joined(one: Mapping[str, Any], two: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the results of :func:`content_state` of two sets as that of both."""
+    assert one["aspects"] == two["aspects"]
+    return {**one, "ids": [*one["ids"], *two["ids"]], "hashes": torch.cat((one["hashes"], two["hashes"]))}
+
+
+def content_changes(before: Mapping[str, Any], now: Mapping[str, Any], order: bool = True) -> list[str]:
+    """Return one text for every kind of difference between two results of :func:`content_state`, with the clips.
+
+    Args:
+        order: another order of the same clips is a difference.
+    """
     old, new = (dict(zip(state["ids"], _rows(state), strict=True)) for state in (before, now))
     changes = [
         ("new", [name for name in new if name not in old]),
@@ -44,7 +54,7 @@ def content_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
             changed[aspect].append(name)
     changes += [(WORDS[aspect], names) for aspect, names in changed.items()]
     found = [f"{what}: {listed(names, NAMED)}" for what, names in changes if names]
-    if not found and before["ids"] != now["ids"]:
+    if order and not found and before["ids"] != now["ids"]:
         found.append("the same clips in another order or number")
     return found
 

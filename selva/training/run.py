@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
 from selva.checkpoint import Adapter, TrainingState
-from selva.data.content import content_changes, content_state
+from selva.data.content import content_changes, content_state, joined
 from selva.data.dataset import Batch, BucketBatchSampler, ClipDataset, ClipWindow
 from selva.lora.layers import lora_layers
 from selva.lora.state import (
@@ -225,12 +225,17 @@ class TrainingRun:
 
     def _check_content(self, saved: TrainingState) -> None:
         """Raise a ValueError that names every clip that is not what it was; a file of version 0.1.0 does not tell."""
-        stored = saved.extra.get("content", {})
-        problems = []
-        for kind, what in (("clips", "trained on"), ("held_out", "held out (--val_dir, --val_clips)")):
-            # Without a validation so far there is nothing that other held-out clips could be confused with.
-            if kind in stored and (kind == "clips" or stored[kind]["ids"]):
-                problems += [f"{what}, {text}" for text in content_changes(stored[kind], self.content[kind])]
+        if "content" not in saved.extra:
+            return
+        before, now = (content["clips"] for content in (saved.extra["content"], self.content))
+        held_out_before, held_out = (content["held_out"] for content in (saved.extra["content"], self.content))
+        if held_out_before["ids"]:  # without any, there was nothing that other held-out clips could be confused with
+            # A clip that has changed may have changed sides too, and others with it: it is the one to name.
+            problems = content_changes(joined(before, held_out_before), joined(now, held_out), order=False)
+            problems = problems or [f"held out (--val_dir, --val_fraction, --val_clips), {text}"
+                                    for text in content_changes(held_out_before, held_out)]
+        else:
+            problems = content_changes(before, now)
         if problems:
             raise ValueError(f"{saved.path}: the clips are not those of this run any more: {'; '.join(problems)}. Put "
                              f"them back, or start a new run from its adapter: --init_from {saved.path}")

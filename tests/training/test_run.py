@@ -284,7 +284,8 @@ class Named(ListDataset):
 
 
 def run_on(clips, held_out=()) -> TrainingRun:
-    return TrainingRun(make_generator(), clips, ListDataset(held_out), CONFIG, torch.float32)
+    held_out = held_out if isinstance(held_out, ListDataset) else ListDataset(held_out)
+    return TrainingRun(make_generator(), clips, held_out, CONFIG, torch.float32)
 
 
 def test_changed_clips_are_named_and_refused(tmp_path):
@@ -293,10 +294,10 @@ def test_changed_clips_are_named_and_refused(tmp_path):
     saved = saved_run(run, tmp_path / "adapter_step00000.pt")
     run_on(Named(clips)).restore(saved)
     for changed, message in (
-        (Named(clips, prompt="y"), "trained on, another prompt: clip0_1.0, clip1_1.0, clip2_1.0, clip3_1.0. Put"),
-        (Named(clips, sound="y", latents="y"), "trained on, another sound: clip0"),
-        (Named(clips[:3]), "trained on, gone: clip3_1.0"),
-        (Named(make_clips(5)), "trained on, new: clip4_1.0"),
+        (Named(clips, prompt="y"), "another prompt: clip0_1.0, clip1_1.0, clip2_1.0, clip3_1.0. Put"),
+        (Named(clips, sound="y", latents="y"), "another sound: clip0"),
+        (Named(clips[:3]), "gone: clip3_1.0"),
+        (Named(make_clips(5)), "new: clip4_1.0"),
     ):
         with pytest.raises(ValueError, match=f"adapter_step00000.pt: .*{message}.*--init_from") as caught:
             run_on(changed).restore(saved)
@@ -307,8 +308,14 @@ def test_other_held_out_clips_are_refused_where_there_were_some(tmp_path):
     """The best step would be that of a comparison between different clips."""
     clips, others = make_clips(4), make_clips(3, 1.5)
     saved = saved_run(run_on(ListDataset(clips), others[:1]), tmp_path / "adapter_step00000.pt")
-    with pytest.raises(ValueError, match=r"held out .*, new: clip1_1.5; held out .*, gone: clip0_1.5"):
+    with pytest.raises(ValueError, match=r"new: clip1_1.5; gone: clip0_1.5"):
         run_on(ListDataset(clips), others[1:2]).restore(saved)
+    saved = saved_run(run_on(ListDataset(clips[:3]), clips[3:]), tmp_path / "adapter_step00000.pt")
+    with pytest.raises(ValueError, match=r"held out \(--val_dir, --val_fraction, --val_clips\), new: clip2_1.0"):
+        run_on(ListDataset([clips[0], clips[1], clips[3]]), clips[2:3]).restore(saved)
+    before = run_on(Named(clips[:3]), Named(clips[3:]))
+    with pytest.raises(ValueError, match=r"any more: another prompt: clip2_1\.0, clip3_1\.0\. Put"):
+        run_on(Named(clips[:2]), Named(clips[2:], prompt="y")).restore(saved_run(before, tmp_path / "a_step00000.pt"))
     without = saved_run(run_on(ListDataset(clips)), tmp_path / "adapter_step00000.pt")
     run_on(ListDataset(clips), others).restore(without)
 
