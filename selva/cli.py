@@ -325,7 +325,7 @@ def entry_point(main: Main) -> Main:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            log.error("the device is out of memory: %s", str(error).split(". ")[0])
+            log.error("the device is out of memory: %s", str(error).split(". ")[0] or type(error).__name__)
             log.error("what helps, in order of effect: when training, --grad_checkpointing; a smaller --batch_size, "
                       "with more --grad_accum when training; --precision bf16; a smaller --variant")
             return EXIT_FAILED

@@ -42,6 +42,7 @@ class FolderClip:
         clip_shape, sync_shape: (tokens, width) of the features.
         text_shape: (77, width) of the text features of ``extracted_prompt``; None if the file holds none.
         features_hash: of the values of both features; equal for two copies of a video.
+        source_sha256: of the video file that the clip is a part of; "" if the feature file does not say.
     """
 
     id: str
@@ -56,6 +57,7 @@ class FolderClip:
     sync_shape: tuple[int, int]
     text_shape: tuple[int, int] | None
     features_hash: str
+    source_sha256: str = ""
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,7 @@ def _describe(path: Path, sound: Path, prompt: str, source: PromptSource, bundle
         extracted_prompt=bundle.prompt, extracted_for=bundle.variant, duration_sec=bundle.duration,
         clip_shape=_token_shape(bundle.clip_features), sync_shape=_token_shape(bundle.sync_features),
         text_shape=None if bundle.text_features is None else _token_shape(bundle.text_features),
-        features_hash=digest.hexdigest(),
+        features_hash=digest.hexdigest(), source_sha256=bundle.source_sha256,
     )
 
 

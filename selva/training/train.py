@@ -30,6 +30,7 @@ from selva.training.setup import (
     find_resume,
     finished_adapter,
     load_split,
+    load_start,
     patience_has_ended,
 )
 from selva.training.stopping import StopRequest
@@ -108,12 +109,15 @@ def _train(config: RunConfig, settings: Mapping[str, Any], device: torch.device,
                 return TrainingResult(adapter if world.is_main else None)
         if (before := saved.meta.get("precision", config.precision)) != config.precision:
             log.warning("%s: was trained in %s so far and goes on in %s", saved.path, before, config.precision)
-    clips, val_clips = load_split(config, device, world)
+    start = load_start(config) if saved is None else None
+    clips, val_clips = load_split(config, device, world, saved)
 
     # 2. the model, and everything with a state; then the old state
     run = build_run(config, (clips, val_clips), device, world)
     if saved is not None:
         run.restore(saved)
+    if start is not None:
+        run.start_from(start)
     if config.dry_run:
         estimate(run)
         return TrainingResult()
