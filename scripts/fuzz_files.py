@@ -107,7 +107,9 @@ def _encode(path: Path, picture_codec: str | None, sound_codec: str) -> None:
             if video is not None:
                 video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
             audio = container.add_stream(sound_codec, rate=rate)
-            for number in range(25 if video is not None else 0):
+            for number in range(25):
+                if video is None:
+                    break
                 picture = np.full((48, 64, 3), number * 10, np.uint8)
                 picture[10:20, number : number + 8] = 255
                 container.mux(video.encode(av.VideoFrame.from_ndarray(picture)))
@@ -123,7 +125,7 @@ def _encode(path: Path, picture_codec: str | None, sound_codec: str) -> None:
                 container.mux(audio.encode(part))
             for stream in container.streams:
                 container.mux(stream.encode(None))
-    except (av.FFmpegError, ValueError, LookupError):
+    except (av.error.FFmpegError, ValueError, LookupError):
         path.unlink(missing_ok=True)
 
 

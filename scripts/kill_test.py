@@ -30,6 +30,7 @@ import torch
 from selva import cli
 from selva.checkpoint import STEP_FILE, load_adapter
 from selva.utils.files import PARTIAL_PREFIX
+from selva.utils.torchrun import process_environment
 
 log = logging.getLogger("selva.kill_test")
 
@@ -73,16 +74,13 @@ class Run:
 
     def __init__(self, command: list[str], processes: int) -> None:
         self.lines: list[str] = []
-        together = {}
-        if processes > 1:
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                together = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
-                            "MASTER_PORT": str(free.getsockname()[1])}
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
         self.processes = [
             subprocess.Popen(
                 command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL if rank else subprocess.PIPE, text=True,
-                env={**os.environ, **together, **({"RANK": str(rank), "LOCAL_RANK": str(rank)} if together else {})})
+                env={**os.environ, **process_environment(rank, processes, port)})
             for rank in range(processes)
         ]
         self._reader = threading.Thread(target=self._read, daemon=True)
