@@ -99,6 +99,7 @@ def make_good_files(folder: Path) -> list[str]:
 def _encode(path: Path, picture_codec: str | None, sound_codec: str) -> None:
     """Write a second of pictures and a tone; nothing where this FFmpeg has no such encoder."""
     import av
+    from av.error import FFmpegError
 
     rate = 48_000 if sound_codec == "libopus" else 44_100
     try:
@@ -125,7 +126,7 @@ def _encode(path: Path, picture_codec: str | None, sound_codec: str) -> None:
                 container.mux(audio.encode(part))
             for stream in container.streams:
                 container.mux(stream.encode(None))
-    except (av.error.FFmpegError, ValueError, LookupError):
+    except (FFmpegError, ValueError, LookupError):
         path.unlink(missing_ok=True)
 
 
