@@ -1,7 +1,7 @@
 """Any sound, piece by piece, and how long it is: the one place that chooses who reads a file.
 
 libsndfile reads what counts its samples (WAV, AIFF, FLAC, Ogg of one stream ...), FFmpeg everything else. The length is
-the number of samples that reading gives: of the header where it can be trusted, else counted by decoding, once per file.
+the number of samples that reading gives: of the header where it can be trusted, else counted by decoding, once a file.
 """
 
 from __future__ import annotations
