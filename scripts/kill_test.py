@@ -1,81 +1,214 @@
-"""Kill a training run again and again, resume it each time, and compare the result with an undisturbed run.
+"""Kill training runs again and again, resume them each time, and compare their ends with undisturbed runs.
 
     python scripts/kill_test.py --data_dir features/demo --work_dir runs/kill_test --variant tiny_16k --kills 20
 
-Both runs have the same settings; the second one is ended with SIGKILL at random moments, each time followed by
-`--resume auto`. Prints a line per kill. Exit code 0 if both final adapters are equal bit for bit, else 1.
+All runs have the same settings. Each is ended with SIGKILL a few times, while it loads, trains, saves, validates, makes
+a sample or goes back to an older step, and at last at its end, each time followed by `--resume auto`. A kill counts
+only if the run was seen to be in that part; kills while loading are done, but not counted. Prints a line per kill.
+
+Exit code 0 if nothing is lost: adapters, metrics and samples equal those of an undisturbed run bit for bit; else 1.
 """
 
 from __future__ import annotations
 
+import collections
+import json
 import logging
+import os
 import random
+import re
+import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 from selva import cli
 from selva.checkpoint import STEP_FILE, load_adapter
+from selva.utils.files import PARTIAL_PREFIX
+from selva.utils.torchrun import process_environment
 
 log = logging.getLogger("selva.kill_test")
 
 TRAIN = Path(__file__).resolve().parents[1] / "train_lora.py"
+PARTS = ("training", "saving", "validation", "sample")  # then "rewind" and "end"
+VAL_EVERY = 5
+KILLS_PER_RUN = 8
+STEP_LINE = re.compile(r"step (\d+)/")
 
 
 def build_parser() -> cli.ArgumentParser:
     parser = cli.ArgumentParser(__doc__)
     group = parser.add_argument_group("the runs")
     group.add_argument("--data_dir", type=Path, required=True, help="folder of feature bundles and their sounds")
-    group.add_argument("--work_dir", type=Path, required=True, help="empty or new folder for both runs")
-    group.add_argument("--kills", type=cli.positive_int, default=20, help="how often to kill")
-    group.add_argument("--steps", type=cli.positive_int, default=200, help="steps of both runs")
+    group.add_argument("--work_dir", type=Path, required=True, help="empty or new folder for all runs")
+    group.add_argument("--kills", type=cli.positive_int, default=20, help="how many kills have to count")
+    group.add_argument("--steps", type=cli.positive_int, default=60, help="steps of every run")
     group.add_argument("--save_every", type=cli.positive_int, default=5, help="steps between checkpoints")
+    group.add_argument("--processes", type=cli.positive_int, nargs="+", default=[1, 2], metavar="N",
+                       help="processes that share a run; several numbers take turns")
     parser.add_model()
     parser.add_common(precision="fp32")
     return parser
 
 
-def train_command(args, output_dir: Path) -> list[str]:
+def train_command(args, output_dir: Path, processes: int, resume: str | Path = "auto") -> list[str]:
     command = [
-        sys.executable, str(TRAIN), "--data_dir", args.data_dir, "--output_dir", output_dir, "--variant", args.variant,
-        "--steps", args.steps, "--save_every", args.save_every, "--val_every", 20, "--batch_size", 2, "--rank", 4,
-        "--warmup_steps", 5, "--lora_dropout", 0.1, "--ema_decay", 0.9, "--lr_schedule", "cosine", "--seed", args.seed,
-        "--device", args.device, "--precision", args.precision, "--no_preview", "--resume", "auto",
+        sys.executable, TRAIN, "--data_dir", args.data_dir, "--output_dir", output_dir, "--variant", args.variant,
+        "--steps", args.steps, "--save_every", args.save_every, "--val_every", VAL_EVERY, "--log_every", 1,
+        "--batch_size", max(1, 2 // processes), "--rank", 4, "--warmup_steps", 5, "--lora_dropout", 0.1,
+        "--ema_decay", 0.9, "--lr_schedule", "cosine", "--seed", args.seed, "--device", args.device,
+        "--precision", args.precision, "--resume", resume,
     ]
     if args.selva_dir:
         command += ["--selva_dir", args.selva_dir]
     return [str(part) for part in command]
 
 
-def newest_step(folder: Path) -> int:
-    steps = [int(match[1]) for path in folder.glob("*.pt") if (match := STEP_FILE.fullmatch(path.name))]
-    return max(steps, default=0)
+class Run:
+    """Processes that share a training, as torchrun would start them, and the log of the first one."""
+
+    def __init__(self, command: list[str], processes: int) -> None:
+        self.lines: list[str] = []
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.processes = [
+            subprocess.Popen(
+                command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL if rank else subprocess.PIPE, text=True,
+                env={**os.environ, **process_environment(rank, processes, port)})
+            for rank in range(processes)
+        ]
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.processes[0].stderr is not None
+        self.lines.extend(iter(self.processes[0].stderr.readline, ""))
+
+    @property
+    def is_over(self) -> bool:
+        return self.processes[0].poll() is not None
+
+    def until(self, happened: Callable[[], bool]) -> bool:
+        """Wait until something has happened and return True; False if the run ends before it."""
+        while not happened():
+            if self.is_over:
+                return False
+            time.sleep(0.001)
+        return not self.is_over
+
+    def count(self, text: str) -> int:
+        """Return how many lines of the log hold ``text``."""
+        return sum(text in line for line in list(self.lines))
+
+    def step(self) -> int:
+        """Return the last step that the log names; 0 before the first."""
+        return next((int(found[1]) for line in reversed(list(self.lines)) if (found := STEP_LINE.match(line))), 0)
+
+    def kill(self) -> None:
+        """End all processes at once."""
+        for process in self.processes:
+            process.kill()
+        self.wait()
+
+    def wait(self) -> int:
+        """Return the exit code of the first process when all have ended."""
+        codes = [process.wait() for process in self.processes]
+        self._reader.join()
+        return codes[0]
 
 
-def start_quietly(command: list[str]) -> subprocess.Popen[bytes]:
-    """Start a process whose output is thrown away."""
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def steps_in(folder: Path) -> list[int]:
+    """Return the steps of the step files in a folder, the newest last."""
+    return sorted(int(match[1]) for path in folder.glob("*.pt") if (match := STEP_FILE.fullmatch(path.name)))
 
 
-def undisturbed_run(command: list[str], folder: Path) -> tuple[float, float]:
-    """Run to the end and return the seconds before the first step and those after it.
+def is_writing(folder: Path) -> bool:
+    """Return True while a file is being written in a folder."""
+    return any(name.startswith(PARTIAL_PREFIX) for name in os.listdir(folder)) if folder.exists() else False
+
+
+def wait_for(part: str, run: Run, folder: Path, rng: random.Random, steps: int) -> bool:
+    """Wait until a run is in a certain part, and a random moment longer; False if it ended before."""
+    if part == "loading":
+        time.sleep(rng.uniform(0.2, 2.0))
+        return run.step() == 0 and not run.is_over
+    asides = len(list(folder.glob("previous_*")))
+    if part == "rewind":
+        return run.until(lambda: len(list(folder.glob("previous_*"))) > asides) and _later(run, rng, 0.03)
+    if part == "end":
+        return run.until(lambda: run.count(f"adapter_step{steps:05d}.pt") > 0) and _later(run, rng, 1.0)
+    if not run.until(lambda: run.step() > 0):
+        return False
+    if part == "training":
+        wanted = run.step() + rng.randint(0, 7)
+        return run.until(lambda: run.step() >= wanted) and _later(run, rng, 0.05)
+    if part == "validation":
+        return run.until(lambda: run.step() % VAL_EVERY == 0) and _later(run, rng, 0.1)
+    wanted = run.count("saved ") + rng.randint(0, 1)
+    if part == "sample":
+        return run.until(lambda: run.count("saved ") > wanted) and _later(run, rng, 0.6)
+    return run.until(lambda: run.count("saved ") >= wanted and is_writing(folder)) and _later(run, rng, 0.02)
+
+
+def _later(run: Run, rng: random.Random, seconds: float) -> bool:
+    time.sleep(rng.uniform(0, seconds))
+    return not run.is_over
+
+
+def differences(whole: Path, killed: Path) -> list[str]:
+    """Return what of an undisturbed run a killed one lacks or has otherwise."""
+    found = []
+    for path in sorted(whole.glob("adapter_*.pt")):
+        other = killed / path.name
+        one, two = (load_adapter(p).tensors if p.exists() else {} for p in (path, other))
+        if one.keys() != two.keys() or not all(torch.equal(one[key], two[key]) for key in one):
+            found.append(path.name)
+    found += [path.name for path in sorted(whole.glob("sample_*"))
+              if not (killed / path.name).exists()
+              or (path.suffix == ".wav" and path.read_bytes() != (killed / path.name).read_bytes())]
+    found += [name for name in ("meta.json", "config.yaml", "loss_raw.png") if not (killed / name).exists()]
+    rows = [[{key: value for key, value in json.loads(line).items() if key != "sec_per_step"}
+             for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+            for folder in (whole, killed)]
+    return [*found, *(["metrics.jsonl"] if rows[0] != rows[1] else [])]
+
+
+def kill_a_run(args, folder: Path, processes: int, wanted: int, rng: random.Random) -> collections.Counter[str]:
+    """Take one run to its end through up to ``KILLS_PER_RUN`` kills, and return how many counted, by part."""
+    counted: collections.Counter[str] = collections.Counter()
+    parts = [*rng.sample(PARTS, len(PARTS)), *rng.choices(PARTS, k=KILLS_PER_RUN - len(PARTS) - 2)]
+    for part in ["loading", *parts[: max(0, wanted - 2)], "rewind", "end"]:
+        steps = steps_in(folder)
+        if part == "rewind" and len(steps) < 2:
+            part = "training"
+        resume = folder / f"adapter_step{rng.choice(steps[:-1]):05d}.pt" if part == "rewind" else "auto"
+        run = Run(train_command(args, folder, processes, resume), processes)
+        if not wait_for(part, run, folder, rng, args.steps):
+            run.kill()
+            log.info("%s: not in %s any more, does not count (step %d)", folder.name, part, run.step())
+            continue
+        run.kill()
+        counted[part] += part != "loading"
+        log.info("%s, %d process%s: killed in %s at step %d; newest step file %s", folder.name, processes,
+                 "es" * (processes > 1), part, run.step(), max(steps_in(folder), default="none"))
+    return counted
+
+
+def finish(args, folder: Path, processes: int) -> None:
+    """Take a run to its end.
 
     Raises:
-        ValueError: the run failed.
+        ValueError: it does not get there.
     """
-    started, first_step = time.monotonic(), None
-    process = start_quietly(command)
-    while process.poll() is None:
-        if first_step is None and (folder / "config.yaml").exists():
-            first_step = time.monotonic()
-        time.sleep(0.02)
-    if process.returncode or first_step is None:
-        raise ValueError(f"the undisturbed run failed with exit code {process.returncode}: {' '.join(command)}")
-    return first_step - started, time.monotonic() - first_step
+    run = Run(train_command(args, folder, processes), processes)
+    if run.wait() and not run.count("give a larger --steps"):  # the last kill came when everything was done
+        raise ValueError(f"{folder}: the run failed: {''.join(run.lines[-5:])}")
 
 
 @cli.entry_point
@@ -83,29 +216,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     if args.work_dir.exists() and any(args.work_dir.iterdir()):
         raise cli.UsageError(f"--work_dir {args.work_dir}: is not empty")
-    whole = args.work_dir / "whole"
-    loading, training = undisturbed_run(train_command(args, whole), whole)
-    log.info("undisturbed run: %d steps in %.1f s, after %.1f s of loading", args.steps, training, loading)
-
-    killed, rng = args.work_dir / "killed", random.Random(args.seed)
-    for number in range(1, args.kills + 1):
-        process = start_quietly(train_command(args, killed))
-        wait = rng.uniform(0.7 * loading, loading + 1.6 * training / args.kills)  # now and then while still loading
-        try:
-            process.wait(wait)
-            log.info("kill %2d: the run had ended before it", number)
-            break
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        log.info("kill %2d after %4.1f s: newest checkpoint at step %d", number, wait, newest_step(killed))
-    subprocess.run(train_command(args, killed), check=not (killed / "adapter_final.pt").exists(),
-                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-    one, two = (load_adapter(args.work_dir / name / "adapter_final.pt").tensors for name in ("whole", "killed"))
-    equal = one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
-    print("equal bit for bit" if equal else "DIFFERENT")
-    return 0 if equal else cli.EXIT_FAILED
+    for processes in args.processes:
+        finish(args, args.work_dir / f"whole_{processes}", processes)
+        log.info("undisturbed run of %d process(es): done", processes)
+    rng, counted, wrong = random.Random(args.seed), collections.Counter(), []
+    number = 0
+    while counted.total() < args.kills:
+        processes = args.processes[number % len(args.processes)]
+        number += 1
+        folder = args.work_dir / f"killed_{number:03d}"
+        counted += kill_a_run(args, folder, processes, args.kills - counted.total(), rng)
+        finish(args, folder, processes)
+        different = differences(args.work_dir / f"whole_{processes}", folder)
+        wrong += [f"{folder.name}/{name}" for name in different]
+        log.info("%s: %s", folder.name, "DIFFERENT: " + ", ".join(different) if different else "equal bit for bit")
+    kinds = ", ".join(f"{count} in {part}" for part, count in sorted(counted.items()))
+    print(f"{counted.total()} kills that count ({kinds}), {number} runs: "
+          + ("DIFFERENT: " + ", ".join(wrong) if wrong else "nothing lost, equal bit for bit"))
+    return cli.EXIT_FAILED if wrong else 0
 
 
 if __name__ == "__main__":

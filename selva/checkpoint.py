@@ -31,7 +31,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -40,7 +39,14 @@ from selva.lora.merge import FACTOR_SUFFIXES, MAGNITUDE_SUFFIX, Adapter, padded_
 from selva.lora.state import adapter_tensors, lora_state_dict
 from selva.utils.files import atomic_path
 from selva.utils.text import listed
-from selva.utils.torch_files import check_plain, is_whole_tensor, read_safetensors, read_torch
+from selva.utils.torch_files import (
+    check_plain,
+    is_whole_tensor,
+    read_safetensors,
+    read_torch,
+    write_safetensors,
+    write_torch,
+)
 
 __all__ = [
     "Adapter",
@@ -97,9 +103,9 @@ def save_adapter(
     with atomic_path(path) as temporary:
         if path.suffix == ".safetensors":
             header = {"format": "pt", "meta": json.dumps(meta, allow_nan=False)}
-            safetensors.torch.save_file(tensors, temporary, metadata=header)
+            write_safetensors(tensors, temporary, header)
         else:
-            torch.save({"state_dict": tensors, "meta": meta}, temporary)
+            write_torch({"state_dict": tensors, "meta": meta}, temporary)
     return meta
 
 
@@ -322,7 +328,7 @@ def save_checkpoint(
     }
     check_plain(content, "checkpoint")
     with atomic_path(path) as temporary:
-        torch.save(content, temporary)
+        write_torch(content, temporary)
     return meta
 
 

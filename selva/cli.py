@@ -7,6 +7,7 @@ and progress to stderr. A user's mistake ends in one line, never in a traceback 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import logging
 import os
@@ -20,7 +21,7 @@ from typing import Any, NoReturn, Protocol, TypeVar
 
 from selva import __version__
 from selva.utils import torchrun
-from selva.utils.device import PRECISIONS
+from selva.utils.device import PRECISIONS, is_out_of_memory
 from selva.utils.errors import Terminated, UsageError
 from selva.utils.files import atomic_write_text
 from selva.utils.logging import setup_logging
@@ -275,6 +276,12 @@ def write_settings(path: Path, args: argparse.Namespace) -> None:
     atomic_write_text(path, settings_text(saved_settings(args)))
 
 
+def _ends() -> list[int]:
+    """Return the signals that end a script in order: SIGTERM, and a closed terminal unless ``nohup`` ignores it."""
+    closed = getattr(signal, "SIGHUP", None)
+    return [signal.SIGTERM, *([closed] if closed and signal.getsignal(closed) != signal.SIG_IGN else [])]
+
+
 def _raise_terminated(_signal: int, _frame: Any) -> None:
     raise Terminated
 
@@ -297,7 +304,7 @@ def entry_point(main: Main) -> Main:
         setup_logging(debug)
         # Only the main thread may install handlers; a test runner or a server may call from another one.
         in_main_thread = threading.current_thread() is threading.main_thread()
-        previous = signal.signal(signal.SIGTERM, _raise_terminated) if in_main_thread else None
+        previous = {number: signal.signal(number, _raise_terminated) for number in _ends() if in_main_thread}
         try:
             return main(argv)
         except SystemExit as stop:  # argparse: --help is 0, a wrong command line 2
@@ -316,22 +323,17 @@ def entry_point(main: Main) -> Main:
         except (ValueError, OSError) as error:
             return _report(error, EXIT_FAILED, debug)
         except Exception as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
-            log.error("the device is out of memory: %s", str(error).split(". ")[0])
+            log.error("the device is out of memory: %s", str(error).split(". ")[0] or type(error).__name__)
             log.error("what helps, in order of effect: when training, --grad_checkpointing; a smaller --batch_size, "
                       "with more --grad_accum when training; --precision bf16; a smaller --variant")
             return EXIT_FAILED
         finally:
-            if in_main_thread:
-                signal.signal(signal.SIGTERM, previous)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
     return wrapped
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    torch = sys.modules.get("torch")  # an error of PyTorch can only come from a PyTorch that was imported
-    return torch is not None and isinstance(error, torch.OutOfMemoryError)
 
 
 def _report(error: Exception, code: int, debug: bool) -> int:
@@ -351,7 +353,8 @@ def leave(code: int) -> NoReturn:
     is done and written, and torchrun then reports a finished run as failed.
     """
     if torchrun.world_size() > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):  # nobody reads on
+                stream.flush()
         os._exit(code)
     sys.exit(code)

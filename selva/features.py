@@ -11,6 +11,8 @@
     fps            float64 ()            ours, optional: average frame rate of the video
     source_sha256  text ()               ours, optional: of the whole content of the video file
     settings       text ()               ours, optional: JSON object, how the features were made
+    origin         text ()               ours, optional: JSON object, the sound that was placed with the features, its
+                                         hash, and an identity of the weights
 
 The first five are what ComfyUI-SelVA writes and reads; it ignores other keys, and so does this reader.
 """
@@ -58,6 +60,8 @@ class FeatureBundle:
         fps: of the video file; None if unknown.
         source_sha256: of the video file; "" if unknown.
         settings: anything that JSON can hold, or None.
+        origin: "sound" and "sound_sha256", the file that was placed with the features; "weights", see
+            :func:`selva.weights.find.weights_identity`. None in files of other programs and of earlier versions.
 
     Raises:
         ValueError: a shape, a duration or a value that such a file cannot have; names the field.
@@ -74,6 +78,7 @@ class FeatureBundle:
     fps: float | None = None
     source_sha256: str = ""
     settings: dict[str, Any] | None = None
+    origin: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         for name in ("clip_features", "sync_features", *OPTIONAL_TENSORS):
@@ -136,6 +141,8 @@ def save_features(path: PathLike, bundle: FeatureBundle) -> None:
         arrays["source_sha256"] = np.str_(bundle.source_sha256)
     if bundle.settings is not None:
         arrays["settings"] = np.str_(json.dumps(bundle.settings, sort_keys=True, ensure_ascii=False))
+    if bundle.origin is not None:
+        arrays["origin"] = np.str_(json.dumps(bundle.origin, sort_keys=True, ensure_ascii=False))
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, **arrays)
 
@@ -168,13 +175,14 @@ def load_features(path: PathLike) -> FeatureBundle:
             fps=_number(arrays, "fps") if "fps" in arrays else None,
             source_sha256=_text(arrays, "source_sha256"),
             settings=_settings(arrays),
+            origin=_settings(arrays, "origin"),
         )
     except (ValueError, RuntimeError) as error:  # PyTorch cannot take every array that NumPy can describe
         raise ValueError(f"{path}: {error}") from error
 
 
 _KEYS = ("clip_features", "sync_features", "duration", "prompt", "variant", *OPTIONAL_TENSORS, "fps", "source_sha256",
-         "settings")
+         "settings", "origin")
 
 
 def load_settings(path: PathLike) -> dict[str, Any] | None:
@@ -215,7 +223,10 @@ def _read_arrays(path: Path, keys: Sequence[str] | None = None) -> dict[str, np.
         with file:
             wanted = [key for key in (_KEYS if keys is None else keys) if key in file.files]
             _check_sizes(file.zip, wanted)
-            return {key: file[key] for key in wanted}
+            arrays = {key: file[key] for key in wanted}
+        if foreign := [key for key, array in arrays.items() if not isinstance(array, np.ndarray)]:
+            raise ValueError(f"{', '.join(foreign)} does not begin as an array does")
+        return arrays
     except READ_ERRORS as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         if "allow_pickle" in reason:  # NumPy's own words advise to load the file unsafely
@@ -253,14 +264,14 @@ def _text(arrays: dict[str, np.ndarray], key: str) -> str:
     return str(array)
 
 
-def _settings(arrays: dict[str, np.ndarray]) -> dict[str, Any] | None:
-    text = _text(arrays, "settings")
+def _settings(arrays: dict[str, np.ndarray], key: str = "settings") -> dict[str, Any] | None:
+    text = _text(arrays, key)
     if not text:
         return None
     try:
         settings = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"settings is not JSON ({error}), expected an object") from error
+        raise ValueError(f"{key} is not JSON ({error}), expected an object") from error
     if not isinstance(settings, dict):
-        raise ValueError(f"settings is a JSON {type(settings).__name__}, expected an object")
+        raise ValueError(f"{key} is a JSON {type(settings).__name__}, expected an object")
     return settings

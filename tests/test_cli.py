@@ -111,6 +111,11 @@ def fail(error: BaseException):
         (KeyboardInterrupt(), 130, "error: interrupted"),
         (SystemExit(2), 2, ""),
         (torch.OutOfMemoryError("CUDA out of memory. Tried"), 1, "--grad_checkpointing"),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 17.93 GiB, max allowed: 18.13 GiB). Tried to allocate "
+                      "256 MiB on private pool."), 1, "--grad_checkpointing"),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory: you tried to "
+                      "allocate 1000 bytes."), 1, "--batch_size"),
+        (MemoryError(), 1, "--batch_size"),
     ],
 )
 def test_every_end_has_its_code_and_one_line(capsys, error, code, line):
@@ -120,8 +125,9 @@ def test_every_end_has_its_code_and_one_line(capsys, error, code, line):
 
 
 def test_a_defect_of_ours_is_not_hidden():
-    with pytest.raises(TypeError):
-        run(lambda: fail(TypeError("a bug")))
+    for error in (TypeError("a bug"), RuntimeError("shapes do not fit, out of reach of memory")):
+        with pytest.raises(type(error)):
+            run(lambda error=error: fail(error))
 
 
 def test_debug_shows_the_traceback(capsys):

@@ -178,6 +178,7 @@ def damaged_archives(path):
         place = whole.index(old, header)
         changed[place : place + len(old)] = new
         yield name, bytes(changed)
+    yield "no array", bytes(whole).replace(b"\x93NUMPY", b"\x93NUMPX")
     with zipfile.ZipFile(path) as archive:
         arrays = {name: archive.read(name) for name in archive.namelist()}
     for kind in (zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2, zipfile.ZIP_DEFLATED):
@@ -226,3 +227,17 @@ def test_a_small_file_that_promises_gigabytes_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("selva.features.MAX_ARRAY_BYTES", 1_000_000)
     with pytest.raises(ValueError, match=r"a\.npz: .*clip_features\.npy has 1600\d\d\d bytes, expected at most"):
         load_features(path)
+
+
+def test_a_member_that_is_no_array_is_named(tmp_path):
+    """NumPy returns its bytes."""
+    path = tmp_path / "a.npz"
+    for key in ("clip_features", "duration", "prompt"):
+        save_features(path, small_bundle())
+        with zipfile.ZipFile(path) as archive:
+            members = {name: archive.read(name) for name in archive.namelist()}
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, content in members.items():
+                archive.writestr(name, b"text" if name == f"{key}.npy" else content)
+        with pytest.raises(ValueError, match=rf"a\.npz: cannot be read .*{key} does not begin as an array does"):
+            load_features(path)

@@ -9,27 +9,30 @@ folder can be deleted at any time.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from selva.utils.files import atomic_path, atomic_write_text, source_hash
-from selva.utils.torch_files import READ_ERRORS
+from selva.utils.files import atomic_path, atomic_write_text, source_hash, why_not_written
+from selva.utils.lock import FolderLock
+from selva.utils.torch_files import READ_ERRORS, write_safetensors
+from selva.utils.torchrun import is_main_process
 
 log = logging.getLogger(__name__)
 
 CACHE_FOLDER = ".selva_cache"
-FILES_FILE = "files.json"
+FILES_FILE, LOCK_FILE = "files.json", "encoding.lock"
 # A file may change again within one tick of its time stamp and look the same; what is younger is read every time.
 SETTLED_NS = 2_000_000_000
 BASIC_STAMP = {"size", "mtime_ns"}  # what every version has written
@@ -40,14 +43,19 @@ Settings = Mapping[str, Any]  # anything that JSON can hold; equal settings mean
 class DataCache:
     """The cache of one data folder; a temporary folder holds entries that cannot be written there.
 
+    Where that one is full too, entries are kept in memory.
+
     Args:
         data_dir: whose cache; a read-only one is read from and left as it is.
-        enabled: False keeps everything in the temporary folder, which is deleted at the end of the process.
+        enabled: False keeps everything in the temporary folder, which :meth:`remove_temporary` deletes, or the end of
+            the process.
     """
 
     def __init__(self, data_dir: Path, enabled: bool = True) -> None:
         self.folder = data_dir / CACHE_FOLDER if enabled else None
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        self._memory: dict[str, dict[str, Tensor]] = {}  # file name -> entry that fits nowhere else
+        _open_caches.add(self)
         self._writable_folder = self.folder  # None once it cannot be written to
         self._files = self._read_files()
         self._files_changed = False
@@ -56,6 +64,8 @@ class DataCache:
 
     def load(self, kind: str, settings: Settings) -> dict[str, Tensor] | None:
         """Return the tensors that were saved with exactly these settings; None if they have to be made (again)."""
+        if (kept := self._memory.get(_entry_name(kind, settings))) is not None:
+            return {name: x.clone() for name, x in kept.items()}
         for folder in self._folders():
             path = folder / _entry_name(kind, settings)
             if not path.is_file():
@@ -74,12 +84,26 @@ class DataCache:
 
     def save(self, kind: str, settings: Settings, tensors: Mapping[str, Tensor]) -> None:
         """Keep ``tensors`` under these settings, whole or not at all."""
-        def write(folder: Path) -> None:
-            with atomic_path(folder / _entry_name(kind, settings)) as temporary:
-                contiguous = {name: x.contiguous() for name, x in tensors.items()}
-                save_file(contiguous, temporary, metadata={"settings": _canonical(settings)})
+        contiguous, name = {name: x.contiguous() for name, x in tensors.items()}, _entry_name(kind, settings)
 
-        self._write(write)
+        def write(folder: Path) -> None:
+            with atomic_path(folder / name) as temporary:
+                write_safetensors(contiguous, temporary, {"settings": _canonical(settings)})
+
+        if not self._write(write):
+            self._memory[name] = contiguous
+
+    @contextlib.contextmanager
+    def building(self) -> Iterator[None]:
+        """Let one process at a time fill the cache of this folder; another one waits and says for whom.
+
+        Under torchrun rank 0 stands for all. A folder that cannot be written needs no lock.
+        """
+        with contextlib.ExitStack() as stack:
+            if self._writable_folder is not None and is_main_process():
+                with contextlib.suppress(OSError):
+                    stack.enter_context(FolderLock(self._writable_folder / LOCK_FILE, "encodes", wait=True))
+            yield
 
     # -- files ---------------------------------------------------------------------------------------------------------
 
@@ -110,7 +134,8 @@ class DataCache:
     def flush(self) -> None:
         """Write the notes down."""
         if self._files_changed:
-            text = json.dumps(self._files, indent=0, sort_keys=True)
+            # What another process has noted meanwhile stays; stamps tell which notes still hold.
+            text = json.dumps({**self._read_files(), **self._files}, indent=0, sort_keys=True)
             self._write(lambda folder: atomic_write_text(folder / FILES_FILE, text))
             self._files_changed = False
 
@@ -129,19 +154,46 @@ class DataCache:
         temporary = Path(self._temporary.name) if self._temporary is not None else None
         return [folder for folder in (temporary, self.folder) if folder is not None]
 
-    def _write(self, write: Callable[[Path], None]) -> None:
-        """Call ``write`` with the folder to write to; once the data folder refuses, always with the temporary one."""
+    def remove_temporary(self) -> None:
+        """Delete the temporary folder and what is in memory only."""
+        self._memory.clear()
+        if self._temporary is not None:
+            self._temporary.cleanup()
+            self._temporary = None
+
+    def _write(self, write: Callable[[Path], None]) -> bool:
+        """Call ``write`` with the folder to write to; once the data folder refuses, always with the temporary one.
+
+        Returns False if neither can be written.
+        """
         if self._writable_folder is not None:
             try:
                 write(self._writable_folder)
-                return
+                return True
             except OSError as error:
                 self._writable_folder = None
                 log.warning("%s: cannot be written (%s); latents are kept in a temporary folder and will be made again "
-                            "in the next run", self.folder, error)
-        if self._temporary is None:
-            self._temporary = tempfile.TemporaryDirectory(prefix="selva_cache_")
-        write(Path(self._temporary.name))
+                            "in the next run", self.folder, why_not_written(error))
+        try:
+            if self._temporary is None:
+                self._temporary = tempfile.TemporaryDirectory(prefix="selva_cache_", ignore_cleanup_errors=True)
+            write(Path(self._temporary.name))
+        except OSError as error:
+            if not self._memory:
+                log.warning("the temporary folder cannot be written either (%s); latents are kept in memory",
+                            why_not_written(error))
+            return False
+        return True
+
+
+# torchrun's processes leave without Python's own clean-up, see cli.leave.
+_open_caches: weakref.WeakSet[DataCache] = weakref.WeakSet()
+
+
+def remove_temporary_caches() -> None:
+    """Delete the temporary folders of all caches of this process."""
+    for cache in list(_open_caches):
+        cache.remove_temporary()
 
 
 def _canonical(settings: Settings) -> str:

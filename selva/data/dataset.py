@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from selva.sequence import SequenceConfig
+from selva.utils.device import to_device
 
 Lengths = tuple[int, int, int]  # (N, T, S): latent frames, CLIP frames, sync tokens
 
@@ -78,7 +79,7 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         tensors = (self.mean, self.std, self.clip_f, self.sync_f, self.text_f, self.has_video)
-        mean, std, clip_f, sync_f, text_f, has_video = (x.to(device, non_blocking=True) for x in tensors)
+        mean, std, clip_f, sync_f, text_f, has_video = (to_device(x, device) for x in tensors)
         return Batch(mean, std, clip_f, sync_f, text_f, has_video, self.ids)
 
 
@@ -119,6 +120,14 @@ class ClipDataset(ABC):
             ValueError, FileNotFoundError: its files have changed or gone since the set was made.
         """
 
+    def origins(self, index: int) -> tuple[str, ...]:
+        """Return keys of the video and the sound of a clip; clips that share one of them are not independent."""
+        return ()
+
+    def content(self, index: int) -> dict[str, str]:
+        """Return hashes of what is trained on, by the names of :data:`selva.data.content.ASPECTS`; {} if unknown."""
+        return {}
+
     def __len__(self) -> int:
         return len(self.ids)
 
@@ -132,11 +141,14 @@ class Subset(ClipDataset):
 
     def __init__(self, base: ClipDataset, indices: Iterable[int]) -> None:
         self.base, self.indices = base, list(indices)
+        self._ids: list[str] | None = None
 
     @property
     def ids(self) -> list[str]:
-        ids = self.base.ids
-        return [ids[i] for i in self.indices]
+        if self._ids is None:
+            ids = self.base.ids
+            self._ids = [ids[i] for i in self.indices]
+        return self._ids
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -150,6 +162,12 @@ class Subset(ClipDataset):
     def clip(self, index: int, window: int = 0) -> TrainingClip:
         return self.base.clip(self.indices[index], window)
 
+    def origins(self, index: int) -> tuple[str, ...]:
+        return self.base.origins(self.indices[index])
+
+    def content(self, index: int) -> dict[str, str]:
+        return self.base.content(self.indices[index])
+
 
 class ListDataset(ClipDataset):
     """Clips that exist already, one window each."""
@@ -160,6 +178,9 @@ class ListDataset(ClipDataset):
     @property
     def ids(self) -> list[str]:
         return [clip.id for clip in self.clips]
+
+    def __len__(self) -> int:
+        return len(self.clips)
 
     def lengths(self, index: int) -> Lengths:
         return self.clips[index].lengths
@@ -177,10 +198,17 @@ class ConcatDataset(ClipDataset):
 
     def __init__(self, first: ClipDataset, second: ClipDataset) -> None:
         self.first, self.second = first, second
+        self._num_first, self._num_second = len(first), len(second)
+        self._ids: list[str] | None = None
 
     @property
     def ids(self) -> list[str]:
-        return [*self.first.ids, *self.second.ids]
+        if self._ids is None:
+            self._ids = [*self.first.ids, *self.second.ids]
+        return self._ids
+
+    def __len__(self) -> int:
+        return self._num_first + self._num_second
 
     def lengths(self, index: int) -> Lengths:
         owner, own = self._find(index)
@@ -194,19 +222,67 @@ class ConcatDataset(ClipDataset):
         owner, own = self._find(index)
         return owner.clip(own, window)
 
+    def origins(self, index: int) -> tuple[str, ...]:
+        owner, own = self._find(index)
+        return owner.origins(own)
+
+    def content(self, index: int) -> dict[str, str]:
+        owner, own = self._find(index)
+        return owner.content(own)
+
     def _find(self, index: int) -> tuple[ClipDataset, int]:
-        count = len(self.first)
+        count = self._num_first
         return (self.first, index) if index < count else (self.second, index - count)
 
 
-def split_validation(clips: ClipDataset, fraction: float, seed: int) -> tuple[ClipDataset, ClipDataset]:
-    """Return (training, held-out) clips; a seeded choice of at least one clip, or none if fewer than five are there."""
+def split_validation(
+    clips: ClipDataset, fraction: float, seed: int, *, by_origin: bool = True
+) -> tuple[ClipDataset, ClipDataset]:
+    """Return (training, held-out) clips; a seeded choice of at least one clip, or none if fewer than five are there.
+
+    Clips of one origin (:meth:`ClipDataset.origins`: windows of one video, the same sound) stay together: what is held
+    out would otherwise have been trained on. Where no origin is as small as the share to hold out, the smallest one is
+    held out, unless that were more than half of the clips: then none is.
+
+    Args:
+        by_origin: False splits as version 0.1.0 did, clip by clip.
+    """
     count = len(clips)
     if fraction <= 0 or count < 5:
         return clips, clips.subset([])
-    held_out = min(count - 1, max(1, round(fraction * count)))
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
-    return clips.subset(sorted(order[held_out:])), clips.subset(sorted(order[:held_out]))
+    wanted = min(count - 1, max(1, round(fraction * count)))
+    order: list[int] = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    if not by_origin:
+        return clips.subset(sorted(order[wanted:])), clips.subset(sorted(order[:wanted]))
+    groups: dict[int, list[int]] = {}  # in the order in which chance comes to them
+    group_of = origin_groups(clips)
+    for index in order:
+        groups.setdefault(group_of[index], []).append(index)
+    held_out: set[int] = set()
+    for group in groups.values():
+        if len(held_out) + len(group) <= wanted:
+            held_out.update(group)
+    smallest = min(groups.values(), key=len)
+    if not held_out and 2 * len(smallest) <= count:
+        held_out.update(smallest)
+    return clips.subset(i for i in range(count) if i not in held_out), clips.subset(sorted(held_out))
+
+
+def origin_groups(clips: ClipDataset) -> list[int]:
+    """Return a number for every clip, which those have in common that share an origin, directly or through others."""
+    parent = list(range(len(clips)))
+
+    def root(index: int) -> int:
+        while parent[index] != index:
+            parent[index] = parent[parent[index]]  # halves the way for the next time
+            index = parent[index]
+        return index
+
+    first_with: dict[str, int] = {}
+    for index in range(len(clips)):
+        for origin in clips.origins(index):
+            parent[root(index)] = root(first_with.setdefault(origin, index))
+    return [root(index) for index in range(len(clips))]
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -6,8 +6,10 @@ data/dog_001.npz   features         data/dog_001.wav   sound, same stem        d
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +19,11 @@ from selva.features import FeatureBundle, load_features
 from selva.inputs.file_names import same_name
 from selva.inputs.prompts import PROMPTS_FILE, PromptSource, choose_prompt, read_prompts
 from selva.inputs.suffixes import AUDIO_SUFFIXES
+from selva.utils.text import listed
 
 log = logging.getLogger(__name__)
+
+MANIFEST_FILE = "manifest.jsonl"  # of the extraction, where there was one
 
 PathLike = str | os.PathLike[str]
 
@@ -37,6 +42,7 @@ class FolderClip:
         clip_shape, sync_shape: (tokens, width) of the features.
         text_shape: (77, width) of the text features of ``extracted_prompt``; None if the file holds none.
         features_hash: of the values of both features; equal for two copies of a video.
+        source_sha256: of the video file that the clip is a part of; "" if the feature file does not say.
     """
 
     id: str
@@ -51,6 +57,7 @@ class FolderClip:
     sync_shape: tuple[int, int]
     text_shape: tuple[int, int] | None
     features_hash: str
+    source_sha256: str = ""
 
 
 @dataclass(frozen=True)
@@ -69,9 +76,9 @@ class FolderScan:
 def scan_folder(data_dir: PathLike) -> FolderScan:
     """Return the clips of ``data_dir`` (not of its subfolders) and the files that had to be left out.
 
-    A clip is ``X.npz`` with ``X.wav``, or another of ``AUDIO_SUFFIXES``, beside it. Its prompt is that of
-    ``prompts.txt``, else the one it was extracted with, else the name of the folder. Every feature file is read and
-    checked; sounds are only looked for.
+    A clip is ``X.npz`` with ``X.wav``, or another of ``AUDIO_SUFFIXES``, beside it; of several, the one that was
+    extracted with the features. Its prompt is that of ``prompts.txt``, else the one it was extracted with, else the
+    name of the folder. Every feature file is read and checked; sounds are only looked for.
 
     Raises:
         FileNotFoundError: no such folder.
@@ -108,7 +115,7 @@ def scan_folder(data_dir: PathLike) -> FolderScan:
         except (ValueError, OSError) as error:
             skipped.append((path, str(error).removeprefix(f"{path}: ")))
             continue
-        sound = _choose_sound(sounds[same_name(path.stem)])
+        sound = _choose_sound(sounds[same_name(path.stem)], (bundle.origin or {}).get("sound", ""))
         prompt, source = choose_prompt(prompts.get(same_name(path.name)), bundle.prompt, data_dir)
         clips.append(_describe(path, sound, prompt, source, bundle))
 
@@ -116,7 +123,31 @@ def scan_folder(data_dir: PathLike) -> FolderScan:
     for stem, paths in sounds.items():
         if stem not in stems:
             skipped += [(path, f"no features beside it ({stem}.npz)") for path in paths]
+    _warn_of_leftovers(data_dir, [clip.features_path.name for clip in clips])
     return FolderScan(clips, skipped)
+
+
+def _warn_of_leftovers(data_dir: Path, names: Sequence[str]) -> None:
+    """Say which clips are not of the last extraction: it was not asked for them, or could not make them any more."""
+    done, failed = set(), set()
+    try:
+        for line in (data_dir / MANIFEST_FILE).read_text(encoding="utf-8").split("\n"):
+            row = json.loads(line or "{}")
+            if row.get("status") == "done":
+                done.update(row["files"])
+            elif "id" in row:
+                failed.add(f"{row['id']}.npz")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):  # none, or that of another program
+        return
+    if not any(name in done for name in names):
+        return
+    for others, why in (
+        ([name for name in names if name not in done and name in failed], "failed in the last extraction"),
+        ([name for name in names if name not in done and name not in failed], "are not of the last extraction"),
+    ):
+        if others:
+            log.warning("%d of %d clips %s (%s), but earlier ones left them and they are used: %s; extract_features.py "
+                        "--prune removes them", len(others), len(names), why, data_dir / MANIFEST_FILE, listed(others))
 
 
 def _describe(path: Path, sound: Path, prompt: str, source: PromptSource, bundle: FeatureBundle) -> FolderClip:
@@ -127,7 +158,7 @@ def _describe(path: Path, sound: Path, prompt: str, source: PromptSource, bundle
         extracted_prompt=bundle.prompt, extracted_for=bundle.variant, duration_sec=bundle.duration,
         clip_shape=_token_shape(bundle.clip_features), sync_shape=_token_shape(bundle.sync_features),
         text_shape=None if bundle.text_features is None else _token_shape(bundle.text_features),
-        features_hash=digest.hexdigest(),
+        features_hash=digest.hexdigest(), source_sha256=bundle.source_sha256,
     )
 
 
@@ -136,8 +167,12 @@ def _token_shape(features: Tensor) -> tuple[int, int]:
     return tokens, width
 
 
-def _choose_sound(paths: list[Path]) -> Path:
-    ranked = sorted(paths, key=lambda path: (AUDIO_SUFFIXES.index(path.suffix.lower()), path.name))
+def _choose_sound(paths: list[Path], extracted: str) -> Path:
+    """Return the sound that was extracted with the features, else the first kind; say which others there are."""
+    def rank(path: Path) -> tuple[bool, int, str]:
+        return path.name != extracted, AUDIO_SUFFIXES.index(path.suffix.lower()), path.name
+
+    ranked = sorted(paths, key=rank)
     if len(ranked) > 1:
         others = ", ".join(path.name for path in ranked[1:])
         log.warning("%s is used as the sound of %s, not %s", ranked[0].name, ranked[0].stem, others)

@@ -10,6 +10,7 @@ than the longest allowed one are trained on in windows; shorter ones keep their 
 from __future__ import annotations
 
 import functools
+import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from selva.data.latents import FRONT_END, encode_latents, load_windows
 from selva.data.memmap.reader import MemmapDataset, is_memmap
 from selva.features import load_features
 from selva.inputs.suffixes import AUDIO_SUFFIXES
+from selva.models.prompt_length import warn_of_cut_prompts
 from selva.models.variants import Variant, features_problem
 from selva.models.zoo import build_mel
 from selva.sequence import (
@@ -188,11 +190,15 @@ class FolderDataset(ClipDataset):
         self.selva_dir = selva_dir
         self.normalize_audio: Normalize = normalize_audio
         self._weights: dict[str, Any] = {}  # part -> identity of its weights
+        self._latents_hashes: dict[Path, str] = {}  # sound file -> hash of the latents of all its windows
         self._recent = functools.lru_cache(maxsize=RECENT_WINDOWS)(self._read_clip)
 
     @property
     def ids(self) -> list[str]:
         return [clip.files.id for clip in self.clips]
+
+    def __len__(self) -> int:
+        return len(self.clips)
 
     def lengths(self, index: int) -> Lengths:
         sequence = self.clips[index].sequence
@@ -203,6 +209,23 @@ class FolderDataset(ClipDataset):
 
     def clip(self, index: int, window: int = 0) -> TrainingClip:
         return self._recent(index, window)
+
+    def origins(self, index: int) -> tuple[str, ...]:
+        """Return the video and the sound of a clip, the sound by its file and, whatever the format, by its latents."""
+        clip = self.clips[index]
+        pairs = (("source", clip.files.source_sha256), ("sound", clip.audio_hash),
+                 ("latents", self._latents_hashes.get(clip.files.audio_path, "")))
+        return tuple(f"{what} {value}" for what, value in pairs if value)
+
+    def content(self, index: int) -> dict[str, str]:
+        clip = self.clips[index]
+        return {
+            "features": clip.files.features_hash,
+            "sound": clip.audio_hash,
+            "latents": self._latents_hashes.get(clip.files.audio_path, ""),
+            "prompt": repr(clip.files.prompt),
+            "windows": f"{self.lengths(index)} {clip.starts}",
+        }
 
     def _read_clip(self, index: int, window: int) -> TrainingClip:
         clip = self.clips[index]
@@ -236,23 +259,37 @@ class FolderDataset(ClipDataset):
 
     def _encode_texts(self, device: torch.device) -> None:
         clips = [clip.files for clip in self.clips]
+        warn_of_cut_prompts(((clip.id, clip.prompt) for clip in clips), self.variant.clip)
         if self.variant.family == "selva":
             _warn_of_other_prompts(clips)
         prompts = sorted({clip.prompt for clip in clips if not self._has_own_text(clip)})
         missing = [prompt for prompt in prompts if self._text(prompt) is None]
         if not missing:
             return
-        log.info("encoding %d prompts", len(missing))
-        encoder = load_clip_text(self.variant.name, self.selva_dir, device)
-        for prompt in missing:
-            (features,) = encoder.encode([prompt]).cpu()
-            self.cache.save("texts", self._text_settings(prompt), {"text_features": features})
+        with self.cache.building():
+            missing = [prompt for prompt in missing if self._text(prompt) is None]  # another process may have been here
+            if not missing:
+                return
+            log.info("encoding %d prompts", len(missing))
+            encoder = load_clip_text(self.variant.name, self.selva_dir, device)
+            for prompt in missing:
+                (features,) = encoder.encode([prompt]).cpu()
+                self.cache.save("texts", self._text_settings(prompt), {"text_features": features})
 
     def _encode_sounds(self, device: torch.device) -> Problems:
-        """Encode the windows that the cache lacks; the mel front end and the VAE run in float32 (pitfall G2)."""
-        missing = [clip for clip in self.clips if not all(self._latents(clip, w) for w in range(len(clip.starts)))]
+        """Encode the windows that the cache lacks, after another process that encodes the same folder.
+
+        The mel front end and the VAE run in float32 (pitfall G2).
+        """
+        missing = [clip for clip in self.clips if not self._has_latents(clip)]
         if not missing:
             return []
+        with self.cache.building():
+            missing = [clip for clip in missing if not self._has_latents(clip)]
+            return self._encode_missing(missing, device) if missing else []
+
+    def _encode_missing(self, missing: Sequence[PlannedClip], device: torch.device) -> Problems:
+        """Encode all windows of some clips; the mel front end and the VAE run in float32 (pitfall G2)."""
         problems: Problems = []
         vae = load_vae(self.variant.name, self.selva_dir, device, encoder_only=True)
         mel = build_mel(self.variant.mode).to(device)
@@ -265,10 +302,12 @@ class FolderDataset(ClipDataset):
                 except (ValueError, OSError) as error:
                     problems.append((path, str(error)))
                     continue
+                encoded = []
                 for window, waveform in enumerate(waveforms):
                     mean, std = encode_latents(waveform[None].to(device), mel, vae)  # each (1, N, C)
-                    tensors = {"mean": mean[0].cpu(), "std": std[0].cpu()}
-                    self.cache.save("latents", self._latent_settings(clip, window), tensors)
+                    encoded.append({"mean": mean[0].cpu(), "std": std[0].cpu()})
+                    self.cache.save("latents", self._latent_settings(clip, window), encoded[-1])
+                self._latents_hashes[path] = _hash_of_latents(encoded)
                 progress.update(number)
         return problems
 
@@ -280,6 +319,17 @@ class FolderDataset(ClipDataset):
         expected = (clip.sequence.latent_seq_len, self.variant.generator.latent_dim)
         fits = found is not None and all(name in found and found[name].shape == expected for name in ("mean", "std"))
         return found if fits else None
+
+    def _has_latents(self, clip: PlannedClip) -> bool:
+        """Return True where the cache holds the latents of every window of a clip, and remember their hash."""
+        found = []
+        for window in range(len(clip.starts)):
+            latents = self._latents(clip, window)
+            if latents is None:
+                return False
+            found.append(latents)
+        self._latents_hashes[clip.files.audio_path] = _hash_of_latents(found)
+        return True
 
     def _text(self, prompt: str) -> Tensor | None:
         """Return (77, text_dim) from the cache, or None."""
@@ -318,6 +368,13 @@ class FolderDataset(ClipDataset):
                 stats = [(path.name, path.stat()) for path in paths]
                 self._weights[part] = ["published", *([file, stat.st_size, stat.st_mtime_ns] for file, stat in stats)]
         return self._weights[part]
+
+
+def _hash_of_latents(windows: Sequence[dict[str, Tensor]]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for latents in windows:
+        digest.update(latents["mean"].contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def _warn_of_other_prompts(clips: Sequence[FolderClip]) -> None:

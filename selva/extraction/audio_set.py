@@ -8,6 +8,7 @@ on its own and cut to the length of the model. A recording is read once for all 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -31,6 +32,7 @@ from selva.extraction.pipeline import Summary
 from selva.inputs.file_names import same_name
 from selva.media import audio_blocks, prepare_audio
 from selva.media.audio import PEAK_LEVEL, SILENCE_LEVEL, cancellation, mean_power
+from selva.models.prompt_length import warn_of_cut_prompts
 from selva.models.variants import Variant
 from selva.partition.cut import collect_recordings
 from selva.partition.windows import Window, clip_captions, read_captions, read_clips
@@ -39,7 +41,7 @@ from selva.utils.device import peak_memory_bytes
 from selva.utils.files import source_hash
 from selva.utils.progress import Progress
 from selva.utils.text import listed
-from selva.weights.find import encoders_identity
+from selva.weights.find import encoders_identity, weights_identity
 
 log = logging.getLogger(__name__)
 
@@ -192,6 +194,7 @@ class AudioSetExtractor:
         self.variant: Variant = extractor.variant
         self.sequence = sequence_config(self.variant.mode)
         self.sound = SoundEncoder(extractor.variant, extractor.selva_dir, extractor.device)
+        self._known: dict[int, str] = {}  # digests of the rows that are there
 
     def settings(self) -> dict[str, Any]:
         """Return the settings that decide the content of all rows alike."""
@@ -204,7 +207,9 @@ class AudioSetExtractor:
     def open_writer(self, folder: Path, jobs: Sequence[SoundJob]) -> MemmapWriter:
         """Return the writer of a set, see there; ``jobs`` are those of all processes."""
         rows = [(job.window.id, job.caption) for job in jobs]
-        return MemmapWriter(folder, self.variant, rows, video=False, settings=self.settings())
+        windows = [[job.window.start_sample, job.window.end_sample] for job in jobs]
+        recipe = hashlib.sha256(json.dumps([windows, self.weights]).encode()).hexdigest()
+        return MemmapWriter(folder, self.variant, rows, video=False, settings=self.settings(), recipe=recipe)
 
     def run(
         self, jobs: Sequence[SoundJob], writer: MemmapWriter, share: Iterable[int] | None = None
@@ -214,8 +219,12 @@ class AudioSetExtractor:
         Args:
             share: indices of the rows that this process is to make; None for all.
         """
+        self._known = writer.digests()
         groups: dict[Path, list[int]] = {}
-        for index in range(len(jobs)) if share is None else share:
+        share = range(len(jobs)) if share is None else list(share)
+        captions = [(jobs[index].window.id, jobs[index].caption) for index in share]
+        warn_of_cut_prompts(captions, self.variant.clip)
+        for index in share:
             job = jobs[index]
             if job.problem:
                 writer.skip(index)
@@ -234,11 +243,23 @@ class AudioSetExtractor:
                 if recording.sounds:
                     recording.sounds[number] = None  # lets go of it
 
+    @functools.cached_property
+    def weights(self) -> str:
+        """Identity of the weights, see :func:`selva.weights.find.weights_identity`."""
+        return weights_identity(self.variant, self.extractor.selva_dir, ("clip_text", "vae"))
+
+    def _digest(self, content: str, job: SoundJob, index: int) -> str:
+        """Return the digest of a row: that of an earlier version, which did not note the weights, while it is there."""
+        earlier = _digest(content, job)
+        if not self.weights or self._known.get(index) == earlier:
+            return earlier
+        return hashlib.sha256(f"{earlier} {self.weights}".encode()).hexdigest()
+
     def _read(self, path: Path, jobs: Sequence[SoundJob], indices: list[int], writer: MemmapWriter) -> _Recording:
         """Return the sound of the windows of one recording whose rows are not current."""
         try:
             content = source_hash(path)
-            digests = [_digest(content, job) for job in jobs]
+            digests = [self._digest(content, job, index) for job, index in zip(jobs, indices, strict=True)]
             current = [writer.is_current(index, digest) for index, digest in zip(indices, digests, strict=True)]
             windows = [job.window for job, done in zip(jobs, current, strict=True) if not done]
             found = iter(read_windows(path, windows, self.sequence, self.normalize) if windows else ())

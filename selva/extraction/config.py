@@ -17,8 +17,8 @@ from selva.weights.config import GENERAL, ModelConfig
 INPUT, CLIPS, RUNNING = "input and output", "clips", "running"
 SOUND_ONLY = "sound without pictures (always a memmap)"
 # Settings without a meaning for sound without pictures.
-VIDEO_ONLY = ("recursive", "video_dir", "audio", "latents", "name", "preview", "overwrite", "prompt", "prompts",
-              "start", "windows", "overlap")
+VIDEO_ONLY = ("recursive", "video_dir", "audio", "latents", "name", "preview", "overwrite", "prune", "prompt",
+              "prompts", "start", "windows", "overlap")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,10 @@ class ExtractionConfig:
                                "a number in the output folder keeps it", group=INPUT)
     preview: Path | None = setting(None, "write a picture per clip that shows what each encoder saw", group=INPUT,
                                    metavar="DIR")
-    overwrite: bool = setting(False, "extract again even where features are current", group=INPUT)
+    overwrite: bool = setting(False, "extract again even where features are current, and replace features and sounds "
+                              "that are not of this clip", group=INPUT)
+    prune: bool = setting(False, "remove what earlier runs made of clips that are not in the list any more, or fail "
+                          "now", group=INPUT)
     prompt: str = setting("", "what is to be heard, for all clips without a prompt of their own", group=CLIPS)
     prompts: Path | None = setting(None, "prompts.txt with lines `name.npz: prompt` that go before --prompt",
                                    group=CLIPS, metavar="FILE")
@@ -105,6 +108,8 @@ class ExtractionConfig:
              f"{', '.join(given)}: only for videos, not for sound without pictures; leave it out"),
             (self.format == "memmap" and self.audio is not None,
              "--audio: a memmap holds the encoded sound, it has no sound files; leave --audio out"),
+            (self.format == "memmap" and self.prune,
+             "--prune: a memmap holds the clips of its list only; leave it out"),
             (self.format == "memmap" and self.duration != DEFAULT_DURATION_SEC,
              f"--duration is {self.duration:g}, but the rows of a memmap are {DEFAULT_DURATION_SEC:g} s; leave "
              "--duration out, or use --format npz"),

@@ -31,6 +31,7 @@ from selva.inputs.file_names import same_name
 from selva.inputs.prompts import PROMPTS_FILE, choose_prompt, read_prompts
 from selva.inputs.table import unsafe_id
 from selva.media import write_audio
+from selva.models.prompt_length import warn_of_cut_prompts
 from selva.models.vae import VAE
 from selva.models.variants import Variant, features_problem
 from selva.sampling import decode_latents
@@ -139,6 +140,7 @@ def folder_to_memmap(
     settings = {"conversion_version": CONVERSION_VERSION, "variant": variant.name, "front_end": FRONT_END,
                 "normalize": normalize}
     rows = [(clip.id, clip.prompt) for clip in clips]
+    warn_of_cut_prompts(rows, variant.clip)
     with MemmapWriter(target, variant, rows, video=True, settings=settings) as writer:
         for index, clip in enumerate(clips):
             try:

@@ -10,11 +10,13 @@ from selva.data.latents import FRONT_END
 from selva.extraction.audio_set import AudioSetExtractor, plan_audio_set, run_sounds
 from selva.extraction.config import ExtractionConfig
 from selva.extraction.extractor import EXTRACTION_VERSION, FeatureExtractor
-from selva.extraction.manifest import ManifestWriter, Outcome, Shard
+from selva.extraction.leftovers import report_leftovers
+from selva.extraction.manifest import ManifestWriter, Outcome, Shard, read_manifest
 from selva.extraction.outputs import FeatureFiles, MemmapRows, beside_memmap, memmap_manifest
 from selva.extraction.pipeline import ClipEncoder, Summary, run
-from selva.extraction.reader import ClipReader, ReadSettings, default_workers, read_clips
+from selva.extraction.reader import ClipReader, ReadSettings, default_workers, digest_of, read_clips
 from selva.inputs.jobs import ClipJob, collect_jobs
+from selva.models.prompt_length import warn_of_cut_prompts
 from selva.models.variants import Variant, get_variant
 from selva.utils.device import dtype_of, resolve_device
 from selva.utils.errors import UsageError
@@ -23,7 +25,7 @@ from selva.utils.progress import StageTimes
 from selva.utils.settings import settings_text, values_of
 from selva.utils.text import clock
 from selva.utils.torchrun import is_main_process
-from selva.weights.find import check_weights, encoders_identity
+from selva.weights.find import check_weights, encoders_identity, weights_identity
 
 log = logging.getLogger(__name__)
 
@@ -79,14 +81,18 @@ def work_list(config: ExtractionConfig) -> list[ClipJob]:
     return jobs
 
 
-def open_output(config: ExtractionConfig, variant: Variant, jobs: list[ClipJob]) -> FeatureFiles | MemmapRows:
+def open_output(
+    config: ExtractionConfig, variant: Variant, jobs: list[ClipJob], weights: str
+) -> FeatureFiles | MemmapRows:
     """Return the output for the features; the settings of the run are written beside it."""
     if config.format == "memmap":
         settings = {"extraction_version": EXTRACTION_VERSION, "encoders": encoders_identity(variant),
                     "mode": variant.mode, "precision": config.precision, "front_end": FRONT_END}
-        output = MemmapRows(config.output_dir, variant, jobs, settings)
+        masks = [config.masks.mask_strength, config.masks.mask_clip, config.masks.mask_sync]
+        recipe = [[job.start_sec, masks if job.mask else None] for job in jobs]
+        output = MemmapRows(config.output_dir, variant, jobs, settings, digest_of({"rows": recipe, "weights": weights}))
     else:
-        output = FeatureFiles(config.output_dir, variant)
+        output = FeatureFiles(config.output_dir, variant, weights)
     write_config(output.beside(CONFIG_FILE), config)
     return output
 
@@ -137,24 +143,30 @@ def _extract_videos(
     """Extract features of videos; return True where a clip failed."""
     variant, jobs = extractor.variant, work_list(config)
     latents = config.latents or config.format == "memmap"
-    check_weights(variant.name, config.model.selva_dir, (*ENCODER_PARTS, *(("vae",) if latents else ())))
-    output = open_output(config, variant, jobs)
+    parts = (*ENCODER_PARTS, *(("vae",) if latents else ()))
+    check_weights(variant.name, config.model.selva_dir, parts)
+    weights = weights_identity(variant, config.model.selva_dir, parts)
+    output = open_output(config, variant, jobs, weights)
     settings = ReadSettings(
         variant.name, str(extractor.precision).removeprefix("torch."),
         None if config.format == "memmap" else config.output_dir, config.audio or "extract", latents, config.overwrite,
         config.masks.mask_strength, config.masks.mask_clip, config.masks.mask_sync, config.preview,
+        weights,
     )
-    reader = ClipReader(jobs, settings, output.digests)
+    reader = ClipReader(jobs, settings, output.digests, output.pairs)
     rows: list[ManifestRow] = [(job.id, str(job.path), job.start_sec) for job in jobs]
     prompts = [job.prompt for job in jobs]
     with open_manifest_writer(config, output.manifest, output.state, rows, prompts) as manifest_writer:
         own = manifest_writer.shard.own(len(jobs))
         workers = config.workers if config.workers is not None else default_workers(len(own))
+        warn_of_cut_prompts(((jobs[index].id, jobs[index].prompt) for index in own), extractor.variant.clip)
         encoder = ClipEncoder(extractor, jobs, own, StageTimes())
         clips = read_clips(reader, own, workers, debug)
         summary = run(clips, len(own), encoder, output, manifest_writer, strict=config.strict, announce=announce)
         stopped = config.strict and summary.failed
         outcome = None if stopped else manifest_writer.finish()
+        if outcome is not None and outcome.complete and output.pairs is not None:
+            report_leftovers(output.pairs, read_manifest(output.manifest), config.prune)
         for path in [] if stopped else output.finish():
             announce(path)
     output.close()

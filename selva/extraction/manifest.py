@@ -3,6 +3,7 @@
     manifest.jsonl              one line per clip in the order of the work list, once all of it has been gone through
     manifest.incomplete.jsonl   the same before that; clips that nobody has finished yet are "pending"
     <state>/shard_2_of_4.jsonl  journal of one process: who it is, a line per clip, and that it has come to the end
+    <state>/shard_2_of_4.lock   held while that process lives
 
 A process writes only its own journal. At its end it takes a lock for a moment, says so, and joins what all journals of
 this work list say, so the last one to finish writes the manifest; nobody waits for anybody. The manifest says what the
@@ -15,15 +16,17 @@ import hashlib
 import json
 import logging
 import os
+import socket
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import Timeout
 
 from selva.utils import torchrun
 from selva.utils.files import atomic_write_text
+from selva.utils.locks import file_lock
 
 log = logging.getLogger(__name__)
 
@@ -100,14 +103,44 @@ class ManifestWriter:
     ) -> None:
         self.manifest, self.state, self.rows, self.shard = manifest, state, list(rows), shard
         self.incomplete = manifest.with_name(manifest.name.replace(MANIFEST_FILE, INCOMPLETE_FILE))
-        text = json.dumps([self.rows, settings], sort_keys=True, ensure_ascii=False)
-        self.work_list = hashlib.sha256(text.encode()).hexdigest()
+        places = [(clip_id, _place(source), start_sec) for clip_id, source, start_sec in self.rows]
+        self.work_list = _hash([places, settings])
+        # Earlier versions took the paths as they were given.
+        self._work_lists = {self.work_list, _hash([self.rows, settings])}
+        self._traits = _traits(places, settings)
         state.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(state / "lock")
+        self._lock = file_lock(state / "lock")
+        self._own_lock = file_lock(self._path(shard.index).with_suffix(".lock"))
         with self._lock:  # what is there from earlier is no longer certain
+            self._enter()
             manifest.unlink(missing_ok=True)
-            self._journal = open(self._path(shard.index), "w", encoding="utf-8")  # noqa: SIM115 -- closed by close()
-            self._write({"work_list": self.work_list, "shard": shard.index, "of": shard.count, "launch": shard.launch})
+            path = self._path(shard.index)
+            path.write_bytes(b"")
+            self._journal = open(path, "a", encoding="utf-8")  # noqa: SIM115 -- closed by close()
+            self._write({"work_list": self.work_list, "shard": shard.index, "of": shard.count, "launch": shard.launch,
+                         "host": socket.gethostname(), "pid": os.getpid(), "traits": self._traits})
+
+    def _enter(self) -> None:
+        """Take the lock of this share.
+
+        Raises:
+            ValueError: another living process does this share, or one that overlaps with it.
+        """
+        others = [self._path(self.shard.index)]
+        others += [path.with_suffix(".jsonl") for path in sorted(self.state.glob("shard_*_of_*.lock*"))
+                   if not path.name.partition(".")[0].endswith(f"_of_{self.shard.count}")]
+        for path in dict.fromkeys(path.with_name(path.name.partition(".")[0] + ".jsonl") for path in others):
+            own = path == others[0]
+            lock = self._own_lock if own else file_lock(path.with_suffix(".lock"))
+            try:
+                lock.acquire(blocking=False)
+            except Timeout as error:
+                self._own_lock.release()
+                raise ValueError(
+                    f"{self.manifest.parent}: {_writer(path)} is writing {path.stem.replace('_', ' ')} here, and this "
+                    "one would do the same clips; wait for its end, or choose another --output_dir") from error
+            if not own:
+                lock.release()
 
     def record(
         self, index: int, status: str, reason: str = "", files: Sequence[str] = (), duration_sec: float | None = None
@@ -122,6 +155,8 @@ class ManifestWriter:
             self._write({"finished": True})
             journals = {number: self._read(number) for number in range(self.shard.count)}
             unfinished = tuple(number + 1 for number, journal in journals.items() if not journal.finished)
+            for number in unfinished:
+                self._name_difference(number - 1)
             target = self.incomplete if unfinished else self.manifest
             atomic_write_text(target, self._joined(journals))
             if not unfinished:
@@ -137,6 +172,7 @@ class ManifestWriter:
 
     def close(self) -> None:
         self._journal.close()
+        self._own_lock.release()
 
     def __enter__(self) -> ManifestWriter:
         return self
@@ -155,11 +191,24 @@ class ManifestWriter:
 
     def _read(self, number: int) -> _Journal:
         """Return the journal of a shard about this work list; an empty one if it has not begun."""
-        lines = list(_lines(self._path(number)))
-        if not lines or lines[0].get("work_list") != self.work_list:
+        lines = list(json_lines(self._path(number)))
+        if not lines or lines[0].get("work_list") not in self._work_lists:
             return _Journal("", {}, finished=False)
         rows = {line["index"]: line for line in lines[1:] if "index" in line}
         return _Journal(lines[0].get("launch", ""), rows, finished="finished" in lines[-1])
+
+    def _name_difference(self, number: int) -> None:
+        """Say why the journal of a share does not count, if it is about another work list."""
+        header = next(iter(json_lines(self._path(number))), {})
+        if "work_list" not in header or header["work_list"] in self._work_lists:
+            return
+        traits = header.get("traits")
+        before = traits if isinstance(traits, dict) else {}
+        different = [f"{key} was {before[key]} there and is {value} here" if isinstance(value, int | float | str)
+                     and len(str(value)) < 40 else key for key, value in self._traits.items()
+                     if key in before and before[key] != value]
+        log.warning("part %d of %d was done for other clips or with other settings (%s), so it does not count here",
+                    number + 1, self.shard.count, "; ".join(different) or "it does not say which")
 
     def _joined(self, journals: dict[int, _Journal]) -> str:
         found = {index: row for journal in journals.values() for index, row in journal.rows.items()}
@@ -177,6 +226,34 @@ class ManifestWriter:
         for path in self.state.glob("shard_*_of_*.jsonl"):
             if path not in own:
                 path.unlink(missing_ok=True)
+                path.with_suffix(".lock").unlink(missing_ok=True)
+
+
+def _hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def _place(source: str) -> str:
+    """Return the one name of a file, however it was given; a source that is no file is its own name."""
+    return str(Path(source).resolve()) if os.path.exists(source) or os.path.basename(source) != source else source
+
+
+def _traits(places: Sequence[tuple[str, str, float | None]], settings: Any) -> dict[str, Any]:
+    """Return what tells two work lists apart, by names that a message can use; long ones as hashes."""
+    parts = settings if isinstance(settings, list | tuple) else [settings]
+    traits: dict[str, Any] = {"number of clips": len(places)}
+    for part in parts:
+        traits |= {f"--{key}": value for key, value in part.items()} if isinstance(part, dict) else {}
+    columns = ([place[column] for place in places] for column in range(3))
+    traits |= {f"the {name}": _hash(column) for name, column in zip(("ids", "videos", "starts"), columns, strict=True)}
+    rest = [part for part in parts if not isinstance(part, dict)]
+    return traits | ({"the prompts": _hash(rest)} if rest else {})
+
+
+def _writer(path: Path) -> str:
+    """Return who writes a journal."""
+    header = next(iter(json_lines(path)), {})
+    return f"process {header.get('pid', '(unknown)')} on {header.get('host', 'an unknown machine')}"
 
 
 @dataclass(frozen=True)
@@ -186,8 +263,8 @@ class _Journal:
     finished: bool
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a journal; one that a killed process left unfinished counts as not written."""
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the JSON objects in the lines of a file; an unfinished one counts as not written."""
     if not path.is_file():
         return []
     lines = []
@@ -195,7 +272,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
         for line in file:
             try:
                 content = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             if isinstance(content, dict):
                 lines.append(content)
@@ -214,7 +291,7 @@ def read_manifest(path: str | os.PathLike[str]) -> list[Row]:
     for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: line {number} is not JSON ({error})") from error
         if not isinstance(row, dict) or "id" not in row or "status" not in row:
             raise ValueError(f"{path}: line {number} is no row of a manifest, expected an id and a status")

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from selva.data.memmap.writer import MemmapWriter
 from selva.extraction.manifest import MANIFEST_FILE
-from selva.extraction.reader import ReadClip
-from selva.features import FeatureBundle, save_features
+from selva.extraction.pairs import PairFolder
+from selva.extraction.reader import STATE_FOLDER, ReadClip
+from selva.features import FeatureBundle
 from selva.inputs.jobs import ClipJob
 from selva.models.variants import Variant
 
@@ -46,15 +47,17 @@ class EncodedClip:
 
 
 class FeatureFiles:
-    """One ``.npz`` per clip in a folder; the readers of the clips have put the sound there already.
+    """One ``.npz`` per clip in a folder, with the sound that the reader of the clip has made ready beside it.
 
     Args:
-        folder: of the files. variant: stored in them, for information.
+        folder: of the files. variant: stored in them, for information. weights: identity of those of the encoders.
     """
 
-    def __init__(self, folder: Path, variant: Variant) -> None:
-        self.folder, self.variant = folder, variant
-        self.manifest, self.state = folder / MANIFEST_FILE, folder / ".extract"
+    def __init__(self, folder: Path, variant: Variant, weights: str = "") -> None:
+        self.folder, self.variant, self.weights = folder, variant, weights
+        self.manifest, self.state = folder / MANIFEST_FILE, folder / STATE_FOLDER
+        self.state.mkdir(parents=True, exist_ok=True)
+        self.pairs = PairFolder(folder, self.state)
         self.digests: dict[int, str] = {}  # the readers look into the files instead
 
     def beside(self, name: str) -> Path:
@@ -66,10 +69,10 @@ class FeatureFiles:
         return True
 
     def write(self, job: ClipJob, clip: ReadClip, encoded: EncodedClip) -> None:
-        """Write the features of a clip, whole or not at all."""
+        """Place the features of a clip with its sound, both or neither."""
         assert clip.duration_sec is not None  # READY, so it was decoded
         mean, std = encoded.latents or (None, None)
-        save_features(self.path_of(job), FeatureBundle(
+        bundle = FeatureBundle(
             clip_features=encoded.clip_features[None],
             sync_features=encoded.sync_features,
             duration=clip.duration_sec,
@@ -81,14 +84,17 @@ class FeatureFiles:
             fps=clip.fps or None,
             source_sha256=clip.settings["source_sha256"],
             settings=clip.settings,
-        ))
+            origin={"sound": clip.sound.file, "sound_sha256": clip.sound.sha256, "weights": self.weights},
+        )
+        self.pairs.place(job, bundle, clip.sound)
 
-    def leave_out(self, index: int) -> None:
-        """Do nothing for a clip without features; a memmap has to record it."""
+    def leave_out(self, clip: ReadClip) -> None:
+        """Let go of the sound of a clip without features; a memmap has to record it."""
+        self.pairs.drop(clip.sound)
 
     def files_of(self, job: ClipJob, clip: ReadClip) -> list[str]:
         """Return the names of a clip's files, in the folder of the manifest."""
-        return [f"{job.id}.npz", *([clip.sound_file] if clip.sound_file else [])]
+        return [f"{job.id}.npz", *([clip.sound.file] if clip.sound.file else [])]
 
     def path_of(self, job: ClipJob) -> Path:
         """Return the file of a clip's features."""
@@ -99,7 +105,7 @@ class FeatureFiles:
         return []
 
     def close(self) -> None:
-        pass
+        self.pairs.close()
 
 
 class MemmapRows:
@@ -107,15 +113,18 @@ class MemmapRows:
 
     Args:
         folder: of the memmap. variant: whose latents and features. jobs: the whole work list.
-        settings: everything that decides the content of all rows alike.
+        settings: everything that decides the content of all rows alike. recipe: everything else, see the writer.
     """
 
-    def __init__(self, folder: Path, variant: Variant, jobs: Sequence[ClipJob], settings: Any) -> None:
+    def __init__(
+        self, folder: Path, variant: Variant, jobs: Sequence[ClipJob], settings: Any, recipe: str = ""
+    ) -> None:
         self.folder = folder
         self.manifest, self.state = memmap_manifest(folder)
         rows = [(job.id, job.prompt) for job in jobs]
-        self.writer = MemmapWriter(folder, variant, rows, video=True, settings=settings)
+        self.writer = MemmapWriter(folder, variant, rows, video=True, settings=settings, recipe=recipe)
         self.digests = self.writer.digests()
+        self.pairs = None
 
     def beside(self, name: str) -> Path:
         return beside_memmap(self.folder, name)
@@ -130,8 +139,8 @@ class MemmapRows:
                 "clip_features": encoded.clip_features, "sync_features": encoded.sync_features[0]}
         self.writer.write(clip.index, rows, clip.digest)
 
-    def leave_out(self, index: int) -> None:
-        self.writer.skip(index)
+    def leave_out(self, clip: ReadClip) -> None:
+        self.writer.skip(clip.index)
 
     def files_of(self, job: ClipJob, clip: ReadClip) -> list[str]:
         return [self.folder.name]

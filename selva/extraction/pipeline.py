@@ -197,11 +197,11 @@ def run(
                 log.error("%s", reason)
             elif status == SKIPPED:
                 log.warning("left out: %s", reason)
-            elif encoded is not None:
-                if reason:
-                    log.warning("%s", reason)
-                if (path := output.path_of(job)) is not None:
-                    announce(path)
+            elif reason:
+                log.warning("%s", reason)
+            path = output.path_of(job) if status == DONE and encoded is not None else None
+            if path is not None:
+                announce(path)
             progress.update(number, job.id)
             if strict and summary.failed:
                 break
@@ -218,12 +218,12 @@ def _write_result(
         try:
             output.write(job, clip, encoded)
             status = DONE
-        except ValueError as error:  # values that are not finite
+        except (ValueError, OSError) as error:  # values that are not finite, a full disk
             status, reason = FAILED, f"{job.path}: {error}"
     elif status == DONE and not output.confirm(clip.index, clip.digest):
         status, reason = FAILED, f"{job.path}: another process has changed its features meanwhile; run again"
     if status != DONE:
-        output.leave_out(clip.index)
+        output.leave_out(clip)
     return status, reason
 
 

@@ -28,7 +28,8 @@ from selva.data.latents import FRONT_END, MAX_AUDIO_SHORTFALL_SEC
 from selva.extraction.contact_sheet import is_sheet_of, write_contact_sheet
 from selva.extraction.extractor import clip_settings
 from selva.extraction.manifest import DONE, FAILED, SKIPPED
-from selva.features import load_features
+from selva.extraction.pairs import PairFolder, StagedSound
+from selva.features import FeatureBundle
 from selva.inputs.jobs import ClipJob
 from selva.media import (
     SELVA_FILL_SEC,
@@ -56,6 +57,7 @@ log = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 
+STATE_FOLDER = ".extract"  # in the output folder
 READY = "ready"  # beside the words of the manifest: to be encoded
 
 # What can go wrong with one clip, in our code or in the libraries that decode it.
@@ -81,6 +83,7 @@ class ReadSettings:
         overwrite: read clips whose features are current, too.
         mask_strength, mask_clip, mask_sync: see :class:`selva.media.MaskSettings`.
         preview_dir: where a picture of what the encoders see goes.
+        weights: identity of the encoders' weights, see :func:`selva.weights.find.weights_identity`.
     """
 
     variant: str
@@ -93,6 +96,7 @@ class ReadSettings:
     mask_clip: bool = True
     mask_sync: bool = True
     preview_dir: Path | None = None
+    weights: str = ""
 
     @property
     def is_memmap(self) -> bool:
@@ -115,7 +119,7 @@ class ReadClip:
         clip_frames, sync_frames: uint8, see :class:`selva.media.VideoFrames`.
         waveform: (samples,) float32 for the VAE, at the model's rate.
         duration_sec: of the clip. fps: of the file, 0.0 if it does not say.
-        sound_file: name of the sound beside the features, "" if there is none.
+        sound: the sound beside the features, which waits to be placed with them.
         seconds: per stage of reading. process, peak_memory: of the process that read it.
     """
 
@@ -129,10 +133,15 @@ class ReadClip:
     waveform: np.ndarray | None = None
     duration_sec: float | None = None
     fps: float = 0.0
-    sound_file: str = ""
+    sound: StagedSound = field(default_factory=StagedSound)
     seconds: dict[str, float] = field(default_factory=dict)
     process: int = 0
     peak_memory: int = 0
+
+    @property
+    def sound_file(self) -> str:
+        """Name of the sound beside the features, "" if there is none."""
+        return self.sound.file
 
 
 class ClipReader(Dataset[ReadClip]):
@@ -141,10 +150,17 @@ class ClipReader(Dataset[ReadClip]):
     Args:
         jobs: the whole work list. settings: how to read it.
         digests: of the rows that a memmap holds already: index -> digest.
+        pairs: what is known of the output folder; None for a memmap, or to look.
     """
 
-    def __init__(self, jobs: Sequence[ClipJob], settings: ReadSettings, digests: dict[int, str] | None = None) -> None:
+    def __init__(
+        self, jobs: Sequence[ClipJob], settings: ReadSettings, digests: dict[int, str] | None = None,
+        pairs: PairFolder | None = None,
+    ) -> None:
         self.jobs, self.settings, self.digests = list(jobs), settings, digests or {}
+        if pairs is None and settings.output_dir is not None:
+            pairs = PairFolder(settings.output_dir, settings.output_dir / STATE_FOLDER)
+        self._pairs = pairs
 
     def __len__(self) -> int:
         return len(self.jobs)
@@ -165,30 +181,44 @@ class ClipReader(Dataset[ReadClip]):
         job, options = self.jobs[index], self.settings
         with times.stage("hash"):
             settings = self._settings(job)
-        digest = digest_of(settings)
+        digest = self._digest(index, settings)
         with times.stage("compare"):
             sound_name, remark = ("", "") if options.is_memmap else _sound_file(job, options.audio)
-            current = None if options.overwrite else self._current(index, job, settings, digest, sound_name)
+            bundle = None if options.is_memmap else self.pairs.features(job.id)
+            own_sound: list[str] = []
+            current = self._current(index, settings, digest, sound_name, bundle, own_sound)
+            if current is None and bundle is not None and not options.overwrite:
+                self.pairs.check_features(job, bundle, settings["source_sha256"])
         if current is not None:
             self._preview(job, times)
-            return ReadClip(index, DONE, remark, settings, digest, duration_sec=current, sound_file=sound_name)
+            kept = (bundle.origin or {}).get("sound", "") if bundle is not None else ""
+            remark, sound = "".join(own_sound) or remark, StagedSound(file=sound_name or kept)
+            return ReadClip(index, DONE, remark, settings, digest, duration_sec=current, sound=sound)
         with times.stage("decode"):
             frames = self._frames(job)
         with times.stage("sound"):
-            waveform, why_not = self._sound(job, frames.duration_sec, sound_name)
+            sound = StagedSound() if options.is_memmap else self._stage(job, frames, sound_name, settings, bundle)
+            waveform, why_not = self._waveform(job, frames.duration_sec)
         self._preview(job, times, frames)
         return ReadClip(
             index, READY, remark or why_not, settings, digest, frames.clip_frames.numpy(), frames.sync_frames.numpy(),
-            waveform, frames.duration_sec, frames.source_fps, sound_name,
+            waveform, frames.duration_sec, frames.source_fps, sound,
         )
 
     # -- comparing -----------------------------------------------------------------------------------------------------
 
+    def _digest(self, index: int, settings: dict[str, Any]) -> str:
+        """Return the digest of a row: that of an earlier version, which did not note the weights, while it is there."""
+        earlier = digest_of(settings)
+        if not self.settings.weights or self.digests.get(index) == earlier:
+            return earlier
+        return digest_of({**settings, "weights": self.settings.weights})
+
     @property
-    def _output_dir(self) -> Path:
-        """Folder of the feature files, which a memmap does not have."""
-        assert self.settings.output_dir is not None
-        return self.settings.output_dir
+    def pairs(self) -> PairFolder:
+        """Features and sounds of the output folder, which a memmap does not have."""
+        assert self._pairs is not None
+        return self._pairs
 
     def _settings(self, job: ClipJob) -> dict[str, Any]:
         options, variant = self.settings, get_variant(self.settings.variant)
@@ -206,20 +236,21 @@ class ClipReader(Dataset[ReadClip]):
         return settings
 
     def _current(
-        self, index: int, job: ClipJob, settings: dict[str, Any], digest: str, sound_name: str
+        self, index: int, settings: dict[str, Any], digest: str, sound_name: str, bundle: FeatureBundle | None,
+        remarks: list[str],
     ) -> float | None:
-        """Return the seconds of a clip whose features need not be made again, else None."""
+        """Return the seconds of a clip whose features need not be made again, else None; add remarks on its sound."""
+        if self.settings.overwrite:
+            return None
         if self.settings.is_memmap:
             return DEFAULT_DURATION_SEC if self.digests.get(index) == digest else None
-        path = self._output_dir / f"{job.id}.npz"
-        if not path.exists() or (sound_name and not (path.parent / sound_name).exists()):
+        if bundle is None or bundle.settings != settings:
             return None
-        try:
-            bundle = load_features(path)
-        except (ValueError, OSError) as error:
-            log.warning("%s; extracting again", error)
-            return None
-        return bundle.duration if bundle.settings == settings else None
+        if (bundle.origin or {}).get("weights", self.settings.weights) != self.settings.weights:
+            return None  # earlier versions did not note them
+        is_current, remark = self.pairs.sound_is_current(self.jobs[index], sound_name, bundle)
+        remarks += [remark] if remark else []
+        return bundle.duration if is_current else None
 
     # -- pictures and sound --------------------------------------------------------------------------------------------
 
@@ -235,18 +266,31 @@ class ClipReader(Dataset[ReadClip]):
                                f"every row of a memmap is {DEFAULT_DURATION_SEC:g} s; train on it as .npz")
         return frames
 
-    def _sound(self, job: ClipJob, duration_sec: float, sound_name: str) -> tuple[np.ndarray | None, str]:
-        """Write the sound beside the features; return the waveform for the VAE, or the reason why there is none."""
+    def _lengths(self, duration_sec: float) -> tuple[SequenceConfig, float]:
+        """Return the lengths of a clip, and the seconds of its sound.
+
+        The latent frames reach up to one frame beyond the clip; sound that is there is taken along for them.
+        """
+        lengths = sequence_config(get_variant(self.settings.variant).mode, duration_sec)
+        return lengths, lengths.num_audio_frames / lengths.sampling_rate
+
+    def _stage(
+        self, job: ClipJob, frames: VideoFrames, sound_name: str, settings: dict[str, Any], bundle: FeatureBundle | None
+    ) -> StagedSound:
+        """Write the sound to where it waits for its features."""
+        if not sound_name:
+            return self.pairs.without_sound(job, settings, bundle)
+        target = self.pairs.staging_path(sound_name)
+        if self.settings.audio == "copy":
+            copy_audio(job.path, target, job.start_sec)
+        else:
+            extract_audio(job.path, target, job.start_sec, self._lengths(frames.duration_sec)[1])
+        return self.pairs.stage(job, sound_name, bundle, self.settings.overwrite)
+
+    def _waveform(self, job: ClipJob, duration_sec: float) -> tuple[np.ndarray | None, str]:
+        """Return the waveform for the VAE, or the reason why there is none."""
         options = self.settings
-        lengths = sequence_config(get_variant(options.variant).mode, duration_sec)
-        # The latent frames reach up to one frame beyond the clip; sound that is there is taken along for them.
-        seconds = lengths.num_audio_frames / lengths.sampling_rate
-        if sound_name:
-            target = self._output_dir / sound_name
-            if options.audio == "copy":
-                copy_audio(job.path, target, job.start_sec)
-            else:
-                extract_audio(job.path, target, job.start_sec, seconds)
+        lengths, seconds = self._lengths(duration_sec)
         if not options.latents:
             return None, ""
         try:
@@ -302,7 +346,7 @@ def _waveform(job: ClipJob, seconds: float, lengths: SequenceConfig) -> np.ndarr
 
 
 @functools.lru_cache(maxsize=256)
-def _hash_of(path: Path, _size: int, _time_ns: int) -> str:
+def _hash_of(path: Path, *_status: int) -> str:
     return source_hash(path)
 
 
@@ -310,7 +354,7 @@ def _file_hash(path: Path) -> str:
     """Return the SHA-256 of a file; the windows of one video read it once."""
     check_file(path)  # with words that belong into a manifest
     status = path.stat()
-    return _hash_of(path, status.st_size, status.st_mtime_ns)
+    return _hash_of(path, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
 
 
 # ---------------------------------------------------------------------------------------------------------------

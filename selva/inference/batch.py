@@ -84,6 +84,7 @@ class BatchClip:
         problem: why it failed; "" if it has not.
         kept: variations that were there already.
         made: variations that are there now, kept ones included.
+        duration_sec: of the sounds that were made; None if none was.
     """
 
     name: str
@@ -92,6 +93,7 @@ class BatchClip:
     problem: str = ""
     kept: int = 0
     made: list[Variation] = field(default_factory=list)
+    duration_sec: float | None = None
 
     @property
     def paths(self) -> list[Path]:
@@ -215,6 +217,7 @@ class SoundBatch:
         with self.generator.times.stage("writing"):
             variation.files.save(_with_pictures_of_another_variation(sound, clip), variation.settings, fingerprint)
         clip.made.append(variation)
+        clip.duration_sec = sound.duration_sec
         name, level = variation.files.written[0], sound.level
         if self.generator.normalize == "none" and level.true_peak > TRUE_PEAK_LIMIT_DB:
             log.warning("%s: %s, which a player may clip; --normalize peak keeps it below %g", name, level,
@@ -265,17 +268,22 @@ def _with_pictures_of_another_variation(sound: Sound, clip: BatchClip) -> Sound:
     return replace(sound, video=written, start_sec=0.0) if is_part else sound
 
 
-def _duration(clip: BatchClip) -> float | None:
-    if not clip.made:
-        return None
-    samples, rate = audio_length(clip.made[0].files.written[0])
-    return samples / rate
+class BatchManifest:
+    """What became of every clip, one JSON object per line, in the order of the clips.
 
+    While the batch runs, a line is appended for each clip to ``manifest.incomplete.jsonl``; clips that are not in it
+    are still to be done. In the end ``manifest.jsonl`` takes its place.
 
-def write_manifest(folder: Path, clips: Sequence[BatchClip], finished: bool) -> Path:
-    """Write the manifest, one JSON object per clip and line, in the order of the clips; return the path."""
-    lines = []
-    for clip in clips:
+    Args:
+        folder: of both; the files of the clips lie in it. num_clips: after which the manifest is complete.
+    """
+
+    def __init__(self, folder: Path, num_clips: int) -> None:
+        self.folder, self.num_clips = folder, num_clips
+        self._lines: list[str] = []
+
+    def add(self, clip: BatchClip) -> None:
+        """Record a clip that is done, or has failed."""
         complete = len(clip.made) == len(clip.variations)
         row = {
             "id": clip.name,
@@ -283,12 +291,24 @@ def write_manifest(folder: Path, clips: Sequence[BatchClip], finished: bool) -> 
             "start_sec": clip.request.start_sec,
             "status": FAILED if clip.problem else DONE if complete else PENDING,
             "reason": clip.problem,
-            "files": [str(path.relative_to(folder)) for path in clip.paths],
+            "files": [str(path.relative_to(self.folder)) for path in clip.paths],
             "duration_sec": _duration(clip),
             "seeds": sorted({variation.seed for variation in clip.variations}),
         }
-        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    path = folder / (MANIFEST_FILE if finished else INCOMPLETE_FILE)
-    atomic_write_text(path, "".join(lines))
-    (folder / (INCOMPLETE_FILE if finished else MANIFEST_FILE)).unlink(missing_ok=True)
-    return path
+        incomplete, manifest = self.folder / INCOMPLETE_FILE, self.folder / MANIFEST_FILE
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(incomplete, "a" if self._lines else "w", encoding="utf-8", newline="\n") as file:
+            self._lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(self._lines[-1])
+        if len(self._lines) == 1:
+            manifest.unlink(missing_ok=True)  # what it says is no longer certain
+        if len(self._lines) == self.num_clips:
+            atomic_write_text(manifest, "".join(self._lines))
+            incomplete.unlink(missing_ok=True)
+
+
+def _duration(clip: BatchClip) -> float | None:
+    if clip.duration_sec is None and clip.made:  # it was there already
+        samples, rate = audio_length(clip.made[0].files.written[0])
+        return samples / rate
+    return clip.duration_sec

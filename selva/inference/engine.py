@@ -33,6 +33,7 @@ from selva.lora.merge import Adapter
 from selva.media import MaskSettings, VideoFrames
 from selva.models.generator import Generator
 from selva.models.mel_inversion import MelInversion
+from selva.models.prompt_length import warn_of_cut_prompts
 from selva.models.vae import VAE
 from selva.models.variants import Variant, features_problem, get_variant
 from selva.models.vocoder import Vocoder
@@ -258,6 +259,7 @@ class SoundGenerator:
 
     def _encode_texts(self, drafts: Sequence[_Draft]) -> None:
         extractor = self._extractor
+        warn_of_cut_prompts(_named_prompts(drafts), self.variant.clip)
         texts = {draft.prompt for draft in drafts if draft.text_f is None}
         texts |= {draft.request.negative_prompt for draft in drafts if draft.request.negative_prompt}
         with self.times.stage("text encoders"):
@@ -434,3 +436,12 @@ class _Draft:
 
 def _lacks_clip(item: SoundConditions) -> bool:
     return item.request.video is not None and item.clip_f is None
+
+
+def _named_prompts(drafts: Iterable[_Draft]) -> Iterator[tuple[str, str]]:
+    """Yield (name, prompt) of all texts that the text encoder will be given."""
+    for draft in drafts:
+        request = draft.request
+        name = "prompt" if request.video is None and request.features is None else request.source
+        yield name, draft.prompt
+        yield f"{name}, negative prompt", request.negative_prompt

@@ -24,7 +24,7 @@ from selva.inputs.suffixes import OUTPUT_AUDIO_SUFFIXES, OUTPUT_VIDEO_SUFFIXES
 from selva.lora.merge import Adapter
 from selva.utils.files import atomic_write_text, source_hash
 from selva.utils.settings import settings_text
-from selva.weights.find import find_weights, packaged_identity
+from selva.weights.find import content_mark, find_weights, packaged_identity
 
 SETTINGS_SUFFIX = ".yaml"
 FINGERPRINT_LINE = "# fingerprint: "
@@ -163,7 +163,7 @@ def _weight_sizes(generator: SoundGenerator) -> list[list[Any]] | str:
     if generator.variant.packaged:
         return packaged_identity(generator.variant.name)
     found = find_weights(generator.variant, generator.selva_dir, ("generator", "vae", "vocoder"))
-    return [[path.name, path.stat().st_size] for files in found.values() for path in files]
+    return [[path.name, path.stat().st_size, content_mark(path)] for files in found.values() for path in files]
 
 
 def _content_hash(source: Path | FeatureBundle | None) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from selva.inference.engine import load_adapters
 from selva.inference.outputs import shared_names, sound_files
 from selva.inference.request import SoundRequest
 from selva.inputs.jobs import ClipJob, collect_jobs
+from selva.inputs.suffixes import AUDIO_SUFFIXES
 from selva.media.container import video_length
 from selva.models.variants import get_variant
 from selva.sequence import DEFAULT_DURATION_SEC
@@ -27,6 +28,9 @@ log = logging.getLogger(__name__)
 
 def collect_requests(config: InferenceConfig) -> dict[str, SoundRequest]:
     """Return the requests of all sounds, by the name of the output."""
+    if config.negative_prompt and config.sampling.cfg_strength < 1:
+        log.warning("--negative_prompt %r has no effect: it works through the guidance, and there is none below "
+                    "--cfg_strength 1 (it is %g)", config.negative_prompt, config.sampling.cfg_strength)
     if config.features:
         return feature_requests(config)
     if not config.videos:
@@ -147,9 +151,61 @@ def check_names(config: InferenceConfig, clips: Sequence[BatchClip]) -> None:
         raise UsageError(f"--output {config.output}: is one file, but there are {len(clips)} clips; name a folder")
     if shared := shared_names(variation.files for clip in clips for variation in clip.variations):
         raise UsageError(f"{shared[0]} would be written twice; rename one of the clips, or another --output")
+    check_targets(config, clips)
     if config.output_is_file or config.overwrite:
         return  # that very file is meant
     foreign = [str(path) for clip in clips for variation in clip.variations for path in variation.files.foreign()]
     if foreign:
         raise UsageError(f"{listed(foreign)}: there already, and not made by infer.py, which would have left a "
                              ".yaml beside it; name another --output, or replace it with --overwrite")
+
+
+def check_targets(config: InferenceConfig, clips: Sequence[BatchClip]) -> None:
+    """Raise a UsageError if a sound or a video would replace what is read, or the sound that features are trained with.
+
+    Not even ``--overwrite`` can mean that: the next clip, or the next run, needs it.
+    """
+    inputs = {key: path for path in files_read(config, clips) if (key := _file_key(path)) is not None}
+    replaced, trained = [], []
+    for target in (path for clip in clips for variation in clip.variations for path in variation.files.written):
+        source, features = inputs.get(_file_key(target) or (0, 0)), target.with_name(f"{target.stem}.npz")
+        if source is not None:
+            replaced.append(str(target))
+        elif target.suffix.lower() in AUDIO_SUFFIXES and features.is_file():
+            trained.append(f"{target} (of {features.name})")
+    problems = []
+    if replaced:
+        problems.append(f"{listed(replaced)}: would be replaced, but is itself an input of this run; name another "
+                        "--output, or leave videos out with --audio_only")
+    if trained:
+        problems.append(f"{listed(trained)}: has features beside it, so it is, or would become, the sound that they "
+                        "are trained with; name another --output")
+    if problems:
+        raise UsageError("; ".join(problems))
+
+
+def files_read(config: InferenceConfig, clips: Sequence[BatchClip]) -> Iterator[Path]:
+    """Yield every file that a call reads."""
+    yield from (path for path in (*config.videos, *config.features, *config.adapter) if path.is_file())
+    yield from (path for path in (config.prompts, config.compare, config.masks.mask) if path is not None)
+    for clip in clips:
+        request = clip.request
+        yield from (path for path in (request.video, request.features) if isinstance(path, Path))
+        if request.mask is not None:
+            yield request.mask.path
+        yield from (path for variation in clip.variations for path in _adapters_of(variation))
+    if config.reference is not None:
+        yield from (path for path in config.reference.glob("*") if path.is_file())
+
+
+def _adapters_of(variation: Variation) -> list[Path]:
+    return [Path(path) for path in variation.settings.get("adapter") or []]
+
+
+def _file_key(path: Path) -> tuple[int, int] | None:
+    """Return what two names of one file share, links and spellings included; None if it does not exist."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from selva.inference.batch import BatchClip, SoundBatch, common_clip_features, write_manifest
+from selva.inference.batch import BatchClip, BatchManifest, SoundBatch, common_clip_features
 from selva.inference.compare import check_reference_dir, write_comparison
 from selva.inference.config import InferenceConfig
 from selva.inference.engine import SoundGenerator, uses_clip_features
@@ -41,13 +41,14 @@ def generate(config: InferenceConfig, announce: Callable[[Path], None] = lambda 
     clips = [plan_clip(config, name, request, setups) for name, request in collect_requests(config).items()]
     check_names(config, clips)
     lists = any(path.is_dir() or path.suffix.lower() in TABLE_SUFFIXES for path in (*config.inputs, *config.features))
+    manifest = BatchManifest(config.output, len(clips))
     is_batch = not config.output_is_file and (lists or len(clips) > 1)
 
     def report(clip: BatchClip) -> None:
         for path in clip.paths:
             announce(path)
         if is_batch:
-            write_manifest(config.output, clips, finished=clip is clips[-1])
+            manifest.add(clip)
 
     needs_clip = any(uses_clip_features(config.clip_features, generator.variant, s.adapters) for s in setups)
     generator.check_weights(any(clip.request.video for clip in clips), needs_clip)

@@ -22,7 +22,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import unicodedata
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -126,7 +125,8 @@ def collect_jobs(
         ]
     if name is not None:
         keys = [(row.path.name, start) for row, _, start, _ in clips]
-        ids = numbered_names(name, keys, None if name_dir is None else Path(name_dir))
+        videos = [row.path for row, *_ in clips]
+        ids = numbered_names(name, keys, None if name_dir is None else Path(name_dir), videos)
         clips = [(row, new, start, length) for (row, _, start, length), new in zip(clips, ids, strict=True)]
     _check_ids((id_, row.path) for row, id_, _, _ in clips)
     masks = _Masks(mask, [row for row, *_ in clips])
@@ -356,14 +356,14 @@ class _Masks:
                 if file.name.startswith(".") or file.suffix.lower() not in MASK_SUFFIXES + VIDEO_SUFFIXES:
                     continue
                 if os.path.realpath(file) not in clips:
-                    self.by_stem.setdefault(unicodedata.normalize("NFC", file.stem), []).append(file)
+                    self.by_stem.setdefault(same_name(file.stem), []).append(file)
         elif os.path.realpath(self.path) in clips:
             raise ValueError(f"{self.path}: is one of the videos, and cannot be their mask; name another")
 
     def of(self, row: TableRow, id_: str) -> Path | None:
         if self.by_stem is None:
             return self.path
-        stems = (unicodedata.normalize("NFC", name) for name in (id_, row.id, row.path.stem))
+        stems = (same_name(name) for name in (id_, row.id, row.path.stem))
         found = next((self.by_stem[stem] for stem in stems if stem in self.by_stem), None)
         if found is None:
             self.without += 1

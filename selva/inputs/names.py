@@ -1,6 +1,7 @@
 """Numbered names: ``dog_001``, ``dog_002`` ... as ComfyUI-SelVA counts, but a clip keeps its number when run again.
 
-A clip is the same one if the name of its video and its start are the same, as the feature files in the folder say.
+A clip is the same one if the name and the content of its video and its start are the same, as the feature files in the
+folder say: cameras give the same names again and again. A moved video keeps its numbers, an edited one gets a new one.
 Other files there under such a name, of other videos or of other programs, keep their numbers too, so naming one video
 after the other "dog" collects them, and no file is overwritten by another clip.
 """
@@ -14,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from selva.features import load_settings
+from selva.utils.files import source_hash
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +33,9 @@ def clean_name(name: str) -> str:
     return name.translate(str.maketrans("/\\\0", "___"))
 
 
-def numbered_names(name: str, clips: Sequence[ClipKey], folder: Path | None = None) -> list[str]:
+def numbered_names(
+    name: str, clips: Sequence[ClipKey], folder: Path | None = None, videos: Sequence[Path] | None = None
+) -> list[str]:
     """Return one name per clip: the one that it has in ``folder`` already, else the first free number.
 
     The result depends on the clips, their order, and what else lies in the folder; not on how many of these clips were
@@ -40,13 +44,19 @@ def numbered_names(name: str, clips: Sequence[ClipKey], folder: Path | None = No
 
     Args:
         folder: of the feature files; None, or one that does not exist, counts from 001.
+        videos: the video of every clip, of which those are read whose name is in the folder already; None believes the
+            names.
 
     Raises:
         ValueError: the name is empty.
     """
     clean = clean_name(name)
     owned, taken = _in_folder(folder, clean) if folder is not None else ({}, set())
-    numbers = [owned[clip].popleft() if owned.get(clip) else None for clip in clips]
+    hashes: dict[Path, str] = {}
+    numbers = [
+        _own_number(owned.get(clip), None if videos is None else videos[index], hashes)
+        for index, clip in enumerate(clips)
+    ]
     names, free = [], 1
     for number in numbers:
         if number is None:
@@ -58,12 +68,31 @@ def numbered_names(name: str, clips: Sequence[ClipKey], folder: Path | None = No
     return names
 
 
-def _in_folder(folder: Path, clean: str) -> tuple[dict[ClipKey, deque[int]], set[int]]:
-    """Return the numbers of every clip, in order, and all numbers that are taken."""
+def _own_number(owned: deque[tuple[int, str]] | None, video: Path | None, hashes: dict[Path, str]) -> int | None:
+    """Return, and take away, the first number that a video of this content has; None if it has none."""
+    if not owned:
+        return None
+    if video is None:
+        return owned.popleft()[0]
+    if video not in hashes:
+        try:
+            hashes[video] = source_hash(video)
+        except OSError as error:  # it will fail by name; until then it keeps its number
+            log.debug("%s", error)
+            hashes[video] = ""
+    found = next((entry for entry in owned if "" in (entry[1], hashes[video]) or entry[1] == hashes[video]), None)
+    if found is None:
+        return None
+    owned.remove(found)
+    return found[0]
+
+
+def _in_folder(folder: Path, clean: str) -> tuple[dict[ClipKey, deque[tuple[int, str]]], set[int]]:
+    """Return (number, hash of the video or "") of every clip, in order, and all numbers that are taken."""
     pattern = re.compile(re.escape(clean) + r"_(\d{3,})\.npz")
     files = folder.iterdir() if folder.is_dir() else ()
     found = sorted((int(match[1]), path) for path in files if (match := pattern.fullmatch(path.name)))
-    owned: dict[ClipKey, deque[int]] = {}
+    owned: dict[ClipKey, deque[tuple[int, str]]] = {}
     for number, path in found:
         try:
             settings = load_settings(path) or {}
@@ -71,5 +100,6 @@ def _in_folder(folder: Path, clean: str) -> tuple[dict[ClipKey, deque[int]], set
             log.warning("%s; its number is not used again", error)
             continue
         if isinstance(settings.get("source"), str) and isinstance(settings.get("start_sec"), int | float):
-            owned.setdefault((settings["source"], float(settings["start_sec"])), deque()).append(number)
+            key = settings["source"], float(settings["start_sec"])
+            owned.setdefault(key, deque()).append((number, str(settings.get("source_sha256", ""))))
     return owned, {number for number, _ in found}

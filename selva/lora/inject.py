@@ -115,7 +115,7 @@ def inject_lora(model: nn.Module, cfg: LoRAConfig, rng: torch.Generator | None =
         raise ValueError("the model has adapters already; merge them or call remove_lora(model) first")
     matches, skipped = _match(model, cfg.targets)
     if cfg.init == "pissa":
-        _check_pissa_rank(matches, cfg)
+        _check_ranks(matches, cfg)
     if cfg.dora:
         _check_unmerged(matches)
 
@@ -151,16 +151,23 @@ def _match(model: nn.Module, targets: Sequence[str]) -> tuple[dict[str, Plain], 
     return matches, skipped
 
 
-def _check_pissa_rank(matches: Mapping[str, Plain], cfg: LoRAConfig) -> None:
-    problems = [
-        f"{name} has rank at most {min(module.weight.flatten(1).shape)}, asked for {cfg.rank_of(name)}"
-        for name, module in matches.items()
-        if cfg.rank_of(name) > min(module.weight.flatten(1).shape)
-    ]
+def check_ranks(model: nn.Module, cfg: LoRAConfig) -> None:
+    """Raise if an adapter were larger than a layer; :func:`inject_lora` itself minds that for PiSSA only.
+
+    Raises:
+        ValueError: names the layers smaller than their rank, beyond which an adapter costs and adds nothing.
+    """
+    _check_ranks(_match(model, cfg.targets)[0], cfg)
+
+
+def _check_ranks(matches: Mapping[str, Plain], cfg: LoRAConfig) -> None:
+    sizes = {name: min(module.weight.flatten(1).shape) for name, module in matches.items()}
+    problems = [f"{name} has rank at most {size}, asked for {cfg.rank_of(name)}"
+                for name, size in sizes.items() if cfg.rank_of(name) > size]
     if problems:
-        raise ValueError(
-            f"init 'pissa' cannot start from more directions than a layer has: {listed(problems, MAX_PROBLEMS)}"
-        )
+        what = "init 'pissa' cannot start from" if cfg.init == "pissa" else "an adapter cannot have"
+        raise ValueError(f"{what} more directions than a layer has: {listed(problems, MAX_PROBLEMS)}; give a smaller "
+                         "--rank, or these layers one of their own: --target SUFFIX:RANK")
 
 
 def _check_unmerged(matches: Mapping[str, Plain]) -> None:

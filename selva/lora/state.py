@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from selva.lora.config import MAX_PROBLEMS
 from selva.lora.layers import lora_layers, update_factors
-from selva.lora.merge import MAGNITUDE_SUFFIX, padded_to_one_rank
+from selva.lora.merge import MAGNITUDE_SUFFIX, Adapter, padded_to_one_rank
 from selva.utils.text import listed
 
 
@@ -30,15 +30,33 @@ def lora_plus_groups(model: nn.Module, lr: float, ratio: float = 1.0) -> list[di
     """Return optimiser groups: all A with ``lr``, all B with ``ratio * lr`` (LoRA+, arXiv:2402.12354).
 
     Always these two, A first, so that the optimiser state of a published step file fits. With DoRA a third: the
-    magnitudes with ``lr``, and without weight decay, which would pull them to zero instead of to the base model.
+    magnitudes with ``lr``, and without weight decay, which would pull them to zero instead of to the base model. So it
+    would the factors of PiSSA, whose decay is :func:`decay_to_start_`.
     """
     layers = [layer for _, layer in lora_layers(model)]
     magnitudes = [layer.lora_magnitude for layer in layers if layer.lora_magnitude is not None]
+    own_decay = {"weight_decay": 0.0} if any(layer.lora_A0 is not None for layer in layers) else {}
     groups = [
-        {"params": [layer.lora_A for layer in layers], "lr": lr},
-        {"params": [layer.lora_B for layer in layers], "lr": lr * ratio},
+        {"params": [layer.lora_A for layer in layers], "lr": lr, **own_decay},
+        {"params": [layer.lora_B for layer in layers], "lr": lr * ratio, **own_decay},
     ]
     return [*groups, {"params": magnitudes, "lr": lr, "weight_decay": 0.0}] if magnitudes else groups
+
+
+@torch.no_grad()
+def decay_to_start_(model: nn.Module, of_a: Tensor | float, of_b: Tensor | float) -> None:
+    """Take PiSSA's factors a part of the way back to their start values, in place; others are left alone.
+
+    The decoupled weight decay of an adapter that starts at W's principal directions: it acts on A - A0 and B - B0,
+    which change the model, and not on the directions themselves.
+
+    Args:
+        of_a, of_b: the part of the way for A and for B: learning rate times decay.
+    """
+    for _, layer in lora_layers(model):
+        for factor, start, part in ((layer.lora_A, layer.lora_A0, of_a), (layer.lora_B, layer.lora_B0, of_b)):
+            if start is not None:
+                factor.add_((start - factor) * part)
 
 
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -69,6 +87,52 @@ def load_lora_state_(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         raise ValueError(f"these adapter tensors do not fit the adapted model: {listed(problems, MAX_PROBLEMS)}")
     for key, parameter in own.items():
         parameter.copy_(tensors[key])
+
+
+@torch.no_grad()
+def start_from_adapter_(model: nn.Module, adapter: Adapter) -> list[str]:
+    """Put a finished adapter into the fresh adapters of ``model``, in place; return the layers that it does not change.
+
+    The update of every weight becomes that of the adapter. Directions beyond the adapter's rank stay fresh: their B is
+    zero, so they change nothing yet and can be trained.
+
+    Raises:
+        ValueError: names every layer that the adapter changes and that has no place for it; nothing is changed then.
+    """
+    if adapter.is_pissa:
+        raise ValueError(f"{adapter.source}: holds changed base weights (PiSSA as published), no run can start there; "
+                         "give an adapter that was trained with --init standard")
+    layers, problems = dict(lora_layers(model)), []
+    used = {name: _used_factors(*adapter.factors(name)) for name in adapter.layer_names()}
+    for name, (a, b) in used.items():
+        if name not in layers:
+            problems.append(f"{name} has no adapter here (--target)")
+            continue
+        layer, magnitude = layers[name], adapter.tensors.get(name + MAGNITUDE_SUFFIX)
+        if (b.shape[0], *a.shape[1:]) != tuple(layer.weight.shape):
+            problems.append(f"{name} is for a weight of {(b.shape[0], *a.shape[1:])}, here it is "
+                            f"{tuple(layer.weight.shape)}")
+        elif len(a) > len(layer.lora_A):
+            problems.append(f"{name} has rank {len(a)}, here it is {len(layer.lora_A)} (--rank)")
+        elif magnitude is not None and layer.lora_magnitude is None:
+            problems.append(f"{name} has a DoRA magnitude (--dora)")
+    if problems:
+        raise ValueError(f"{adapter.source}: a run with these settings cannot start at this adapter: "
+                         f"{listed(problems, MAX_PROBLEMS)}")
+    for name, (a, b) in used.items():
+        layer, rank = layers[name], len(a)
+        layer.lora_A[:rank] = a
+        layer.lora_B[:, :rank] = b * (adapter.scale(name) / layer.lora_scale)
+        if layer.lora_magnitude is not None:  # without one, a row has the length that its update gives it
+            magnitude = adapter.tensors.get(name + MAGNITUDE_SUFFIX)
+            layer.lora_magnitude.copy_(layer.adapted_norms(*layer.lora_factors()) if magnitude is None else magnitude)
+    return [name for name in layers if name not in used]
+
+
+def _used_factors(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Return A and B without the directions that change nothing, such as those that fill up to a common rank."""
+    used = a.flatten(1).any(1) & b.flatten(2).any(2).any(0) if b.dim() > 2 else a.flatten(1).any(1) & b.any(0)
+    return a[used], b[:, used]
 
 
 def adapter_tensors(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:

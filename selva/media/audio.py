@@ -209,6 +209,7 @@ def write_audio(path: PathLike, waveform: Tensor, rate: int) -> None:
 
     Raises:
         ValueError: another suffix, an empty waveform, or values that are not finite.
+        OSError: it cannot be written; what was there is untouched.
     """
     import soundfile
 
@@ -222,13 +223,21 @@ def write_audio(path: PathLike, waveform: Tensor, rate: int) -> None:
     if num_clipped:
         log.warning("%s: %d samples beyond full scale were clipped", path, num_clipped)
     with atomic_path(path) as temporary:
-        soundfile.write(
-            temporary,
-            samples.clamp(-1, 1).T.numpy(),  # (samples, channels)
-            rate,
-            subtype=_SUBTYPE,
-            format=_SUFFIX_FORMATS[path.suffix.lower()],
-        )
+        try:
+            soundfile.write(
+                temporary,
+                samples.clamp(-1, 1).T.numpy(),  # (samples, channels)
+                rate,
+                subtype=_SUBTYPE,
+                format=_SUFFIX_FORMATS[path.suffix.lower()],
+            )
+            # libsndfile says nothing where only the last block did not fit onto the disk.
+            with soundfile.SoundFile(temporary) as written:
+                found = sum(len(block) for block in written.blocks(1 << 18, dtype="int32"))
+        except (RuntimeError, AssertionError) as error:  # LibsndfileError is a RuntimeError
+            raise OSError(f"{path}: cannot be written ({str(error) or 'cut short'}); is the disk full?") from error
+        if found != samples.shape[1]:
+            raise OSError(f"{path}: cannot be written ({found} of {samples.shape[1]} samples fit); is the disk full?")
 
 
 def extract_audio(

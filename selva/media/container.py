@@ -301,9 +301,8 @@ def check_step(path: PathLike, last: Fraction | None, time: Fraction, start: Fra
     Raises:
         ValueError: time jumps, by more than ``MAX_PAUSE_SEC`` without a picture, or backwards; names the place.
     """
-    since = Fraction(0) if last is None else last
-    # What lies before the start of a clip concerns nobody.
-    if time - max(since, Fraction(0)) > MAX_PAUSE_SEC or (last is not None and last - time > _MAX_STEP_BACK_SEC):
+    since = max(last or Fraction(0), Fraction(0))  # what lies before the start of a clip concerns nobody
+    if time - since > MAX_PAUSE_SEC or (since and since - time > _MAX_STEP_BACK_SEC):
         raise ValueError(
             f"{path}: its time stamps jump from {float(since + start):.2f} s to {float(time + start):.2f} s, expected "
             f"at most {MAX_PAUSE_SEC} s between two pictures: damaged, or several recordings joined; cut it there"
@@ -336,15 +335,19 @@ def decode_frames(
     import av.error
 
     zero = time_origin(container) + start
-    time, following = -start, None
+    time: Fraction = -start
+    following: Fraction | None = None
     sought = seek and start > preroll_sec and seek_before(container, stream, zero - preroll_sec)
     try:
         for frame in container.decode(stream):
-            if frame.pts is None and following is None:
-                if sought:
-                    break
+            if frame.pts is not None:
+                time = frame.pts * frame.time_base - zero
+            elif following is not None:
+                time = following
+            elif sought:
+                break
+            else:
                 raise ValueError(f"{path}: its frames have no time stamps; put it into an .mp4 first")
-            time = following if frame.pts is None else frame.pts * frame.time_base - zero
             following = _following(time, frame, stream)
             if sought and (time > -preroll_sec or (stream.type == "video" and not frame.key_frame)):
                 break

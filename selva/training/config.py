@@ -103,6 +103,9 @@ class RunConfig:
     output_dir: Path = setting(Path("lora_output"), "folder of this run", group=DATA)
     resume: str | None = setting(None, "continue from a step file; auto takes the newest of the output folder, if any",
                                  group=DATA, metavar="FILE|auto")
+    init_from: Path | None = setting(
+        None, "start a new run at a finished adapter, with a fresh optimiser and on any data", group=DATA,
+        metavar="ADAPTER")
     dry_run: bool = setting(False, "check everything, try two steps, estimate memory and time, and write nothing",
                             group=DATA)
     skip_invalid: bool = setting(False, "train without the clips that cannot be used, instead of stopping to name them",
@@ -117,6 +120,8 @@ class RunConfig:
     val_fraction: float = setting(0.1, "share of the clips held out to see overfitting; none below five clips",
                                   group=EVALUATION)
     val_dir: Path | None = setting(None, "hold out the clips of this folder instead", group=EVALUATION)
+    val_clips: int = setting(100, "held-out clips that a validation computes, always the same; 0: all of them",
+                             group=EVALUATION)
     keep_last: int = setting(0, "step files to keep; 0: all of them", group=EVALUATION)
     tensorboard: bool = setting(False, "write the curves for TensorBoard too", group=EVALUATION)
     preview: bool = setting(True, "generate a sample at every checkpoint", group=EVALUATION)
@@ -140,11 +145,19 @@ class RunConfig:
             problems.append(f"val_fraction is {self.val_fraction}, expected 0 to below 1")
         if not 0 < self.preserve_share < 1:
             problems.append(f"preserve_share is {self.preserve_share}, expected more than 0 and less than 1")
-        if self.keep_last < 0:
-            problems.append(f"keep_last is {self.keep_last}, expected at least 0")
+        problems += [f"{name} is {getattr(self, name)}, expected at least 0" for name in ("keep_last", "val_clips")
+                     if getattr(self, name) < 0]
         folders = {"--data_dir": self.data_dir, "--val_dir": self.val_dir}
         problems += [f"{flag} {path}: no such folder" for flag, path in folders.items() if path and not path.is_dir()]
         if self.resume not in (None, "auto") and not Path(self.resume).is_file():
             problems.append(f"--resume {self.resume}: no such file")
+        if self.init_from is not None:
+            if self.resume not in (None, "auto"):
+                problems.append("--init_from starts a new run and --resume continues one; give one of them")
+            if self.lora.init != "standard":
+                problems.append(f"--init {self.lora.init} starts at the base model and --init_from at an adapter; "
+                                "give one of them")
+            if self.resume is None and not self.init_from.is_file():
+                problems.append(f"--init_from {self.init_from}: no such file")
         if problems:
             raise ValueError("; ".join(problems))

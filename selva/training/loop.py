@@ -34,6 +34,8 @@ def fit(
 ) -> bool:
     """Train until ``config.steps`` or until patience ends, and return True; until ``should_stop()``, and return False.
 
+    A run whose patience had ended before it was resumed returns True at once.
+
     Args:
         metrics: gets one row per step, and one per validation.
         on_checkpoint: called every ``save_every`` steps, after the last step, and before an early return.
@@ -51,22 +53,31 @@ def fit(
             raise ValueError("the loss of the held-out clips is not finite before the first step; features of another "
                              "model, or values beyond --precision: look at the data summary, or use --precision fp32")
         log.info("step 0: validation loss %.4f", run.best_val_loss)
+    if patience_ended(run):
+        return True
     recent: list[tuple[Tensor, Tensor]] = []
+    unlogged: list[dict[str, Any]] = []
     bad_steps, since, started_at = 0, time.monotonic(), time.monotonic()
     first_step = run.step
     with Progress(config.steps, "training", "steps", interval_sec=math.inf) as progress:
         while run.step < config.steps:
             recent.append(run.train_step())
             stopping, last = run.world.any(should_stop(), run.device), run.step == config.steps
-            if run.step % config.log_every == 0 or last or stopping:
-                rows, seconds = _rows(run, recent, time.monotonic() - since), time.monotonic() - since
+            logging_now = run.step % config.log_every == 0 or last or stopping
+            validating = len(run.val_clips) > 0 and (run.step % config.val_every == 0 or last)
+            # Rows are complete at every validation, which compares with them, and at every step file.
+            if logging_now or validating or run.step % config.save_every == 0:
+                rows = _rows(run, recent, time.monotonic() - since)
                 metrics.append(rows)
                 bad_steps = _count_bad(rows, bad_steps)
-                left = (time.monotonic() - started_at) / (run.step - first_step) * (config.steps - run.step)
-                progress.update(run.step, f"loss {rows[-1]['loss']:.4f}")
-                log.info("%s", _log_line(run, metrics, rows, seconds, left))
+                unlogged += rows
                 recent, since = [], time.monotonic()
-            if len(run.val_clips) and (run.step % config.val_every == 0 or last):
+            if logging_now:
+                left = (time.monotonic() - started_at) / (run.step - first_step) * (config.steps - run.step)
+                progress.update(run.step, f"loss {unlogged[-1]['loss']:.4f}")
+                log.info("%s", _log_line(run, metrics, unlogged, left))
+                unlogged = []
+            if validating:
                 row = run.validate()
                 metrics.append([row])
                 log.info("step %d: validation loss %.4f (best %.4f at step %d)", run.step, row["val_loss"],
@@ -75,7 +86,7 @@ def fit(
                     on_best(run)
                 since = time.monotonic()
                 _warn_of_overfitting(run, metrics)
-            impatient = config.patience > 0 and run.worse_in_a_row >= config.patience
+            impatient = patience_ended(run)
             if run.step % config.save_every == 0 or last or stopping or impatient:
                 on_checkpoint(run)
                 since = time.monotonic()
@@ -87,14 +98,18 @@ def fit(
     return True
 
 
-def _log_line(
-    run: TrainingRun, metrics: MetricsFile, rows: Sequence[dict[str, Any]], seconds: float, seconds_left: float
-) -> str:
+def patience_ended(run: TrainingRun) -> bool:
+    """Return True if ``config.patience`` validations in a row had no better loss than the best one."""
+    return 0 < run.config.patience <= run.worse_in_a_row
+
+
+def _log_line(run: TrainingRun, metrics: MetricsFile, rows: Sequence[dict[str, Any]], seconds_left: float) -> str:
     row, losses = rows[-1], metrics.series("loss")[1]
+    seconds = sum(row["sec_per_step"] for row in rows) / len(rows)
     average = f", smoothed {smoothed(losses)[-1]:.4f}" if losses else ""
     return (
         f"step {run.step}/{run.config.steps}: loss {row['loss']:.4f}{average}, lr {row['lr']:.2e}, "
-        f"grad norm {row['grad_norm']:.3f}, {seconds / len(rows):.2f} s/step, {clock(seconds_left)} left, "
+        f"grad norm {row['grad_norm']:.3f}, {seconds:.2f} s/step, {clock(seconds_left)} left, "
         f"{peak_memory_bytes(run.device) / 2**30:.2f} GiB"
     )
 
@@ -104,13 +119,15 @@ def _warn_of_overfitting(run: TrainingRun, metrics: MetricsFile) -> None:
     if run.worse_in_a_row < OVERFITTING_AFTER:
         return
     steps, losses = metrics.series("loss")
-    curve = dict(zip(steps, smoothed(losses), strict=True))
-    then = curve.get(max(run.best_step, steps[0]))
-    if then is not None and curve[steps[-1]] < then:
+    curve = [(step, loss) for step, loss in zip(steps, smoothed(losses), strict=True) if step >= run.best_step]
+    if not curve:  # no step since the best one had a finite loss
+        return
+    (since, then), (_, now) = curve[0], curve[-1]
+    if now < then:
         log.warning(
             "overfitting: since step %d the training loss fell from %.4f to %.4f while the validation loss stays above "
             "%.4f; go back to step %d (adapter_best.pt), or stop with --patience",
-            run.best_step, then, curve[steps[-1]], run.best_val_loss, run.best_step,
+            max(run.best_step, since), then, now, run.best_val_loss, run.best_step,
         )
 
 

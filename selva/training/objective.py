@@ -18,6 +18,7 @@ from selva.data.dataset import Batch, ClipDataset, collate
 from selva.models.generator import Generator
 from selva.training.condition_cache import CachedBatch
 from selva.training.config import TrainConfig
+from selva.utils.device import to_device
 from selva.utils.distributed import World
 
 VALIDATION_TIMES = 4  # fixed times per held-out clip, one in the middle of each quarter of [0, 1]
@@ -68,7 +69,7 @@ def flow_loss(
     """
     device = batch.mean.device
     posterior, t, x0, drop_video, drop_text = (
-        x.to(device, non_blocking=True)
+        to_device(x, device)
         for x in (noise.posterior, noise.t, noise.noise, noise.drop_video, noise.drop_text)
     )
     generator.set_sequence(*batch.lengths)

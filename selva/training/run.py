@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import zlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -12,18 +13,43 @@ import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
-from selva.checkpoint import TrainingState
+from selva.checkpoint import Adapter, TrainingState
+from selva.data.content import content_changes, content_state, joined
 from selva.data.dataset import Batch, BucketBatchSampler, ClipDataset, ClipWindow
-from selva.lora.state import load_lora_state_, lora_parameters, lora_plus_groups, named_factors
+from selva.lora.layers import lora_layers
+from selva.lora.state import (
+    decay_to_start_,
+    load_lora_state_,
+    lora_parameters,
+    lora_plus_groups,
+    lora_state_dict,
+    named_factors,
+    start_from_adapter_,
+)
 from selva.models.generator import Generator
 from selva.training.condition_cache import CachedBatch, ConditionCache, can_cache
 from selva.training.config import TrainConfig
 from selva.training.ema import EMA
 from selva.training.objective import ALONE, flow_loss, sample_noise, validate
 from selva.training.schedule import learning_rate
+from selva.utils.device import FUSED_DEVICES
 from selva.utils.distributed import World
 
 log = logging.getLogger(__name__)
+
+# Ways of this version that a step file records. A run that was begun in another way goes on in that one.
+WAYS = {"split": "by origin", "dropout": "by step"}
+WAYS_BEFORE = {"split": "by clip", "dropout": "by random state"}  # of version 0.1.0, which recorded none
+
+
+def dropout_seed(seed: int, rank: int, step: int) -> int:
+    """Return the seed of the dropout masks of one step in one process, so that they need no random state of before."""
+    return zlib.crc32(f"dropout {seed} {rank} {step}".encode())
+
+
+def divided_by_clip(saved: TrainingState) -> bool:
+    """Return True if the clips of a run were divided one by one, as version 0.1.0 did, not by their videos."""
+    return bool(saved.extra) and {**WAYS_BEFORE, **saved.extra.get("ways", {})}["split"] == WAYS_BEFORE["split"]
 
 
 class TrainingRun:
@@ -55,10 +81,15 @@ class TrainingRun:
         groups = lora_plus_groups(generator, config.lr, config.lora_plus_ratio)
         self.lr_factors = [group["lr"] / config.lr for group in groups]
         # Fused: one kernel for all factors, which skips an update by a flag on the device, without the host's knowing.
-        self.optimizer = torch.optim.AdamW(groups, betas=config.betas, weight_decay=config.weight_decay, fused=True)
+        self.fused = self.device.type in FUSED_DEVICES
+        self.optimizer = torch.optim.AdamW(
+            groups, betas=config.betas, weight_decay=config.weight_decay, fused=self.fused)
+        self.dropout = any(layer.lora_dropout > 0 for _, layer in lora_layers(generator))
         # Half-precision gradients below 6e-8 would vanish; bfloat16 has the range of float32 and needs no scaling.
         self.scaler = GradScaler(self.device.type, enabled=precision == torch.float16)
         self.ema = EMA(named_factors(generator), config.ema_decay) if config.ema_decay else None
+        self.ways = dict(WAYS)
+        self.content = {"clips": content_state(self.batches.clips), "held_out": content_state(val_clips)}
         self.step = 0  # optimiser updates done
         self.best_step, self.best_val_loss, self.worse_in_a_row = 0, math.inf, 0
 
@@ -69,6 +100,8 @@ class TrainingRun:
         """
         config, own = self.config, self.world.own_slice(self.config.batch_size)
         total = torch.zeros((), device=self.device)
+        if self.dropout and self.ways["dropout"] == WAYS["dropout"]:
+            torch.manual_seed(dropout_seed(config.seed, self.world.rank, self.step))
         for _ in range(config.grad_accum):
             windows = self.batches.draw()
             batch = self._load(windows[own])
@@ -84,17 +117,26 @@ class TrainingRun:
         lr = learning_rate(self.step, config)
         for group, factor in zip(self.optimizer.param_groups, self.lr_factors, strict=True):
             group["lr"] = lr * factor
-        if self.scaler.is_enabled():
-            self.scaler.step(self.optimizer)  # skips by itself, and lowers the scale
-            self.scaler.update()
-        else:
-            setattr(self.optimizer, "found_inf", (~torch.isfinite(norm)).float())  # noqa: B010 -- read by the fused step
-            self.optimizer.step()
+        self._update(norm)
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         if self.ema is not None:
             self.ema.update(self.step)
         return total, norm
+
+    def _update(self, norm: Tensor) -> None:
+        """Do the update, or leave it out where the gradient, whose scalar norm is given, is not finite."""
+        decay = self.config.weight_decay * torch.isfinite(norm).float()  # with PiSSA; the optimiser does that of others
+        of_a, of_b = (group["lr"] * decay for group in self.optimizer.param_groups[:2])
+        decay_to_start_(self.generator, of_a, of_b)
+        if self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)  # skips by itself, and lowers the scale
+            self.scaler.update()
+        elif self.fused:
+            setattr(self.optimizer, "found_inf", (~torch.isfinite(norm)).float())  # noqa: B010 -- read by the fused step
+            self.optimizer.step()
+        elif bool(torch.isfinite(norm)):
+            self.optimizer.step()
 
     def _load(self, windows: Sequence[ClipWindow]) -> Batch | CachedBatch:
         if self.condition_cache is not None:
@@ -116,12 +158,14 @@ class TrainingRun:
         return {"step": self.step, "val_loss": loss, "val_loss_bins": bins}
 
     def checkpoint_bytes(self) -> int:
-        """Return the approximate size of a step file: factors, the same exported, two moments, and the average."""
-        return sum(p.numel() for p in self.parameters) * 4 * (5 if self.ema else 4)
+        """Return the approximate size of a step file: factors, exported, of the best step, two moments, average."""
+        return sum(p.numel() for p in self.parameters) * 4 * (6 if self.ema else 5)
 
     def extra_state(self) -> dict[str, Any]:
         """Return the state beside adapter and optimiser that :meth:`restore` needs to be exact."""
         return {
+            "ways": self.ways,
+            "content": self.content,
             "scaler": self.scaler.state_dict(),
             "batches": self.batches.state_dict(),
             "best": {"step": self.best_step, "val_loss": self.best_val_loss, "worse_in_a_row": self.worse_in_a_row},
@@ -131,6 +175,18 @@ class TrainingRun:
             "dropout_rng_cuda": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
         }
 
+    def start_from(self, adapter: Adapter) -> None:
+        """Begin at a finished adapter instead of a fresh one; optimiser, data order and steps are those of a new run.
+
+        Raises:
+            ValueError: the adapter does not fit the layers and ranks of this run.
+        """
+        untouched = start_from_adapter_(self.generator, adapter)
+        if self.ema is not None:
+            self.ema.restore(lora_state_dict(self.generator))
+        log.info("starting at the adapter %s%s", adapter.source,
+                 f", which does not change {len(untouched)} of the layers" if untouched else "")
+
     def restore(self, saved: TrainingState) -> None:
         """Continue from a step file, bit for bit on the CPU.
 
@@ -138,12 +194,14 @@ class TrainingRun:
         ComfyUI-SelVA holds no random states and no data order; those start afresh.
 
         Raises:
-            ValueError: the adapter, the optimiser or the data order in the file does not fit.
+            ValueError: the adapter, the optimiser or the data order in the file does not fit, or the clips have changed
+                since; names them.
         """
+        self._check_content(saved)
         load_lora_state_(self.generator, saved.lora)
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         # Loading puts the step counts where the stored groups say; the fused update wants them on the device.
-        stored_groups = [{**group, "fused": True} for group in saved.optimizer["param_groups"]]
+        stored_groups = [{**group, "fused": self.fused} for group in saved.optimizer["param_groups"]]
         self.optimizer.load_state_dict({**saved.optimizer, "param_groups": stored_groups})
         for group, own in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(own)
@@ -151,7 +209,12 @@ class TrainingRun:
         if not saved.extra:
             log.warning("%s: holds no random states; the order of the clips and the noise start afresh", saved.path)
             return
-        self.scaler.load_state_dict(saved.extra["scaler"])
+        self.ways = {**WAYS_BEFORE, **saved.extra.get("ways", {})}
+        if self.world.size > 1:  # a random state can be that of one process only
+            self.ways["dropout"] = WAYS["dropout"]
+        # Only fp16 scales its loss; a run that went on in bf16 or fp32 until now starts with the first scale.
+        if self.scaler.is_enabled() and saved.extra["scaler"]:
+            self.scaler.load_state_dict(saved.extra["scaler"])
         self.batches.load_state_dict(saved.extra["batches"])
         best = saved.extra["best"]
         self.best_step, self.best_val_loss, self.worse_in_a_row = best["step"], best["val_loss"], best["worse_in_a_row"]
@@ -161,3 +224,20 @@ class TrainingRun:
         torch.set_rng_state(saved.extra["dropout_rng"])
         if self.device.type == "cuda" and len(saved.extra["dropout_rng_cuda"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(saved.extra["dropout_rng_cuda"])
+
+    def _check_content(self, saved: TrainingState) -> None:
+        """Raise a ValueError that names every clip that is not what it was; a file of version 0.1.0 does not tell."""
+        if "content" not in saved.extra:
+            return
+        before, now = (content["clips"] for content in (saved.extra["content"], self.content))
+        held_out_before, held_out = (content["held_out"] for content in (saved.extra["content"], self.content))
+        if held_out_before["ids"]:  # without any, there was nothing that other held-out clips could be confused with
+            # A clip that has changed may have changed sides too, and others with it: it is the one to name.
+            problems = content_changes(joined(before, held_out_before), joined(now, held_out), order=False)
+            problems = problems or [f"held out (--val_dir, --val_fraction, --val_clips), {text}"
+                                    for text in content_changes(held_out_before, held_out)]
+        else:
+            problems = content_changes(before, now)
+        if problems:
+            raise ValueError(f"{saved.path}: the clips are not those of this run any more: {'; '.join(problems)}. Put "
+                             f"them back, or start a new run from its adapter: --init_from {saved.path}")

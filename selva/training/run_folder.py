@@ -1,29 +1,48 @@
-"""Output folder of a training run: its files, the limit on step files, and older runs, which are moved aside."""
+"""Output folder of a training run: its files, the limit on step files, and what a full disk leaves out."""
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from selva.checkpoint import STEP_FILE, readable_meta, save_adapter, save_checkpoint, step_file_name
+from torch import Tensor
+
+from selva.checkpoint import (
+    STEP_FILE,
+    TrainingState,
+    load_adapter,
+    readable_meta,
+    save_adapter,
+    save_checkpoint,
+    step_file_name,
+)
+from selva.lora.state import lora_state_dict
 from selva.training.run import TrainingRun
-from selva.utils.files import atomic_write_text
+from selva.training.set_aside import final_of, move_later_aside, move_old_run_aside, step_in_adapter
+from selva.utils.files import PARTIAL_PREFIX, atomic_write_text, why_not_written
 from selva.utils.metrics_log import MetricsFile
 from selva.utils.plots import plot_losses
 
 log = logging.getLogger(__name__)
 
-RUN_FILES = ("adapter_*", "sample_*", "loss_*.png", "metrics.jsonl", "meta.json", "config.yaml", "tensorboard")
 SAMPLE_BYTES = 2 << 20  # a sample and its picture, generously
+BEST_FILE, LOCK_FILE = "adapter_best.pt", "run.lock"
+
+
+class NotSaved(ValueError):
+    """A result that the run is for could not be written."""
 
 
 class RunFolder:
     """Writes the files of one run.
+
+    A file that cannot be written, on a full disk for example, is reported and survived; older ones stay intact. The
+    best adapter is kept in memory and in step files too, so that it is written as soon as there is room.
 
     Args:
         path: the folder. meta: what every adapter of the run stores.
@@ -32,78 +51,192 @@ class RunFolder:
 
     def __init__(self, path: Path, meta: Mapping[str, Any], keep_last: int = 0, title: str = "") -> None:
         self.path, self.meta, self.keep_last, self.title = path, dict(meta), keep_last, title
+        self.newest_saved: Path | None = None  # step file that --resume auto would find
+        self._opened_at: int | None = None  # step of the step file of this folder that the run was resumed from
+        self._best: dict[str, Any] | None = None  # "state" (factors) and "meta" of the best adapter
+        self._best_written = True
 
-    def open(self, resumed_at: int | None) -> MetricsFile:
-        """Make the folder ready and return its metrics, cut back to ``resumed_at``; None moves an old run aside."""
+    def open(self, saved: TrainingState | None) -> MetricsFile:
+        """Make the folder ready and return its metrics.
+
+        Without ``saved``, an old run is moved aside; with a step file of this folder, what is later than its step; with
+        one of another folder, again all of an old run.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
-        if resumed_at is None:
+        for remains in self.path.glob(f"{PARTIAL_PREFIX}*"):  # of a killed run; the lock says that none is alive
+            shutil.rmtree(remains, ignore_errors=True)
+        resumed = saved is not None and saved.path.resolve().parent == self.path.resolve()
+        if saved is not None and resumed:
+            move_later_aside(self.path, saved.step)
+            self.newest_saved, self._opened_at = saved.path, saved.step
+        else:
             move_old_run_aside(self.path)
         metrics = MetricsFile(self.path / "metrics.jsonl")
-        metrics.cut_after(resumed_at or 0)
+        metrics.cut_after(saved.step if saved is not None and resumed else 0)
         return metrics
+
+    def restore_best(self, run: TrainingRun, saved: TrainingState) -> None:
+        """Put back ``adapter_best.pt`` as it was when the step file was written."""
+        if not run.best_step:
+            return
+        best, path = saved.extra.get("best_adapter"), self.path / BEST_FILE
+        if best is None and run.best_step == saved.step:
+            with run.evaluated():
+                best = self._best_now(run)
+        if best is not None:
+            self._best = {"state": dict(best["state"]), "meta": dict(best["meta"])}
+            if step_in_adapter(path) != run.best_step:
+                self._write_best(run)
+            return
+        if step_in_adapter(path) == run.best_step:
+            return
+        # A step file of an earlier version: the adapter may be in files beside it.
+        for source in (saved.path.parent / BEST_FILE, saved.path.parent / step_file_name(run.best_step)):
+            if step_in_adapter(source) == run.best_step:
+                adapter = load_adapter(source)
+                self._try(path, lambda adapter=adapter: save_adapter(path, adapter.tensors, adapter.meta))
+                return
+        log.warning("%s: the adapter of step %d, the best so far (%.4f), is not there; it comes with the next better "
+                    "one", path, run.best_step, run.best_val_loss)
+
+    def write_settings(self, text: str) -> None:
+        """Write ``config.yaml``."""
+        path = self.path / "config.yaml"
+        self._try(path, lambda: atomic_write_text(path, text))
 
     def save_step(self, run: TrainingRun, metrics: MetricsFile) -> Path | None:
         """Write the step file and the curves, and delete step files beyond ``keep_last``; return the path.
 
         A full disk is reported and survived: the step file is missing then, older ones are intact, and None is
-        returned. Any other failure is raised.
+        returned.
         """
         path = self.path / step_file_name(run.step)
-        try:
-            save_checkpoint(
-                path, run.generator, {**self.meta, "step": run.step}, step=run.step,
-                optimizer=run.optimizer.state_dict(), extra=run.extra_state(),
-                state=run.ema.average if run.ema else None,
-            )
-            plot_losses(metrics, self.path, self.title)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            log.error("%s: not saved, the disk is full; older files are intact and the training goes on. "
-                      "Make room, or use --keep_last", path)
-            return None
-        log.info("saved %s", path)
-        self._prune()
-        return path
+        metrics.flush()
+        if not self._best_written and run.best_step != run.step:  # else it was tried a moment ago
+            self._write_best(run)
+        written = self._try(path, lambda: self._write_step(run, path),
+                            "the training goes on. Make room, or use --keep_last")
+        if written:
+            self.newest_saved = path
+            log.info("saved %s", path)
+            self._prune(run.step)
+        self._try(self.path / "loss_raw.png", lambda: plot_losses(metrics, self.path, self.title))
+        return path if written else None
 
-    def _prune(self) -> None:
+    def _write_step(self, run: TrainingRun, path: Path) -> None:
+        extra = {**run.extra_state(), "best_adapter": self._best if run.best_step != run.step else None}
+        save_checkpoint(
+            path, run.generator, {**self.meta, "step": run.step}, step=run.step, optimizer=run.optimizer.state_dict(),
+            extra=extra, state=run.ema.average if run.ema else None,
+        )
+
+    def _prune(self, newest: int) -> None:
         if not self.keep_last:
             return
         steps = sorted(int(match[1]) for p in self.path.iterdir() if (match := STEP_FILE.fullmatch(p.name)))
         for step in steps[: -self.keep_last]:
-            (self.path / step_file_name(step)).unlink()
+            if step != newest:
+                (self.path / step_file_name(step)).unlink()
 
     def save_best(self, run: TrainingRun) -> None:
         """Write ``adapter_best.pt``."""
         with run.evaluated():
-            meta = {**self.meta, "step": run.step, "val_loss": run.best_val_loss}
-            save_adapter(self.path / "adapter_best.pt", run.generator, meta)
+            self._best = self._best_now(run)
+        self._write_best(run)
 
-    def save_final(self, run: TrainingRun) -> Path:
-        """Write ``adapter_final.pt`` (the next free number if there is one) and ``meta.json``; return the path."""
+    def _best_now(self, run: TrainingRun) -> dict[str, Any]:
+        state: dict[str, Tensor] = lora_state_dict(run.generator)
+        return {"state": state, "meta": {**self.meta, "step": run.step, "val_loss": run.best_val_loss}}
+
+    def _write_best(self, run: TrainingRun) -> None:
+        assert self._best is not None
+        best, path = self._best, self.path / BEST_FILE
+        self._best_written = self._try(
+            path, lambda: save_adapter(path, run.generator, best["meta"], state=best["state"]),
+            "it is kept in memory and tried again at every step file")
+
+    def best_is_there(self, run: TrainingRun) -> bool:
+        """Return True if ``adapter_best.pt`` holds the best step."""
+        return step_in_adapter(self.path / BEST_FILE) == run.best_step
+
+    def save_final(self, run: TrainingRun, metrics: MetricsFile) -> Path:
+        """Write ``adapter_final.pt`` (the next free number if there is one) and ``meta.json``; return the path.
+
+        What a full disk left out before is tried again.
+
+        Raises:
+            NotSaved: the final adapter, or something else that the run promised, could not be written; says what.
+        """
         path, number = self.path / "adapter_final.pt", 0
-        while path.exists():
-            number += 1
-            path = self.path / f"adapter_final_{number:03d}.pt"
-        with run.evaluated():
-            written = save_adapter(path, run.generator, {**self.meta, "step": run.step})
-        atomic_write_text(self.path / "meta.json", json.dumps(readable_meta(written), indent=2) + "\n")
+        nothing_trained = self._opened_at == run.step
+        if nothing_trained and (final := final_of(self.path / step_file_name(run.step), self.path)):
+            path = final  # the run was killed after it, before meta.json
+        else:
+            while path.exists():
+                number += 1
+                path = self.path / f"adapter_final_{number:03d}.pt"
+        meta: dict[str, Any] = {}
+
+        def write(path: Path) -> None:
+            with run.evaluated():
+                meta.update(save_adapter(path, run.generator, {**self.meta, "step": run.step}))
+
+        written = self._try(path, lambda: write(path), "the adapter is put elsewhere if possible")
+        missing = [] if written else [path.name]
+        rescued = _rescue(path.name, write) if missing else ""
+        text = json.dumps(readable_meta(meta), indent=2) + "\n"
+        meta_path = self.path / "meta.json"
+        if meta and not self._try(meta_path, lambda: atomic_write_text(meta_path, text)):
+            missing.append(meta_path.name)
+        if not self._best_written:
+            self._write_best(run)
+        missing += [] if self._best_written else [BEST_FILE]
+        missing += [] if metrics.flush() else ["metrics.jsonl"]
+        if missing:
+            raise NotSaved(f"{self.path}: the training is done, but {', '.join(missing)} could not be written. "
+                           f"{rescued}Make room{self._how_to_go_on()}")
         return path
 
+    def stopped(self, run: TrainingRun, steps: int) -> None:
+        """Say how a run that was stopped can be continued.
 
-def move_old_run_aside(folder: Path) -> None:
-    """Move the files of an earlier run into ``previous_001`` (002, ...), so that a fresh start overwrites nothing."""
-    old = sorted({path for pattern in RUN_FILES for path in folder.glob(pattern)})
-    if not old:
-        return
-    number = 1
-    while (aside := folder / f"previous_{number:03d}").exists():
-        number += 1
-    aside.mkdir()
-    for path in old:
-        path.rename(aside / path.name)
-    log.warning("%s held an earlier run; its %d files are now in %s (use --resume auto to continue a run)",
-                folder, len(old), aside)
+        Raises:
+            NotSaved: the step at which it was stopped could not be written.
+        """
+        if self.newest_saved is not None and self.newest_saved.name == step_file_name(run.step):
+            log.warning("stopped at step %d of %d; continue with --resume auto", run.step, steps)
+            return
+        rescued = _rescue(step_file_name(run.step), lambda path: self._write_step(run, path))
+        raise NotSaved(f"{self.path}: stopped at step {run.step} of {steps}, which was not saved there. {rescued}Make "
+                       f"room{self._how_to_go_on()}")
+
+    def _how_to_go_on(self) -> str:
+        if self.newest_saved is None:
+            return "; no step of this run was saved, so it has to start again"
+        return f" and use --resume auto: it goes on from {self.newest_saved.name}, the newest that was saved"
+
+    def _try(self, path: Path, write: Callable[[], object], then: str = "the training goes on") -> bool:
+        """Call ``write``; report an error of the disk and return False."""
+        try:
+            write()
+        except OSError as error:
+            log.error("%s: not saved, %s; older files are intact and %s", path, why_not_written(error), then)
+            return False
+        return True
+
+
+def _rescue(name: str, write: Callable[[Path], object]) -> str:
+    """Write a file to a temporary folder, which may be on another disk; return a sentence that says where, or ""."""
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="selva_rescued_"))
+        try:
+            write(folder / name)
+        except OSError:
+            shutil.rmtree(folder)
+            raise
+    except OSError:
+        return ""
+    return f"{folder / name} holds it; move it there. "
 
 
 def check_disk_space(folder: Path, checkpoint_bytes: int, num_checkpoints: int) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+import torch
+
 from selva.audio.config import Normalize
 from selva.data.dataset import TrainingClip
 from selva.data.latents import load_waveform
@@ -13,6 +15,7 @@ from selva.media import write_audio
 from selva.models.variants import Variant
 from selva.sampling import decode_latents, sample_latents
 from selva.training.run import TrainingRun
+from selva.utils.device import is_out_of_memory
 from selva.utils.plots import plot_spectrograms
 from selva.weights.load import load_vae, load_vocoder
 
@@ -33,9 +36,42 @@ class TrainingSample:
         self.clip, self.variant, self.selva_dir, self.seed = clip, variant, selva_dir, seed
         self.name = f"{clip.id} ({'held out' if held_out else 'a training clip: none is held out'})"
         self.recorded = load_waveform(clip.audio_path, clip.sequence, normalize) if clip.audio_path else None
+        self._decode_on_cpu = False  # after a first lack of memory
+        self._given_up = False  # after a second one
+
+    def try_write(self, run: TrainingRun, folder: Path) -> bool:
+        """Write the sample of the run as it stands; say why if that fails, which must not end a run.
+
+        After a lack of device memory the next sample is decoded on the CPU; if there is not enough for that either,
+        samples are left out from then on. The model is back in training in any case.
+        """
+        if self._given_up:
+            return False
+        try:
+            with run.evaluated():
+                self.write(run, folder)
+            return True
+        except Exception as error:  # whatever it is: hours of training are worth more than a sample
+            reason = str(error).strip().split("\n")[0] or type(error).__name__
+            if not is_out_of_memory(error):
+                log.warning("no sample at step %d: %s", run.step, reason)
+                return False
+        finally:
+            run.generator.train()
+        if run.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self._given_up = self._decode_on_cpu or run.device.type == "cpu"
+        self._decode_on_cpu = True
+        log.warning("no sample at step %d: out of memory (%s); %s", run.step, reason,
+                    "samples are left out from now on" if self._given_up else "the next one is decoded on the CPU")
+        return False
+
+    def is_there(self, step: int, folder: Path) -> bool:
+        """Return True if the sample of a step was written, its picture last."""
+        return (folder / f"sample_step{step:05d}.png").exists()
 
     def write(self, run: TrainingRun, folder: Path) -> None:
-        """Write ``sample_step00500.wav`` and ``.png`` of the run as it stands."""
+        """Write ``sample_step00500.wav`` and ``.png`` of the run as it stands; leaves the model in eval mode."""
         clip, generator, device = self.clip, run.generator, run.device
         generator.eval()
         generator.set_sequence(*clip.lengths)
@@ -48,7 +84,8 @@ class TrainingSample:
             clip.sync_f[None].to(device) if clip.has_video else empty_sync,
             clip.text_f[None].to(device), [self.seed], sampling, precision=run.precision,
         )
-        generator.train()
+        if self._decode_on_cpu:
+            device, latents = torch.device("cpu"), latents.cpu()
         # Loaded for this moment only: training needs the memory more.
         vae = load_vae(self.variant.name, self.selva_dir, device).drop_encoder()
         waveform = decode_latents(latents, vae, load_vocoder(self.variant.name, self.selva_dir, device))[0].cpu()

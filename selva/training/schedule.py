@@ -9,12 +9,26 @@ from selva.training.config import TrainConfig
 MULTISTEP_DECAYS = (0.8, 0.9)  # fractions of all steps at which multistep divides the rate by ten, as MMAudio did
 
 
+def schedule_problem(config: TrainConfig) -> str | None:
+    """Return a warning if "multistep" has no room for its two falls, which count their steps after the warm-up."""
+    if config.lr_schedule != "multistep":
+        return None
+    falls = [config.warmup_steps + math.ceil(decay * config.steps) for decay in MULTISTEP_DECAYS]
+    if falls[-1] < config.steps:
+        return None
+    at = " and ".join(map(str, falls))
+    how_often = "never falls" if falls[0] >= config.steps else "falls only once"
+    return (f"multistep divides the rate at steps {at}, counted after the warm-up of {config.warmup_steps} as MMAudio "
+            f"did; with --steps {config.steps} it {how_often}. Use a --warmup_steps below "
+            f"{config.steps - math.ceil(MULTISTEP_DECAYS[-1] * config.steps)}, or --lr_schedule cosine")
+
+
 def learning_rate(step: int, config: TrainConfig) -> float:
     """Return the rate of optimiser step ``step`` (from 0): linear warm-up (k+1)/(W+1), then the schedule.
 
     The first step already learns, as in MMAudio (pitfall F1). "cosine" falls to 0 at the last step;
     "cosine_restarts" does so ``lr_cycles`` times; "multistep" divides by ten twice (``MULTISTEP_DECAYS``, counted
-    after the warm-up, as in MMAudio).
+    after the warm-up, as in MMAudio; a long warm-up pushes them beyond the end, see :func:`schedule_problem`).
     """
     after = step - config.warmup_steps
     if after < 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import time
 from pathlib import Path
@@ -10,23 +11,33 @@ from typing import Any
 
 import torch
 
-from selva.checkpoint import TrainingState, check_same_settings, load_checkpoint, load_newest_checkpoint
-from selva.data.dataset import ClipDataset, split_validation
+from selva.checkpoint import (
+    Adapter,
+    TrainingState,
+    check_same_settings,
+    load_adapter,
+    load_checkpoint,
+    load_newest_checkpoint,
+)
+from selva.data.dataset import ClipDataset, ConcatDataset, origin_groups, split_validation
 from selva.data.folder_dataset import FolderDataset, load_clip_dataset
 from selva.data.summary import summarise
-from selva.lora.inject import inject_lora
+from selva.lora.inject import check_ranks, inject_lora
 from selva.models.generator import cast_frozen_
 from selva.models.variants import get_variant
 from selva.training.compiling import compile_blocks_
 from selva.training.config import RunConfig
 from selva.training.prior_preservation import with_preserved
-from selva.training.run import TrainingRun
+from selva.training.run import TrainingRun, divided_by_clip
+from selva.training.set_aside import final_of
 from selva.utils.device import dtype_of, peak_memory_bytes
 from selva.utils.distributed import World
-from selva.utils.text import clock
+from selva.utils.text import clock, listed
 from selva.weights.load import load_clip_text, load_generator
 
 log = logging.getLogger(__name__)
+
+NAMED = 5  # clips in a message
 
 
 def adapter_meta(config: RunConfig, num_clips: int) -> dict[str, Any]:
@@ -46,6 +57,7 @@ def adapter_meta(config: RunConfig, num_clips: int) -> dict[str, Any]:
         "precision": config.precision,
         "preserve": list(config.preserve),
         "preserve_share": config.preserve_share,
+        **({"init_from": config.init_from.name} if config.init_from else {}),
     }
 
 
@@ -67,13 +79,58 @@ def find_resume(config: RunConfig) -> TrainingState | None:
 FIXED_SETTINGS = ("clip_features", "latent", "null_prob", "timestep_mode", "logit_normal_sigma", "seed")
 
 
+def finished_adapter(saved: TrainingState, output_dir: Path) -> Path | None:
+    """Return the final adapter of the step of ``saved`` if the run wrote all of its end; None if it has to be written.
+
+    A run may have been killed between its last step file and its final adapter, or between that and ``meta.json``.
+    """
+    final = final_of(saved.path, output_dir)
+    try:
+        meta = json.loads((output_dir / "meta.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    written = final is not None and meta == json.loads(json.dumps(load_adapter(final).meta))
+    return final if written else None
+
+
+def patience_has_ended(saved: TrainingState, config: RunConfig) -> bool:
+    """Return True, and say so, if the run had already stopped because its patience had ended."""
+    best, patience = saved.extra.get("best", {}), config.training.patience
+    if not 0 < patience <= best.get("worse_in_a_row", 0) or saved.step >= config.training.steps:
+        return False
+    log.warning("%s: the run stopped here, after %d validations without a better one than step %d (--patience %d); "
+                "nothing is trained. To go on, use --patience 0 or a larger one", saved.path, best["worse_in_a_row"],
+                best["step"], patience)
+    return True
+
+
+def load_start(config: RunConfig) -> Adapter | None:
+    """Return the adapter that ``--init_from`` names, which has to be one of this variant; None without it.
+
+    Raises:
+        ValueError: the file is no adapter, or one of another variant.
+    """
+    if config.init_from is None:
+        return None
+    adapter = load_adapter(config.init_from)
+    variant = adapter.meta.get("variant", config.model.variant)
+    if variant != config.model.variant:
+        raise ValueError(f"--init_from {config.init_from}: is an adapter of {variant}, expected one of "
+                         f"{config.model.variant}; give --variant {variant}, or another adapter")
+    used = adapter.meta.get("clip_features", config.training.clip_features)
+    if used != config.training.clip_features:
+        log.warning("%s was trained with --clip_features %s, this run has %s", config.init_from, used,
+                    config.training.clip_features)
+    return adapter
+
+
 def check_resumable(saved: TrainingState, config: RunConfig) -> None:
     """Raise a ValueError if the run is at its end, or if continuing would mix two different trainings.
 
     A run that was stopped between its last step and its final adapter is not at its end.
     """
     training = config.training
-    finished = (config.output_dir / "adapter_final.pt").exists()
+    finished = finished_adapter(saved, config.output_dir) is not None
     if saved.step > training.steps or (saved.step == training.steps and finished):
         raise ValueError(f"{saved.path}: is at step {saved.step} and --steps is {training.steps}; "
                          "give a larger --steps")
@@ -104,11 +161,8 @@ def load_clips(config: RunConfig, data_dir: Path, device: torch.device, world: W
             max_duration_sec=config.duration, normalize_audio=config.normalize_audio, use_cache=not config.dry_run,
         )
 
-    if not world.is_main:  # rank 0 has filled the cache when the others look
-        world.wait()
-    clips, problems = load()
-    if world.is_main:
-        world.wait()
+    with world.main_first(f"encoding {data_dir}"):  # rank 0 has filled the cache when the others look
+        clips, problems = load()
     for path, reason in problems:
         log.error("%s", reason if str(path) in reason else f"{path}: {reason}")
     if world.is_main and isinstance(clips, FolderDataset) and len(clips):
@@ -125,16 +179,54 @@ def load_clips(config: RunConfig, data_dir: Path, device: torch.device, world: W
     return clips
 
 
-def load_split(config: RunConfig, device: torch.device, world: World) -> tuple[ClipDataset, ClipDataset]:
-    """Return (training, held-out) clips, as ``--val_dir`` or ``--val_fraction`` divides them."""
+def load_split(
+    config: RunConfig, device: torch.device, world: World, saved: TrainingState | None = None
+) -> tuple[ClipDataset, ClipDataset]:
+    """Return (training, held-out) clips, as ``--val_dir`` or ``--val_fraction`` divides them.
+
+    Of more than ``--val_clips`` held-out clips a seeded choice is returned, the same in every run on the same data.
+
+    Args:
+        saved: the state that is continued; the clips of a run that version 0.1.0 began are divided as it did.
+    """
     clips = load_clips(config, config.data_dir, device, world)
+    as_before = saved is not None and divided_by_clip(saved)
     if config.val_dir is None:
-        clips, val_clips = split_validation(clips, config.val_fraction, config.training.seed)
+        clips, val_clips = split_validation(clips, config.val_fraction, config.training.seed, by_origin=not as_before)
     else:
         val_clips = load_clips(config, config.val_dir, device, world)
     log.info("%d clips to train on, %d held out%s", len(clips), len(val_clips),
              "" if len(val_clips) else ": overfitting will not be seen")
+    _report_origins(config, clips, val_clips)
+    most = config.val_clips
+    if most and len(val_clips) > most and not as_before:
+        order: list[int] = torch.randperm(
+            len(val_clips), generator=torch.Generator().manual_seed(config.training.seed)).tolist()
+        log.info("validation is on %d of the %d held-out clips, always the same; --val_clips 0 takes all",
+                 most, len(val_clips))
+        val_clips = val_clips.subset(sorted(order[:most]))
     return clips, val_clips
+
+
+def _report_origins(config: RunConfig, clips: ClipDataset, val_clips: ClipDataset) -> None:
+    """Say which clips stay together in a split, and name held-out ones whose video or sound is trained on."""
+    count = len(clips)
+    groups = origin_groups(ConcatDataset(clips, val_clips))
+    if config.val_dir is None and config.val_fraction > 0 and len(groups) > len(set(groups)):
+        log.info("%d clips are of %d videos or sounds; what is of one video, or has the same sound, is held out "
+                 "together or not at all", len(groups), len(set(groups)))
+        if not len(val_clips) and count >= 5:
+            log.warning("nothing is held out: every video or sound has more than half of the clips; give clips of "
+                        "another one with --val_dir")
+    nameless = sum(not any(origin.startswith("source ") for origin in clips.origins(i)) for i in range(count))
+    if config.val_dir is None and len(val_clips) and nameless:
+        log.info("%d of %d clips to train on do not say which video they are of, so a held-out clip may be of the same "
+                 "one", nameless, count)
+    trained = set(groups[:count])
+    leaked = [name for name, group in zip(val_clips.ids, groups[count:], strict=True) if group in trained]
+    if leaked:
+        log.warning("%d held-out clips are of a video or a sound that is trained on too, so the validation loss looks "
+                    "better than it is: %s", len(leaked), listed(leaked, NAMED))
 
 
 # -- model -------------------------------------------------------------------------------------------------------------
@@ -147,6 +239,7 @@ def build_run(
     model, training, precision = config.model, config.training, dtype_of(config.precision)
     generator = load_generator(model.variant, model.selva_dir)
     cast_frozen_(generator, precision)
+    check_ranks(generator, config.lora)
     report = inject_lora(generator, config.lora, torch.Generator().manual_seed(training.seed))
     generator.to(device)
     generator.gradient_checkpointing = config.checkpoint_blocks or config.grad_checkpointing

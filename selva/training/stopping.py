@@ -1,4 +1,4 @@
-"""Request to stop a run, by Ctrl-C or SIGTERM, so that it can be continued."""
+"""Request to stop a run, by Ctrl-C, SIGTERM or a closed terminal (SIGHUP), so that it can be continued."""
 
 from __future__ import annotations
 
@@ -12,13 +12,19 @@ log = logging.getLogger(__name__)
 
 
 class StopRequest:
-    """Turns the first Ctrl-C or SIGTERM into a request to stop after the current step; a second one stops at once."""
+    """Turns the first of these signals into a request to stop after the current step; a second one stops at once.
+
+    SIGHUP counts where the system has it and nobody ignores it: under ``nohup`` a run outlives its terminal.
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None
 
     def __enter__(self) -> StopRequest:
-        self._previous = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
+        self._previous = {number: signal.signal(number, self._handle) for number in numbers}
         return self
 
     def __exit__(self, *_exc: object) -> None:

@@ -6,24 +6,38 @@ import dataclasses
 import logging
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from selva.data.cache import remove_temporary_caches
 from selva.models.variants import get_variant
 from selva.training.compiling import prepare_to_compile
 from selva.training.config import RunConfig
 from selva.training.loop import fit
 from selva.training.run import TrainingRun
-from selva.training.run_folder import RunFolder, check_disk_space
+from selva.training.run_folder import LOCK_FILE, NotSaved, RunFolder, check_disk_space
 from selva.training.sample import TrainingSample
-from selva.training.setup import adapter_meta, build_run, check_resumable, estimate, find_resume, load_split
+from selva.training.schedule import schedule_problem
+from selva.training.setup import (
+    adapter_meta,
+    build_run,
+    check_resumable,
+    estimate,
+    find_resume,
+    finished_adapter,
+    load_split,
+    load_start,
+    patience_has_ended,
+)
 from selva.training.stopping import StopRequest
 from selva.utils.device import peak_memory_bytes, resolve_device, resolve_precision
 from selva.utils.distributed import World, join_world
-from selva.utils.files import atomic_write_text
+from selva.utils.files import check_can_write
+from selva.utils.lock import FolderLock
 from selva.utils.metrics_log import MetricsFile
 from selva.utils.settings import settings_text, values_of
 from selva.utils.text import clock
@@ -52,15 +66,35 @@ def train(config: RunConfig, settings: Mapping[str, Any] | None = None) -> Train
 
     Raises:
         UsageError: there is no such device.
-        ValueError, FileNotFoundError: data or weights cannot be used, or a run cannot be continued.
+        FolderInUse: another process trains into the output folder.
+        NotSaved: the run was stopped or is done, and that could not be written.
+        ValueError, FileNotFoundError: data or weights cannot be used, the output folder cannot be written to, or a run
+            cannot be continued.
     """
     device = resolve_device(config.model.device)
     config = dataclasses.replace(config, precision=resolve_precision(config.precision, device))
     settings = {**(values_of(config) if settings is None else settings), "precision": config.precision}
+    check_can_write(config.output_dir)  # before hours of encoding
+    if problem := schedule_problem(config.training):
+        log.warning("%s", problem)
     if config.compile:
         prepare_to_compile(device)
-    with join_world(device) as world:
-        return _train(config, settings, device, world)
+    try:
+        with join_world(device) as world, _locked(config, world):
+            try:
+                return _train(config, settings, device, world)
+            except NotSaved as error:  # only rank 0 knows; the others leave as they do after a whole run
+                not_saved = error
+        raise not_saved
+    finally:
+        remove_temporary_caches()
+
+
+def _locked(config: RunConfig, world: World) -> AbstractContextManager[object]:
+    """Return the lock of the output folder, for the process that writes there."""
+    if not world.is_main or config.dry_run:
+        return nullcontext()
+    return FolderLock(config.output_dir / LOCK_FILE, "trains")
 
 
 def _train(config: RunConfig, settings: Mapping[str, Any], device: torch.device, world: World) -> TrainingResult:
@@ -69,14 +103,21 @@ def _train(config: RunConfig, settings: Mapping[str, Any], device: torch.device,
     saved = find_resume(config)
     if saved is not None:
         check_resumable(saved, config)
+        if patience_has_ended(saved, config) and not config.dry_run:
+            adapter = finished_adapter(saved, output_dir)
+            if adapter is not None:
+                return TrainingResult(adapter if world.is_main else None)
         if (before := saved.meta.get("precision", config.precision)) != config.precision:
             log.warning("%s: was trained in %s so far and goes on in %s", saved.path, before, config.precision)
-    clips, val_clips = load_split(config, device, world)
+    start = load_start(config) if saved is None else None
+    clips, val_clips = load_split(config, device, world, saved)
 
     # 2. the model, and everything with a state; then the old state
     run = build_run(config, (clips, val_clips), device, world)
     if saved is not None:
         run.restore(saved)
+    if start is not None:
+        run.start_from(start)
     if config.dry_run:
         estimate(run)
         return TrainingResult()
@@ -89,10 +130,12 @@ def _train(config: RunConfig, settings: Mapping[str, Any], device: torch.device,
     if world.is_main:
         num_checkpoints = min(-(-training.steps // training.save_every), config.keep_last or training.steps)
         check_disk_space(output_dir, run.checkpoint_bytes(), num_checkpoints)
-        metrics = folder.open(saved.step if saved else None)
+        metrics = folder.open(saved)
+        if saved is not None:
+            folder.restore_best(run, saved)
         if config.tensorboard:
-            metrics.mirror_to_tensorboard(output_dir / "tensorboard")
-        atomic_write_text(output_dir / "config.yaml", settings_text(settings))
+            metrics.mirror_to_tensorboard(output_dir / "tensorboard", run.step + 1 if saved else None)
+        folder.write_settings(settings_text(settings))
         if config.preview:
             shown = val_clips if len(val_clips) else clips
             sample = TrainingSample(shown.clip(0), bool(len(val_clips)), get_variant(config.model.variant),
@@ -104,11 +147,7 @@ def _train(config: RunConfig, settings: Mapping[str, Any], device: torch.device,
             return
         folder.save_step(run, metrics)
         if sample is not None and not stop():
-            try:
-                with run.evaluated():
-                    sample.write(run, output_dir)
-            except (ValueError, OSError) as error:  # a sample that cannot be made must not end a run
-                log.warning("no sample at step %d: %s", run.step, error)
+            sample.try_write(run, output_dir)
 
     def on_best(run: TrainingRun) -> None:
         if world.is_main:
@@ -116,9 +155,13 @@ def _train(config: RunConfig, settings: Mapping[str, Any], device: torch.device,
 
     started = time.monotonic()
     with StopRequest() as stop:
+        due = saved is not None and (run.step % training.save_every == 0 or run.step == training.steps)
+        if sample is not None and due and not sample.is_there(run.step, output_dir):
+            sample.try_write(run, output_dir)  # killed between its step file and this
         finished = fit(run, metrics, on_checkpoint=on_checkpoint, on_best=on_best, should_stop=stop)
     if not finished:
-        log.warning("stopped at step %d of %d; continue with --resume auto", run.step, training.steps)
+        if world.is_main:
+            folder.stopped(run, training.steps)
         return TrainingResult(signal=stop.signal)
     if not world.is_main:
         return TrainingResult()
@@ -126,6 +169,8 @@ def _train(config: RunConfig, settings: Mapping[str, Any], device: torch.device,
     # 5. the result
     log.info("trained to step %d in %s, peak memory %.2f GiB", run.step, clock(time.monotonic() - started),
              peak_memory_bytes(device) / 2**30)
+    final = folder.save_final(run, metrics)
     if len(val_clips) and run.best_step < run.step:
-        log.info("validation was best at step %d (%.4f): adapter_best.pt", run.best_step, run.best_val_loss)
-    return TrainingResult(folder.save_final(run))
+        log.info("validation was best at step %d (%.4f)%s", run.best_step, run.best_val_loss,
+                 ": adapter_best.pt" if folder.best_is_there(run) else "")
+    return TrainingResult(final)

@@ -16,11 +16,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# Where a fused AdamW leaves an update out by a flag on the device; that of MPS ignores the flag (pytorch 186360).
+FUSED_DEVICES = ("cpu", "cuda")
 PRECISIONS = ("bf16", "fp16", "fp32")
 PRECISION_CHOICES = ("auto", *PRECISIONS)
 PRECISION_HELP = ("number format of the networks; auto: bf16 where the device multiplies it natively, fp16 on older "
                   "NVIDIA GPUs, fp32 elsewhere")
 
+# Of MPS and drivers, Linux, Windows, which raise a plain RuntimeError.
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 _BF16_CAPABILITY = (8, 0)  # CUDA compute capability from which bf16 is native
 _PROBE_SIZE, _PROBE_SEC = 128, 0.01  # matrices that are multiplied, and for how long, to see what a format costs
 
@@ -37,6 +41,25 @@ def peak_memory_bytes(device: Any) -> int:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return True if an error says that a device, or the machine, has no memory left."""
+    torch = sys.modules.get("torch")  # an error of PyTorch can only come from a PyTorch that was imported
+    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in OUT_OF_MEMORY)
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a tensor of the CPU on a device; the host does not wait for the copy where that is safe.
+
+    That is from pinned memory to CUDA, whose allocator keeps a buffer until its copy is done. On MPS a copy that nobody
+    waits for reads memory that may be somebody else's by then (pytorch 189690).
+    """
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def dtype_of(precision: str) -> torch.dtype:

@@ -7,26 +7,40 @@ the whole global batch and computes its own slice of it: N processes do what one
 from __future__ import annotations
 
 import datetime
+import itertools
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from selva.utils import torchrun
 
 # The others wait for rank 0 while it writes a checkpoint and a sample, which takes minutes on a slow machine.
 TIMEOUT = datetime.timedelta(hours=2)
+# While rank 0 does what may take a day, such as encoding a large data set, it shows life in these intervals, and the
+# others wait as long as it does.
+PULSE_SEC, SILENCE_SEC = 5.0, 600.0
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among all: ``rank`` from 0 to ``size`` - 1; on its own it is 0 of 1."""
+    """This process among all: ``rank`` from 0 to ``size`` - 1; on its own it is 0 of 1.
+
+    Attributes:
+        store: the key-value store that the processes share; None on its own.
+    """
 
     rank: int = 0
     size: int = 1
+    store: Any = field(default=None, compare=False, repr=False)
+    _firsts: Iterator[int] = field(default_factory=itertools.count, compare=False, repr=False)
 
     @property
     def is_main(self) -> bool:
@@ -66,6 +80,60 @@ class World:
         if self.size > 1:
             dist.barrier()
 
+    @contextmanager
+    def main_first(self, what: str) -> Iterator[None]:
+        """Do the block in rank 0, then in the others; who is waited for shows life, and is waited for without a limit.
+
+        All processes must come here in the same order, and leave together. If the block fails in rank 0, the others do
+        it too, and fail.
+
+        Args:
+            what: that is done, for messages.
+
+        Raises:
+            RuntimeError: a process has shown no life for ``SILENCE_SEC``.
+        """
+        if self.size == 1:
+            yield
+            return
+        name = f"selva/main_first/{next(self._firsts)}"
+        if not self.is_main:
+            self._wait_for(name, 0, what)
+        with _pulse(self.store, f"{name}/{self.rank}"):
+            yield
+        for rank in range(self.size):
+            self._wait_for(name, rank, what)
+
+    def _wait_for(self, name: str, rank: int, what: str) -> None:
+        last, seen = -1, time.monotonic()
+        while not self.store.add(f"{name}/{rank}/done", 0):
+            pulse = self.store.add(f"{name}/{rank}/pulse", 0)
+            if pulse != last:
+                last, seen = pulse, time.monotonic()
+            elif time.monotonic() - seen > SILENCE_SEC:
+                raise RuntimeError(f"{what}: process {rank} has shown no life for {SILENCE_SEC:.0f} s, expected a sign "
+                                   f"every {PULSE_SEC:.0f} s; look at its log, and start again")
+            time.sleep(PULSE_SEC / 10)
+
+
+@contextmanager
+def _pulse(store: Any, name: str) -> Iterator[None]:
+    """Count a key of the store up while the block runs, and set another one when it ends, in whatever way."""
+    stop = threading.Event()
+
+    def beat() -> None:
+        while not stop.wait(PULSE_SEC):
+            store.add(f"{name}/pulse", 1)
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        store.add(f"{name}/done", 1)
+
 
 @contextmanager
 def join_world(device: torch.device) -> Iterator[World]:
@@ -78,9 +146,11 @@ def join_world(device: torch.device) -> Iterator[World]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=size,
+                            timeout=TIMEOUT)
     try:
-        world = World(dist.get_rank(), dist.get_world_size())
+        world = World(rank, size, store)
         yield world
         world.wait()  # a process that leaves while another one still writes can abort in gloo's threads
     finally:

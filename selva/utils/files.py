@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -29,6 +30,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         FileNotFoundError: the block ended without writing the file.
         IsADirectoryError: ``path`` is a folder.
+        OSError: names ``path``, for a full disk too.
     """
     path = Path(path)
     if path.is_dir():
@@ -41,6 +43,10 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         flush_file(temporary)
         os.replace(temporary, path)
         flush_folder(path.parent)
+    except OSError as error:
+        if error.errno is None or (error.filename is not None and not str(error.filename).startswith(str(folder))):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error  # "No space left on device" names no file
     finally:
         shutil.rmtree(folder)
 
@@ -49,6 +55,42 @@ def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write ``text`` to ``path`` as UTF-8, whole or not at all; line ends are kept as they are in ``text``."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(text.encode("utf-8"))
+
+
+def append_whole(path: Path, content: bytes) -> None:
+    """Append ``content`` to a file, whole or not at all: where it does not fit, the file is cut back to what it was."""
+    with open(path, "ab", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        try:
+            rest = memoryview(content)
+            while rest:
+                rest = rest[file.write(rest):]
+        except OSError:
+            file.truncate(size)
+            raise
+
+
+def why_not_written(error: OSError) -> str:
+    """Return the reason why a file could not be written, in words."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    reason = error.strerror or str(error) or type(error).__name__
+    return f"the disk is full ({reason})" if full else reason
+
+
+def check_can_write(folder: Path) -> None:
+    """Raise if no file could be made in ``folder``, or in the nearest of the folders above that exists; leaves nothing.
+
+    Raises:
+        ValueError: names the folder and the reason.
+    """
+    try:
+        existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+        if not existing.is_dir():
+            raise NotADirectoryError(f"{existing} is a file")
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise ValueError(f"{folder}: cannot be written to: {why_not_written(error)}; choose another folder") from error
 
 
 def flush_file(path: Path) -> None:

@@ -19,14 +19,45 @@ class LineFormatter(logging.Formatter):
         if record.levelno < logging.WARNING:
             return text
         text = f"{record.levelname.lower()}: {text}"
-        if sys.stderr.isatty() and "NO_COLOR" not in os.environ:
+        if on_terminal() and "NO_COLOR" not in os.environ:
             return f"{COLOURS.get(record.levelno, '')}{text}\033[0m"
         return text
 
 
+class LineHandler(logging.StreamHandler):
+    """Handler that goes on where a line cannot be written: a log that nobody reads is no reason to stop."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        ended = isinstance(sys.exc_info()[1], OSError)  # of a pipe, or of the room on a disk
+        if not ended and not getattr(self.stream, "closed", False):
+            super().handleError(record)
+
+
+def on_terminal() -> bool:
+    """Return True if stderr is a terminal."""
+    try:
+        return sys.stderr is not None and sys.stderr.isatty()
+    except ValueError:  # closed by someone
+        return False
+
+
+def open_missing_streams() -> None:
+    """Put the null device where stdin, stdout or stderr was closed by whoever started the process.
+
+    Otherwise the next file to be opened takes such a number, and what a library prints ends up in that file.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 -- stays open to the end
+
+
 def setup_logging(debug: bool = False) -> None:
     """Send the package's log to stderr; processes other than rank 0 only report errors."""
-    handler = logging.StreamHandler(sys.stderr)
+    open_missing_streams()
+    handler = LineHandler(sys.stderr)
     handler.setFormatter(LineFormatter("%(message)s"))
     root = logging.getLogger()
     root.handlers = [h for h in root.handlers if not isinstance(h.formatter, LineFormatter)] + [handler]

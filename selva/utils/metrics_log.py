@@ -9,13 +9,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from selva.utils.files import atomic_write_text
+from selva.utils.files import append_whole, atomic_write_text, why_not_written
 
 log = logging.getLogger(__name__)
 
 
 class MetricsFile:
     """``metrics.jsonl``: one JSON object per line, each with a ``step``; appended to, and cut back when resuming.
+
+    A number that is not finite is ``null`` in the file, as JSON knows no NaN; files that hold NaN are read too. Rows
+    that cannot be written, on a full disk for example, are kept in memory and written with later ones.
 
     Args:
         path: the file; None keeps the rows in memory only (processes other than rank 0).
@@ -24,33 +27,70 @@ class MetricsFile:
     def __init__(self, path: Path | None = None) -> None:
         self.path = path
         self.rows: list[dict[str, Any]] = []
+        self._unwritten = 0  # rows at the end that are not in the file yet
+        self._rewrite = False  # the file holds other rows than the first ones
+        self._warned = False
         self._tensorboard = None
         if path is not None and path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
                 try:
-                    self.rows.append(json.loads(line))
-                except json.JSONDecodeError:
+                    row = json.loads(line)
+                    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+                        raise ValueError
+                except (ValueError, RecursionError):
                     log.warning("%s: dropped an unfinished line", path)  # the process was killed while writing it
+                    self._rewrite = True
+                else:
+                    self.rows.append(row)
+
+    @property
+    def last_step(self) -> int:
+        """The highest step that a row is of; 0 without rows."""
+        return max((row["step"] for row in self.rows), default=0)
 
     def cut_after(self, step: int) -> None:
         """Forget the rows of steps after ``step``, which a resumed run will write again."""
         self.rows = [row for row in self.rows if row["step"] <= step]
-        assert self.path is not None
-        atomic_write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
+        self._rewrite = True
+        self.flush()
 
     def append(self, rows: Sequence[dict[str, Any]]) -> None:
         self.rows.extend(rows)
+        self._unwritten += len(rows)
         if self._tensorboard is not None:
-            for row in rows:
-                for key, value in row.items():
-                    if isinstance(value, float):
-                        self._tensorboard.add_scalar(key, value, row["step"])
-        if self.path is not None:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
+            try:
+                for row in rows:
+                    for key, value in row.items():
+                        if isinstance(value, float):
+                            self._tensorboard.add_scalar(key, value, row["step"])
+            except OSError as error:
+                log.error("the curves for TensorBoard end at step %d: %s", rows[-1]["step"], why_not_written(error))
+                self._tensorboard = None
+        self.flush()
 
-    def mirror_to_tensorboard(self, folder: Path) -> None:
+    def flush(self) -> bool:
+        """Write what is not in the file yet; return False, and say so once, if it cannot be written now."""
+        if self.path is None:
+            return True
+        try:
+            if self._rewrite:
+                atomic_write_text(self.path, _lines(self.rows))
+            elif self._unwritten:
+                append_whole(self.path, _lines(self.rows[-self._unwritten :]).encode("utf-8"))
+        except OSError as error:
+            if not self._warned:
+                log.error("%s: not written, %s; its rows are kept in memory until they can be written", self.path,
+                          why_not_written(error))
+            self._warned = True
+            return False
+        self._rewrite, self._unwritten, self._warned = False, 0, False
+        return True
+
+    def mirror_to_tensorboard(self, folder: Path, purge_step: int | None = None) -> None:
         """Write every number that is appended from now on to event files in ``folder`` too.
+
+        Args:
+            purge_step: what event files of before hold from this step on is no longer shown.
 
         Raises:
             ValueError: the package ``tensorboard`` is not installed.
@@ -59,12 +99,25 @@ class MetricsFile:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ValueError(f"--tensorboard: {error}; install it with `pip install tensorboard`") from error
-        self._tensorboard = SummaryWriter(str(folder))
+        self._tensorboard = SummaryWriter(str(folder), purge_step=purge_step)
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
         """Return the steps and the values of the rows that have a finite ``key``."""
-        rows = [row for row in self.rows if math.isfinite(row.get(key, math.nan))]
+        rows = [row for row in self.rows if row.get(key) is not None and math.isfinite(row[key])]
         return [row["step"] for row in rows], [row[key] for row in rows]
+
+
+def _lines(rows: Sequence[dict[str, Any]]) -> str:
+    return "".join(json.dumps(_finite(row), allow_nan=False) + "\n" for row in rows)
+
+
+def _finite(value: Any) -> Any:
+    """Return ``value`` with None in place of every number that JSON does not know."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def smoothed(values: Sequence[float], decay: float = 0.98) -> list[float]:

@@ -26,7 +26,7 @@ def new_figure(width_in: float, height_in: float) -> Figure:
 def save_figure(figure: Figure, path: Path, comment: str = "") -> None:
     """Write a figure, whole or not at all; ``comment`` is stored in the file (PNG)."""
     with atomic_path(path) as temporary:
-        figure.savefig(temporary, **({"metadata": {"Comment": comment}} if comment else {}))
+        figure.savefig(temporary, metadata={"Comment": comment} if comment else None)
 
 
 def plot_losses(metrics: MetricsFile, folder: Path, title: str) -> None:

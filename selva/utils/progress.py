@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
+from selva.utils.logging import on_terminal
 from selva.utils.text import clock
 from selva.utils.torchrun import is_main_process
 
@@ -22,7 +22,7 @@ class Progress:
         self.done, self.start = 0, time.monotonic()
         self._last_line = self.start
         self._bar = None
-        if sys.stderr.isatty() and is_main_process():
+        if on_terminal() and is_main_process():
             from tqdm import tqdm
 
             self._bar = tqdm(total=total, desc=what, unit=unit, leave=False, dynamic_ncols=True)
@@ -31,8 +31,11 @@ class Progress:
         """Set the number of finished items; ``note`` stands behind the bar or the line."""
         step, self.done = done - self.done, done
         if self._bar is not None:
-            self._bar.set_postfix_str(note, refresh=False)
-            self._bar.update(step)
+            try:
+                self._bar.set_postfix_str(note, refresh=False)
+                self._bar.update(step)
+            except OSError:  # the terminal is gone
+                self._bar = None
         elif time.monotonic() - self._last_line >= self.interval_sec and is_main_process():
             self._last_line = time.monotonic()
             seconds = self._last_line - self.start
@@ -42,7 +45,8 @@ class Progress:
 
     def close(self) -> None:
         if self._bar is not None:
-            self._bar.close()
+            with suppress(OSError):
+                self._bar.close()
 
     def __enter__(self) -> Progress:
         return self

@@ -1,4 +1,8 @@
-"""Files of tensors: read without executing anything in them, and checked so that they can be read back in that way."""
+"""Files of tensors: read without executing anything in them, and checked so that they can be read back in that way.
+
+What cannot be written is an OSError here, with its number: PyTorch raises a RuntimeError on a full disk, safetensors an
+error of its own.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +78,51 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], Any]:
         return tensors, json.loads(header.get("meta", "{}"))
     except (safetensors.SafetensorError, *READ_ERRORS) as error:
         raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
+
+
+class _FirstError:
+    """File that keeps the first error of writing for later, as PyTorch's writer would hide it."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.error = file, None
+
+    def write(self, content: Any) -> int:
+        if self.error is None:
+            try:
+                self.file.write(content)
+            except OSError as error:
+                self.error = error
+        return memoryview(content).nbytes
+
+    def flush(self) -> None:
+        """Do nothing; the file is flushed when it is closed."""
+
+
+def write_torch(content: Any, path: Path) -> None:
+    """Write ``content`` with ``torch.save``.
+
+    Raises:
+        OSError: it cannot be written, for example because the disk is full.
+    """
+    try:
+        torch.save(content, path)
+    except RuntimeError:  # does not say why; once more through a file of Python's, which does
+        with open(path, "wb") as file:
+            first = _FirstError(file)
+            torch.save(content, first)  # pyright: ignore[reportArgumentType]  -- all that it needs of a file
+            if first.error is not None:
+                raise first.error from None
+
+
+def write_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Write contiguous tensors as a ``.safetensors`` file.
+
+    Raises:
+        OSError: it cannot be written, for example because the disk is full.
+    """
+    import safetensors.torch
+
+    path.write_bytes(safetensors.torch.save(dict(tensors), dict(metadata)))
 
 
 def is_whole_tensor(value: Any) -> bool:

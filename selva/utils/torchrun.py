@@ -31,6 +31,19 @@ def is_main_process() -> bool:
     return rank() == 0
 
 
+def process_environment(rank: int, size: int, port: int) -> dict[str, str]:
+    """Return the variables that torchrun would give to one of ``size`` processes of this machine; none for one alone.
+
+    Args:
+        port: a free one, the same for all of them.
+    """
+    if size == 1:
+        return {}
+    own = {name: str(rank) for name in ("RANK", "LOCAL_RANK")}
+    return {**own, "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port)}
+
+
 def launch_id() -> str:
     """Return a text that processes started together share and that an earlier launch did not have; "" for one alone."""
     if world_size() == 1:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
+import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -123,6 +125,42 @@ def packaged_identity(variant: str) -> str:
 def encoders_identity(variant: Variant) -> str:
     """Return a name for a variant's encoders that changes with their features, to be stored beside features.
 
-    Published encoders never change; those of a packaged variant may, with the package.
+    Those of a packaged variant may change with the package. Whether files that were found are the published ones, only
+    their content says, see :func:`weights_identity`.
     """
     return f"{variant.encoders} {packaged_identity(variant.name)}" if variant.packaged else variant.encoders
+
+
+# -- weights that were found ------------------------------------------------------------------------------------------
+
+_BLOCK_BYTES, _NUM_BLOCKS = 1 << 16, 32
+
+
+def weights_identity(variant: Variant, selva_dir: Path | None, needs: Sequence[str]) -> str:
+    """Return 16 hexadecimal digits that other weights do not share, even of the same names and sizes; "" for packaged.
+
+    Raises:
+        FileNotFoundError: as :func:`find_weights`.
+    """
+    if variant.packaged:
+        return ""  # :func:`packaged_identity` knows them
+    found = find_weights(variant, selva_dir, needs)
+    marks = {part: [[path.name, content_mark(path)] for path in files] for part, files in found.items()}
+    return hashlib.sha256(json.dumps(marks, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def content_mark(path: Path) -> str:
+    """Return a hash of a file's size and of 2 MB of it, beginning and end among them: weights differ everywhere."""
+    status = path.stat()
+    return _mark_of(path, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+
+
+@functools.lru_cache(maxsize=256)
+def _mark_of(path: Path, size: int, *_status: int) -> str:
+    digest = hashlib.sha256(str(size).encode())
+    last = max(0, size - _BLOCK_BYTES)
+    with open(path, "rb") as file:
+        for position in sorted({last * number // (_NUM_BLOCKS - 1) for number in range(_NUM_BLOCKS)}):
+            file.seek(position, os.SEEK_SET)
+            digest.update(file.read(_BLOCK_BYTES))
+    return digest.hexdigest()

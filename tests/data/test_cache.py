@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+import threading
 
 import pytest
 import torch
@@ -176,3 +178,62 @@ def test_notes_of_an_earlier_version_are_believed_until_something_new_is_noted(t
     assert stamp["inode"] == path.stat().st_ino and stamp["size"] == 5
     os.utime(path, ns=(10**18, 10**18 + 1))
     assert DataCache(tmp_path).note(path, "answer", lambda: 43) == 43
+
+
+# -- several processes, and no room -----------------------------------------------------------------------------------
+
+
+def test_a_second_process_waits_and_says_for_whom(tmp_path, caplog):
+    first, second, order = DataCache(tmp_path), DataCache(tmp_path), []
+
+    def build():
+        with second.building():
+            order.append("second" if second.load("latents", SETTINGS) else "second found nothing")
+
+    with first.building():
+        thread = threading.Thread(target=build)
+        thread.start()
+        while "waiting until it has finished" not in caplog.text and thread.is_alive():
+            thread.join(0.01)
+        first.save("latents", SETTINGS, TENSORS)
+        order.append("first")
+    thread.join(30)
+    assert order == ["first", "second"] and f"process {os.getpid()} on {socket.gethostname()}" in caplog.text
+    assert [p.name for p in (tmp_path / CACHE_FOLDER).iterdir()] == ["latents"]
+
+
+def test_notes_of_two_processes_are_kept(tmp_path):
+    paths = [old_file(tmp_path / f"{name}.wav", name.encode()) for name in "ab"]
+    caches = [DataCache(tmp_path), DataCache(tmp_path)]
+    for cache, path in zip(caches, paths, strict=True):
+        cache.content_hash(path)
+    for cache in caches:
+        cache.flush()
+    assert json.loads((tmp_path / CACHE_FOLDER / FILES_FILE).read_text()).keys() == {"a.wav", "b.wav"}
+
+
+def test_a_full_disk_is_survived_in_memory(tmp_path, caplog):
+    """A limit on the size of files stands for the full disk, on which the temporary folder lies too."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    cache = DataCache(tmp_path)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        cache.save("latents", SETTINGS, TENSORS)
+        cache.save("latents", {**SETTINGS, "start_sec": 1}, TENSORS)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    found = cache.load("latents", SETTINGS)
+    assert found is not None and all(torch.equal(found[k], v) for k, v in TENSORS.items())
+    assert cache.load("latents", {**SETTINGS, "start_sec": 1}) and "the disk is full" in caplog.text
+    assert "kept in memory" in caplog.text and not entries(tmp_path)
+
+
+def test_temporary_folders_are_deleted_on_request(tmp_path, monkeypatch):
+    """torchrun's processes end without Python's own clean-up."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    cache = DataCache(tmp_path / "data", enabled=False)
+    cache.save("latents", SETTINGS, TENSORS)
+    assert list(tmp_path.glob("selva_cache_*"))
+    selva.data.cache.remove_temporary_caches()
+    assert not list(tmp_path.glob("selva_cache_*"))

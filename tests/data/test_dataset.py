@@ -12,10 +12,12 @@ from small_run import make_clips
 from selva.data.dataset import (
     BucketBatchSampler,
     ClipDataset,
+    ConcatDataset,
     ListDataset,
     ShuffledIndices,
     TrainingClip,
     collate,
+    origin_groups,
     split_validation,
 )
 from selva.sequence import sequence_config
@@ -193,6 +195,91 @@ def test_how_many_clips_are_held_out(count, fraction, expected):
     train, val = split_validation(clips, fraction, seed=1)
     assert len(val) == expected and sorted(train.ids + val.ids) == sorted(clips.ids)
     assert split_validation(clips, fraction, seed=1)[1].ids == val.ids
+
+
+class OriginSet(WindowedSet):
+    """Clips of one window whose origins are given."""
+
+    def __init__(self, origins):
+        super().__init__([1] * len(origins))
+        self.of = origins
+
+    def origins(self, index):
+        return self.of[index]
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("num_videos, windows", [(10, 3), (40, 1), (6, 5), (3, 2)])
+def test_what_is_of_one_origin_stays_on_one_side(num_videos, windows, seed):
+    pairs = [(video, window) for video in range(num_videos) for window in range(windows)]
+    clips = OriginSet([(f"source {video}", f"sound {video} {window}") for video, window in pairs])
+    train, val = split_validation(clips, 0.1, seed)
+    sides = [{part.origins(i)[0] for i in range(len(part))} for part in (train, val)]
+    assert sides[0] and sides[1] and not sides[0] & sides[1] and sorted(train.ids + val.ids) == sorted(clips.ids)
+    assert len(val) <= max(windows, round(0.1 * len(clips)))
+    assert split_validation(clips, 0.1, seed)[1].ids == val.ids
+
+
+def test_origins_are_linked_through_other_clips():
+    """A sound that two videos share holds their windows together."""
+    clips = OriginSet([("a", "1"), ("a", "2"), ("b", "2"), ("b", "3"), ("c", "4"), ("d", "5"), (), ()])
+    groups = origin_groups(clips)
+    assert len(set(groups[:4])) == 1 and len(set(groups)) == 5
+    for seed in range(20):
+        val = split_validation(clips, 0.3, seed)[1]
+        assert not {f"clip{i}" for i in range(4)} & set(val.ids)
+
+
+def test_a_single_video_is_not_split():
+    clips = OriginSet([("a",)] * 8)
+    train, val = split_validation(clips, 0.1, 0)
+    assert len(train) == 8 and len(val) == 0
+    mostly = OriginSet([("a",)] * 8 + [("b",)] * 2)
+    assert split_validation(mostly, 0.1, 0)[1].ids == ["clip8", "clip9"]
+
+
+@pytest.mark.parametrize("by_origin", [False, True])
+def test_clips_of_their_own_are_split_as_version_0_1_0_did(by_origin):
+    clips = WindowedSet([1] * 23)
+    order = torch.randperm(23, generator=torch.Generator().manual_seed(4)).tolist()
+    train, val = split_validation(clips, 0.2, 4, by_origin=by_origin)
+    assert [val.indices, train.indices] == [sorted(order[:5]), sorted(order[5:])]
+    windows = OriginSet([("a",)] * 23)
+    assert split_validation(windows, 0.2, 4, by_origin=False)[1].indices == sorted(order[:5])
+
+
+class Counted(WindowedSet):
+    """Clips that count how often their names are listed and their lengths are asked for."""
+
+    def __init__(self, count):
+        super().__init__([1] * count)
+        self.listed = self.asked = 0
+        self.length = super().lengths(0)
+
+    @property
+    def ids(self):
+        self.listed += 1
+        assert self.listed < 5, "the names are listed again and again"
+        return [f"clip{i}" for i in range(len(self.windows))]
+
+    def lengths(self, index):
+        self.asked += 1
+        return self.length
+
+
+def test_a_large_set_starts_and_draws_without_listing_its_names():
+    """Pairs of sets ask for their parts by number: 100,000 clips with as many preserved ones, not 10^10 names."""
+    count = 100_000
+    base = Counted(count)
+    made = ListDataset([make_clip(f"made{i}") for i in range(3)])
+    joined = ConcatDataset(base.subset(range(count)), made.subset(i % 3 for i in range(count)))
+    batches = BucketBatchSampler(joined, 4, seed=0)
+    assert len(joined) == 2 * count and base.listed <= 2 and base.asked <= 2 * count
+    base.listed = base.asked = 0
+    for _ in range(100):
+        batches.draw()
+    assert base.listed == 0 and base.asked <= 100 * 4 * 2
+    assert joined.ids is joined.ids and len(joined.ids) == 2 * count and base.listed <= 1
 
 
 # -- the stream of indices ---------------------------------------------------------------------------------------------

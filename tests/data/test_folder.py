@@ -37,6 +37,17 @@ def test_pairs_are_found_in_order_of_their_names(tmp_path):
     assert scan.skipped == []
 
 
+def test_the_sound_that_was_extracted_with_the_features_is_taken(tmp_path, caplog):
+    put_clip(tmp_path, "a", suffix=".wav")
+    put_clip(tmp_path, "b", suffix=".wav")
+    for stem in ("a", "b"):
+        (tmp_path / f"{stem}.flac").write_bytes(b"sound")
+    save_features(tmp_path / "b.npz", FeatureBundle(
+        torch.zeros(1, 8, 4), torch.zeros(1, 16, 4), 1.0, origin={"sound": "b.flac", "sound_sha256": "0"}))
+    assert [clip.audio_path.name for clip in scan_folder(tmp_path).clips] == ["a.wav", "b.flac"]
+    assert "b.flac is used as the sound of b, not b.wav" in caplog.text
+
+
 def test_everything_left_out_is_named_and_ids_stay_with_their_files(tmp_path):
     put_clip(tmp_path, "a")
     put_clip(tmp_path, "b", suffix="")

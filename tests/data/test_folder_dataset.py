@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import os
+import shutil
 import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from make_data import TINY, noise, put_clip, put_sound
 
 from selva.data import folder_dataset
 from selva.data.cache import CACHE_FOLDER, DataCache
+from selva.data.dataset import origin_groups
 from selva.data.folder import FolderClip, FolderScan
 from selva.data.folder_dataset import FolderDataset, first_clip_frame, load_clip_dataset, plan_windows
 from selva.data.latents import encode_latents, load_waveform
-from selva.features import FeatureBundle, save_features
+from selva.features import FeatureBundle, load_features, save_features
 from selva.models.variants import get_variant
 from selva.models.zoo import build_mel
 from selva.sequence import sequence_config
@@ -363,3 +367,49 @@ def test_a_folder_of_neither_kind(tmp_path):
         load(tmp_path)
     with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
         load(tmp_path / "nowhere")
+
+
+# -- origins and content -----------------------------------------------------------------------------------------------
+
+
+def put_source(folder, stem, source, **options):
+    put_clip(folder, stem, **options)
+    bundle = load_features(folder / f"{stem}.npz")
+    save_features(folder / f"{stem}.npz", dataclasses.replace(bundle, source_sha256=source))
+
+
+def test_clips_of_one_video_or_one_sound_share_an_origin(tmp_path):
+    """Windows of a video; a copied sound; the same samples in another format."""
+    for number, source in enumerate(["x", "x", "y", "", "", ""]):
+        put_source(tmp_path, f"c{number}", source, seed=number, sound=np.round(noise(1.1, seed=number) * 2**15) / 2**15)
+    shutil.copy(tmp_path / "c2.wav", tmp_path / "c3.wav")
+    (tmp_path / "c4.wav").unlink()
+    samples, rate = soundfile.read(tmp_path / "c2.wav", dtype="float32")
+    soundfile.write(tmp_path / "c4.flac", samples, rate, subtype="PCM_16")
+    for _ in range(2):  # encoded, then from the cache
+        clips, problems = load(tmp_path)
+        groups = origin_groups(clips)
+        assert not problems and clips.ids == [f"c{i}" for i in range(6)]
+        assert groups[0] == groups[1] and groups[2] == groups[3] == groups[4]
+        assert len(set(groups)) == 3
+
+
+def test_the_content_of_a_clip_is_that_of_all_its_parts(tmp_path):
+    put_clip(tmp_path, "a", 2.0)
+    before = load(tmp_path)[0].content(0)
+    assert before == load(tmp_path)[0].content(0) and all(before.values())
+
+    def changed(**options):
+        now = load(tmp_path, **options)[0].content(0)
+        return {key for key in now if now[key] != before[key]}
+
+    assert changed(max_duration_sec=1.0) == {"windows", "latents"}
+    (tmp_path / "prompts.txt").write_text("a.npz: a bell\n")
+    assert changed() == {"prompt"}
+    (tmp_path / "prompts.txt").unlink()
+    put_sound(tmp_path / "a.wav", noise(2.1, seed=1))
+    os.utime(tmp_path / "a.wav")
+    assert changed() == {"sound", "latents"}
+    put_clip(tmp_path, "a", 2.0, seed=2, sound=noise(2.1, seed=0))
+    os.utime(tmp_path / "a.wav")
+    assert changed() == {"features"}

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import socket
 
 import pytest
 
+from selva.extraction import manifest
 from selva.extraction.manifest import ManifestWriter, Shard, read_manifest
 
 ROWS = [(name, f"{name}.mp4", 0.0) for name in "abcde"]
@@ -119,3 +123,70 @@ def test_a_manifest_that_is_none(tmp_path, line):
     path.write_text(json.dumps({"id": "a", "status": "done"}) + "\n" + line + "\n", encoding="utf-8")
     with pytest.raises(ValueError, match="line 2"):
         read_manifest(path)
+
+
+# -- several processes ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first, second", [((0, 1), (0, 1)), ((0, 2), (0, 2)), ((0, 2), (0, 1)), ((0, 1), (1, 2))])
+def test_two_processes_never_do_the_same_clips(tmp_path, first, second):
+    with writer_for(tmp_path, Shard(*first)) as writer:
+        writer.record(0, "done")
+        with pytest.raises(ValueError, match=f"process {os.getpid()} on {socket.gethostname()} is writing shard"):
+            writer_for(tmp_path, Shard(*second))
+        for clip in list(writer.shard.own(5))[1:]:
+            writer.record(clip, "done")
+        outcome = writer.finish()
+    assert outcome.complete == (first[1] == 1)
+    rows = read_manifest(tmp_path / f"manifest.{'' if outcome.complete else 'incomplete.'}jsonl")
+    assert sum(row["status"] == "done" for row in rows) == len(Shard(*first).own(5))
+    do_share(tmp_path, *second)  # now that the first has ended
+
+
+def test_parts_of_one_job_go_on_beside_each_other(tmp_path):
+    with writer_for(tmp_path, Shard(0, 2)), writer_for(tmp_path, Shard(1, 2)) as second:
+        second.record(1, "done")
+
+
+def test_a_folder_has_one_name_however_it_is_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "clips").mkdir()
+    rows = [[(name, f"{folder}/{name}.mp4", 0.0) for name in "ab"] for folder in ("clips", f"{tmp_path}/clips")]
+    do_share(tmp_path, 0, 2, rows=rows[0])
+    assert do_share(tmp_path, 1, 2, rows=rows[1]).complete
+
+
+@pytest.mark.parametrize("other, said", [
+    ({"settings": [{"latents": "True"}, ["x"]]}, "--latents was False there and is True here"),
+    ({"settings": [{"latents": "False"}, ["y"]]}, "the prompts"),
+    ({"settings": [{"latents": "False"}, ["x"]], "rows": ROWS[:4]}, "number of clips was 5 there and is 4 here"),
+    ({"settings": [{"latents": "False"}, ["x"]], "rows": [(a, b, 1.0) for a, b, _ in ROWS]}, "the starts"),
+])
+def test_the_difference_to_another_part_is_named(tmp_path, caplog, other, said):
+    do_share(tmp_path, 0, 2, settings=[{"latents": "False"}, ["x"]])
+    do_share(tmp_path, 1, 2, **other)
+    assert f"part 1 of 2 was done for other clips or with other settings ({said}" in caplog.text
+
+
+def test_journals_of_earlier_versions_count(tmp_path):
+    """They know the paths as they were given."""
+    do_share(tmp_path, 0, 2)
+    path = tmp_path / ".extract" / "shard_1_of_2.jsonl"
+    header, *rest = path.read_text().splitlines()
+    old = {"work_list": manifest._hash([ROWS, "s"]), "shard": 0, "of": 2, "launch": ""}
+    assert json.loads(header)["shard"] == 0
+    path.write_text("\n".join([json.dumps(old), *rest]) + "\n")
+    assert do_share(tmp_path, 1, 2).complete
+
+
+def test_file_systems_that_cannot_lock_files(tmp_path, monkeypatch, caplog):
+    fcntl = pytest.importorskip("fcntl")
+
+    def flock(*_arguments):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with writer_for(tmp_path), pytest.raises(ValueError, match="is writing shard 1 of 1"):
+        writer_for(tmp_path)
+    assert "this file system cannot lock files" in caplog.text
+    assert do_share(tmp_path, 0, 1).complete

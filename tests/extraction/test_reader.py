@@ -11,10 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from make_media import clicks, make_video
 
 from selva.extraction import reader as clip_reader
 from selva.extraction.reader import ClipReader, ReadClip, ReadSettings, default_workers, read_clips
+from selva.features import FeatureBundle, save_features
 from selva.inputs.jobs import ClipJob
 from selva.models.variants import get_variant
 
@@ -50,7 +52,8 @@ def test_a_clip_is_read_and_its_sound_written(tmp_path, video):
     assert clip.clip_frames is not None and clip.sync_frames is not None
     assert clip.clip_frames.shape == (8, 3, sizes[0], sizes[0])
     assert clip.sync_frames.shape == (25, 3, sizes[1], sizes[1])
-    assert (tmp_path / "out" / "v.flac").exists() and clip.waveform is None and set(clip.seconds) >= {"hash", "decode"}
+    assert clip.sound.path is not None and clip.sound.path.exists() and not (tmp_path / "out" / "v.flac").exists()
+    assert clip.waveform is None and set(clip.seconds) >= {"hash", "decode"}
 
 
 def test_the_order_is_that_of_the_list_whatever_the_number_of_workers(tmp_path, video):
@@ -198,3 +201,31 @@ def test_workers_follow_the_cores_and_the_clips(monkeypatch):
     assert default_workers(100) == 1
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     assert default_workers(100) == 0
+
+
+def test_features_of_other_weights_are_not_current(tmp_path, video):
+    """Weights of the same names and sizes: random ones for a test, then the real ones."""
+    folder = tmp_path / "out"
+
+    def read(weights):
+        return ClipReader([job(video)], settings(folder, audio="none", weights=weights))[0]
+
+    clip = read("random")
+    for origin, expected in ((None, "done"), ({"weights": "random"}, "ready"), ({"weights": "real"}, "done")):
+        save_features(folder / "v.npz", FeatureBundle(
+            torch.zeros(1, 8, 4), torch.zeros(1, 8, 4), 1.0, settings=clip.settings, origin=origin))
+        assert read("real").status == expected
+
+
+def test_rows_of_other_weights_are_not_current(tmp_path):
+    path = make_video(tmp_path / "v.mkv", 8.0, fps=10, sound=clicks([0.5], 8.1))
+
+    def read(weights, digests=None):
+        reader = ClipReader([job(path, duration_sec=8.0)], settings(None, latents=True, weights=weights), digests)
+        return reader[0]
+
+    earlier, random = read(""), read("random")
+    assert len({earlier.digest, random.digest, read("real").digest}) == 3
+    assert read("real", {0: random.digest}).status == "ready"
+    kept = read("real", {0: earlier.digest})
+    assert kept.status == "done" and kept.digest == earlier.digest

@@ -90,3 +90,9 @@ def test_a_manifest_with_such_a_prompt_is_read(tmp_path):
     row = {"id": "a", "status": "done", "prompt": "a dog barks,\u2028then\x85a cat"}
     (tmp_path / "manifest.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
     assert read_manifest(tmp_path / "manifest.jsonl") == [row]
+
+
+def test_a_manifest_nested_too_deeply_is_named(tmp_path):
+    (tmp_path / "manifest.jsonl").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"manifest\.jsonl: line 1 is not JSON"):
+        read_manifest(tmp_path / "manifest.jsonl")

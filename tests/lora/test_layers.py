@@ -10,10 +10,18 @@ import torch
 from lora_toy import ALL, DIM, Toy, make_input, make_toy, train_a_little_
 from torch import Tensor, nn
 
+from selva.checkpoint import load_adapter, save_adapter
 from selva.lora.config import LoRAConfig
-from selva.lora.inject import inject_lora, remove_lora
-from selva.lora.layers import LoRALinear
-from selva.lora.state import adapter_tensors, load_lora_state_, lora_parameters, lora_plus_groups, lora_state_dict
+from selva.lora.inject import check_ranks, inject_lora, remove_lora
+from selva.lora.layers import LoRALinear, lora_layers
+from selva.lora.state import (
+    adapter_tensors,
+    load_lora_state_,
+    lora_parameters,
+    lora_plus_groups,
+    lora_state_dict,
+    start_from_adapter_,
+)
 from selva.models.generator import Generator
 from selva.models.variants import VARIANTS
 
@@ -342,3 +350,55 @@ def test_a_copy_of_an_adapted_model_is_independent(model, x):
     train_a_little_(twin)
     assert isinstance(twin.blocks[0].attn.qkv, LoRALinear)
     assert not torch.equal(twin(x), model(x))
+
+
+# -- starting at a finished adapter ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank", [3, 6])
+@pytest.mark.parametrize("before", [{"rslora": True, "rank": 3}, {"rank": 3, "target_ranks": {"linear1": 1}},
+                                    {"rank": 3, "dora": True}, {"rank": 1, "init": "pissa"}], ids=str)
+def test_a_model_starts_at_a_finished_adapter_and_can_learn_in_every_direction(x, before, rank, tmp_path):
+    first = make_toy()
+    inject_lora(first, LoRAConfig(targets=ALL, **before))
+    with torch.no_grad():
+        for parameter in lora_parameters(first):
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    save_adapter(tmp_path / "a.pt", first, {})
+    second = make_toy()
+    inject_lora(second, LoRAConfig(targets=ALL, rank=rank, alpha=2.0, dora=bool(before.get("dora"))))
+    assert start_from_adapter_(second, load_adapter(tmp_path / "a.pt")) == []
+    torch.testing.assert_close(second(x), first(x), rtol=1e-4, atol=1e-5)
+    second(x).square().sum().backward()
+    for name, layer in lora_layers(second):
+        assert layer.lora_B.grad.any(), name
+        assert layer.lora_A.flatten(1).any(1).all(), name  # a direction whose A and B are zero would never move
+
+
+def test_what_a_finished_adapter_has_no_place_for_is_named(tmp_path):
+    first = make_toy()
+    inject_lora(first, LoRAConfig(targets=("attn.qkv", "ffn.0"), rank=3, dora=True))
+    with torch.no_grad():
+        for parameter in lora_parameters(first):
+            parameter.add_(torch.randn_like(parameter))
+    save_adapter(tmp_path / "a.pt", first, {})
+    adapter, second = load_adapter(tmp_path / "a.pt"), make_toy()
+    inject_lora(second, LoRAConfig(targets=("attn.qkv",), rank=2))
+    before = lora_state_dict(second)
+    with pytest.raises(ValueError, match=r"a.pt: .*blocks.0.attn.qkv has rank 3, here it is 2 \(--rank\).*"
+                                         r"blocks.0.ffn.0 has no adapter here \(--target\)"):
+        start_from_adapter_(second, adapter)
+    assert all(torch.equal(value, before[key]) for key, value in lora_state_dict(second).items())
+    third = make_toy()
+    inject_lora(third, LoRAConfig(targets=ALL, rank=3))
+    with pytest.raises(ValueError, match=r"has a DoRA magnitude \(--dora\)"):
+        start_from_adapter_(third, adapter)
+    fourth = make_toy()
+    inject_lora(fourth, LoRAConfig(targets=ALL, rank=3, dora=True))
+    assert start_from_adapter_(fourth, adapter) == ["blocks.0.linear1", "blocks.1.linear1", "linear1"]
+
+
+def test_a_rank_above_the_size_of_a_layer_is_named(model):
+    check_ranks(model, LoRAConfig(rank=12, targets=ALL))
+    with pytest.raises(ValueError, match=r"blocks.0.linear1 has rank at most 12, asked for 13.*--rank"):
+        check_ranks(model, LoRAConfig(rank=12, targets=ALL, target_ranks={"linear1": 13}))

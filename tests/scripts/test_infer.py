@@ -389,14 +389,51 @@ def test_a_sound_is_kept_when_its_video_cannot_be_written(clip_dir, tmp_path, ca
     assert (tmp_path / "folder" / "knock_0.mp4").exists()
 
 
-def test_a_recording_is_not_replaced_by_mistake(feature_dir, two_clips, capsys):
+def test_a_recording_is_not_replaced_by_mistake(feature_dir, tmp_path, capsys):
     recorded = (feature_dir / "knock_0.flac").read_bytes()
-    assert run("--features", feature_dir / "knock_0.npz", "--output", feature_dir) == 2
-    assert run(two_clips, "--prompt", "x", "--output", two_clips) == 2
+    out = tmp_path / "out"
+    out.mkdir()
+    shutil.copy(feature_dir / "knock_0.flac", out)
+    assert run("--features", feature_dir / "knock_0.npz", "--output", out) == 2
     assert "knock_0.flac: there already, and not made by infer.py" in capsys.readouterr().err
-    assert (feature_dir / "knock_0.flac").read_bytes() == recorded
-    assert run("--features", feature_dir / "knock_0.npz", "--output", feature_dir, "--overwrite") == 0
-    assert (feature_dir / "knock_0.flac").read_bytes() != recorded
+    assert (out / "knock_0.flac").read_bytes() == recorded
+    assert run("--features", feature_dir / "knock_0.npz", "--output", out, "--overwrite") == 0
+    assert (out / "knock_0.flac").read_bytes() != recorded
+
+
+@pytest.mark.parametrize("output", ["", "knock_0.flac", "knock_0.wav"])
+@pytest.mark.parametrize("more", [[], ["--overwrite"]])
+def test_the_sound_that_features_are_trained_with_is_never_replaced(feature_dir, capsys, output, more):
+    recorded = (feature_dir / "knock_0.flac").read_bytes()
+    assert run("--features", feature_dir / "knock_0.npz", "--output", feature_dir / output, *more) == 2
+    error = capsys.readouterr().err
+    assert "has features beside it" in error and "knock_0.npz" in error
+    assert (feature_dir / "knock_0.flac").read_bytes() == recorded and not (feature_dir / "knock_0.wav").exists()
+
+
+@pytest.mark.parametrize("more", [[], ["--overwrite"], ["--num_variations", "2", "--overwrite"]])
+def test_no_input_is_ever_a_target(two_clips, capsys, monkeypatch, more):
+    """Neither a clip's own video, nor that of another clip: the first variation of dog.mp4 is called dog_1.mp4."""
+    shutil.copy(two_clips / "knock_5.mp4", two_clips / "knock_0_1.mp4")
+    before = {path: path.read_bytes() for path in two_clips.iterdir()}
+    monkeypatch.setattr(engine.SoundGenerator, "sample", None)  # it is told before
+    assert run(two_clips, "--prompt", "x", "--output", two_clips, *more) == 2
+    error = capsys.readouterr().err
+    assert "knock_0_1.mp4: would be replaced" in error or "knock_0_1.mp4, " in error
+    assert "--overwrite" not in error and {path: path.read_bytes() for path in two_clips.iterdir()} == before
+
+
+def test_links_to_an_input_are_that_input(two_clips, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "knock_0.mp4").symlink_to(two_clips / "knock_0.mp4")
+    assert run(two_clips / "knock_0.mp4", "--prompt", "x", "--output", out, "--overwrite") == 2
+    assert "is itself an input" in capsys.readouterr().err
+
+
+def test_a_negative_prompt_without_guidance_is_named(tmp_path, capsys):
+    assert run("--prompt", "x", "--negative_prompt", "music", "--cfg_strength", "0", "--output", tmp_path) == 0
+    assert "--negative_prompt 'music' has no effect" in capsys.readouterr().err
 
 
 def test_a_table_says_prompt_start_and_duration(clip_dir, tmp_path, capsys):

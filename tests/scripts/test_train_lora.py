@@ -208,7 +208,8 @@ def test_resuming_with_another_adapter_shape_is_refused(feature_dir, tmp_path, c
     assert "rank is 2 there and 4 now" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143),
+                                          (getattr(signal, "SIGHUP", signal.SIGTERM), 143)])
 def test_a_signal_ends_in_a_state_to_resume_from(feature_dir, tmp_path, number, code):
     """Pitfall F8: at any step, also for a single one more."""
     out = tmp_path / "run"
@@ -361,6 +362,44 @@ def test_settings_that_change_what_is_learned_may_not_change(feature_dir, tmp_pa
     assert train(feature_dir, out, "--no_preview", "--resume", "auto", "--null_prob", "0.5", "--latent", "mode") == 1
     err = capsys.readouterr().err
     assert "null_prob was 0.1 and is 0.5 now" in err and "latent was 'sample' and is 'mode' now" in err
+
+
+def test_changed_clips_are_refused_and_a_new_run_starts_from_the_adapter(feature_dir, tmp_path, capsys):
+    out, new = tmp_path / "run", tmp_path / "new"
+    assert train(feature_dir, out, "--no_preview", "--steps", "2", "--lr", "1e-2") == 0
+    resume = ("--no_preview", "--resume", "auto")
+    capsys.readouterr()
+    assert train(feature_dir, out, *resume, "--duration", "1.2") == 1
+    assert "another length or other windows (--duration): knock_" in capsys.readouterr().err
+    (feature_dir / "prompts.txt").write_text("knock_5.npz: a bell\n")
+    assert train(feature_dir, out, *resume) == 1
+    err = capsys.readouterr().err
+    assert "another prompt: knock_5" in err and f"--init_from {out / 'adapter_step00002.pt'}" in err
+    start = tensors(out / "adapter_final.pt")
+    first = ("--no_preview", "--init_from", str(out / "adapter_final.pt"), "--steps", "2", "--lr", "1e-9")
+    assert train(feature_dir, new, *first, "--rank", "4") == 0
+    assert "starting at the adapter adapter_final.pt" in capsys.readouterr().err
+    for key, value in tensors(new / "adapter_final.pt").items():
+        part = value[:2] if key.endswith("lora_A") else value[:, :2]
+        torch.testing.assert_close(part, start[key], rtol=0, atol=1e-6)
+    # A run that was started so is continued like any other, also where that adapter is gone.
+    (out / "adapter_final.pt").unlink()
+    assert train(feature_dir, new, *first, "--rank", "4", "--steps", "3", "--resume", "auto") == 0
+
+
+@pytest.mark.parametrize(
+    "arguments, code, message",
+    [
+        (["--init_from", "nowhere.pt"], 2, "--init_from nowhere.pt: no such file"),
+        (["--init_from", "x", "--init", "pissa"], 2, "--init pissa starts at the base model"),
+        (["--rank", "100000"], 1, "more directions than a layer has: "),
+        (["--val_clips", "-1"], 2, "val_clips is -1"),
+    ],
+)
+def test_starts_that_cannot_be(feature_dir, tmp_path, capsys, arguments, code, message):
+    assert train(feature_dir, tmp_path / "run", "--no_preview", *arguments) == code
+    err = capsys.readouterr().err
+    assert message in err and "Traceback" not in err and not (tmp_path / "run").exists()
 
 
 def test_the_average_is_what_is_saved(feature_dir, tmp_path):

@@ -102,3 +102,37 @@ def test_stopping_saves_first(tmp_path):
     finished = fit(run, MetricsFile(tmp_path / "m.jsonl"), on_checkpoint=lambda r: saved.append(r.step),
                    on_best=lambda r: None, should_stop=lambda: run.step >= 4)
     assert not finished and saved == [3, 4] and run.step == 4
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_overfitting_is_seen_whatever_the_log_interval_is(monkeypatch, caplog, resumed):
+    """Three validations before the first log line; and in a run whose metrics begin after its best step."""
+    fake_validations(monkeypatch, [3.0, 2.0, 2.1, 2.2, 2.3, 2.4])
+    run = make_run(dataclasses.replace(CONFIG, steps=10, val_every=2, log_every=100))
+    if resumed:
+        run.step, run.best_step, run.best_val_loss = 2, 2, 1.0
+    losses = iter(range(10, 0, -1))
+
+    def step():
+        run.step += 1
+        return torch.tensor(float(next(losses))), torch.tensor(1.0)
+
+    monkeypatch.setattr(run, "train_step", step)
+    metrics = MetricsFile()
+    fit(run, metrics, on_checkpoint=lambda r: None, on_best=lambda r: None)
+    assert "go back to step 2" in caplog.text
+    assert metrics.series("loss")[0] == list(range(3 if resumed else 1, 11))
+
+
+def test_rows_are_complete_at_every_step_file(tmp_path):
+    """Else a run that is killed and resumed has a hole in its metrics."""
+    run, seen = make_run(dataclasses.replace(CONFIG, log_every=100)), []
+    metrics = MetricsFile()
+    fit(run, metrics, on_checkpoint=lambda r: seen.append((r.step, metrics.last_step)), on_best=lambda r: None)
+    assert seen == [(3, 3), (6, 6)]
+
+
+def test_a_run_whose_patience_has_ended_does_not_go_on():
+    run = make_run(dataclasses.replace(CONFIG, patience=2))
+    run.step, run.worse_in_a_row = 3, 2
+    assert fit(run, MetricsFile(), on_checkpoint=lambda r: None, on_best=lambda r: None) and run.step == 3

@@ -8,7 +8,7 @@ import pytest
 from small_run import CONFIG
 
 from selva.training.config import TrainConfig
-from selva.training.schedule import learning_rate
+from selva.training.schedule import learning_rate, schedule_problem
 
 
 def test_warm_up_starts_above_zero_and_ends_at_the_rate():
@@ -36,3 +36,16 @@ def test_multistep_is_that_of_the_base_model():
     config = TrainConfig(lr=1.0, warmup_steps=1000, steps=300_000, lr_schedule="multistep")
     found = [learning_rate(k, config) for k in (0, 999, 1000, 240_999, 241_000, 270_999, 271_000)]
     assert found == pytest.approx([1 / 1001, 1000 / 1001, 1.0, 1.0, 0.1, 0.1, 0.01])
+
+
+@pytest.mark.parametrize("steps, warmup, told", [
+    (2000, 100, None), (1000, 100, "falls only once"), (500, 100, "never falls"), (300, 100, "never falls"),
+    (2000, 600, "never falls"), (2000, 199, None), (2000, 200, "falls only once"),
+])
+def test_a_multistep_that_never_falls_is_told(steps, warmup, told):
+    config = TrainConfig(lr=1.0, warmup_steps=warmup, steps=steps, lr_schedule="multistep")
+    problem = schedule_problem(config)
+    assert problem is None if told is None else told in problem
+    falls = len({round(learning_rate(k, config), 6) for k in range(warmup, steps)}) - 1
+    assert {None: 2, "falls only once": 1, "never falls": 0}[told] == falls
+    assert schedule_problem(dataclasses.replace(config, lr_schedule="cosine")) is None

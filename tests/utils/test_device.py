@@ -1,4 +1,4 @@
-"""The number format that a device computes in, and the reason that is given."""
+"""The number format that a device computes in and the reason that is given; copies that nobody waits for."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from selva.utils import device as module
-from selva.utils.device import native_precision, resolve_precision
+from selva.utils.device import native_precision, resolve_precision, to_device
 
 CPU = torch.device("cpu")
 
@@ -60,3 +60,28 @@ def test_half_precision_that_was_asked_for_works_and_warns_with_its_measured_cos
 def test_another_name_is_refused():
     with pytest.raises(ValueError, match="precision is 'fp8', expected one of auto, bf16, fp16, fp32"):
         resolve_precision("fp8", CPU)
+
+
+class Recorded(torch.Tensor):
+    """A tensor that notes how it is copied, and stays where it is."""
+
+    def pin_memory(self):
+        self.log.append("pinned")
+        return self
+
+    def to(self, *args, **kwargs):
+        self.log.append(bool(kwargs.get("non_blocking", False)))
+        return self
+
+
+def copies(device: str) -> list:
+    tensor = torch.zeros(2).as_subclass(Recorded)
+    tensor.log = []
+    to_device(tensor, torch.device(device))
+    return tensor.log
+
+
+def test_only_pinned_memory_is_copied_to_cuda_without_waiting():
+    """On MPS the copy may read memory that is somebody else's by then (pytorch 189690)."""
+    assert copies("cuda") == ["pinned", True]
+    assert copies("mps") == copies("cpu") == [False]

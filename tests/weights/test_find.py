@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -89,3 +90,18 @@ def test_features_are_known_by_the_packaged_weights_that_made_them(tmp_path, mon
     find.packaged_identity.cache_clear()
     assert seen[0] == seen[2] != seen[1] and all(name.startswith("tiny_16k ") for name in seen)
     assert find.encoders_identity(get_variant("small_44k")) == "selva"
+
+
+def test_weights_are_known_by_their_content(tmp_path):
+    """Random ones for a test and the real ones have the same names and sizes."""
+    path, marks = tmp_path / "w.pt", set()
+    content = bytearray(os.urandom(40 << 16))
+    for part in (slice(0, 0), slice(0, 1), slice(-1, None), slice(1 << 16, -1 << 16)):
+        content[part] = bytes(byte ^ 1 for byte in content[part])
+        path.write_bytes(content)
+        os.utime(path, ns=(1, 1))  # not by its time
+        marks.add(find.content_mark(path))
+    assert len(marks) == 4
+    path.write_bytes(b"short")
+    assert find.content_mark(path) not in marks
+    assert find.weights_identity(get_variant("tiny_16k"), None, ("vae",)) == ""

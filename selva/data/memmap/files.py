@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 PLAN_FILE, SEAL_FILE, TABLE_FILE, DATA_FOLDER = "plan.json", "rows.json", "table.tsv", "data"
 
-Plan = dict[str, Any]  # column, shapes, settings, rows (id and label each): as JSON gives it back
+Plan = dict[str, Any]  # column, shapes, settings, rows (id and label each), recipe: as JSON gives it back
 
 
 @dataclass(frozen=True)
@@ -153,6 +153,9 @@ class SetFiles:
             (data / META_FILE).write_text(json.dumps(_meta(shapes, len(kept))), encoding="utf-8")
             flush_file(data / META_FILE)
             flush_folder(data)
+            # Never a table beside the rows of another set: without any, readers say that it is missing.
+            self.table.unlink(missing_ok=True)
+            flush_folder(self.folder.parent)
             if self.folder.is_dir():
                 os.rename(self.folder, generation / "replaced")
             os.rename(data, self.folder)
@@ -161,6 +164,13 @@ class SetFiles:
         os.replace(generation / SEAL_FILE, self.record)
         flush_folder(self.folder.parent)
         remove(generation)
+
+
+def same_plan(one: Plan, two: Plan) -> bool:
+    """Return whether two plans make the same set; one of an earlier version has no recipe, which may be any."""
+    rest = [{key: value for key, value in plan.items() if key != "recipe"} for plan in (one, two)]
+    recipes = {plan.get("recipe", "") for plan in (one, two)} - {""}
+    return rest[0] == rest[1] and len(recipes) <= 1
 
 
 def content_of(generation: Path) -> Content:

@@ -21,7 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
+
+from selva.utils.locks import file_lock
 
 PATTERN = "journal-*.jsonl"
 
@@ -44,7 +46,7 @@ class RowJournal:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / f"journal-{_last_number(folder) + 1:06d}.jsonl"
-        self._lock = FileLock(self.path.with_suffix(".lock"), thread_local=False)
+        self._lock = file_lock(self.path.with_suffix(".lock"))
         self._lock.acquire()
         self._file = open(self.path, "x", encoding="utf-8")  # noqa: SIM115 -- closed by close()
         self.append([{"host": socket.gethostname(), "pid": os.getpid()}])
@@ -93,7 +95,7 @@ def living_writers(folder: Path) -> list[str]:
     """Return the processes that are still writing here, on any machine, as "process 4711 on node3"."""
     living = []
     for path in sorted(folder.glob(PATTERN)):
-        lock = FileLock(path.with_suffix(".lock"), thread_local=False)
+        lock = file_lock(path.with_suffix(".lock"))
         try:
             lock.acquire(blocking=False)
         except Timeout:

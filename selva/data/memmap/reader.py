@@ -11,9 +11,13 @@ instead of through tensordict, whose format can also hold pickled objects: nothi
 from __future__ import annotations
 
 import csv
+import functools
+import hashlib
 import json
 import logging
 import math
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +35,7 @@ META_FILE = "meta.json"
 TEXT_COLUMNS = ("label", "caption")  # of video sets, of audio sets
 SOUND_KEYS = ("mean", "std", "text_features")
 VIDEO_KEYS = ("clip_features", "sync_features")
+SAMPLED_TOKENS = 4  # in the middle of a row, which tell it from others without reading all of it
 
 
 def is_memmap(folder: Path) -> bool:
@@ -68,6 +73,12 @@ def table_path(folder: Path) -> Path:
     return folder.parent / f"{folder.name}.tsv"
 
 
+def manifest_path(folder: Path) -> Path:
+    """Return the manifest that an extraction has left beside a memmap; those of other programs have none."""
+    folder = folder.resolve()
+    return folder.parent / f"{folder.name}.manifest.jsonl"
+
+
 def partial_path(folder: Path) -> Path:
     """Return the folder of a memmap while it is being written: beside its own."""
     folder = folder.resolve()
@@ -103,6 +114,50 @@ class MemmapDataset(ClipDataset):
     def ids(self) -> list[str]:
         return self._ids
 
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def origins(self, index: int) -> tuple[str, ...]:
+        """Return the video or recording of a row, where a manifest names it, and its sound."""
+        source = self._sources.get(self._ids[index])
+        return (f"row {self._sounds[index]}", *([f"source {source}"] if source else []))
+
+    def content(self, index: int) -> dict[str, str]:
+        """Return hashes of the middle of a row: the whole of a large set takes too long to read at every start."""
+        features = [key for key in VIDEO_KEYS if key in self.rows]
+        hashes = {"sound": self._sample(index, ("mean", "std")), "prompt": repr(self.prompts[index])}
+        return hashes | ({"features": self._sample(index, features)} if features else {})
+
+    def _sample(self, index: int, keys: Sequence[str]) -> str:
+        digest = hashlib.blake2b(digest_size=16)
+        for key in keys:
+            middle = max(0, self.rows[key].shape[1] - SAMPLED_TOKENS) // 2
+            digest.update(np.ascontiguousarray(self.rows[key][index, middle : middle + SAMPLED_TOKENS]).data)
+        return digest.hexdigest()
+
+    @functools.cached_property
+    def _sounds(self) -> list[str]:
+        """Hashes of the latents of all rows: of their middle, and of all of it where that is equal."""
+        hashes = [self._sample(index, ("mean",)) for index in range(len(self))]
+        counts = Counter(hashes)
+        return [
+            hashlib.blake2b(np.ascontiguousarray(self.rows["mean"][index]).data, digest_size=16).hexdigest()
+            if counts[one] > 1 else one for index, one in enumerate(hashes)
+        ]
+
+    @functools.cached_property
+    def _sources(self) -> dict[str, str]:
+        """The file that each row is from, by id; empty without a manifest."""
+        path = manifest_path(self.folder)
+        try:
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            return {str(row["id"]): str(row["source"]) for row in rows}
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            log.warning("%s: cannot be read (%s), so rows of one video may be held out and trained on", path, error)
+            return {}
+
     def lengths(self, index: int) -> Lengths:
         return self.sequence.latent_seq_len, self.sequence.clip_seq_len, self.sequence.sync_seq_len
 
@@ -135,9 +190,10 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     path = folder / META_FILE
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: is not JSON ({error}); copy the folder again") from error
-    tensors = {k: v for k, v in meta.items() if isinstance(v, dict) and _is_shape(v.get("shape"))}
+    entries = meta.items() if isinstance(meta, dict) else ()
+    tensors = {k: v for k, v in entries if isinstance(v, dict) and _is_shape(v.get("shape"))}
     if not tensors:
         raise ValueError(f"{path}: describes no tensors, so {folder} is not a TensorDict memmap; expected one, or a "
                          "folder of .npz files from extract_features.py")

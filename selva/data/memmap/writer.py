@@ -24,13 +24,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock
 from torch import Tensor
 
-from selva.data.memmap.files import DATA_FOLDER, SEAL_FILE, Plan, SetFiles, content_of, is_open, remove, remove_if_empty
+from selva.data.memmap.files import (
+    DATA_FOLDER,
+    SEAL_FILE,
+    Plan,
+    SetFiles,
+    content_of,
+    is_open,
+    remove,
+    remove_if_empty,
+    same_plan,
+)
 from selva.data.memmap.journal import Entry, RowJournal, entry_line, living_writers, replay, void_line
 from selva.data.memmap.reader import row_shapes
 from selva.models.variants import Variant
+from selva.utils.locks import file_lock
 
 # A line of the journal is written once the values of its row are on the disk, so it is true even after a power cut and
 # for another machine. Waiting for the disk at every row would cost more than making a few rows again.
@@ -51,6 +61,8 @@ class MemmapWriter:
         rows: (id, label or caption) of every clip of the whole work list, in the order of the rows.
         video: False for sound without pictures: no features of frames, and the table has captions.
         settings: what decides the content of all rows alike, anything that JSON can hold.
+        recipe: what else the caller was asked for, such as where in its video every row begins; "" if there is nothing.
+            After a change of it, every process has to confirm its rows before anything is published.
 
     Raises:
         ValueError: an empty list, an id that comes twice, another run is writing other data here, or files are in the
@@ -65,13 +77,14 @@ class MemmapWriter:
         *,
         video: bool,
         settings: Mapping[str, Any] | None = None,
+        recipe: str = "",
     ) -> None:
         self.files = SetFiles(folder)
         self.shapes = row_shapes(variant, video)
         self.ids = [clip_id for clip_id, _ in rows]
         self._check_ids()
         plan = {"column": "label" if video else "caption", "shapes": self.shapes, "settings": settings or {},
-                "rows": list(rows)}
+                "rows": list(rows), **({"recipe": recipe} if recipe else {})}
         self._plan: Plan = json.loads(json.dumps(plan))
         self._entries: dict[int, Entry] = {}
         self._generation: Path | None = None  # None: what is published is the result of this work list
@@ -80,7 +93,7 @@ class MemmapWriter:
         self._pending: list[dict[str, Any]] = []
         self._flushed = time.monotonic()
         self.files.folder.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(self.files.lock, thread_local=False)
+        self._lock = file_lock(self.files.lock)
         self._threads = threading.RLock()
         with self._lock:
             self._enter()
@@ -240,9 +253,11 @@ class MemmapWriter:
             self.files.publish(generation)
             generation = None
         published = self.files.published()
-        is_published = published is not None and published.plan == self._plan
+        is_published = published is not None and same_plan(published.plan, self._plan)
+        # Of an earlier version, which did not note the recipe: its rows count where they are current, all of them.
+        is_known = published is not None and published.plan == self._plan
         found = content_of(generation) if generation is not None else None
-        if generation is not None and found is not None and found.plan != self._plan:
+        if generation is not None and found is not None and not same_plan(found.plan, self._plan):
             if writers := living_writers(generation):
                 raise ValueError(f"{self.files.folder}: another run with other clips or settings is writing it "
                                  f"({', '.join(writers)}); wait for its end, or choose another folder. If it runs no "
@@ -251,7 +266,7 @@ class MemmapWriter:
             generation = None if is_published else self.files.begin(self._plan, [found, published], carried=True)
             remove(outdated)
         if generation is None and (force or not is_published):
-            generation = self.files.begin(self._plan, [published], carried=not is_published)
+            generation = self.files.begin(self._plan, [published], carried=not is_known)
         self._generation = generation
         if generation is None:
             assert published is not None

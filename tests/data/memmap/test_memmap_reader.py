@@ -10,12 +10,13 @@ import subprocess
 import sys
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from golden_case import GOLDEN
 from make_data import TINY, put_memmap
 
-from selva.data.dataset import BucketBatchSampler
+from selva.data.dataset import BucketBatchSampler, origin_groups
 from selva.data.folder_dataset import load_clip_dataset
 from selva.data.memmap.reader import MemmapDataset, is_memmap
 from selva.models.variants import get_variant
@@ -193,3 +194,41 @@ def test_reading_needs_no_tensordict(tmp_path):
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
     assert out.stdout.strip() == "False"
     assert isinstance(load(tmp_path / "data")[0], MemmapDataset)
+
+
+@pytest.mark.parametrize("text", ["[1]", "3", "null", "[" * 100_000])
+def test_a_meta_of_another_kind_is_named(tmp_path, text):
+    put_memmap(tmp_path / "set")
+    (tmp_path / "set" / "meta.json").write_text(text)
+    with pytest.raises(ValueError, match=r"meta\.json: (describes no tensors|is not JSON)"):
+        MemmapDataset(tmp_path / "set", TINY)
+
+
+def test_rows_of_one_recording_or_one_sound_share_an_origin(tmp_path):
+    tensors = put_memmap(tmp_path / "set", 6)
+    rows = np.memmap(tmp_path / "set" / "mean.memmap", "<f4", "r+", shape=tuple(tensors["mean"].shape))
+    rows[3] = rows[1]
+    middle = rows.shape[1] // 2
+    rows[4, middle - 8 : middle + 8] = rows[5, middle - 8 : middle + 8]  # quiet in the middle, and not the same sound
+    rows.flush()
+    groups = origin_groups(MemmapDataset(tmp_path / "set", TINY))
+    assert groups[1] == groups[3] and len(set(groups)) == 5
+    manifest = [{"id": f"id_{i}", "source": "a.mkv" if i in (0, 2) else f"{i}.mkv", "start_sec": 0.0} for i in range(6)]
+    (tmp_path / "set.manifest.jsonl").write_text("\n".join(map(json.dumps, manifest)))
+    groups = origin_groups(MemmapDataset(tmp_path / "set", TINY))
+    assert groups[0] == groups[2] and len(set(groups)) == 4
+    (tmp_path / "set.manifest.jsonl").write_text("no JSON")
+    assert len(set(origin_groups(MemmapDataset(tmp_path / "set", TINY)))) == 5
+
+
+def test_the_content_of_a_row(tmp_path):
+    tensors = put_memmap(tmp_path / "set", 3)
+    before = MemmapDataset(tmp_path / "set", TINY)
+    assert before.content(0) != before.content(1) and set(before.content(0)) == {"sound", "features", "prompt"}
+    for key, aspect in (("mean", "sound"), ("sync_features", "features")):
+        rows = np.memmap(tmp_path / "set" / f"{key}.memmap", "<f4", "r+", shape=tuple(tensors[key].shape))
+        old = before.content(1)
+        rows[1] += 1
+        rows.flush()
+        now = MemmapDataset(tmp_path / "set", TINY).content(1)
+        assert {name for name in now if now[name] != old[name]} == {aspect}

@@ -15,6 +15,7 @@ import torch
 from make_data import TINY
 
 from selva.data.folder_dataset import load_clip_dataset
+from selva.data.memmap import files as files_module
 from selva.data.memmap.reader import MemmapDataset
 from selva.data.memmap.writer import MemmapWriter
 
@@ -498,3 +499,51 @@ def test_memory_does_not_grow_with_the_set(tmp_path):
         assert writer.publish_if_complete()
     size = sum(path.stat().st_size for path in (tmp_path / "data").iterdir()) / 2**20
     assert size > 40 and resident_mb() - before < size / 4
+
+
+# -- what the caller was asked for ------------------------------------------------------------------------------------
+
+
+def with_recipe(folder: Path, recipe: str) -> MemmapWriter:
+    return MemmapWriter(folder, SMALL, CLIPS, video=True, settings={}, recipe=recipe)
+
+
+@pytest.mark.parametrize("before", ["start 0", ""])
+def test_a_part_of_another_recipe_publishes_nothing_alone(tmp_path, before):
+    """As ``--start 1 --shard 1/2`` on a finished set: half of the rows would be of second 1, half of second 0."""
+    old, new = ({clip_id: version for clip_id, _ in CLIPS} for version in ("start 0", "start 1"))
+    with with_recipe(tmp_path / "data", before) as writer:
+        do(writer, versions=old)
+        assert writer.publish_if_complete()
+    finished = files(tmp_path / "data")
+    with with_recipe(tmp_path / "data", "start 1") as writer:
+        assert len(do(writer, share=range(3), versions=new)) == 3
+        assert not writer.publish_if_complete()
+    assert {name: content for name, content in files(tmp_path / "data").items() if "partial" not in name} == finished
+    with with_recipe(tmp_path / "data", "start 0") as writer:  # another one comes in between: nothing is mixed
+        assert do(writer, share=range(3, 6), versions=old) == []
+        writer.publish_if_complete()
+    assert {name: content for name, content in files(tmp_path / "data").items() if "partial" not in name} == finished
+    for share in (range(3), range(3, 6)):
+        with with_recipe(tmp_path / "data", "start 1") as writer:
+            do(writer, share=share, versions=new)
+            published = writer.publish_if_complete()
+    assert published and len({float(mean.sum()) for mean in MemmapDataset(tmp_path / "data", SMALL).rows["mean"]}) == 6
+    assert files(tmp_path / "data")["data/mean.memmap"] != finished["data/mean.memmap"]
+
+
+def test_no_table_ever_lies_beside_the_rows_of_another_set(tmp_path, monkeypatch):
+    extract(tmp_path / "data")
+    renamed = files_module.os.rename
+
+    def rename(source, target):
+        renamed(source, target)
+        if Path(target) == tmp_path / "data":
+            with pytest.raises(FileNotFoundError):
+                MemmapDataset(tmp_path / "data", SMALL)
+            seen.append(target)
+
+    seen = []
+    monkeypatch.setattr(files_module.os, "rename", rename)
+    extract(tmp_path / "data", CLIPS[::-1])  # as many rows, in another order
+    assert seen and MemmapDataset(tmp_path / "data", SMALL).ids == [clip_id for clip_id, _ in CLIPS[::-1]]

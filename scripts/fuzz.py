@@ -1,0 +1,196 @@
+"""Damage files of every kind that is read, read them with the product's own readers, and count what happens.
+
+    python scripts/fuzz.py --media 2000 --small 8000 --seed 1 --keep fuzz_found
+
+Every file should be read or refused in one line. Counted are, besides these two: tracebacks, hangs, crashes, code that
+a file made run, and more than 1.5 GB of memory. What fails is kept with its error as `KEEP/<seed>_<number>_<name>`; the
+same seed makes the same files. Exit code 1 if anything failed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import queue
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fuzz_files import MEDIA, damage, make_good_files
+
+from selva import cli
+from selva.utils.progress import Progress
+
+log = logging.getLogger("selva.fuzz")
+
+ROOT = Path(__file__).resolve().parents[1]
+WORKER = Path(__file__).with_name("fuzz_worker.py")
+FAIR_BYTES = 1_500_000_000
+OUTCOMES = ("ok", "refused", "traceback", "hang", "crash", "code run", "over 1.5 GB")
+
+
+def build_parser() -> cli.ArgumentParser:
+    parser = cli.ArgumentParser(__doc__)
+    group = parser.add_argument_group("the campaign")
+    group.add_argument("--media", type=int, default=100, metavar="N", help="damaged videos and sounds")
+    group.add_argument("--small", type=int, default=400, metavar="N", help="damaged features, adapters, tables ...")
+    group.add_argument("--keep", type=Path, default=Path("fuzz_found"), metavar="DIR", help="where what fails is kept")
+    group.add_argument("--limit_sec", type=float, default=30.0, help="seconds after which a file counts as a hang")
+    group.add_argument("--workers", type=cli.positive_int, default=2, help="processes that read")
+    parser.add_common(device=False)
+    return parser
+
+
+@dataclass(frozen=True)
+class Case:
+    """One damaged file: the name of its kind, its number, and the folder that it lies in."""
+
+    name: str
+    number: int
+    path: Path
+
+
+class Worker:
+    """A process that reads many files; started anew after a hang or a crash."""
+
+    def __init__(self, limit_sec: float) -> None:
+        self.limit_sec = limit_sec
+        self.process: subprocess.Popen[str] | None = None
+        self.answers: queue.Queue[str] = queue.Queue()
+
+    def start(self) -> None:
+        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen([sys.executable, str(WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        stderr=subprocess.DEVNULL, text=True, env=environment)
+        self.answers = queue.Queue()
+        threading.Thread(target=_pass_on, args=(self.process.stdout, self.answers), daemon=True).start()
+        if not self.answers.get(timeout=300):
+            raise RuntimeError(f"{WORKER.name} does not start; run it by hand to see why")
+
+    def read(self, case: Case) -> tuple[str, str]:
+        """Return the outcome of one file, and the error."""
+        if self.process is None:
+            self.start()
+        assert self.process is not None and self.process.stdin is not None
+        self.process.stdin.write(json.dumps({"name": case.name, "path": str(case.path)}) + "\n")
+        self.process.stdin.flush()
+        try:
+            answer = self.answers.get(timeout=self.limit_sec)
+        except queue.Empty:
+            self.stop()
+            return "hang", f"no answer within {self.limit_sec:g} s"
+        if not answer:
+            code = self.process.wait()
+            self.process = None
+            return "crash", f"the process ended with {code}"
+        told = json.loads(answer)
+        if told["memory"] > FAIR_BYTES:
+            self.stop()
+            return "over 1.5 GB", f"{told['memory'] / 1e9:.2f} GB; {told['error']}"
+        return told["status"], told["error"]
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+
+def _pass_on(stream, answers: queue.Queue[str]) -> None:
+    for line in stream:
+        answers.put(line)
+    answers.put("")
+
+
+def make_case(good: Path, name: str, number: int, seed: int, folder: Path, marker: Path) -> Case:
+    """Copy a good file, or a folder of them, and damage it: always in the same way for a seed and a number."""
+    rng = random.Random(f"{seed}/{number}/{name}")
+    target = folder / name
+    folder.mkdir(parents=True)
+    if (good / name).is_dir():
+        shutil.copytree(good / name, target)
+        files = sorted(path for path in target.rglob("*") if path.is_file())
+    else:
+        files = [Path(shutil.copy(good / name, target))]
+    others = sorted(path for path in good.iterdir() if path.is_file())
+    damage(rng, rng.choice(files), others, marker)
+    return Case(name, number, target)
+
+
+def run(
+    names: Sequence[str], good: Path, work: Path, seed: int, keep: Path, workers: int, limit_sec: float
+) -> Counter[str]:
+    """Damage and read a file for each of ``names``; return how often each outcome occurred."""
+    counts: Counter[str] = Counter()
+    todo: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for number in range(len(names)):
+        todo.put(number)
+    lock = threading.Lock()
+
+    def work_off(progress: Progress) -> None:
+        worker = Worker(limit_sec)
+        while True:
+            try:
+                number = todo.get_nowait()
+            except queue.Empty:
+                worker.stop()
+                return
+            folder = work / str(number)
+            marker = work / "markers" / f"{number:07d}"  # of one length, as the damage depends on the content
+            case = make_case(good, names[number], number, seed, folder, marker)
+            before = shutil.copytree(folder, work / f"{number}_before")
+            status, error = worker.read(case)
+            if marker.exists():
+                status, error = "code run", f"the file made {marker.name}"
+            with lock:
+                counts[status] += 1
+                progress.update(sum(counts.values()))
+                if status not in ("ok", "refused"):
+                    kept = keep / f"{seed}_{number}_{case.name}"
+                    shutil.copytree(before, kept, dirs_exist_ok=True)
+                    (kept / "error.txt").write_text(f"{status}\n{error}\n", encoding="utf-8")
+                    log.warning("%s: %s: %s", kept, status, error.strip().split("\n")[-1])
+            shutil.rmtree(folder)
+            shutil.rmtree(before)
+
+    (work / "markers").mkdir()
+    with Progress(len(names), "reading", "files") as progress:
+        threads = [threading.Thread(target=work_off, args=(progress,)) for _ in range(workers)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    return counts
+
+
+@cli.entry_point
+def main(argv: Sequence[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    failed = 0
+    with tempfile.TemporaryDirectory(prefix="selva_fuzz_") as folder:
+        good = Path(folder) / "good"
+        names = make_good_files(good)
+        if missing := [name for name in MEDIA if name not in names]:
+            log.info("not tried, as this FFmpeg has no encoder for them: %s", ", ".join(missing))
+        for kind, count in (("media", args.media), ("small", args.small)):
+            chosen = [name for name in names if (name in MEDIA) == (kind == "media")]
+            work = Path(folder) / kind
+            work.mkdir()
+            counts = run([chosen[n % len(chosen)] for n in range(count)], good, work, args.seed, args.keep / kind,
+                         args.workers, args.limit_sec)
+            print(f"{kind}: {count} files, " + ", ".join(f"{counts[outcome]} {outcome}" for outcome in OUTCOMES))
+            failed += count - counts["ok"] - counts["refused"]
+    return cli.EXIT_FAILED if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,43 @@
+"""Pairs in an output folder that the work list did not make: clips that are not in it any more, or fail now."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from selva.extraction.manifest import DONE, Row
+from selva.extraction.pairs import PairFolder
+from selva.utils.text import listed
+
+log = logging.getLogger(__name__)
+
+
+def leftovers(folder: Path, rows: Sequence[Row]) -> tuple[list[str], list[str]]:
+    """Return the ids of feature files that are not in the list of clips, and of those that are, but were not done."""
+    states = {row["id"]: row["status"] for row in rows}
+    found = sorted(path.stem for path in folder.glob("*.npz") if not path.name.startswith("."))
+    return ([id_ for id_ in found if id_ not in states], [id_ for id_ in found if states.get(id_, DONE) != DONE])
+
+
+def report_leftovers(pairs: PairFolder, rows: Sequence[Row], prune: bool) -> None:
+    """Name the pairs that this work list did not make, or remove them.
+
+    Args:
+        rows: of the complete manifest. prune: remove them, but for what an extraction did not write.
+    """
+    unlisted, failed = leftovers(pairs.folder, rows)
+    if prune:
+        removed = [id_ for id_ in (*unlisted, *failed) if pairs.remove(id_)]
+        if removed:
+            log.warning("--prune: removed %d clips that are not in the list, or failed: %s", len(removed),
+                        listed(removed))
+        unlisted, failed = leftovers(pairs.folder, rows)
+    kept = ", which --prune does not remove: features or sound are not by extract_features.py, or of an earlier version"
+    advice = kept if prune else "; --prune removes them"
+    if failed:
+        log.warning("%d clips failed or were left out now, but what an earlier run made of them is still there and "
+                    "will be trained on%s: %s", len(failed), advice, listed(failed))
+    if unlisted:
+        log.warning("%d clips in %s are not in this list, but of earlier ones, and will be trained on%s: %s",
+                    len(unlisted), pairs.folder, advice, listed(unlisted))

@@ -1,0 +1,102 @@
+"""Files of a run that another one would overwrite or mix with its own: moved to ``previous_001`` (002, ...)."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+
+import torch
+
+from selva.checkpoint import load_adapter
+from selva.utils.files import atomic_path
+from selva.utils.metrics_log import MetricsFile
+
+log = logging.getLogger(__name__)
+
+RUN_FILES = ("adapter_*", "sample_*", "loss_*.png", "metrics.jsonl", "meta.json", "config.yaml", "tensorboard")
+FINAL_FILES = "adapter_final*.*"
+_STEP = re.compile(r"(?:adapter|sample)_step(\d+)\.\w+")
+
+
+def move_old_run_aside(folder: Path) -> None:
+    """Move the files of an earlier run aside, so that a fresh start overwrites nothing."""
+    old = _run_files(folder)
+    if old:
+        aside = _move(folder, old)
+        log.warning("%s held an earlier run; its %d files are now in %s (use --resume auto to continue a run)",
+                    folder, len(old), aside)
+
+
+def move_later_aside(folder: Path, step: int) -> None:
+    """Move aside what a run wrote after ``step``, from which it is continued, with a copy of its metrics.
+
+    Without it, the next ``--resume auto`` would go on from the abandoned steps. Final adapters stay: nothing overwrites
+    them. Step files go last and in their order: a process that is killed in between leaves the newest step of the old
+    branch.
+    """
+    metrics = MetricsFile(folder / "metrics.jsonl")
+    later = [path for path in _run_files(folder) if (_step_of(path) or 0) > step]
+    if not later and not any((step_in_adapter(path) or 0) > step for path in folder.glob(FINAL_FILES)):
+        if metrics.last_step > step:
+            log.info("%s: steps %d to %d, which no step file holds, are done again", metrics.path, step + 1,
+                     metrics.last_step)
+        return
+    later.sort(key=lambda path: (path.name.startswith("adapter_step"), _step_of(path) or 0, path.name))
+    curves = sorted(folder.glob("loss_*.png")) if metrics.last_step > step else []  # the next step file draws them anew
+    aside = _move(folder, [*curves, *later], copies=[metrics.path] if metrics.path and metrics.path.exists() else [])
+    log.warning("%s: going on from step %d; what was later (%s) is now in %s, with a copy of the metrics", folder, step,
+                ", ".join(path.name for path in later) or "rows of metrics", aside)
+
+
+def final_of(step_file: Path, folder: Path) -> Path | None:
+    """Return the final adapter in ``folder`` that was written after this step file; None if there is none.
+
+    The same step of an abandoned branch is another adapter.
+    """
+    if not step_file.exists():
+        return None
+    adapter = load_adapter(step_file)
+    for path in sorted(folder.glob(FINAL_FILES), reverse=True):
+        if step_in_adapter(path) != adapter.meta.get("step"):
+            continue
+        tensors = load_adapter(path).tensors
+        if tensors.keys() == adapter.tensors.keys() and all(
+            torch.equal(value, tensors[key]) for key, value in adapter.tensors.items()
+        ):
+            return path
+    return None
+
+
+def step_in_adapter(path: Path) -> int | None:
+    """Return the step that an adapter file is of; None if there is none, or if it cannot be read."""
+    try:
+        meta = load_adapter(path).meta
+    except (ValueError, OSError):
+        return None
+    step = meta.get("step", meta.get("steps"))
+    return step if isinstance(step, int) else None
+
+
+def _run_files(folder: Path) -> list[Path]:
+    return sorted({path for pattern in RUN_FILES for path in folder.glob(pattern)})
+
+
+def _step_of(path: Path) -> int | None:
+    """Return the step after which a file was written that a run replaces; None for others."""
+    if match := _STEP.fullmatch(path.name):
+        return int(match[1])
+    return step_in_adapter(path) if path.match("adapter_best.*") else None
+
+
+def _move(folder: Path, files: list[Path], copies: list[Path] | None = None) -> Path:
+    number = 1
+    while (aside := folder / f"previous_{number:03d}").exists():
+        number += 1
+    aside.mkdir()
+    for path in copies or []:
+        with atomic_path(aside / path.name) as temporary:
+            temporary.write_bytes(path.read_bytes())
+    for path in files:
+        path.rename(aside / path.name)
+    return aside

@@ -1,0 +1,89 @@
+"""selva.training.setup: which clips are held out, and what is said about it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from make_data import put_clip
+
+from selva.checkpoint import TrainingState
+from selva.features import load_features, save_features
+from selva.training.config import RunConfig, TrainConfig
+from selva.training.run import WAYS, WAYS_BEFORE
+from selva.training.setup import load_split
+from selva.utils.distributed import World
+from selva.weights.config import ModelConfig
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def windows(tmp_path):
+    """Twelve clips, three windows of each of four videos."""
+    folder = tmp_path / "windows"
+    for number in range(12):
+        put_clip(folder, f"v{number // 3}_{number % 3}", seed=number, text=True)
+        path = folder / f"v{number // 3}_{number % 3}.npz"
+        save_features(path, dataclasses.replace(load_features(path), source_sha256=f"video {number // 3}"))
+    return folder
+
+
+def split(folder, saved=None, **options):
+    config = RunConfig(data_dir=folder, model=ModelConfig(variant="tiny_16k"), training=TrainConfig(), **options)
+    return load_split(config, CPU, World(), saved)
+
+
+def state(tmp_path, **extra) -> TrainingState:
+    return TrainingState(tmp_path, 1, {}, {}, None, {}, {"batches": {}, **extra})
+
+
+def test_windows_of_one_video_are_on_one_side(windows, caplog):
+    caplog.set_level("INFO")
+    train, val = split(windows)
+    assert len(val) == 3 and len({name[:2] for name in val.ids}) == 1
+    assert not {name[:2] for name in val.ids} & {name[:2] for name in train.ids}
+    assert "12 clips are of 4 videos or sounds" in caplog.text and "are of a video or a sound that" not in caplog.text
+
+
+def test_a_run_of_version_0_1_0_keeps_its_clips_and_says_what_is_wrong_with_them(windows, tmp_path, caplog):
+    train, val = split(windows, state(tmp_path), val_clips=1, val_fraction=0.3)
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(42)).tolist()
+    assert val.ids == [f"v{i // 3}_{i % 3}" for i in sorted(order[:4])] and len(train) == 8
+    assert "held-out clips are of a video or a sound that is trained on too" in caplog.text
+    assert split(windows, state(tmp_path, ways=WAYS_BEFORE), val_fraction=0.3)[1].ids == val.ids
+    assert split(windows, state(tmp_path, ways=WAYS), val_fraction=0.3)[1].ids != val.ids
+
+
+def test_a_single_video_is_not_held_out_from(windows, caplog):
+    for path in windows.glob("*.npz"):
+        save_features(path, dataclasses.replace(load_features(path), source_sha256="one"))
+    train, val = split(windows)
+    assert (len(train), len(val)) == (12, 0) and "nothing is held out" in caplog.text and "--val_dir" in caplog.text
+
+
+def test_clips_of_a_video_in_another_folder_are_named(windows, tmp_path, caplog):
+    put_clip(tmp_path / "other", "new", seed=50, text=True)
+    put_clip(tmp_path / "other", "copied", seed=4, text=True)  # the sound of v1_1
+    train, val = split(windows, val_dir=tmp_path / "other")
+    assert (len(train), len(val)) == (12, 2)
+    assert "1 held-out clips are of a video or a sound that is trained on too" in caplog.text
+    assert "better than it is: copied" in caplog.text
+
+
+def test_a_validation_is_on_a_limited_number_of_clips_always_the_same(windows, caplog):
+    caplog.set_level("INFO")
+    full_train, full = split(windows, val_fraction=0.5, val_clips=0)
+    train, val = split(windows, val_fraction=0.5, val_clips=2)
+    assert len(full) == 6 and len(val) == 2 and set(val.ids) < set(full.ids) and train.ids == full_train.ids
+    assert "validation is on 2 of the 6 held-out clips, always the same" in caplog.text
+    assert split(windows, val_fraction=0.5, val_clips=2)[1].ids == val.ids
+
+
+def test_clips_that_name_no_video_are_counted(tmp_path, caplog):
+    caplog.set_level("INFO")
+    for number in range(6):
+        put_clip(tmp_path / "data", f"c{number}", seed=number, text=True)
+    split(tmp_path / "data")
+    assert "5 of 5 clips to train on do not say which video they are of" in caplog.text

@@ -1,0 +1,160 @@
+"""selva.utils.distributed: two processes that wait for each other, and whose runs are resumed exactly."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from selva.utils import distributed
+from selva.utils.distributed import World, join_world
+
+TESTS = Path(__file__).parents[1]
+
+
+def in_two_processes(code: str, folder: Path) -> list[str]:
+    """Run Python code in two processes with ``world``, ``rank`` and ``folder``, and return what they print."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    script = folder / "worker.py"
+    script.write_text("import sys, time, pathlib\nimport torch\nimport selva.utils.distributed as d\n"
+                      "folder = pathlib.Path(sys.argv[1])\n" + code, encoding="utf-8")
+    processes = []
+    for rank in range(2):
+        variables = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2,
+                     "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1,
+                     "PYTHONPATH": os.pathsep.join((str(TESTS.parent), str(TESTS)))}
+        processes.append(subprocess.Popen(
+            [sys.executable, str(script), str(folder)], env={**os.environ, **{k: str(v) for k, v in variables.items()}},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    results = [process.communicate(timeout=120) for process in processes]
+    assert all(process.returncode == 0 for process in processes), results
+    return [out.strip() for out, _ in results]
+
+
+class Shared:
+    """The store and the clock of several processes; whenever one of them sleeps, 100 s pass and ``each`` happens."""
+
+    def __init__(self, each):
+        self.values, self.now, self.each, self.sleeps = Counter(), 0.0, each, 0
+
+    def add(self, key, amount):
+        self.values[key] += amount
+        return self.values[key]
+
+    def monotonic(self):
+        return self.now
+
+    def sleep(self, _seconds):
+        self.now, self.sleeps = self.now + 100, self.sleeps + 1
+        self.each(self)
+
+
+def test_the_others_wait_without_a_limit_while_rank_0_shows_life(monkeypatch):
+    """A data set that takes rank 0 longer to encode than a collective may take: no barrier is met, here for 11 days."""
+    def rank_0(shared):
+        shared.add("selva/main_first/0/0/pulse", 1)
+        if shared.sleeps == 10_000:
+            shared.add("selva/main_first/0/0/done", 1)
+
+    shared = Shared(rank_0)
+    monkeypatch.setattr(distributed, "time", shared)
+    monkeypatch.setattr(distributed.dist, "barrier", lambda: pytest.fail("a barrier has a limit"))
+    with World(1, 2, shared).main_first("encoding x"):
+        assert shared.sleeps == 10_000
+
+
+def test_the_others_do_not_wait_for_a_silent_rank_0(monkeypatch):
+    shared = Shared(lambda shared: None)
+    monkeypatch.setattr(distributed, "time", shared)
+    with (pytest.raises(RuntimeError, match="encoding x: process 0 has shown no life for 600 s"),
+          World(1, 2, shared).main_first("encoding x")):
+        pytest.fail("nothing to go on with")
+
+
+def test_rank_0_counts_up_and_waits_for_the_others(monkeypatch):
+    """Where they cannot read its cache, they encode everything themselves."""
+    def rank_1(shared):
+        shared.add(f"selva/main_first/{number}/1/pulse", 1)
+        if shared.sleeps % 1000 == 0:
+            shared.add(f"selva/main_first/{number}/1/done", 1)
+
+    monkeypatch.setattr(distributed, "PULSE_SEC", 0.001)
+    shared = Shared(rank_1)
+    monkeypatch.setattr(distributed, "time", shared)
+    world = World(0, 2, shared)
+    for number in range(2):
+        with world.main_first("x"):
+            while not shared.values[f"selva/main_first/{number}/0/pulse"]:
+                pass
+            assert not shared.values[f"selva/main_first/{number}/0/done"]
+        assert shared.values[f"selva/main_first/{number}/0/done"] and shared.sleeps == 1000 * (number + 1)
+    with pytest.raises(ValueError, match="no clip"), world.main_first("x"):
+        raise ValueError("no clip")
+    assert shared.values["selva/main_first/2/0/done"]
+
+
+def test_where_rank_0_fails_the_others_go_on_to_fail_themselves(tmp_path):
+    found = in_two_processes("""
+d.PULSE_SEC = 0.1
+with d.join_world(torch.device("cpu")) as world:
+    try:
+        with world.main_first("x"):
+            raise ValueError("no clip")
+    except ValueError as error:
+        print(error)
+""", tmp_path)
+    assert found == ["no clip", "no clip"]
+
+
+def test_a_single_process_waits_for_nobody():
+    with World().main_first("x"):
+        pass
+    with join_world(torch.device("cpu")) as world:
+        assert world == World() and world.is_main
+
+
+def test_dropout_under_two_processes_is_resumed_exactly(tmp_path):
+    """Each has its own masks, of which rank 0's step file knows nothing."""
+    first, second = in_two_processes("""
+import dataclasses
+from small_run import CONFIG, make_clips, make_generator
+from selva.checkpoint import load_checkpoint, save_checkpoint
+from selva.data.dataset import ListDataset
+from selva.lora.config import LoRAConfig
+from selva.lora.state import lora_state_dict
+from selva.training.run import TrainingRun
+
+config = dataclasses.replace(CONFIG, grad_accum=2)
+path = folder / "adapter_step00002.pt"
+
+def make(world):
+    torch.manual_seed(config.seed + world.rank)
+    clips = ListDataset(make_clips(6))
+    model = make_generator(LoRAConfig(rank=2, dropout=0.5)).train()
+    torch.manual_seed(config.seed + world.rank)
+    return TrainingRun(model, clips, clips.subset([]), config, torch.float32, world)
+
+with d.join_world(torch.device("cpu")) as world:
+    whole = make(world)
+    for step in range(4):
+        whole.train_step()
+        if step == 1 and world.is_main:
+            save_checkpoint(path, whole.generator, {}, step=2, optimizer=whole.optimizer.state_dict(),
+                            extra=whole.extra_state())
+    world.wait()
+    parts = make(world)
+    parts.restore(load_checkpoint(path))
+    for _ in range(2):
+        parts.train_step()
+    one, two = lora_state_dict(whole.generator), lora_state_dict(parts.generator)
+    print(all(torch.equal(one[key], two[key]) for key in one), float(sum(x.abs().sum() for x in one.values())))
+""", tmp_path)
+    assert first.startswith("True") and first == second
