@@ -36,7 +36,7 @@ _SUFFIX_FORMATS = {".wav": "WAV", ".flac": "FLAC"}
 def read_audio(path: PathLike, start_sec: float = 0.0, duration_sec: float | None = None) -> tuple[Tensor, int]:
     """Return the sound of an audio file or a video: (channels, samples) float32, full scale 1.0, and its rate in Hz.
 
-    libsndfile reads what counts its samples (WAV, AIFF, FLAC ...), PyAV the rest (MP3, Ogg, AAC, sound in videos). The
+    libsndfile reads what counts its samples (WAV, AIFF, FLAC, Ogg), PyAV the rest (MP3, AAC, sound in videos). The
     sound of a video starts at time 0 of the pictures: what comes earlier is cut, a gap of up to 10 s is silence. So are
     packets that cannot be decoded, with a warning, up to a fifth of the sound.
 

@@ -11,7 +11,7 @@ from selva.media.container import PathLike
 
 log = logging.getLogger(__name__)
 
-_ROUNDING_SEC = 0.05  # by which headers are wrong in files that are whole
+ROUNDING_SEC = 0.05  # by which headers are wrong in files that are whole
 _XING_ERROR_SEC = 0.5  # encoder delay and padding
 _OGG_PAGE = 27 + 255 + 255 * 255  # bytes of the largest page
 _ADTS_HEADER = 7  # bytes
@@ -42,7 +42,7 @@ def promised_frames(file: Any) -> int:
         if is_unknown or promised <= present or present <= 0:
             continue
         frames = round(file.frames * (promised / present))
-        if frames - file.frames > _ROUNDING_SEC * file.samplerate:
+        if frames - file.frames > ROUNDING_SEC * file.samplerate:
             return frames
     return file.frames
 
@@ -90,10 +90,23 @@ def check_last_packet(path: PathLike, container: Any, packet: bytes | None, reac
         raise cut_error(path, reached_sec)
 
 
-def check_ogg_end(path: PathLike, container: Any, reached_sec: float) -> None:
+def is_chained_ogg(path: PathLike) -> bool:
+    """Return True if an Ogg file holds streams one after the other, of which libsndfile reads the first."""
+    began = False
+    with Path(path).open("rb") as file:
+        while True:
+            header = file.read(27)
+            if len(header) < 27 or header[:4] != b"OggS":
+                return False
+            begins = bool(header[5] & 2)  # the streams of one video begin together
+            if begins and began:
+                return True
+            began |= not begins
+            file.seek(sum(file.read(header[26])), 1)
+
+
+def check_ogg_end(path: PathLike, reached_sec: float) -> None:
     """Raise if an Ogg file ends within a page; warn if its last page is not marked as such."""
-    if container.format.name != "ogg":
-        return
     with Path(path).open("rb") as file:
         size = file.seek(0, 2)
         file.seek(max(0, size - 2 * _OGG_PAGE))

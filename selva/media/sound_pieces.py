@@ -1,7 +1,7 @@
 """Any sound, piece by piece, and how long it is: the one place that chooses who reads a file.
 
-libsndfile reads what counts its samples in its header (WAV, AIFF, FLAC ...), FFmpeg everything else. The length is the
-number of samples that reading gives: of the header where it can be trusted, else counted by decoding, once per file.
+libsndfile reads what counts its samples (WAV, AIFF, FLAC, Ogg of one stream ...), FFmpeg everything else. The length is
+the number of samples that reading gives: of the header where it can be trusted, else counted by decoding, once a file.
 """
 
 from __future__ import annotations
@@ -16,15 +16,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from selva.media.container import PathLike, check_file, has_pictures, open_media
-from selva.media.sound_header import cut_error, promised_frames
+from selva.media.sound_header import ROUNDING_SEC, check_ogg_end, cut_error, is_chained_ogg, promised_frames
 from selva.media.sound_stream import SoundStream
 
 log = logging.getLogger(__name__)
 
 _BLOCK = 1 << 19  # samples that libsndfile reads at once; no more is allocated than the file holds
 _MOST_FRAMES = 1 << 48  # more is libsndfile's way of saying that it does not know
-# Whose length libsndfile guesses (MP3), or counts up to the first of several joined streams (Ogg).
-_UNCOUNTED_FORMATS = ("MP3", "OGG")
 
 
 class SoundLength(NamedTuple):
@@ -87,7 +85,7 @@ def _length(path: str, _size: int, _time_ns: int, _inode: int) -> SoundLength:
         stream = SoundStream(path)
         return SoundLength(sum(samples.shape[1] for samples, _ in stream.pieces()), stream.rate, stream.is_continuous)
     with file:
-        if promised_frames(file) == file.frames:
+        if promised_frames(file) == file.frames and file.format != "OGG":
             try:
                 file.seek(file.frames - 1)
                 if len(file.read(1, dtype="float32", always_2d=True)):
@@ -115,7 +113,8 @@ def _open_counted(path: PathLike) -> Any | None:
     if file.format == "RAW":  # libsndfile takes the suffix for it (.vox, .gsm)
         file.close()
         raise ValueError(f"{path}: has no header that says its rate, channels and format; convert it to .wav")
-    if file.format in _UNCOUNTED_FORMATS or "MPEG" in file.subtype or not 0 < file.frames < _MOST_FRAMES:
+    is_guessed = file.format == "MP3" or "MPEG" in file.subtype  # by the bit rate
+    if is_guessed or not 0 < file.frames < _MOST_FRAMES or (file.format == "OGG" and is_chained_ogg(path)):
         file.close()
         return None
     return file
@@ -145,13 +144,19 @@ def _file_pieces(
         if file.format != "FLAC":
             raise ValueError(f"{path}: damaged, its sound cannot be decoded ({error})") from error
         # libsndfile gives up at the first damaged frame, FFmpeg goes on after it.
-        log.warning("%s: damaged after %.2f s (%s)", path, (start + found) / rate, str(error).rstrip("."))
+        good = start + found
         rest = SoundStream(path, (start + found) / rate, (wanted - found) / rate, num_before=found)
         for samples, _ in rest.pieces():
             found += samples.shape[1]
             yield samples, rate
-    if found < wanted:
-        raise cut_error(path, (min(start, file.frames) + found) / rate, promised / rate)
+        if found == wanted:
+            log.warning("%s: damaged after %.2f s (%s)", path, good / rate, str(error).rstrip("."))
+    reached = min(start, file.frames) + found
+    if file.format == "OGG" and start + wanted == promised:
+        check_ogg_end(path, reached / rate)
+    allowed = ROUNDING_SEC * rate if file.format == "OGG" else 0  # Ogg files may promise a few samples too many
+    if found < wanted - allowed:
+        raise cut_error(path, reached / rate, promised / rate)
 
 
 def _has_pictures(path: PathLike) -> bool:

@@ -280,7 +280,8 @@ class SoundStream:
         if container.format.name == "mp3" and is_length_of_mp3_guessed(self.path, stream, self.rate):
             return
         check_last_packet(self.path, container, self._last_packet, reached_sec)
-        check_ogg_end(self.path, container, reached_sec)
+        if container.format.name == "ogg":
+            check_ogg_end(self.path, reached_sec)
         declared_sec = declared_end(container, stream)
         if declared_sec is not None:
             declared_sec += float(time_origin(container) - (self._zero or 0))
