@@ -24,9 +24,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fuzz_files import MEDIA, damage, make_good_files
-
 from selva import cli
+from selva.utils.damage import damage
 from selva.utils.progress import Progress
 
 log = logging.getLogger("selva.fuzz")
@@ -58,6 +57,12 @@ class Case:
     path: Path
 
 
+def environment() -> dict[str, str]:
+    """Return the environment of the workers: one thread each, and this checkout before any other."""
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+
+
 class Worker:
     """A process that reads many files; started anew after a hang or a crash."""
 
@@ -67,10 +72,8 @@ class Worker:
         self.answers: queue.Queue[str] = queue.Queue()
 
     def start(self) -> None:
-        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen([sys.executable, str(WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        stderr=subprocess.DEVNULL, text=True, env=environment)
+                                        stderr=subprocess.DEVNULL, text=True, env=environment())
         self.answers = queue.Queue()
         threading.Thread(target=_pass_on, args=(self.process.stdout, self.answers), daemon=True).start()
         if not self.answers.get(timeout=300):
@@ -178,11 +181,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     failed = 0
     with tempfile.TemporaryDirectory(prefix="selva_fuzz_") as folder:
         good = Path(folder) / "good"
-        names = make_good_files(good)
-        if missing := [name for name in MEDIA if name not in names]:
-            log.info("not tried, as this FFmpeg has no encoder for them: %s", ", ".join(missing))
+        made = subprocess.run([sys.executable, str(WORKER), "--make", str(good)], env=environment(), check=True,
+                              stdout=subprocess.PIPE, text=True)
+        names = json.loads(made.stdout.splitlines()[-1])
         for kind, count in (("media", args.media), ("small", args.small)):
-            chosen = [name for name in names if (name in MEDIA) == (kind == "media")]
+            chosen = [name for name in names if name.startswith(("video.", "sound.")) == (kind == "media")]
             work = Path(folder) / kind
             work.mkdir()
             counts = run([chosen[n % len(chosen)] for n in range(count)], good, work, args.seed, args.keep / kind,
