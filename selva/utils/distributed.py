@@ -91,7 +91,7 @@ class World:
             what: that is done, for messages.
 
         Raises:
-            RuntimeError: a process has shown no life for ``SILENCE_SEC``.
+            TimeoutError: a process has shown no life for ``SILENCE_SEC``.
         """
         if self.size == 1:
             yield
@@ -111,7 +111,7 @@ class World:
             if pulse != last:
                 last, seen = pulse, time.monotonic()
             elif time.monotonic() - seen > SILENCE_SEC:
-                raise RuntimeError(f"{what}: process {rank} has shown no life for {SILENCE_SEC:.0f} s, expected a sign "
+                raise TimeoutError(f"{what}: process {rank} has shown no life for {SILENCE_SEC:.0f} s, expected a sign "
                                    f"every {PULSE_SEC:.0f} s; look at its log, and start again")
             time.sleep(PULSE_SEC / 10)
 

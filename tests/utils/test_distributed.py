@@ -74,7 +74,7 @@ def test_the_others_wait_without_a_limit_while_rank_0_shows_life(monkeypatch):
 def test_the_others_do_not_wait_for_a_silent_rank_0(monkeypatch):
     shared = Shared(lambda shared: None)
     monkeypatch.setattr(distributed, "time", shared)
-    with (pytest.raises(RuntimeError, match="encoding x: process 0 has shown no life for 600 s"),
+    with (pytest.raises(TimeoutError, match="encoding x: process 0 has shown no life for 600 s"),
           World(1, 2, shared).main_first("encoding x")):
         pytest.fail("nothing to go on with")
 
