@@ -103,7 +103,7 @@ class Run:
         return not self.is_over
 
     def count(self, text: str) -> int:
-        """Return how many lines of the log hold ``text``."""
+        """Return the number of lines of the log that hold ``text``."""
         return sum(text in line for line in list(self.lines))
 
     def step(self) -> int:
@@ -162,7 +162,7 @@ def _later(run: Run, rng: random.Random, seconds: float) -> bool:
 
 
 def differences(whole: Path, killed: Path) -> list[str]:
-    """Return what of an undisturbed run a killed one lacks or has otherwise."""
+    """Return the differences of a killed run from an undisturbed one."""
     found = []
     for path in sorted(whole.glob("adapter_*.pt")):
         other = killed / path.name

@@ -239,7 +239,7 @@ def _place(source: str) -> str:
 
 
 def _traits(places: Sequence[tuple[str, str, float | None]], settings: Any) -> dict[str, Any]:
-    """Return what tells two work lists apart, by names that a message can use; long ones as hashes."""
+    """Return the settings that tell two work lists apart, by names that a message can use; long ones as hashes."""
     parts = settings if isinstance(settings, list | tuple) else [settings]
     traits: dict[str, Any] = {"number of clips": len(places)}
     for part in parts:

@@ -108,13 +108,13 @@ class PairFolder:
                              f"table with ids), choose another --output_dir, {OVERWRITE_ADVICE}")
 
     def is_ours(self, name: str, sha256: str, bundle: FeatureBundle | None) -> bool:
-        """Return whether an extraction has written the sound ``name`` of this hash."""
+        """Return True if an extraction has written the sound ``name`` of this hash."""
         origin = (bundle.origin or {}) if bundle is not None else {}
         noted = origin.get("sound"), origin.get("sound_sha256")
         return sha256 in self.sounds.get(name, ()) or (name, sha256) == noted
 
     def _was_written_by_an_earlier_version(self, job: ClipJob, path: Path, bundle: FeatureBundle | None) -> bool:
-        """Return whether a sound is, by its samples, what an earlier version took out of the video."""
+        """Return True if a sound is, by its samples, the one that an earlier version took out of the video."""
         settings = (bundle.settings or {}) if bundle is not None else {}
         if bundle is None or bundle.origin is not None or settings.get("source_sha256") != source_hash(job.path):
             return False
@@ -140,7 +140,7 @@ class PairFolder:
     # -- is it current -------------------------------------------------------------------------------------------------
 
     def sound_is_current(self, job: ClipJob, name: str, bundle: FeatureBundle) -> tuple[bool, str]:
-        """Return whether the sound beside current features may stay, and a remark about it.
+        """Return True if the sound beside current features may stay, and a remark about it.
 
         Args:
             name: of the sound that belongs beside the features; "" for none.
@@ -162,7 +162,7 @@ class PairFolder:
     # -- staging, in the process that reads ----------------------------------------------------------------------------
 
     def staging_path(self, name: str) -> Path:
-        """Return where a sound waits for its features."""
+        """Return the place where a sound waits for its features."""
         return self.waiting / name
 
     def stage(self, job: ClipJob, name: str, bundle: FeatureBundle | None, overwrite: bool) -> StagedSound:
@@ -201,7 +201,7 @@ class PairFolder:
         return StagedSound(path, name, sha256, replaces, tuple(obsolete))
 
     def without_sound(self, job: ClipJob, settings: dict[str, Any], bundle: FeatureBundle | None) -> StagedSound:
-        """Return what is placed where no sound is extracted: what lies there stays.
+        """Return the pair of a clip whose sound is not extracted: the one that lies there stays.
 
         Raises:
             ValueError: it is the sound of an earlier extraction, of another part of the video.
@@ -288,7 +288,7 @@ class PairFolder:
 
 
 def same_samples(one: Path, two: Path) -> bool:
-    """Return whether two sound files hold the same samples, whatever the encoder that wrote them."""
+    """Return True if two sound files hold the same samples, whatever the encoder that wrote them."""
     try:
         with soundfile.SoundFile(one) as first, soundfile.SoundFile(two) as second:
             if (first.samplerate, first.channels, first.frames) != (second.samplerate, second.channels, second.frames):

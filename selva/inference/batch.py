@@ -227,7 +227,7 @@ class SoundBatch:
 
 
 def _reason(error: Exception) -> str:
-    """Return what a clip failed with; some errors of libraries say nothing."""
+    """Return the reason of a failure in words; some errors of libraries say nothing."""
     return str(error) or type(error).__name__
 
 
@@ -269,7 +269,7 @@ def _with_pictures_of_another_variation(sound: Sound, clip: BatchClip) -> Sound:
 
 
 class BatchManifest:
-    """What became of every clip, one JSON object per line, in the order of the clips.
+    """Results of every clip, one JSON object per line, in the order of the clips.
 
     While the batch runs, a line is appended for each clip to ``manifest.incomplete.jsonl``; clips that are not in it
     are still to be done. In the end ``manifest.jsonl`` takes its place.

@@ -203,7 +203,7 @@ def _adapters_of(variation: Variation) -> list[Path]:
 
 
 def _file_key(path: Path) -> tuple[int, int] | None:
-    """Return what two names of one file share, links and spellings included; None if it does not exist."""
+    """Return the identity that two names of one file share, links and spellings included; None if it does not exist."""
     try:
         status = path.stat()
     except OSError:

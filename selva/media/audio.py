@@ -154,7 +154,7 @@ def mean_power(waveform: Tensor) -> float:
 
 
 def cancellation(channel_power: float, mono_power: float) -> str:
-    """Return why the mean of channels is not what was recorded, "" if it is.
+    """Return the reason for which the mean of channels is not what was recorded, "" if it is.
 
     Args:
         channel_power: mean power of the channels. mono_power: of their mean.

@@ -120,7 +120,7 @@ def audio_stream(container: Any, path: PathLike) -> Any:
 
 
 def can_decode(stream: Any) -> bool:
-    """Return whether there is a decoder for a stream; without one, PyAV's stream lacks most of its attributes."""
+    """Return True if there is a decoder for a stream; without one, PyAV's stream lacks most of its attributes."""
     return stream.codec_context is not None
 
 

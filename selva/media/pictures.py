@@ -16,7 +16,7 @@ from selva.media.container import PathLike, check_step
 
 @dataclass(frozen=True)
 class Orientation:
-    """What a player does with the stored picture: transpose it (rows become columns), then mirror it.
+    """Turning of the stored picture by a player: transpose it (rows become columns), then mirror it.
 
     Attributes:
         transposed: columns of the stored picture are rows of the shown one.
@@ -42,7 +42,7 @@ class Orientation:
 
 
 def orientation(frame: Any) -> Orientation:
-    """Return how a decoded frame is to be shown, from its display matrix.
+    """Return the turning with which a decoded frame is shown, from its display matrix.
 
     Angles between quarter turns are rounded, as is a matrix that also scales or shears: only the signs count.
     """

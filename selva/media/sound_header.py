@@ -1,4 +1,4 @@
-"""What headers and ends of sound files say about their length, where no library says it; so cut files are found."""
+"""Lengths that headers and ends of sound files promise, where no library says it; so cut files are found."""
 
 from __future__ import annotations
 

@@ -246,7 +246,7 @@ class SoundStream:
         self._position += count
 
     def _in_range(self, end: int) -> int:
-        """Return how many samples from the position to ``end`` were asked for."""
+        """Return the number of samples from the position to ``end`` were asked for."""
         return max(0, int(min(end, self._end)) - max(self._position, self._first_sample))
 
     def _check_silence(self) -> None:

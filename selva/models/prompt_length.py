@@ -1,4 +1,4 @@
-"""How much of a prompt the text encoder reads: CLIP takes 77 tokens, start and end included, and no more."""
+"""Length of a prompt that the text encoder reads: CLIP takes 77 tokens, start and end included, and no more."""
 
 from __future__ import annotations
 

@@ -126,7 +126,7 @@ def _cpu_has_bf16() -> bool:
 
 
 def _slowdown(precision: str) -> float:
-    """Return how many times as long as in float32 a product of matrices takes on the CPU, measured for a moment."""
+    """Return the time that a product of matrices takes on the CPU relative to float32, measured for a moment."""
     import torch
 
     def seconds(dtype: torch.dtype) -> float:

@@ -167,7 +167,7 @@ class SetFiles:
 
 
 def same_plan(one: Plan, two: Plan) -> bool:
-    """Return whether two plans make the same set; one of an earlier version has no recipe, which may be any."""
+    """Return True if two plans make the same set; one of an earlier version has no recipe, which may be any."""
     rest = [{key: value for key, value in plan.items() if key != "recipe"} for plan in (one, two)]
     recipes = {plan.get("recipe", "") for plan in (one, two)} - {""}
     return rest[0] == rest[1] and len(recipes) <= 1
