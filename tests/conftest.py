@@ -20,6 +20,20 @@ def golden():
     return GoldenCase
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """Lift a limit on the size of files, which stands for a full disk in some tests, before pytest reports."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return (yield)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        return (yield)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 def pytest_terminal_summary(terminalreporter):
     if GOLDEN_ERRORS:
         terminalreporter.section("worst error per golden file")
