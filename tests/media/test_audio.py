@@ -192,7 +192,7 @@ def test_channels_that_cancel_each_other_are_named(leak, refused, tmp_path, capl
         assert "a.wav: its channels cancel each other" in caplog.text
     else:
         assert prepare_audio(stereo, 16_000, 16_000).abs().max().item() == pytest.approx(0.95)
-        assert "cancel" not in caplog.text
+        assert "cancel each other" not in caplog.text
     prepare_audio(stereo[:1], 16_000, 16_000)
     prepare_audio(torch.randn(8, 8000), 16_000, 16_000)  # channels of nothing in common
     one_of_six = torch.zeros(6, 8000)
