@@ -40,7 +40,7 @@ from selva.sequence import (
     sequence_config,
 )
 from selva.utils.progress import Progress
-from selva.weights.find import find_weights, packaged_identity
+from selva.weights.find import content_mark, find_weights, packaged_identity
 from selva.weights.load import load_clip_text, load_vae
 
 log = logging.getLogger(__name__)
@@ -365,8 +365,7 @@ class FolderDataset(ClipDataset):
                 self._weights[part] = [self.variant.name, packaged_identity(self.variant.name)]
             else:
                 paths = find_weights(self.variant, self.selva_dir, (part,))[part]
-                stats = [(path.name, path.stat()) for path in paths]
-                self._weights[part] = ["published", *([file, stat.st_size, stat.st_mtime_ns] for file, stat in stats)]
+                self._weights[part] = ["published", *([path.name, content_mark(path)] for path in paths)]
         return self._weights[part]
 
 
