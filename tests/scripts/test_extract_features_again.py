@@ -118,7 +118,9 @@ def test_processes_of_torchrun_share_the_work_and_its_exit_code(clip_dir, tmp_pa
     def torchrun(*more: str) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(SCRIPT),
                    "--output_dir", str(tmp_path), "--prompt", "a knock", *TINY, *more]
-        return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        # As many threads as the run in this process had: another number rounds differently.
+        environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+        return subprocess.run(command, capture_output=True, text=True, env=environment)
 
     assert torchrun(str(clip_dir)).returncode == 0
     assert contents(tmp_path) == whole
