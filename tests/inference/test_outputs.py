@@ -90,7 +90,7 @@ def test_everything_that_decides_a_sound_changes_its_fingerprint(tmp_path):
     plain = {"video": tmp_path / "a.mp4", "prompt": "x"}
 
     def mark(seed: int = 1, request: dict | None = None, **engine) -> str:
-        generator = SoundGenerator("tiny_16k", device="cpu", **engine)
+        generator = SoundGenerator("tiny_16k", device="cpu", **{"precision": "bf16", **engine})
         identity = request_identity(SoundRequest(**{**plain, **(request or {})}))
         return sound_fingerprint(model_identity(generator), identity, seed)
 
