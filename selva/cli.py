@@ -322,7 +322,7 @@ def entry_point(main: Main) -> Main:
             return _report(error, EXIT_USAGE, debug)
         except (ValueError, OSError) as error:
             return _report(error, EXIT_FAILED, debug)
-        except Exception as error:
+        except (RuntimeError, MemoryError) as error:  # PyTorch's own error is a RuntimeError
             if not is_out_of_memory(error):
                 raise
             log.error("the device is out of memory: %s", str(error).split(". ")[0] or type(error).__name__)

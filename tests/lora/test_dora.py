@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from lora_toy import ALL, DIM, Toy, exported, make_input, make_toy, train_a_little_
+from lora_toy import ALL, DIM, exported, train_a_little_
 from torch import Tensor, nn
 
 from selva.lora.config import LoRAConfig
@@ -17,16 +17,6 @@ from selva.lora.state import adapter_tensors, load_lora_state_, lora_parameters,
 
 DORA = LoRAConfig(rank=3, alpha=5.0, targets=ALL, dora=True)
 DORA_PISSA = LoRAConfig(rank=3, targets=ALL, dora=True, init="pissa")
-
-
-@pytest.fixture
-def model() -> Toy:
-    return make_toy()
-
-
-@pytest.fixture
-def x() -> Tensor:
-    return make_input()
 
 
 def adapted_weight(layer: nn.Module, scale: float, norm_is_constant: bool) -> Tensor:

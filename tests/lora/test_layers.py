@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from lora_toy import ALL, DIM, Toy, make_input, make_toy, train_a_little_
+from lora_toy import ALL, DIM, make_toy, train_a_little_
 from torch import Tensor, nn
 
 from selva.checkpoint import load_adapter, save_adapter
@@ -24,17 +24,6 @@ from selva.lora.state import (
 )
 from selva.models.generator import Generator
 from selva.models.variants import VARIANTS
-
-
-@pytest.fixture
-def model() -> Toy:
-    return make_toy()
-
-
-@pytest.fixture
-def x() -> Tensor:
-    return make_input()
-
 
 # -- injection --------------------------------------------------------------------------------------------------------
 

@@ -7,24 +7,12 @@ import math
 
 import pytest
 import torch
-from lora_toy import ALL, DIM, Toy, exported, make_input, make_toy, train_a_little_
-from torch import Tensor
+from lora_toy import ALL, DIM, Toy, exported, train_a_little_
 
 from selva.lora.config import LoRAConfig
 from selva.lora.inject import inject_lora
 from selva.lora.merge import Adapter, merge_adapter, merge_adapters, merged_adapters
 from selva.lora.state import adapter_tensors
-
-
-@pytest.fixture
-def model() -> Toy:
-    return make_toy()
-
-
-@pytest.fixture
-def x() -> Tensor:
-    return make_input()
-
 
 CONFIGS = {
     "plain": LoRAConfig(rank=3, targets=ALL),

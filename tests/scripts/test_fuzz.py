@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from selva.utils.damage import damage
+from scripts.fuzz import damage
 
 ROOT = Path(__file__).resolve().parents[2]
 
