@@ -22,7 +22,7 @@ from typing import Any, NoReturn, Protocol, TypeVar
 from selva import __version__
 from selva.utils import torchrun
 from selva.utils.device import PRECISIONS, is_out_of_memory
-from selva.utils.errors import Terminated, UsageError
+from selva.utils.errors import Terminated, UsageError, UserError
 from selva.utils.files import atomic_write_text
 from selva.utils.logging import setup_logging
 from selva.utils.settings import Setting, build, settings_of, settings_text
@@ -262,7 +262,7 @@ def config_from(config: type[Config], args: argparse.Namespace) -> Config:
     """
     try:
         return build(config, vars(args))
-    except ValueError as error:
+    except UserError as error:
         raise UsageError(str(error)) from error
 
 
@@ -320,10 +320,12 @@ def entry_point(main: Main) -> Main:
             return EXIT_FAILED
         except UsageError as error:
             return _report(error, EXIT_USAGE, debug)
-        except (ValueError, OSError) as error:
+        except (UserError, OSError) as error:
             return _report(error, EXIT_FAILED, debug)
         except Exception as error:
             if not is_out_of_memory(error):
+                log.error("this is a defect of this program, not a mistake of yours; please report it with the lines "
+                          "below")
                 raise
             log.error("the device is out of memory: %s", str(error).split(". ")[0] or type(error).__name__)
             log.error("what helps, in order of effect: when training, --grad_checkpointing; a smaller --batch_size, "
