@@ -37,6 +37,7 @@ from selva.models.random_weights import random_state_dict
 from selva.models.textsynch import TextSynch
 from selva.models.variants import Variant
 from selva.models.zoo import build_mel, build_vae, build_video_encoder
+from selva.utils.errors import UserError
 from selva.weights.find import find_weights
 from toyworld import CLASSES, make_scene
 
@@ -98,7 +99,7 @@ def start(way: str, bench: Bench, sizes: Sizes, folder: Path) -> dict[str, Any]:
     command += ["--began", time.monotonic()]
     done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise ValueError(f"startup.py {way} ended with exit code {done.returncode}: {done.stderr[-2000:]}")
+        raise UserError(f"startup.py {way} ended with exit code {done.returncode}: {done.stderr[-2000:]}")
     return json.loads(out.read_text(encoding="utf-8"))
 
 

@@ -30,6 +30,7 @@ from selva import cli
 from selva.extraction.manifest import DONE, FAILED, SKIPPED, read_manifest
 from selva.media import write_video
 from selva.partition.windows import write_table
+from selva.utils.errors import UserError
 from selva.utils.text import clock
 
 EXTRACT = Path(__file__).resolve().parents[1] / "extract_features.py"
@@ -118,7 +119,7 @@ def whole_run(given: list[str], log: Path) -> Run:
     code = start(given, log).wait()
     found = re.search(r"peak memory ([\d.]+) GiB(?:, of a worker ([\d.]+) GiB)?", log.read_text())
     if found is None:
-        raise ValueError(f"{log}: the run did not come to its end (exit code {code}); see there")
+        raise UserError(f"{log}: the run did not come to its end (exit code {code}); see there")
     return Run(time.monotonic() - began, code, float(found[1]), float(found[2] or 0))
 
 
@@ -160,7 +161,7 @@ def check_manifest(output: Path, args: argparse.Namespace) -> None:
     if args.format == "memmap":
         expected[SHORT] = SKIPPED
     if statuses != expected:
-        raise ValueError(f"{path}: does not say what became of the clips")
+        raise UserError(f"{path}: does not say what became of the clips")
 
 
 @cli.entry_point

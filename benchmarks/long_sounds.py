@@ -35,6 +35,7 @@ from selva.models.variants import get_variant
 from selva.sampling import decode_latents, sample_latents
 from selva.sequence import DEFAULT_DURATION_SEC, SAMPLING_RATES
 from selva.utils.device import resolve_device
+from selva.utils.errors import UserError
 from selva.utils.progress import Progress
 from selva.weights.load import load_clip_text, load_generator, load_vae, load_vocoder
 
@@ -72,7 +73,7 @@ def read_clip(args, path: Path | None, device: torch.device) -> tuple[float, Fea
     clip_f = bundle.clip_features.to(device) if bundle and variant.family == "mmaudio" else None  # as released
     duration = bundle.duration if bundle else args.duration
     if duration <= args.window:
-        raise ValueError(f"{path or '--duration'}: {duration:g} s is not longer than a window of {args.window:g} s")
+        raise UserError(f"{path or '--duration'}: {duration:g} s is not longer than a window of {args.window:g} s")
     return duration, (clip_f, bundle.sync_features.to(device) if bundle else None, text.to(device))
 
 

@@ -29,6 +29,7 @@ from selva import __version__, cli
 from selva.models.variants import get_variant
 from selva.utils.device import dtype_of, resolve_device
 from selva.utils.document import begin_mark, marked_block, update_document
+from selva.utils.errors import UserError
 from selva.utils.files import atomic_write_text
 
 log = logging.getLogger("selva.benchmark")
@@ -132,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sections = [f"### {each['name']}\n\n{tables(each)}" for each in stored]
         update_document(args.docs, BEGIN_MARK, marked_block(BEGIN_MARK, sections))
     if wrong:
-        raise ValueError("; ".join(wrong))
+        raise UserError("; ".join(wrong))
     return 0
 
 

@@ -38,6 +38,7 @@ from selva.models.random_weights import random_state_dict
 from selva.models.zoo import build_generator
 from selva.utils.device import resolve_device
 from selva.utils.document import update_document
+from selva.utils.errors import UserError
 from selva.utils.files import atomic_write_text
 from selva.utils.progress import Progress
 from selva.utils.text import clock
@@ -264,7 +265,7 @@ def _run(script: str, *arguments: Any) -> None:
     log.info("%s", " ".join(command[1:]))
     done = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
     if done.returncode:
-        raise ValueError(f"{script} ended with exit code {done.returncode}; its messages are above")
+        raise UserError(f"{script} ended with exit code {done.returncode}; its messages are above")
 
 
 MEASURES: dict[str, Callable[[QualityBench], dict[str, Any]]] = {

@@ -41,6 +41,7 @@ from selva.training.config import TrainConfig
 from selva.training.objective import validate
 from selva.training.run import TrainingRun
 from selva.utils.device import resolve_device
+from selva.utils.errors import UserError
 from selva.utils.progress import Progress
 from selva.weights.load import load_generator, load_vae
 
@@ -196,13 +197,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.data_dir, variant, args.selva_dir, device, max_duration_sec=8.0, normalize_audio="peak"
     )
     if problems:
-        raise ValueError("; ".join(f"{path}: {reason}" for path, reason in problems))
+        raise UserError("; ".join(f"{path}: {reason}" for path, reason in problems))
     results = []
     with Progress(2 * args.seeds * args.steps, "training", "steps") as progress:
         for seed in range(args.seed, args.seed + args.seeds):
             clips, held_out = split_validation(every, args.val_fraction, seed)
             if not len(held_out):
-                raise ValueError(f"{args.data_dir}: {len(every)} clips are too few to hold some out")
+                raise UserError(f"{args.data_dir}: {len(every)} clips are too few to hold some out")
             config = TrainConfig(steps=args.steps, lr=args.lr, batch_size=args.batch_size, seed=seed)
             for way in ("published", "ours"):
                 generator = load_generator(variant.name, args.selva_dir)

@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 
 from selva import cli
 from selva.models.variants import VARIANTS, Variant, WeightFile, get_variant
+from selva.utils.errors import UserError
 from selva.weights.find import LAYOUTS, NEIGHBOUR, default_layout, find_file, local_path
 
 log = logging.getLogger("selva.download_weights")
@@ -102,7 +103,7 @@ def _fetch_checked(file: WeightFile, remote: str, target: Path) -> Path:
         log.warning("%s arrived with a wrong checksum", target.name)
         found = md5_of(partial)
         partial.unlink()
-    raise ValueError(
+    raise UserError(
         f"{target.name} from {file.repo} has the MD5 {found}, expected {file.md5}; downloaded {ATTEMPTS} times"
     )
 

@@ -29,6 +29,7 @@ import torch
 
 from selva import cli
 from selva.checkpoint import STEP_FILE, load_adapter
+from selva.utils.errors import UserError
 from selva.utils.files import PARTIAL_PREFIX
 from selva.utils.torchrun import process_environment
 
@@ -208,7 +209,7 @@ def finish(args, folder: Path, processes: int) -> None:
     """
     run = Run(train_command(args, folder, processes), processes)
     if run.wait() and not run.count("give a larger --steps"):  # the last kill came when everything was done
-        raise ValueError(f"{folder}: the run failed: {''.join(run.lines[-5:])}")
+        raise UserError(f"{folder}: the run failed: {''.join(run.lines[-5:])}")
 
 
 @cli.entry_point

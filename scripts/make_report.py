@@ -27,6 +27,7 @@ import torch
 
 from selva import cli
 from selva.media import prepare_audio, read_audio
+from selva.utils.errors import UserError
 from selva.utils.html_report import Page, ReportSound, loss_png
 from selva.utils.metrics_log import MetricsFile
 from selva.utils.progress import Progress
@@ -77,7 +78,7 @@ def clip_names(before: Path, after: Path) -> list[str]:
     stems = sorted({path.stem for path in after.iterdir() if path.suffix.lower() in MEDIA_SUFFIXES})
     shared = [stem for stem in stems if media_of(before, stem)]
     if not shared:
-        raise ValueError(f"{before} and {after} have no clip of the same name; use the same videos for both")
+        raise UserError(f"{before} and {after} have no clip of the same name; use the same videos for both")
     for stem in sorted(set(stems) - set(shared)):
         log.warning("%s: not in %s, left out", stem, before)
     return shared
@@ -97,7 +98,7 @@ def read_events(folder: Path | None) -> dict[str, tuple[str, list[float]]]:
             try:
                 clip, sound, time = row["id"], row["sound"], float(row["time_sec"])
             except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"{path}: not an events.tsv of make_demo_clips.py ({error})") from error
+                raise UserError(f"{path}: not an events.tsv of make_demo_clips.py ({error})") from error
             if clip.startswith(f"{sound}_"):
                 times[clip] = (sound, [*times[clip][1], time])
     return dict(times)

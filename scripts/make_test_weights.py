@@ -22,6 +22,7 @@ from selva.models.random_weights import random_state_dict, random_tensor
 from selva.models.variants import T5_TOKENIZER, VARIANTS, Variant, get_variant
 from selva.models.vocoder import FILTER_SUFFIXES, WEIGHT_NORM_SUFFIXES, AntiAliasedActivation, antialias_filter
 from selva.models.zoo import build_generator, build_vae, build_video_encoder, build_vocoder
+from selva.utils.errors import UserError
 from selva.utils.files import atomic_path, atomic_write_text
 from selva.weights.find import LAYOUTS, default_layout, local_path
 from selva.weights.load import VOCODER_KEY
@@ -170,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if variant.packaged:
         raise cli.UsageError(f"--variant {variant.name} is built in and needs no weight files")
     if args.selva_dir.is_dir() and any(args.selva_dir.iterdir()) and not (args.selva_dir / README).exists():
-        raise ValueError(f"{args.selva_dir} holds other files; random weights go into an empty folder, or their own")
+        raise UserError(f"{args.selva_dir} holds other files; random weights go into an empty folder, or their own")
     for path in write_weights(variant, args.selva_dir, args.layout or default_layout(args.selva_dir), args.seed):
         print(path)
     return 0

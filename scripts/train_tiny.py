@@ -28,6 +28,7 @@ import torch
 
 from selva import cli
 from selva.utils.device import resolve_device
+from selva.utils.errors import UserError
 from selva.utils.files import atomic_path
 from selva.weights.find import asset_name
 from toyworld.training.stages import STAGES, Recipe, StageRunner
@@ -67,7 +68,7 @@ def export(runner: StageRunner, folder: Path) -> list[Path]:
     parts = runner.published()
     size = sum(tensor.nbytes for tensors in parts.values() for tensor in tensors.values())
     if size > LARGEST_PACKAGE:
-        raise ValueError(f"the weights take {size:,} bytes, expected at most {LARGEST_PACKAGE:,}")
+        raise UserError(f"the weights take {size:,} bytes, expected at most {LARGEST_PACKAGE:,}")
     paths = [folder / asset_name(runner.variant.name, part) for part in parts]
     for path, tensors in zip(paths, parts.values(), strict=True):
         with atomic_path(path) as temporary:

@@ -21,6 +21,7 @@ from selva.inference.config import InferenceConfig
 from selva.partition.config import PartitionConfig
 from selva.training.config import RunConfig
 from selva.utils.document import marked_block, with_block
+from selva.utils.errors import UserError
 from selva.utils.files import atomic_write_text
 from selva.utils.settings import Setting, settings_of
 from selva.weights.config import GENERAL
@@ -133,7 +134,7 @@ def summary(path: Path) -> str:
     """
     text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
     if not text:
-        raise ValueError(f"{path}: has no docstring; its first line goes into docs/{TREE_PAGE}")
+        raise UserError(f"{path}: has no docstring; its first line goes into docs/{TREE_PAGE}")
     sentence = re.split(r"(?<!\.)\. ", text.split("\n\n")[0].replace("\n", " "))[0]
     return re.sub(r":\w+:`~?", "`", sentence).replace("``", "`").rstrip(".")
 
@@ -153,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         path = args.docs / name
         text = path.read_text(encoding="utf-8")
         if begin not in text or end not in text:
-            raise ValueError(f"{path}: has no place for its tables; put the lines {begin} and {end} where they go")
+            raise UserError(f"{path}: has no place for its tables; put the lines {begin} and {end} where they go")
         new = with_block(text, begin, block, end)
         if new != text:
             stale.append(path)

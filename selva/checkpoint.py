@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from selva.lora.config import MAX_PROBLEMS, LoRAConfig
 from selva.lora.merge import FACTOR_SUFFIXES, MAGNITUDE_SUFFIX, Adapter, padded_to_one_rank
 from selva.lora.state import adapter_tensors, lora_state_dict
+from selva.utils.errors import UserError
 from selva.utils.files import atomic_path
 from selva.utils.text import listed
 from selva.utils.torch_files import (
@@ -94,7 +95,7 @@ def save_adapter(
     """
     path = Path(path)
     if path.suffix not in (*TORCH_SUFFIXES, ".safetensors"):
-        raise ValueError(f"{path}: adapters are written as .pt or .safetensors, not {path.suffix or 'without suffix'}")
+        raise UserError(f"{path}: adapters are written as .pt or .safetensors, not {path.suffix or 'without suffix'}")
     if isinstance(source, nn.Module):
         tensors, meta = adapter_tensors(source, state), _meta_of_model(source, meta)
     else:
@@ -144,29 +145,29 @@ def _adapter_part(content: Mapping[str, Any]) -> tuple[Any, Any]:
 
 def _checked_adapter(path: Path, tensors: Any, meta: Any) -> Adapter:
     if not isinstance(tensors, Mapping) or not isinstance(meta, Mapping):
-        raise ValueError(f"{path}: state_dict and meta must be dictionaries; this is not an adapter file")
+        raise UserError(f"{path}: state_dict and meta must be dictionaries; this is not an adapter file")
     _check_tensors(path, tensors)
     adapter = Adapter(
         {key: value.float().contiguous() for key, value in tensors.items()}, dict(meta), source=path.name
     )
     if problems := adapter.problems():
-        raise ValueError(f"{path}: {listed(problems, MAX_PROBLEMS)}")
+        raise UserError(f"{path}: {listed(problems, MAX_PROBLEMS)}")
     return Adapter(adapter.tensors, _checked_meta(path, adapter), source=path.name)
 
 
 def _meta_of_model(model: nn.Module, meta: Mapping[str, Any]) -> dict[str, Any]:
     cfg: LoRAConfig | None = getattr(model, "lora_config", None)
     if cfg is None:
-        raise ValueError("the model has no adapters to save; call inject_lora first")
+        raise UserError("the model has no adapters to save; call inject_lora first")
     return {**meta, "target": list(cfg.targets), "lora_dropout": cfg.dropout, "lora_config": cfg.to_dict()}
 
 
 def _folded(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return tensors of one rank with the scale of the meta folded into B."""
     if problems := adapter.problems():
-        raise ValueError(f"{adapter.source}: {listed(problems, MAX_PROBLEMS)}")
+        raise UserError(f"{adapter.source}: {listed(problems, MAX_PROBLEMS)}")
     if adapter.is_pissa:
-        raise ValueError(
+        raise UserError(
             f"{adapter.source}: these tensors replace base weights (PiSSA), which an adapter file of ours does not hold"
         )
     pairs = {}
@@ -183,7 +184,7 @@ def _for_file(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return tensors and meta as they go into a file; tensors already in that form are passed through, not copied."""
     if not tensors:
-        raise ValueError(f"{path}: there are no adapter tensors to save")
+        raise UserError(f"{path}: there are no adapter tensors to save")
     tensors = {key: value.detach().to("cpu", torch.float32).contiguous() for key, value in tensors.items()}
     rank = next(value.shape[0] for key, value in tensors.items() if key.endswith(".lora_A"))
     meta = {
@@ -218,44 +219,44 @@ def _why_native(tensors: Mapping[str, Tensor]) -> str:
 def _check_tensors(path: Path, tensors: Mapping[str, Any]) -> None:
     if not any(str(key).endswith(FACTOR_SUFFIXES) for key in tensors):
         keys = listed([str(key) for key in tensors], MAX_PROBLEMS)
-        raise ValueError(f"{path}: not an adapter, it has no lora_A and lora_B tensors (found: {keys or 'nothing'})")
+        raise UserError(f"{path}: not an adapter, it has no lora_A and lora_B tensors (found: {keys or 'nothing'})")
     foreign = [
         str(key) for key, value in tensors.items()
         if not isinstance(key, str) or not is_whole_tensor(value) or not value.is_floating_point()
     ]
     if foreign:
-        raise ValueError(
+        raise UserError(
             f"{path}: expected floating-point tensors only, but these are not: {listed(foreign, MAX_PROBLEMS)}"
         )
     broken = [key for key, value in tensors.items() if not value.isfinite().all()]
     if broken:
-        raise ValueError(f"{path}: these tensors hold NaN or infinite values: {listed(broken, MAX_PROBLEMS)}")
+        raise UserError(f"{path}: these tensors hold NaN or infinite values: {listed(broken, MAX_PROBLEMS)}")
 
 
 def _checked_meta(path: Path, adapter: Adapter) -> dict[str, Any]:
     """Return the meta with rank, alpha and the real targets, after checking it against the tensors."""
     written_as = adapter.meta.get("format")
     if written_as not in (None, NATIVE_FORMAT):
-        raise ValueError(f"{path}: adapter format {written_as!r} is unknown here; update this package to read it")
+        raise UserError(f"{path}: adapter format {written_as!r} is unknown here; update this package to read it")
 
     if written_as == NATIVE_FORMAT and "native_target" not in adapter.meta:
-        raise ValueError(f"{path}: the meta of this {NATIVE_FORMAT} adapter has no native_target, its real targets")
+        raise UserError(f"{path}: the meta of this {NATIVE_FORMAT} adapter has no native_target, its real targets")
     meta = readable_meta(adapter.meta)
 
     ranks = {adapter.factors(name)[0].shape[0] for name in adapter.layer_names()}
     rank = meta.setdefault("rank", max(ranks))
     if ranks != {rank}:
-        raise ValueError(f"{path}: the rank in the meta is {rank!r}, the tensors have {sorted(ranks)}")
+        raise UserError(f"{path}: the rank in the meta is {rank!r}, the tensors have {sorted(ranks)}")
     alpha = meta.get("alpha")
     if alpha is None:
         if adapter.is_pissa:
-            raise ValueError(f"{path}: a PiSSA adapter without alpha in its meta, so its scale is unknown")
+            raise UserError(f"{path}: a PiSSA adapter without alpha in its meta, so its scale is unknown")
         log.warning("%s holds no settings: assuming alpha = rank = %d", path, rank)
         alpha = meta["alpha"] = float(rank)
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise ValueError(f"{path}: alpha in the meta is {alpha!r}, expected a number")
+        raise UserError(f"{path}: alpha in the meta is {alpha!r}, expected a number")
     if not isinstance(meta.get("use_rslora", False), bool):
-        raise ValueError(f"{path}: use_rslora in the meta is {meta['use_rslora']!r}, expected true or false")
+        raise UserError(f"{path}: use_rslora in the meta is {meta['use_rslora']!r}, expected true or false")
     return meta
 
 
@@ -346,7 +347,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> TrainingState:
     optional = {"scheduler": Mapping | None, "lora": Mapping, "extra": Mapping}
     missing += [key for key, kind in optional.items() if key in content and not isinstance(content[key], kind)]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"{path}: cannot resume from this file, it has no {', '.join(missing)}; resume from an adapter_stepNNNNN.pt"
         )
     adapter = _checked_adapter(path, *_adapter_part(content))
@@ -392,7 +393,7 @@ def check_same_settings(saved: TrainingState, cfg: LoRAConfig) -> None:
     }
     different = [f"{name} is {was} there and {is_} now" for name, (was, is_) in pairs.items() if was != is_]
     if different:
-        raise ValueError(
+        raise UserError(
             f"{saved.path}: cannot resume with other adapter settings: {'; '.join(different)}. "
             "Use the same settings, or start a new run"
         )

@@ -22,7 +22,7 @@ from typing import Any, NoReturn, Protocol, TypeVar
 from selva import __version__
 from selva.utils import torchrun
 from selva.utils.device import PRECISIONS, is_out_of_memory
-from selva.utils.errors import Terminated, UsageError
+from selva.utils.errors import Terminated, UsageError, UserError
 from selva.utils.files import atomic_write_text
 from selva.utils.logging import setup_logging
 from selva.utils.settings import Setting, build, settings_of, settings_text
@@ -35,6 +35,7 @@ Config = TypeVar("Config")
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 130, 143
 # Values that are no YAML for all their looks, such as the date 2024-13-45, stop PyYAML's constructors in these ways.
 _YAML_VALUE_ERRORS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
+_DEFECT = "this is a defect of this program, not a mistake of yours; please report it with the lines below"
 _REPR = reprlib.Repr()
 _REPR.maxlevel = 2  # a few lines of YAML with aliases can stand for more text than fits into memory
 NOT_SAVED = ("config", "debug")  # arguments that say how to run, not what to do
@@ -262,7 +263,7 @@ def config_from(config: type[Config], args: argparse.Namespace) -> Config:
     """
     try:
         return build(config, vars(args))
-    except ValueError as error:
+    except UserError as error:
         raise UsageError(str(error)) from error
 
 
@@ -320,15 +321,19 @@ def entry_point(main: Main) -> Main:
             return EXIT_FAILED
         except UsageError as error:
             return _report(error, EXIT_USAGE, debug)
-        except (ValueError, OSError) as error:
+        except (UserError, OSError) as error:
             return _report(error, EXIT_FAILED, debug)
         except (RuntimeError, MemoryError) as error:  # PyTorch's own error is a RuntimeError
             if not is_out_of_memory(error):
+                log.error(_DEFECT)
                 raise
             log.error("the device is out of memory: %s", str(error).split(". ")[0] or type(error).__name__)
             log.error("what helps, in order of effect: when training, --grad_checkpointing; a smaller --batch_size, "
                       "with more --grad_accum when training; --precision bf16; a smaller --variant")
             return EXIT_FAILED
+        except Exception:
+            log.error(_DEFECT)
+            raise
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)

@@ -37,6 +37,7 @@ import torch
 from torch import Tensor
 
 from selva.sequence import CLIP_FPS, SYNC_TOKENS_PER_SEGMENT
+from selva.utils.errors import UserError
 from selva.utils.files import atomic_path
 
 TEXT_TOKENS = 77
@@ -88,12 +89,12 @@ class FeatureBundle:
                 object.__setattr__(self, name, value)
                 _check_tensor(name, value)
         if not (math.isfinite(self.duration) and self.duration > 0):
-            raise ValueError(f"duration is {self.duration}, expected a positive number of seconds")
+            raise UserError(f"duration is {self.duration}, expected a positive number of seconds")
         shapes = [None if x is None else tuple(x.shape) for x in (self.latent_mean, self.latent_std)]
         if shapes[0] != shapes[1]:
-            raise ValueError(f"latent_mean is {shapes[0]} and latent_std is {shapes[1]}, expected the same shape")
+            raise UserError(f"latent_mean is {shapes[0]} and latent_std is {shapes[1]}, expected the same shape")
         if self.fps is not None and not (math.isfinite(self.fps) and self.fps > 0):
-            raise ValueError(f"fps is {self.fps}, expected a positive number")
+            raise UserError(f"fps is {self.fps}, expected a positive number")
 
 
 def _check_tensor(name: str, value: Tensor) -> None:
@@ -111,10 +112,10 @@ def _check_tensor(name: str, value: Tensor) -> None:
     if fits and name == "text_features":
         fits = shape[1] == TEXT_TOKENS
     if not fits:
-        raise ValueError(f"{name} is {shape}, expected {expected}")
+        raise UserError(f"{name} is {shape}, expected {expected}")
     num_bad = int((~torch.isfinite(value)).sum())
     if num_bad:
-        raise ValueError(f"{name} has {num_bad} values that are not finite (NaN or infinite), expected none")
+        raise UserError(f"{name} has {num_bad} values that are not finite (NaN or infinite), expected none")
 
 
 def save_features(path: PathLike, bundle: FeatureBundle) -> None:
@@ -125,7 +126,7 @@ def save_features(path: PathLike, bundle: FeatureBundle) -> None:
     """
     path = Path(path)
     if path.suffix != ".npz":
-        raise ValueError(f"{path}: feature files end in .npz")
+        raise UserError(f"{path}: feature files end in .npz")
     arrays = {
         "clip_features": bundle.clip_features.numpy(),
         "sync_features": bundle.sync_features.numpy(),
@@ -163,7 +164,7 @@ def load_features(path: PathLike) -> FeatureBundle:
     missing = [key for key in ("clip_features", "sync_features") if key not in arrays]
     if missing:
         found = ", ".join(arrays) or "nothing that belongs to one"
-        raise ValueError(f"{path}: not a feature file, {' and '.join(missing)} missing (found: {found})")
+        raise UserError(f"{path}: not a feature file, {' and '.join(missing)} missing (found: {found})")
     try:
         return FeatureBundle(
             clip_features=_floats(arrays, "clip_features"),
@@ -178,7 +179,7 @@ def load_features(path: PathLike) -> FeatureBundle:
             origin=_settings(arrays, "origin"),
         )
     except (ValueError, RuntimeError) as error:  # PyTorch cannot take every array that NumPy can describe
-        raise ValueError(f"{path}: {error}") from error
+        raise UserError(f"{path}: {error}") from error
 
 
 _KEYS = ("clip_features", "sync_features", "duration", "prompt", "variant", *OPTIONAL_TENSORS, "fps", "source_sha256",
@@ -198,7 +199,7 @@ def load_settings(path: PathLike) -> dict[str, Any] | None:
     try:
         return _settings(_read_arrays(path, ("settings",)))
     except ValueError as error:
-        raise ValueError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from error
+        raise UserError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from error
 
 
 # What NumPy and zipfile raise on damaged files: bad headers, encrypted or unknown compression, cut or foreign content.
@@ -212,32 +213,32 @@ MAX_ARRAY_BYTES = 1 << 30  # hours of features; a file of a few KiB can promise 
 def _check_sizes(file: zipfile.ZipFile, keys: Sequence[str]) -> None:
     for info in file.infolist():
         if info.filename.removesuffix(".npy") in keys and info.file_size > MAX_ARRAY_BYTES:
-            raise ValueError(f"{info.filename} has {info.file_size} bytes, expected at most {MAX_ARRAY_BYTES}")
+            raise UserError(f"{info.filename} has {info.file_size} bytes, expected at most {MAX_ARRAY_BYTES}")
 
 
 def _read_arrays(path: Path, keys: Sequence[str] | None = None) -> dict[str, np.ndarray]:
     try:
         file = np.load(path, allow_pickle=False)
         if isinstance(file, np.ndarray):
-            raise ValueError("it holds a single array")
+            raise UserError("it holds a single array")
         with file:
             wanted = [key for key in (_KEYS if keys is None else keys) if key in file.files]
             _check_sizes(file.zip, wanted)
             arrays = {key: file[key] for key in wanted}
         if foreign := [key for key, array in arrays.items() if not isinstance(array, np.ndarray)]:
-            raise ValueError(f"{', '.join(foreign)} does not begin as an array does")
+            raise UserError(f"{', '.join(foreign)} does not begin as an array does")
         return arrays
     except READ_ERRORS as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         if "allow_pickle" in reason:  # NumPy's own words advise to load the file unsafely
             reason = "it holds Python objects, which are never loaded"
-        raise ValueError(f"{path}: cannot be read as a feature file ({reason}); extract it again") from error
+        raise UserError(f"{path}: cannot be read as a feature file ({reason}); extract it again") from error
 
 
 def _floats(arrays: dict[str, np.ndarray], key: str) -> Tensor:
     array = arrays[key]
     if array.dtype != np.float32:
-        raise ValueError(f"{key} is {array.dtype}, expected float32")
+        raise UserError(f"{key} is {array.dtype}, expected float32")
     return torch.from_numpy(array)
 
 
@@ -251,7 +252,7 @@ def _duration(arrays: dict[str, np.ndarray]) -> float:
 def _number(arrays: dict[str, np.ndarray], key: str) -> float:
     array = arrays[key]
     if array.shape != () or array.dtype.kind not in "fiu":
-        raise ValueError(f"{key} is {array.dtype} {array.shape}, expected a single number")
+        raise UserError(f"{key} is {array.dtype} {array.shape}, expected a single number")
     return float(array)
 
 
@@ -260,7 +261,7 @@ def _text(arrays: dict[str, np.ndarray], key: str) -> str:
         return ""
     array = arrays[key]
     if array.shape != () or array.dtype.kind != "U":
-        raise ValueError(f"{key} is {array.dtype} {array.shape}, expected a single text")
+        raise UserError(f"{key} is {array.dtype} {array.shape}, expected a single text")
     return str(array)
 
 
@@ -271,7 +272,7 @@ def _settings(arrays: dict[str, np.ndarray], key: str = "settings") -> dict[str,
     try:
         settings = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{key} is not JSON ({error}), expected an object") from error
+        raise UserError(f"{key} is not JSON ({error}), expected an object") from error
     if not isinstance(settings, dict):
-        raise ValueError(f"{key} is a JSON {type(settings).__name__}, expected an object")
+        raise UserError(f"{key} is a JSON {type(settings).__name__}, expected an object")
     return settings

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from selva.utils.errors import UserError
 from selva.utils.settings import setting
 
 if TYPE_CHECKING:  # the settings in here must not cost the seconds that importing PyTorch takes
@@ -58,7 +59,7 @@ def _intervals(num_steps: int, device: torch.device) -> Iterator[tuple[int, Tens
     import torch
 
     if num_steps < 1:
-        raise ValueError(f"num_steps is {num_steps}, expected at least 1")
+        raise UserError(f"num_steps is {num_steps}, expected at least 1")
     grid = torch.linspace(0, 1, num_steps + 1, dtype=torch.float32).to(device)
     for i in range(num_steps):
         yield i + 1, grid[i], grid[i + 1]
@@ -143,14 +144,14 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         if self.num_steps < 1:
-            raise ValueError(f"num_steps is {self.num_steps}, expected at least 1")
+            raise UserError(f"num_steps is {self.num_steps}, expected at least 1")
         if not math.isfinite(self.cfg_strength):
-            raise ValueError(f"cfg_strength is {self.cfg_strength}, expected a finite number")
+            raise UserError(f"cfg_strength is {self.cfg_strength}, expected a finite number")
         if self.solver not in SOLVERS:
-            raise ValueError(f"unknown solver {self.solver!r}, expected one of {', '.join(SOLVERS)}")
+            raise UserError(f"unknown solver {self.solver!r}, expected one of {', '.join(SOLVERS)}")
         bounds = tuple(self.cfg_interval)  # settings files give lists
         if len(bounds) != 2 or not 0.0 <= bounds[0] < bounds[1] <= 1.0:
-            raise ValueError(f"cfg_interval is {bounds}, expected two times 0 <= start < end <= 1")
+            raise UserError(f"cfg_interval is {bounds}, expected two times 0 <= start < end <= 1")
         object.__setattr__(self, "cfg_interval", bounds)
 
     @property
@@ -181,7 +182,7 @@ def sample_times(
     import torch
 
     if mode not in TIMESTEP_MODES:
-        raise ValueError(f"unknown timestep mode {mode!r}, expected one of {', '.join(TIMESTEP_MODES)}")
+        raise UserError(f"unknown timestep mode {mode!r}, expected one of {', '.join(TIMESTEP_MODES)}")
     if mode == "uniform" or (mode == "curriculum" and progress >= curriculum_switch):
         return torch.rand(batch_size, generator=rng, dtype=torch.float32)
     return torch.sigmoid(sigma * torch.randn(batch_size, generator=rng, dtype=torch.float32))

@@ -18,6 +18,7 @@ from selva.models.mel_inversion import MelInversion
 from selva.models.vae import VAE
 from selva.models.vocoder import Vocoder
 from selva.sequence import SAMPLING_RATES
+from selva.utils.errors import UserError
 
 TIME_TOLERANCE = 1e-6  # the float32 grid of times misses decimal bounds by less
 
@@ -112,7 +113,7 @@ def decode_latents(
         ValueError: ``chunk_sec`` is not positive.
     """
     if chunk_sec is not None and not chunk_sec > 0:
-        raise ValueError(f"chunk_sec is {chunk_sec}, expected more than 0")
+        raise UserError(f"chunk_sec is {chunk_sec}, expected more than 0")
     mel = vae.decode(latents.mT.to(next(vae.parameters()).dtype))  # (B, n_mels, 2N)
     mel = mel.to(next(vocoder.parameters()).dtype)
     if chunk_sec is None:

@@ -11,6 +11,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from selva.utils.errors import UserError
+
 CLIP_FPS = 8.0
 SYNC_FPS = 25.0
 SYNC_SEGMENT_FRAMES = 16  # frames that the video encoder sees at once
@@ -73,9 +75,9 @@ def sequence_config(mode: str, duration_sec: float = DEFAULT_DURATION_SEC) -> Se
         ValueError: unknown mode, or a duration that is shorter than one sync segment (0.64 s).
     """
     if mode not in SAMPLING_RATES:
-        raise ValueError(f"unknown audio mode {mode!r}, expected one of {', '.join(SAMPLING_RATES)}")
+        raise UserError(f"unknown audio mode {mode!r}, expected one of {', '.join(SAMPLING_RATES)}")
     if not math.isfinite(duration_sec) or duration_sec < SHORTEST_SEC:
-        raise ValueError(f"duration is {duration_sec} s, expected at least {SHORTEST_SEC} s, one segment of 16 frames")
+        raise UserError(f"duration is {duration_sec} s, expected at least {SHORTEST_SEC} s, one segment of 16 frames")
     rate, hop = SAMPLING_RATES[mode], HOP_LENGTHS[mode]
     latent_seq_len = math.ceil(duration_sec * rate / hop / LATENT_DOWNSAMPLE)
     num_sync_frames = int(duration_sec * SYNC_FPS)

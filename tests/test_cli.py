@@ -13,6 +13,7 @@ import yaml
 from selva import cli
 from selva.media.mask_settings import MaskOptions
 from selva.utils.device import resolve_device
+from selva.utils.errors import UserError
 
 
 def parser() -> cli.ArgumentParser:
@@ -105,7 +106,7 @@ def fail(error: BaseException):
 @pytest.mark.parametrize(
     "error, code, line",
     [
-        (ValueError("x.npz: is wrong"), 1, "error: x.npz: is wrong"),
+        (UserError("x.npz: is wrong"), 1, "error: x.npz: is wrong"),
         (FileNotFoundError(2, "No such file or directory", "a.wav"), 1, "error: a.wav: No such file or directory"),
         (cli.UsageError("--rank is 0"), 2, "error: --rank is 0"),
         (KeyboardInterrupt(), 130, "error: interrupted"),
@@ -124,14 +125,16 @@ def test_every_end_has_its_code_and_one_line(capsys, error, code, line):
     assert line in stderr and "Traceback" not in stderr
 
 
-def test_a_defect_of_ours_is_not_hidden():
-    for error in (TypeError("a bug"), RuntimeError("shapes do not fit, out of reach of memory")):
+def test_a_defect_of_ours_is_not_hidden(capsys):
+    """A ValueError of Python or a library is one too: zip() of unequal lengths, a conversion that fails."""
+    for error in (TypeError("a bug"), RuntimeError("shapes do not fit, out of reach of memory"), ValueError("a bug")):
         with pytest.raises(type(error)):
             run(lambda error=error: fail(error))
+        assert "please report it" in capsys.readouterr().err
 
 
 def test_debug_shows_the_traceback(capsys):
-    assert run(lambda: fail(ValueError("x")), ["--debug"]) == 1
+    assert run(lambda: fail(UserError("x")), ["--debug"]) == 1
     assert "Traceback" in capsys.readouterr().err
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from selva.utils.errors import UserError
 from toyworld import looks, sound
 from toyworld.paint import Colour
 
@@ -158,4 +159,4 @@ def get_class(name: str) -> SoundClass:
         return CLASSES[name]
     if name in UNSEEN:
         return UNSEEN[name]
-    raise ValueError(f"unknown sound {name!r}, expected one of {', '.join([*CLASSES, *UNSEEN])}")
+    raise UserError(f"unknown sound {name!r}, expected one of {', '.join([*CLASSES, *UNSEEN])}")

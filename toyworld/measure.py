@@ -22,6 +22,7 @@ from selva.models.variants import get_variant
 from selva.models.zoo import build_mel
 from selva.sampling import decode_latents, sample_latents
 from selva.sequence import sequence_config
+from selva.utils.errors import UserError
 from selva.weights.load import load_vae, load_vocoder
 from toyworld.classes import CLASSES
 from toyworld.judging import RATE, Classifier, timing
@@ -202,7 +203,7 @@ def shuffled_events(cases: Sequence[Case]) -> list[list[float]]:
         ValueError: all cases are of one scene.
     """
     if len({case.scene.seed for case in cases}) < 2:
-        raise ValueError("one scene alone cannot be judged by the events of another")
+        raise UserError("one scene alone cannot be judged by the events of another")
     result = []
     for i, case in enumerate(cases):
         others = [j for j, other in enumerate(cases) if j != i and other.scene.seed != case.scene.seed]

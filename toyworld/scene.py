@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from selva.utils.errors import UserError
 from toyworld import motion
 from toyworld.backdrop import Backdrop, camera_noise, draw_backdrop
 from toyworld.classes import CLASSES, SoundClass, get_class
@@ -178,11 +179,11 @@ def make_scene(
     """
     names = list(CLASSES) if classes is None else [get_class(name).name for name in classes]
     if num_objects not in (1, 2):
-        raise ValueError(f"num_objects is {num_objects}, expected 1 or 2")
+        raise UserError(f"num_objects is {num_objects}, expected 1 or 2")
     if len(set(names)) < num_objects:
-        raise ValueError(f"{num_objects} objects need as many different classes, got {', '.join(names) or 'none'}")
+        raise UserError(f"{num_objects} objects need as many different classes, got {', '.join(names) or 'none'}")
     if not 1.5 <= duration_sec <= 600:
-        raise ValueError(f"duration is {duration_sec} s, expected 1.5 to 600")
+        raise UserError(f"duration is {duration_sec} s, expected 1.5 to 600")
     rng = np.random.default_rng([seed, 0])
     chosen = [str(name) for name in rng.choice(sorted(set(names)), num_objects, replace=False)]
     things: list[Thing] = []

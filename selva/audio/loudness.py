@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from selva.audio.config import DEFAULT_TARGETS, LOUDNESS_METHODS
+from selva.utils.errors import UserError
 
 BLOCK_SEC, STEP_SEC = 0.4, 0.1
 ABSOLUTE_GATE_LUFS, RELATIVE_GATE_LU = -70.0, -10.0
@@ -152,13 +153,13 @@ def normalize_loudness(
         ValueError: unknown method, a target or limit that is not finite, or a sound with NaN or infinity.
     """
     if method not in LOUDNESS_METHODS:
-        raise ValueError(f"unknown method {method!r}, expected one of {', '.join(LOUDNESS_METHODS)}")
+        raise UserError(f"unknown method {method!r}, expected one of {', '.join(LOUDNESS_METHODS)}")
     target = DEFAULT_TARGETS.get(method) if target is None else target
     for what, value in (("target", target), ("true peak limit", true_peak_limit_db)):
         if value is not None and not math.isfinite(value):
-            raise ValueError(f"{what} is {value}, expected a finite number of dB")
+            raise UserError(f"{what} is {value}, expected a finite number of dB")
     if not waveform.isfinite().all():
-        raise ValueError("the sound has samples that are NaN or infinite")
+        raise UserError("the sound has samples that are NaN or infinite")
     peak = true_peak_db(waveform, rate)
     level = None if method == "none" else _measure(waveform, rate, method, peak)
     reason = _reason_to_leave(waveform, method, level)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from selva.audio.loudness import integrated_loudness, rms_db, true_peak_db
+from selva.utils.errors import UserError
 
 # -- spectra: frames of about 50 ms, the power of two nearest to it ---------------------------------------------------
 FRAME_SEC = 0.05
@@ -99,9 +100,9 @@ def compare_sounds(sound: Tensor, reference: Tensor | None, rate: int) -> dict[s
 
 def _check(waveform: Tensor) -> None:
     if waveform.ndim != 1 or not len(waveform):
-        raise ValueError(f"sound is {tuple(waveform.shape)}, expected (samples,), at least one")
+        raise UserError(f"sound is {tuple(waveform.shape)}, expected (samples,), at least one")
     if not waveform.isfinite().all():
-        raise ValueError("the sound has samples that are NaN or infinite")
+        raise UserError("the sound has samples that are NaN or infinite")
 
 
 def _finite(value: float) -> float | None:

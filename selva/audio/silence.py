@@ -13,6 +13,7 @@ from torch import Tensor
 from selva.audio.config import SILENCE_DB
 from selva.media import audio_blocks
 from selva.media.container import PathLike
+from selva.utils.errors import UserError
 
 BLOCK_SEC = 0.05
 MOSTLY_SILENT = 0.5  # share of a clip
@@ -68,7 +69,7 @@ def find_silence(path: PathLike, silence_db: float = SILENCE_DB) -> SilenceMap:
         if whole:
             silent += (block_power(waveform[:, :whole], rate) < 10 ** (silence_db / 10)).numpy().tobytes()
     if rest is None:
-        raise ValueError(f"{path}: has no sound in it")
+        raise UserError(f"{path}: has no sound in it")
     if rest.shape[1]:  # the last block of a recording may be shorter
         silent += (block_power(rest, rate) < 10 ** (silence_db / 10)).numpy().tobytes()
     return SilenceMap(np.frombuffer(silent, dtype=bool), rate, num_samples)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from selva.sequence import SequenceConfig
 from selva.utils.device import to_device
+from selva.utils.errors import UserError
 
 Lengths = tuple[int, int, int]  # (N, T, S): latent frames, CLIP frames, sync tokens
 
@@ -299,7 +300,7 @@ class ShuffledIndices:
 
     def __init__(self, num_items: int, seed: int) -> None:
         if num_items < 1:
-            raise ValueError(f"cannot draw from {num_items} items, expected at least 1")
+            raise UserError(f"cannot draw from {num_items} items, expected at least 1")
         self.num_items = num_items
         self._rng = torch.Generator().manual_seed(seed)
         self._remaining: deque[int] = deque()  # of the current epoch
@@ -323,7 +324,7 @@ class ShuffledIndices:
             ValueError: the state belongs to another number of items.
         """
         if state["num_items"] != self.num_items:
-            raise ValueError(f"the stored order is over {state['num_items']} items, but there are {self.num_items} now")
+            raise UserError(f"the stored order is over {state['num_items']} items, but there are {self.num_items} now")
         self._remaining = deque(state["remaining"])
         self._rng.set_state(state["generator"].to("cpu", torch.uint8))
 
@@ -404,7 +405,7 @@ class BucketBatchSampler:
         self.sampler.load_state_dict(state["sampler"])
         waiting = [[ClipWindow(*window) for window in bucket] for bucket in state["waiting"]]
         if state["ids"] != _fingerprint(self.clips.ids) or not all(self._fits(bucket) for bucket in waiting):
-            raise ValueError(
+            raise UserError(
                 f"the stored order is over other clips than the {len(self.clips)} there are now; "
                 "give the same data as before, or start a new run"
             )

@@ -19,6 +19,7 @@ from selva.features import FeatureBundle, load_features
 from selva.inputs.file_names import same_name
 from selva.inputs.prompts import PROMPTS_FILE, PromptSource, choose_prompt, read_prompts
 from selva.inputs.suffixes import AUDIO_SUFFIXES
+from selva.utils.errors import UserError
 from selva.utils.text import listed
 
 log = logging.getLogger(__name__)
@@ -88,7 +89,7 @@ def scan_folder(data_dir: PathLike) -> FolderScan:
     if not data_dir.exists():
         raise FileNotFoundError(f"{data_dir}: no such folder")
     if not data_dir.is_dir():
-        raise ValueError(f"{data_dir}: is a file, expected a folder with .npz files and their sound")
+        raise UserError(f"{data_dir}: is a file, expected a folder with .npz files and their sound")
     # Hidden files are nobody's clips: macOS leaves "._dog.npz" on foreign disks.
     visible = (path for path in data_dir.iterdir() if path.is_file() and not path.name.startswith("."))
     files = sorted(visible, key=lambda path: path.name)

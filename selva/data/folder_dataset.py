@@ -39,6 +39,7 @@ from selva.sequence import (
     first_clip_frame,
     sequence_config,
 )
+from selva.utils.errors import UserError
 from selva.utils.progress import Progress
 from selva.weights.find import content_mark, find_weights, packaged_identity
 from selva.weights.load import load_clip_text, load_vae
@@ -77,12 +78,12 @@ def load_clip_dataset(
     data_dir = Path(data_dir)
     if is_memmap(data_dir):
         if max_duration_sec < DEFAULT_DURATION_SEC:
-            raise ValueError(f"{data_dir}: holds latents of {DEFAULT_DURATION_SEC:g} s, which cannot be cut to "
+            raise UserError(f"{data_dir}: holds latents of {DEFAULT_DURATION_SEC:g} s, which cannot be cut to "
                              f"{max_duration_sec:g} s; leave out --duration")
         return MemmapDataset(data_dir, variant), []
     scan = scan_folder(data_dir)
     if not scan.clips and not scan.skipped:
-        raise ValueError(
+        raise UserError(
             f"{data_dir}: holds neither feature files (.npz, see extract_features.py) with their sound "
             f"({', '.join(AUDIO_SUFFIXES)}) nor a TensorDict memmap (meta.json)"
         )
@@ -142,17 +143,17 @@ def plan_windows(clip: FolderClip, variant: Variant, max_duration_sec: float) ->
         ValueError: the features are of other encoders than the variant's, or shorter than their duration says.
     """
     if problem := features_problem(clip.extracted_for, variant):
-        raise ValueError(f"{clip.features_path}: {problem}")
+        raise UserError(f"{clip.features_path}: {problem}")
     whole = sequence_config(variant.mode, clip.duration_sec)
     for name, (tokens, width), needed, wanted in (
         ("clip_features", clip.clip_shape, whole.clip_seq_len, variant.generator.clip_dim),
         ("sync_features", clip.sync_shape, whole.sync_seq_len, variant.generator.sync_dim),
     ):
         if width != wanted:
-            raise ValueError(f"{clip.features_path}: {name} are {width} wide, but {variant.name} takes {wanted}; "
+            raise UserError(f"{clip.features_path}: {name} are {width} wide, but {variant.name} takes {wanted}; "
                              f"extract again with --variant {variant.name}")
         if tokens < needed:
-            raise ValueError(f"{clip.features_path}: {name} is {(1, tokens, width)}, expected at least "
+            raise UserError(f"{clip.features_path}: {name} is {(1, tokens, width)}, expected at least "
                              f"{(1, needed, width)} for {clip.duration_sec:g} s; extract again")
     if clip.duration_sec <= max_duration_sec:
         return whole, (0,)
@@ -239,7 +240,7 @@ class FolderDataset(ClipDataset):
         else:
             text_f = self._text(clip.files.prompt)
         if (len(clip_f), len(sync_f)) != self.lengths(index)[1:] or latents is None or text_f is None:
-            raise ValueError(f"{clip.files.features_path}: it or the cache of its folder was changed since the start; "
+            raise UserError(f"{clip.files.features_path}: it or the cache of its folder was changed since the start; "
                              "leave both alone while training, and start again")
         return TrainingClip(
             id=clip.files.id, prompt=clip.files.prompt, audio_path=clip.files.audio_path, sequence=sequence,

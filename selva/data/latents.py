@@ -15,6 +15,7 @@ from selva.models.vae import VAE
 from selva.models.variants import Variant
 from selva.models.zoo import build_mel
 from selva.sequence import SequenceConfig
+from selva.utils.errors import UserError
 from selva.weights.load import load_vae
 
 # A video's sound may end a little before its picture; silence of up to this length is appended to the waveform.
@@ -44,7 +45,7 @@ def load_windows(
     end = max(starts) + sequence.num_audio_frames
     seconds, needed = waveform.shape[-1] / rate, end / sequence.sampling_rate
     if seconds < needed - MAX_AUDIO_SHORTFALL_SEC:
-        raise ValueError(
+        raise UserError(
             f"{path}: {seconds:.2f} s of sound, but the features of this clip cover {needed:.2f} s; "
             f"use the sound that belongs to the video, or extract again with --duration {seconds:.2f}"
         )

@@ -38,6 +38,7 @@ from selva.partition.cut import collect_recordings
 from selva.partition.windows import Window, clip_captions, read_captions, read_clips
 from selva.sequence import DEFAULT_DURATION_SEC, SequenceConfig, sequence_config
 from selva.utils.device import peak_memory_bytes
+from selva.utils.errors import UserError
 from selva.utils.files import source_hash
 from selva.utils.progress import Progress
 from selva.utils.text import listed
@@ -83,11 +84,11 @@ def plan_audio_set(clips: Path, captions: Path, data_dir: Path) -> list[SoundJob
     windows, texts = read_clips(clips), read_captions(captions)
     paths = {same_name(path.stem): path for path in collect_recordings(data_dir)[0]}
     if twice := [clip_id for clip_id, count in Counter(window.id for window in windows).items() if count > 1]:
-        raise ValueError(f"{clips}: {listed(twice)} come more than once, every clip needs an id of its own")
+        raise UserError(f"{clips}: {listed(twice)} come more than once, every clip needs an id of its own")
     try:
         found = clip_captions(windows, texts, paths)
     except ValueError as error:
-        raise ValueError(f"{captions}: {error}") from error
+        raise UserError(f"{captions}: {error}") from error
     jobs = []
     for window in windows:
         path, caption, problem = paths.get(same_name(window.name)), found.get(window.id, ""), ""
@@ -100,7 +101,7 @@ def plan_audio_set(clips: Path, captions: Path, data_dir: Path) -> list[SoundJob
     if unused := sorted(set(texts) - known):
         log.warning("%s: no clip for %s", captions, listed(unused))
     if all(job.problem for job in jobs):
-        raise ValueError(jobs[0].problem if jobs else f"{clips}: there are no clips in it")
+        raise UserError(jobs[0].problem if jobs else f"{clips}: there are no clips in it")
     return jobs
 
 
@@ -125,7 +126,7 @@ def read_windows(
         mono, rate = block.mean(dim=0), block_rate
         energy, mono_energy = energy + mean_power(block) * len(mono), mono_energy + mean_power(mono) * len(mono)
         if not torch.isfinite(mono).all():
-            raise ValueError(f"{path}: the sound has values that are not finite (NaN or infinite)")
+            raise UserError(f"{path}: the sound has values that are not finite (NaN or infinite)")
         peak = max(peak, mono.abs().max().item())
         for window, kept in zip(windows, pieces, strict=True):
             part = mono[max(0, window.start_sample - position) : max(0, window.end_sample - position)]
@@ -133,9 +134,9 @@ def read_windows(
                 kept.append(part.clone())
         position += len(mono)
     if reason := cancellation(energy / max(1, position), mono_energy / max(1, position)):
-        raise ValueError(f"{path}: {reason}")
+        raise UserError(f"{path}: {reason}")
     if peak <= SILENCE_LEVEL:
-        raise ValueError(f"{path}: the sound is silent (peak {peak:.1e}, expected more than {SILENCE_LEVEL:.0e})")
+        raise UserError(f"{path}: the sound is silent (peak {peak:.1e}, expected more than {SILENCE_LEVEL:.0e})")
     results: list[Tensor | str] = []
     for window, kept in zip(windows, pieces, strict=True):
         if window.end_sample > position:

@@ -11,6 +11,7 @@ from selva.media.mask_settings import MaskOptions
 from selva.models.variants import get_variant
 from selva.sequence import DEFAULT_DURATION_SEC, sequence_config
 from selva.utils.device import PRECISIONS
+from selva.utils.errors import UserError
 from selva.utils.settings import required, setting
 from selva.weights.config import GENERAL, ModelConfig
 
@@ -78,7 +79,7 @@ class ExtractionConfig:
 
     def __post_init__(self) -> None:
         if problems := list(self._problems()):
-            raise ValueError("; ".join(problems))
+            raise UserError("; ".join(problems))
 
     @property
     def part(self) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from selva.media import VideoFrames
 from selva.sequence import CLIP_FPS, SYNC_FPS
+from selva.utils.errors import UserError
 from selva.utils.plots import new_figure, save_figure
 
 PathLike = str | os.PathLike[str]
@@ -40,9 +41,9 @@ def write_contact_sheet(
     """
     path = Path(path)
     if path.suffix.lower() != ".png":
-        raise ValueError(f"{path}: cannot write {path.suffix or 'a file without suffix'}, expected .png")
+        raise UserError(f"{path}: cannot write {path.suffix or 'a file without suffix'}, expected .png")
     if columns < 1:
-        raise ValueError(f"columns is {columns}, expected at least 1")
+        raise UserError(f"columns is {columns}, expected at least 1")
     columns = min(columns, len(frames.clip_frames))
     moments = [frames.duration_sec * column / columns for column in range(columns)]
     heading = textwrap.fill(f"{title}\n{_source(frames)}" if title else _source(frames), width=columns * 22,

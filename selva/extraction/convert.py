@@ -36,6 +36,7 @@ from selva.models.vae import VAE
 from selva.models.variants import Variant, features_problem
 from selva.sampling import decode_latents
 from selva.sequence import DEFAULT_DURATION_SEC, sequence_config
+from selva.utils.errors import UserError
 from selva.utils.files import source_hash
 from selva.weights.load import load_vae, load_vocoder
 
@@ -107,7 +108,7 @@ def plan_folder(source: Path) -> tuple[list[ConversionJob], list[Conversion]]:
             problems.append(Conversion(path.name, problem=f"{path}: {reason}"))
     if not clips:
         reason = f"; {problems[0].problem}" if problems else ""
-        raise ValueError(f"{source}: no clips in it, expected .npz files with their sound beside them{reason}")
+        raise UserError(f"{source}: no clips in it, expected .npz files with their sound beside them{reason}")
     return sorted(clips, key=lambda clip: clip.features_path.name), problems
 
 
@@ -168,10 +169,10 @@ def _row(
     """
     bundle, variant = load_features(clip.features_path), extractor.variant
     if problem := features_problem(bundle.variant, variant):
-        raise ValueError(f"{clip.features_path}: {problem}")
+        raise UserError(f"{clip.features_path}: {problem}")
     if abs(bundle.duration - DEFAULT_DURATION_SEC) > 1e-6:
         advice = "extract again with --windows" if bundle.duration > DEFAULT_DURATION_SEC else "leave it out"
-        raise ValueError(f"{clip.features_path}: covers {bundle.duration:g} s, but a memmap holds clips of exactly "
+        raise UserError(f"{clip.features_path}: covers {bundle.duration:g} s, but a memmap holds clips of exactly "
                          f"{DEFAULT_DURATION_SEC:g} s; {advice}")
     if clip.sound_path is None or sound_hash == (bundle.settings or {}).get("decoded_sound_sha256"):
         mean, std = bundle.latent_mean, bundle.latent_std  # of the sound, not of what was decoded from them
@@ -188,7 +189,7 @@ def _waveform(path: Path, variant: Variant, normalize: Normalize) -> Tensor:
     try:
         return load_waveform(path, sequence_config(variant.mode), normalize)
     except ValueError as error:
-        raise ValueError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from error
+        raise UserError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from error
 
 
 # -- memmap -> folder --------------------------------------------------------------------------------------------------
@@ -221,7 +222,7 @@ def memmap_to_folder(
         ValueError: a set of sound without pictures, which feature files cannot hold.
     """
     if not rows.has_video:
-        raise ValueError(f"{rows.folder}: is a set of sound without pictures, but .npz files hold features of "
+        raise UserError(f"{rows.folder}: is a set of sound without pictures, but .npz files hold features of "
                          "pictures; train on the memmap as it is")
     target.mkdir(parents=True, exist_ok=True)
     seen: set[str] = set()
@@ -280,7 +281,7 @@ def _found_settings(path: Path) -> dict[str, Any] | None:
         return None
     settings = load_features(path).settings or {}
     if "converted_from" not in settings:
-        raise ValueError(f"{path} is in the way, it was not converted from a memmap; choose another folder")
+        raise UserError(f"{path} is in the way, it was not converted from a memmap; choose another folder")
     return settings
 
 

@@ -25,6 +25,7 @@ from typing import Any
 from filelock import Timeout
 
 from selva.utils import torchrun
+from selva.utils.errors import UserError
 from selva.utils.files import atomic_write_text
 from selva.utils.locks import file_lock
 
@@ -136,7 +137,7 @@ class ManifestWriter:
                 lock.acquire(blocking=False)
             except Timeout as error:
                 self._own_lock.release()
-                raise ValueError(
+                raise UserError(
                     f"{self.manifest.parent}: {_writer(path)} is writing {path.stem.replace('_', ' ')} here, and this "
                     "one would do the same clips; wait for its end, or choose another --output_dir") from error
             if not own:
@@ -292,8 +293,8 @@ def read_manifest(path: str | os.PathLike[str]) -> list[Row]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: line {number} is not JSON ({error})") from error
+            raise UserError(f"{path}: line {number} is not JSON ({error})") from error
         if not isinstance(row, dict) or "id" not in row or "status" not in row:
-            raise ValueError(f"{path}: line {number} is no row of a manifest, expected an id and a status")
+            raise UserError(f"{path}: line {number} is no row of a manifest, expected an id and a status")
         rows.append(row)
     return rows

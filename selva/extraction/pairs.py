@@ -26,6 +26,7 @@ from selva.features import FeatureBundle, load_features, save_features
 from selva.inputs.jobs import ClipJob
 from selva.inputs.suffixes import AUDIO_SUFFIXES
 from selva.media import read_audio
+from selva.utils.errors import UserError
 from selva.utils.files import flush_folder, source_hash
 
 log = logging.getLogger(__name__)
@@ -97,14 +98,14 @@ class PairFolder:
         """
         path, settings = self.folder / f"{job.id}.npz", bundle.settings or {}
         if "source_sha256" not in settings:
-            raise ValueError(f"{path}: is in the way, it was not made by extract_features.py; move it, choose another "
+            raise UserError(f"{path}: is in the way, it was not made by extract_features.py; move it, choose another "
                              f"--output_dir, {OVERWRITE_ADVICE}")
         if settings["source_sha256"] == sha256:
             return  # the video may have been moved
         known = self.sources.get(job.id)
         if known != str(job.path.resolve()):
             holds = known or f"another {settings.get('source', 'video')}"
-            raise ValueError(f"{job.path}: {path} holds {holds}, another video; give each its own name (--name, or a "
+            raise UserError(f"{job.path}: {path} holds {holds}, another video; give each its own name (--name, or a "
                              f"table with ids), choose another --output_dir, {OVERWRITE_ADVICE}")
 
     def is_ours(self, name: str, sha256: str, bundle: FeatureBundle | None) -> bool:
@@ -183,7 +184,7 @@ class PairFolder:
             ):
                 if not overwrite:
                     staged.unlink()
-                    raise ValueError(
+                    raise UserError(
                         f"{target}: is in the way, extract_features.py did not write it; keep it as the sound of the "
                         f"clip with --audio none, move it, {OVERWRITE_ADVICE}")
                 log.warning("%s: was not written by extract_features.py and is replaced (--overwrite)", target)
@@ -214,7 +215,7 @@ class PairFolder:
                 continue
             old = (bundle.settings or {}) if bundle is not None else {}
             if any(old.get(key) != settings.get(key) for key in ("source_sha256", "start_sec", "duration_sec")):
-                raise ValueError(f"{path}: is the sound of an earlier extraction, of another part of the video, and "
+                raise UserError(f"{path}: is the sound of an earlier extraction, of another part of the video, and "
                                  "would lie beside the new features; delete it, or leave --audio none out")
             if (path.name, found) == (name, sha256):
                 return StagedSound(None, path.name, found, found)
@@ -236,7 +237,7 @@ class PairFolder:
         """
         target, features = self.folder / sound.file, self.folder / f"{job.id}.npz"
         if sound.path is not None and (source_hash(target) if target.is_file() else "") != sound.replaces:
-            raise ValueError(f"{target}: somebody has changed it meanwhile; run again")
+            raise UserError(f"{target}: somebody has changed it meanwhile; run again")
         prepared = self.waiting / features.name
         save_features(prepared, bundle)
         try:

@@ -48,6 +48,7 @@ from selva.models.variants import get_variant
 from selva.sequence import DEFAULT_DURATION_SEC, SequenceConfig, sequence_config
 from selva.utils import torchrun
 from selva.utils.device import peak_memory_bytes
+from selva.utils.errors import UserError
 from selva.utils.files import source_hash
 from selva.utils.logging import setup_logging
 from selva.utils.progress import StageTimes
@@ -66,7 +67,7 @@ CLIP_ERRORS = (ValueError, OSError, RuntimeError, MemoryError)
 _AHEAD = 2  # clips per worker that wait to be encoded; one of 8 s has 58 MB at full size
 
 
-class UnusableClip(ValueError):
+class UnusableClip(UserError):
     """Error about a clip that is not damaged, but cannot be part of such a set."""
 
 

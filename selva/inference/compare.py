@@ -34,6 +34,7 @@ from selva.inference.batch import AdapterSetup, BatchClip
 from selva.inference.request import SoundRequest
 from selva.inputs.suffixes import OUTPUT_AUDIO_SUFFIXES
 from selva.media import prepare_audio, probe, read_audio
+from selva.utils.errors import UserError
 from selva.utils.files import atomic_write_text
 from selva.utils.plots import draw_spectrogram, new_figure, power_spectrogram, save_figure
 
@@ -84,13 +85,13 @@ def read_compare_list(path: Path) -> list[CompareLine]:
             if words:
                 lines.append(_compare_line(words, path.parent))
                 if any(line.label == lines[-1].label for line in lines[:-1]):
-                    raise ValueError(f"the label {lines[-1].label!r} is used twice; give another as the third word")
+                    raise UserError(f"the label {lines[-1].label!r} is used twice; give another as the third word")
         except ValueError as error:
             problems.append(f"line {number}: {error}")
     if not lines and not problems:
         problems.append("it is empty, expected lines like `adapter.pt 1.0`")
     if problems:
-        raise ValueError(f"{path}: {'; '.join(problems)}")
+        raise UserError(f"{path}: {'; '.join(problems)}")
     return lines
 
 
@@ -98,20 +99,20 @@ def _compare_line(words: list[str], folder: Path) -> CompareLine:
     if words == [BASE_LABEL]:
         return CompareLine(BASE_LABEL, ())
     if not 2 <= len(words) <= 3:
-        raise ValueError(f"{' '.join(words)!r} is not `base`, nor `path strength [label]`; quote what has spaces")
+        raise UserError(f"{' '.join(words)!r} is not `base`, nor `path strength [label]`; quote what has spaces")
     path = Path(words[0])
     found = next((candidate for candidate in (path, folder / path) if candidate.is_file()), None)
     if found is None:
-        raise ValueError(f"{path}: no such file")
+        raise UserError(f"{path}: no such file")
     try:
         strength = float(words[1])
     except ValueError:
         strength = math.nan
     if not math.isfinite(strength):
-        raise ValueError(f"the strength is {words[1]!r}, expected a number")
+        raise UserError(f"the strength is {words[1]!r}, expected a number")
     label = words[2] if len(words) == 3 else f"{_short_name(found)} {strength:g}"
     if re.search(r'[/\\:*?"<>|\0]', label) or label.startswith(".") or not label.strip():
-        raise ValueError(f"the label {label!r} cannot name a folder")
+        raise UserError(f"the label {label!r} cannot name a folder")
     return CompareLine(label, ((found, strength),))
 
 
@@ -129,7 +130,7 @@ def _short_name(path: Path) -> str:
 def check_reference_dir(folder: Path) -> None:
     """Raise a ValueError if ``folder`` holds no sound to compare with."""
     if not folder.is_dir() or not any(path.suffix.lower() in OUTPUT_AUDIO_SUFFIXES for path in folder.iterdir()):
-        raise ValueError(f"--reference {folder}: expected a folder with {' or '.join(OUTPUT_AUDIO_SUFFIXES)}")
+        raise UserError(f"--reference {folder}: expected a folder with {' or '.join(OUTPUT_AUDIO_SUFFIXES)}")
 
 
 def reference_sound(

@@ -13,6 +13,7 @@ from selva.inputs.suffixes import OUTPUT_AUDIO_SUFFIXES, OUTPUT_VIDEO_SUFFIXES
 from selva.media.mask_settings import MaskOptions
 from selva.sequence import DEFAULT_DURATION_SEC, SHORTEST_SEC
 from selva.utils.device import PRECISION_CHOICES, PRECISION_HELP
+from selva.utils.errors import UserError
 from selva.utils.settings import setting
 from selva.weights.config import GENERAL, ModelConfig
 
@@ -87,7 +88,7 @@ class InferenceConfig:
 
     def __post_init__(self) -> None:
         if problems := list(self._problems()):
-            raise ValueError("; ".join(problems))
+            raise UserError("; ".join(problems))
 
     @property
     def videos(self) -> list[Path]:

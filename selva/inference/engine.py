@@ -40,6 +40,7 @@ from selva.models.vocoder import Vocoder
 from selva.sampling import decode_latents, sample_latents
 from selva.sequence import DEFAULT_DURATION_SEC, SequenceConfig, sequence_config
 from selva.utils.device import PRECISION_CHOICES, dtype_of, resolve_device, resolve_precision
+from selva.utils.errors import UserError
 from selva.utils.progress import StageTimes
 from selva.weights.find import check_weights
 from selva.weights.load import load_generator, load_vae, load_vocoder
@@ -73,7 +74,7 @@ def load_adapters(specs: Iterable[AdapterSpec], variant: Variant) -> list[tuple[
         adapter = source if isinstance(source, Adapter) else load_adapter(source)
         trained_for = adapter.meta.get("variant")
         if trained_for is not None and trained_for != variant.name:
-            raise ValueError(f"{adapter.source if source is adapter else source}: was trained for variant "
+            raise UserError(f"{adapter.source if source is adapter else source}: was trained for variant "
                              f"{trained_for}, not {variant.name}; use --variant {trained_for}")
         pairs.append((adapter, float(strength)))
     return pairs
@@ -92,7 +93,7 @@ def uses_clip_features(choice: str, variant: Variant, adapters: AdapterPairs) ->
         return choice == "use"
     trained = {adapter.meta.get("clip_features", "use") for adapter, strength in adapters if strength != 0}
     if len(trained) > 1:
-        raise ValueError("the adapters were trained with different --clip_features; choose one")
+        raise UserError("the adapters were trained with different --clip_features; choose one")
     return trained.pop() == "use" if trained else variant.family == "mmaudio"
 
 
@@ -138,7 +139,7 @@ class SoundGenerator:
                                      ("precision", precision, PRECISION_CHOICES),
                                      ("offload", offload, OFFLOAD_CHOICES)):
             if value not in choices:
-                raise ValueError(f"{what} is {value!r}, expected one of {', '.join(choices)}")
+                raise UserError(f"{what} is {value!r}, expected one of {', '.join(choices)}")
         self.variant, self.selva_dir = get_variant(variant), None if selva_dir is None else Path(selva_dir)
         self.device = resolve_device(device)
         self.precision_name = resolve_precision(precision, self.device)
@@ -246,7 +247,7 @@ class SoundGenerator:
             if not isinstance(bundle, FeatureBundle):
                 bundle = load_features(bundle)
         if problem := features_problem(bundle.variant, self.variant):
-            raise ValueError(f"{request.source}: {problem}")
+            raise UserError(f"{request.source}: {problem}")
         draft = _Draft(request, bundle.prompt if request.prompt is None else request.prompt,
                        min(bundle.duration, request.duration_sec or bundle.duration),
                        clip_f=bundle.clip_features, sync_f=bundle.sync_features)
@@ -343,7 +344,7 @@ class SoundGenerator:
         empty_clip, empty_sync, empty_text = generator.empty_features(1)
         missing = [item.request.source for item in items if self.uses_clip and _lacks_clip(item)]
         if missing:
-            raise ValueError(f"{missing[0]}: was encoded without the CLIP features that are asked for; encode it again")
+            raise UserError(f"{missing[0]}: was encoded without the CLIP features that are asked for; encode it again")
 
         def stacked(features: Iterable[Tensor | None], empty: Tensor) -> Tensor:
             return torch.cat([empty if x is None else x.to(empty.device) for x in features])  # (B, tokens, channels)

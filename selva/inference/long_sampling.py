@@ -31,6 +31,7 @@ from selva.sequence import (
     first_clip_frame,
     sequence_config,
 )
+from selva.utils.errors import UserError
 
 DEFAULT_OVERLAP_SEC = 2.0
 DEFAULT_WINDOWS_PER_PASS = 4
@@ -107,9 +108,9 @@ def window_grid(
     """
     whole = sequence_config(mode, duration_sec)
     if not SHORTEST_WINDOW_SEC <= window_sec < math.inf:
-        raise ValueError(f"window is {window_sec} s, expected at least {SHORTEST_WINDOW_SEC:g} s")
+        raise UserError(f"window is {window_sec} s, expected at least {SHORTEST_WINDOW_SEC:g} s")
     if not WINDOW_STEP_SEC <= overlap_sec <= window_sec / 2:
-        raise ValueError(f"overlap is {overlap_sec} s, expected {WINDOW_STEP_SEC:g} s to half a window, "
+        raise UserError(f"overlap is {overlap_sec} s, expected {WINDOW_STEP_SEC:g} s to half a window, "
                          f"{window_sec / 2:g} s")
     if duration_sec <= window_sec:
         return WindowGrid(whole, whole, (0,), (0,))
@@ -171,7 +172,7 @@ def sample_long(
     """
     config = config or SamplingConfig()
     if windows_per_pass < 1:
-        raise ValueError(f"windows_per_pass is {windows_per_pass}, expected at least 1")
+        raise UserError(f"windows_per_pass is {windows_per_pass}, expected at least 1")
     grid = window_grid(mode, duration_sec, window_sec, overlap_sec)
     with _set_to(generator, grid.whole):
         empty_clip, empty_sync, _ = generator.empty_features(len(seeds))
@@ -194,12 +195,12 @@ def sample_long(
 def _check_features(whole: SequenceConfig, clip_f: Tensor, sync_f: Tensor, text_f: Tensor, num_items: int) -> None:
     batches = [len(clip_f), len(sync_f), len(text_f)]
     if batches != [num_items] * 3:
-        raise ValueError(f"clip, sync and text features of {batches} items, expected {num_items}, one per seed")
+        raise UserError(f"clip, sync and text features of {batches} items, expected {num_items}, one per seed")
     for what, features, expected in (
         ("clip features", clip_f, whole.clip_seq_len), ("sync features", sync_f, whole.sync_seq_len)
     ):
         if features.shape[1] != expected:
-            raise ValueError(f"{what} have {features.shape[1]} tokens, expected {expected} "
+            raise UserError(f"{what} have {features.shape[1]} tokens, expected {expected} "
                              f"for {whole.duration_sec:g} s")
 
 

@@ -22,6 +22,7 @@ from selva.inference.engine import SoundGenerator
 from selva.inference.request import Sound, SoundRequest
 from selva.inputs.suffixes import OUTPUT_AUDIO_SUFFIXES, OUTPUT_VIDEO_SUFFIXES
 from selva.lora.merge import Adapter
+from selva.utils.errors import UserError
 from selva.utils.files import atomic_write_text, source_hash
 from selva.utils.settings import settings_text
 from selva.weights.find import content_mark, find_weights, packaged_identity
@@ -74,7 +75,7 @@ class SoundFiles:
                 sound.save(self.video)
             except CLIP_ERRORS as error:
                 kept = self.audio or sound.save(_free_name(self.video))
-                raise ValueError(f"{error}; its sound is kept in {kept}") from error
+                raise UserError(f"{error}; its sound is kept in {kept}") from error
         atomic_write_text(self.settings, f"{text}{fingerprint}\n")
 
 

@@ -16,6 +16,7 @@ from selva.inputs.suffixes import OUTPUT_VIDEO_SUFFIXES
 from selva.media import MaskSettings, mux_video, write_audio
 from selva.models.variants import Variant
 from selva.sequence import SequenceConfig
+from selva.utils.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,11 @@ class SoundRequest:
 
     def __post_init__(self) -> None:
         if self.video is not None and self.features is not None:
-            raise ValueError("give a video or features, not both")
+            raise UserError("give a video or features, not both")
         if self.video is None and self.features is None and not self.prompt:
-            raise ValueError("give a video, features or a prompt")
+            raise UserError("give a video, features or a prompt")
         if self.video is None and (self.start_sec or self.mask is not None):
-            raise ValueError("a start and a mask belong to a video; features have theirs already")
+            raise UserError("a start and a mask belong to a video; features have theirs already")
 
     @property
     def source(self) -> str:
@@ -105,7 +106,7 @@ class Sound:
         if path.suffix.lower() not in OUTPUT_VIDEO_SUFFIXES:
             write_audio(path, self.waveform, self.rate)
         elif self.video is None:
-            raise ValueError(f"{path}: the sound was not made for a video, so there are no pictures; write a .flac")
+            raise UserError(f"{path}: the sound was not made for a video, so there are no pictures; write a .flac")
         else:
             mux_video(self.video, self.waveform, self.rate, path, self.start_sec, self.duration_sec)
         return path
@@ -120,5 +121,5 @@ def check_widths(conditions: SoundConditions, variant: Variant) -> None:
         ("text_features", conditions.text_f, config.text_dim),
     ):
         if features is not None and features.shape[2] != width:
-            raise ValueError(f"{conditions.request.source}: {what} are {features.shape[2]} wide, but {variant.name} "
+            raise UserError(f"{conditions.request.source}: {what} are {features.shape[2]} wide, but {variant.name} "
                              f"takes {width}; extract again with --variant {variant.name}")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from selva.utils.errors import UserError
 from selva.utils.text import listed
 
 log = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ def find_delimiter(path: Path) -> str:
         with open(path, encoding="utf-8-sig", newline=None) as file:
             header = file.readline()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: is not UTF-8 text ({error}); save it as UTF-8") from error
+        raise UserError(f"{path}: is not UTF-8 text ({error}); save it as UTF-8") from error
     return next((sign for sign in DELIMITERS if sign in header), "\t")
 
 
@@ -79,7 +80,7 @@ def refuse_long_rows(path: Path, table: TextTable) -> None:
         ValueError: names the lines.
     """
     if lines := [str(line) for line, cells in table.rows if None in cells]:
-        raise ValueError(f"{path}, line {listed(lines)}: more cells than columns; put a text with a delimiter in it "
+        raise UserError(f"{path}, line {listed(lines)}: more cells than columns; put a text with a delimiter in it "
                          "between quotation marks")
 
 
@@ -88,9 +89,9 @@ def _check_columns(path: Path, columns: Sequence[str], required: Collection[str]
     if missing:
         found = ", ".join(columns) or "nothing"
         what = f"expected {expected}" if expected else "the first line names the columns"
-        raise ValueError(f"{path}: column {', '.join(missing)} missing (found: {found}); {what}")
+        raise UserError(f"{path}: column {', '.join(missing)} missing (found: {found}); {what}")
     if twice := sorted({name for name in columns if name in required and columns.count(name) > 1}):
-        raise ValueError(f"{path}: column {', '.join(twice)} is there more than once")
+        raise UserError(f"{path}: column {', '.join(twice)} is there more than once")
 
 
 def _rows_of(path: Path, table: Any) -> Iterator[tuple[int, int, list[str]]]:
@@ -100,9 +101,9 @@ def _rows_of(path: Path, table: Any) -> Iterator[tuple[int, int, list[str]]]:
         try:
             cells = next(table, None)
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: is not UTF-8 text (after line {last}); save it as UTF-8") from error
+            raise UserError(f"{path}: is not UTF-8 text (after line {last}); save it as UTF-8") from error
         except csv.Error as error:
-            raise ValueError(f"{path}: after line {last} there is no row ({error}); {MARKS}") from error
+            raise UserError(f"{path}: after line {last} there is no row ({error}); {MARKS}") from error
         if cells is None:
             return
         first, last = last + 1, table.line_num
@@ -137,5 +138,5 @@ def _check_one_row(path: Path, cells: list[str], lines: tuple[int, int], num_col
         marks = [line.count(delimiter) for line in inside]
         marks[-1] += len(cells) - 1 - index  # the row goes on behind the cell
         if max(marks) >= num_columns - 1:
-            raise ValueError(f"{path}: lines {lines[0]} to {lines[1]} would be one row, as a cell in it begins with a "
+            raise UserError(f"{path}: lines {lines[0]} to {lines[1]} would be one row, as a cell in it begins with a "
                              f"quotation mark and ends lines later; {MARKS}")

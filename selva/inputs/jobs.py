@@ -34,6 +34,7 @@ from selva.inputs.suffixes import VIDEO_SUFFIXES
 from selva.inputs.table import TABLE_SUFFIXES, TableRow, read_clip_table, unsafe_id
 from selva.media import MASK_SUFFIXES, video_length
 from selva.sequence import DEFAULT_DURATION_SEC, SHORTEST_SEC
+from selva.utils.errors import UserError
 from selva.utils.text import listed
 
 log = logging.getLogger(__name__)
@@ -109,7 +110,7 @@ def collect_jobs(
     """
     _check_times(start_sec, duration_sec, windows, overlap_sec)
     if not inputs:
-        raise ValueError("no inputs; give at least one video, folder or table")
+        raise UserError("no inputs; give at least one video, folder or table")
     rows: list[TableRow] = []
     for item in inputs:
         rows += _rows_of(Path(item), recursive, None if video_dir is None else Path(video_dir))
@@ -154,7 +155,7 @@ def _check_times(start_sec: float, duration_sec: float, windows: bool, overlap_s
     if overlap_sec and not windows:
         problems.append(f"overlap is {overlap_sec} s, but only windows overlap; ask for windows too")
     if problems:
-        raise ValueError("; ".join(problems))
+        raise UserError("; ".join(problems))
 
 
 # -- inputs ------------------------------------------------------------------------------------------------------------
@@ -183,7 +184,7 @@ def find_videos(folder: PathLike, recursive: bool = False) -> list[Path]:
         found += [Path(parent, f) for f in files if not f.startswith(".") and f.lower().endswith(VIDEO_SUFFIXES)]
     if not found:
         where = "this folder and its subfolders" if recursive else "this folder (its subfolders were not searched)"
-        raise ValueError(f"{folder}: no videos in {where}; looked for {' '.join(VIDEO_SUFFIXES)}")
+        raise UserError(f"{folder}: no videos in {where}; looked for {' '.join(VIDEO_SUFFIXES)}")
     return sorted(found, key=lambda path: path.parts)
 
 
@@ -281,7 +282,7 @@ def _check_ids(clips: Iterable[tuple[str, Path]]) -> None:
             problems.append(f"{owner[id_]} and {path} would both become {id_}.npz; rename one of them")
         owner.setdefault(id_, path)
     if problems:
-        raise ValueError(listed(problems, separator="; "))
+        raise UserError(listed(problems, separator="; "))
 
 
 # -- prompts and masks -------------------------------------------------------------------------------------------------
@@ -344,7 +345,7 @@ class _Masks:
         rows = list(rows)
         own = sorted({row.id for row in rows if row.mask is not None and _same_file(row.mask, row.path)})
         if own:
-            raise ValueError(f"the mask of {listed(own)} is the video itself; name another, or none")
+            raise UserError(f"the mask of {listed(own)} is the video itself; name another, or none")
         if self.path is None:
             return
         if not self.path.exists():
@@ -358,7 +359,7 @@ class _Masks:
                 if os.path.realpath(file) not in clips:
                     self.by_stem.setdefault(same_name(file.stem), []).append(file)
         elif os.path.realpath(self.path) in clips:
-            raise ValueError(f"{self.path}: is one of the videos, and cannot be their mask; name another")
+            raise UserError(f"{self.path}: is one of the videos, and cannot be their mask; name another")
 
     def of(self, row: TableRow, id_: str) -> Path | None:
         if self.by_stem is None:
@@ -377,7 +378,7 @@ class _Masks:
             log.warning("%s: several masks of one name, of which pictures and .npy come first; taken: %s",
                         self.path, listed(sorted(self.ambiguous), separator="; "))
         if self.without == num_clips and num_clips:
-            raise ValueError(f"{self.path}: no mask for any clip; masks are named like the clips, e.g. dog_01.png")
+            raise UserError(f"{self.path}: no mask for any clip; masks are named like the clips, e.g. dog_01.png")
         if self.without:
             log.warning("%s: no mask for %d of %d clips, which show the whole picture",
                         self.path, self.without, num_clips)

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from selva.features import load_settings
+from selva.utils.errors import UserError
 from selva.utils.files import source_hash
 
 log = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ def clean_name(name: str) -> str:
         ValueError: it is empty.
     """
     if not name:
-        raise ValueError("the name of the clips is empty")
+        raise UserError("the name of the clips is empty")
     return name.translate(str.maketrans("/\\\0", "___"))
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from selva.inputs.file_names import same_name
+from selva.utils.errors import UserError
 from selva.utils.text import listed
 
 log = logging.getLogger(__name__)
@@ -88,7 +89,7 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_bytes().decode("utf-8-sig")  # editors on Windows begin files with a byte order mark
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+        raise UserError(f"{path}: is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
 
 
 def choose_prompt(written: str | None, extracted: str, data_dir: Path) -> tuple[str, PromptSource]:

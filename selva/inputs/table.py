@@ -19,6 +19,7 @@ from pathlib import Path
 from selva.inputs.delimited import Cells, read_text_table
 from selva.inputs.file_names import FolderNames, same_name
 from selva.sequence import SHORTEST_SEC
+from selva.utils.errors import UserError
 from selva.utils.text import listed
 
 log = logging.getLogger(__name__)
@@ -80,9 +81,9 @@ def read_clip_table(path: Path, video_suffixes: Iterable[str], video_dir: Path |
     reader.check_columns(table.columns)
     rows = [reader.read(line, cells) for line, cells in table.rows]
     if reader.problems:
-        raise ValueError(f"{path}: {listed(reader.problems, separator='; ')}")
+        raise UserError(f"{path}: {listed(reader.problems, separator='; ')}")
     if not rows:
-        raise ValueError(f"{path}: has no rows")
+        raise UserError(f"{path}: has no rows")
     return [row for row in rows if row is not None]
 
 
@@ -99,7 +100,7 @@ class _RowReader:
     def check_columns(self, columns: list[str]) -> None:
         twice = sorted({column for column in columns if columns.count(column) > 1 and column in COLUMNS})
         if twice:
-            raise ValueError(f"{self.path}: column {', '.join(twice)} is there more than once")
+            raise UserError(f"{self.path}: column {', '.join(twice)} is there more than once")
         unknown = [str(column) for column in columns if column not in COLUMNS]
         if unknown:
             log.warning("%s: columns not used: %s (known are %s)", self.path, ", ".join(unknown), ", ".join(COLUMNS))

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from selva.utils.errors import UserError
 from selva.utils.settings import setting, settings_of
 from selva.utils.text import listed
 
@@ -87,7 +88,7 @@ class LoRAConfig:
         if not problems and self.init == "pissa" and any(self.scale(r) != 1 for r in self.ranks()):
             problems.append("init 'pissa' needs scale 1: leave alpha unset and rslora off")
         if problems:
-            raise ValueError("; ".join(problems))
+            raise UserError("; ".join(problems))
 
     @classmethod
     def from_settings(cls, values: Mapping[str, Any]) -> LoRAConfig:
@@ -117,14 +118,14 @@ class LoRAConfig:
         if "lora_config" in meta:
             stored = dict(meta["lora_config"])
             if unknown := sorted(stored.keys() - {field.name for field in fields(cls)}):
-                raise ValueError(
+                raise UserError(
                     f"the adapter was trained with settings unknown here: {listed(unknown, MAX_PROBLEMS)}; "
                     "update this package"
                 )
             return cls(**{**stored, "targets": tuple(stored["targets"])})
         missing = [key for key in ("rank", "alpha", "target") if key not in meta]
         if missing:
-            raise ValueError(f"the adapter's meta has no {', '.join(missing)}")
+            raise UserError(f"the adapter's meta has no {', '.join(missing)}")
         return cls(
             rank=meta["rank"],
             alpha=meta["alpha"],
@@ -209,7 +210,7 @@ def parse_targets(items: Sequence[str]) -> tuple[tuple[str, ...], dict[str, int]
             first, second = (f"rank {r}" if r else "no rank" for r in (ranks[target], rank))
             problems.append(f"target {target!r} is given twice, with {first} and with {second}")
     if problems:
-        raise ValueError("; ".join(problems))
+        raise UserError("; ".join(problems))
     return tuple(ranks), {target: rank for target, rank in ranks.items() if rank} or None
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from selva.lora.config import MAX_PROBLEMS, LoRAConfig, no_match_message
 from selva.lora.layers import ADAPTED_CLASS, KIND, PARAMETERS, LoRALayer, lora_layers
 from selva.lora.merge import MERGED_ATTRIBUTE, row_norms
+from selva.utils.errors import UserError
 from selva.utils.text import listed
 
 CONFIG_ATTRIBUTE = "lora_config"  # of an adapted model: the settings of its adapters
@@ -112,7 +113,7 @@ def inject_lora(model: nn.Module, cfg: LoRAConfig, rng: torch.Generator | None =
             DoRA is asked for on layers that have an adapter merged. The model is then as it was.
     """
     if any(True for _ in lora_layers(model)):
-        raise ValueError("the model has adapters already; merge them or call remove_lora(model) first")
+        raise UserError("the model has adapters already; merge them or call remove_lora(model) first")
     matches, skipped = _match(model, cfg.targets)
     if cfg.init == "pissa":
         _check_ranks(matches, cfg)
@@ -147,7 +148,7 @@ def _match(model: nn.Module, targets: Sequence[str]) -> tuple[dict[str, Plain], 
     idle = [target for target in targets if not any(name.endswith(target) for name in matches)]
     if idle:
         names = [name for name, module in model.named_modules() if type(module) in ADAPTED_CLASS]
-        raise ValueError(no_match_message(names, idle, skipped))
+        raise UserError(no_match_message(names, idle, skipped))
     return matches, skipped
 
 
@@ -166,14 +167,14 @@ def _check_ranks(matches: Mapping[str, Plain], cfg: LoRAConfig) -> None:
                 for name, size in sizes.items() if cfg.rank_of(name) > size]
     if problems:
         what = "init 'pissa' cannot start from" if cfg.init == "pissa" else "an adapter cannot have"
-        raise ValueError(f"{what} more directions than a layer has: {listed(problems, MAX_PROBLEMS)}; give a smaller "
+        raise UserError(f"{what} more directions than a layer has: {listed(problems, MAX_PROBLEMS)}; give a smaller "
                          "--rank, or these layers one of their own: --target SUFFIX:RANK")
 
 
 def _check_unmerged(matches: Mapping[str, Plain]) -> None:
     merged = [name for name, module in matches.items() if getattr(module, MERGED_ATTRIBUTE, False)]
     if merged:
-        raise ValueError(
+        raise UserError(
             "a DoRA adapter is relative to the base weights, but these layers have another adapter merged: "
             f"{listed(merged, MAX_PROBLEMS)}; train it on the base model"
         )

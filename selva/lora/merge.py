@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from selva.lora.config import MAX_PROBLEMS, lora_scale
+from selva.utils.errors import UserError
 from selva.utils.text import listed
 
 FACTOR_SUFFIXES = (".lora_A", ".lora_B")
@@ -177,7 +178,7 @@ def merge_adapters(model: nn.Module, adapters: Iterable[tuple[Adapter, float]]) 
     modules = dict(model.named_modules())
     problems = [problem for adapter, strength in adapters for problem in _misfits(modules, adapter, strength)]
     if problems:
-        raise ValueError(f"cannot merge: {listed(problems, MAX_PROBLEMS)}")
+        raise UserError(f"cannot merge: {listed(problems, MAX_PROBLEMS)}")
     active = [(adapter, strength) for adapter, strength in adapters if strength != 0]
     for name in dict.fromkeys(name for adapter, _ in active for name in adapter.layer_names()):
         module = modules[name]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from selva.lora.config import MAX_PROBLEMS
 from selva.lora.layers import lora_layers, update_factors
 from selva.lora.merge import MAGNITUDE_SUFFIX, Adapter, padded_to_one_rank
+from selva.utils.errors import UserError
 from selva.utils.text import listed
 
 
@@ -84,7 +85,7 @@ def load_lora_state_(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         if key in tensors and tensors[key].shape != own[key].shape
     ]
     if problems:
-        raise ValueError(f"these adapter tensors do not fit the adapted model: {listed(problems, MAX_PROBLEMS)}")
+        raise UserError(f"these adapter tensors do not fit the adapted model: {listed(problems, MAX_PROBLEMS)}")
     for key, parameter in own.items():
         parameter.copy_(tensors[key])
 
@@ -100,7 +101,7 @@ def start_from_adapter_(model: nn.Module, adapter: Adapter) -> list[str]:
         ValueError: names every layer that the adapter changes and that has no place for it; nothing is changed then.
     """
     if adapter.is_pissa:
-        raise ValueError(f"{adapter.source}: holds changed base weights (PiSSA as published), no run can start there; "
+        raise UserError(f"{adapter.source}: holds changed base weights (PiSSA as published), no run can start there; "
                          "give an adapter that was trained with --init standard")
     layers, problems = dict(lora_layers(model)), []
     used = {name: _used_factors(*adapter.factors(name)) for name in adapter.layer_names()}
@@ -117,7 +118,7 @@ def start_from_adapter_(model: nn.Module, adapter: Adapter) -> list[str]:
         elif magnitude is not None and layer.lora_magnitude is None:
             problems.append(f"{name} has a DoRA magnitude (--dora)")
     if problems:
-        raise ValueError(f"{adapter.source}: a run with these settings cannot start at this adapter: "
+        raise UserError(f"{adapter.source}: a run with these settings cannot start at this adapter: "
                          f"{listed(problems, MAX_PROBLEMS)}")
     for name, (a, b) in used.items():
         layer, rank = layers[name], len(a)
@@ -152,7 +153,7 @@ def adapter_tensors(model: nn.Module, state: Mapping[str, Tensor] | None = None)
     current = lora_state_dict(model)
     foreign = [key for key in state or {} if key not in current]
     if foreign:
-        raise ValueError(f"these tensors belong to no adapted layer: {listed(foreign, MAX_PROBLEMS)}")
+        raise UserError(f"these tensors belong to no adapted layer: {listed(foreign, MAX_PROBLEMS)}")
     state = {**current, **(state or {})}
     pairs = {}
     for name, layer in lora_layers(model):

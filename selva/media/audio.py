@@ -15,6 +15,7 @@ from torch import Tensor
 
 from selva.media.container import PathLike, check_range
 from selva.media.sound_pieces import sound_length, sound_pieces
+from selva.utils.errors import UserError
 from selva.utils.files import atomic_path
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def read_audio(path: PathLike, start_sec: float = 0.0, duration_sec: float | Non
     rate = pieces[0][1]
     waveform = np.concatenate([samples for samples, _ in pieces], axis=1)  # (channels, samples)
     if waveform.shape[1] == 0:
-        raise ValueError(f"{path}: has no sound after {start_sec} s, it is shorter than that")
+        raise UserError(f"{path}: has no sound after {start_sec} s, it is shorter than that")
     return torch.from_numpy(waveform), rate
 
 
@@ -122,16 +123,16 @@ def prepare_audio(
             ``pad``.
     """
     if normalize not in ("peak", "none"):
-        raise ValueError(f"normalize is {normalize!r}, expected 'peak' or 'none'")
+        raise UserError(f"normalize is {normalize!r}, expected 'peak' or 'none'")
     channels = as_channels(waveform)
     mono = channels.mean(dim=0)  # (samples,)
     if not torch.isfinite(mono).all():
-        raise ValueError("the sound has values that are not finite (NaN or infinite)")
+        raise UserError("the sound has values that are not finite (NaN or infinite)")
     if reason := cancellation(mean_power(channels), mean_power(mono)):
-        raise ValueError(reason)
+        raise UserError(reason)
     peak = mono.abs().max().item() if len(mono) else 0.0
     if peak <= SILENCE_LEVEL:
-        raise ValueError(f"the sound is silent (peak {peak:.1e}, expected more than {SILENCE_LEVEL:.0e})")
+        raise UserError(f"the sound is silent (peak {peak:.1e}, expected more than {SILENCE_LEVEL:.0e})")
     if normalize == "peak":
         mono = mono / peak * PEAK_LEVEL
     if rate != target_rate:
@@ -140,7 +141,7 @@ def prepare_audio(
         return mono
     if len(mono) < num_samples:
         if not pad:
-            raise ValueError(
+            raise UserError(
                 f"the sound has {len(mono)} samples ({len(mono) / target_rate:.3f} s at {target_rate} Hz), "
                 f"expected at least {num_samples} ({num_samples / target_rate:.3f} s); use longer sound or pad"
             )
@@ -179,7 +180,7 @@ def as_channels(waveform: Tensor) -> Tensor:
     if waveform.dim() == 1:
         waveform = waveform[None]  # (1, samples)
     if waveform.dim() != 2:
-        raise ValueError(f"waveform is {tuple(waveform.shape)}, expected (channels, samples) or (samples,)")
+        raise UserError(f"waveform is {tuple(waveform.shape)}, expected (channels, samples) or (samples,)")
     return waveform
 
 
@@ -215,10 +216,10 @@ def write_audio(path: PathLike, waveform: Tensor, rate: int) -> None:
 
     path = Path(path)
     if path.suffix.lower() not in _SUFFIX_FORMATS:
-        raise ValueError(f"{path}: cannot write {path.suffix or 'a file without suffix'}, expected .wav or .flac")
+        raise UserError(f"{path}: cannot write {path.suffix or 'a file without suffix'}, expected .wav or .flac")
     samples = as_channels(waveform)
     if samples.shape[1] == 0 or not torch.isfinite(samples).all():
-        raise ValueError(f"{path}: the sound to write is empty or has values that are not finite")
+        raise UserError(f"{path}: the sound to write is empty or has values that are not finite")
     num_clipped = int((samples.abs() > 1).sum())
     if num_clipped:
         log.warning("%s: %d samples beyond full scale were clipped", path, num_clipped)

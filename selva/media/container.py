@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from selva.sequence import SHORTEST_SEC
+from selva.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ TRUNCATION_SEC = 0.5  # a stream that ends this much before the end in its heade
 def check_file(path: PathLike) -> None:
     """Raise if there is no file at ``path``."""
     if Path(path).is_dir():
-        raise ValueError(f"{path}: is a folder, expected a video or audio file")
+        raise UserError(f"{path}: is a folder, expected a video or audio file")
     if not Path(path).exists():
         raise FileNotFoundError(f"{path}: no such file")
 
@@ -45,9 +46,9 @@ def check_file(path: PathLike) -> None:
 def check_range(path: PathLike, start_sec: float, duration_sec: float | None) -> None:
     """Raise if a clip of a file cannot begin or last as asked for."""
     if not (math.isfinite(start_sec) and start_sec >= 0):
-        raise ValueError(f"{path}: start is {start_sec} s, expected 0 or more")
+        raise UserError(f"{path}: start is {start_sec} s, expected 0 or more")
     if duration_sec is not None and not (math.isfinite(duration_sec) and duration_sec > 0):
-        raise ValueError(f"{path}: duration is {duration_sec} s, expected more than 0")
+        raise UserError(f"{path}: duration is {duration_sec} s, expected more than 0")
 
 
 def exact_seconds(seconds: float) -> Fraction:
@@ -65,7 +66,7 @@ def open_media(path: PathLike) -> Iterator[Any]:
         # Absolute, because FFmpeg takes a relative name like "pipe:1.mp4" for a protocol.
         container = av.open(os.path.abspath(path), metadata_errors="replace")
     except av.error.FFmpegError as error:
-        raise ValueError(f"{path}: cannot be read as video or audio ({error.strerror})") from error
+        raise UserError(f"{path}: cannot be read as video or audio ({error.strerror})") from error
     with container:
         try:
             yield container
@@ -73,7 +74,7 @@ def open_media(path: PathLike) -> Iterator[Any]:
             if isinstance(error, ValueError | OSError):
                 raise
             # Errors of libraries behind FFmpeg, which Python has no name for, and no batch expects.
-            raise ValueError(f"{path}: cannot be decoded ({error.strerror})") from error
+            raise UserError(f"{path}: cannot be decoded ({error.strerror})") from error
 
 
 # -- streams ----------------------------------------------------------------------------------------------------------
@@ -98,9 +99,9 @@ def video_stream(container: Any, path: PathLike) -> Any:
         if can_decode(stream):
             return stream
     if pictures:
-        raise ValueError(f"{path}: its pictures are of a codec that is not known here; convert it to H.264")
+        raise UserError(f"{path}: its pictures are of a codec that is not known here; convert it to H.264")
     found = ", ".join(stream.type for stream in container.streams) or "no streams"
-    raise ValueError(f"{path}: has no video stream (found: {found})")
+    raise UserError(f"{path}: has no video stream (found: {found})")
 
 
 def audio_stream(container: Any, path: PathLike) -> Any:
@@ -114,9 +115,9 @@ def audio_stream(container: Any, path: PathLike) -> Any:
             _say_track(str(path), tracks.index(best) + 1, len(tracks), _is_default(best))
         return best
     if tracks:
-        raise ValueError(f"{path}: its sound is of a codec that is not known here; convert it to AAC or WAV")
+        raise UserError(f"{path}: its sound is of a codec that is not known here; convert it to AAC or WAV")
     found = ", ".join(stream.type for stream in container.streams) or "no streams"
-    raise ValueError(f"{path}: has no audio stream (found: {found})")
+    raise UserError(f"{path}: has no audio stream (found: {found})")
 
 
 def can_decode(stream: Any) -> bool:
@@ -200,7 +201,7 @@ def probe(path: PathLike) -> MediaInfo:
         video = video_stream(container, path) if has_pictures(container) else None
         audio = container.streams.best("audio") if container.streams.audio else None
         if video is None and audio is None:
-            raise ValueError(f"{path}: has neither pictures nor sound in it")
+            raise UserError(f"{path}: has neither pictures nor sound in it")
         return MediaInfo(
             format=container.format.name,
             streams=tuple(stream.type for stream in container.streams),
@@ -244,11 +245,11 @@ def packet_times(path: PathLike, container: Any, stream: Any) -> list[Fraction]:
     times: list[Fraction] = []
     for packet in read_packets(path, container, stream):
         if packet.pts is None:
-            raise ValueError(f"{path}: its frames have no time stamps; put it into an .mp4 first")
+            raise UserError(f"{path}: its frames have no time stamps; put it into an .mp4 first")
         if not packet.is_discard:
             times.append(packet.pts * packet.time_base - origin)
     if not times:
-        raise ValueError(f"{path}: has a video stream, but no frames in it")
+        raise UserError(f"{path}: has a video stream, but no frames in it")
     return sorted(times)
 
 
@@ -289,7 +290,7 @@ def check_not_truncated(
         return
     end_sec = declared if duration_sec is None else min(declared, start_sec + duration_sec)
     if start_sec + reached_sec < end_sec - TRUNCATION_SEC:
-        raise ValueError(
+        raise UserError(
             f"{path}: ends after {start_sec + reached_sec:.2f} s of {declared:.2f} s: "
             "cut short or damaged, copy it again"
         )
@@ -303,7 +304,7 @@ def check_step(path: PathLike, last: Fraction | None, time: Fraction, start: Fra
     """
     since = max(last or Fraction(0), Fraction(0))  # what lies before the start of a clip concerns nobody
     if time - since > MAX_PAUSE_SEC or (since and since - time > _MAX_STEP_BACK_SEC):
-        raise ValueError(
+        raise UserError(
             f"{path}: its time stamps jump from {float(since + start):.2f} s to {float(time + start):.2f} s, expected "
             f"at most {MAX_PAUSE_SEC} s between two pictures: damaged, or several recordings joined; cut it there"
         )
@@ -321,7 +322,7 @@ def read_packets(path: PathLike, container: Any, stream: Any) -> Iterator[Any]:
             if packet.size:  # the last one is empty and only flushes decoders
                 yield packet
     except av.error.FFmpegError as error:
-        raise ValueError(f"{path}: damaged, cannot be read to its end ({error.strerror})") from error
+        raise UserError(f"{path}: damaged, cannot be read to its end ({error.strerror})") from error
 
 
 def decode_frames(
@@ -347,7 +348,7 @@ def decode_frames(
             elif sought:
                 break
             else:
-                raise ValueError(f"{path}: its frames have no time stamps; put it into an .mp4 first")
+                raise UserError(f"{path}: its frames have no time stamps; put it into an .mp4 first")
             following = _following(time, frame, stream)
             if sought and (time > -preroll_sec or (stream.type == "video" and not frame.key_frame)):
                 break
@@ -355,7 +356,7 @@ def decode_frames(
             yield time, frame
     except av.error.FFmpegError as error:
         if not sought:  # else the seek ended in the middle of a frame
-            raise ValueError(
+            raise UserError(
                 f"{path}: damaged after {float(time + start):.2f} s, cannot be decoded ({error.strerror})"
             ) from error
     if sought:  # Some containers only guess where a key frame or a time stamp lies; read those from the start.

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from selva.media.audio import SILENCE_LEVEL, audio_length, read_audio, warn_of_cancellation
 from selva.media.container import PathLike, audio_stream, open_media, read_packets
+from selva.utils.errors import UserError
 from selva.utils.files import atomic_path
 
 # Codecs that can be taken out of a video as they are, and the file that libsndfile reads them from.
@@ -30,7 +31,7 @@ def copied_audio_suffix(video_path: PathLike) -> str:
     with open_media(video_path) as container:
         codec = audio_stream(container, video_path).codec_context.name
     if codec not in _COPY_SUFFIXES:
-        raise ValueError(
+        raise UserError(
             f"{video_path}: its sound is {codec}, which cannot be copied into {', '.join(AUDIO_COPY_SUFFIXES)}; "
             "extract it instead (decoded and written without loss)"
         )
@@ -56,11 +57,11 @@ def copy_audio(video_path: PathLike, out_path: PathLike, start_sec: float = 0.0)
 
     out_path, suffix = Path(out_path), copied_audio_suffix(video_path)
     if start_sec != 0:
-        raise ValueError(
+        raise UserError(
             f"{video_path}: the clip begins at {start_sec:g} s, and copied sound cannot be cut exactly; extract it"
         )
     if out_path.suffix.lower() != suffix:
-        raise ValueError(f"{out_path}: the sound of {video_path} can only be copied into {suffix}")
+        raise UserError(f"{out_path}: the sound of {video_path} can only be copied into {suffix}")
     with atomic_path(out_path) as temporary:
         try:
             with open_media(video_path) as source, av.open(str(temporary.absolute()), "w") as target:
@@ -84,7 +85,7 @@ def _check_copy(video_path: PathLike, copy_path: PathLike) -> None:
         found, found_rate = read_audio(copy_path, 0.0, _COPY_CHECK_SEC)
     except ValueError as error:
         reason = str(error).removeprefix(f"{copy_path}: ")
-        raise ValueError(f"{video_path}: a copy of its sound cannot be read ({reason}); extract it") from error
+        raise UserError(f"{video_path}: a copy of its sound cannot be read ({reason}); extract it") from error
     num_samples = min(found.shape[1], expected.shape[1])
     same = found_rate == rate and found.shape[0] == expected.shape[0]
     same = same and abs(found.shape[1] - expected.shape[1]) <= _COPY_LENGTH_SEC * rate
@@ -92,4 +93,4 @@ def _check_copy(video_path: PathLike, copy_path: PathLike) -> None:
         error = (found[:, :num_samples] - expected[:, :num_samples]).norm()
         same = bool(error <= _COPY_ERROR * expected[:, :num_samples].norm() + SILENCE_LEVEL)
     if not same:
-        raise ValueError(f"{video_path}: a copy of its sound would not begin where the pictures do; extract it")
+        raise UserError(f"{video_path}: a copy of its sound would not begin where the pictures do; extract it")

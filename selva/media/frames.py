@@ -26,6 +26,7 @@ from selva.media.mask_settings import MaskSettings
 from selva.media.masks import Masker
 from selva.media.pictures import frame_duration, steady, upright
 from selva.sequence import CLIP_FPS, DEFAULT_DURATION_SEC, SYNC_FPS, SYNC_SEGMENT_FRAMES
+from selva.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -68,12 +69,12 @@ def select_frames(times: Sequence[float], fps: float, start_sec: float = 0.0, en
         ValueError: ``fps`` is not positive, or a time is not finite.
     """
     if not fps > 0:
-        raise ValueError(f"frame rate is {fps}, expected a positive number")
+        raise UserError(f"frame rate is {fps}, expected a positive number")
     clock = _FrameClock(fps)
     selected: list[int] = []
     for index, time in enumerate(times):
         if not math.isfinite(time):
-            raise ValueError(f"time of frame {index} is {time}, expected a finite number of seconds")
+            raise UserError(f"time of frame {index} is {time}, expected a finite number of seconds")
         if start_sec <= time <= end_sec:
             selected += [index] * clock.uses(time)
     return selected
@@ -244,7 +245,7 @@ def _check_enough(path: PathLike, covered_sec: float, start_sec: float, duration
     """Raise if a clip is shorter than the sync encoder needs."""
     shortest_sec = SYNC_SEGMENT_FRAMES / SYNC_FPS
     if covered_sec < shortest_sec:
-        raise ValueError(
+        raise UserError(
             f"{path}: has {covered_sec:.2f} s of pictures from {start_sec:.2f} s to {start_sec + duration_sec:.2f} s, "
             f"expected at least {shortest_sec} s; its pictures end after {start_sec + end_sec:.2f} s"
         )

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from selva.media.container import PathLike
+from selva.utils.errors import UserError
 from selva.utils.files import atomic_path
 
 _SUFFIXES = (".mp4", ".mov", ".mkv")
@@ -35,14 +36,14 @@ def write_video(
 
     path, samples = Path(path), np.asarray(sound, dtype=np.float32)
     if path.suffix.lower() not in _SUFFIXES:
-        raise ValueError(f"{path}: cannot write {path.suffix!r}, expected one of {', '.join(_SUFFIXES)}")
+        raise UserError(f"{path}: cannot write {path.suffix!r}, expected one of {', '.join(_SUFFIXES)}")
     if samples.ndim != 1 or not len(samples) or not np.isfinite(samples).all():
-        raise ValueError(f"{path}: the sound is {samples.shape}, expected (samples,), not empty, all values finite")
+        raise UserError(f"{path}: the sound is {samples.shape}, expected (samples,), not empty, all values finite")
     pictures = iter(pictures)
     first = next(pictures, None)
     if first is None or first.shape[0] % 2 or first.shape[1] % 2:
         found = "no pictures" if first is None else f"pictures of {first.shape[1]} x {first.shape[0]}"
-        raise ValueError(f"{path}: got {found}, expected at least one, with even sides")
+        raise UserError(f"{path}: got {found}, expected at least one, with even sides")
     with atomic_path(path) as temporary, av.open(str(temporary), "w") as container:
         video = container.add_stream("libx264", rate=fps, options=_X264_OPTIONS)
         video.height, video.width, video.pix_fmt = first.shape[0], first.shape[1], "yuv420p"

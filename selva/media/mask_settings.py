@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from selva.utils.errors import UserError
 from selva.utils.settings import setting
 
 MASKS = "masks"
@@ -33,9 +34,9 @@ class MaskSettings:
 
     def __post_init__(self) -> None:
         if not 0 <= self.strength <= 1:
-            raise ValueError(f"strength of the mask is {self.strength}, expected 0 to 1")
+            raise UserError(f"strength of the mask is {self.strength}, expected 0 to 1")
         if not (self.clip or self.sync):
-            raise ValueError(f"{self.path}: the mask is used for neither the CLIP nor the sync frames; leave it out")
+            raise UserError(f"{self.path}: the mask is used for neither the CLIP nor the sync frames; leave it out")
 
 
 @dataclass(frozen=True)

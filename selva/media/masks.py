@@ -35,6 +35,7 @@ from selva.media.container import (
 )
 from selva.media.mask_settings import IMAGE_SUFFIXES, MaskSettings
 from selva.media.pictures import frame_duration, steady, upright
+from selva.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +132,7 @@ def _read_image(path: PathLike) -> np.ndarray:
     with open_media(path) as container:
         for _, frame in decode_frames(path, container, video_stream(container, path), Fraction(0)):
             return _brightness(frame)
-    raise ValueError(f"{path}: has no picture in it")
+    raise UserError(f"{path}: has no picture in it")
 
 
 def _brightness(frame: Any) -> np.ndarray:
@@ -152,7 +153,7 @@ class _FromVideo:
         self._frames = steady(path, decode_frames(path, container, self.stream, start), start)
         self._next = next(self._frames, None)
         if self._next is None:
-            raise ValueError(f"{path}: the mask has no frames at {float(start):g} s")
+            raise UserError(f"{path}: the mask has no frames at {float(start):g} s")
         self._current = self._next
         self._shown: tuple[Fraction, np.ndarray] | None = None  # the last one that was converted
 
@@ -163,7 +164,7 @@ class _FromVideo:
         if following is None:
             end = float(begin) + frame_duration(frame, self.stream)
             if float(time) > end + _MISSING_SEC:
-                raise ValueError(
+                raise UserError(
                     f"{self.path}: the mask ends after {end + float(self.start):.2f} s, but there are pictures at "
                     f"{float(time + self.start):.2f} s; use a mask as long as the video"
                 )
@@ -184,17 +185,17 @@ def _open_array(path: PathLike, video_path: PathLike, start: Fraction) -> _Sourc
         reason = str(error)
         if "pickle" in reason or "Python objects" in reason:  # NumPy's own words advise to load the file unsafely
             reason = "it holds Python objects or is no NumPy array, and pickles are never loaded"
-        raise ValueError(f"{path}: cannot be read as a mask ({reason})") from error
+        raise UserError(f"{path}: cannot be read as a mask ({reason})") from error
     if not isinstance(array, np.ndarray) or array.ndim not in (2, 3) or 0 in array.shape:
         found = getattr(array, "shape", "several arrays")
-        raise ValueError(f"{path}: the mask is {found}, expected (H, W), or (T, H, W) with one for each video frame")
+        raise UserError(f"{path}: the mask is {found}, expected (H, W), or (T, H, W) with one for each video frame")
     scale = _array_scale(path, array)
     if array.ndim == 2 or len(array) == 1:
         return _Static(_scaled(array if array.ndim == 2 else array[0], scale))
     with open_media(video_path) as container:
         times = packet_times(video_path, container, video_stream(container, video_path))
     if len(times) != len(array):
-        raise ValueError(
+        raise UserError(
             f"{path}: the mask is {array.shape}, {len(array)} frames, but {video_path} has {len(times)}; expected one "
             "for each frame of the file, or a single (H, W)"
         )
@@ -204,17 +205,17 @@ def _open_array(path: PathLike, video_path: PathLike, start: Fraction) -> _Sourc
 def _array_scale(path: PathLike, array: np.ndarray) -> float:
     """Return the divisor that brings the array to 0 ... 1, after checking every value of it."""
     if array.dtype.kind not in "buif":
-        raise ValueError(f"{path}: the mask is {array.dtype}, expected bool, integers or floats")
+        raise UserError(f"{path}: the mask is {array.dtype}, expected bool, integers or floats")
     frames = array if array.ndim == 3 else array[None]
     lowest, highest = 0.0, 0.0
     for frame in frames:  # one by one: the array may be larger than the memory
         lowest, highest = min(lowest, float(frame.min())), max(highest, float(frame.max()))
         if not np.isfinite([frame.min(), frame.max()]).all():  # NaN comes out of both
-            raise ValueError(f"{path}: the mask has values that are not finite (NaN or infinite)")
+            raise UserError(f"{path}: the mask has values that are not finite (NaN or infinite)")
     limit = 255 if array.dtype.kind in "iu" else 1
     if lowest < 0 or highest > limit:
         expected = "0 to 1, or 0 to 255" if limit == 255 else "0 to 1"
-        raise ValueError(f"{path}: the mask has values from {lowest:g} to {highest:g}, expected {expected}")
+        raise UserError(f"{path}: the mask has values from {lowest:g} to {highest:g}, expected {expected}")
     return 255.0 if highest > 1 else 1.0
 
 

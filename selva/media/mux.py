@@ -29,6 +29,7 @@ from selva.media.container import (
     video_stream,
 )
 from selva.media.pictures import orientation, steady
+from selva.utils.errors import UserError
 from selva.utils.files import atomic_path
 
 log = logging.getLogger(__name__)
@@ -72,16 +73,16 @@ def mux_video(
     check_range(video_path, start_sec, duration_sec)
     out_path, sound = Path(out_path), as_channels(waveform)
     if out_path.suffix.lower() not in _COPYABLE_CODECS:
-        raise ValueError(f"{out_path}: cannot write {out_path.suffix!r}, expected one of {', '.join(_COPYABLE_CODECS)}")
+        raise UserError(f"{out_path}: cannot write {out_path.suffix!r}, expected one of {', '.join(_COPYABLE_CODECS)}")
     if out_path.exists() and out_path.samefile(video_path):
-        raise ValueError(f"{out_path}: is the video itself, choose another name for the result")
+        raise UserError(f"{out_path}: is the video itself, choose another name for the result")
     if sound.shape[0] > 2 or sound.shape[1] == 0 or not torch.isfinite(sound).all():
-        raise ValueError(f"the sound is {tuple(sound.shape)}, expected 1 or 2 channels, not empty, all values finite")
+        raise UserError(f"the sound is {tuple(sound.shape)}, expected 1 or 2 channels, not empty, all values finite")
 
     span = _picture_span(video_path, out_path.suffix.lower())
     available_sec = span.end_sec - exact_seconds(start_sec)
     if available_sec <= 0:
-        raise ValueError(f"{video_path}: has no picture at {start_sec} s, it ends after {float(span.end_sec):.2f} s")
+        raise UserError(f"{video_path}: has no picture at {start_sec} s, it ends after {float(span.end_sec):.2f} s")
     length = Fraction(sound.shape[1], rate)
     if length > available_sec + span.frame_sec:
         length = available_sec
@@ -137,14 +138,14 @@ def _picture_span(path: PathLike, suffix: str) -> _PictureSpan:
         last_duration, discarded = Fraction(0), False
         for packet in read_packets(path, container, stream):
             if packet.pts is None:
-                raise ValueError(f"{path}: its frames have no time stamps; put it into an .mp4 first")
+                raise UserError(f"{path}: its frames have no time stamps; put it into an .mp4 first")
             start = packet.pts * packet.time_base - origin
             if not starts or start >= max(starts[-1], starts[0]):
                 last_duration = (packet.duration or 0) * packet.time_base
             starts.append(start)
             discarded |= packet.is_discard
         if not starts:
-            raise ValueError(f"{path}: has a video stream, but no frames in it")
+            raise UserError(f"{path}: has a video stream, but no frames in it")
         starts.sort()
         if not last_duration and len(starts) > 1:
             last_duration = starts[-1] - starts[-2]

@@ -18,6 +18,7 @@ import numpy as np
 from selva.media.container import PathLike, check_file, has_pictures, open_media
 from selva.media.sound_header import ROUNDING_SEC, check_ogg_end, cut_error, is_chained_ogg, promised_frames
 from selva.media.sound_stream import SoundStream
+from selva.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +104,7 @@ def _open_counted(path: PathLike) -> Any | None:
     check_file(path)
     suffix = Path(path).suffix.lower()
     if suffix == ".raw":  # soundfile asks for rate and channels
-        raise ValueError(f"{path}: raw samples do not say their rate, channels and format; convert it to .wav")
+        raise UserError(f"{path}: raw samples do not say their rate, channels and format; convert it to .wav")
     if suffix == ".mp3":  # libsndfile guesses its length, and complains on stderr
         return None
     try:
@@ -112,7 +113,7 @@ def _open_counted(path: PathLike) -> Any | None:
         return None
     if file.format == "RAW":  # libsndfile takes the suffix for it (.vox, .gsm)
         file.close()
-        raise ValueError(f"{path}: has no header that says its rate, channels and format; convert it to .wav")
+        raise UserError(f"{path}: has no header that says its rate, channels and format; convert it to .wav")
     is_guessed = file.format == "MP3" or "MPEG" in file.subtype  # by the bit rate
     if is_guessed or not 0 < file.frames < _MOST_FRAMES or (file.format == "OGG" and is_chained_ogg(path)):
         file.close()
@@ -142,7 +143,7 @@ def _file_pieces(
             yield np.ascontiguousarray(samples.T), rate
     except soundfile.LibsndfileError as error:
         if file.format != "FLAC":
-            raise ValueError(f"{path}: damaged, its sound cannot be decoded ({error})") from error
+            raise UserError(f"{path}: damaged, its sound cannot be decoded ({error})") from error
         # libsndfile gives up at the first damaged frame, FFmpeg goes on after it.
         good = start + found
         rest = SoundStream(path, (start + found) / rate, (wanted - found) / rate, num_before=found)

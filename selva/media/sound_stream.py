@@ -25,6 +25,7 @@ from selva.media.container import (
     time_origin,
 )
 from selva.media.sound_header import check_last_packet, check_ogg_end, cut_error, is_length_of_mp3_guessed
+from selva.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -148,7 +149,7 @@ class SoundStream:
         else:
             if not self.rate:
                 reason = f" (damaged: {self._error})" if self._error else ""
-                raise ValueError(f"{self.path}: has an audio stream, but no sound could be decoded from it{reason}")
+                raise UserError(f"{self.path}: has an audio stream, but no sound could be decoded from it{reason}")
             self._check_end(container, stream)
             if self._num_samples is not None and self._num_samples - self._position < _STAMP_JITTER_SEC * self.rate:
                 self._position = max(self._position, self._num_samples)
@@ -171,7 +172,7 @@ class SoundStream:
         if frame.sample_rate != self.rate or channels != self.channels:
             found, expected = f"{channels} x {frame.sample_rate} Hz", f"{self.channels} x {self.rate} Hz"
             seconds = self._position / self.rate
-            raise ValueError(f"{self.path}: sound changes from {expected} to {found} after {seconds:.2f} s; convert it")
+            raise UserError(f"{self.path}: sound changes from {expected} to {found} after {seconds:.2f} s; convert it")
 
     def _place(self, item: _Decoded, alone: bool, first_of: Any | None) -> None:
         """Move the position to where a frame belongs; ``first_of`` is the container if it is the first one."""
@@ -184,7 +185,7 @@ class SoundStream:
             late_sec = (stamp - self._filled) / self.rate
             length_sec = (first_of.duration or 0) / 1_000_000
             if late_sec > min(max(MAX_GAP_SEC, length_sec), _MAX_LATE_SEC):
-                raise ValueError(self._jump(self._filled / self.rate, stamp / self.rate))
+                raise UserError(self._jump(self._filled / self.rate, stamp / self.rate))
             self._position = stamp
             return
         jump_sec = (stamp - self._position) / self.rate
@@ -195,7 +196,7 @@ class SoundStream:
             self.is_continuous = False
             self._zero += Fraction(stamp - self._position, self.rate)
         elif jump_sec > MAX_GAP_SEC or jump_sec < -_OVERLAP_SEC:
-            raise ValueError(self._jump(self._position / self.rate, stamp / self.rate))
+            raise UserError(self._jump(self._position / self.rate, stamp / self.rate))
         elif item.num_lost and jump_sec > 0:
             self._error = self._error or "no sound in them"
             self._num_failed += item.num_lost
@@ -252,7 +253,7 @@ class SoundStream:
     def _check_silence(self) -> None:
         """Raise if most of the sound would be silence: many small jumps could fill any memory."""
         if self.gap + self.lost > max(self._num_decoded, _FREE_SILENCE_SEC * self.rate):
-            raise ValueError(
+            raise UserError(
                 f"{self.path}: damaged, of its first {self._position / self.rate:.2f} s "
                 f"{(self.gap + self.lost) / self.rate:.2f} s are missing; copy it again or convert it"
             )
@@ -271,7 +272,7 @@ class SoundStream:
         what = (f"{self.lost / self.rate:.2f} s ({share:.0%}) of its sound cannot be decoded "
                 f"({self._num_failed} of {self._num_packets} packets: {self._error})")
         if share > MAX_LOST_SHARE:
-            raise ValueError(f"{self.path}: damaged, {what}, expected at most {MAX_LOST_SHARE:.0%}; copy it again")
+            raise UserError(f"{self.path}: damaged, {what}, expected at most {MAX_LOST_SHARE:.0%}; copy it again")
         log.warning("%s: %s; silence is in its place", self.path, what)
 
     def _check_end(self, container: Any, stream: Any) -> None:
@@ -370,7 +371,7 @@ def _decode(path: PathLike, container: Any, stream: Any, counter: SoundStream | 
                 yield _Decoded(stamp, frame, idle_sec, num_idle)
                 idle_sec, num_idle = Fraction(0), 0
     except av.error.FFmpegError as error:
-        raise ValueError(f"{path}: damaged, cannot be read to its end ({error.strerror})") from error
+        raise UserError(f"{path}: damaged, cannot be read to its end ({error.strerror})") from error
     try:
         for frame in stream.codec_context.decode(None):
             yield _Decoded(_seconds(frame), frame, idle_sec, num_idle)

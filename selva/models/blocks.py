@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from selva.models import winograd_conv
 from selva.models.qk_norm_rope import RMS_EPS, qk_norm_rope
+from selva.utils.errors import UserError
 from selva.utils.text import listed
 
 ROPE_THETA = 10_000.0
@@ -43,7 +44,7 @@ def load_strict_(module: nn.Module, state_dict: Mapping[str, Tensor], what: str)
         if keys:
             problems.append(f"{len(keys)} {title}: {listed(keys, 10)}")
     if problems:
-        raise ValueError(f"these weights do not fit the {what}: {'; '.join(problems)}")
+        raise UserError(f"these weights do not fit the {what}: {'; '.join(problems)}")
     module.load_state_dict(state_dict, strict=True)
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from selva.models.blocks import load_strict_
 from selva.models.config import ClipConfig, T5Config
 from selva.models.onednn import use_onednn_
+from selva.utils.errors import UserError
 
 if TYPE_CHECKING:
     from open_clip.model import CLIP
@@ -146,14 +147,14 @@ class ClipImage(nn.Module):
         shape = tuple(frames.shape)
         if frames.ndim != 4 or shape[0] < 1 or shape[1] != 3 or any(n // patch != size // patch for n in shape[2:]):
             smallest = size // patch * patch
-            raise ValueError(
+            raise UserError(
                 f"frames are {shape}, expected (frames, 3, height, width) with sides of {smallest} to "
                 f"{smallest + patch - 1} pixels"
             )
         if frames.dtype != torch.uint8:
             low, high = frames.aminmax()
             if not (low >= 0 and high <= 1):  # also refuses NaN
-                raise ValueError(f"frames have values from {low:.3g} to {high:.3g}, expected 0 to 1 (or uint8)")
+                raise UserError(f"frames have values from {low:.3g} to {high:.3g}, expected 0 to 1 (or uint8)")
 
 
 def meta_clip(config: ClipConfig) -> CLIP:
@@ -290,7 +291,7 @@ def _t5_tokenizer(
     try:
         tokenizer = Tokenizer.from_file(str(tokenizer_file))
     except Exception as error:  # the Rust library raises nothing narrower
-        raise ValueError(f"{tokenizer_file}: not a tokenizer file ({error}); download it again") from error
+        raise UserError(f"{tokenizer_file}: not a tokenizer file ({error}); download it again") from error
     tokenizer.no_padding()
     tokenizer.enable_truncation(config.max_length)
     return lambda texts: _pad([encoding.ids for encoding in tokenizer.encode_batch(list(texts))])

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from selva.models.vae_stats import BAND_MEAN
 from selva.sequence import HOP_LENGTHS, SAMPLING_RATES, SYNC_SEGMENT_FRAMES
+from selva.utils.errors import UserError
 
 # Of the vocoder.
 ACTIVATION_REACH = 5  # samples to either side that an anti-aliased activation looks at, both filters together
@@ -34,9 +35,9 @@ class GeneratorConfig:
 
     def __post_init__(self) -> None:
         if self.hidden_dim % self.num_heads or (self.hidden_dim // self.num_heads) % 2:
-            raise ValueError(f"hidden_dim {self.hidden_dim} does not split into {self.num_heads} heads of even width")
+            raise UserError(f"hidden_dim {self.hidden_dim} does not split into {self.num_heads} heads of even width")
         if not 0 <= self.fused_depth < self.depth:
-            raise ValueError(f"fused_depth is {self.fused_depth}, expected 0 to depth - 1 = {self.depth - 1}")
+            raise UserError(f"fused_depth is {self.fused_depth}, expected 0 to depth - 1 = {self.depth - 1}")
 
 
 @dataclass(frozen=True)
@@ -68,13 +69,13 @@ class VideoEncoderConfig:
     def __post_init__(self) -> None:
         for whole, part in (("embed_dim", "num_heads"), ("image_size", "patch_size")):
             if getattr(self, whole) % getattr(self, part):
-                raise ValueError(
+                raise UserError(
                     f"{whole} is {getattr(self, whole)}, expected a multiple of {part} ({getattr(self, part)})"
                 )
         if SYNC_SEGMENT_FRAMES % self.temporal_patch:
-            raise ValueError(f"temporal_patch is {self.temporal_patch}, expected a divisor of {SYNC_SEGMENT_FRAMES}")
+            raise UserError(f"temporal_patch is {self.temporal_patch}, expected a divisor of {SYNC_SEGMENT_FRAMES}")
         if self.num_sup_tokens < 1:
-            raise ValueError(f"num_sup_tokens is {self.num_sup_tokens}, expected at least 1 (an empty text needs it)")
+            raise UserError(f"num_sup_tokens is {self.num_sup_tokens}, expected at least 1 (an empty text needs it)")
 
     @property
     def num_slots(self) -> int:
@@ -128,10 +129,10 @@ class VAEConfig:
 
     def __post_init__(self) -> None:
         if self.mode not in BAND_MEAN:
-            raise ValueError(f"unknown audio mode {self.mode!r}, expected one of {', '.join(BAND_MEAN)}")
+            raise UserError(f"unknown audio mode {self.mode!r}, expected one of {', '.join(BAND_MEAN)}")
         for name in ("hidden_dim", "latent_dim"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
 
     @property
     def num_mels(self) -> int:
@@ -164,15 +165,15 @@ class VocoderConfig:
 
     def __post_init__(self) -> None:
         if len(self.upsample_rates) != len(self.upsample_kernels):
-            raise ValueError(
+            raise UserError(
                 f"{len(self.upsample_rates)} upsample_rates and {len(self.upsample_kernels)} upsample_kernels, "
                 "expected one kernel for every rate"
             )
         for rate, kernel in zip(self.upsample_rates, self.upsample_kernels, strict=True):
             if kernel < rate or (kernel - rate) % 2:
-                raise ValueError(f"upsample kernel {kernel} at rate {rate}, expected the rate plus an even number")
+                raise UserError(f"upsample kernel {kernel} at rate {rate}, expected the rate plus an even number")
         if self.initial_channels % 2 ** len(self.upsample_rates):
-            raise ValueError(
+            raise UserError(
                 f"initial_channels is {self.initial_channels}, "
                 f"expected a multiple of {2 ** len(self.upsample_rates)} for {len(self.upsample_rates)} stages"
             )

@@ -32,6 +32,7 @@ from selva.models.blocks import (
 )
 from selva.models.config import GeneratorConfig
 from selva.sequence import SYNC_TOKENS_PER_SEGMENT
+from selva.utils.errors import UserError
 
 # Tables that old checkpoints carry although they are computed; they are dropped on loading.
 COMPUTED_KEYS = ("t_embed.freqs", "latent_rot", "clip_rot")
@@ -151,9 +152,9 @@ class Generator(nn.Module):
             ValueError: ``sync_seq_len`` is not a positive multiple of 8, or another length is not positive.
         """
         if sync_seq_len < SYNC_TOKENS_PER_SEGMENT or sync_seq_len % SYNC_TOKENS_PER_SEGMENT:
-            raise ValueError(f"sync_seq_len is {sync_seq_len}, expected a multiple of {SYNC_TOKENS_PER_SEGMENT}")
+            raise UserError(f"sync_seq_len is {sync_seq_len}, expected a multiple of {SYNC_TOKENS_PER_SEGMENT}")
         if latent_seq_len < 1 or clip_seq_len < 1:
-            raise ValueError(f"lengths are latent {latent_seq_len} and clip {clip_seq_len}, expected at least 1")
+            raise UserError(f"lengths are latent {latent_seq_len} and clip {clip_seq_len}, expected at least 1")
         self.latent_seq_len, self.clip_seq_len, self.sync_seq_len = latent_seq_len, clip_seq_len, sync_seq_len
 
     def load_published(self, state_dict: Mapping[str, Tensor]) -> Generator:
@@ -258,7 +259,7 @@ class Generator(nn.Module):
     @staticmethod
     def _check_tokens(what: str, x: Tensor, expected: int) -> None:
         if x.shape[1] != expected:
-            raise ValueError(f"{what} have {x.shape[1]} tokens, expected {expected}; see set_sequence")
+            raise UserError(f"{what} have {x.shape[1]} tokens, expected {expected}; see set_sequence")
 
 
 def cast_frozen_(generator: Generator, dtype: torch.dtype) -> None:

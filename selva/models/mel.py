@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from selva.models.config import MEL_CONFIGS, MelConfig
+from selva.utils.errors import UserError
 
 MAGNITUDE_EPS = 1e-9  # inside the square root, so that its gradient is finite in silence
 MEL_FLOOR = 1e-5  # digital silence lands exactly here: -5 in log10, -11.51 in ln
@@ -78,7 +79,7 @@ class MelSpectrogram(nn.Module):
     def __init__(self, mode: str) -> None:
         super().__init__()
         if mode not in MEL_CONFIGS:
-            raise ValueError(f"unknown audio mode {mode!r}, expected one of {', '.join(MEL_CONFIGS)}")
+            raise UserError(f"unknown audio mode {mode!r}, expected one of {', '.join(MEL_CONFIGS)}")
         self.mode = mode
         self.config = MEL_CONFIGS[mode]
 
@@ -104,7 +105,7 @@ class MelSpectrogram(nn.Module):
         """
         cfg = self.config
         if waveform.ndim != 2 or waveform.shape[-1] < cfg.n_fft // 2:
-            raise ValueError(
+            raise UserError(
                 f"waveform is {tuple(waveform.shape)}, expected (batch, samples) with at least {cfg.n_fft // 2} samples"
             )
         with torch.autocast(waveform.device.type, enabled=False):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from selva.models.blocks import load_strict_
 from selva.models.config import MEL_CONFIGS, MelInversionConfig
 from selva.models.mel import MEL_FLOOR, slaney_filterbank
+from selva.utils.errors import UserError
 
 MOMENTUM = 0.99
 SUM_STEPS = 30  # multiplicative updates towards magnitudes with the right sums
@@ -51,14 +52,14 @@ class MelInversion(nn.Module):
             ValueError: another number of bands, or no frames.
         """
         if mel.ndim != 3 or mel.shape[1] != self.config.num_mels or mel.shape[2] < 1:
-            raise ValueError(f"mel is {tuple(mel.shape)}, expected (batch, {self.config.num_mels}, frames)")
+            raise UserError(f"mel is {tuple(mel.shape)}, expected (batch, {self.config.num_mels}, frames)")
         with torch.autocast(mel.device.type, enabled=False):
             return self._waveform(self.magnitudes(mel.float()), mel.shape[2]).clamp(-1, 1)[:, None]
 
     def in_chunks(self, mel: Tensor, chunk_frames: int) -> Tensor:
         """Return the result of :meth:`forward`. Phases depend on the whole, and a frame takes little memory."""
         if chunk_frames < 1:
-            raise ValueError(f"chunk_frames is {chunk_frames}, expected at least 1")
+            raise UserError(f"chunk_frames is {chunk_frames}, expected at least 1")
         return self(mel)
 
     def magnitudes(self, mel: Tensor) -> Tensor:

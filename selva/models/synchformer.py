@@ -20,6 +20,7 @@ from selva.models.blocks import attend, load_strict_
 from selva.models.config import VideoEncoderConfig
 from selva.models.onednn import linear, use_onednn_
 from selva.sequence import SYNC_SEGMENT_FRAMES, SYNC_SEGMENT_STEP, num_sync_segments
+from selva.utils.errors import UserError
 
 NORM_EPS = 1e-6
 EMBEDDING_STD = 0.02  # of freshly drawn class tokens and positions
@@ -33,7 +34,7 @@ EMBEDDING_STD = 0.02  # of freshly drawn class tokens and positions
 def check_frames(frames: Tensor, image_size: int) -> None:
     """Raise ValueError unless ``frames`` is (B, F, 3, image_size, image_size) with enough frames for a segment."""
     if frames.ndim != 5 or frames.shape[2:] != (3, image_size, image_size) or frames.shape[1] < SYNC_SEGMENT_FRAMES:
-        raise ValueError(
+        raise UserError(
             f"frames are {tuple(frames.shape)}, expected "
             f"(batch, at least {SYNC_SEGMENT_FRAMES} frames, 3, {image_size}, {image_size})"
         )
@@ -49,7 +50,7 @@ def iterate_segments(frames: Tensor, segment_batch: int | None) -> Iterator[tupl
         ValueError: ``segment_batch`` below 1.
     """
     if segment_batch is not None and segment_batch < 1:
-        raise ValueError(f"segment_batch is {segment_batch}, expected at least 1, or None for all segments at once")
+        raise UserError(f"segment_batch is {segment_batch}, expected at least 1, or None for all segments at once")
     places = [
         (item, segment * SYNC_SEGMENT_STEP)
         for item in range(frames.shape[0])

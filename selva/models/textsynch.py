@@ -19,6 +19,7 @@ from selva.models.blocks import GatedMLP, RMSNorm, gated_width, load_strict_
 from selva.models.config import VideoEncoderConfig
 from selva.models.onednn import use_onednn_
 from selva.models.synchformer import VisualTrunk, check_frames, iterate_segments
+from selva.utils.errors import UserError
 
 CROSS_NORM_EPS = 1e-5
 PUBLISHED_PREFIXES = (
@@ -103,9 +104,9 @@ class TextSynch(nn.Module):
         """
         check_frames(frames, self.config.image_size)
         if text.ndim != 3 or len(text) != len(frames) or text.shape[-1] != self.config.text_dim:
-            raise ValueError(f"text is {tuple(text.shape)}, expected ({len(frames)}, tokens, {self.config.text_dim})")
+            raise UserError(f"text is {tuple(text.shape)}, expected ({len(frames)}, tokens, {self.config.text_dim})")
         if mask.shape != text.shape[:2] or mask.dtype != torch.bool:
-            raise ValueError(f"mask is {tuple(mask.shape)} {mask.dtype}, expected {tuple(text.shape[:2])} torch.bool")
+            raise UserError(f"mask is {tuple(mask.shape)} {mask.dtype}, expected {tuple(text.shape[:2])} torch.bool")
         trunk = self.vfeat_extractor
         text, mask = self.prepend_supplementary(text.to(self.sup_text_feat.dtype), mask)
         text = self.text_proj(text)  # (B, num_sup_tokens + L, embed_dim)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from selva.models.blocks import load_strict_
 from selva.models.config import VAEConfig
 from selva.models.vae_stats import BAND_MEAN, BAND_STD
+from selva.utils.errors import UserError
 
 EPS = 1e-4  # added to a root mean square, not inside the root
 SILU_RMS = 0.596  # root mean square of silu(x) for normal x
@@ -245,7 +246,7 @@ class VAE(nn.Module):
         if self.encoder is None:
             raise RuntimeError("this VAE has no encoder: drop_encoder() was called")
         if mel.ndim != 3 or mel.shape[1] != self.config.num_mels or mel.shape[2] < 2:
-            raise ValueError(f"mel is {tuple(mel.shape)}, expected (batch, {self.config.num_mels}, at least 2 frames)")
+            raise UserError(f"mel is {tuple(mel.shape)}, expected (batch, {self.config.num_mels}, at least 2 frames)")
         normalized = (mel.to(self.data_mean.dtype) - self.data_mean) / self.data_std
         mean, log_variance = self.encoder(normalized).chunk(2, dim=1)  # each (B, C, T // 2)
         return mean, (0.5 * log_variance.clamp(*LOG_VARIANCE_RANGE)).exp()
@@ -263,7 +264,7 @@ class VAE(nn.Module):
         if self.decoder is None:
             raise RuntimeError("this VAE has no decoder: drop_decoder() was called")
         if z.ndim != 3 or z.shape[1] != self.config.latent_dim or z.shape[2] < 1:
-            raise ValueError(f"latent is {tuple(z.shape)}, expected (batch, {self.config.latent_dim}, frames)")
+            raise UserError(f"latent is {tuple(z.shape)}, expected (batch, {self.config.latent_dim}, frames)")
         return self.decoder(z.to(self.data_mean.dtype)) * self.data_std + self.data_mean
 
     def drop_encoder(self) -> VAE:

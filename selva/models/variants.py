@@ -18,6 +18,7 @@ from selva.models.config import (
     VideoEncoderConfig,
     VocoderConfig,
 )
+from selva.utils.errors import UserError
 
 # -- published files ---------------------------------------------------------------------------------------------------
 
@@ -271,7 +272,7 @@ def get_variant(name: str) -> Variant:
         ValueError: no such variant; the message lists all names.
     """
     if name not in VARIANTS:
-        raise ValueError(f"unknown variant {name!r}, expected one of {', '.join(VARIANTS)}")
+        raise UserError(f"unknown variant {name!r}, expected one of {', '.join(VARIANTS)}")
     return VARIANTS[name]
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from selva.models.blocks import load_strict_
 from selva.models.config import ACTIVATION_REACH, VocoderConfig
+from selva.utils.errors import UserError
 
 FILTER_TAPS = 12
 FILTER_CUTOFF = 0.25  # of the doubled sampling rate, the Nyquist frequency of the original one
@@ -210,7 +211,7 @@ class Vocoder(nn.Module):
             ValueError: another number of bands, or no frames.
         """
         if mel.ndim != 3 or mel.shape[1] != self.config.num_mels or mel.shape[2] < 1:
-            raise ValueError(f"mel is {tuple(mel.shape)}, expected (batch, {self.config.num_mels}, frames)")
+            raise UserError(f"mel is {tuple(mel.shape)}, expected (batch, {self.config.num_mels}, frames)")
         blocks_per_stage = len(self.config.residual_kernels)
         x = mel.to(self.conv_pre.weight.dtype)
         if x.device.type == "cpu":
@@ -231,7 +232,7 @@ class Vocoder(nn.Module):
         result is allocated first: so the memory of one chunk serves the next.
         """
         if chunk_frames < 1:
-            raise ValueError(f"chunk_frames is {chunk_frames}, expected at least 1")
+            raise UserError(f"chunk_frames is {chunk_frames}, expected at least 1")
         hop, context, total = self.config.hop_length, self.config.context_frames, mel.shape[-1]
         length = min(total, chunk_frames + 2 * context)
         waveform = torch.empty(len(mel), 1, total * hop, dtype=self.conv_pre.weight.dtype, device=mel.device)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from selva.audio.config import SILENCE_DB
 from selva.partition.windows import MAX_WINDOWS, WINDOW_SEC
+from selva.utils.errors import UserError
 from selva.utils.settings import required, setting
 
 INPUT, CUTTING, SILENCE = "input and output", "where to cut", "silence"
@@ -39,11 +40,11 @@ class CuttingConfig:
 
     def __post_init__(self) -> None:
         if self.min_length_sec is not None and not 0 <= self.min_length_sec < math.inf:
-            raise ValueError(f"--min_length_sec is {self.min_length_sec}, expected 0 or more seconds")
+            raise UserError(f"--min_length_sec is {self.min_length_sec}, expected 0 or more seconds")
         if self.max_segments is not None and self.max_segments < 1:
-            raise ValueError(f"--max_segments is {self.max_segments}, expected at least 1")
+            raise UserError(f"--max_segments is {self.max_segments}, expected at least 1")
         if not -200 <= self.silence_db < 0:
-            raise ValueError(f"--silence_db is {self.silence_db}, expected a level below full scale, such as -60")
+            raise UserError(f"--silence_db is {self.silence_db}, expected a level below full scale, such as -60")
 
     @property
     def max_windows(self) -> int:
@@ -77,7 +78,7 @@ class PartitionConfig:
 
     def __post_init__(self) -> None:
         if problems := list(self._problems()):
-            raise ValueError("; ".join(problems))
+            raise UserError("; ".join(problems))
 
     def _problems(self) -> Iterator[str]:
         """Yield a message for every setting, or combination of settings, that is wrong."""

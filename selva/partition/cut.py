@@ -23,6 +23,7 @@ from selva.partition.pieces import WrittenPieces
 from selva.partition.segments import Segment
 from selva.partition.windows import WINDOW_SEC, Window, partition, write_table
 from selva.sequence import SHORTEST_SEC
+from selva.utils.errors import UserError
 from selva.utils.files import atomic_write_text
 
 log = logging.getLogger(__name__)
@@ -88,7 +89,7 @@ def collect_recordings(data_dir: Path) -> tuple[list[Path], list[LeftOut]]:
             recordings[path.stem] = kept
             left_out.append(LeftOut(left, f"{kept.name} has the same name and goes before it"))
     if not recordings:
-        raise ValueError(f"{data_dir}: no recordings in it, expected files like {', '.join(AUDIO_SUFFIXES)}")
+        raise UserError(f"{data_dir}: no recordings in it, expected files like {', '.join(AUDIO_SUFFIXES)}")
     # A video beside a recording of its name is what the recording belongs to.
     left_out += [LeftOut(path, "a video; extract_features.py cuts these")
                  for path in videos if path.stem not in recordings]
@@ -221,9 +222,9 @@ def hold_out(names: Collection[str], fraction: float, seed: int) -> set[str]:
         ValueError: fewer than two recordings, or a fraction that is not between 0 and 1.
     """
     if not 0 < fraction < 1:
-        raise ValueError(f"the share of recordings to validate on is {fraction}, expected more than 0 and less than 1")
+        raise UserError(f"the share of recordings to validate on is {fraction}, expected more than 0 and less than 1")
     if len(names) < 2:
-        raise ValueError(f"{len(names)} recordings cannot be split into training and validation, expected at least 2")
+        raise UserError(f"{len(names)} recordings cannot be split into training and validation, expected at least 2")
     ranked = sorted(names, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
     return set(ranked[: min(len(names) - 1, max(1, round(fraction * len(names))))])
 
@@ -253,12 +254,12 @@ def write_piece(
     waveform, _ = read_audio(recording, window.start_sample / rate, length / rate)  # (channels, samples)
     if waveform.shape[1] < length - OVERSHOOT_SEC * rate:
         reached_sec = (window.start_sample + waveform.shape[1]) / rate
-        raise ValueError(f"{recording}: ends after {reached_sec:.2f} s, but its header promises at least "
+        raise UserError(f"{recording}: ends after {reached_sec:.2f} s, but its header promises at least "
                          f"{window.end_sample / rate:.2f} s; convert it")
     if len(waveform) > FLAC_CHANNELS:
-        raise ValueError(f"{recording}: has {len(waveform)} channels, but .flac holds {FLAC_CHANNELS}; convert it")
+        raise UserError(f"{recording}: has {len(waveform)} channels, but .flac holds {FLAC_CHANNELS}; convert it")
     if not torch.isfinite(waveform).all():
-        raise ValueError(f"{recording}: has values that are not finite (NaN or infinite)")
+        raise UserError(f"{recording}: has values that are not finite (NaN or infinite)")
     if (peak := waveform.abs().max().item()) > 1:
         log.info("%s: %s peaks at %.3f and was scaled to 1", recording, window.id, peak)
         waveform = waveform / peak

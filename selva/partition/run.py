@@ -31,7 +31,7 @@ from selva.partition.windows import (
     write_captions,
     write_clips,
 )
-from selva.utils.errors import UsageError
+from selva.utils.errors import UsageError, UserError
 from selva.utils.files import atomic_write_text
 from selva.utils.progress import Progress
 from selva.utils.settings import settings_text, values_of
@@ -66,7 +66,7 @@ def partition_recordings(config: PartitionConfig) -> tuple[list[Path], bool]:
     report_left_out(cut.left_out, config.output_dir / f"left_out{part}.tsv")
     if not cut.windows:
         wanted = "" if segments or config.cutting.min_length_sec is not None else f" of {WINDOW_SEC} s"
-        raise ValueError(f"{config.data_dir}: none of {len(chosen)} recordings gives a clip{wanted}")
+        raise UserError(f"{config.data_dir}: none of {len(chosen)} recordings gives a clip{wanted}")
     names = {window.name for window in cut.windows}
     held_out = hold_out(names, config.val_fraction, config.seed) if config.val_fraction else set()
 

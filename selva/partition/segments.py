@@ -19,6 +19,7 @@ from typing import Any
 from selva.inputs.delimited import find_delimiter, read_text_table
 from selva.inputs.file_names import same_name
 from selva.inputs.table import unsafe_id
+from selva.utils.errors import UserError
 from selva.utils.text import listed
 
 log = logging.getLogger(__name__)
@@ -71,9 +72,9 @@ def read_segments(paths: Sequence[Path], names: Iterable[str]) -> dict[str, list
     counts = Counter(segment.id for segments in by_name.values() for segment in segments)
     problems += [f"{count} segments are called {id_!r}" for id_, count in counts.items() if count > 1]
     if problems:
-        raise ValueError(listed(problems, separator="; "))
+        raise UserError(listed(problems, separator="; "))
     if not by_name:
-        raise ValueError(f"{listed([str(path) for path in paths])}: no segments in it")
+        raise UserError(f"{listed([str(path) for path in paths])}: no segments in it")
     return by_name
 
 
@@ -117,12 +118,12 @@ def _read_whisper(path: Path, names: Mapping[str, str], problems: list[str]) -> 
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: is not JSON ({error}); expected what whisper writes") from error
+        raise UserError(f"{path}: is not JSON ({error}); expected what whisper writes") from error
     except RecursionError:
-        raise ValueError(f"{path}: is not JSON that whisper writes, it is nested too deeply") from None
+        raise UserError(f"{path}: is not JSON that whisper writes, it is nested too deeply") from None
     found = content.get("segments") if isinstance(content, dict) else None
     if not isinstance(found, list):
-        raise ValueError(f'{path}: has no list "segments", expected what whisper writes')
+        raise UserError(f'{path}: has no list "segments", expected what whisper writes')
     name = names.get(same_name(path.stem), path.stem)
     if name not in names.values():
         if len(names) != 1:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from selva.inputs.delimited import Cells, read_text_table, refuse_long_rows
 from selva.inputs.file_names import same_name
+from selva.utils.errors import UserError
 from selva.utils.files import atomic_write_text
 from selva.utils.text import listed
 
@@ -43,7 +44,7 @@ class Window:
 
     def __post_init__(self) -> None:
         if not 0 <= self.start_sample < self.end_sample:
-            raise ValueError(
+            raise UserError(
                 f"clip {self.id!r} is {self.start_sample} ... {self.end_sample}, expected 0 <= start < end"
             )
 
@@ -148,7 +149,7 @@ def clip_captions(windows: Iterable[Window], captions: Mapping[str, str], names:
     of_clips = bool(set(captions) & (clips - recordings))
     of_recordings = bool(set(captions) & (recordings - clips))
     if both and of_clips == of_recordings:
-        raise ValueError(f"{listed(both)}: the name of a clip and of another recording, so that it is unclear which of "
+        raise UserError(f"{listed(both)}: the name of a clip and of another recording, so that it is unclear which of "
                          "them the caption belongs to; give captions by the ids of clips only, or of recordings only")
     found = {}
     for window in windows:
@@ -221,4 +222,4 @@ def _window(path: Path, line: int, row: Cells) -> Window:
     try:
         return Window(row["id"] or "", row["name"] or "", int(row["start_sample"] or ""), int(row["end_sample"] or ""))
     except ValueError as error:
-        raise ValueError(f"{path}, line {line}: {error}") from error
+        raise UserError(f"{path}, line {line}: {error}") from error

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from selva.models.generator import Generator
+from selva.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +26,7 @@ def prepare_to_compile(device: torch.device) -> None:
     """
     missing = missing_compiler(device)
     if missing:
-        raise ValueError(f"--compile needs {missing}, which was not found; install it, or leave --compile out")
+        raise UserError(f"--compile needs {missing}, which was not found; install it, or leave --compile out")
     if device.type == "cpu":
         log.warning("--compile rarely pays on a CPU: the first steps take minutes, later ones about as long as without")
     os.environ.setdefault(CACHE_VARIABLE, str(default_cache_dir()))  # PyTorch's compiler sets it when it is imported

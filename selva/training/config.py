@@ -11,6 +11,7 @@ from selva.audio.config import AUDIO_NORMALIZATIONS, Normalize
 from selva.lora.config import LoRAConfig
 from selva.sequence import DEFAULT_DURATION_SEC
 from selva.utils.device import PRECISION_CHOICES, PRECISION_HELP
+from selva.utils.errors import UserError
 from selva.utils.settings import required, setting
 from selva.weights.config import GENERAL, ModelConfig
 
@@ -92,7 +93,7 @@ class TrainConfig:
             if getattr(self, name) not in allowed
         ]
         if problems:
-            raise ValueError("; ".join(problems))
+            raise UserError("; ".join(problems))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,4 +161,4 @@ class RunConfig:
             if self.resume is None and not self.init_from.is_file():
                 problems.append(f"--init_from {self.init_from}: no such file")
         if problems:
-            raise ValueError("; ".join(problems))
+            raise UserError("; ".join(problems))

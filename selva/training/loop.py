@@ -14,6 +14,7 @@ from torch import Tensor
 from selva.training.run import TrainingRun
 from selva.training.schedule import learning_rate
 from selva.utils.device import peak_memory_bytes
+from selva.utils.errors import UserError
 from selva.utils.metrics_log import MetricsFile, smoothed
 from selva.utils.progress import Progress
 from selva.utils.text import clock
@@ -50,7 +51,7 @@ def fit(
     if len(run.val_clips) and run.step == 0:
         metrics.append([run.validate()])  # where the base model stands
         if not math.isfinite(run.best_val_loss):
-            raise ValueError("the loss of the held-out clips is not finite before the first step; features of another "
+            raise UserError("the loss of the held-out clips is not finite before the first step; features of another "
                              "model, or values beyond --precision: look at the data summary, or use --precision fp32")
         log.info("step 0: validation loss %.4f", run.best_val_loss)
     if patience_ended(run):
@@ -150,7 +151,7 @@ def _count_bad(rows: Sequence[dict[str, Any]], bad_steps: int) -> int:
         bad_steps += 1
         log.warning("step %d: loss %s, gradient not finite; the update was skipped", row["step"], row["loss"])
         if bad_steps >= MAX_BAD_STEPS:
-            raise ValueError(
+            raise UserError(
                 f"no finite gradient in {bad_steps} steps up to step {row['step']}; the last checkpoint is intact. "
                 "Resume from it with a lower --lr, or with --precision bf16 or fp32"
             )

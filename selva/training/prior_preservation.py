@@ -20,6 +20,7 @@ from selva.data.dataset import ClipDataset, ConcatDataset, ListDataset, Training
 from selva.flow import SamplingConfig
 from selva.models.generator import Generator
 from selva.sampling import sample_latents
+from selva.utils.errors import UserError
 from selva.utils.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ def mixture(num_clips: int, num_prompts: int, share: float) -> tuple[int, int]:
         ValueError: ``share`` is not between 0 and 1.
     """
     if not 0 < share < 1:
-        raise ValueError(f"preserve_share is {share}, expected more than 0 and less than 1")
+        raise UserError(f"preserve_share is {share}, expected more than 0 and less than 1")
     per_repeat = num_clips * share / (1 - share)
     repeats = max(1, math.ceil(SOUNDS_PER_PROMPT * num_prompts / per_repeat))
     return repeats, round(repeats * per_repeat)

@@ -34,6 +34,7 @@ from selva.training.objective import ALONE, flow_loss, sample_noise, validate
 from selva.training.schedule import learning_rate
 from selva.utils.device import FUSED_DEVICES
 from selva.utils.distributed import World
+from selva.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -239,5 +240,5 @@ class TrainingRun:
         else:
             problems = content_changes(before, now)
         if problems:
-            raise ValueError(f"{saved.path}: the clips are not those of this run any more: {'; '.join(problems)}. Put "
+            raise UserError(f"{saved.path}: the clips are not those of this run any more: {'; '.join(problems)}. Put "
                              f"them back, or start a new run from its adapter: --init_from {saved.path}")

@@ -24,6 +24,7 @@ from selva.checkpoint import (
 from selva.lora.state import lora_state_dict
 from selva.training.run import TrainingRun
 from selva.training.set_aside import final_of, move_later_aside, move_old_run_aside, step_in_adapter
+from selva.utils.errors import UserError
 from selva.utils.files import PARTIAL_PREFIX, atomic_write_text, why_not_written
 from selva.utils.metrics_log import MetricsFile
 from selva.utils.plots import plot_losses
@@ -34,7 +35,7 @@ SAMPLE_BYTES = 2 << 20  # a sample and its picture, generously
 BEST_FILE, LOCK_FILE = "adapter_best.pt", "run.lock"
 
 
-class NotSaved(ValueError):
+class NotSaved(UserError):
     """A result that the run is for could not be written."""
 
 
@@ -248,7 +249,7 @@ def check_disk_space(folder: Path, checkpoint_bytes: int, num_checkpoints: int) 
     existing = next(p for p in (folder, *folder.resolve().parents) if p.exists())
     free, each = shutil.disk_usage(existing).free, checkpoint_bytes + SAMPLE_BYTES
     if free < each:
-        raise ValueError(f"{folder}: {free / 2**20:.0f} MiB are free, one checkpoint needs {each / 2**20:.0f} MiB; "
+        raise UserError(f"{folder}: {free / 2**20:.0f} MiB are free, one checkpoint needs {each / 2**20:.0f} MiB; "
                          "make room or choose another --output_dir")
     if free < each * num_checkpoints:
         log.warning("%s: %.1f GiB are free, the %d checkpoints of this run need %.1f GiB; --keep_last keeps fewer",

@@ -32,6 +32,7 @@ from selva.training.run import TrainingRun, divided_by_clip
 from selva.training.set_aside import final_of
 from selva.utils.device import dtype_of, peak_memory_bytes
 from selva.utils.distributed import World
+from selva.utils.errors import UserError
 from selva.utils.text import clock, listed
 from selva.weights.load import load_clip_text, load_generator
 
@@ -115,7 +116,7 @@ def load_start(config: RunConfig) -> Adapter | None:
     adapter = load_adapter(config.init_from)
     variant = adapter.meta.get("variant", config.model.variant)
     if variant != config.model.variant:
-        raise ValueError(f"--init_from {config.init_from}: is an adapter of {variant}, expected one of "
+        raise UserError(f"--init_from {config.init_from}: is an adapter of {variant}, expected one of "
                          f"{config.model.variant}; give --variant {variant}, or another adapter")
     used = adapter.meta.get("clip_features", config.training.clip_features)
     if used != config.training.clip_features:
@@ -132,7 +133,7 @@ def check_resumable(saved: TrainingState, config: RunConfig) -> None:
     training = config.training
     finished = finished_adapter(saved, config.output_dir) is not None
     if saved.step > training.steps or (saved.step == training.steps and finished):
-        raise ValueError(f"{saved.path}: is at step {saved.step} and --steps is {training.steps}; "
+        raise UserError(f"{saved.path}: is at step {saved.step} and --steps is {training.steps}; "
                          "give a larger --steps")
     check_same_settings(saved, config.lora)
     before = saved.meta.get("train_config", {})
@@ -142,7 +143,7 @@ def check_resumable(saved: TrainingState, config: RunConfig) -> None:
         pairs[name] = (saved.meta.get(name, now), now)
     different = [f"{name} was {was!r} and is {now!r} now" for name, (was, now) in pairs.items() if was != now]
     if different:
-        raise ValueError(f"{saved.path}: continuing with other settings would mix two trainings: "
+        raise UserError(f"{saved.path}: continuing with other settings would mix two trainings: "
                          f"{'; '.join(different)}. Use the same settings, or start a new run")
 
 
@@ -172,9 +173,9 @@ def load_clips(config: RunConfig, data_dir: Path, device: torch.device, world: W
         for line in summary.warnings():
             log.warning("%s", line)
     if not len(clips):
-        raise ValueError(f"{data_dir}: no clip can be trained on; extract_features.py makes .npz + sound pairs")
+        raise UserError(f"{data_dir}: no clip can be trained on; extract_features.py makes .npz + sound pairs")
     if problems and not config.skip_invalid:
-        raise ValueError(f"{data_dir}: {len(problems)} files cannot be used, see above; repair or remove them, or give "
+        raise UserError(f"{data_dir}: {len(problems)} files cannot be used, see above; repair or remove them, or give "
                          "--skip_invalid to train without them")
     return clips
 

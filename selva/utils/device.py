@@ -9,7 +9,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from selva.utils import torchrun
-from selva.utils.errors import UsageError
+from selva.utils.errors import UsageError, UserError
 
 if TYPE_CHECKING:
     import torch
@@ -71,7 +71,7 @@ def dtype_of(precision: str) -> torch.dtype:
     import torch
 
     if precision not in PRECISIONS:
-        raise ValueError(f"precision is {precision!r}, expected one of {', '.join(PRECISIONS)}")
+        raise UserError(f"precision is {precision!r}, expected one of {', '.join(PRECISIONS)}")
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
 
 
@@ -85,7 +85,7 @@ def resolve_precision(name: str, device: torch.device) -> str:
         ValueError: another name.
     """
     if name not in PRECISION_CHOICES:
-        raise ValueError(f"precision is {name!r}, expected one of {', '.join(PRECISION_CHOICES)}")
+        raise UserError(f"precision is {name!r}, expected one of {', '.join(PRECISION_CHOICES)}")
     best, reason = native_precision(device)
     if name == "auto":
         log.info("precision %s: %s", best, reason)

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from selva.utils.errors import UserError
+
 PARTIAL_PREFIX = ".partial-"  # folders that hold an unfinished file; one that outlives its process can be deleted
 
 
@@ -90,7 +92,7 @@ def check_can_write(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
-        raise ValueError(f"{folder}: cannot be written to: {why_not_written(error)}; choose another folder") from error
+        raise UserError(f"{folder}: cannot be written to: {why_not_written(error)}; choose another folder") from error
 
 
 def flush_file(path: Path) -> None:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from selva.utils.errors import UserError
 from selva.utils.files import atomic_write_text
 from selva.utils.metrics_log import MetricsFile, smoothed
 from selva.utils.plots import draw_spectrogram, new_figure, power_spectrogram
@@ -152,7 +153,7 @@ def data_uri(content: bytes, mime: str) -> str:
 def _player(path: Path) -> str:
     suffix = path.suffix.lower()
     if suffix not in _MIME:
-        raise ValueError(f"{path}: a page cannot play it, expected one of {', '.join(_MIME)}")
+        raise UserError(f"{path}: a page cannot play it, expected one of {', '.join(_MIME)}")
     kind = "audio" if _MIME[suffix].startswith("audio") else "video"
     return f'<{kind} controls preload="metadata" src="{data_uri(path.read_bytes(), _MIME[suffix])}"></{kind}>'
 

@@ -9,13 +9,15 @@ import time
 from pathlib import Path
 from types import TracebackType
 
+from selva.utils.errors import UserError
+
 log = logging.getLogger(__name__)
 
 POLL_SEC = 0.2
 _LOCKED_BYTE = 1 << 30  # Windows keeps others from reading a locked byte; this one lies far behind the text
 
 
-class FolderInUse(ValueError):
+class FolderInUse(UserError):
     """Another process holds the lock of a folder."""
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from selva.utils.errors import UserError
 from selva.utils.files import append_whole, atomic_write_text, why_not_written
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ class MetricsFile:
                 try:
                     row = json.loads(line)
                     if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-                        raise ValueError
+                        raise UserError
                 except (ValueError, RecursionError):
                     log.warning("%s: dropped an unfinished line", path)  # the process was killed while writing it
                     self._rewrite = True
@@ -98,7 +99,7 @@ class MetricsFile:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise ValueError(f"--tensorboard: {error}; install it with `pip install tensorboard`") from error
+            raise UserError(f"--tensorboard: {error}; install it with `pip install tensorboard`") from error
         self._tensorboard = SummaryWriter(str(folder), purge_step=purge_step)
 
     def series(self, key: str) -> tuple[list[int], list[float]]:

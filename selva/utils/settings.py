@@ -18,6 +18,8 @@ from dataclasses import MISSING, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from selva.utils.errors import UserError
+
 Config = TypeVar("Config")
 T = TypeVar("T")
 
@@ -140,9 +142,9 @@ def build(config: type[Config], values: Mapping[str, Any]) -> Config:
     try:
         built = config(**arguments)
     except ValueError as error:
-        raise ValueError("; ".join([*problems, str(error)])) from error
+        raise UserError("; ".join([*problems, str(error)])) from error
     if problems:
-        raise ValueError("; ".join(problems))
+        raise UserError("; ".join(problems))
     return built
 
 

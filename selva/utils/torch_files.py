@@ -18,6 +18,8 @@ from typing import IO, Any
 import torch
 from torch import Tensor, nn
 
+from selva.utils.errors import UserError
+
 # torch.load on a file that is no checkpoint: an unpickler that meets arbitrary bytes may stumble in all these ways.
 READ_ERRORS = (
     pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, struct.error,
@@ -40,16 +42,16 @@ def read_torch(path: Path) -> Mapping[str, Any]:
         what = "it is empty" if not start else "its download or copy may be incomplete" if start[:2] == b"PK" else (
             "it looks like a web page" if start.lstrip()[:1] == b"<" else f"it starts with {start!r}"
         )
-        raise ValueError(f"{path}: not a readable PyTorch file; {what}")
+        raise UserError(f"{path}: not a readable PyTorch file; {what}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except READ_ERRORS as error:
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(
+        raise UserError(
             f"{path}: damaged, or it holds more than tensors and plain values; nothing in it was executed ({reason})"
         ) from error
     if not isinstance(content, Mapping):
-        raise ValueError(f"{path}: holds a {type(content).__name__}, expected a dictionary of tensors")
+        raise UserError(f"{path}: holds a {type(content).__name__}, expected a dictionary of tensors")
     return content
 
 
@@ -77,7 +79,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], Any]:
             header = file.metadata() or {}
         return tensors, json.loads(header.get("meta", "{}"))
     except (safetensors.SafetensorError, *READ_ERRORS) as error:
-        raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
+        raise UserError(f"{path}: not a readable safetensors file ({error})") from error
 
 
 class _FirstError:
@@ -147,10 +149,10 @@ def check_plain(value: Any, where: str, allow_tensors: bool = True) -> None:
     if type(value) in (dict, OrderedDict):
         for key, item in value.items():
             if type(key) not in (str, int):
-                raise ValueError(f"{where}: the key {key!r} is a {type(key).__name__}, expected text or an integer")
+                raise UserError(f"{where}: the key {key!r} is a {type(key).__name__}, expected text or an integer")
             check_plain(item, f"{where}[{key!r}]", allow_tensors)
     elif type(value) in (list, tuple):
         for index, item in enumerate(value):
             check_plain(item, f"{where}[{index}]", allow_tensors)
     else:
-        raise ValueError(f"{where} is a {type(value).__name__}, which cannot be stored; expected plain values or lists")
+        raise UserError(f"{where} is a {type(value).__name__}, which cannot be stored; expected plain values or lists")

@@ -27,6 +27,7 @@ from selva.models.vae import DATA_BUFFERS, VAE
 from selva.models.variants import Variant, get_variant
 from selva.models.vocoder import Vocoder
 from selva.models.zoo import build_generator, build_vae, build_video_encoder, build_vocoder
+from selva.utils.errors import UserError
 from selva.utils.torch_files import READ_ERRORS
 from selva.weights.find import ASSETS, asset_name, find_weights
 
@@ -59,13 +60,13 @@ def read_checkpoint(path: Path, key: str | None = None, prefixes: tuple[str, ...
             with safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefixes)}  # noqa: SIM118
         except SafetensorError as error:
-            raise ValueError(f"{path}: not a readable safetensors file ({error}); download it again") from error
+            raise UserError(f"{path}: not a readable safetensors file ({error}); download it again") from error
     try:
         # Only the zip format can be mapped; best_netG.pt and other old files are plain pickles.
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except READ_ERRORS as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(
+        raise UserError(
             f"{path}: not a readable weight file, truncated or holding code ({reason}); download it again"
         ) from error
     if key is not None:
@@ -73,7 +74,7 @@ def read_checkpoint(path: Path, key: str | None = None, prefixes: tuple[str, ...
     is_dict = isinstance(content, dict)
     if not is_dict or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
         inside = f" under the key {key!r}" if key is not None else ""
-        raise ValueError(f"{path}: expected named tensors{inside}, found something else; is it another file?")
+        raise UserError(f"{path}: expected named tensors{inside}, found something else; is it another file?")
     return {name: tensor for name, tensor in content.items() if name.startswith(prefixes)}
 
 
@@ -146,9 +147,9 @@ def load_t5(
         ValueError: also for float16, in which T5 overflows, and for a variant without T5 (the mmaudio family).
     """
     if get_variant(variant).t5 is None:
-        raise ValueError(f"variant {variant} has no T5 encoder: its video encoder reads no text")
+        raise UserError(f"variant {variant} has no T5 encoder: its video encoder reads no text")
     if dtype == torch.float16:
-        raise ValueError("T5 overflows in float16; load it in bfloat16 or float32")
+        raise UserError("T5 overflows in float16; load it in bfloat16 or float32")
     return _load(variant, "t5", T5Text, selva_dir, device, dtype)
 
 
@@ -173,7 +174,7 @@ def _load(
         network.load_published(weights)
     except ValueError as error:
         purpose = variant.weight_files(part)[0].purpose
-        raise ValueError(f"{files[0]}: {error}; expected the {purpose} of variant {name}") from error
+        raise UserError(f"{files[0]}: {error}; expected the {purpose} of variant {name}") from error
     return _finish(network, device, dtype)
 
 
@@ -185,7 +186,7 @@ def _check_band_statistics(weights: Mapping[str, Tensor]) -> None:
     """Raise a ValueError if the band statistics are missing, which the VAE's load_published would not notice."""
     missing = [name for name in DATA_BUFFERS if name not in weights]
     if missing:
-        raise ValueError(f"{' and '.join(missing)} are missing")
+        raise UserError(f"{' and '.join(missing)} are missing")
 
 
 def _without_weights(variant: Variant, part: str, files: Sequence[Path]) -> AnyNetwork:

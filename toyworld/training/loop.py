@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from selva.training.ema import EMA
+from selva.utils.errors import UserError
 from selva.utils.files import atomic_path
 from selva.utils.progress import Progress
 
@@ -110,7 +111,7 @@ def train(task: Task, config: LoopConfig, folder: Path, device: torch.device, re
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip)
             if not math.isfinite(float(norm)):
-                raise ValueError(f"{folder.name}: the gradient of step {step} is not finite")
+                raise UserError(f"{folder.name}: the gradient of step {step} is not finite")
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             task.after_update_()

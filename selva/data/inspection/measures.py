@@ -34,6 +34,7 @@ from selva.media import read_audio
 from selva.media.audio import SILENCE_LEVEL, cancellation, mean_power
 from selva.models.variants import VARIANTS, Variant, get_variant
 from selva.sequence import DEFAULT_DURATION_SEC, SAMPLING_RATES
+from selva.utils.errors import UserError
 from selva.utils.progress import Progress
 
 NORM_TOLERANCE = 0.02  # half precision moves a norm of 1 by less
@@ -181,7 +182,7 @@ def inspect(folder: Path, variant: Variant | None = None) -> Inspection:
         kind, left_out = "pairs", [(str(path), reason) for path, reason in scan.skipped]
         steps = [partial(_inspect_pair, clip, variant, fingerprints) for clip in scan.clips]
     if not steps and not left_out:
-        raise ValueError(f"{folder}: holds neither features (.npz) nor sounds ({', '.join(AUDIO_SUFFIXES)}), videos or "
+        raise UserError(f"{folder}: holds neither features (.npz) nor sounds ({', '.join(AUDIO_SUFFIXES)}), videos or "
                          "a memmap (meta.json)")
     clips = []
     with Progress(len(steps), "inspecting", "clips") as progress:
@@ -336,7 +337,7 @@ def find_variant(folder: Path, wanted: Variant | None) -> MemmapDataset:
             return MemmapDataset(folder, get_variant(name))
         except ValueError as error:
             problems.append(str(error))
-    raise ValueError(min(problems, key=len))  # the one with the fewest complaints
+    raise UserError(min(problems, key=len))  # the one with the fewest complaints
 
 
 def _inspect_row(rows: MemmapDataset, index: int, fingerprints: _Fingerprints) -> ClipReport:

@@ -19,6 +19,7 @@ from selva.features import load_features
 from selva.inputs.suffixes import VIDEO_SUFFIXES
 from selva.media import probe, read_audio, read_video
 from selva.sequence import CLIP_FPS, SHORTEST_SEC
+from selva.utils.errors import UserError
 from selva.utils.files import atomic_path
 from selva.utils.plots import draw_spectrogram, new_figure, power_spectrogram
 
@@ -53,10 +54,10 @@ def write_overview(inspection: Inspection, path: Path, video_dir: Path | None, m
         ValueError: there is no clip to draw, or ``path`` ends otherwise.
     """
     if path.suffix.lower() != ".png":
-        raise ValueError(f"{path}: the overview is a .png")
+        raise UserError(f"{path}: the overview is a .png")
     shown = choose_clips(inspection, most)
     if not shown:
-        raise ValueError(f"{inspection.folder}: there is no clip to draw")
+        raise UserError(f"{inspection.folder}: there is no clip to draw")
     rows = find_variant(Path(inspection.folder), None).rows if inspection.kind == "memmap" else None
     videos = {} if rows is not None else find_videos(inspection, video_dir)
     columns = 1 if len(shown) == 1 else 2 if len(shown) <= 8 else 3

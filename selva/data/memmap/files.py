@@ -26,6 +26,7 @@ from typing import Any
 
 from selva.data.memmap.journal import Entry, RowJournal, entry_line, replay
 from selva.data.memmap.reader import META_FILE, partial_path, table_path
+from selva.utils.errors import UserError
 from selva.utils.files import atomic_write_text, flush_file, flush_folder
 
 log = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ class SetFiles:
         if not self.record.is_file():
             for path in (self.folder, self.table):
                 if path.is_file() or (path.is_dir() and any(path.iterdir())):
-                    raise ValueError(f"{path}: is in the way, it was not written together with {self.record.name}; "
+                    raise UserError(f"{path}: is in the way, it was not written together with {self.record.name}; "
                                      "move it, or choose another folder")
             return None
         record = _read_json(self.record)
@@ -133,7 +134,7 @@ class SetFiles:
         """
         kept = [row for row, digest in zip(plan["rows"], digests, strict=True) if digest is not None]
         if not kept:
-            raise ValueError(f"{self.folder}: none of {len(digests)} clips could be used, nothing was published")
+            raise UserError(f"{self.folder}: none of {len(digests)} clips could be used, nothing was published")
         text = io.StringIO()
         table = csv.writer(text, delimiter="\t", lineterminator="\n")
         table.writerow(["id", plan["column"]])
@@ -226,7 +227,7 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: is not JSON ({error}); delete it with what lies beside it, or choose another folder"
+        raise UserError(f"{path}: is not JSON ({error}); delete it with what lies beside it, or choose another folder"
                          ) from error
 
 

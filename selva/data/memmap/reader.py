@@ -28,6 +28,7 @@ from torch import Tensor
 from selva.data.dataset import ClipDataset, Lengths, TrainingClip
 from selva.models.variants import Variant
 from selva.sequence import sequence_config
+from selva.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +108,7 @@ class MemmapDataset(ClipDataset):
         self.rows = {key: _map(folder / f"{key}.memmap", meta[key]) for key in keys}  # each (n, ·, ·)
         self._ids, self.prompts = _read_table(table_path(folder))
         if len(self._ids) != len(self.rows["mean"]):
-            raise ValueError(f"{table_path(folder)}: has {len(self._ids)} rows, but the tensors in {folder} have "
+            raise UserError(f"{table_path(folder)}: has {len(self._ids)} rows, but the tensors in {folder} have "
                              f"{len(self.rows['mean'])}; they belong to different extractions")
 
     @property
@@ -191,11 +192,11 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: is not JSON ({error}); copy the folder again") from error
+        raise UserError(f"{path}: is not JSON ({error}); copy the folder again") from error
     entries = meta.items() if isinstance(meta, dict) else ()
     tensors = {k: v for k, v in entries if isinstance(v, dict) and _is_shape(v.get("shape"))}
     if not tensors:
-        raise ValueError(f"{path}: describes no tensors, so {folder} is not a TensorDict memmap; expected one, or a "
+        raise UserError(f"{path}: describes no tensors, so {folder} is not a TensorDict memmap; expected one, or a "
                          "folder of .npz files from extract_features.py")
     return tensors
 
@@ -223,7 +224,7 @@ def _check_meta(
         if dtype != "torch.float32":
             problems.append(f"{key} is {dtype}, expected torch.float32")
     if problems:
-        raise ValueError(f"{folder / META_FILE}: {'; '.join(problems)}")
+        raise UserError(f"{folder / META_FILE}: {'; '.join(problems)}")
 
 
 def _map(path: Path, entry: dict[str, Any]) -> np.ndarray:
@@ -233,7 +234,7 @@ def _map(path: Path, entry: dict[str, Any]) -> np.ndarray:
     shape = tuple(entry["shape"])
     found, expected = path.stat().st_size, math.prod(shape) * 4
     if found != expected:
-        raise ValueError(f"{path}: has {found} bytes, expected {expected} for {shape}; copy it again")
+        raise UserError(f"{path}: has {found} bytes, expected {expected} for {shape}; copy it again")
     if expected == 0:
         return np.zeros(shape, np.float32)  # an empty file cannot be mapped
     return np.memmap(path, np.dtype("<f4"), mode="r", shape=shape)
@@ -250,11 +251,11 @@ def _read_table(path: Path) -> tuple[list[str], list[str]]:
             text = next((column for column in TEXT_COLUMNS if column in columns), None)
             if "id" not in columns or text is None:
                 found = ", ".join(columns) or "none"
-                raise ValueError(f"has the columns {found}, expected id and label (or caption)")
+                raise UserError(f"has the columns {found}, expected id and label (or caption)")
             pairs = [(row["id"], row[text]) for row in rows]
     except (ValueError, csv.Error) as error:  # includes text that is not UTF-8
-        raise ValueError(f"{path}: {error}") from error
+        raise UserError(f"{path}: {error}") from error
     short = [number for number, pair in enumerate(pairs, 2) if None in pair]
     if short:
-        raise ValueError(f"{path}: row {short[0]} has fewer columns than the header")
+        raise UserError(f"{path}: row {short[0]} has fewer columns than the header")
     return [pair[0] for pair in pairs], [pair[1] for pair in pairs]

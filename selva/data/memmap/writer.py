@@ -40,6 +40,7 @@ from selva.data.memmap.files import (
 from selva.data.memmap.journal import Entry, RowJournal, entry_line, living_writers, replay, void_line
 from selva.data.memmap.reader import row_shapes
 from selva.models.variants import Variant
+from selva.utils.errors import UserError
 from selva.utils.locks import file_lock
 
 # A line of the journal is written once the values of its row are on the disk, so it is true even after a power cut and
@@ -100,10 +101,10 @@ class MemmapWriter:
 
     def _check_ids(self) -> None:
         if not self.ids:
-            raise ValueError(f"{self.files.folder}: no clips to write")
+            raise UserError(f"{self.files.folder}: no clips to write")
         if len(set(self.ids)) < len(self.ids):
             twice = next(clip_id for clip_id in self.ids if self.ids.count(clip_id) > 1)
-            raise ValueError(f"{self.files.folder}: the id {twice!r} comes more than once, every clip needs its own")
+            raise UserError(f"{self.files.folder}: the id {twice!r} comes more than once, every clip needs its own")
 
     # -- rows ----------------------------------------------------------------------------------------------------------
 
@@ -140,7 +141,7 @@ class MemmapWriter:
         """
         values = {key: self._checked(index, key, rows) for key in self.shapes}
         if unknown := set(rows) - set(self.shapes):
-            raise ValueError(f"clip {self.ids[index]!r}: {', '.join(sorted(unknown))} is not part of this set, "
+            raise UserError(f"clip {self.ids[index]!r}: {', '.join(sorted(unknown))} is not part of this set, "
                              f"expected {', '.join(self.shapes)}")
         with self._threads:
             self._claim(index)
@@ -160,12 +161,12 @@ class MemmapWriter:
         """Return one row of one tensor as it is stored."""
         assert 0 <= index < len(self.ids), index
         if key not in rows:
-            raise ValueError(f"clip {self.ids[index]!r}: {key} is missing")
+            raise UserError(f"clip {self.ids[index]!r}: {key} is missing")
         value = torch.as_tensor(rows[key]).detach().to("cpu", torch.float32).contiguous()
         if tuple(value.shape) != self.shapes[key]:
-            raise ValueError(f"clip {self.ids[index]!r}: {key} is {tuple(value.shape)}, expected {self.shapes[key]}")
+            raise UserError(f"clip {self.ids[index]!r}: {key} is {tuple(value.shape)}, expected {self.shapes[key]}")
         if num_bad := int((~torch.isfinite(value)).sum()):
-            raise ValueError(f"clip {self.ids[index]!r}: {key} has {num_bad} values that are not finite")
+            raise UserError(f"clip {self.ids[index]!r}: {key} has {num_bad} values that are not finite")
         return value.numpy().astype("<f4", copy=False)
 
     def _claim(self, index: int) -> None:
@@ -259,7 +260,7 @@ class MemmapWriter:
         found = content_of(generation) if generation is not None else None
         if generation is not None and found is not None and not same_plan(found.plan, self._plan):
             if writers := living_writers(generation):
-                raise ValueError(f"{self.files.folder}: another run with other clips or settings is writing it "
+                raise UserError(f"{self.files.folder}: another run with other clips or settings is writing it "
                                  f"({', '.join(writers)}); wait for its end, or choose another folder. If it runs no "
                                  f"more, delete {generation}/*.lock")
             outdated = generation
