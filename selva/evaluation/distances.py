@@ -4,9 +4,9 @@
     class logits         -> inception score, Kullback-Leibler divergence
     paired embeddings    -> cosine
 
-Everything but the difference of two means is computed in float64 from float32 features. The formulas are those that MMAudio's paper reports
-(arXiv:2412.15322), so that figures can be compared; where the published programs answer with -1 or not-a-number, this
-module says what is missing.
+Everything but the difference of two means is computed in float64 from float32 features. The formulas are those that
+MMAudio's paper reports (arXiv:2412.15322), so that figures can be compared; where the published programs answer with -1
+or not-a-number, this module says what is missing.
 """
 
 from __future__ import annotations
@@ -93,8 +93,8 @@ def too_few_for_frechet(generated: Array, reference: Array) -> str | None:
     fewest, width = min(len(generated), len(reference)), generated.shape[1]
     if fewest > width:
         return None
-    return (f"{fewest} items for features of {width} values: a covariance needs more items than values, and the distance "
-            "of fewer falls with every item that is added; the kernel distance (KD) has no such bias")
+    return (f"{fewest} items for features of {width} values: a covariance needs more items than values, and the "
+            "distance of fewer falls with every item that is added; the kernel distance (KD) has no such bias")
 
 
 def kernel_distance(
@@ -144,7 +144,7 @@ class KernelTerms:
         self.xx, self.yy, self.xy = xx, yy, xy
 
     def distance(self, x_counts: Array | None = None, y_counts: Array | None = None) -> float:
-        """Return the distance where item i counts ``counts[i]`` times; an item is never compared with its own copies."""
+        """Return the distance where item i counts ``counts[i]`` times; copies of an item are not compared."""
         x = np.ones(len(self.xx)) if x_counts is None else np.asarray(x_counts, dtype=np.float64)
         y = np.ones(len(self.yy)) if y_counts is None else np.asarray(y_counts, dtype=np.float64)
         between = float(x @ self.xy @ y) / float(x.sum() * y.sum())

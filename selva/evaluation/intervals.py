@@ -31,7 +31,7 @@ class Figure:
 
 
 def mean_figure(values: Array) -> Figure:
-    """Return the mean of (n,) values with its percentile bootstrap interval (Efron, 1979); values that are NaN count not."""
+    """Return the mean of (n,) values with its percentile bootstrap interval (Efron, 1979); NaN is left out."""
     values = np.asarray(values, dtype=np.float64)
     values = values[~np.isnan(values)]
     if len(values) == 0:
