@@ -85,7 +85,7 @@ def frechet_distance(generated: Array, reference: Array) -> float:
 def _root(rows: Array) -> Array:
     """Return a matrix R of at most d rows with R^T R = the covariance of (n, d) rows."""
     centred = (rows - rows.mean(axis=0)) / np.sqrt(len(rows) - 1)
-    return np.linalg.qr(centred, mode="r") if len(rows) > rows.shape[1] else centred
+    return np.asarray(np.linalg.qr(centred, mode="r")) if len(rows) > rows.shape[1] else centred
 
 
 def too_few_for_frechet(generated: Array, reference: Array) -> str | None:

@@ -88,26 +88,34 @@ def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
 # ---------------------------------------------------------------------------------------------------------------
 
 
+class ASTAttention(nn.Module):
+    """(n, tokens, dim) -> (n, tokens, dim): unmasked self-attention."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.attention = nn.ModuleDict({name: nn.Linear(dim, dim) for name in ("query", "key", "value")})
+        self.output = nn.ModuleDict({"dense": nn.Linear(dim, dim)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (_heads(self.attention[name](x), self.num_heads) for name in ("query", "key", "value"))
+        return self.output["dense"](attend(q, k, v))
+
+
 class ASTLayer(nn.Module):
     """Pre-norm transformer layer under the names of the published Audio Spectrogram Transformer."""
 
     def __init__(self, config: VideoEncoderConfig) -> None:
         super().__init__()
         dim = config.embed_dim
-        self.num_heads = config.num_heads
-        self.attention = nn.ModuleDict({
-            "attention": nn.ModuleDict({name: nn.Linear(dim, dim) for name in ("query", "key", "value")}),
-            "output": nn.ModuleDict({"dense": nn.Linear(dim, dim)}),
-        })
+        self.attention = ASTAttention(dim, config.num_heads)
         self.intermediate = nn.ModuleDict({"dense": nn.Linear(dim, config.mlp_dim)})
         self.output = nn.ModuleDict({"dense": nn.Linear(config.mlp_dim, dim)})
         self.layernorm_before = nn.LayerNorm(dim, eps=TRUNK_EPS)
         self.layernorm_after = nn.LayerNorm(dim, eps=TRUNK_EPS)
 
     def forward(self, x: Tensor) -> Tensor:
-        projections, normed = self.attention["attention"], self.layernorm_before(x)
-        q, k, v = (_heads(projections[name](normed), self.num_heads) for name in ("query", "key", "value"))
-        x = x + self.attention["output"]["dense"](attend(q, k, v))
+        x = x + self.attention(self.layernorm_before(x))
         return x + self.output["dense"](F.gelu(self.intermediate["dense"](self.layernorm_after(x))))
 
 
@@ -116,37 +124,46 @@ def _heads(x: Tensor, num_heads: int) -> Tensor:
     return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
-class AudioTrunk(nn.Module):
-    """Segments (n, 128, 66) -> (n, 6, dim): patches, 12 layers, and one vector per time step from its 12 bands."""
+class PatchEmbeddings(nn.Module):
+    """Mel segments (n, 128, 66) -> (n, 2 + 72, dim) tokens: class, distillation, then the patches band by band."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.distillation_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.position_embeddings = nn.Parameter(torch.zeros(1, 2 + BANDS * STEPS, dim))
+        self.patch_embeddings = nn.ModuleDict({"projection": nn.Conv2d(1, dim, PATCH, stride=PATCH_STRIDE)})
+
+    def forward(self, mels: Tensor) -> Tensor:
+        patches = self.patch_embeddings["projection"](mels[:, None]).flatten(2).mT  # (n, 12 * 6, dim)
+        own = (token.expand(len(mels), -1, -1) for token in (self.cls_token, self.distillation_token))
+        return torch.cat((*own, patches), dim=1) + self.position_embeddings
+
+
+class AST(nn.Module):
+    """Mel segments (n, 128, 66) -> (n, 2 + 72, dim) tokens after 12 layers and the last norm."""
 
     def __init__(self, config: VideoEncoderConfig) -> None:
         super().__init__()
-        dim = config.embed_dim
-        embeddings = nn.Module()
-        embeddings.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
-        embeddings.distillation_token = nn.Parameter(torch.zeros(1, 1, dim))
-        embeddings.position_embeddings = nn.Parameter(torch.zeros(1, 2 + BANDS * STEPS, dim))
-        embeddings.patch_embeddings = nn.ModuleDict({"projection": nn.Conv2d(1, dim, PATCH, stride=PATCH_STRIDE)})
-        self.ast = nn.Module()
-        self.ast.embeddings = embeddings
-        self.ast.encoder = nn.ModuleDict({"layer": nn.ModuleList(ASTLayer(config) for _ in range(config.depth))})
-        self.ast.layernorm = nn.LayerNorm(dim, eps=TRUNK_EPS)
-        self.freq_attn_agg = SpatialAggregation(config)
-
-    def embed(self, mels: Tensor) -> Tensor:
-        """Return the (n, 2 + 72, dim) tokens with their positions: class, distillation, then patches band by band."""
-        parts = self.ast.embeddings
-        patches = parts.patch_embeddings["projection"](mels[:, None]).flatten(2).mT  # (n, 12 * 6, dim)
-        own = (token.expand(len(mels), -1, -1) for token in (parts.cls_token, parts.distillation_token))
-        return torch.cat((*own, patches), dim=1) + parts.position_embeddings
+        self.embeddings = PatchEmbeddings(config.embed_dim)
+        self.encoder = nn.ModuleDict({"layer": nn.Sequential(*(ASTLayer(config) for _ in range(config.depth)))})
+        self.layernorm = nn.LayerNorm(config.embed_dim, eps=TRUNK_EPS)
 
     def forward(self, mels: Tensor) -> Tensor:
-        x = self.embed(mels)
-        for layer in self.ast.encoder["layer"]:
-            x = layer(x)
-        x = self.ast.layernorm(x)[:, 2:].unflatten(1, (BANDS, STEPS))  # (n, 12, 6, dim)
-        steps = x.transpose(1, 2).flatten(0, 1)  # (n * 6, 12, dim)
-        return self.freq_attn_agg(steps).unflatten(0, (len(mels), STEPS))
+        return self.layernorm(self.encoder["layer"](self.embeddings(mels)))
+
+
+class AudioTrunk(nn.Module):
+    """Mel segments (n, 128, 66) -> (n, 6, dim): one vector per time step, from the tokens of its 12 bands."""
+
+    def __init__(self, config: VideoEncoderConfig) -> None:
+        super().__init__()
+        self.ast = AST(config)
+        self.freq_attn_agg = SpatialAggregation(config)
+
+    def forward(self, mels: Tensor) -> Tensor:
+        x = self.ast(mels)[:, 2:].unflatten(1, (BANDS, STEPS))  # (n, 12, 6, dim)
+        return self.freq_attn_agg(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (len(mels), STEPS))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -179,15 +196,14 @@ class Comparison(nn.Module):
         tokens = 2 + SEGMENTS_COMPARED * (config.num_slots + STEPS)
         self.OFF_tok, self.MOD_tok = (nn.Parameter(torch.zeros(1, 1, dim)) for _ in range(2))
         self.vis_in_lnorm, self.aud_in_lnorm, self.ln_f = (nn.LayerNorm(dim, eps=COMPARISON_EPS) for _ in range(3))
-        self.pos_emb_cfg = nn.Module()
-        self.pos_emb_cfg.pos_emb = nn.Parameter(torch.zeros(1, tokens, dim))
+        self.pos_emb_cfg = nn.ParameterDict({"pos_emb": nn.Parameter(torch.zeros(1, tokens, dim))})
         self.blocks = nn.Sequential(*(ComparisonBlock(dim, config.mlp_dim) for _ in range(COMPARISON_DEPTH)))
         self.off_head = nn.Linear(dim, OFFSETS)
 
     def forward(self, visual: Tensor, audio: Tensor) -> Tensor:
         off, mod = (token.expand(len(visual), -1, -1) for token in (self.OFF_tok, self.MOD_tok))
         x = torch.cat((off, self.vis_in_lnorm(visual), mod, self.aud_in_lnorm(audio)), dim=1)
-        x = self.blocks(x + self.pos_emb_cfg.pos_emb)
+        x = self.blocks(x + self.pos_emb_cfg["pos_emb"])
         return self.off_head(self.ln_f(x)[:, 0])
 
 

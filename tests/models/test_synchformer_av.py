@@ -41,7 +41,7 @@ def test_golden_synchformer_av(golden):
     values = {
         "window": window, "filterbank": bank, "mel": mels, "audio_features": audio, "audio_features_thin": audio,
         "visual_features": visual, "visual_features_thin": visual, "logits_from_features": logits,
-        "inner_audio_embedding": trunk.embed(mels[0, :1]), "inner_audio_layer_0": inner["layer_0"][:1],
+        "inner_audio_embedding": trunk.ast.embeddings(mels[0, :1]), "inner_audio_layer_0": inner["layer_0"][:1],
         "inner_audio_norm": inner["norm"][:1], "inner_transformer_block_0": inner["block_0"],
         "inner_transformer_norm": inner["ln_f"][:, :1],
         "logits_first": network.compare(visual[:, :14].expand(2, -1, -1, -1), audio[:, :14]),
