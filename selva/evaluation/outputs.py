@@ -20,7 +20,7 @@ PLAYERS = 8  # pairs with players on the page: those with the largest distance, 
 
 @dataclass(frozen=True)
 class Row:
-    """How a figure is shown: name, number format, unit, which direction is good, and one line about it."""
+    """Presentation of a figure: name, number format, unit, which direction is good, and one line about it."""
 
     name: str
     number: str
