@@ -27,7 +27,7 @@ from selva.checkpoint import (
     step_file_name,
 )
 from selva.lora.config import LoRAConfig
-from selva.lora.inject import inject_lora
+from selva.lora.inject import inject_lora, principal_factors
 from selva.lora.merge import merge_adapter
 from selva.lora.state import load_lora_state_, lora_parameters, lora_plus_groups, lora_state_dict
 
@@ -470,6 +470,68 @@ def test_a_step_file_is_an_adapter_too(base, x, tmp_path, name):
     if name not in NATIVE:
         there = load_as_comfyui(base, tmp_path / "adapter_step00007.pt")
         torch.testing.assert_close(there(x), model(x), rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("scheduler", [None, "stored"])
+def test_comfyui_cannot_continue_a_step_file_and_says_why(base, x, tmp_path, scheduler):
+    """Its trainer compares no settings: with our folded scale it would train something else without a word."""
+    model, optimizer, schedule = run = make_run(base, "qkv")
+    train(run, x, 2)
+    path = tmp_path / step_file_name(2)
+    save_checkpoint(path, model, META, step=2, optimizer=optimizer.state_dict(),
+                    scheduler=schedule.state_dict() if scheduler else None)
+    there = torch.load(path, map_location="cpu", weights_only=True)
+    _, optimizer, _ = make_run(base, "qkv")
+    with pytest.raises(ValueError, match="continued with train_lora.py --resume of selva-lora only; ComfyUI-SelVA uses"):
+        optimizer.load_state_dict(there["optimizer"])
+    saved = load_checkpoint(path)
+    optimizer.load_state_dict(saved.optimizer)
+    del there["optimizer_state"]
+    torch.save({**there, "optimizer": saved.optimizer}, tmp_path / "earlier.pt")  # as earlier versions wrote it
+    assert load_checkpoint(tmp_path / "earlier.pt").optimizer.keys() == saved.optimizer.keys()
+    assert load_checkpoint(tmp_path / "earlier.pt").optimizer["state"]
+
+
+def published_step(model: nn.Module, path: Path, **meta: object) -> dict[str, object]:
+    """Write a step file as ComfyUI-SelVA's node does by default: PiSSA with rsLoRA, alpha twice the rank."""
+    tensors = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear) and name.endswith("attn.qkv"):
+            a, b = principal_factors(layer.weight, 3)
+            tensors |= {f"{name}.lora_A": a, f"{name}.lora_B": b,
+                        f"{name}.linear.weight": layer.weight.detach() - 6 / 3**0.5 * b @ a}
+            if layer.bias is not None:
+                tensors[f"{name}.linear.bias"] = layer.bias.detach().clone()
+    meta = {"variant": "tiny", "rank": 3, "alpha": 6.0, "target": ["attn.qkv"], "steps": 100, "init_mode": "pissa",
+            "use_rslora": True, **meta}
+    content = {"state_dict": tensors, "optimizer": {}, "scheduler": {}, "step": 50, "meta": meta}
+    torch.save(content, path)
+    return content
+
+
+@pytest.mark.parametrize("meta", [{}, {"init_mode": "standard"}])
+def test_a_published_pissa_step_file_says_how_to_continue_it(base, tmp_path, meta):
+    """Its tensors say that it is PiSSA; its meta may not."""
+    path = tmp_path / "adapter_step00050.pt"
+    published_step(base, path, **meta)
+    saved = load_checkpoint(path)
+    with pytest.raises(ValueError) as caught:
+        check_same_settings(saved, LoRAConfig())
+    flags = "--rank 3 --alpha 6 --rslora --init pissa --target attn.qkv"
+    assert f"{path}: a step file of ComfyUI-SelVA; cannot resume" in str(caught.value) and flags in str(caught.value)
+    check_same_settings(saved, LoRAConfig(3, 6.0, rslora=True, init="pissa"))
+
+
+def test_the_targets_of_a_published_file_reach_its_linear_layers_only(base, tmp_path):
+    """There ``linear1`` skips convolutions; here it adapts them, and the file has nothing for them."""
+    path = tmp_path / "adapter_step00050.pt"
+    content = published_step(base, path, init_mode="standard", target=["attn.qkv", "linear1"])
+    linear = [name for name, layer in base.named_modules() if isinstance(layer, nn.Linear) and name.endswith("linear1")]
+    tensors = {f"{name}.lora_{key}": torch.ones(3, 3) for name in linear for key in "AB"}
+    torch.save({**content, "state_dict": {**content["state_dict"], **tensors}}, path)
+    endings = " ".join(dict.fromkeys(".".join(name.split(".")[-2:]) for name in linear))
+    with pytest.raises(ValueError, match=rf"--target attn\.qkv {endings}\)"):
+        check_same_settings(load_checkpoint(path), LoRAConfig())
 
 
 def test_a_step_file_can_offer_an_average_and_still_resume_the_current_values(base, tmp_path):

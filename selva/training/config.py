@@ -152,6 +152,8 @@ class RunConfig:
         problems += [f"{flag} {path}: no such folder" for flag, path in folders.items() if path and not path.is_dir()]
         if self.resume not in (None, "auto") and not Path(self.resume).is_file():
             problems.append(f"--resume {self.resume}: no such file")
+        if self.resume is None and (problem := self.lora.start_problem()):
+            problems.append(problem)
         if self.init_from is not None:
             if self.resume not in (None, "auto"):
                 problems.append("--init_from starts a new run and --resume continues one; give one of them")

@@ -66,12 +66,18 @@ def adapter_meta(config: RunConfig, num_clips: int) -> dict[str, Any]:
 
 
 def find_resume(config: RunConfig) -> TrainingState | None:
-    """Return the state that ``--resume`` names; None for a fresh start."""
+    """Return the state that ``--resume`` names; None for a fresh start.
+
+    Raises:
+        ValueError: the file cannot be read, or the settings of the adapter are none to start with.
+    """
     if config.resume is None:
         return None
     if config.resume != "auto":
         return load_checkpoint(config.resume)
     saved = load_newest_checkpoint(config.output_dir)
+    if saved is None and (problem := config.lora.start_problem()):
+        raise UserError(problem)
     log.info("resuming from %s", saved.path) if saved else log.info("nothing to resume in %s", config.output_dir)
     return saved
 
