@@ -18,6 +18,7 @@ from selva.weights.config import GENERAL, ModelConfig
 LATENT_MODES = ("sample", "mode")
 LR_SCHEDULES = ("constant", "cosine", "multistep", "cosine_restarts")
 CLIP_FEATURE_MODES = ("use", "empty")
+ADAPTER_FORMATS = {"pt": (".pt",), "safetensors": (".safetensors",), "both": (".pt", ".safetensors")}
 
 DATA = "data and output"
 OPTIMISATION = "optimisation (a step is one update, whatever --grad_accum is)"
@@ -115,6 +116,8 @@ class RunConfig:
                               "ones stay as they are", group=DATA)
     normalize_audio: Normalize = setting("peak", "peak: 0.95 of full scale, as the base models were trained; none: as "
                                    "recorded", group=DATA, choices=AUDIO_NORMALIZATIONS)
+    adapter_format: str = setting("pt", "of the best and the final adapter; ComfyUI-SelVA reads .pt only. Step files are "
+                                  "always .pt", group=DATA, choices=tuple(ADAPTER_FORMATS))
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     training: TrainConfig = field(default_factory=TrainConfig)
@@ -152,6 +155,8 @@ class RunConfig:
         problems += [f"{flag} {path}: no such folder" for flag, path in folders.items() if path and not path.is_dir()]
         if self.resume not in (None, "auto") and not Path(self.resume).is_file():
             problems.append(f"--resume {self.resume}: no such file")
+        if self.adapter_format not in ADAPTER_FORMATS:
+            problems.append(f"adapter_format is {self.adapter_format!r}, expected one of {', '.join(ADAPTER_FORMATS)}")
         if self.resume is None and (problem := self.lora.start_problem()):
             problems.append(problem)
         if self.init_from is not None:

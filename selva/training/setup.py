@@ -89,7 +89,8 @@ FIXED_SETTINGS = ("clip_features", "latent", "null_prob", "timestep_mode", "logi
 def finished_adapter(saved: TrainingState, output_dir: Path) -> Path | None:
     """Return the final adapter of the step of ``saved`` if the run wrote all of its end; None if it has to be written.
 
-    A run may have been killed between its last step file and its final adapter, or between that and ``meta.json``.
+    A run may have been killed between its last step file and its final adapter, or between that and ``meta.json``. Of
+    an adapter in both formats, the ``.pt`` is returned.
     """
     final = final_of(saved.path, output_dir)
     try:
@@ -97,7 +98,10 @@ def finished_adapter(saved: TrainingState, output_dir: Path) -> Path | None:
     except (OSError, ValueError):
         return None
     written = final is not None and meta == json.loads(json.dumps(load_adapter(final).meta))
-    return final if written else None
+    if not written:
+        return None
+    assert final is not None
+    return next(path for path in (final.with_suffix(".pt"), final) if path.exists())
 
 
 def patience_has_ended(saved: TrainingState, config: RunConfig) -> bool:

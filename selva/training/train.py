@@ -19,7 +19,7 @@ from selva.training.compiling import prepare_to_compile
 from selva.training.config import RunConfig
 from selva.training.loop import fit
 from selva.training.run import TrainingRun
-from selva.training.run_folder import LOCK_FILE, NotSaved, RunFolder, check_disk_space
+from selva.training.run_folder import BEST, LOCK_FILE, NotSaved, RunFolder, check_disk_space
 from selva.training.sample import TrainingSample
 from selva.training.schedule import schedule_problem
 from selva.training.setup import (
@@ -77,6 +77,8 @@ def train(config: RunConfig, settings: Mapping[str, Any] | None = None) -> Train
     check_can_write(config.output_dir)  # before hours of encoding
     if problem := schedule_problem(config.training):
         log.warning("%s", problem)
+    if config.adapter_format == "safetensors":
+        log.warning("ComfyUI-SelVA does not read .safetensors adapters; --adapter_format both writes .pt files too")
     if config.compile:
         prepare_to_compile(device)
     try:
@@ -125,7 +127,7 @@ def _train(config: RunConfig, settings: Mapping[str, Any], device: torch.device,
     # 3. the output folder
     meta = adapter_meta(config, len(clips))
     folder = RunFolder(output_dir, meta, config.keep_last,
-                       f"{config.model.variant}, {len(clips)} clips, rank {config.lora.rank}")
+                       f"{config.model.variant}, {len(clips)} clips, rank {config.lora.rank}", config.adapter_format)
     metrics, sample = MetricsFile(), None
     if world.is_main:
         num_checkpoints = min(-(-training.steps // training.save_every), config.keep_last or training.steps)
@@ -172,5 +174,5 @@ def _train(config: RunConfig, settings: Mapping[str, Any], device: torch.device,
     final = folder.save_final(run, metrics)
     if len(val_clips) and run.best_step < run.step:
         log.info("validation was best at step %d (%.4f)%s", run.best_step, run.best_val_loss,
-                 ": adapter_best.pt" if folder.best_is_there(run) else "")
+                 f": {BEST}{folder.suffixes[0]}" if folder.best_is_there(run) else "")
     return TrainingResult(final)
