@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from selva.audio.config import Normalize
 from selva.data.dataset import TrainingClip
 from selva.data.folder import scan_folder
 from selva.data.latents import FRONT_END, SoundEncoder, load_waveform
+from selva.data.memmap.labels import labels_or_fallback
 from selva.data.memmap.reader import MemmapDataset
 from selva.data.memmap.writer import MemmapWriter
 from selva.extraction.extractor import FeatureExtractor
@@ -122,13 +123,14 @@ def _load_or_none(path: Path) -> FeatureBundle | None:
 
 
 def folder_to_memmap(
-    clips: list[ConversionJob], target: Path, extractor: FeatureExtractor, normalize: Normalize, report: Report
+    source: Path, clips: list[ConversionJob], target: Path, extractor: FeatureExtractor, normalize: Normalize, report: Report
 ) -> bool:
     """Write the clips of a data folder as a memmap; return True if it is there.
 
     Sound is encoded as for training, and texts where a feature file does not hold those of its prompt.
 
     Args:
+        source: the data folder, whose name is the label of clips without one. clips: see :func:`plan_folder`.
         target: folder of the memmap; its table comes to lie beside it.
         extractor: brings the variant, where its weights are, and the device.
         normalize: "peak" or "none", see :func:`selva.media.prepare_audio`.
@@ -140,6 +142,9 @@ def folder_to_memmap(
     variant, sound = extractor.variant, SoundEncoder(extractor.variant, extractor.selva_dir, extractor.device)
     settings = {"conversion_version": CONVERSION_VERSION, "variant": variant.name, "front_end": FRONT_END,
                 "normalize": normalize}
+    labels = labels_or_fallback(((clip.id, clip.prompt) for clip in clips), source.resolve().name)
+    clips = [clip if clip.prompt == label else replace(clip, prompt=label, has_text=False)
+             for clip, label in zip(clips, labels, strict=True)]
     rows = [(clip.id, clip.prompt) for clip in clips]
     warn_of_cut_prompts(rows, variant.clip)
     with MemmapWriter(target, variant, rows, video=True, settings=settings) as writer:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from selva.data.latents import FRONT_END
+from selva.data.memmap.labels import labels_or_fallback
 from selva.extraction.audio_set import AudioSetExtractor, plan_audio_set, run_sounds
 from selva.extraction.config import ExtractionConfig
 from selva.extraction.extractor import EXTRACTION_VERSION, FeatureExtractor
@@ -74,6 +76,10 @@ def work_list(config: ExtractionConfig) -> list[ClipJob]:
         raise UsageError(str(error)) from error
     for job in jobs:
         config.masks.of_clip(job.mask)  # says what is wrong with them
+    if config.format == "memmap":
+        rows = [(job.id, job.prompt) for job in jobs]
+        labels = labels_or_fallback(rows, config.output_dir.resolve().name)
+        return [replace(job, prompt=label) for job, label in zip(jobs, labels, strict=True)]
     without = sum(not job.prompt for job in jobs)
     if without:
         log.warning("%d of %d clips have no prompt: their sounds can later only be asked for without words, and the "

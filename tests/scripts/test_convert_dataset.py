@@ -103,6 +103,22 @@ def test_a_second_run_converts_what_has_changed(tmp_path, caplog):
     assert "3 converted, 0 already current" in caplog.text
 
 
+def test_a_label_that_mmaudio_cannot_read_becomes_the_name_of_the_folder(tmp_path, caplog):
+    """Its reader takes such texts for missing values, and its trainer stops at them."""
+    source = put_folder(tmp_path / "dogs")
+    put_clip(source, "b", 8.0, "null", seed=2, text=True)
+    (source / "prompts.txt").write_text("c.npz: NaN\n")
+    assert convert(source, tmp_path / "data") == 0
+    assert (tmp_path / "data.tsv").read_text() == "id\tlabel\na\ta knock\nb\tdogs\nc\tdogs\n"
+    assert "take the folder's name, 'dogs', as their prompt: b ('null'), c ('NaN')" in caplog.text
+    text = FeatureExtractor(TINY, None, torch.device("cpu")).text_features("dogs")
+    assert torch.equal(MemmapDataset(tmp_path / "data", TINY).clip(1).text_f, text[0])  # not those of "null"
+    put_clip(source, "NA", 8.0, "a cat")
+    assert convert(source, tmp_path / "other") == 1
+    assert "MMAudio's reader takes the ids 'NA' for missing values; rename" in caplog.text
+    assert not (tmp_path / "other.tsv").exists()
+
+
 # -- memmap -> folder --------------------------------------------------------------------------------------------------
 
 

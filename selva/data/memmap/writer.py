@@ -38,6 +38,7 @@ from selva.data.memmap.files import (
     same_plan,
 )
 from selva.data.memmap.journal import Entry, RowJournal, entry_line, living_writers, replay, void_line
+from selva.data.memmap.labels import check_table
 from selva.data.memmap.reader import row_shapes
 from selva.models.variants import Variant
 from selva.utils.errors import UserError
@@ -66,7 +67,7 @@ class MemmapWriter:
             After a change of it, every process has to confirm its rows before anything is published.
 
     Raises:
-        ValueError: an empty list, an id that comes twice, another run is writing other data here, or files are in the
+        ValueError: an empty list, an id that comes twice, an id or a label that MMAudio could not read, another run is writing other data here, or files are in the
             way that are not of such a set.
     """
 
@@ -84,6 +85,7 @@ class MemmapWriter:
         self.shapes = row_shapes(variant, video)
         self.ids = [clip_id for clip_id, _ in rows]
         self._check_ids()
+        check_table(rows, self.files.folder)
         plan = {"column": "label" if video else "caption", "shapes": self.shapes, "settings": settings or {},
                 "rows": list(rows), **({"recipe": recipe} if recipe else {})}
         self._plan: Plan = json.loads(json.dumps(plan))

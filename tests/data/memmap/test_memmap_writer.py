@@ -461,6 +461,8 @@ def test_bad_rows_are_refused_by_name(tmp_path, kind):
 @pytest.mark.parametrize(("clips", "message"), [
     ([], "no clips to write"),
     ([("a", "x"), ("b", "y"), ("a", "z")], "the id 'a' comes more than once"),
+    ([("a", "x"), ("null", "y")], "MMAudio's reader takes the ids 'null' for missing values"),
+    ([("a", "x"), ("b", "")], r"takes the labels of these clips for missing values: b \(''\)"),
 ])
 def test_bad_work_lists_are_refused(tmp_path, clips, message):
     with pytest.raises(ValueError, match=message):
