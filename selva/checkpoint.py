@@ -41,6 +41,7 @@ import torch
 from torch import Tensor, nn
 
 from selva.lora.config import MAX_PROBLEMS, LoRAConfig
+from selva.lora.foreign import foreign_format
 from selva.lora.merge import FACTOR_SUFFIXES, MAGNITUDE_SUFFIX, Adapter, padded_to_one_rank
 from selva.lora.state import adapter_tensors, lora_state_dict
 from selva.utils.errors import UserError
@@ -226,6 +227,8 @@ def _why_native(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _check_tensors(path: Path, tensors: Mapping[str, Any]) -> None:
+    if what := foreign_format(tensors):
+        raise UserError(f"{path}: {what}")
     if not any(str(key).endswith(FACTOR_SUFFIXES) for key in tensors):
         keys = listed([str(key) for key in tensors], MAX_PROBLEMS)
         raise UserError(f"{path}: not an adapter, it has no lora_A and lora_B tensors (found: {keys or 'nothing'})")

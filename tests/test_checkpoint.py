@@ -347,6 +347,12 @@ def test_a_missing_file(tmp_path):
     ("content", "message"),
     [
         ([1, 2], "holds a list"),
+        ({"base_model.model.l.lora_A.weight": torch.ones(2, 3), "base_model.model.l.lora_B.weight": torch.ones(3, 2)},
+         "format of PEFT.*adapter_config.json; docs/inference.md"),
+        ({"state_dict": {"l.lora_A.default.weight": torch.ones(2, 3)}, "meta": {}}, "format of PEFT"),
+        ({"lora_weights": {"l": {"lora_A": torch.ones(2, 3), "lora_B": torch.ones(3, 2)}},
+          "lora_config": {"l": {"rank": 2, "alpha": 4.0}}, "metadata": {}}, "MMAudio-Lora.*docs/inference.md"),
+        ({"l.lora_down.weight": torch.ones(2, 3), "l.lora_up.weight": torch.ones(3, 2)}, "kohya or diffusers"),
         ({"weight": torch.ones(2)}, "not an adapter.*found: weight"),
         ({}, "not an adapter"),
         ({"state_dict": [1], "meta": {}}, "must be dictionaries"),

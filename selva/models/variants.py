@@ -107,6 +107,7 @@ WEIGHT_FILES = {
     )
 }
 
+SYNCHFORMER = WEIGHT_FILES["synchformer_state_dict.pth"]
 BIGVGAN_V2 = _hub("bigvgan_generator.pt", "44.1 kHz vocoder (BigVGAN v2)", BIGVGAN_REPO)
 CLIP_WEIGHTS = _hub(
     "open_clip_model.safetensors", "CLIP text and image encoder", CLIP_REPO, ("open_clip_pytorch_model.bin",)
@@ -170,7 +171,7 @@ class Variant:
             return (WEIGHT_FILES[self.generator_file],)
         if part == "video_encoder":
             selva = self.family == "selva"
-            return (WEIGHT_FILES["video_enc_sup_5.pth" if selva else "synchformer_state_dict.pth"],)
+            return (WEIGHT_FILES["video_enc_sup_5.pth"] if selva else SYNCHFORMER,)
         if part == "vae":
             return (WEIGHT_FILES["v1-16.pth" if self.mode == "16k" else "v1-44.pth"],)
         if part == "vocoder":
