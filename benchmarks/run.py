@@ -25,6 +25,7 @@ from data_stages import extraction, startup
 from measure import Bench, Result, clock, growth_table, markdown
 from stages import Sizes, Stage, checkpointed_step, memmap_reading, sampling, training_step, vocoder
 
+import selva_lora  # noqa: F401 -- ends here if another selva would be imported
 from selva import __version__, cli
 from selva.models.variants import get_variant
 from selva.utils.device import dtype_of, resolve_device

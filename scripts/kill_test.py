@@ -27,6 +27,7 @@ from pathlib import Path
 
 import torch
 
+import selva_lora  # noqa: F401 -- ends here if another selva would be imported
 from selva import cli
 from selva.checkpoint import STEP_FILE, load_adapter
 from selva.utils.errors import UserError

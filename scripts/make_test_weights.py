@@ -3,7 +3,7 @@
     python scripts/make_test_weights.py --variant small_16k --selva_dir test_weights
 
 For testing and timing the whole way without downloading: every file that the variant needs, here or in ComfyUI-SelVA,
-about SIZE GB for small_16k. The networks run and produce noise. The same seed writes the same weights on every machine.
+5.0 GB for small_16k. The networks run and produce noise. The same seed writes the same weights on every machine.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+import selva_lora  # noqa: F401 -- ends here if another selva would be imported
 from selva import cli
 from selva.models.clip_t5 import T5_EMBEDDING_COPY, meta_clip, meta_t5
 from selva.models.random_weights import random_state_dict, random_tensor

@@ -378,6 +378,29 @@ def test_a_file_that_is_no_sound_adapter(tmp_path, content, message):
         load_adapter(path)
 
 
+def test_the_lines_of_the_guide_convert_foreign_adapters(base, x, tmp_path, monkeypatch):
+    """docs/inference.md: what to do with files of PEFT and MMAudio-Lora."""
+    guide = (Path(__file__).parents[1] / "docs" / "inference.md").read_text(encoding="utf-8")
+    (lines,) = (block.split("```")[0] for block in guide.split("```python\n")[1:] if "# PEFT" in block.split("```")[0])
+    monkeypatch.chdir(tmp_path)
+    factors = {"blocks.0.attn.qkv": (torch.randn(2, DIM), torch.randn(3 * DIM, 2))}
+    (tmp_path / "peft").mkdir()
+    safetensors.torch.save_file(
+        {f"base_model.model.{name}.lora_{key}.weight": value
+         for name, pair in factors.items() for key, value in zip("AB", pair, strict=True)},
+        tmp_path / "peft" / "adapter_model.safetensors")
+    (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps({"lora_alpha": 4, "use_rslora": True}))
+    layers = {name: {"lora_A": a, "lora_B": b} for name, (a, b) in factors.items()}
+    torch.save({"lora_weights": layers, "lora_config": {name: {"rank": 2, "alpha": 6.0} for name in layers},
+                "metadata": {}}, tmp_path / "lora.pt")
+    exec(compile(lines, "docs/inference.md", "exec"), {})
+    for file, scale in (("from_peft.pt", 4 / 2**0.5), ("from_mmaudio_lora.pt", 3.0)):
+        adapter = load_adapter(tmp_path / file)
+        for name, (a, b) in factors.items():
+            weight = base.get_submodule(name).weight
+            torch.testing.assert_close(adapter.update(name, weight.detach()), scale * b @ a)
+
+
 def test_safetensors_with_a_broken_meta(tmp_path):
     safetensors.torch.save_file(good_tensors(), tmp_path / "a.safetensors", metadata={"meta": "{"})
     with pytest.raises(ValueError, match=r"a\.safetensors: not a readable"):

@@ -31,7 +31,6 @@ from selva.weights.find import check_weights, encoders_identity, weights_identit
 
 log = logging.getLogger(__name__)
 
-ENCODER_PARTS = ("clip_text", "clip_image", "t5", "video_encoder")
 CONFIG_FILE = "extract_config.yaml"
 
 ManifestRow = tuple[str, str, float | None]  # id, source, start
@@ -149,9 +148,8 @@ def _extract_videos(
     """Extract features of videos; return True where a clip failed."""
     variant, jobs = extractor.variant, work_list(config)
     latents = config.latents or config.format == "memmap"
-    parts = (*ENCODER_PARTS, *(("vae",) if latents else ()))
-    check_weights(variant.name, config.model.selva_dir, parts)
-    weights = weights_identity(variant, config.model.selva_dir, parts)
+    check_weights(variant.name, config.model.selva_dir, config.weight_parts)
+    weights = weights_identity(variant, config.model.selva_dir, config.weight_parts)
     output = open_output(config, variant, jobs, weights)
     settings = ReadSettings(
         variant.name, str(extractor.precision).removeprefix("torch."),
@@ -186,7 +184,7 @@ def _extract_sounds(
     """Make a set of sound without pictures; return True where a clip failed."""
     assert config.captions is not None and config.recordings is not None
     jobs = plan_audio_set(config.inputs[0], config.captions, config.recordings)
-    check_weights(extractor.variant.name, config.model.selva_dir, ("clip_text", "vae"))
+    check_weights(extractor.variant.name, config.model.selva_dir, config.weight_parts)
     rows: list[ManifestRow] = [(job.window.id, str(job.path or job.window.name), None) for job in jobs]
     workers = config.workers if config.workers is not None else default_workers(len(jobs))
     sounds = AudioSetExtractor(extractor, num_workers=workers)
