@@ -18,8 +18,8 @@ no layer and says why, which the loader shows in its error. Our reader puts the 
 
 **Step files** are continued here only. ComfyUI-SelVA's trainer would take the adapter with its folded scale and PiSSA's
 double rank for the factors of its own settings, and compares none of them: it would train something else without a
-word. So "optimizer", which it hands to PyTorch's AdamW, holds a sentence where AdamW expects a number, and AdamW's error
-shows it (:data:`CONTINUED_HERE_ONLY`). As an adapter, a step file works there like any other.
+word. So "optimizer", which it hands to PyTorch's AdamW, holds a sentence where AdamW expects a number, and AdamW's
+error shows it (:data:`CONTINUED_HERE_ONLY`). As an adapter, a step file works there like any other.
 
 A ``.safetensors`` file holds the same tensors, and the meta as JSON under metadata key "meta"; ComfyUI-SelVA reads
 ``.pt`` only.

@@ -35,8 +35,8 @@ def test_what_is_in_it(wheel):
         name.rpartition("/")[2] for name in SCRIPTS}
     packages = {name.split("/")[0] for name in names if ".dist-info" not in name and ".data" not in name}
     assert packages == {"selva", "toyworld", "selva_lora.py"}
-    missing = [str(path.relative_to(ROOT)) for package in ("selva", "toyworld") for path in (ROOT / package).rglob("*.py")
-               if str(path.relative_to(ROOT)) not in names]
+    sources = (path for package in ("selva", "toyworld") for path in (ROOT / package).rglob("*.py"))
+    missing = [str(path.relative_to(ROOT)) for path in sources if str(path.relative_to(ROOT)) not in names]
     assert not missing
 
 

@@ -123,7 +123,8 @@ def _load_or_none(path: Path) -> FeatureBundle | None:
 
 
 def folder_to_memmap(
-    source: Path, clips: list[ConversionJob], target: Path, extractor: FeatureExtractor, normalize: Normalize, report: Report
+    source: Path, clips: list[ConversionJob], target: Path, extractor: FeatureExtractor, normalize: Normalize,
+    report: Report,
 ) -> bool:
     """Write the clips of a data folder as a memmap; return True if it is there.
 

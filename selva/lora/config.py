@@ -174,10 +174,10 @@ class LoRAConfig:
         return max((target for target in self.targets if layer_name.endswith(target)), key=len)
 
     def start_problem(self) -> str | None:
-        """Return why no training should start with these settings, though one may be continued; None if it may."""
+        """Return the reason against starting a training so, though one may be continued; None if there is none."""
         if self.init == "pissa" and any(self.scale(r) != 1 for r in self.ranks()):
-            return ("init 'pissa' starts with scale 1, as in its paper: leave alpha unset and rslora off. (A PiSSA step "
-                    "file of ComfyUI-SelVA has another scale, and is continued with it: --resume FILE)")
+            return ("init 'pissa' starts with scale 1, as in its paper: leave alpha unset and rslora off. (A PiSSA "
+                    "step file of ComfyUI-SelVA has another scale, and is continued with it: --resume FILE)")
         return None
 
     def rank_of(self, layer_name: str) -> int:

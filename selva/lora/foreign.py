@@ -9,7 +9,7 @@ HOW_TO_CONVERT = 'docs/inference.md, "Adapters of other programs", shows how to 
 
 
 def foreign_format(content: Mapping[Any, Any]) -> str:
-    """Return what the content of a file is, and what to do with it; "" if it is in no other format that is known here.
+    """Return a name for the content of a file, and the way to convert it; "" if it is in no format known here.
 
     - PEFT: ``base_model.model.<layer>.lora_A.weight`` (or ``.lora_A.default.weight``), the scale in a file beside it.
     - kohya and diffusers: ``<layer>.lora_down.weight`` and ``.lora_up.weight``, the scale as ``<layer>.alpha``.
@@ -22,6 +22,6 @@ def foreign_format(content: Mapping[Any, Any]) -> str:
         return ("an adapter in the format of PEFT: its tensors are called <layer>.lora_A.weight and its scale is in "
                 f"adapter_config.json; {HOW_TO_CONVERT}")
     if any(key.endswith(("lora_down.weight", "lora_up.weight")) for key in keys):
-        return ("an adapter in the format of kohya or diffusers, with tensors called lora_down and lora_up; adapters of "
-                "this model are not made in it, so it is for another model")
+        return ("an adapter in the format of kohya or diffusers, with tensors called lora_down and lora_up; adapters "
+                "of this model are not made in it, so it is for another model")
     return ""

@@ -1,7 +1,7 @@
-"""Training of a published PiSSA adapter, continued: its changed base weights -> the start values that ours keeps beside W.
+"""Training of a published PiSSA adapter, continued: its changed base weights -> start values beside W, as ours keeps.
 
-ComfyUI-SelVA trains A and B over a base weight that it has changed at the start, and we train the same function over the
-base weight itself:
+ComfyUI-SelVA trains A and B over a base weight that it has changed at the start, and we train the same function over
+the base weight itself:
 
     W_res x + s B A x,  W_res = W - s B0 A0     there; s = alpha / rank, or alpha / sqrt(rank)
     W x + s (B A - B0 A0) x                     here, see :class:`selva.lora.layers.LoRALayer`
@@ -73,8 +73,8 @@ def continued_state(model: nn.Module, tensors: Mapping[str, Tensor], source: str
         state[f"{name}.lora_A0"], state[f"{name}.lora_B0"] = a0 * signs[:, None], b0 * signs
         rests.append(rest)
     if problems:
-        raise UserError(f"{source}: its PiSSA base weights do not fit this model: {listed(problems, MAX_PROBLEMS)}; give "
-                        "the --variant and the weights that it was trained on")
+        raise UserError(f"{source}: its PiSSA base weights do not fit this model: {listed(problems, MAX_PROBLEMS)}; "
+                        "give the --variant and the weights that it was trained on")
     if max(rests, default=0.0) > EXACT_REST:
         log.warning("%s: its changed base weights are rounded; the rounding (%.2g of their length) is left out, the "
                     "base model's own weights are used", source, max(rests))
@@ -85,4 +85,5 @@ def _is_own_bias(layer: LoRALayer, bias: Tensor | None) -> bool:
     if bias is None or layer.bias is None:
         return bias is None
     own = layer.bias.detach().float().cpu()
-    return own.shape == bias.shape and torch.allclose(own, bias.float(), rtol=2.0**-7, atol=2.0**-7 * float(own.abs().max()))
+    largest = float(own.abs().max())
+    return own.shape == bias.shape and torch.allclose(own, bias.float(), rtol=2.0**-7, atol=2.0**-7 * largest)

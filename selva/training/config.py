@@ -116,8 +116,8 @@ class RunConfig:
                               "ones stay as they are", group=DATA)
     normalize_audio: Normalize = setting("peak", "peak: 0.95 of full scale, as the base models were trained; none: as "
                                    "recorded", group=DATA, choices=AUDIO_NORMALIZATIONS)
-    adapter_format: str = setting("pt", "of the best and the final adapter; ComfyUI-SelVA reads .pt only. Step files are "
-                                  "always .pt", group=DATA, choices=tuple(ADAPTER_FORMATS))
+    adapter_format: str = setting("pt", "of the best and the final adapter; ComfyUI-SelVA reads .pt only. Step files "
+                                  "are always .pt", group=DATA, choices=tuple(ADAPTER_FORMATS))
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     training: TrainConfig = field(default_factory=TrainConfig)

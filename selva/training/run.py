@@ -238,6 +238,7 @@ class TrainingRun:
             "--lr": (group.get("initial_lr", group.get("lr")), config.lr),
             "betas": (tuple(group.get("betas", config.betas)), config.betas),
             "--weight_decay": (group.get("weight_decay"), config.weight_decay),
+            "--null_prob": (0.0, config.null_prob),  # it drops no conditions
             **{f"--{name}": (meta.get(name), getattr(config, name))
                for name in ("steps", "lora_plus_ratio", "timestep_mode", "logit_normal_sigma", "lr_schedule")},
             **{name: (meta.get(name) or None, "not done here")
@@ -245,7 +246,7 @@ class TrainingRun:
         }
         different = [f"{name} {was}, now {now}" for name, (was, now) in pairs.items() if was is not None and was != now]
         if different:
-            log.warning("%s: was trained otherwise so far: %s. It was trained with --null_prob 0, too", saved.path, "; ".join(different))
+            log.warning("%s: was trained otherwise so far: %s", saved.path, "; ".join(different))
 
     def _check_content(self, saved: TrainingState) -> None:
         """Raise a ValueError that names every clip that is not what it was; a file of version 0.1.0 does not tell."""

@@ -101,7 +101,7 @@ class RunFolder:
             if step_in_adapter(saved.path.parent / name) == run.best_step:
                 adapter = load_adapter(saved.path.parent / name)
                 for path in self._best_files():
-                    self._try(path, lambda path=path, adapter=adapter: save_adapter(path, adapter.tensors, adapter.meta))
+                    self._try(path, lambda path=path, it=adapter: save_adapter(path, it.tensors, it.meta))
                 return
         log.warning("%s: the adapter of step %d, the best so far (%.4f), is not there; it comes with the next better "
                     "one", self._best_files()[0], run.best_step, run.best_val_loss)

@@ -89,7 +89,7 @@ class ResultStream:
 
 @contextlib.contextmanager
 def results_on_stdout() -> Iterator[None]:
-    """Let the work in this block go on when the reader of standard output leaves; what is printed is flushed at its end.
+    """Let the work in this block go on when the reader of standard output leaves; flush what was printed at its end.
 
     Raises:
         OSError: what was printed cannot be written for another reason.

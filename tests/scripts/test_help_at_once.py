@@ -42,7 +42,7 @@ MISTAKES = {
         (2, "missing.mp4 --output_dir out"),
         (2, "missing --output_dir out"),
         (1, ". --output_dir out --variant small_16k --selva_dir missing"),
-        (1, f"{__file__} --output_dir out --recordings . --captions {__file__} --variant small_16k --selva_dir missing"),
+        (1, f"{__file__} --output_dir out --recordings . --captions {__file__} --variant small_16k"),
     ],
     "partition_clips": [
         (2, "--data_dir . --output_dir out --silent"),

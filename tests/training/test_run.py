@@ -380,7 +380,7 @@ def test_a_run_goes_on_in_any_precision(tmp_path, before, after):
 
 
 def test_a_pissa_training_of_comfyui_selva_is_continued(tmp_path, caplog):
-    """Its default step file: PiSSA, rsLoRA, alpha twice the rank; beside it the same steps over its own base weights."""
+    """Its default step file, PiSSA with rsLoRA and alpha twice the rank, beside the same steps as done there."""
     rank, clips, config = 2, ListDataset(make_clips()), dataclasses.replace(CONFIG, weight_decay=0.0)
     base, scale = make_generator(), 2 * 2 / 2**0.5
     remove_lora(base)
@@ -400,8 +400,8 @@ def test_a_pissa_training_of_comfyui_selva_is_continued(tmp_path, caplog):
     reference = TrainingRun(there, clips, clips.subset([]), config, torch.float32)
     for _ in range(2):
         reference.train_step()
-    meta = {"variant": "tiny", "rank": rank, "alpha": 2.0 * rank, "target": ["attn.qkv"], "steps": 6, "use_rslora": True,
-            "init_mode": "pissa", "timestep_mode": "uniform"}
+    meta = {"variant": "tiny", "rank": rank, "alpha": 2.0 * rank, "target": ["attn.qkv"], "steps": 6,
+            "use_rslora": True, "init_mode": "pissa", "timestep_mode": "uniform"}
     stored = {"state_dict": {**lora_state_dict(there), **residuals}, "optimizer": reference.optimizer.state_dict(),
               "scheduler": {"last_epoch": 2}, "step": 2, "meta": meta}
     torch.save(stored, tmp_path / "adapter_step00002.pt")

@@ -1,4 +1,4 @@
-"""Texts that MMAudio's reader takes for missing values: it reads the table of a memmap with pandas, whose defaults apply.
+"""Texts that MMAudio's reader takes for missing values: it reads the table of a memmap with pandas and its defaults.
 
 A label that is empty, or ``None``, ``null``, ``NA`` ..., arrives there as a NaN, at which its trainer stops. So a table
 never holds one, be it as an id or as a label.
@@ -28,7 +28,7 @@ def is_missing_there(text: str) -> bool:
 
 
 def labels_or_fallback(rows: Iterable[tuple[str, str]], folder_name: str) -> list[str]:
-    """Return the label of every (id, label); the folder's name, with a word in the log, where MMAudio could not read it.
+    """Return the label of every (id, label); the folder's name, and a word in the log, where MMAudio cannot read it.
 
     Raises:
         ValueError: a name is needed, and that of the folder cannot be read either.
@@ -41,8 +41,8 @@ def labels_or_fallback(rows: Iterable[tuple[str, str]], folder_name: str) -> lis
     if is_missing_there(folder_name):
         raise UserError(f"these clips have no label that MMAudio can read: {named}; give them prompts (--prompt, "
                         f"prompts.txt), or the output folder another name than {folder_name!r}")
-    log.warning("%d of %d clips have no label that MMAudio can read and take the folder's name, %r, as their prompt: %s",
-                len(without), len(rows), folder_name, named)
+    log.warning("%d of %d clips have no label that MMAudio can read and take the folder's name, %r, as their prompt: "
+                "%s", len(without), len(rows), folder_name, named)
     return [folder_name if is_missing_there(label) else label for _, label in rows]
 
 

@@ -67,8 +67,8 @@ class MemmapWriter:
             After a change of it, every process has to confirm its rows before anything is published.
 
     Raises:
-        ValueError: an empty list, an id that comes twice, an id or a label that MMAudio could not read, another run is writing other data here, or files are in the
-            way that are not of such a set.
+        ValueError: an empty list, an id that comes twice, an id or a label that MMAudio could not read, another run is
+            writing other data here, or files are in the way that are not of such a set.
     """
 
     def __init__(
