@@ -20,7 +20,7 @@ import selva_lora  # noqa: F401 -- ends here if another selva would be imported
 from selva import cli
 from selva.models.clip_t5 import T5_EMBEDDING_COPY, meta_clip, meta_t5
 from selva.models.random_weights import random_state_dict, random_tensor
-from selva.models.variants import SYNCHFORMER, T5_TOKENIZER, VARIANTS, Variant, get_variant
+from selva.models.variants import SYNCHFORMER, T5_TOKENIZER, VARIANTS, WEIGHT_FILES, Variant, get_variant
 from selva.models.vocoder import FILTER_SUFFIXES, WEIGHT_NORM_SUFFIXES, AntiAliasedActivation, antialias_filter
 from selva.models.zoo import build_generator, build_synchformer, build_vae, build_video_encoder, build_vocoder
 from selva.utils.errors import UserError
@@ -140,7 +140,7 @@ def write_part(variant: Variant, part: str, path: Path, seed: int) -> None:
     make = {
         "generator": generator_tensors,
         "video_encoder": video_encoder_tensors,
-        SYNCHFORMER.name: synchformer_tensors,
+        SYNCHFORMER: synchformer_tensors,
         "vae": vae_tensors,
         "vocoder": vocoder_tensors,
         "clip_text": lambda variant, seed: half_precision(meta_clip(variant.clip), seed),
@@ -168,9 +168,9 @@ def write_weights(variant: Variant, selva_dir: Path, layout: str, seed: int) -> 
         log.info("%s: %.2f GB", part, path.stat().st_size / 1e9)
         paths.append(path)
     if variant.family == "selva":  # not read here, but the loader of ComfyUI-SelVA asks for it with every variant
-        path = local_path(SYNCHFORMER, selva_dir, layout)
-        write_part(variant, SYNCHFORMER.name, path, seed)
-        log.info("%s, for ComfyUI-SelVA only: %.2f GB", SYNCHFORMER.name, path.stat().st_size / 1e9)
+        path = local_path(WEIGHT_FILES[SYNCHFORMER], selva_dir, layout)
+        write_part(variant, SYNCHFORMER, path, seed)
+        log.info("%s, for ComfyUI-SelVA only: %.2f GB", SYNCHFORMER, path.stat().st_size / 1e9)
         paths.append(path)
     if variant.t5 is not None:
         path = local_path(T5_TOKENIZER, selva_dir, layout)

@@ -63,7 +63,7 @@ def test_a_reader_of_the_results_that_leaves_stops_nothing(tmp_path, flush, code
     assert result.stderr.count("nobody reads") == 1
 
 
-@pytest.mark.parametrize("flag, code", [("--help", 0), ("--no_such_flag", 2)])
+@pytest.mark.parametrize("flag, code", [("--version", 0), ("--help", 0), ("--no_such_flag", 2)])
 def test_help_that_nobody_reads_is_no_error(tmp_path, flag, code):
     read, write = os.pipe()
     os.close(read)
