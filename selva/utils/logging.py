@@ -73,18 +73,18 @@ class ResultStream:
             self._nobody_reads(error)
 
     def _nobody_reads(self, error: OSError) -> None:
-        """Let what is written from now on vanish, if it is that.
+        """Let what is written from now on vanish, what is still in the buffer too: it could not be written either.
 
         Raises:
-            OSError: it is something else, such as a full disk.
+            OSError: the error, if it is another one than a reader who left, such as a full disk.
         """
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, self._stream.fileno())
+        os.close(null)
         # Windows has no error of its own for it.
         if not isinstance(error, BrokenPipeError) and not (os.name == "nt" and error.errno == errno.EINVAL):
             raise error
         log.info("nobody reads the output any more; the work goes on")
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, self._stream.fileno())
-        os.close(null)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,8 @@ import pytest
 from selva.utils.logging import setup_logging
 
 ROOT = Path(__file__).parents[2]
+# Buffered as usual, whatever the machine that runs the tests prefers.
+ENVIRONMENT = {**{k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}, "PYTHONPATH": str(ROOT)}
 
 
 def test_only_rank_zero_speaks(monkeypatch, capsys):
@@ -45,8 +47,8 @@ sys.exit(main())
 
 
 def start(script: str, path: Path, stdout: int) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", script, str(path)], env={**os.environ, "PYTHONPATH": str(ROOT)},
-                          stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=60)
+    return subprocess.run([sys.executable, "-c", script, str(path)], env=ENVIRONMENT, stdout=stdout,
+                          stderr=subprocess.PIPE, text=True, timeout=60)
 
 
 @pytest.mark.parametrize("flush", [True, False])
@@ -67,8 +69,8 @@ def test_a_reader_of_the_results_that_leaves_stops_nothing(tmp_path, flush, code
 def test_help_that_nobody_reads_is_no_error(tmp_path, flag, code):
     read, write = os.pipe()
     os.close(read)
-    result = subprocess.run([sys.executable, str(ROOT / "infer.py"), flag], stdout=write, stderr=subprocess.PIPE,
-                            text=True, timeout=60)
+    result = subprocess.run([sys.executable, str(ROOT / "infer.py"), flag], env=ENVIRONMENT, stdout=write,
+                            stderr=subprocess.PIPE, text=True, timeout=60)
     os.close(write)
     assert result.returncode == code and "BrokenPipe" not in result.stderr
 
