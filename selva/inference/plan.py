@@ -37,7 +37,7 @@ def collect_requests(config: InferenceConfig) -> dict[str, SoundRequest]:
         return requests
     if len(requests) > 1:
         raise UsageError(f"--name {config.name}: is one name, but there are {len(requests)} clips")
-    return {config.name: request for request in requests.values()}
+    return dict(zip([config.name], requests.values(), strict=True))
 
 
 def _requests_by_source(config: InferenceConfig) -> dict[str, SoundRequest]:

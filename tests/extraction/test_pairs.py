@@ -84,11 +84,17 @@ def test_a_sound_that_replaced_the_extracted_one_is_kept(two_videos, tmp_path, o
     assert extract(two_videos[0], tmp_path / "out", "--start", "1") == 1 and path.read_bytes() == content
 
 
-def test_a_sound_of_another_kind_beside_it_is_named(two_videos, tmp_path, own_sound, capsys):
+def test_a_sound_of_another_kind_beside_it_is_refused(two_videos, tmp_path, own_sound, capsys):
     path, content = own_sound("GOPR0001.wav")
-    assert extract(two_videos[0], tmp_path / "out") == 0
+    assert extract(two_videos[0], tmp_path / "out") == 1
+    assert f"{path}: is in the way of GOPR0001.flac" in capsys.readouterr().err
+    assert path.read_bytes() == content and not list((tmp_path / "out").glob("*.npz"))
+    assert not (tmp_path / "out" / "GOPR0001.flac").exists()
+    assert extract(two_videos[0], tmp_path / "out", "--overwrite") == 0
     assert f"{path}: lies beside the sound that is extracted" in capsys.readouterr().err
     assert path.read_bytes() == content and (tmp_path / "out" / "GOPR0001.flac").exists()
+    assert extract(two_videos[0], tmp_path / "out") == 0
+    assert "training takes this sound, which was extracted, not GOPR0001.wav" in capsys.readouterr().err
 
 
 # -- another video of the same name -----------------------------------------------------------------------------------
