@@ -142,20 +142,26 @@ def test_features_of_another_program_are_not_replaced(two_videos, tmp_path, caps
 # -- together ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step", range(5))
+@pytest.mark.parametrize("step", range(6))
 def test_features_never_lie_beside_the_sound_of_another_moment(two_videos, tmp_path, monkeypatch, step):
-    """Killed before the first to fifth step of placing a clip, the first command puts everything right."""
+    """Killed before any of the first six steps of placing a clip, the first command puts everything right."""
     out = tmp_path / "out"
     assert extract(two_videos[0], out) == 0
     first = state(out)
-    steps = []
+    steps, in_place = [], []
+    place = outputs.PairFolder.place
+
+    def placing(*arguments):
+        in_place.append(True)
+        place(*arguments)
+        in_place.clear()
 
     class Killed(BaseException):
         pass
 
     def dying(function):
         def call(*arguments, **options):
-            steps.append(function)
+            steps.extend(function for _ in in_place)
             if len(steps) > step:
                 raise Killed
             return function(*arguments, **options)
@@ -166,8 +172,10 @@ def test_features_never_lie_beside_the_sound_of_another_moment(two_videos, tmp_p
         patch.setattr(pairs.os, "replace", dying(pairs.os.replace))
         patch.setattr(pairs.Path, "unlink", dying(pairs.Path.unlink))
         patch.setattr(outputs.PairFolder, "_note", dying(outputs.PairFolder._note))
+        patch.setattr(outputs.PairFolder, "place", placing)
         with contextlib.suppress(Killed):
             extract(two_videos[0], out, "--start", "2")
+    assert bool(in_place) == (step < 6)
     left = state(out)
     if "GOPR0001.npz" in left and "GOPR0001.flac" in left:
         same = left["GOPR0001.npz"] == first["GOPR0001.npz"], left["GOPR0001.flac"] == first["GOPR0001.flac"]
