@@ -239,6 +239,7 @@ class MemmapWriter:
                 if not self._is_open():  # another process was faster
                     self._enter()
                     return self._generation is None
+                assert self._generation is not None  # it is open
                 self._entries = replay(self._generation)
                 if self.num_missing:
                     return False
