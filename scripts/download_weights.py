@@ -63,7 +63,7 @@ def has_wrong_md5(file: WeightFile, path: Path) -> bool:
 
 
 def hub_problem(file: WeightFile, path: Path, remote: str | None = None) -> str:
-    """Return how a file differs from the one on the Hub, by size and hash; "" where it does not, or nothing is known.
+    """Return the difference of a file from the one on the Hub, in size or hash; "" for none, or where nothing is known.
 
     Only files without a checksum of their own are compared. Large files have a SHA-256 there, small ones Git's SHA-1.
 

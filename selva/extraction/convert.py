@@ -349,7 +349,7 @@ class _SoundBeside:
 
 
 def _beside(path: Path, decoded: str) -> _SoundBeside:
-    """Return what lies beside a feature file; ``decoded`` is the hash that the file says of its .flac, or ""."""
+    """Return the sounds beside a feature file; ``decoded`` is the hash that the file says of its .flac, or ""."""
     own, of_others = path.with_suffix(".flac"), None
     is_decoded = bool(decoded) and own.is_file() and source_hash(own) == decoded
     for other in sorted(path.parent.glob(f"{glob.escape(path.stem)}.*")):
@@ -383,7 +383,7 @@ def _found_settings(path: Path) -> dict[str, Any] | None:
 
 
 def _identity(variant: Variant, selva_dir: Path | None, parts: Sequence[str]) -> str:
-    """Return what changes with the weights of the parts of a variant, packaged or found."""
+    """Return a name that changes with the weights of the parts of a variant, packaged or found."""
     return f"{encoders_identity(variant)} {weights_identity(variant, selva_dir, parts)}".strip()
 
 
