@@ -76,7 +76,7 @@ def to_memmap(args: argparse.Namespace) -> int:
         tally = Tally(progress)
         for problem in problems:
             tally(problem)
-        folder_to_memmap(args.source, clips, args.target, extractor, args.normalize_audio, tally)
+        folder_to_memmap(clips, args.target, extractor, args.normalize_audio, tally)
     print(args.target)
     return tally.exit_code()
 
