@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from selva.models import winograd_conv
 from selva.models.qk_norm_rope import RMS_EPS, qk_norm_rope
+from selva.utils.device import computes_on_cpu
 from selva.utils.errors import UserError
 from selva.utils.text import listed
 
@@ -148,6 +149,12 @@ def nearest_index(num_source: int, num_target: int, device: torch.device) -> Ten
     return F.interpolate(positions, size=num_target, mode="nearest-exact")[0, 0].long().to(device)
 
 
+def forget_tables() -> None:
+    """Forget all tables made so far, which are of the kind of tensor that the first caller worked with."""
+    for table in (rotary_table, time_frequencies, nearest_index):
+        table.cache_clear()
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # attention streams
 # ---------------------------------------------------------------------------------------------------------------
@@ -181,7 +188,7 @@ class SelfAttention(nn.Module):
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Return (B, tokens, heads * head_dim), unmasked softmax attention of (B, heads, tokens, head_dim) inputs."""
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+    if q.dtype == torch.bfloat16 and computes_on_cpu(q):
         attended = _attend_by_matrix_products(q, k, v)
     else:
         attended = F.scaled_dot_product_attention(q, k, v)

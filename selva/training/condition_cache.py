@@ -52,8 +52,12 @@ def can_cache(generator: Generator, clips: ClipDataset, precision: torch.dtype) 
 
     The answer depends on settings and data only, so that a resumed run computes what the interrupted one did.
     """
-    if any(name.startswith(CONDITION_PARTS) for name, _ in lora_layers(generator)):
-        return False
+    adapted = any(name.startswith(CONDITION_PARTS) for name, _ in lora_layers(generator))
+    return not adapted and cache_bytes(generator, clips, precision) <= MAX_BYTES
+
+
+def cache_bytes(generator: Generator, clips: ClipDataset, precision: torch.dtype) -> int:
+    """Return the size of the cache with all windows of a set in it; of more than ``MAX_BYTES``, any size above it."""
     config = generator.config
     itemsize = torch.finfo(precision).bits // 8
     total = 0
@@ -63,8 +67,8 @@ def can_cache(generator: Generator, clips: ClipDataset, precision: torch.dtype) 
         one = tokens * config.hidden_dim * itemsize + 2 * latent_len * config.latent_dim * 4
         total += one * clips.num_windows(index)
         if total > MAX_BYTES:
-            return False
-    return True
+            break
+    return total
 
 
 class ConditionCache:

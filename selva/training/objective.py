@@ -100,11 +100,19 @@ def _features(
     return clip_f, sync_f, text_f
 
 
-@torch.no_grad()
 def validate(
     generator: Generator, clips: ClipDataset, config: TrainConfig, precision: torch.dtype, world: World = ALONE
 ) -> list[float]:
-    """Return the mean held-out loss per time bin, ``VALIDATION_TIMES`` values from noise to data.
+    """Return the mean held-out loss per time bin, ``VALIDATION_TIMES`` values from noise to data."""
+    total = held_out_losses(generator, clips, config, precision, world)
+    return (world.sum_(total) / len(clips)).tolist()
+
+
+@torch.no_grad()
+def held_out_losses(
+    generator: Generator, clips: ClipDataset, config: TrainConfig, precision: torch.dtype, world: World = ALONE
+) -> Tensor:
+    """Return the sums of the losses of this process's held-out clips per time bin, on the device.
 
     Noise and posterior draws of a clip depend on the seed and its id, the times are fixed and nothing is dropped: two
     evaluations differ only by the adapter, and the random state of the training is not touched.
@@ -122,4 +130,4 @@ def validate(
         posterior, noise = (torch.randn(batch.mean.shape, generator=rng) for _ in range(2))
         total += flow_loss(generator, batch, NoiseSample(posterior, times, noise, nothing, nothing), config, precision)
     generator.train(was_training)
-    return (world.sum_(total) / len(clips)).tolist()
+    return total
