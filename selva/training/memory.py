@@ -34,7 +34,7 @@ from selva.models.zoo import build_generator
 from selva.sequence import DEFAULT_DURATION_SEC, sequence_config
 from selva.training.condition_cache import cache_bytes
 from selva.training.config import TrainConfig
-from selva.training.objective import held_out_losses
+from selva.training.objective import VALIDATION_TIMES, held_out_losses
 from selva.training.run import TrainingRun
 from selva.utils.device import standing_for_gpu
 
@@ -145,9 +145,9 @@ def step_memory(
         run = TrainingRun(generator, clips, clips.subset([0]), training, precision)
         run.batches.draw = lambda: windows  # the order is random numbers, which there are none of
         generator.train()
-        for _ in range(2):  # the first one makes the optimiser's moments
-            run.train_step()
-        if validates:
+        _make_moments(run)
+        run.train_step()
+        if validates and training.batch_size < VALIDATION_TIMES:  # a larger step takes more than a validation does
             with run.evaluated():
                 held_out_losses(generator, run.val_clips, training, precision)
         # Every clip that is not in the batch will be in the cache too, sooner or later.
@@ -183,6 +183,14 @@ class _Clips(ClipDataset):
             str(index), "", None, self.sequence, latent, latent, one.expand(clip_len, sizes.clip_dim),
             one.expand(sync_len, sizes.sync_dim), one.expand(sizes.text_seq_len, sizes.text_dim),
         )
+
+
+def _make_moments(run: TrainingRun) -> None:
+    """Leave the optimiser as the first step does, without the work of a whole step."""
+    for parameter in run.parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
 
 
 @contextmanager
