@@ -56,7 +56,7 @@ def guided_velocity(
 
 
 def _times(t: Tensor, count: int, device: torch.device) -> Tensor:
-    """Return (count,) float32, a time of the CPU on a device; it travels with the kernel, so nobody waits for a copy."""
+    """Return (count,) float32, a time of the CPU on a device; it travels with the kernel, without a copy."""
     return torch.full((count,), t.item(), dtype=torch.float32, device=device)
 
 

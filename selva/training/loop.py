@@ -36,7 +36,8 @@ def fit(
     """Train until ``config.steps`` or until patience ends, and return True; until ``should_stop()``, and return False.
 
     Several processes stop one step after the first of them was asked to. Between two rows of metrics nothing is read
-    from the device, so that the host is ahead of it. A run whose patience had ended before it was resumed returns True at once.
+    from the device, so that the host is ahead of it. A run whose patience had ended before it was resumed returns True
+    at once.
 
     Args:
         metrics: gets one row per step, and one per validation.

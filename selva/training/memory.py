@@ -1,7 +1,7 @@
-"""Memory that a training step takes on a GPU, found without one: the step runs on tensors that have sizes and no numbers.
+"""Memory that a training step takes on a GPU, found without one: a real step on tensors that have no numbers.
 
-Everything a run allocates goes through PyTorch's dispatcher. Under ``FakeTensorMode`` the real :class:`TrainingRun` does
-real steps there, of any size and in seconds, while :class:`LiveStorages` adds up what is alive. No weight is read.
+Under PyTorch's ``FakeTensorMode`` tensors have sizes only, so that a :class:`TrainingRun` of any size does a step in
+seconds, while :class:`LiveStorages` adds up what is alive. No weight is read.
 
 The fake tensors say that they are on the CPU, because PyTorch's autograd refuses to go back through CUDA tensors where
 there is no CUDA device; :func:`selva.utils.device.standing_for_gpu` has the networks compute as they do on a GPU.
@@ -10,10 +10,10 @@ there is no CUDA device; :func:`selva.utils.device.standing_for_gpu` has the net
 from __future__ import annotations
 
 import dataclasses
-import math
+import logging
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from selva.data.dataset import ClipDataset, ClipWindow, Lengths, TrainingClip
+from selva.data.memmap.reader import MemmapDataset, is_memmap
 from selva.lora.config import LoRAConfig
 from selva.lora.inject import inject_lora
 from selva.models.blocks import forget_tables
@@ -33,16 +34,20 @@ from selva.models.variants import Variant, get_variant
 from selva.models.zoo import build_generator
 from selva.sequence import DEFAULT_DURATION_SEC, sequence_config
 from selva.training.condition_cache import cache_bytes
-from selva.training.config import TrainConfig
+from selva.training.config import RunConfig, TrainConfig
 from selva.training.objective import VALIDATION_TIMES, held_out_losses
+from selva.training.prior_preservation import mixture
 from selva.training.run import TrainingRun
-from selva.utils.device import standing_for_gpu
+from selva.utils.device import dtype_of, standing_for_gpu
+
+log = logging.getLogger(__name__)
 
 BLOCK = 512  # bytes to which the allocator of CUDA rounds every request
-# What a card gives to other things: the CUDA context and its libraries (0.4 to 0.6 GiB), workspaces of the kernels,
-# gaps between blocks.
-RESERVED_BYTES, RESERVED_SHARE = 768 * 2**20, 0.05
-LARGEST_BATCH = 256
+CARDS_GB = (8, 12, 16, 24)
+# What is left to others on a card: CUDA itself and what draws the screen; workspaces of kernels, gaps between blocks.
+# Assumed, not measured.
+OTHERS_BYTES, GAPS_SHARE = 2**30, 0.1
+LONG_BATCH, MOST_CLIPS = 32, 256  # a batch at which memory is measured; no larger one than this is recommended
 
 
 @dataclass(frozen=True)
@@ -51,15 +56,17 @@ class StepMemory:
 
     Attributes:
         peak: all of it. weights: the base model with its adapter. resident: what else stays between two steps: the
-            optimiser's moments, averages, conditions of the data set. peak - weights - resident is what a step keeps
-            for its backward pass and its gradients.
-        batch_size: clips per forward pass.
+            optimiser's moments, averages, conditions of the data set.
     """
 
     peak: int
     weights: int
     resident: int
-    batch_size: int
+
+    @property
+    def of_step(self) -> int:
+        """Bytes that a step takes beside what is there before and after it: activations, gradients, its scratch."""
+        return self.peak - self.weights - self.resident
 
 
 class LiveStorages(TorchDispatchMode):
@@ -153,7 +160,72 @@ def step_memory(
         # Every clip that is not in the batch will be in the cache too, sooner or later.
         others = clips.subset(range(min(training.batch_size, num_clips), num_clips))
         later = cache_bytes(generator, others, precision) if run.condition_cache is not None else 0
-        return StepMemory(live.peak + later, weights, live.total - weights + later, training.batch_size)
+        return StepMemory(live.peak + later, weights, live.total - weights + later)
+
+
+def log_step_memory(config: RunConfig, asked_precision: str, device: torch.device) -> None:
+    """Log what a step of a run takes on a GPU, and the largest batch that fits the card, or cards of usual sizes.
+
+    Nothing but the number of clips is read. Clips are taken to be as long as the longest may be.
+
+    Args:
+        config: with the precision of ``device``. asked_precision: as the user gave it; "auto" is bf16 on a GPU of 2020
+            or later, whatever it is here.
+
+    Raises:
+        ValueError: the adapter does not fit the model.
+    """
+    on_gpu, variant = device.type == "cuda", get_variant(config.model.variant)
+    precision = "bf16" if asked_precision == "auto" and not on_gpu else config.precision
+    if is_memmap(config.data_dir):
+        num_clips = len(MemmapDataset(config.data_dir, variant))
+    else:
+        num_clips = max(1, sum(path.suffix == ".npz" for path in config.data_dir.iterdir()))
+    if config.preserve:
+        repeats, preserved = mixture(num_clips, len(config.preserve), config.preserve_share)
+        num_clips = repeats * num_clips + preserved
+
+    def measure(batch_size: int) -> StepMemory:
+        return step_memory(
+            variant.name, config.lora, dataclasses.replace(config.training, batch_size=batch_size), dtype_of(precision),
+            duration_sec=config.duration, num_clips=num_clips,
+            checkpoint_blocks=config.checkpoint_blocks or config.grad_checkpointing, validates=config.val_fraction > 0,
+        )
+
+    own = config.training.batch_size
+    sizes = {batch_size: measure(batch_size) for batch_size in sorted({1, own, LONG_BATCH})}
+    log.info("a step on an NVIDIA GPU in %s takes %.2f GiB with --batch_size %d and clips of %g s: model %.2f, kept "
+             "between steps %.2f, step %.2f; beside that CUDA itself, workspaces and gaps take some", precision,
+             sizes[own].peak / 2**30, own, config.duration, sizes[own].weights / 2**30, sizes[own].resident / 2**30,
+             sizes[own].of_step / 2**30)
+    peaks = {batch_size: size.peak for batch_size, size in sizes.items()}
+    if not on_gpu:
+        fits = {gb: largest_batch(peaks, (1 - GAPS_SHARE) * (gb * 2**30 - OTHERS_BYTES)) for gb in CARDS_GB}
+        log.info("largest --batch_size for a card of %s; --grad_checkpointing allows larger ones",
+                 ", ".join(f"{gb} GB: {count or 'none'}" for gb, count in fits.items()))
+        return
+    free, total = torch.cuda.mem_get_info(device)
+    most = largest_batch(peaks, (1 - GAPS_SHARE) * free)
+    log.log(logging.INFO if own <= most else logging.WARNING,
+            "largest --batch_size for this card, of whose %.1f GiB %.1f are free: %s; --grad_checkpointing allows "
+            "larger ones", total / 2**30, free / 2**30, most or "none")
+
+
+def largest_batch(peaks: Mapping[int, int], available: float) -> int:
+    """Return the most clips per batch, up to ``MOST_CLIPS``, whose step takes no more than ``available`` bytes.
+
+    Args:
+        peaks: bytes by batch size, of at least two. Between them memory is at most on the straight line, as it is the
+            largest of several sums that each grow evenly.
+    """
+    known = sorted(peaks)
+    for count in range(MOST_CLIPS, 0, -1):
+        low = max((size for size in known[:-1] if size <= count), default=known[0])
+        high = known[known.index(low) + 1]
+        peak = peaks[low] + (peaks[high] - peaks[low]) * (count - low) / (high - low)
+        if peak <= available:
+            return count
+    return 0
 
 
 class _Clips(ClipDataset):

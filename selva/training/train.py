@@ -41,6 +41,7 @@ from selva.utils.lock import FolderLock
 from selva.utils.metrics_log import MetricsFile
 from selva.utils.settings import settings_text, values_of
 from selva.utils.text import clock
+from selva.utils.torchrun import is_main_process
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ def train(config: RunConfig, settings: Mapping[str, Any] | None = None) -> Train
         ValueError, FileNotFoundError: data or weights cannot be used, the output folder cannot be written to, or a run
             cannot be continued.
     """
-    device = resolve_device(config.model.device)
+    device, asked_precision = resolve_device(config.model.device), config.precision
     config = dataclasses.replace(config, precision=resolve_precision(config.precision, device))
     settings = {**(values_of(config) if settings is None else settings), "precision": config.precision}
     check_can_write(config.output_dir)  # before hours of encoding
@@ -81,6 +82,10 @@ def train(config: RunConfig, settings: Mapping[str, Any] | None = None) -> Train
         log.warning("ComfyUI-SelVA does not read .safetensors adapters; --adapter_format both writes .pt files too")
     if config.compile:
         prepare_to_compile(device)
+    if config.dry_run and is_main_process():
+        from selva.training.memory import log_step_memory  # takes a second to import
+
+        log_step_memory(config, asked_precision, device)
     try:
         with join_world(device) as world, _locked(config, world):
             try:

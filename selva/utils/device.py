@@ -40,7 +40,7 @@ def computes_on_cpu(tensor: torch.Tensor) -> bool:
 
 @contextmanager
 def standing_for_gpu() -> Iterator[None]:
-    """Have everything computed within the block in the ways that a GPU takes, also on the CPU; to measure its memory."""
+    """Have everything within the block computed in the ways that a GPU takes, also on the CPU: to measure memory."""
     token = _STANDS_FOR_GPU.set(True)
     try:
         yield
