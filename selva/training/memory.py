@@ -150,6 +150,7 @@ def step_memory(
         generator.gradient_checkpointing = checkpoint_blocks
         weights = live.total
         run = TrainingRun(generator, clips, clips.subset([0]), training, precision)
+        run.content = {}  # the hashes of the clips are on the host
         run.batches.draw = lambda: windows  # the order is random numbers, which there are none of
         generator.train()
         _make_moments(run)
