@@ -34,7 +34,7 @@ def of_batch(batch_size, variant="tiny_16k", precision=torch.bfloat16, lora=None
 
 @pytest.mark.parametrize(
     ("batch_size", "checkpoint_blocks", "ceiling"),
-    [(1, False, 2.4), (4, False, 3.6), (16, False, 8.6), (16, True, 2.6)],
+    [(1, False, 2.25), (4, False, 3.15), (16, False, 6.6), (16, True, 2.55)],
 )
 def test_large_44k_takes_no_more_than_it_did(batch_size, checkpoint_blocks, ceiling):
     size = of_batch(batch_size, "large_44k", checkpoint_blocks=checkpoint_blocks, num_clips=batch_size)
@@ -107,7 +107,7 @@ def test_a_fake_cpu_that_stands_for_a_gpu_keeps_for_backward_what_a_fake_gpu_kee
         cpu = memory.TrainingRun(generator, clips, clips.subset([0]), run.config, dtype)
         cpu.batches.draw = run.batches.draw
         found.append(kept_for_backward(cpu))
-    assert found[0] == pytest.approx(found[1], rel=0.02)
+    assert found[0] == pytest.approx(found[1], rel=0.03)
 
 
 def fused_attention(q, k, v):
