@@ -201,15 +201,20 @@ def log_step_memory(config: RunConfig, asked_precision: str, device: torch.devic
              sizes[own].of_step / 2**30)
     peaks = {batch_size: size.peak for batch_size, size in sizes.items()}
     if not on_gpu:
-        fits = {gb: largest_batch(peaks, (1 - GAPS_SHARE) * (gb * 2**30 - OTHERS_BYTES)) for gb in CARDS_GB}
+        fits = {gb: largest_batch(peaks, usable_bytes(gb * 2**30 - OTHERS_BYTES)) for gb in CARDS_GB}
         log.info("largest --batch_size for a card of %s; --grad_checkpointing allows larger ones",
                  ", ".join(f"{gb} GB: {count or 'none'}" for gb, count in fits.items()))
         return
     free, total = torch.cuda.mem_get_info(device)
-    most = largest_batch(peaks, (1 - GAPS_SHARE) * free)
+    most = largest_batch(peaks, usable_bytes(free))
     log.log(logging.INFO if own <= most else logging.WARNING,
             "largest --batch_size for this card, of whose %.1f GiB %.1f are free: %s; --grad_checkpointing allows "
             "larger ones", total / 2**30, free / 2**30, most or "none")
+
+
+def usable_bytes(free: int) -> float:
+    """Return what a step may take of free memory, beside workspaces of kernels and gaps between blocks."""
+    return (1 - GAPS_SHARE) * free
 
 
 def largest_batch(peaks: Mapping[int, int], available: float) -> int:
