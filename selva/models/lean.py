@@ -57,9 +57,10 @@ class _FrozenConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, layer: nn.Conv1d) -> Tensor:
         ctx.save_for_backward(weight)
+        assert not isinstance(layer.padding, str), layer.padding
         ctx.settings = layer.stride, layer.padding, layer.dilation, layer.groups
         ctx.size, ctx.strides = x.shape, x.stride()
-        return F.conv1d(x, weight, bias, *ctx.settings)
+        return F.conv1d(x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
 
     @staticmethod
     @once_differentiable

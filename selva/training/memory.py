@@ -213,7 +213,7 @@ def log_step_memory(config: RunConfig, asked_precision: str, device: torch.devic
 
 
 def usable_bytes(free: int) -> float:
-    """Return what a step may take of free memory, beside workspaces of kernels and gaps between blocks."""
+    """Return the part of free memory that a step may take, beside workspaces of kernels and gaps between blocks."""
     return (1 - GAPS_SHARE) * free
 
 
@@ -282,10 +282,10 @@ def _isolated() -> Iterator[None]:
         forget_tables()
 
 
-def _allocated_(module: nn.Module) -> Generator:
-    """Give the parameters of a module on the meta device memory, as far as the mode that is on does."""
-    for part in module.modules():
+def _allocated_(generator: Generator) -> Generator:
+    """Give the parameters of a generator on the meta device memory, as far as the mode that is on does."""
+    for part in generator.modules():
         for name, parameter in part.named_parameters(recurse=False):
             memory = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
             part.register_parameter(name, nn.Parameter(memory, requires_grad=parameter.requires_grad))
-    return module
+    return generator

@@ -75,7 +75,7 @@ class World:
 
     @contextmanager
     def agreement(self) -> Iterator[Callable[[bool], bool]]:
-        """Yield ``ask(flag)``: has any process ever set it? All of them must ask equally often, and get equal answers.
+        """Yield ``ask(flag)``, True once any process has set it; all must ask equally often, and get equal answers.
 
         Nobody waits for a device, and hardly for another process: an answer takes the flags of the call before into
         account, which have arrived meanwhile. A process on its own gets its own flag back.

@@ -65,6 +65,18 @@ def test_a_small_run_of_every_stage_but_the_slow_ones(benchmark, tmp_path, capsy
     capsys.readouterr()
 
 
+def test_the_memory_of_a_step_as_a_table(benchmark, tmp_path, capsys):
+    script, document = benchmark("step_memory"), tmp_path / "page.md"
+    document.write_text(f"before\n\n{script.BEGIN}\nold\n{END_MARK}\n\nafter\n", encoding="utf-8")
+    assert script.main(["--variants", "tiny_16k", "--docs", str(document)]) == 0
+    text = document.read_text(encoding="utf-8")
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    table = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
+    assert all(" | ".join(row) in text for row in table) and {len(row) for row in table[2:]} == {8}
+    plain, recomputed = ([float(cell.split()[0]) for cell in row[1:4]] for row in table[2:])
+    assert plain == sorted(plain) and recomputed[-1] < plain[-1] and table[2][-1] == "256 |"
+
+
 def test_a_start_prepares_and_computes_the_same_either_way(benchmark, tmp_path):
     data_stages, startup = benchmark("data_stages"), benchmark("startup")
     data_stages.write_data(tmp_path / "data", startup.get_variant("tiny_16k"), 2)
