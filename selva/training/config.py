@@ -108,8 +108,8 @@ class RunConfig:
     init_from: Path | None = setting(
         None, "start a new run at a finished adapter, with a fresh optimiser and on any data", group=DATA,
         metavar="ADAPTER")
-    dry_run: bool = setting(False, "say what batch fits a GPU, check everything, try two steps, estimate time, and write nothing",
-                            group=DATA)
+    dry_run: bool = setting(False, "say what batch fits a GPU, check everything, try two steps, estimate time, and "
+                            "write nothing", group=DATA)
     skip_invalid: bool = setting(False, "train without the clips that cannot be used, instead of stopping to name them",
                                  group=DATA)
     duration: float = setting(DEFAULT_DURATION_SEC, "longer clips are trained on in windows of this length; shorter "

@@ -275,7 +275,8 @@ def test_a_dry_run_writes_nothing(feature_dir, tmp_path, capsys):
     assert train(feature_dir, tmp_path / "run", "--dry_run") == 0
     err = capsys.readouterr().err
     assert "8 layers adapted" in err and "s/step" in err and "nothing was written" in err
-    first, then, last = (err.index(text) for text in ("a step on an NVIDIA GPU in", "largest --batch_size for", "held out"))
+    said = ("a step on an NVIDIA GPU in", "largest --batch_size for", "held out")
+    first, then, last = map(err.index, said)
     assert first < then < last  # before anything is read
     assert not (tmp_path / "run").exists() and sorted(p.name for p in feature_dir.iterdir()) == before
 
