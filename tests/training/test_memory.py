@@ -179,3 +179,11 @@ def test_the_log_names_the_batch_that_fits(tmp_path, caplog, monkeypatch):
     assert "of whose 8.0 GiB 0.1 are free: none" in record.message and record.levelno == logging.WARNING
     log_step_memory(config, "bf16", Card(monkeypatch, free=8))
     assert caplog.records[-1].levelno == logging.INFO
+
+
+def test_the_step_that_is_measured_has_the_moments_of_earlier_ones(monkeypatch):
+    step, found = memory.TrainingRun.train_step, []
+    monkeypatch.setattr(memory.TrainingRun, "train_step",
+                        lambda run: (found.append(len(run.optimizer.state) / len(run.parameters)), step(run))[1])
+    of_batch(1)
+    assert found == [1.0]
