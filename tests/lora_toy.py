@@ -74,7 +74,7 @@ def exported(model: nn.Module) -> Adapter:
 
 
 def assert_same_change(found: torch.Tensor, expected: torch.Tensor, base: torch.Tensor) -> None:
-    """Assert that two outputs of adapted models are one but for float32 rounding, beside how far the adapter moved them.
+    """Assert that two outputs of adapted models are one but for float32 rounding, beside what the adapter changed.
 
     A share of 1e-4 leaves room for sums in another order on any processor; a wrong scale or a missing layer is a share
     of 0.01 and more.
