@@ -14,6 +14,7 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
+from lora_toy import assert_same_change
 from torch import Tensor, nn
 
 from selva.checkpoint import (
@@ -136,11 +137,11 @@ def test_comfyui_hears_what_was_trained(base, x, tmp_path, name, knows_rslora):
     save_adapter(tmp_path / "a.pt", model, META)
     there = load_as_comfyui(base, tmp_path / "a.pt", knows_rslora=knows_rslora)
     assert (model(x) - base(x)).abs().max() > 0.1
-    torch.testing.assert_close(there(x), model(x), rtol=1e-5, atol=2e-6)
+    assert_same_change(there(x), model(x), base(x))
     half = load_as_comfyui(base, tmp_path / "a.pt", strength=0.5)
     here = copy.deepcopy(base)
     merge_adapter(here, load_adapter(tmp_path / "a.pt"), 0.5)
-    torch.testing.assert_close(here(x), half(x), rtol=1e-5, atol=2e-6)
+    assert_same_change(here(x), half(x), base(x))
     assert torch.equal(load_as_comfyui(base, tmp_path / "a.pt", strength=0.0)(x), base(x))
 
 
@@ -148,7 +149,7 @@ def test_rank_16_on_qkv_works_there_as_a_bare_state_dict(base, x, tmp_path):
     model = trained(base, "qkv")
     save_adapter(tmp_path / "a.pt", model, META)
     torch.save(torch.load(tmp_path / "a.pt", weights_only=True)["state_dict"], tmp_path / "raw.pt")
-    torch.testing.assert_close(load_as_comfyui(base, tmp_path / "raw.pt")(x), model(x), rtol=1e-5, atol=2e-6)
+    assert_same_change(load_as_comfyui(base, tmp_path / "raw.pt")(x), model(x), base(x))
 
 
 @pytest.mark.parametrize("name", NATIVE)
@@ -208,7 +209,7 @@ def test_save_load_merge_gives_the_trained_model(base, x, tmp_path, name, suffix
     assert adapter.meta == readable_meta(written)
     merged = copy.deepcopy(base)
     merge_adapter(merged, adapter)
-    torch.testing.assert_close(merged(x), model(x), rtol=1e-5, atol=2e-6)
+    assert_same_change(merged(x), model(x), base(x))
     # Written again, as tensors with the meta that came along, it is the same adapter.
     save_adapter(tmp_path / f"b{suffix}", adapter.tensors, adapter.meta)
     again = load_adapter(tmp_path / f"b{suffix}")
@@ -497,10 +498,10 @@ def test_a_step_file_is_an_adapter_too(base, x, tmp_path, name):
     save_checkpoint(tmp_path / "adapter_step00007.pt", model, META, step=7, optimizer={})
     merged = copy.deepcopy(base)
     merge_adapter(merged, load_adapter(tmp_path / "adapter_step00007.pt"))
-    torch.testing.assert_close(merged(x), model(x), rtol=1e-5, atol=2e-6)
+    assert_same_change(merged(x), model(x), base(x))
     if name not in NATIVE:
         there = load_as_comfyui(base, tmp_path / "adapter_step00007.pt")
-        torch.testing.assert_close(there(x), model(x), rtol=1e-5, atol=2e-6)
+        assert_same_change(there(x), model(x), base(x))
 
 
 @pytest.mark.parametrize("scheduler", [None, "stored"])

@@ -32,7 +32,7 @@ from selva.data.memmap.writer import MemmapWriter
 from selva.extraction.extractor import FeatureExtractor
 from selva.extraction.pairs import same_samples
 from selva.features import FeatureBundle, load_features, save_features
-from selva.inputs.file_names import same_name
+from selva.inputs.file_names import names_that_collide, same_name
 from selva.inputs.prompts import PROMPTS_FILE, choose_prompt, read_prompts
 from selva.inputs.suffixes import AUDIO_SUFFIXES
 from selva.inputs.table import unsafe_id
@@ -242,8 +242,11 @@ def memmap_to_folder(
                          "pictures; train on the memmap as it is")
     target.mkdir(parents=True, exist_ok=True)
     seen: set[str] = set()
+    replaced = dict((name, first) for first, name in names_that_collide(rows.ids, target))
     for index, clip_id in enumerate(rows.ids):
         problem = "the id comes more than once" if clip_id in seen else unsafe_id(clip_id)
+        if problem is None and clip_id in replaced:
+            problem = f"in {target} upper and lower case are the same, and it would replace {replaced[clip_id]!r}"
         seen.add(clip_id)
         if problem:
             report(Conversion(clip_id, problem=f"{rows.folder}, row {index} ({clip_id!r}): {problem}"))

@@ -17,6 +17,7 @@ from selva.extraction.manifest import ManifestWriter, Outcome, Shard, read_manif
 from selva.extraction.outputs import FeatureFiles, MemmapRows, beside_memmap, memmap_manifest, publish
 from selva.extraction.pipeline import ClipEncoder, Summary, run
 from selva.extraction.reader import ClipReader, ReadSettings, default_workers, digest_of, read_clips
+from selva.inputs.file_names import names_that_collide
 from selva.inputs.jobs import ClipJob, collect_jobs
 from selva.models.prompt_length import warn_of_cut_prompts
 from selva.models.variants import Variant, get_variant
@@ -25,7 +26,7 @@ from selva.utils.errors import UsageError
 from selva.utils.files import atomic_write_text
 from selva.utils.progress import StageTimes
 from selva.utils.settings import settings_text, values_of
-from selva.utils.text import clock
+from selva.utils.text import clock, listed
 from selva.utils.torchrun import is_main_process
 from selva.weights.find import check_weights, encoders_identity, weights_identity
 
@@ -73,6 +74,10 @@ def work_list(config: ExtractionConfig) -> list[ClipJob]:
         )
     except (ValueError, FileNotFoundError) as error:
         raise UsageError(str(error)) from error
+    together = names_that_collide((job.id for job in jobs), config.output_dir) if config.format == "npz" else []
+    if together:
+        raise UsageError(f"{config.output_dir}: upper and lower case are the same in this folder, so one would replace "
+                         f"the other: {listed([' and '.join(pair) for pair in together])}; rename one of them")
     for job in jobs:
         config.masks.of_clip(job.mask)  # says what is wrong with them
     if config.format == "memmap":

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from selva.inputs.delimited import find_delimiter
-from selva.inputs.file_names import FolderNames, same_name
+from selva.inputs.file_names import FolderNames, names_that_collide, same_name
 from selva.inputs.prompts import read_sidecar
 from selva.partition.config import CuttingConfig, PartitionConfig
 from selva.partition.cut import (
@@ -59,6 +59,10 @@ def partition_recordings(config: PartitionConfig) -> tuple[list[Path], bool]:
     cut = cut_all(chosen, config.cutting, segments)
     cut.left_out += not_taken if config.start == 0 else []
     if config.write_audio is not None:
+        together = names_that_collide((window.id for window in cut.windows), config.write_audio)
+        if together:
+            raise UserError(f"{config.write_audio}: upper and lower case are the same in this folder, so one would "
+                            f"replace the other: {listed([' and '.join(pair) for pair in together])}; rename one")
         write_pieces(cut, chosen, captions_of(cut.windows, of_clips, of_names), config.write_audio)
         if not part and (old := forgotten_pieces(config.write_audio, cut.windows)):
             log.warning("%s: of no clip of this run: %s; remove them if they are of an earlier one",

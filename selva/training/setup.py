@@ -251,10 +251,8 @@ def build_run(
     generator = load_generator(model.variant, model.selva_dir)
     cast_frozen_(generator, precision)
     check_ranks(generator, config.lora)
-    report = inject_lora(generator, config.lora, torch.Generator().manual_seed(training.seed))
     generator.to(device)
-    generator.gradient_checkpointing = config.checkpoint_blocks or config.grad_checkpointing
-    if config.preserve:
+    if config.preserve:  # before there is an adapter, which would cost time in every layer and add nothing yet
         text_features = load_clip_text(model.variant, model.selva_dir, device).encode(config.preserve)
         clips = (
             with_preserved(
@@ -263,6 +261,8 @@ def build_run(
             ),
             clips[1],
         )
+    report = inject_lora(generator, config.lora, torch.Generator().manual_seed(training.seed))
+    generator.gradient_checkpointing = config.checkpoint_blocks or config.grad_checkpointing
     if config.compile:
         compile_blocks_(generator)
     total = sum(p.numel() for p in generator.parameters())

@@ -66,6 +66,15 @@ def test_the_order_is_that_of_the_list_whatever_the_number_of_workers(tmp_path, 
     assert {clip.process for clip in here} == {os.getpid()} and os.getpid() not in {clip.process for clip in there}
 
 
+def test_workers_can_be_spawned_where_no_server_forks_them(tmp_path, video, monkeypatch):
+    """As on Windows, where a new process imports everything by itself and is sent the reader."""
+    monkeypatch.setattr("torch.multiprocessing.get_all_start_methods", lambda: ["spawn"])
+    reader = ClipReader([job(video, id=str(i), prompt=str(i)) for i in range(3)], settings(tmp_path, audio="none"))
+    clips = list(read_clips(reader, range(3), 1))
+    assert [clip.index for clip in clips] == [0, 1, 2] and {clip.status for clip in clips} == {"ready"}
+    assert os.getpid() not in {clip.process for clip in clips}
+
+
 def test_a_crash_costs_the_clip_that_caused_it_and_no_other():
     reader = Crashing([job(Path(f"{i}.mp4")) for i in range(9)], settings(None))
     clips = list(read_clips(reader, range(9), 1))

@@ -24,6 +24,7 @@ import train_lora
 from selva import cli
 from selva.checkpoint import load_adapter
 from selva.flow import SamplingConfig
+from selva.lora.layers import lora_layers
 from selva.training import run_folder
 from selva.training import sample as preview
 from selva.training.config import RunConfig
@@ -296,14 +297,21 @@ def test_compiling_is_refused_where_nothing_can_compile(feature_dir, tmp_path, m
     assert not (tmp_path / "run").exists()
 
 
-def test_blocks_are_compiled_after_the_sounds_to_preserve_are_made(feature_dir, tmp_path, monkeypatch):
+def test_sounds_to_preserve_are_made_by_the_base_model_and_compiled_is_what_is_trained(
+    feature_dir, tmp_path, monkeypatch
+):
+    """An adapter that has learned nothing adds nothing to these sounds but time."""
     happened = []
     monkeypatch.setattr("selva.training.train.prepare_to_compile", lambda device: happened.append(str(device)))
-    monkeypatch.setattr("selva.training.setup.compile_blocks_", lambda generator: happened.append("compile"))
+    monkeypatch.setattr("selva.training.setup.compile_blocks_", lambda g: happened.append(("compile", adapted(g))))
     monkeypatch.setattr("selva.training.setup.with_preserved",
-                        lambda g, clips, *a, **k: happened.append("preserve") or clips)
+                        lambda g, clips, *a, **k: happened.append(("preserve", adapted(g))) or clips)
+
+    def adapted(generator) -> bool:
+        return any(True for _ in lora_layers(generator))
+
     assert train(feature_dir, tmp_path / "run", "--dry_run", "--compile", "--preserve", "rain") == 0
-    assert happened == ["cpu", "preserve", "compile"]
+    assert happened == ["cpu", ("preserve", False), ("compile", True)]
 
 
 def test_clips_of_another_folder_can_be_held_out(feature_dir, tmp_path, capsys):
