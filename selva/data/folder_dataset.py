@@ -4,7 +4,8 @@
     TensorDict memmap of MMAudio  -----------------------> MemmapDataset     (encoded already)
 
 Preparing a folder reads every file once, encodes what the cache does not hold yet, and frees the encoders. Clips longer
-than the longest allowed one are trained on in windows; shorter ones keep their length.
+than the longest allowed one are trained on in windows; shorter ones keep their length. Sound that is shorter than its
+features is padded with silence, see :mod:`selva.data.padding`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +26,12 @@ from selva.audio.config import Normalize
 from selva.data.cache import DataCache, Settings
 from selva.data.dataset import ClipDataset, Lengths, TrainingClip
 from selva.data.folder import FolderClip, FolderScan, scan_folder
-from selva.data.latents import FRONT_END, encode_latents, load_windows
+from selva.data.latents import FRONT_END, encode_latents, load_windows, silence_latent
 from selva.data.memmap.reader import MemmapDataset, is_memmap
+from selva.data.padding import Padding, num_sound_frames, windows_with_sound
 from selva.features import load_features
 from selva.inputs.suffixes import AUDIO_SUFFIXES
+from selva.media import audio_length
 from selva.models.prompt_length import warn_of_cut_prompts
 from selva.models.variants import Variant, features_problem
 from selva.models.zoo import build_mel
@@ -41,12 +45,14 @@ from selva.sequence import (
 )
 from selva.utils.errors import UserError
 from selva.utils.progress import Progress
+from selva.utils.text import listed
 from selva.weights.find import content_mark, find_weights, packaged_identity
 from selva.weights.load import load_clip_text, load_vae
 
 log = logging.getLogger(__name__)
 
 MAX_WINDOWS = 8  # stretches of a long clip, spread evenly, whose latents are kept
+NAMED = 20  # padded clips in a message
 RECENT_WINDOWS = 256  # kept in memory, about 300 MB: reading a clip takes milliseconds, which short steps would notice
 
 Problems = list[tuple[Path, str]]  # files that cannot be used, and the reason
@@ -106,31 +112,62 @@ class PlannedClip:
 
     Attributes:
         sequence: lengths of every window. starts: the sync segment with which each window begins, 0.32 s apart.
-        audio_hash: of the bytes of the sound file.
+        audio_hash: of the bytes of the sound file. sound_sec: its length.
     """
 
     files: FolderClip
     sequence: SequenceConfig
     starts: tuple[int, ...]
     audio_hash: str
+    sound_sec: float
 
     def start_sec(self, window: int) -> float:
         """Return the second at which a window begins."""
         return self.starts[window] * WINDOW_STEP_SEC
 
+    def num_sound_frames(self, window: int) -> int:
+        """Return the latent frames of a window that are of sound, the first ones; the rest is padding."""
+        return num_sound_frames(self.sound_sec, self.start_sec(window), self.sequence)
+
+    @property
+    def is_padded(self) -> bool:
+        """True where a window of the clip is longer than its sound."""
+        windows = range(len(self.starts))
+        return any(self.num_sound_frames(window) < self.sequence.latent_seq_len for window in windows)
+
 
 def plan_clips(
     scan: FolderScan, cache: DataCache, variant: Variant, max_duration_sec: float
 ) -> tuple[list[PlannedClip], Problems]:
-    """Return the windows of every clip, and the clips whose features do not fit. Reads no weights, no sound."""
+    """Return the windows of every clip that its sound reaches, and the clips that do not fit. Reads no weights.
+
+    Of sounds only the length is read; where that is impossible, encoding them says why.
+    """
     planned, problems = [], []
     for clip in scan.clips:
         try:
             sequence, starts = plan_windows(clip, variant, max_duration_sec)
-            planned.append(PlannedClip(clip, sequence, starts, cache.content_hash(clip.audio_path)))
+            sound_sec = _sound_sec(clip.audio_path, cache)
+            kept = windows_with_sound([start * WINDOW_STEP_SEC for start in starts], sound_sec)
+            planned.append(PlannedClip(
+                clip, sequence, tuple(starts[i] for i in kept), cache.content_hash(clip.audio_path), sound_sec))
         except (ValueError, OSError) as error:
             problems.append((clip.features_path, str(error)))
     return planned, problems
+
+
+def _sound_sec(path: Path, cache: DataCache) -> float:
+    """Return the length of a sound, found out once; infinite where it cannot be read, which encoding will say."""
+    try:
+        found = cache.note(path, "seconds", lambda: _read_seconds(path))
+        return found if isinstance(found, float) else _read_seconds(path)
+    except (ValueError, OSError):
+        return math.inf
+
+
+def _read_seconds(path: Path) -> float:
+    num_samples, rate = audio_length(path)
+    return num_samples / rate
 
 
 def plan_windows(clip: FolderClip, variant: Variant, max_duration_sec: float) -> tuple[SequenceConfig, tuple[int, ...]]:
@@ -192,6 +229,7 @@ class FolderDataset(ClipDataset):
         self.normalize_audio: Normalize = normalize_audio
         self._weights: dict[str, Any] = {}  # part -> identity of its weights
         self._latents_hashes: dict[Path, str] = {}  # sound file -> hash of the latents of all its windows
+        self._silence: Tensor | None = None  # (C,) latent of silence, where a clip is padded
         self._recent = functools.lru_cache(maxsize=RECENT_WINDOWS)(self._read_clip)
 
     @property
@@ -246,7 +284,15 @@ class FolderDataset(ClipDataset):
             id=clip.files.id, prompt=clip.files.prompt, audio_path=clip.files.audio_path, sequence=sequence,
             mean=latents["mean"], std=latents["std"], text_f=text_f,
             clip_f=clip_f.clone(), sync_f=sync_f.clone(),  # lets go of the rest of a long clip
+            padding=self._padding(clip, window),
         )
+
+    def _padding(self, clip: PlannedClip, window: int) -> Padding | None:
+        num_sound, num_frames = clip.num_sound_frames(window), clip.sequence.latent_seq_len
+        if num_sound == num_frames:
+            return None
+        assert self._silence is not None  # prepare() has it of every set with such clips
+        return Padding(torch.arange(num_frames) >= num_sound, self._silence)
 
     # -- preparing -----------------------------------------------------------------------------------------------------
 
@@ -256,6 +302,14 @@ class FolderDataset(ClipDataset):
         problems = self._encode_sounds(device)
         unusable = {path for path, _ in problems}
         self.clips = [clip for clip in self.clips if clip.files.audio_path not in unusable]
+        if padded := [clip for clip in self.clips if clip.is_padded]:
+            self._silence = self._silence_latent(device)
+            log.warning(
+                "%d of %d clips have less sound than their features cover, and are padded with silence (of which "
+                "--padded_loss decides whether it is trained on): %s; check that each has the sound of its own video",
+                len(padded), len(self.clips),
+                listed([f"{c.files.id} ({c.sound_sec:.2f} of {c.files.duration_sec:.2f} s)" for c in padded], NAMED),
+            )
         return problems
 
     def _encode_texts(self, device: torch.device) -> None:
@@ -311,6 +365,18 @@ class FolderDataset(ClipDataset):
                 self._latents_hashes[path] = _hash_of_latents(encoded)
                 progress.update(number)
         return problems
+
+    def _silence_latent(self, device: torch.device) -> Tensor:
+        """Return (C,) the latent of digital silence, from the cache where that has it."""
+        settings = {"audio": "digital silence", "mode": self.variant.mode, "front_end": FRONT_END,
+                    "vae": self._identity("vae")}
+        found = (self.cache.load("latents", settings) or {}).get("mean")
+        if found is None or found.shape != (self.variant.generator.latent_dim,):
+            vae = load_vae(self.variant.name, self.selva_dir, device, encoder_only=True)
+            mel = build_mel(self.variant.mode).to(device)
+            found = silence_latent(sequence_config(self.variant.mode), mel, vae)
+            self.cache.save("latents", settings, {"mean": found})
+        return found
 
     # -- the cache -----------------------------------------------------------------------------------------------------
 

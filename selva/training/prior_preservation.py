@@ -109,5 +109,5 @@ def _as_made(
     )[0].cpu()
     return dataclasses.replace(
         clip, id=f"{clip.id}, preserved with {prompt!r}", prompt=prompt, audio_path=None, mean=latents,
-        std=torch.zeros_like(latents), text_f=text_f.float().cpu(),
+        std=torch.zeros_like(latents), text_f=text_f.float().cpu(), padding=None,
     )
