@@ -13,9 +13,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +26,14 @@ from selva.data.dataset import ClipDataset, Lengths, TrainingClip
 from selva.data.folder import FolderClip, FolderScan, scan_folder
 from selva.data.latents import FRONT_END, encode_latents, load_windows, silence_latent
 from selva.data.memmap.reader import MemmapDataset, is_memmap
-from selva.data.padding import Padding, num_sound_frames, windows_with_sound
+from selva.data.padding import Padding
+from selva.data.plan import PlannedClip, Problems, plan_clips
 from selva.features import load_features
 from selva.inputs.suffixes import AUDIO_SUFFIXES
-from selva.media import audio_length
 from selva.models.prompt_length import warn_of_cut_prompts
-from selva.models.variants import Variant, features_problem
+from selva.models.variants import Variant
 from selva.models.zoo import build_mel
-from selva.sequence import (
-    DEFAULT_DURATION_SEC,
-    SYNC_TOKENS_PER_SEGMENT,
-    WINDOW_STEP_SEC,
-    SequenceConfig,
-    first_clip_frame,
-    sequence_config,
-)
+from selva.sequence import DEFAULT_DURATION_SEC, SYNC_TOKENS_PER_SEGMENT, first_clip_frame, sequence_config
 from selva.utils.errors import UserError
 from selva.utils.progress import Progress
 from selva.utils.text import listed
@@ -51,11 +42,8 @@ from selva.weights.load import load_clip_text, load_vae
 
 log = logging.getLogger(__name__)
 
-MAX_WINDOWS = 8  # stretches of a long clip, spread evenly, whose latents are kept
 NAMED = 20  # padded clips in a message
 RECENT_WINDOWS = 256  # kept in memory, about 300 MB: reading a clip takes milliseconds, which short steps would notice
-
-Problems = list[tuple[Path, str]]  # files that cannot be used, and the reason
 
 
 def load_clip_dataset(
@@ -70,6 +58,8 @@ def load_clip_dataset(
 ) -> tuple[ClipDataset, Problems]:
     """Return the clips of a data folder, ready for training, and (path, reason) for everything that cannot be used.
 
+    :func:`open_clip_dataset` and :meth:`FolderDataset.prepare` in one.
+
     Args:
         data_dir: a folder of ``.npz`` and sounds, or a TensorDict memmap with its TSV beside it.
         device: where sound and texts are encoded, if the cache does not hold them.
@@ -81,6 +71,24 @@ def load_clip_dataset(
         FileNotFoundError: no such folder, or weights are missing.
         ValueError: the folder is of neither kind, or a memmap is damaged or made for another variant.
     """
+    clips, problems = open_clip_dataset(
+        data_dir, variant, selva_dir, max_duration_sec=max_duration_sec, normalize_audio=normalize_audio,
+        use_cache=use_cache)
+    if isinstance(clips, FolderDataset):
+        problems += clips.prepare(device)
+    return clips, problems
+
+
+def open_clip_dataset(
+    data_dir: Path,
+    variant: Variant,
+    selva_dir: Path | None,
+    *,
+    max_duration_sec: float = DEFAULT_DURATION_SEC,
+    normalize_audio: Normalize = "peak",
+    use_cache: bool = True,
+) -> tuple[ClipDataset, Problems]:
+    """Return the clips of a data folder before anything is encoded; arguments as of :func:`load_clip_dataset`."""
     data_dir = Path(data_dir)
     if is_memmap(data_dir):
         if max_duration_sec < DEFAULT_DURATION_SEC:
@@ -95,112 +103,8 @@ def load_clip_dataset(
         )
     cache = DataCache(data_dir, use_cache)
     clips, problems = plan_clips(scan, cache, variant, max_duration_sec)
-    folder = FolderDataset(scan, clips, cache, variant, selva_dir, normalize_audio)
-    problems += folder.prepare(device)
     cache.flush()
-    return folder, [*scan.skipped, *problems]
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# clips and windows
-# ---------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class PlannedClip:
-    """A clip of a folder, and the stretches of it that are trained on.
-
-    Attributes:
-        sequence: lengths of every window. starts: the sync segment with which each window begins, 0.32 s apart.
-        audio_hash: of the bytes of the sound file. sound_sec: its length.
-    """
-
-    files: FolderClip
-    sequence: SequenceConfig
-    starts: tuple[int, ...]
-    audio_hash: str
-    sound_sec: float
-
-    def start_sec(self, window: int) -> float:
-        """Return the second at which a window begins."""
-        return self.starts[window] * WINDOW_STEP_SEC
-
-    def num_sound_frames(self, window: int) -> int:
-        """Return the latent frames of a window that are of sound, the first ones; the rest is padding."""
-        return num_sound_frames(self.sound_sec, self.start_sec(window), self.sequence)
-
-    @property
-    def is_padded(self) -> bool:
-        """True where a window of the clip is longer than its sound."""
-        windows = range(len(self.starts))
-        return any(self.num_sound_frames(window) < self.sequence.latent_seq_len for window in windows)
-
-
-def plan_clips(
-    scan: FolderScan, cache: DataCache, variant: Variant, max_duration_sec: float
-) -> tuple[list[PlannedClip], Problems]:
-    """Return the windows of every clip that its sound reaches, and the clips that do not fit. Reads no weights.
-
-    Of sounds only the length is read; where that is impossible, encoding them says why.
-    """
-    planned, problems = [], []
-    for clip in scan.clips:
-        try:
-            sequence, starts = plan_windows(clip, variant, max_duration_sec)
-            sound_sec = _sound_sec(clip.audio_path, cache)
-            kept = windows_with_sound([start * WINDOW_STEP_SEC for start in starts], sound_sec)
-            planned.append(PlannedClip(
-                clip, sequence, tuple(starts[i] for i in kept), cache.content_hash(clip.audio_path), sound_sec))
-        except (ValueError, OSError) as error:
-            problems.append((clip.features_path, str(error)))
-    return planned, problems
-
-
-def _sound_sec(path: Path, cache: DataCache) -> float:
-    """Return the length of a sound, found out once; infinite where it cannot be read, which encoding will say."""
-    try:
-        found = cache.note(path, "seconds", lambda: _read_seconds(path))
-        return found if isinstance(found, float) else _read_seconds(path)
-    except (ValueError, OSError):
-        return math.inf
-
-
-def _read_seconds(path: Path) -> float:
-    num_samples, rate = audio_length(path)
-    return num_samples / rate
-
-
-def plan_windows(clip: FolderClip, variant: Variant, max_duration_sec: float) -> tuple[SequenceConfig, tuple[int, ...]]:
-    """Return the lengths at which a clip is trained, and the first sync segment of each of its windows.
-
-    A clip of up to ``max_duration_sec`` has one window of its own length. A longer one has up to ``MAX_WINDOWS`` of
-    that length, spread evenly from its beginning to its end.
-
-    Raises:
-        ValueError: the features are of other encoders than the variant's, or shorter than their duration says.
-    """
-    if problem := features_problem(clip.extracted_for, variant):
-        raise UserError(f"{clip.features_path}: {problem}")
-    whole = sequence_config(variant.mode, clip.duration_sec)
-    for name, (tokens, width), needed, wanted in (
-        ("clip_features", clip.clip_shape, whole.clip_seq_len, variant.generator.clip_dim),
-        ("sync_features", clip.sync_shape, whole.sync_seq_len, variant.generator.sync_dim),
-    ):
-        if width != wanted:
-            raise UserError(f"{clip.features_path}: {name} are {width} wide, but {variant.name} takes {wanted}; "
-                             f"extract again with --variant {variant.name}")
-        if tokens < needed:
-            raise UserError(f"{clip.features_path}: {name} is {(1, tokens, width)}, expected at least "
-                             f"{(1, needed, width)} for {clip.duration_sec:g} s; extract again")
-    if clip.duration_sec <= max_duration_sec:
-        return whole, (0,)
-    window = sequence_config(variant.mode, max_duration_sec)
-    last = min(
-        int((clip.duration_sec - max_duration_sec) / WINDOW_STEP_SEC),
-        (whole.sync_seq_len - window.sync_seq_len) // SYNC_TOKENS_PER_SEGMENT,
-    )
-    count = min(MAX_WINDOWS, last + 1)
-    return window, tuple(round(i * last / max(1, count - 1)) for i in range(count))
+    return FolderDataset(scan, clips, cache, variant, selva_dir, normalize_audio), [*scan.skipped, *problems]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -295,6 +199,17 @@ class FolderDataset(ClipDataset):
         return Padding(torch.arange(num_frames) >= num_sound, self._silence)
 
     # -- preparing -----------------------------------------------------------------------------------------------------
+
+    def encode_share(self, rank: int, size: int, device: torch.device) -> None:
+        """Encode the sounds of every ``size``-th clip, beginning with ``rank``, that the cache of the folder lacks.
+
+        Every entry is a file of its own, so processes need not know of each other. What fails here fails again, and
+        is reported, in :meth:`prepare`.
+        """
+        if self.cache.is_shared:
+            missing = [clip for clip in self.clips[rank::size] if not self._has_latents(clip)]
+            if missing:
+                self._encode_missing(missing, device)
 
     def prepare(self, device: torch.device) -> Problems:
         """Encode what the cache lacks, drop the clips whose sound cannot be used, and return them with the reason."""

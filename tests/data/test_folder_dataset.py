@@ -20,8 +20,9 @@ from selva.data import folder_dataset
 from selva.data.cache import CACHE_FOLDER, DataCache
 from selva.data.dataset import origin_groups
 from selva.data.folder import FolderClip, FolderScan
-from selva.data.folder_dataset import FolderDataset, first_clip_frame, load_clip_dataset, plan_windows
+from selva.data.folder_dataset import FolderDataset, first_clip_frame, load_clip_dataset, open_clip_dataset
 from selva.data.latents import encode_latents, load_waveform
+from selva.data.plan import plan_windows
 from selva.features import FeatureBundle, load_features, save_features
 from selva.models.variants import get_variant
 from selva.models.zoo import build_mel
@@ -222,6 +223,33 @@ def test_a_cache_of_before_serves_padded_clips_and_is_kept(tmp_path, encoders):
 
 
 # -- what is encoded when ----------------------------------------------------------------------------------------------
+
+
+def test_processes_share_the_encoding_of_a_folder(tmp_path, encoders):
+    """Each encodes its clips into the one cache; what fails is left for the end, where it is reported once."""
+    for seed, name in enumerate("abcde"):
+        put_clip(tmp_path, name, 1.0, seed=seed, text=True)
+    put_sound(tmp_path / "b.wav", np.zeros(20_000, np.float32))
+
+    def opened() -> FolderDataset:
+        clips, problems = open_clip_dataset(tmp_path, TINY, None)
+        assert isinstance(clips, FolderDataset) and not problems
+        return clips
+
+    opened().encode_share(0, 2, CPU)
+    assert encoders()["sounds"] == 3  # a, c, e
+    opened().encode_share(1, 2, CPU)
+    assert encoders()["sounds"] == 1  # d; b is silent
+    clips = opened()
+    ((path, reason),) = clips.prepare(CPU)
+    assert path.name == "b.wav" and "silent" in reason and "sounds" not in encoders()
+    assert clips.ids == ["a", "c", "d", "e"]
+    alone, _ = load(tmp_path, use_cache=False)
+    assert all(torch.equal(clips.clip(i).mean, alone.clip(i).mean) for i in range(4))
+    unshared, _ = open_clip_dataset(tmp_path, TINY, None, use_cache=False)
+    encoders()
+    unshared.encode_share(0, 2, CPU)  # nobody else would find it
+    assert encoders() == {}
 
 
 def test_a_second_run_loads_no_encoder(tmp_path, encoders, monkeypatch):

@@ -21,10 +21,10 @@ from selva.audio.config import SILENCE_DB
 from selva.audio.loudness import true_peak_db
 from selva.audio.silence import MOSTLY_SILENT
 from selva.data.folder import FolderClip, scan_folder
-from selva.data.folder_dataset import plan_windows
 from selva.data.inspection import duplicates
 from selva.data.memmap.reader import MemmapDataset, is_memmap
 from selva.data.padding import MAX_AUDIO_SHORTFALL_SEC
+from selva.data.plan import plan_windows
 from selva.data.summary import QUIET_LUFS, SoundStats, measure_waveform
 from selva.features import load_features
 from selva.inputs.file_names import same_name
