@@ -4,8 +4,7 @@
 
 All runs have the same settings. Each is ended with SIGKILL a few times, while it loads, trains, saves, validates, makes
 a sample or goes back to an older step, and at last at its end, each time followed by `--resume auto`. A kill counts
-for the part that it fell into, as the log and half-written files show afterwards; kills while loading are done, but not
-counted. Prints a line per kill.
+for the part that it fell into, as the log and half-written files show afterwards; kills while loading do not count.
 
 Exit code 0 if nothing is lost: adapters, metrics and samples equal those of an undisturbed run bit for bit; else 1.
 """
@@ -106,7 +105,6 @@ class Run:
         return not self.is_over
 
     def count(self, text: str) -> int:
-        """Return the number of lines of the log that hold ``text``."""
         return sum(text in line for line in list(self.lines))
 
     def step(self) -> int:
@@ -138,7 +136,7 @@ def unfinished(folder: Path) -> set[str]:
 
 def fell_into(part: str, run: Run, half_written: bool) -> str:
     """Return the part that a killed run was in, which was to be ``part``."""
-    if not run.step() or (part == "end" and not half_written):  # wait_for() has seen these
+    if not run.step() or part == "end":  # wait_for() has seen these
         return part
     news = next(line for line in reversed(run.lines) if NEWS.match(line))
     validating = STEP_LINE.match(news) and run.step() % VAL_EVERY == 0
@@ -195,10 +193,12 @@ def kill_a_run(args, folder: Path, processes: int, wanted: int, rng: random.Rand
     """Take one run to its end through up to ``KILLS_PER_RUN`` kills, and return how many counted, by part."""
     counted: collections.Counter[str] = collections.Counter()
     parts = [*rng.sample(PARTS, len(PARTS)), *rng.choices(PARTS, k=KILLS_PER_RUN - len(PARTS) - 2)]
-    for part in ["loading", *parts[: max(0, wanted - 2)], "rewind", "end"]:
-        steps = steps_in(folder)
-        if part == "rewind" and len(steps) < 2:
-            part = "training"
+    queue = ["end", "rewind", *parts[: max(0, wanted - 2)], "loading"]
+    while queue:
+        part, steps = queue.pop(), steps_in(folder)
+        if part == "rewind" and len(steps) < 2:  # after a sample there is one more
+            queue.append(part)
+            part = "sample"
         resume = folder / f"adapter_step{rng.choice(steps[:-1]):05d}.pt" if part == "rewind" else "auto"
         run = Run(train_command(args, folder, processes, resume), processes)
         met, writing = wait_for(part, run, folder, rng, args.steps), unfinished(folder)
@@ -224,16 +224,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     if args.work_dir.exists() and any(args.work_dir.iterdir()):
         raise cli.UsageError(f"--work_dir {args.work_dir}: is not empty")
+    if args.steps < 4 * args.save_every:
+        raise cli.UsageError(f"--steps {args.steps}: expected at least four times --save_every, to go back in")
+    share = -(-args.kills // len(args.processes))  # so that each number of processes has its turn
     for processes in args.processes:
         finish(args, args.work_dir / f"whole_{processes}", processes)
         log.info("undisturbed run of %d process(es): done", processes)
-    rng, counted, wrong = random.Random(args.seed), collections.Counter(), []
-    number = 0
+    rng, counted, wrong, number = random.Random(args.seed), collections.Counter(), [], 0
     while counted.total() < args.kills:
         processes = args.processes[number % len(args.processes)]
         number += 1
         folder = args.work_dir / f"killed_{number:03d}"
-        counted += kill_a_run(args, folder, processes, args.kills - counted.total(), rng)
+        counted += kill_a_run(args, folder, processes, min(share, args.kills - counted.total()), rng)
         finish(args, folder, processes)
         different = differences(args.work_dir / f"whole_{processes}", folder)
         wrong += [f"{folder.name}/{name}" for name in different]

@@ -121,7 +121,7 @@ def test_what_is_odd_is_named(tmp_path):
     ):
         assert f"? {line}" in text, line
     assert "faint: 100 % of it is silent" in text
-    assert len(sentences(inspection)) == 12 and inspection.usable
+    assert len(sentences(inspection)) == 13 and inspection.usable
     assert [clip.id for clip in inspection.clips if len(clip.notes) != 1] == ["faint"]
 
 
