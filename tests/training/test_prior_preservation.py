@@ -9,6 +9,7 @@ import torch
 from small_run import CONFIG, make_clips, make_generator
 
 from selva.data.dataset import ConcatDataset, ListDataset, collate
+from selva.data.padding import Padding
 from selva.flow import SamplingConfig
 from selva.lora.config import LoRAConfig
 from selva.sampling import sample_latents
