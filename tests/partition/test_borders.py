@@ -115,7 +115,7 @@ def test_segments_are_trimmed_before_their_silence_is_judged(talk):
 
 def test_windows_are_trimmed_where_they_have_moved_to(talk):
     assert cut(talk, None, trim_silence=True)[0] == [("talk_0", 1, 8.1)]
-    assert cut(talk, None, trim_silence=True, min_length_sec=20)[0] == []
+    assert cut(talk, None, trim_silence=True, min_length_sec=9)[0] == [("talk_0", 1, 8.1)]  # of recordings
 
 
 def test_trimming_keeps_the_borders_within_the_stretch():
