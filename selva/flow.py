@@ -41,9 +41,17 @@ def interpolate(x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
     return (1 - t) * x0 + t * x1
 
 
-def loss(velocity: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
-    """Return (B,) the mean squared error per sample against the target velocity ``x1 - x0``, in float32."""
-    return (velocity.float() - (x1 - x0).float()).square().mean(dim=(1, 2))
+def loss(velocity: Tensor, x0: Tensor, x1: Tensor, left_out: Tensor | None = None) -> Tensor:
+    """Return (B,) the mean squared error per sample against the target velocity ``x1 - x0``, in float32.
+
+    Args:
+        left_out: (B, N) bool, True where a frame does not count; the mean of a sample is over its other frames.
+    """
+    errors = (velocity.float() - (x1 - x0).float()).square()  # (B, N, C)
+    if left_out is None:
+        return errors.mean(dim=(1, 2))
+    counted = (~left_out).float()
+    return (errors.mean(dim=2) * counted).sum(dim=1) / counted.sum(dim=1)
 
 
 def guided(v_cond: Tensor, v_uncond: Tensor, w: float) -> Tensor:

@@ -29,6 +29,7 @@ from selva.data.latents import FRONT_END, SoundEncoder, load_waveform
 from selva.data.memmap.labels import labels_or_fallback
 from selva.data.memmap.reader import MemmapDataset
 from selva.data.memmap.writer import MemmapWriter
+from selva.data.padding import num_sound_frames
 from selva.extraction.extractor import FeatureExtractor
 from selva.extraction.pairs import same_samples
 from selva.features import FeatureBundle, load_features, save_features
@@ -36,7 +37,7 @@ from selva.inputs.file_names import names_that_collide, same_name
 from selva.inputs.prompts import PROMPTS_FILE, choose_prompt, read_prompts
 from selva.inputs.suffixes import AUDIO_SUFFIXES
 from selva.inputs.table import unsafe_id
-from selva.media import write_audio
+from selva.media import audio_length, write_audio
 from selva.models.prompt_length import warn_of_cut_prompts
 from selva.models.vae import VAE
 from selva.models.variants import Variant, features_problem
@@ -137,7 +138,9 @@ def folder_to_memmap(
 ) -> bool:
     """Write the clips of a data folder as a memmap; return True if it is there.
 
-    Sound is encoded as for training, and texts where a feature file does not hold those of its prompt.
+    Sound is encoded as for training, and texts where a feature file does not hold those of its prompt. Sound that is
+    shorter than its features is padded with silence and named: the format has no lengths, so a row looks like 8 s of
+    sound to everyone who trains on it.
 
     Args:
         target: folder of the memmap; its table comes to lie beside it.
@@ -202,7 +205,13 @@ def _row(
 
 def _waveform(path: Path, variant: Variant, normalize: Normalize) -> Tensor:
     try:
-        return load_waveform(path, sequence_config(variant.mode), normalize)
+        waveform = load_waveform(path, sequence_config(variant.mode), normalize)
+        sequence, (num_samples, rate) = sequence_config(variant.mode), audio_length(path)
+        if num_sound_frames(num_samples / rate, 0.0, sequence) < sequence.latent_seq_len:
+            log.warning("%s: %.2f s of sound for features of %g s; its row goes on with silence, which is trained on "
+                        "(a memmap has no lengths, a folder leaves the silence out of the loss)", path,
+                        num_samples / rate, DEFAULT_DURATION_SEC)
+        return waveform
     except ValueError as error:
         raise UserError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from error
 

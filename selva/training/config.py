@@ -19,6 +19,7 @@ LATENT_MODES = ("sample", "mode")
 LR_SCHEDULES = ("constant", "cosine", "multistep", "cosine_restarts")
 CLIP_FEATURE_MODES = ("use", "empty")
 ADAPTER_FORMATS = {"pt": (".pt",), "safetensors": (".safetensors",), "both": (".pt", ".safetensors")}
+PADDED_LOSSES = ("masked", "full")
 
 DATA = "data and output"
 OPTIMISATION = "optimisation (a step is one update, whatever --grad_accum is)"
@@ -59,6 +60,9 @@ class TrainConfig:
     clip_features: str = setting(
         "use", "pass CLIP frame features, or the empty ones as official SelVA does; stored in the adapter and followed "
         "by infer.py", group=OBJECTIVE, choices=CLIP_FEATURE_MODES)
+    padded_loss: str = setting(
+        "masked", "sound that is shorter than its features is padded with silence: leave that out of the loss, or "
+        "train on it as on sound, which teaches silence", group=OBJECTIVE, choices=PADDED_LOSSES)
     patience: int = setting(0, "stop after so many validations without a better one; 0: never", group=EVALUATION)
     seed: int = setting(42, "seed of everything random", group=GENERAL)
     save_every: int = setting(500, "steps between checkpoints, each with a sample", group=OPTIMISATION)
@@ -90,7 +94,8 @@ class TrainConfig:
         problems += [
             f"{name} is {getattr(self, name)!r}, expected one of {', '.join(allowed)}"
             for name, allowed in (("timestep_mode", flow.TIMESTEP_MODES), ("latent", LATENT_MODES),
-                                  ("clip_features", CLIP_FEATURE_MODES), ("lr_schedule", LR_SCHEDULES))
+                                  ("clip_features", CLIP_FEATURE_MODES), ("lr_schedule", LR_SCHEDULES),
+                                  ("padded_loss", PADDED_LOSSES))
             if getattr(self, name) not in allowed
         ]
         if problems:

@@ -62,6 +62,9 @@ def flow_loss(
 ) -> Tensor:
     """Return the (B,) flow-matching losses of a batch, in float32.
 
+    With ``padded_loss`` "masked", frames of padding do not count, and in their place the network is given the latent of
+    silence with the noise of the step: what a clip holds there changes neither the loss nor its gradient.
+
     Args:
         batch: on the generator's device; features, or their projections from the cache.
         noise: on the CPU, see :func:`sample_noise`.
@@ -75,6 +78,9 @@ def flow_loss(
     generator.set_sequence(*batch.lengths)
     latent = batch.mean + batch.std * posterior if config.latent == "sample" else batch.mean
     x1 = generator.normalize(latent)
+    padding = batch.padding if config.padded_loss == "masked" else None
+    if padding is not None:
+        x1 = torch.where(padding.mask[:, :, None], generator.normalize(padding.silence), x1)
     xt = flow.interpolate(x0, x1, t)
 
     drop_video = drop_video | ~batch.has_video
@@ -85,7 +91,7 @@ def flow_loss(
         else:
             conditions = generator.preprocess_conditions(*_features(generator, batch, drop_clip, drop_video, drop_text))
         velocity = generator.predict_flow(xt, t, conditions)
-    return flow.loss(velocity, x0, x1)
+    return flow.loss(velocity, x0, x1, left_out=padding.mask if padding else None)
 
 
 def _features(

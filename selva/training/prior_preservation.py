@@ -136,6 +136,6 @@ def _as_made(
     ).cpu()
     # Rows of their own: each sound is kept for itself, and dropped for itself.
     return [
-        dataclasses.replace(clip, mean=row.clone(), std=torch.zeros_like(row))
+        dataclasses.replace(clip, mean=row.clone(), std=torch.zeros_like(row), padding=None)
         for clip, row in zip(clips, latents, strict=True)
     ]

@@ -20,7 +20,7 @@ from selva.checkpoint import (
     load_newest_checkpoint,
 )
 from selva.data.dataset import ClipDataset, ConcatDataset, origin_groups, split_validation
-from selva.data.folder_dataset import FolderDataset, load_clip_dataset
+from selva.data.folder_dataset import FolderDataset, open_clip_dataset
 from selva.data.summary import summarise
 from selva.lora.inject import check_ranks, inject_lora
 from selva.models.generator import cast_frozen_
@@ -83,7 +83,7 @@ def find_resume(config: RunConfig) -> TrainingState | None:
 
 
 # Settings of TrainConfig that change what is learned; the others may change when a run is continued.
-FIXED_SETTINGS = ("clip_features", "latent", "null_prob", "timestep_mode", "logit_normal_sigma", "seed")
+FIXED_SETTINGS = ("clip_features", "latent", "null_prob", "padded_loss", "timestep_mode", "logit_normal_sigma", "seed")
 
 
 def finished_adapter(saved: TrainingState, output_dir: Path) -> Path | None:
@@ -166,14 +166,17 @@ def load_clips(config: RunConfig, data_dir: Path, device: torch.device, world: W
     Raises:
         ValueError: no clip can be used, or some cannot and ``--skip_invalid`` is not given.
     """
-    def load() -> tuple[ClipDataset, list[tuple[Path, str]]]:
-        return load_clip_dataset(
-            data_dir, get_variant(config.model.variant), config.model.selva_dir, device,
+    with world.main_first(f"reading {data_dir}"):  # rank 0 has noted all hashes when the others look
+        clips, problems = open_clip_dataset(
+            data_dir, get_variant(config.model.variant), config.model.selva_dir,
             max_duration_sec=config.duration, normalize_audio=config.normalize_audio, use_cache=not config.dry_run,
         )
-
-    with world.main_first(f"encoding {data_dir}"):  # rank 0 has filled the cache when the others look
-        clips, problems = load()
+    if isinstance(clips, FolderDataset):
+        if world.size > 1:
+            with world.at_once(f"encoding {data_dir}"):
+                clips.encode_share(world.rank, world.size, device)
+        with world.main_first(f"encoding {data_dir}"):  # what is left: texts, and what cannot be encoded
+            problems += clips.prepare(device)
     for path, reason in problems:
         log.error("%s", reason if str(path) in reason else f"{path}: {reason}")
     if world.is_main and isinstance(clips, FolderDataset) and len(clips):

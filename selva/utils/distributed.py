@@ -118,11 +118,22 @@ class World:
         Raises:
             TimeoutError: a process has shown no life for ``SILENCE_SEC``.
         """
+        with self._together(what, main_first=True):
+            yield
+
+    @contextmanager
+    def at_once(self, what: str) -> Iterator[None]:
+        """Do the block in all processes at the same time, and leave together; as :meth:`main_first` otherwise."""
+        with self._together(what, main_first=False):
+            yield
+
+    @contextmanager
+    def _together(self, what: str, main_first: bool) -> Iterator[None]:
         if self.size == 1:
             yield
             return
         name = f"selva/main_first/{next(self._firsts)}"
-        if not self.is_main:
+        if main_first and not self.is_main:
             self._wait_for(name, 0, what)
         with _pulse(self.store, f"{name}/{self.rank}"):
             yield

@@ -90,6 +90,20 @@ def test_clips_that_cannot_be_converted_are_named(tmp_path, caplog):
     assert "3 converted, 0 already current, 4 left out" in caplog.text
 
 
+def test_rows_hold_padded_sound_and_say_so(tmp_path, caplog):
+    source = tmp_path / "clips"
+    put_clip(source, "full", 8.0)
+    put_clip(source, "knock", 8.0, sound=np.ones(32_000, np.float32) * 0.1)
+    assert convert(source, tmp_path / "data") == 0
+    warned = [line for line in caplog.messages if "its row goes on with silence" in line]
+    assert len(warned) == 1 and f"{source}/knock.wav: 2.00 s of sound for features of 8 s" in warned[0]
+    sound = load_waveform(source / "knock.wav", sequence_config("16k"), "peak")
+    assert not sound[32_000:].any()
+    mean, _ = encode_latents(sound[None], build_mel("16k"), load_vae("tiny_16k", None, "cpu"))
+    clip = MemmapDataset(tmp_path / "data", TINY).clip(1)
+    assert torch.equal(clip.mean, mean[0]) and clip.padding is None
+
+
 def test_a_second_run_converts_what_has_changed(tmp_path, caplog):
     source = put_folder(tmp_path / "clips")
     convert(source, tmp_path / "data")

@@ -443,8 +443,6 @@ SPOILT = {
     "truncated sound": (lambda f: (f / "knock_1.flac").write_bytes((f / "knock_1.flac").read_bytes()[:2000]),
                         "knock_1.flac"),
     "silent sound": (lambda f: soundfile.write(f / "knock_1.flac", [0.0] * 33_000, 16_000), "silen"),
-    "short sound": (lambda f: soundfile.write(f / "knock_1.flac", [0.1, -0.1] * 5_000, 16_000),
-                    "0.62 s of sound, but the features of this clip cover 2.0"),
     "a pickle with code": (spoil_pickle, "knock_1.npz"),
 }
 
@@ -461,6 +459,19 @@ def test_an_unusable_clip_stops_the_run_and_can_be_skipped(feature_dir, tmp_path
     assert not out.exists() and not (feature_dir / "executed").exists()
     assert train(feature_dir, out, "--no_preview", "--skip_invalid", "--steps", "1") == 0
     assert message in capsys.readouterr().err and (out / "adapter_final.pt").exists()
+
+
+def test_short_sound_is_padded_named_and_left_out_of_the_loss(feature_dir, tmp_path, capsys):
+    soundfile.write(feature_dir / "knock_1.flac", [0.1, -0.1] * 5_000, 16_000)
+    losses = {}
+    for name, flags in {"masked": (), "full": ("--padded_loss", "full")}.items():
+        assert train(feature_dir, tmp_path / name, "--no_preview", *flags) == 0
+        assert "1 of 6 clips have less sound than their features cover" in (err := capsys.readouterr().err)
+        assert "knock_1 (0.62 of 2.00 s)" in err
+        losses[name] = (tmp_path / name / "metrics.jsonl").read_text()
+    assert losses["masked"] != losses["full"]
+    assert train(feature_dir, tmp_path / "full", "--resume", "auto", "--steps", "8") == 1
+    assert "padded_loss was 'full' and is 'masked' now" in capsys.readouterr().err
 
 
 def test_an_empty_folder(feature_dir, tmp_path, capsys):

@@ -9,6 +9,7 @@ import torch
 from small_run import CONFIG, make_clips, make_generator
 
 from selva.data.dataset import ConcatDataset, ListDataset, TrainingClip, collate
+from selva.data.padding import Padding
 from selva.flow import SamplingConfig
 from selva.lora.config import LoRAConfig
 from selva.sampling import sample_latents
@@ -126,6 +127,13 @@ def test_sounds_without_pictures_are_preserved_without_pictures():
     _, _, joined = make(has_video=False, **nan)
     made = joined.clip(len(joined) - 1)
     assert not made.has_video and torch.isfinite(made.mean).all()
+
+
+def test_sounds_made_for_padded_clips_are_whole():
+    """The model makes sound all along, and none of it is padding."""
+    _, clips, joined = make(padding=Padding(torch.arange(32) >= 10, torch.zeros(4)))
+    assert clips[0].padding is not None and joined.clip(0).padding is not None
+    assert all(joined.clip(i).padding is None for i in range(6, 12))
 
 
 def test_on_its_own_sounds_there_is_little_to_learn():

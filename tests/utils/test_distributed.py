@@ -114,8 +114,22 @@ with d.join_world(torch.device("cpu")) as world:
     assert found == ["no clip", "no clip"]
 
 
+def test_processes_that_work_at_once_wait_for_each_other_alone(monkeypatch):
+    """No process waits before its share; afterwards each waits for the other as long as that shows life."""
+    def rank_0(shared):
+        shared.add("selva/main_first/0/0/pulse", 1)
+        if shared.sleeps == 1000:
+            shared.add("selva/main_first/0/0/done", 1)
+
+    shared = Shared(rank_0)
+    monkeypatch.setattr(distributed, "time", shared)
+    with World(1, 2, shared).at_once("encoding x"):
+        assert shared.sleeps == 0
+    assert shared.sleeps == 1000
+
+
 def test_a_single_process_waits_for_nobody():
-    with World().main_first("x"):
+    with World().main_first("x"), World().at_once("x"):
         pass
     with World().agreement() as ask:
         assert [ask(False), ask(True), ask(False)] == [False, True, False]

@@ -42,7 +42,7 @@ from selva.data.memmap.labels import check_table
 from selva.data.memmap.reader import row_shapes
 from selva.models.variants import Variant
 from selva.utils.errors import UserError
-from selva.utils.locks import file_lock
+from selva.utils.lock import file_lock
 
 # A line of the journal is written once the values of its row are on the disk, so it is true even after a power cut and
 # for another machine. Waiting for the disk at every row would cost more than making a few rows again.
