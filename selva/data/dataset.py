@@ -141,7 +141,8 @@ class Subset(ClipDataset):
     """Some clips of another set."""
 
     def __init__(self, base: ClipDataset, indices: Iterable[int]) -> None:
-        self.base, self.indices = base, list(indices)
+        self.base = base
+        self.indices = indices if isinstance(indices, range) else list(indices)  # a range takes no memory
         self._ids: list[str] | None = None
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,7 +29,56 @@ MEMORY = "memory and speed"
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class ObjectiveConfig:
+    """The objective, which trainings of adapters and of base models share."""
+
+    timestep_mode: str = setting("logit_normal", "times to train at; curriculum is logit_normal first and uniform "
+                                 "later", group=OBJECTIVE, choices=flow.TIMESTEP_MODES)
+    logit_normal_sigma: float = setting(1.0, "spread of logit_normal", group=OBJECTIVE)
+    curriculum_switch: float = setting(0.6, "fraction of all steps at which curriculum switches", group=OBJECTIVE)
+    null_prob: float = setting(0.1, "how often the video, and separately the text, is replaced by the empty condition",
+                               group=OBJECTIVE)
+    latent: str = setting("sample", "draw each target from the VAE posterior, or take its mode", group=OBJECTIVE,
+                          choices=LATENT_MODES)
+    clip_features: str = setting(
+        "use", "pass CLIP frame features, or the empty ones as official SelVA does; stored in the adapter and followed "
+        "by infer.py", group=OBJECTIVE, choices=CLIP_FEATURE_MODES)
+    seed: int = setting(42, "seed of everything random", group=GENERAL)
+
+    def problems(self) -> list[str]:
+        """Return a sentence for every value that is out of range."""
+        problems = []
+        if not 0 < self.logit_normal_sigma < math.inf:
+            problems.append(f"logit_normal_sigma is {self.logit_normal_sigma}, expected a number above 0")
+        problems += [
+            f"{name} is {getattr(self, name)}, expected 0 to 1"
+            for name in ("null_prob", "curriculum_switch")
+            if not 0 <= getattr(self, name) <= 1
+        ]
+        return problems + choice_problems(self, {
+            "timestep_mode": flow.TIMESTEP_MODES, "latent": LATENT_MODES, "clip_features": CLIP_FEATURE_MODES})
+
+
+def least_problems(config: object, least: dict[str, int]) -> list[str]:
+    """Return a sentence for every named field of a configuration that is below its least value."""
+    return [f"{name} is {getattr(config, name)}, expected at least {value}" for name, value in least.items()
+            if getattr(config, name) < value]
+
+
+def positive_problems(config: object, names: Sequence[str]) -> list[str]:
+    """Return a sentence for every named field of a configuration that is no finite number above 0."""
+    return [f"{name} is {getattr(config, name)}, expected a number above 0" for name in names
+            if not 0 < getattr(config, name) < math.inf]
+
+
+def choice_problems(config: object, choices: dict[str, Sequence[str]]) -> list[str]:
+    """Return a sentence for every named field of a configuration that is none of its choices."""
+    return [f"{name} is {getattr(config, name)!r}, expected one of {', '.join(allowed)}"
+            for name, allowed in choices.items() if getattr(config, name) not in allowed]
+
+
+@dataclass(frozen=True)
+class TrainConfig(ObjectiveConfig):
     """Optimisation, objective and evaluation; one step is one optimiser update, whatever ``grad_accum`` is."""
 
     steps: int = setting(2000, "updates", group=OPTIMISATION)
@@ -47,51 +97,21 @@ class TrainConfig:
     ema_decay: float = setting(  # 0: no average of the adapter is kept
         0.0, "keep a moving average of the adapter, which is then what is judged and saved; e.g. 0.999",
         group=OPTIMISATION)
-    timestep_mode: str = setting("logit_normal", "times to train at; curriculum is logit_normal first and uniform "
-                                 "later", group=OBJECTIVE, choices=flow.TIMESTEP_MODES)
-    logit_normal_sigma: float = setting(1.0, "spread of logit_normal", group=OBJECTIVE)
-    curriculum_switch: float = setting(0.6, "fraction of all steps at which curriculum switches", group=OBJECTIVE)
-    null_prob: float = setting(0.1, "how often the video, and separately the text, is replaced by the empty condition",
-                               group=OBJECTIVE)
-    latent: str = setting("sample", "draw each target from the VAE posterior, or take its mode", group=OBJECTIVE,
-                          choices=LATENT_MODES)
-    clip_features: str = setting(
-        "use", "pass CLIP frame features, or the empty ones as official SelVA does; stored in the adapter and followed "
-        "by infer.py", group=OBJECTIVE, choices=CLIP_FEATURE_MODES)
     patience: int = setting(0, "stop after so many validations without a better one; 0: never", group=EVALUATION)
-    seed: int = setting(42, "seed of everything random", group=GENERAL)
     save_every: int = setting(500, "steps between checkpoints, each with a sample", group=OPTIMISATION)
     val_every: int = setting(100, "steps between validations", group=EVALUATION)
     log_every: int = setting(10, "steps between log lines", group=EVALUATION)
 
     def __post_init__(self) -> None:
-        problems = [
-            f"{name} is {getattr(self, name)}, expected at least {least}"
-            for name, least in (("steps", 1), ("warmup_steps", 0), ("batch_size", 1), ("grad_accum", 1),
-                                ("save_every", 1), ("val_every", 1), ("log_every", 1), ("lr_cycles", 1),
-                                ("patience", 0))
-            if getattr(self, name) < least
-        ]
-        problems += [
-            f"{name} is {getattr(self, name)}, expected a number above 0"
-            for name in ("lr", "lora_plus_ratio", "logit_normal_sigma", "grad_clip")
-            if not 0 < getattr(self, name) < math.inf
-        ]
-        problems += [
-            f"{name} is {getattr(self, name)}, expected 0 to 1"
-            for name in ("null_prob", "curriculum_switch")
-            if not 0 <= getattr(self, name) <= 1
-        ]
+        problems = least_problems(self, {
+            "steps": 1, "warmup_steps": 0, "batch_size": 1, "grad_accum": 1, "save_every": 1, "val_every": 1,
+            "log_every": 1, "lr_cycles": 1, "patience": 0})
+        problems += positive_problems(self, ("lr", "lora_plus_ratio", "grad_clip"))
         if not 0 <= self.ema_decay < 1:
             problems.append(f"ema_decay is {self.ema_decay}, expected 0 to below 1")
         if not 0 <= self.weight_decay < math.inf:
             problems.append(f"weight_decay is {self.weight_decay}, expected at least 0")
-        problems += [
-            f"{name} is {getattr(self, name)!r}, expected one of {', '.join(allowed)}"
-            for name, allowed in (("timestep_mode", flow.TIMESTEP_MODES), ("latent", LATENT_MODES),
-                                  ("clip_features", CLIP_FEATURE_MODES), ("lr_schedule", LR_SCHEDULES))
-            if getattr(self, name) not in allowed
-        ]
+        problems += [*self.problems(), *choice_problems(self, {"lr_schedule": LR_SCHEDULES})]
         if problems:
             raise UserError("; ".join(problems))
 

@@ -17,7 +17,7 @@ from selva import flow
 from selva.data.dataset import Batch, ClipDataset, collate
 from selva.models.generator import Generator
 from selva.training.condition_cache import CachedBatch
-from selva.training.config import TrainConfig
+from selva.training.config import ObjectiveConfig
 from selva.utils.device import to_device
 from selva.utils.distributed import World
 
@@ -44,7 +44,7 @@ class NoiseSample:
         return NoiseSample(*(getattr(self, field.name)[own] for field in fields(self)))
 
 
-def sample_noise(shape: torch.Size, config: TrainConfig, rng: torch.Generator, progress: float) -> NoiseSample:
+def sample_noise(shape: torch.Size, config: ObjectiveConfig, rng: torch.Generator, progress: float) -> NoiseSample:
     """Draw the random numbers for a batch of latents of ``shape`` (B, N, C); the order is MMAudio's."""
     posterior = torch.randn(shape, generator=rng)
     t = flow.sample_times(
@@ -58,7 +58,7 @@ def sample_noise(shape: torch.Size, config: TrainConfig, rng: torch.Generator, p
 
 
 def flow_loss(
-    generator: Generator, batch: Batch | CachedBatch, noise: NoiseSample, config: TrainConfig, precision: torch.dtype
+    generator: Generator, batch: Batch | CachedBatch, noise: NoiseSample, config: ObjectiveConfig, precision: torch.dtype
 ) -> Tensor:
     """Return the (B,) flow-matching losses of a batch, in float32.
 
@@ -102,7 +102,7 @@ def _features(
 
 @torch.no_grad()
 def validate(
-    generator: Generator, clips: ClipDataset, config: TrainConfig, precision: torch.dtype, world: World = ALONE
+    generator: Generator, clips: ClipDataset, config: ObjectiveConfig, precision: torch.dtype, world: World = ALONE
 ) -> list[float]:
     """Return the mean held-out loss per time bin, ``VALIDATION_TIMES`` values from noise to data.
 
