@@ -8,6 +8,7 @@ and loss are float32; only the frozen network runs in half precision.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
@@ -102,24 +103,35 @@ def _features(
 
 @torch.no_grad()
 def validate(
-    generator: Generator, clips: ClipDataset, config: ObjectiveConfig, precision: torch.dtype, world: World = ALONE
+    generator: Generator, clips: ClipDataset, config: ObjectiveConfig, precision: torch.dtype, world: World = ALONE,
+    objective: Callable[[Batch, NoiseSample], Tensor] | None = None,
 ) -> list[float]:
     """Return the mean held-out loss per time bin, ``VALIDATION_TIMES`` values from noise to data.
 
     Noise and posterior draws of a clip depend on the seed and its id, the times are fixed and nothing is dropped: two
     evaluations differ only by the adapter, and the random state of the training is not touched.
+
+    Args:
+        objective: computes the losses; :func:`flow_loss` if None. One that processes share is called equally often in
+            all of them.
     """
+    compute = objective or (lambda batch, noise: flow_loss(generator, batch, noise, config, precision))
     device = generator.latent_mean.device
     times = (torch.arange(VALIDATION_TIMES, dtype=torch.float32) + 0.5) / VALIDATION_TIMES
     nothing = torch.zeros(VALIDATION_TIMES, dtype=torch.bool)
     was_training = generator.training
     generator.eval()
     total = torch.zeros(VALIDATION_TIMES, device=device)
-    for index in range(world.rank, len(clips), world.size):
-        clip = clips.clip(index)
+    for first in range(0, len(clips), world.size):
+        index = first + world.rank
+        if index >= len(clips) and objective is None:
+            break
+        clip = clips.clip(min(index, len(clips) - 1))
         rng = torch.Generator().manual_seed(zlib.crc32(f"{config.seed}/{clip.id}".encode()))
         batch = collate([clip] * VALIDATION_TIMES).to(device)
         posterior, noise = (torch.randn(batch.mean.shape, generator=rng) for _ in range(2))
-        total += flow_loss(generator, batch, NoiseSample(posterior, times, noise, nothing, nothing), config, precision)
+        losses = compute(batch, NoiseSample(posterior, times, noise, nothing, nothing))
+        if index < len(clips):  # else it only keeps the others company
+            total += losses
     generator.train(was_training)
     return (world.sum_(total) / len(clips)).tolist()

@@ -48,6 +48,19 @@ def dropout_seed(seed: int, rank: int, step: int) -> int:
     return zlib.crc32(f"dropout {seed} {rank} {step}".encode())
 
 
+def finite_step_(optimizer: torch.optim.Optimizer, norm: Tensor, fused: bool) -> None:
+    """Do an update, or leave it out where the gradient, whose scalar norm is given, is not finite.
+
+    Args:
+        fused: the optimiser is, and leaves it out by a flag on the device, without the host's knowing.
+    """
+    if fused:
+        setattr(optimizer, "found_inf", (~torch.isfinite(norm)).float())  # noqa: B010 -- read by the fused step
+        optimizer.step()
+    elif bool(torch.isfinite(norm)):
+        optimizer.step()
+
+
 def divided_by_clip(saved: TrainingState) -> bool:
     """Return True if the clips of a run were divided one by one, as version 0.1.0 did, not by their videos."""
     return bool(saved.extra) and {**WAYS_BEFORE, **saved.extra.get("ways", {})}["split"] == WAYS_BEFORE["split"]
@@ -62,6 +75,9 @@ class TrainingRun:
         precision: autocast dtype of the network.
         world: the processes that share the training; each computes ``config.batch_size`` clips of every batch.
     """
+
+    rows_per_step = True
+    advice = "it is in adapter_best.pt; or stop with --patience"
 
     def __init__(
         self,
@@ -133,11 +149,8 @@ class TrainingRun:
         if self.scaler.is_enabled():
             self.scaler.step(self.optimizer)  # skips by itself, and lowers the scale
             self.scaler.update()
-        elif self.fused:
-            setattr(self.optimizer, "found_inf", (~torch.isfinite(norm)).float())  # noqa: B010 -- read by the fused step
-            self.optimizer.step()
-        elif bool(torch.isfinite(norm)):
-            self.optimizer.step()
+        else:
+            finite_step_(self.optimizer, norm, self.fused)
 
     def _load(self, windows: Sequence[ClipWindow]) -> Batch | CachedBatch:
         if self.condition_cache is not None:

@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import math
+from typing import Protocol
 
-from selva.training.config import TrainConfig
 
 MULTISTEP_DECAYS = (0.8, 0.9)  # fractions of all steps at which multistep divides the rate by ten, as MMAudio did
 
 
-def schedule_problem(config: TrainConfig) -> str | None:
+class Schedule(Protocol):
+    """The settings that the rate depends on."""
+
+    @property
+    def steps(self) -> int: ...
+    @property
+    def lr(self) -> float: ...
+    @property
+    def warmup_steps(self) -> int: ...
+    @property
+    def lr_schedule(self) -> str: ...
+    @property
+    def lr_cycles(self) -> int: ...
+
+
+def schedule_problem(config: Schedule) -> str | None:
     """Return a warning if "multistep" has no room for its two falls, which count their steps after the warm-up."""
     if config.lr_schedule != "multistep":
         return None
@@ -23,7 +38,7 @@ def schedule_problem(config: TrainConfig) -> str | None:
             f"{config.steps - math.ceil(MULTISTEP_DECAYS[-1] * config.steps)}, or --lr_schedule cosine")
 
 
-def learning_rate(step: int, config: TrainConfig) -> float:
+def learning_rate(step: int, config: Schedule) -> float:
     """Return the rate of optimiser step ``step`` (from 0): linear warm-up (k+1)/(W+1), then the schedule.
 
     The first step already learns, as in MMAudio (pitfall F1). "cosine" falls to 0 at the last step;
