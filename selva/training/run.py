@@ -197,7 +197,7 @@ class TrainingRun:
         """
         untouched = start_from_adapter_(self.generator, adapter)
         if self.ema is not None:
-            self.ema.restore(lora_state_dict(self.generator))
+            self.ema.start_at(lora_state_dict(self.generator))
         log.info("starting at the adapter %s%s", adapter.source,
                  f", which does not change {len(untouched)} of the layers" if untouched else "")
 
