@@ -16,6 +16,7 @@ import pickle
 import re
 import shutil
 import threading
+import warnings
 from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
@@ -90,6 +91,8 @@ class Checkpoints:
             except OSError as error:  # the others write tensors, or fail too
                 log.error("%s: %s", partial, why_not_written(error))
         self.world.wait()
+        # One process alone is what is meant.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
         alone = {"no_dist": True} if self.world.size == 1 else {}
         writing = dcp.async_save(tensors, checkpoint_id=partial, process_group=self._group, **alone)
         assert isinstance(writing, Future)
