@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 FOLDER, NUMBERS_FILE, METADATA_FILE = "checkpoints", "run.json", ".metadata"
 NAME = re.compile(r"step_(\d{8,})")
 FORMAT = 1
+WRITE_ERRORS = (Exception, dcp.api.CheckpointException)  # the second one is no Exception
 
 
 def checkpoint_name(step: int) -> str:
@@ -110,7 +111,7 @@ class Checkpoints:
             if self.world.is_main:
                 self._moved.wait()
             self.newest = self._step
-        except Exception as error:  # a full disk in one of the processes, as its writer passes it on
+        except WRITE_ERRORS as error:  # a full disk in one of the processes, as its writer passes it on
             log.debug("checkpoint of step %d: %s", self._step, error)
         self._writing = None
 
@@ -129,7 +130,7 @@ class Checkpoints:
             if self.keep_last:
                 for path in all_checkpoints(self.folder)[: -self.keep_last]:
                     shutil.rmtree(path)
-        except Exception as error:
+        except WRITE_ERRORS as error:
             reason = str(error).strip().splitlines()
             log.error("checkpoint of step %d: not saved (%s); older ones are intact and the training goes on",
                       self._step, reason[-1] if reason else type(error).__name__)
@@ -203,7 +204,7 @@ def load_(run: BaseRun, path: Path) -> None:
     try:
         alone = {"no_dist": True} if run.world.size == 1 else {}
         dcp.load(tensors, storage_reader=_SafeReader(path), **alone)
-    except Exception as error:
+    except WRITE_ERRORS as error:
         reason = str(error).strip().splitlines()
         raise UserError(f"{path}: cannot be read ({reason[-1] if reason else type(error).__name__}); its files may be "
                         "incomplete, use the checkpoint before it") from error

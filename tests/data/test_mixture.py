@@ -1,0 +1,81 @@
+"""Mixtures of data sets: every clip as often as its weight says, in one order that any place can be looked up in."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from selva.data.mixture import Mixture, seed_of
+from selva.data.source import DataSource, parse_sources
+from selva.utils.errors import UserError
+
+
+def epoch(mixture: Mixture, number: int = 0) -> list[tuple[int, int]]:
+    first = number * mixture.size
+    return [mixture.visit(place)[2:] for place in range(first, first + mixture.size)]
+
+
+def test_an_epoch_visits_every_clip_as_often_as_its_weight_says():
+    mixture = Mixture([5, 3], [3, 1], seed=0)
+    assert mixture.size == 18
+    for number in range(3):
+        assert Counter(epoch(mixture, number)) == {**{(0, i): 3 for i in range(5)}, **{(1, i): 1 for i in range(3)}}
+    assert epoch(mixture, 0) != epoch(mixture, 1)
+
+
+@pytest.mark.parametrize("weight", [0.5, 0.3, 1.5, 2.7])
+def test_a_weight_that_is_no_whole_number_treats_all_clips_alike_in_the_long_run(weight):
+    mixture = Mixture([10], [weight], seed=0)
+    visits = [clip for number in range(10) for _, clip in epoch(mixture, number)]
+    assert Counter(visits) == {clip: round(10 * weight) for clip in range(10)}
+    most = Counter(epoch(mixture)).most_common()[0][1]
+    assert most <= -(-weight // 1)  # none twice as often as needed
+
+
+def test_the_order_depends_on_the_seed_and_the_place_alone():
+    one, other = Mixture([7, 4], [1, 2], seed=3), Mixture([7, 4], [1, 2], seed=3)
+    places = [40, 3, 17, 3]
+    assert [one.visit(p) for p in places] == [other.visit(p) for p in reversed(places)][::-1]
+    assert epoch(one) != epoch(Mixture([7, 4], [1, 2], seed=4))
+
+
+def test_items_name_the_visits_of_an_epoch():
+    mixture = Mixture([4], [2], seed=0)
+    visits = [mixture.visit(place) for place in range(16)]
+    assert len({(visit.epoch, visit.item) for visit in visits}) == 16
+
+
+def test_a_set_without_clips_is_refused():
+    with pytest.raises(UserError, match="quiet: has 3 clips and the weight 0.1"):
+        Mixture([5, 3], [1, 0.1], 0, ["loud", "quiet"])
+
+
+def test_seeds_differ():
+    assert len({seed_of("noise", 1, epoch, item) for epoch in range(10) for item in range(100)}) == 1000
+    assert seed_of("a", 1) == seed_of("a", 1)
+
+
+@pytest.mark.parametrize("text, path, weight", [
+    ("sets/vgg", "sets/vgg", 1), ("sets/vgg:5", "sets/vgg", 5), ("sets/vgg:0.5", "sets/vgg", 0.5),
+    ("C:\\sets", "C:\\sets", 1), ("a:b:2", "a:b", 2),
+])
+def test_sources(text, path, weight):
+    assert DataSource.parse(text) == DataSource(Path(path), weight)
+
+
+def test_a_folder_whose_name_ends_like_a_weight_is_itself(tmp_path):
+    (tmp_path / "take:2").mkdir()
+    assert DataSource.parse(f"{tmp_path}/take:2") == DataSource(tmp_path / "take:2")
+
+
+@pytest.mark.parametrize("text", ["a:0", "a:-1", "a:inf", "a:nan"])
+def test_impossible_weights_are_refused(text):
+    with pytest.raises(UserError, match="expected a number above 0"):
+        DataSource.parse(text)
+
+
+def test_a_folder_that_comes_twice_is_refused():
+    with pytest.raises(UserError, match="is given twice"):
+        parse_sources(["a", "b", "a:2"])

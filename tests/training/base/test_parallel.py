@@ -1,0 +1,82 @@
+"""Several processes: they compute what one does, whole or sharing the model, and go on from each other's state."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from selva.utils.torchrun import process_environment
+
+WORKER = Path(__file__).parents[2] / "base_worker.py"
+TOLERANCE = {"rtol": 1e-6, "atol": 1e-7}
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def start(size: int, job: dict) -> list[subprocess.Popen]:
+    port, root = free_port(), WORKER.parents[1]
+    path = os.pathsep.join([str(root), str(root / "tests")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    return [
+        subprocess.Popen([sys.executable, str(WORKER), json.dumps(job)], stderr=subprocess.PIPE, text=True,
+                         env={**environment, **process_environment(rank, size, port)})
+        for rank in range(size)
+    ]
+
+
+def train(size: int, folder: Path, **job) -> dict:
+    """Train with ``size`` processes; return the result, and the ids of the rows of every step in their order."""
+    folder.mkdir(exist_ok=True)
+    processes = start(size, {"folder": str(folder), **job})
+    errors = [process.communicate(timeout=240)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * size, errors
+    result = torch.load(folder / "result.pt")
+    by_rank = [json.loads((folder / f"ids_{rank}.json").read_text()) for rank in range(size)]
+    result["ids"] = [[name for one in rows for name in one] for rows in zip(*by_rank, strict=True)]
+    return result
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    return train(1, tmp_path_factory.mktemp("alone") / "run", steps=4)
+
+
+def test_two_processes_do_what_one_does(alone, tmp_path):
+    two = train(2, tmp_path / "two", steps=4)
+    assert two["ids"] == alone["ids"]
+    for name in ("losses", "norms", "bins"):
+        torch.testing.assert_close(two[name], alone[name], **TOLERANCE)
+    torch.testing.assert_close(two["weights"], alone["weights"], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(two["average"], alone["average"], rtol=1e-6, atol=1e-6)
+
+
+def test_sharing_the_model_changes_nothing(alone, tmp_path):
+    two = train(2, tmp_path / "two", steps=4, shard="fsdp2")
+    assert two["ids"] == alone["ids"]
+    for name in ("losses", "norms", "bins"):
+        torch.testing.assert_close(two[name], alone[name], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(two["weights"], alone["weights"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(two["average"], alone["average"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("before, shard, after, shard_after", [
+    (2, "none", 1, "none"), (2, "none", 3, "none"), (2, "fsdp2", 1, "none"), (1, "none", 2, "fsdp2"),
+])
+def test_another_number_of_processes_goes_on(alone, tmp_path, before, shard, after, shard_after):
+    first = train(before, tmp_path / "run", steps=2, shard=shard)
+    second = train(after, tmp_path / "run", steps=2, shard=shard_after, resume=True)
+    assert first["ids"] + second["ids"] == alone["ids"]
+    torch.testing.assert_close(first["losses"] + second["losses"], alone["losses"], rtol=1e-5, atol=0)
+    torch.testing.assert_close(second["weights"], alone["weights"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(second["average"], alone["average"], rtol=1e-5, atol=1e-5)
