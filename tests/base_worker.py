@@ -4,7 +4,7 @@
     shard     "none" or "fsdp2"
     folder    of the checkpoint and the results
     resume    go on from the newest checkpoint there
-    die       rank of the process that is gone after the first step
+    die, by   rank of the process that is gone after the first step, and the signal that does it
 """
 
 from __future__ import annotations
@@ -21,12 +21,15 @@ from base_run import CONFIG, make_run
 
 from selva.training.base.checkpoint import Checkpoints, find_checkpoint, load_
 from selva.utils.distributed import join_world
+from selva.utils.logging import setup_logging
+from selva.utils.watch import watched
 
 
 def main(job: dict) -> None:
     torch.set_num_threads(1)
+    setup_logging(False)
     folder = Path(job["folder"])
-    with join_world(torch.device("cpu")) as world:
+    with join_world(torch.device("cpu")) as world, watched(world):
         run = make_run(dataclasses.replace(CONFIG, shard=job.get("shard", "none")), world)
         checkpoints = Checkpoints(folder, world, 0, {})
         if job.get("resume"):
@@ -47,7 +50,7 @@ def main(job: dict) -> None:
             losses.append(loss.item())
             norms.append(norm.item())
             if job.get("die") == world.rank:
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), getattr(signal, job["by"]))
         bins = run.validate()["val_loss_bins"]
         checkpoints.save(run)
         checkpoints.wait()

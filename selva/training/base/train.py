@@ -40,6 +40,7 @@ from selva.utils.metrics_log import MetricsFile
 from selva.utils.plots import plot_losses
 from selva.utils.settings import settings_text, values_of
 from selva.utils.text import clock
+from selva.utils.watch import watched
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ def train_base(config: BaseTrainConfig, settings: Mapping[str, Any] | None = Non
         prepare_to_compile(device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32, as the published models were trained
-    with join_world(device) as world, _locked(config, world):
+    with join_world(device) as world, watched(world), _locked(config, world):
         return _train(config, settings, device, world)
 
 

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -80,3 +81,18 @@ def test_another_number_of_processes_goes_on(alone, tmp_path, before, shard, aft
     torch.testing.assert_close(first["losses"] + second["losses"], alone["losses"], rtol=1e-5, atol=0)
     torch.testing.assert_close(second["weights"], alone["weights"], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(second["average"], alone["average"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("by", ["SIGKILL", pytest.param("SIGSTOP", marks=pytest.mark.slow)])
+def test_a_process_that_is_gone_ends_all_by_its_name(tmp_path, by):
+    started = time.monotonic()
+    processes = start(2, {"folder": str(tmp_path), "steps": 400, "die": 1, "by": by})
+    try:
+        _, error = processes[0].communicate(timeout=100)
+        assert processes[0].returncode == 1
+        assert time.monotonic() - started < 100  # of which the start takes some
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert "process 1 on" in error and "Start again with --resume auto" in error

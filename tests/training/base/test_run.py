@@ -153,8 +153,10 @@ def test_a_pattern_that_matches_nothing_is_refused():
 
 
 def test_epsilon_follows_the_precision():
-    assert CONFIG.eps("fp32") == 1e-8 and CONFIG.eps("bf16") == 1e-6
-    assert make_run(dtype=torch.bfloat16).optimizer.param_groups[0]["eps"] == 1e-6
+    config = dataclasses.replace(CONFIG, adam_eps=None)
+    assert config.eps("fp32") == 1e-8 and config.eps("bf16") == 1e-6
+    assert make_run(config).optimizer.param_groups[0]["eps"] == 1e-8
+    assert make_run(config, dtype=torch.bfloat16).optimizer.param_groups[0]["eps"] == 1e-6
     assert dataclasses.replace(CONFIG, adam_eps=1e-7).eps("bf16") == 1e-7
 
 
