@@ -239,7 +239,13 @@ def _scheduler_state(updates: int, schedule: MMAudioSchedule) -> tuple[dict[str,
     if schedule.marks:
         after = MultiStepLR(optimizer, list(schedule.marks), schedule.gamma)
     both = SequentialLR(optimizer, [LambdaLR(optimizer, lambda k: (k + 1) / (warmup + 1)), after], [warmup])
-    for _ in range(updates):
+    walked = min(updates, warmup + 2)  # by then the second scheduler counts, one for each update
+    for _ in range(walked):
         optimizer.step()
         both.step()
-    return both.state_dict(), optimizer.param_groups[0]["lr"]
+    state, after_warmup = both.state_dict(), updates - warmup
+    if updates > walked:
+        rate = schedule.lr * schedule.gamma ** sum(after_warmup >= mark for mark in schedule.marks)
+        state |= {"last_epoch": updates, "_last_lr": [rate]}
+        state["_schedulers"][1] |= {"last_epoch": after_warmup, "_step_count": after_warmup + 1, "_last_lr": [rate]}
+    return state, state["_last_lr"][0]

@@ -124,6 +124,16 @@ def test_their_scheduler_goes_on_from_ours(tmp_path, updates):
     assert rates(optimizer, scheduler, 10 - updates) == pytest.approx(expected, rel=1e-12)
 
 
+def test_a_long_run_is_not_walked_through(tmp_path):
+    state = read_checkpoint(FILE)
+    write_checkpoint(tmp_path / "a.pth", dataclasses.replace(state, updates=241_000, tracks=()), MMAudioSchedule())
+    content = torch.load(tmp_path / "a.pth", weights_only=True)
+    second = content["scheduler"]["_schedulers"][1]
+    assert content["optimizer"]["param_groups"][0]["lr"] == pytest.approx(1e-5)
+    assert (content["scheduler"]["last_epoch"], second["last_epoch"]) == (241_000, 240_000)
+    assert second["milestones"] == {240_000: 1, 270_000: 1}
+
+
 def test_a_run_without_averages(tmp_path):
     content = torch.load(FILE, weights_only=True)
     torch.save({**content, "ema": None}, tmp_path / "a.pth")
