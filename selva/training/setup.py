@@ -53,7 +53,8 @@ def adapter_meta(config: RunConfig, num_clips: int) -> dict[str, Any]:
         "lora_plus_ratio": training.lora_plus_ratio,
         "clip_features": training.clip_features,
         "num_clips": num_clips,
-        "train_config": {**dataclasses.asdict(training), "betas": list(training.betas)},
+        "train_config": {name: list(value) if isinstance(value, tuple) else value
+                         for name, value in dataclasses.asdict(training).items()},
         "normalize_audio": config.normalize_audio,
         "precision": config.precision,
         "preserve": list(config.preserve),
