@@ -59,16 +59,18 @@ def mmaudio_track(values: Mapping[str, Tensor], step: int) -> dict[str, object]:
     return {EXTRA_KEY: {"initted": True, "step": step}, **tensors}
 
 
+def write_snapshot(folder: Path, track: int, step: int, values: Mapping[str, Tensor]) -> Path:
+    """Write one track of a base model's averages, all parameters by name, whole or not at all; return the path."""
+    path = snapshot_path(folder, track, step)
+    with atomic_path(path) as temporary:
+        write_torch(mmaudio_track(values, step), temporary)
+    return path
+
+
 def write_snapshots(folder: Path, average: PowerEMA) -> list[Path]:
-    """Write the snapshots of a base model's averages, one file for every track, each whole or not at all."""
+    """Write the snapshots of a base model's averages, one file for every track."""
     write_tracks(folder, average.sigma_rels)
-    paths = []
-    for track in range(len(average.tracks)):
-        path = snapshot_path(folder, track, average.step)
-        with atomic_path(path) as temporary:
-            write_torch(mmaudio_track(average.values(track), average.step), temporary)
-        paths.append(path)
-    return paths
+    return [write_snapshot(folder, track, average.step, average.values(track)) for track in range(len(average.tracks))]
 
 
 def snapshot_interval(steps: int, kept: int = KEPT) -> int:

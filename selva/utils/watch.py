@@ -40,10 +40,21 @@ def watched(world: World, leave: Callable[[int], None] = os._exit) -> Iterator[N
     try:
         yield
     except BaseException as error:
+        if _is_of_a_message(error):  # because somebody is gone: the watch says who, and ends this process
+            log.error("a message between the processes failed (%s); looking for the one that is gone",
+                      str(error).splitlines()[0])
+            watch.wait()
         watch.tell(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
         raise
     finally:
         watch.stop()
+
+
+def _is_of_a_message(error: BaseException) -> bool:
+    """Return True for an error of the communication: gloo raises a plain RuntimeError."""
+    from torch.distributed import DistError
+
+    return isinstance(error, DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 class _Watch:
@@ -59,6 +70,10 @@ class _Watch:
     def start(self) -> None:
         self._store.set(self._key("host"), f"process {self.world.rank} on {socket.gethostname()}")
         self._thread.start()
+
+    def wait(self) -> None:
+        """Wait for as long as it takes to see that another process is gone."""
+        self._thread.join(timeout=SILENCE_SEC + 4 * PULSE_SEC)
 
     def stop(self) -> None:
         """End the watch; this process is not missed any more."""

@@ -44,8 +44,9 @@ class BaseTrainConfig(ObjectiveConfig):
     val_rows: int = setting(100, "held-out rows that a validation computes, always the same; 0: all of them",
                             group=EVALUATION)
     output_dir: Path = setting(Path("base_output"), "folder of this run", group=DATA)
-    resume: str | None = setting(None, "continue from a folder below checkpoints/; auto takes the newest, if any",
-                                 group=DATA, metavar="DIR|auto")
+    resume: str | None = setting(None, "continue from a folder below checkpoints/, or from a _ckpt_last.pth of MMAudio's "
+                                 "own trainer; auto takes the newest of the output folder, if any", group=DATA,
+                                 metavar="PATH|auto")
     dry_run: bool = setting(False, "check everything, try two steps, estimate memory and time, and write nothing",
                             group=DATA)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -116,8 +117,8 @@ class BaseTrainConfig(ObjectiveConfig):
         problems += missing_folders("--val_data", [DataSource(Path(path)) for path in self.val_data])
         if self.init not in (None, PUBLISHED) and not Path(self.init).is_file():
             problems.append(f"--init {self.init}: no such file")
-        if self.resume not in (None, "auto") and not Path(self.resume).is_dir():
-            problems.append(f"--resume {self.resume}: no such folder")
+        if self.resume not in (None, "auto") and not Path(self.resume).exists():
+            problems.append(f"--resume {self.resume}: no such file or folder")
         if problems:
             raise UserError("; ".join(problems))
 

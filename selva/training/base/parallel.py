@@ -99,3 +99,13 @@ def local(tensor: Tensor) -> Tensor:
 def whole(tensor: Tensor) -> Tensor:
     """Return a tensor that may be shared, gathered from all processes, which have to ask together."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def fill_(tensor: Tensor, value: Tensor) -> None:
+    """Fill a tensor that may be shared with a whole one, which is the same in every process."""
+    if hasattr(tensor, "to_local"):
+        from torch.distributed.tensor import distribute_tensor
+
+        mesh, placements = tensor.device_mesh, tensor.placements  # pyright: ignore[reportAttributeAccessIssue]
+        value = distribute_tensor(value.to(tensor.device), mesh, placements)
+    tensor.copy_(value)

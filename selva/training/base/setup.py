@@ -16,8 +16,12 @@ from selva.models.generator import Generator
 from selva.models.variants import Variant, get_variant
 from selva.models.zoo import build_generator
 from selva.training.base.config import PUBLISHED, BaseTrainConfig
-from selva.training.base.run import described
+from selva.training.base.mmaudio_files import read_checkpoint as read_mmaudio
+from selva.training.base.mmaudio_files import read_weights
+from selva.training.base.run import MOMENTS, BaseRun, described
 from selva.training.base.statistics import latent_statistics
+from selva.training.base.parallel import fill_
+from selva.training.power_ema import SIGMA_RELS
 from selva.utils.distributed import World
 from selva.utils.errors import UserError
 from selva.weights.load import load_clip_text, load_generator, read_checkpoint
@@ -115,7 +119,8 @@ def start_generator(config: BaseTrainConfig, sets: list[MemmapDataset], device: 
     if config.init is not None:
         generator = build_generator(variant)
         try:
-            generator.load_published(read_checkpoint(Path(config.init)))
+            path = Path(config.init)
+            generator.load_published(read_checkpoint(path) if path.suffix == ".safetensors" else read_weights(path))
         except ValueError as error:
             raise UserError(f"--init {config.init}: {error}; expected a generator of {variant}") from error
         return generator.to(device)
@@ -128,3 +133,39 @@ def start_generator(config: BaseTrainConfig, sets: list[MemmapDataset], device: 
         generator.latent_std.copy_(std)
         generator.empty_string_feat.copy_(load_clip_text(variant, selva_dir).encode([""])[0])
     return generator.to(device)
+
+
+@torch.no_grad()
+def go_on_from_mmaudio_(run: BaseRun, path: Path) -> None:
+    """Go on from a training checkpoint of MMAudio's own trainer: weights, moments, averages, number of updates.
+
+    It does not say which rows were seen; the run goes on where one with its own order of rows would be by now.
+
+    Raises:
+        UserError: the file is none, or of another variant, or this run trains other parameters or averages.
+    """
+    saved = read_mmaudio(path)
+    widths = list(run.average.sigma_rels)
+    problems = [f"{name} is {tuple(saved.weights[name].shape) if name in saved.weights else 'missing'}, expected "
+                f"{tuple(p.shape)}" for name, p in run.parameters.items()
+                if name not in saved.weights or saved.weights[name].shape != p.shape]
+    if saved.tracks and widths != list(SIGMA_RELS):
+        problems.append(f"its averages have the widths {list(SIGMA_RELS)} and --ema_sigma_rel is {widths}")
+    if set(saved.moments["exp_avg"]) != set(run.trained) and saved.updates:
+        problems.append("it trains other parameters; leave --trainable out")
+    if problems:
+        raise UserError(f"{path}: {problems[0]}" + (f", and {len(problems) - 1} more" if problems[1:] else ""))
+    tensors = run.tensors()
+    values = {f"model.{name}": value for name, value in saved.weights.items()}
+    for moment in MOMENTS:
+        values |= {f"{moment}.{name}": value for name, value in saved.moments[moment].items()}
+    for number in range(len(widths)):
+        track = saved.tracks[number] if saved.tracks else saved.weights
+        values |= {f"ema{number}.{name}": track[name] for name in run.trained}
+    for name, tensor in tensors.items():
+        fill_(tensor, values[name])
+    run.restore({
+        **run.numbers(), "step": saved.updates, "place": saved.updates * run.config.batch_size, "updates": saved.updates,
+        "ema": {"sigma_rels": widths, "step": saved.updates},
+    })
+    log.info("%s: going on from MMAudio's training after %d updates", path, saved.updates)

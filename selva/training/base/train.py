@@ -19,15 +19,14 @@ from selva.data.mixture import MixedClips
 from selva.models.variants import get_variant
 from selva.training.base.checkpoint import Checkpoints, find_checkpoint, load_, read_numbers
 from selva.training.base.config import BaseTrainConfig
-from selva.training.base.export import FOLDER as EXPORT_FOLDER
-from selva.training.base.export import export_weights
+from selva.training.base.mmaudio_files import write_weights
 from selva.training.base.run import BaseRun, described
 from selva.training.base.samples import BaseSamples
-from selva.training.base.setup import check_resumable, data_state, load_data, start_generator
+from selva.training.base.setup import check_resumable, data_state, go_on_from_mmaudio_, load_data, start_generator
 from selva.training.base.speed import SpeedMeter
 from selva.training.compiling import prepare_to_compile
 from selva.training.ema_snapshots import FOLDER as SNAPSHOT_FOLDER
-from selva.training.ema_snapshots import snapshot_interval, thin_snapshots, write_snapshots
+from selva.training.ema_snapshots import snapshot_interval, thin_snapshots, write_snapshot, write_tracks
 from selva.training.loop import fit
 from selva.training.schedule import schedule_problem
 from selva.training.stopping import StopRequest
@@ -44,7 +43,7 @@ from selva.utils.watch import watched
 
 log = logging.getLogger(__name__)
 
-LOCK_FILE, METRICS_FILE, CONFIG_FILE = "run.lock", "metrics.jsonl", "config.yaml"
+LOCK_FILE, METRICS_FILE, CONFIG_FILE, EXPORT_FOLDER = "run.lock", "metrics.jsonl", "config.yaml", "export"
 
 
 @dataclass(frozen=True)
@@ -99,18 +98,20 @@ def _train(config: BaseTrainConfig, settings: Mapping[str, Any], device: torch.d
     # 1. the data and the old state, before the model is made
     clips, val_clips, sets = load_data(config)
     saved = find_checkpoint(config.resume, config.output_dir)
-    numbers = read_numbers(saved) if saved is not None else None
-    if saved is not None and numbers is not None:
-        check_resumable(saved, numbers, config, clips)
+    of_mmaudio = saved is not None and saved.is_file()
+    if saved is not None and not of_mmaudio:
+        check_resumable(saved, read_numbers(saved), config, clips)
 
     # 2. the model and everything that trains it
     run = build_run(config, clips, val_clips, sets, device, world)
-    if saved is not None:
+    if saved is not None and of_mmaudio:
+        go_on_from_mmaudio_(run, saved)
+    elif saved is not None:
         load_(run, saved)
     if config.dry_run:
         _estimate(run)
         return BaseResult()
-    return _Training(run, settings).go(resumed=saved is not None)
+    return _Training(run, settings).go(resumed=saved is not None and not of_mmaudio)
 
 
 def build_run(
@@ -208,27 +209,27 @@ class _Training:
             self.samples.write(run)
 
     def _snapshot(self, run: BaseRun) -> None:
-        """Write the averages as they stand, for other widths afterwards."""
-        if run.objective.is_sharded:
-            raise NotImplementedError
-        if not self.world.is_main:
-            return
-        folder = self.folder / SNAPSHOT_FOLDER
+        """Write the averages as they stand, from which other widths are made. All processes come here together."""
+        folder, step = self.folder / SNAPSHOT_FOLDER, run.step
         try:
-            write_snapshots(folder, run.average)
-            thin_snapshots(folder, self.snapshot_every)
+            for track in range(len(run.average.tracks)):
+                values = run.weights(track)
+                if self.world.is_main:
+                    write_snapshot(folder, track, step, values)
+            if self.world.is_main:
+                write_tracks(folder, run.average.sigma_rels)
+                thin_snapshots(folder, self.snapshot_every)
         except OSError as error:
-            log.error("%s: no snapshot of step %d, %s", folder, run.step, why_not_written(error))
+            log.error("%s: no snapshot of step %d, %s", folder, step, why_not_written(error))
 
     def _export(self) -> list[Path]:
         """Write the finished weights and their first average, and return the paths; those of the average first."""
-        variant, paths = self.config.model.variant, []
+        paths = []
         for name, track in (("ema", 0), ("last", None)):
             weights = self.run.weights(track)
-            if self.world.is_main:
-                meta = {"variant": variant, "step": self.run.step, "weights": name,
-                        **({"sigma_rel": self.config.ema_sigma_rel[0]} if track is not None else {})}
-                paths += export_weights(self.folder / EXPORT_FOLDER, f"{variant}_{name}", weights, meta)
+            for suffix in (".pth", ".safetensors") if self.world.is_main else ():
+                paths.append(self.folder / EXPORT_FOLDER / f"{self.config.model.variant}_{name}{suffix}")
+                write_weights(paths[-1], weights)
         return paths
 
 

@@ -8,13 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 from base_run import CONFIG, make_generator, make_run, make_sets
+from golden_case import GOLDEN
 
 from selva.data.dataset import Batch
 from selva.models.config import GeneratorConfig
 from selva.models.generator import Generator
 from selva.training.base import run as run_module
 from selva.training.base.checkpoint import Checkpoints, all_checkpoints, find_checkpoint, load_, read_numbers
-from selva.training.base.run import BaseRun, choose_trainable_
+from selva.training.base.mmaudio_files import MMAudioSchedule, MMAudioState, write_checkpoint
+from selva.training.base.run import MOMENTS, BaseRun, choose_trainable_
+from selva.training.base.setup import go_on_from_mmaudio_
 from selva.training.base.stream import BatchStream, Part, Step, own_parts
 from selva.training.objective import ALONE, NoiseSample
 from selva.utils.distributed import World
@@ -276,3 +279,27 @@ def test_a_damaged_checkpoint_is_refused(tmp_path):
         file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(UserError, match="cannot be read"):
         load_(make_run(), path)
+
+
+# -- MMAudio's own checkpoints -----------------------------------------------------------------------------------------
+
+
+def test_a_training_of_mmaudio_goes_on(tmp_path):
+    """Its state is read back into a run, which then makes the step that the run before would have made."""
+    first = make_run()
+    losses(first, 3)
+    moments = {moment: {name: first.tensors()[f"{moment}.{name}"] for name in first.trained} for moment in MOMENTS}
+    tracks = tuple(first.average.values(number) for number in range(2))
+    path = tmp_path / "run_ckpt_last.pth"
+    write_checkpoint(path, MMAudioState(3, first.weights(), moments, tracks), MMAudioSchedule())
+    second = make_run()
+    go_on_from_mmaudio_(second, path)
+    assert (second.step, second.place, second.average.step) == (3, 18, 3)
+    assert losses(second, 2) == losses(first, 2)
+    for name, value in first.tensors().items():
+        assert torch.equal(value, second.tensors()[name]), name
+
+
+def test_a_training_of_mmaudio_of_another_model_is_refused():
+    with pytest.raises(UserError, match="expected"):
+        go_on_from_mmaudio_(make_run(), GOLDEN / "base_checkpoint" / "tiny_ckpt_last.pth")
