@@ -4,6 +4,7 @@
     python scripts/train_base.py --config configs/base_small_16k.yaml --data sets/vgg:5 sets/freesound --output_dir runs/a
     torchrun --nproc_per_node=8 scripts/train_base.py --config configs/base_large_44k.yaml --data ... --shard fsdp2
     python scripts/train_base.py --config configs/finetune.yaml --init weights/mmaudio_small_16k.pth --data sets/mine
+    python scripts/train_base.py --example                     # all of it in small, to see that it works here
 
 Reads memmaps (extract_features.py --format memmap, or MMAudio's own). Writes to the output folder:
 
@@ -19,7 +20,9 @@ Prints the exported files.
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from selva import cli
 from selva.training.base.config import BaseTrainConfig
@@ -30,7 +33,24 @@ def build_parser() -> cli.ArgumentParser:
     parser = cli.ArgumentParser(__doc__)
     parser.add_settings(BaseTrainConfig)
     parser.add_common()
+    parser.add_argument("--example", action="store_true",
+                        help="make a few toy clips and data sets in --output_dir, train a small model on them with two "
+                        "processes, and make a sound with it; no other setting counts, it takes a minute")
     return parser
+
+
+def run_example(arguments: Sequence[str]) -> int:
+    """Do what ``--example`` asks for."""
+    parser = cli.ArgumentParser(__doc__)
+    parser.add_argument("--example", action="store_true", help="this")
+    parser.add_argument("--output_dir", type=Path, default=Path("base_example"), help="folder for everything")
+    args = parser.parse_args(arguments)
+    if args.output_dir.exists() and any(args.output_dir.iterdir()):
+        raise cli.UsageError(f"--output_dir {args.output_dir}: is not empty; give a new folder")
+    from toyworld import example  # PyTorch takes seconds to import
+
+    example.run_example(args.output_dir, Path(__file__), print)
+    return 0
 
 
 def needed_weights(config: BaseTrainConfig) -> list[str]:
@@ -43,6 +63,9 @@ def needed_weights(config: BaseTrainConfig) -> list[str]:
 
 @cli.entry_point
 def main(argv: Sequence[str] | None = None) -> int:
+    given = sys.argv[1:] if argv is None else argv
+    if "--example" in given:
+        return run_example(given)
     args = build_parser().parse_args(argv)
     config = cli.config_from(BaseTrainConfig, args)
     check_weights(config.model.variant, config.model.selva_dir, needed_weights(config))

@@ -42,7 +42,7 @@ from selva.sequence import DEFAULT_DURATION_SEC, SequenceConfig, sequence_config
 from selva.utils.device import PRECISION_CHOICES, dtype_of, resolve_device, resolve_precision
 from selva.utils.errors import UserError
 from selva.utils.progress import StageTimes
-from selva.weights.find import check_weights
+from selva.weights.find import check_weights, content_mark
 from selva.weights.load import load_generator, load_vae, load_vocoder
 
 log = logging.getLogger(__name__)
@@ -112,6 +112,7 @@ class SoundGenerator:
         sampling: steps, solver, guidance. long: go through more than 8 s in overlapping windows.
         normalize, target: the level of the sounds, see :func:`selva.audio.loudness.normalize_loudness`.
         batch_size: sounds that go through the generator at once.
+        generator_file: weights of the generator instead of the variant's own.
         offload: "none" keeps every network once it is loaded; "auto" frees each before the next one is loaded.
 
     Raises:
@@ -134,6 +135,7 @@ class SoundGenerator:
         precision: str = "auto",
         batch_size: int = DEFAULT_BATCH_SIZE,
         offload: str = "none",
+        generator_file: PathLike | None = None,
     ) -> None:
         for what, value, choices in (("clip_features", clip_features, CLIP_FEATURE_CHOICES),
                                      ("precision", precision, PRECISION_CHOICES),
@@ -141,6 +143,7 @@ class SoundGenerator:
             if value not in choices:
                 raise UserError(f"{what} is {value!r}, expected one of {', '.join(choices)}")
         self.variant, self.selva_dir = get_variant(variant), None if selva_dir is None else Path(selva_dir)
+        self.generator_file = None if generator_file is None else Path(generator_file)
         self.device = resolve_device(device)
         self.precision_name = resolve_precision(precision, self.device)
         self.precision = dtype_of(self.precision_name)
@@ -160,6 +163,11 @@ class SoundGenerator:
         pairs = load_adapters(adapters, self.variant)
         self.uses_clip = uses_clip_features(self.clip_features, self.variant, pairs)
         self.adapters = pairs
+        own = content_mark(self.generator_file) if self.generator_file else None
+        for adapter, _ in pairs:
+            if adapter.meta.get("generator", own) != own or (own and "generator" not in adapter.meta):
+                log.warning("%s: was trained on another generator than %s; the sounds may suffer", adapter.source,
+                            self.generator_file or f"that of {self.variant.name}")
 
     def expect_adapters(self, adapters: Iterable[Adapter]) -> None:
         """Announce the adapters of later calls of :meth:`set_adapters`, which saves reading the weights again."""
@@ -173,7 +181,7 @@ class SoundGenerator:
         """
         use_clip_features = self.uses_clip if use_clip_features is None else use_clip_features
         pictures = ["video_encoder", "t5", *(["clip_image"] if use_clip_features else [])]
-        needs = ["generator", "vae", "vocoder", "clip_text", *(pictures if video else [])]
+        needs = [*([] if self.generator_file else ["generator"]), "vae", "vocoder", "clip_text", *(pictures if video else [])]
         check_weights(self.variant.name, self.selva_dir, needs)
 
     def generate(
@@ -366,7 +374,7 @@ class SoundGenerator:
         return list(latents.cpu())
 
     def _load_generator(self) -> Generator:
-        return load_generator(self.variant.name, self.selva_dir)
+        return load_generator(self.variant.name, self.selva_dir, file=self.generator_file)
 
     # -- stage 3: decoders ---------------------------------------------------------------------------------------------
 

@@ -161,10 +161,13 @@ def adapter_hash(adapter: Adapter) -> str:
 
 
 def _weight_sizes(generator: SoundGenerator) -> list[list[Any]] | str:
+    own = content_mark(generator.generator_file) if generator.generator_file else ""
     if generator.variant.packaged:
-        return packaged_identity(generator.variant.name)
-    found = find_weights(generator.variant, generator.selva_dir, ("generator", "vae", "vocoder"))
-    return [[path.name, path.stat().st_size, content_mark(path)] for files in found.values() for path in files]
+        return packaged_identity(generator.variant.name) + own
+    parts = ("vae", "vocoder") if own else ("generator", "vae", "vocoder")
+    found = find_weights(generator.variant, generator.selva_dir, parts)
+    marks = [[path.name, path.stat().st_size, content_mark(path)] for files in found.values() for path in files]
+    return marks + ([["generator", own]] if own else [])
 
 
 def _content_hash(source: Path | FeatureBundle | None) -> str | None:

@@ -34,6 +34,7 @@ from selva.utils.device import dtype_of, peak_memory_bytes
 from selva.utils.distributed import World
 from selva.utils.errors import UserError
 from selva.utils.text import clock, listed
+from selva.weights.find import content_mark
 from selva.weights.load import load_clip_text, load_generator
 
 log = logging.getLogger(__name__)
@@ -58,6 +59,7 @@ def adapter_meta(config: RunConfig, num_clips: int) -> dict[str, Any]:
         "normalize_audio": config.normalize_audio,
         "precision": config.precision,
         "preserve": list(config.preserve),
+        **({"generator": content_mark(config.model.generator)} if config.model.generator else {}),
         "preserve_share": config.preserve_share,
         **({"init_from": config.init_from.name} if config.init_from else {}),
     }
@@ -142,6 +144,8 @@ def check_resumable(saved: TrainingState, config: RunConfig) -> None:
     for name, now in (("variant", config.model.variant), ("normalize_audio", config.normalize_audio),
                       ("preserve", list(config.preserve)), ("preserve_share", config.preserve_share)):
         pairs[name] = (saved.meta.get(name, now), now)
+    generator = config.model.generator
+    pairs["generator (its content)"] = (saved.meta.get("generator"), content_mark(generator) if generator else None)
     different = [f"{name} was {was!r} and is {now!r} now" for name, (was, now) in pairs.items() if was != now]
     if different:
         raise UserError(f"{saved.path}: continuing with other settings would mix two trainings: "
@@ -239,7 +243,7 @@ def build_run(
 ) -> TrainingRun:
     """Return the base model with a fresh adapter and everything that trains it."""
     model, training, precision = config.model, config.training, dtype_of(config.precision)
-    generator = load_generator(model.variant, model.selva_dir)
+    generator = load_generator(model.variant, model.selva_dir, file=model.generator)
     cast_frozen_(generator, precision)
     check_ranks(generator, config.lora)
     report = inject_lora(generator, config.lora, torch.Generator().manual_seed(training.seed))

@@ -82,19 +82,30 @@ def read_checkpoint(path: Path, key: str | None = None, prefixes: tuple[str, ...
 
 
 def load_generator(
-    variant: str, selva_dir: Path | None = None, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    variant: str, selva_dir: Path | None = None, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
+    *, file: Path | None = None,
 ) -> Generator:
     """Return the generator. As all ``load_*``: frozen, in eval mode, read in float32 and then cast.
 
     Args:
         variant: a name from :data:`selva.models.variants.VARIANTS`.
         selva_dir: where the files lie; a packaged variant needs none and ignores it.
+        file: weights to use instead of the variant's own; a .pth or .safetensors file of a generator.
 
     Raises:
         FileNotFoundError: a file is missing; says which, and how to get it.
         ValueError: unknown variant, or a file that is damaged or belongs to another variant.
     """
-    return _load(variant, "generator", Generator, selva_dir, device, dtype)
+    if file is None:
+        return _load(variant, "generator", Generator, selva_dir, device, dtype)
+    with torch.device("meta"):
+        generator = build_generator(variant)
+    try:
+        generator.to_empty(device="cpu").load_published(read_checkpoint(file))
+    except ValueError as error:
+        raise UserError(f"{file}: {str(error).removeprefix(f'{file}: ')}; expected a generator of variant "
+                        f"{variant}") from error
+    return _finish(generator, device, dtype)
 
 
 def load_video_encoder(
