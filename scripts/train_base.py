@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Train a base model: the whole generator, from scratch or from weights, on data sets of extract_features.py.
 
-    python scripts/train_base.py --config configs/base_small_16k.yaml --data sets/vgg:5 sets/freesound --output_dir runs/a
+    python scripts/train_base.py --config configs/base_small_16k.yaml --data sets/vgg:5 sets/bbc --output_dir runs/a
     torchrun --nproc_per_node=8 scripts/train_base.py --config configs/base_large_44k.yaml --data ... --shard fsdp2
     python scripts/train_base.py --config configs/finetune.yaml --init weights/mmaudio_small_16k.pth --data sets/mine
     python scripts/train_base.py --example                     # all of it in small, to see that it works here

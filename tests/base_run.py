@@ -20,8 +20,9 @@ from selva.utils.distributed import World
 
 HERE = str(Path(__file__).parent)
 CONFIG = BaseTrainConfig(
-    data=[HERE], steps=6, batch_size=6, warmup_steps=2, lr=1e-3, save_every=3, val_every=3, log_every=2, precision="fp32",
-    sample_every=0, hold_out=0, adam_eps=1e-6,  # 1e-8 would make whole updates of the rounding errors of tiny gradients
+    data=[HERE], steps=6, batch_size=6, warmup_steps=2, lr=1e-3, save_every=3, val_every=3, log_every=2,
+    precision="fp32", sample_every=0, hold_out=0,
+    adam_eps=1e-6,  # 1e-8 would make whole updates of the rounding errors of tiny gradients
 )
 
 

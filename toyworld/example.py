@@ -97,8 +97,9 @@ def train(data: list[str], run: Path, script: Path) -> None:
     # One thread each: more than there are cores wait for one another.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     processes = [
-        subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**environment, **process_environment(r, PROCESSES, port)})
-        for r in range(PROCESSES)
+        subprocess.Popen(command, stdout=subprocess.DEVNULL,
+                         env={**environment, **process_environment(rank, PROCESSES, port)})
+        for rank in range(PROCESSES)
     ]
     try:
         codes = [process.wait() for process in processes]

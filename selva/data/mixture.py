@@ -60,8 +60,8 @@ class Mixture:
         for number, (size, count) in enumerate(zip(self.sizes, self.counts, strict=True)):
             if not count:
                 name = names[number] if names else f"set {number}"
-                raise UserError(f"{name}: has {size} clips and the weight {self.weights[number]:g}, which is no clip in "
-                                "an epoch; expected at least one")
+                raise UserError(f"{name}: has {size} clips and the weight {self.weights[number]:g}, which is no clip "
+                                "in an epoch; expected at least one")
         self.size = sum(self.counts)  # of an epoch
         self._order: tuple[int, Tensor] | None = None  # of the epoch that was asked for last
 

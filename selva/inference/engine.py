@@ -181,7 +181,8 @@ class SoundGenerator:
         """
         use_clip_features = self.uses_clip if use_clip_features is None else use_clip_features
         pictures = ["video_encoder", "t5", *(["clip_image"] if use_clip_features else [])]
-        needs = [*([] if self.generator_file else ["generator"]), "vae", "vocoder", "clip_text", *(pictures if video else [])]
+        needs = ["vae", "vocoder", "clip_text", *(pictures if video else [])]
+        needs += [] if self.generator_file else ["generator"]
         check_weights(self.variant.name, self.selva_dir, needs)
 
     def generate(

@@ -59,7 +59,8 @@ def sample_noise(shape: torch.Size, config: ObjectiveConfig, rng: torch.Generato
 
 
 def flow_loss(
-    generator: Generator, batch: Batch | CachedBatch, noise: NoiseSample, config: ObjectiveConfig, precision: torch.dtype
+    generator: Generator, batch: Batch | CachedBatch, noise: NoiseSample, config: ObjectiveConfig,
+    precision: torch.dtype,
 ) -> Tensor:
     """Return the (B,) flow-matching losses of a batch, in float32.
 

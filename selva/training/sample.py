@@ -100,7 +100,8 @@ class TrainingSample:
         clip, sampling = self.clip, SamplingConfig()
         waveform = generate_sound(
             run.generator, clip, self.variant, self.selva_dir, self.seed, sampling, precision=run.precision,
-            clip_features=run.config.clip_features, decode_on=torch.device("cpu") if self._decode_on_cpu else run.device)
+            clip_features=run.config.clip_features,
+            decode_on=torch.device("cpu") if self._decode_on_cpu else run.device)
         stem, rate = folder / f"sample_step{run.step:05d}", clip.sequence.sampling_rate
         write_audio(stem.with_suffix(".wav"), waveform, rate)
         panels = [(f"generated, guidance {sampling.cfg_strength}, {sampling.num_steps} steps", waveform)]

@@ -85,7 +85,8 @@ class _Watch:
     def tell(self, reason: str) -> None:
         """Tell the others that this process ends, and why."""
         with suppress(RuntimeError):
-            self._store.set("selva/watch/failed", f"process {self.world.rank} on {socket.gethostname()} ended: {reason}")
+            name = f"process {self.world.rank} on {socket.gethostname()}"
+            self._store.set("selva/watch/failed", f"{name} ended: {reason}")
 
     def _key(self, what: str, rank: int | None = None) -> str:
         return f"selva/watch/{self.world.rank if rank is None else rank}/{what}"
@@ -96,7 +97,7 @@ class _Watch:
             try:
                 problem = self._look(seen)
             except RuntimeError as error:
-                problem = f"the store of the processes cannot be reached ({str(error).splitlines()[0]}); process 0 is gone"
+                problem = f"process 0, with the store that all share, is gone ({str(error).splitlines()[0]})"
             if problem and not self._ended.is_set():
                 log.error("%s; process %d ends too. Start again with --resume auto", problem, self.world.rank)
                 for stream in (sys.stdout, sys.stderr):

@@ -24,7 +24,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from selva.training.base.run import BaseRun
 from selva.utils.distributed import World
@@ -36,7 +40,7 @@ log = logging.getLogger(__name__)
 FOLDER, NUMBERS_FILE, METADATA_FILE = "checkpoints", "run.json", ".metadata"
 NAME = re.compile(r"step_(\d{8,})")
 FORMAT = 1
-WRITE_ERRORS = (Exception, dcp.api.CheckpointException)  # the second one is no Exception
+WRITE_ERRORS = (Exception, CheckpointException)  # the second one is no Exception
 
 
 def checkpoint_name(step: int) -> str:
@@ -64,7 +68,7 @@ class Checkpoints:
         self._step = 0  # of that
         self._moved = threading.Event()
         # Messages about files travel beside those of the training, from a thread of their own.
-        self._group = dist.new_group(backend="gloo") if world.size > 1 else None
+        self._group: Any = dist.new_group(backend="gloo") if world.size > 1 else None
 
     def clean(self) -> None:
         """Remove what a killed run has left unfinished."""
@@ -94,8 +98,7 @@ class Checkpoints:
         self.world.wait()
         # One process alone is what is meant.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
-        alone = {"no_dist": True} if self.world.size == 1 else {}
-        writing = dcp.async_save(tensors, checkpoint_id=partial, process_group=self._group, **alone)
+        writing = async_save(tensors, checkpoint_id=partial, process_group=self._group)
         assert isinstance(writing, Future)
         self._writing = writing
         if self.world.is_main:
@@ -196,14 +199,13 @@ def load_(run: BaseRun, path: Path) -> None:
     numbers = read_numbers(path)
     metadata = _read_metadata(path)
     tensors = run.tensors()
-    stored = {name: entry for name, entry in metadata.state_dict_metadata.items()}
+    stored = metadata.state_dict_metadata
     if stored.keys() != tensors.keys():
         different = sorted(stored.keys() ^ tensors.keys())
         raise UserError(f"{path}: holds other tensors than this run: {different[0]} and {len(different) - 1} more; "
                         "continue with the same --variant, --trainable and --ema_sigma_rel")
     try:
-        alone = {"no_dist": True} if run.world.size == 1 else {}
-        dcp.load(tensors, storage_reader=_SafeReader(path), **alone)
+        load(tensors, storage_reader=_SafeReader(path))
     except WRITE_ERRORS as error:
         reason = str(error).strip().splitlines()
         raise UserError(f"{path}: cannot be read ({reason[-1] if reason else type(error).__name__}); its files may be "
@@ -232,16 +234,16 @@ class _Unpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it holds {module}.{name}, which is never loaded")
 
 
-class _SafeReader(dcp.FileSystemReader):
+class _SafeReader(FileSystemReader):
     """Reader of a checkpoint that executes nothing in its files: all of the state are tensors."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
         metadata = _read_metadata(Path(self.path))
         for name, entry in metadata.state_dict_metadata.items():
-            if not isinstance(entry, dcp.metadata.TensorStorageMetadata):
+            if not isinstance(entry, TensorStorageMetadata):
                 raise UserError(f"{self.path}: {name} is no tensor, and would be unpickled; it is never loaded")
         if getattr(metadata, "storage_meta", None) is None:
-            metadata.storage_meta = dcp.metadata.StorageMeta()
+            metadata.storage_meta = StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
 
@@ -256,7 +258,7 @@ def _read_metadata(path: Path) -> Any:
     try:
         with open(file, "rb") as content:
             metadata = _Unpickler(content).load()
-        if not isinstance(metadata, dcp.metadata.Metadata):
+        if not isinstance(metadata, Metadata):
             raise pickle.UnpicklingError(f"it holds a {type(metadata).__name__}")
     except FileNotFoundError as error:
         raise UserError(f"{file}: no such file, the checkpoint is incomplete") from error

@@ -35,26 +35,28 @@ class BaseTrainConfig(ObjectiveConfig):
     """Settings of one training of a base model; a step is one update from ``batch_size`` rows of all processes."""
 
     data: list[str] = required(
-        "memmaps of extract_features.py --format memmap, or MMAudio's, each with the weight that says how often an epoch "
-        "visits its rows; video sets and sound-only sets in any number", group=DATA, nargs="+", metavar="DIR[:WEIGHT]")
+        "memmaps of extract_features.py --format memmap, or MMAudio's, each with the weight that says how often an "
+        "epoch visits its rows; video sets and sound-only sets in any number", group=DATA, nargs="+",
+        metavar="DIR[:WEIGHT]")
     val_data: list[Path] = setting([], "memmaps to validate on; without them the last rows of every set are held out",
                                    group=DATA, nargs="*", metavar="DIR")
-    hold_out: int = setting(16, "rows at the end of every set that are never trained on, where --val_data is not given; "
-                            "at most a fifth of a set", group=DATA)
+    hold_out: int = setting(16, "rows at the end of every set that are never trained on, where --val_data is not "
+                            "given; at most a fifth of a set", group=DATA)
     val_rows: int = setting(100, "held-out rows that a validation computes, always the same; 0: all of them",
                             group=EVALUATION)
     output_dir: Path = setting(Path("base_output"), "folder of this run", group=DATA)
-    resume: str | None = setting(None, "continue from a folder below checkpoints/, or from a _ckpt_last.pth of MMAudio's "
-                                 "own trainer; auto takes the newest of the output folder, if any", group=DATA,
-                                 metavar="PATH|auto")
+    resume: str | None = setting(None, "continue from a folder below checkpoints/, or from a _ckpt_last.pth of "
+                                 "MMAudio's own trainer; auto takes the newest of the output folder, if any",
+                                 group=DATA, metavar="PATH|auto")
     dry_run: bool = setting(False, "check everything, try two steps, estimate memory and time, and write nothing",
                             group=DATA)
     model: ModelConfig = field(default_factory=ModelConfig)
     init: str | None = setting(
         None, f"weights to start from instead of random ones: a .pth or .safetensors file of a generator, or the word "
         f"{PUBLISHED} for those of --variant", group=MODEL, metavar=f"FILE|{PUBLISHED}")
-    trainable: tuple[str, ...] = setting(("*",), "patterns of the parameters that are trained, such as 'fused_blocks.*'",
-                                         group=MODEL, nargs="+", metavar="PATTERN")
+    trainable: tuple[str, ...] = setting(
+        ("*",), "patterns of the parameters that are trained, such as 'fused_blocks.*'", group=MODEL, nargs="+",
+        metavar="PATTERN")
     steps: int = setting(300_000, "updates", group=OPTIMISATION)
     batch_size: int = setting(512, "rows of one update, of all processes together", group=OPTIMISATION)
     micro_batch_size: int | None = setting(
@@ -75,13 +77,14 @@ class BaseTrainConfig(ObjectiveConfig):
     ema_sigma_rel: tuple[float, ...] = setting(
         (0.05, 0.1), "widths of the averages in relation to the length of the training; the first one is validated, "
         "sampled and exported", group=AVERAGES, nargs="+", metavar="X")
-    ema_every: int = setting(0, "steps between snapshots of the averages, for scripts/make_ema.py; 0: a fortieth of all "
-                             "steps", group=AVERAGES)
+    ema_every: int = setting(0, "steps between snapshots of the averages, for scripts/make_ema.py; 0: a fortieth of "
+                             "all steps", group=AVERAGES)
     save_every: int = setting(10_000, "steps between checkpoints", group=EVALUATION)
     keep_last: int = setting(2, "checkpoints to keep; 0: all of them", group=EVALUATION)
     val_every: int = setting(5000, "steps between validations", group=EVALUATION)
     log_every: int = setting(200, "steps between log lines and rows of metrics.jsonl", group=EVALUATION)
-    sample_every: int = setting(20_000, "steps between sounds of held-out rows, made with the averaged weights; 0: none",
+    sample_every: int = setting(20_000, "steps between sounds of held-out rows, made with the averaged weights; 0: "
+                                "none",
                                 group=EVALUATION)
     samples: int = setting(4, "how many of them", group=EVALUATION, at_least_one=True)
     tensorboard: bool = setting(False, "write the curves for TensorBoard too", group=EVALUATION)

@@ -69,8 +69,8 @@ class ParallelObjective:
 def _shard_(objective: nn.Module, generator: Generator, precision: torch.dtype) -> None:
     """Share the parameters of a generator among all processes, in place: float32 where they lie and are updated.
 
-    Blocks and projections are gathered and computed in ``precision``; gradients are summed in float32. What is small and
-    sensitive (latent statistics, empty features, position and time embeddings) is gathered in float32.
+    Blocks and projections are gathered and computed in ``precision``; gradients are summed in float32. What is small
+    and sensitive (latent statistics, empty features, position and time embeddings) is gathered in float32.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard

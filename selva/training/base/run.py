@@ -131,7 +131,7 @@ class BaseRun:
     # -- state ---------------------------------------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return all tensors of the state by name, themselves; those of the optimiser are made where it has none yet."""
+        """Return all tensors of the state by name, themselves; those of the optimiser are made where there are none."""
         tensors = {f"model.{name}": p.detach() for name, p in self.parameters.items()}
         for name, parameter in self.trained.items():
             state = self.optimizer.state[parameter]

@@ -18,9 +18,9 @@ from selva.models.zoo import build_generator
 from selva.training.base.config import PUBLISHED, BaseTrainConfig
 from selva.training.base.mmaudio_files import read_checkpoint as read_mmaudio
 from selva.training.base.mmaudio_files import read_weights
+from selva.training.base.parallel import fill_
 from selva.training.base.run import MOMENTS, BaseRun, described
 from selva.training.base.statistics import latent_statistics
-from selva.training.base.parallel import fill_
 from selva.training.power_ema import SIGMA_RELS
 from selva.utils.distributed import World
 from selva.utils.errors import UserError
@@ -39,16 +39,16 @@ def open_memmap(path: Path, variant: Variant) -> MemmapDataset:
         UserError: the folder is none, or one of another variant.
     """
     if not is_memmap(path):
-        raise UserError(f"{path}: is no memmap; a base model is trained on those of extract_features.py --format memmap "
-                        "or MMAudio's. scripts/convert_dataset.py makes one of a folder of .npz files")
+        raise UserError(f"{path}: is no memmap; a base model is trained on those of extract_features.py --format "
+                        "memmap or MMAudio's. scripts/convert_dataset.py makes one of a folder of .npz files")
     return MemmapDataset(path, variant)
 
 
 def load_data(config: BaseTrainConfig) -> tuple[MixedClips, ClipDataset, list[MemmapDataset]]:
     """Return the rows to train on, those held out, and the whole sets.
 
-    The last rows of every set are held out, unless ``--val_data`` names others: rows of one video follow each other in a
-    set, so hardly any of these videos is trained on.
+    The last rows of every set are held out, unless ``--val_data`` names others: rows of one video follow each other in
+    a set, so hardly any of these videos is trained on.
     """
     variant = get_variant(config.model.variant)
     sources = config.sources
@@ -97,14 +97,16 @@ def check_resumable(path: Path, numbers: dict[str, Any], config: BaseTrainConfig
         if was["rows"] == one["rows"] and was["ids"] != one["ids"]:
             problems.append(f"{one['path']}: its rows have other ids than those of {was['path']}")
     if problems:
-        raise UserError(f"{path}: continuing would mix two trainings: {'; '.join(problems)}. Use the same, or start a new "
-                        "run from its weights: --init")
+        raise UserError(f"{path}: continuing would mix two trainings: {'; '.join(problems)}. Use the same, or start a "
+                        "new run from its weights: --init")
 
 
 # -- model -------------------------------------------------------------------------------------------------------------
 
 
-def start_generator(config: BaseTrainConfig, sets: list[MemmapDataset], device: torch.device, world: World) -> Generator:
+def start_generator(
+    config: BaseTrainConfig, sets: list[MemmapDataset], device: torch.device, world: World
+) -> Generator:
     """Return the generator to start from, float32, the same in every process.
 
     With ``--init`` everything comes from there. From scratch, weights are random by the seed, latents are normalised by
@@ -165,7 +167,7 @@ def go_on_from_mmaudio_(run: BaseRun, path: Path) -> None:
     for name, tensor in tensors.items():
         fill_(tensor, values[name])
     run.restore({
-        **run.numbers(), "step": saved.updates, "place": saved.updates * run.config.batch_size, "updates": saved.updates,
-        "ema": {"sigma_rels": widths, "step": saved.updates},
+        **run.numbers(), "step": saved.updates, "updates": saved.updates,
+        "place": saved.updates * run.config.batch_size, "ema": {"sigma_rels": widths, "step": saved.updates},
     })
     log.info("%s: going on from MMAudio's training after %d updates", path, saved.updates)

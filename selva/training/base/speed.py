@@ -48,7 +48,7 @@ def step_operations(generator: Generator, rows: int) -> float:
               "text_input_proj": x, "audio_input_proj": n, "fused_blocks": n}
     total = 0.0
     for name, parameter in generator.named_parameters():
-        if parameter.ndim < 2 or "proj" not in name and "block" not in name and "final_layer" not in name:
+        if parameter.ndim < 2 or ("proj" not in name and "block" not in name and "final_layer" not in name):
             continue
         parts = name.split(".")
         count = next((tokens[part] for part in reversed(parts[:3]) if part in tokens), 1)

@@ -1,4 +1,4 @@
-"""Mean and deviation of the latents of a data set, by which a generator that is trained from scratch normalises them."""
+"""Mean and deviation of the latents of a data set, by which a generator trained from scratch normalises them."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ The random numbers of a visit depend on the seed, the epoch and the item alone.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -22,7 +23,6 @@ from selva.training.config import ObjectiveConfig
 from selva.training.objective import NoiseSample, sample_noise
 from selva.utils.distributed import World
 from selva.utils.errors import UserError
-
 
 Stacked = TypeVar("Stacked", Batch, NoiseSample)
 
@@ -51,7 +51,7 @@ class Step:
 def split(count: int, parts: int) -> list[slice]:
     """Return ``parts`` slices of ``count`` items whose sizes differ by one at most."""
     bounds = [count * i // parts for i in range(parts + 1)]
-    return [slice(first, last) for first, last in zip(bounds, bounds[1:], strict=False)]
+    return [slice(first, last) for first, last in itertools.pairwise(bounds)]
 
 
 def own_parts(batch_size: int, micro_batch_size: int | None, world: World) -> list[slice]:

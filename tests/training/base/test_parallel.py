@@ -16,7 +16,6 @@ import torch
 from selva.utils.torchrun import process_environment
 
 WORKER = Path(__file__).parents[2] / "base_worker.py"
-TOLERANCE = {"rtol": 1e-6, "atol": 1e-7}
 
 
 def free_port() -> int:
@@ -57,7 +56,7 @@ def test_two_processes_do_what_one_does(alone, tmp_path):
     two = train(2, tmp_path / "two", steps=4)
     assert two["ids"] == alone["ids"]
     for name in ("losses", "norms", "bins"):
-        torch.testing.assert_close(two[name], alone[name], **TOLERANCE)
+        torch.testing.assert_close(two[name], alone[name], rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(two["weights"], alone["weights"], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(two["average"], alone["average"], rtol=1e-6, atol=1e-6)
 

@@ -262,7 +262,7 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path):
 
     path = save(make_run(), tmp_path)
     (path / ".metadata").write_bytes(pickle.dumps(Evil()))
-    with pytest.raises(UserError, match="never loaded|damaged"):
+    with pytest.raises(UserError, match="never loaded"):
         load_(make_run(), path)
     assert not (tmp_path / "executed").exists()
 
