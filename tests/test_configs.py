@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-import train_base
 import train_lora
+from scripts import train_base
 from selva import cli
 from selva.models.variants import VARIANTS
 from selva.training.base.config import BaseTrainConfig
@@ -18,7 +18,7 @@ from selva.training.schedule import learning_rate
 from selva.utils.errors import UserError
 
 ALL = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
-OF_BASE = [path for path in ALL if path.stem == "finetune" or path.stem.startswith("base_") and path.stem != "base_recipe"]
+OF_BASE = [path for path in ALL if path.stem.startswith(("base_", "finetune")) and path.stem != "base_recipe"]
 PRESETS = [path for path in ALL if path not in OF_BASE]
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from selva.lora.merge import MERGED_ATTRIBUTE, Adapter, merge_adapters
 from selva.models.generator import Generator, cast_frozen_
+from selva.weights.find import content_mark
+
+log = logging.getLogger(__name__)
 
 AdapterPairs = Sequence[tuple[Adapter, float]]
 
@@ -82,3 +87,12 @@ class AdapterSwitch:
 
 def _own(layer: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return list(layer.named_parameters(recurse=False))
+
+
+def warn_of_other_generators(adapters: AdapterPairs, generator_file: Path | None) -> None:
+    """Warn of adapters that were trained on other weights than those of ``generator_file``, or of the variant."""
+    now = content_mark(generator_file) if generator_file else None
+    for adapter, strength in adapters:
+        if strength != 0 and adapter.meta.get("generator") != now:
+            log.warning("%s: was trained on another generator than %s; the sounds may suffer", adapter.source,
+                        generator_file or "that of the variant")

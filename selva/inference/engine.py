@@ -25,7 +25,7 @@ from selva.extraction.extractor import FeatureExtractor
 from selva.extraction.reader import CLIP_ERRORS
 from selva.features import FeatureBundle, load_features
 from selva.flow import SamplingConfig
-from selva.inference.adapter_switch import AdapterPairs, AdapterSwitch
+from selva.inference.adapter_switch import AdapterPairs, AdapterSwitch, warn_of_other_generators
 from selva.inference.config import CLIP_FEATURE_CHOICES, DEFAULT_BATCH_SIZE, OFFLOAD_CHOICES, WHOLE_VIDEO_SEC
 from selva.inference.long_sampling import sample_long
 from selva.inference.request import Sound, SoundConditions, SoundRequest, check_widths
@@ -42,7 +42,7 @@ from selva.sequence import DEFAULT_DURATION_SEC, SequenceConfig, sequence_config
 from selva.utils.device import PRECISION_CHOICES, dtype_of, resolve_device, resolve_precision
 from selva.utils.errors import UserError
 from selva.utils.progress import StageTimes
-from selva.weights.find import check_weights, content_mark
+from selva.weights.find import check_weights
 from selva.weights.load import load_generator, load_vae, load_vocoder
 
 log = logging.getLogger(__name__)
@@ -111,8 +111,7 @@ class SoundGenerator:
         clip_features: "use" or "empty" CLIP features of the pictures; "auto" as the adapters were trained.
         sampling: steps, solver, guidance. long: go through more than 8 s in overlapping windows.
         normalize, target: the level of the sounds, see :func:`selva.audio.loudness.normalize_loudness`.
-        batch_size: sounds that go through the generator at once.
-        generator_file: weights of the generator instead of the variant's own.
+        batch_size: sounds that go through the generator at once. generator_file: its weights, if not the variant's own.
         offload: "none" keeps every network once it is loaded; "auto" frees each before the next one is loaded.
 
     Raises:
@@ -143,12 +142,11 @@ class SoundGenerator:
             if value not in choices:
                 raise UserError(f"{what} is {value!r}, expected one of {', '.join(choices)}")
         self.variant, self.selva_dir = get_variant(variant), None if selva_dir is None else Path(selva_dir)
-        self.generator_file = None if generator_file is None else Path(generator_file)
         self.device = resolve_device(device)
-        self.precision_name = resolve_precision(precision, self.device)
-        self.precision = dtype_of(self.precision_name)
-        self.sampling, self.long = sampling or SamplingConfig(), long
+        self.precision = dtype_of(precision_name := resolve_precision(precision, self.device))
+        self.precision_name, self.sampling, self.long = precision_name, sampling or SamplingConfig(), long
         self.batch_size, self.offload = batch_size, offload
+        self.generator_file = Path(generator_file) if generator_file else None
         self.normalize, self.target, self.clip_features = normalize, target, clip_features
         self.times = StageTimes()
         # Features are float32 as those that the base models and adapters were trained on.
@@ -163,11 +161,7 @@ class SoundGenerator:
         pairs = load_adapters(adapters, self.variant)
         self.uses_clip = uses_clip_features(self.clip_features, self.variant, pairs)
         self.adapters = pairs
-        own = content_mark(self.generator_file) if self.generator_file else None
-        for adapter, _ in pairs:
-            if adapter.meta.get("generator", own) != own or (own and "generator" not in adapter.meta):
-                log.warning("%s: was trained on another generator than %s; the sounds may suffer", adapter.source,
-                            self.generator_file or f"that of {self.variant.name}")
+        warn_of_other_generators(pairs, self.generator_file)
 
     def expect_adapters(self, adapters: Iterable[Adapter]) -> None:
         """Announce the adapters of later calls of :meth:`set_adapters`, which saves reading the weights again."""
@@ -179,10 +173,9 @@ class SoundGenerator:
         Raises:
             FileNotFoundError: names every missing file, and how to get it.
         """
-        use_clip_features = self.uses_clip if use_clip_features is None else use_clip_features
-        pictures = ["video_encoder", "t5", *(["clip_image"] if use_clip_features else [])]
-        needs = ["vae", "vocoder", "clip_text", *(pictures if video else [])]
-        needs += [] if self.generator_file else ["generator"]
+        use_clip = self.uses_clip if use_clip_features is None else use_clip_features
+        pictures = ["video_encoder", "t5", *(["clip_image"] if use_clip else [])] if video else []
+        needs = [*pictures, "vae", "vocoder", "clip_text", *([] if self.generator_file else ["generator"])]
         check_weights(self.variant.name, self.selva_dir, needs)
 
     def generate(

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import math
+import os
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from selva.data.memmap.reader import row_shapes
 from selva.data.mixture import Mixture, seed_of
 from selva.data.source import DataSource, parse_sources
+from selva.models.variants import get_variant
 from selva.utils.errors import UserError
+
+ROOT = Path(__file__).parents[2]
 
 
 def epoch(mixture: Mixture, number: int = 0) -> list[tuple[int, int]]:
@@ -79,3 +88,60 @@ def test_impossible_weights_are_refused(text):
 def test_a_folder_that_comes_twice_is_refused():
     with pytest.raises(UserError, match="is given twice"):
         parse_sources(["a", "b", "a:2"])
+
+
+MEASURE = """
+import sys, torch
+from pathlib import Path
+from selva.data.memmap.reader import MemmapDataset
+from selva.data.memmap.reader import row_shapes
+from selva.data.mixture import MixedClips
+from selva.data.source import DataSource
+from selva.models.variants import get_variant
+from selva.training.base.stream import BatchStream
+from selva.training.config import TrainConfig
+from selva.utils.distributed import World
+
+folder = Path(sys.argv[1])
+
+def own_kib():  # of the process itself, without the pages of files
+    return int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1])
+
+before = own_kib()
+rows = MemmapDataset(folder, get_variant("tiny_16k"))
+clips = MixedClips([rows], [DataSource(folder, 3)], 0)
+stream = BatchStream(clips, TrainConfig(), batch_size=8, steps=100, world=World())
+for _ in range(20):
+    stream.draw()
+stream.close()
+print(len(rows), own_kib() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs the accounts of Linux")
+def test_memory_does_not_grow_with_the_rows(tmp_path):
+    """Ten times the rows are 11 GB more on the disk (made up: the files have holes), and names in memory."""
+    used = {}
+    for count in (10_000, 100_000):
+        folder = put_holes(tmp_path / f"rows_{count}", count)
+        result = subprocess.run([sys.executable, "-c", MEASURE, str(folder)], capture_output=True, text=True, timeout=300,
+                                env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+        assert result.returncode == 0, result.stderr
+        rows, used[count] = map(int, result.stdout.split())
+        assert rows == count
+    grown = (used[100_000] - used[10_000]) * 1024
+    assert grown < 90_000 * 600, used  # ids, prompts and the order of an epoch; a row has 125,248 bytes on the disk
+
+
+def put_holes(folder: Path, count: int) -> Path:
+    """Write a memmap of tiny_16k of so many rows, whose files have a size but no content."""
+    entries = {}
+    folder.mkdir()
+    for key, shape in row_shapes(get_variant("tiny_16k"), True).items():
+        entries[key] = {"device": "cpu", "shape": [count, *shape], "dtype": "torch.float32", "is_nested": False}
+        with open(folder / f"{key}.memmap", "wb") as file:
+            file.truncate(count * math.prod(shape) * 4)
+    (folder / "meta.json").write_text(json.dumps({**entries, "shape": [], "device": "cpu", "_type": "x"}))
+    names = "".join(f"clip_{i:07d}\ta thing that makes a sound number {i}\n" for i in range(count))
+    folder.with_name(f"{folder.name}.tsv").write_text(f"id\tlabel\n{names}")
+    return folder

@@ -96,8 +96,7 @@ class Checkpoints:
             except OSError as error:  # the others write tensors, or fail too
                 log.error("%s: %s", partial, why_not_written(error))
         self.world.wait()
-        # One process alone is what is meant.
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        _one_process_is_meant()
         writing = async_save(tensors, checkpoint_id=partial, process_group=self._group)
         assert isinstance(writing, Future)
         self._writing = writing
@@ -204,6 +203,7 @@ def load_(run: BaseRun, path: Path) -> None:
         different = sorted(stored.keys() ^ tensors.keys())
         raise UserError(f"{path}: holds other tensors than this run: {different[0]} and {len(different) - 1} more; "
                         "continue with the same --variant, --trainable and --ema_sigma_rel")
+    _one_process_is_meant()
     try:
         load(tensors, storage_reader=_SafeReader(path))
     except WRITE_ERRORS as error:
@@ -211,6 +211,11 @@ def load_(run: BaseRun, path: Path) -> None:
         raise UserError(f"{path}: cannot be read ({reason[-1] if reason else type(error).__name__}); its files may be "
                         "incomplete, use the checkpoint before it") from error
     run.restore(numbers)
+
+
+def _one_process_is_meant() -> None:
+    """Keep PyTorch from warning of a process that is alone; for good, as it warns in threads too."""
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
 
 
 _ALLOWED = {

@@ -91,11 +91,6 @@ def _shard_(objective: nn.Module, generator: Generator, precision: torch.dtype) 
     fully_shard(objective, mesh=mesh, mp_policy=whole)
 
 
-def local(tensor: Tensor) -> Tensor:
-    """Return what lies in this process of a tensor that may be shared."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # pyright: ignore[reportAttributeAccessIssue]
-
-
 def whole(tensor: Tensor) -> Tensor:
     """Return a tensor that may be shared, gathered from all processes, which have to ask together."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # pyright: ignore[reportAttributeAccessIssue]

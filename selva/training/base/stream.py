@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TypeVar
 
 import torch
@@ -112,7 +112,7 @@ class BatchStream:
         self._readers.shutdown(wait=True, cancel_futures=True)
 
     def read(self, step: int, place: int) -> Step:
-        """Return what this process computes of the batch of a step, which begins at ``place``; read now."""
+        """Return the part of this process of the batch of a step, which begins at ``place``; read now."""
         visits = [self.clips.mixture.visit(place + i) for i in range(self.batch_size)]
         return Step([self._part(visits[own], step) for own in self.parts], self.clips.mixture.per_source(visits))
 
@@ -136,5 +136,5 @@ def visit_noise(visits: Sequence[Visit], shape: torch.Size, config: ObjectiveCon
 
 
 def _pinned(value: Stacked) -> Stacked:
-    moved = {field.name: getattr(value, field.name) for field in fields(value)}
-    return type(value)(**{name: x.pin_memory() if isinstance(x, Tensor) else x for name, x in moved.items()})
+    tensors = {field.name: getattr(value, field.name) for field in fields(value)}
+    return replace(value, **{name: x.pin_memory() for name, x in tensors.items() if isinstance(x, Tensor)})
