@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Make an average of another width, after the training, from the snapshots that the run has left.
 
     python scripts/make_ema.py runs/dog --sigma_rel 0.08 --output dog_ema.pt
