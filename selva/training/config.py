@@ -14,7 +14,7 @@ from selva.sequence import DEFAULT_DURATION_SEC
 from selva.utils.device import PRECISION_CHOICES, PRECISION_HELP
 from selva.utils.errors import UserError
 from selva.utils.settings import required, setting
-from selva.weights.config import GENERAL, ModelConfig
+from selva.weights.config import GENERAL, GeneratorModelConfig
 
 LATENT_MODES = ("sample", "mode")
 LR_SCHEDULES = ("constant", "cosine", "multistep", "cosine_restarts")
@@ -158,7 +158,7 @@ class RunConfig:
                               "ones stay as they are", group=DATA)
     normalize_audio: Normalize = setting("peak", "peak: 0.95 of full scale, as the base models were trained; none: as "
                                    "recorded", group=DATA, choices=AUDIO_NORMALIZATIONS)
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: GeneratorModelConfig = field(default_factory=GeneratorModelConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     training: TrainConfig = field(default_factory=TrainConfig)
     val_fraction: float = setting(0.1, "share of the clips held out to see overfitting; none below five clips",
