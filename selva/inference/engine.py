@@ -147,14 +147,14 @@ class SoundGenerator:
         self.precision_name = resolve_precision(precision, self.device)
         self.precision = dtype_of(self.precision_name)
         self.sampling, self.long = sampling or SamplingConfig(), long
-        self.batch_size, self.offload, self.own_generator = batch_size, offload, generator and Path(generator)
+        self.batch_size, self.offload = batch_size, offload
+        self.own_generator = None if generator is None else Path(generator)
         self.normalize, self.target, self.clip_features = normalize, target, clip_features
-        self.times = StageTimes()
         # Features are float32 as those that the base models and adapters were trained on.
         self._extractor = FeatureExtractor(self.variant, self.selva_dir, self.device)
         self._switch = AdapterSwitch(self._load_generator, self.precision, self.device)
         self._decoders: tuple[VAE, Vocoder | MelInversion] | None = None
-        self._stage = ""
+        self._stage, self.times = "", StageTimes()
         self.set_adapters(adapters)
 
     def set_adapters(self, adapters: Iterable[AdapterSpec]) -> None:
@@ -175,9 +175,8 @@ class SoundGenerator:
         """
         use_clip_features = self.uses_clip if use_clip_features is None else use_clip_features
         pictures = ["video_encoder", "t5", *(["clip_image"] if use_clip_features else [])]
-        generator = ["generator"] if self.own_generator is None else []
-        needs = [*generator, "vae", "vocoder", "clip_text", *(pictures if video else [])]
-        check_weights(self.variant.name, self.selva_dir, needs)
+        needs = ["vae", "vocoder", "clip_text", *(pictures if video else [])]
+        check_weights(self.variant.name, self.selva_dir, needs + ["generator"] * (self.own_generator is None))
 
     def generate(
         self,

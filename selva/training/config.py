@@ -111,8 +111,8 @@ class TrainConfig(ObjectiveConfig):
                        "averages over a share of the training, from which scripts/make_ema.py makes others later",
                        group=OPTIMISATION, choices=EMA_KINDS)
     ema_sigma_rel: tuple[float, ...] = setting(
-        (0.05, 0.1), "widths of the averages of --ema power, in relation to the length of the training; the first one is "
-        "judged and saved", group=OPTIMISATION, nargs="+", metavar="X")
+        (0.05, 0.1), "widths of the averages of --ema power, in relation to the length of the training; the first one "
+        "is judged and saved", group=OPTIMISATION, nargs="+", metavar="X")
     ema_decay: float = setting(  # 0: no average of the adapter is kept
         0.0, "keep a moving average of the adapter, which is then what is judged and saved; e.g. 0.999",
         group=OPTIMISATION)

@@ -27,7 +27,7 @@ from selva.utils.torch_files import read_torch, write_torch
 FOLDER, TRACKS_FILE = "ema_ckpts", "tracks.json"
 SNAPSHOT_FILE = re.compile(r"(\d+)\.(\d+)\.pt")
 EXTRA_KEY, PREFIX = "_extra_state", "ema_model."
-KEPT = 40  # snapshots of a run: other widths are then right to 3e-5 to 7e-4 of the noise of a step; docs/base_training.md
+KEPT = 40  # snapshots of a run, after which other widths are right to 3e-5 to 7e-4; see docs/base_training.md
 
 
 @dataclass(frozen=True)
@@ -160,9 +160,9 @@ def weighted_sum(parts: Sequence[tuple[Path, Mapping[str, Tensor], float]]) -> d
     """Return the sum of tensors by name times factors; what the factors lack to 1 goes to the part with the largest.
 
     So constants (latent statistics, the empty text, frozen layers) stay exactly what they are, in single elements too.
-    MMAudio's program multiplies everything by the sum of the factors, 1.005 or 0.979 with five snapshots; where weights
-    have a value of their own beside the noise of training, that is 10 times further from a tracked average. (With the 60
-    snapshots of a full run the sum is 1 to 4e-6, and the two agree.)
+    MMAudio's program multiplies everything by the sum of the factors, 1.005 or 0.979 with five snapshots; where
+    weights have a value of their own beside the noise of training, that is 10 times further from a tracked average.
+    (With the 60 snapshots of a full run the sum is 1 to 4e-6, and the two agree.)
 
     Of tensors that are mapped from files, one name at a time is in memory.
 
@@ -179,8 +179,8 @@ def weighted_sum(parts: Sequence[tuple[Path, Mapping[str, Tensor], float]]) -> d
         other = reference.keys() ^ tensors.keys()
         other |= {name for name in reference.keys() & tensors.keys() if tensors[name].shape != reference[name].shape}
         if other:
-            raise UserError(f"{path}: is of another run than {name_of_chief.name}: {listed(sorted(other), 5)} differ in "
-                            "name or shape")
+            raise UserError(f"{path}: is of another run than {name_of_chief.name}: {listed(sorted(other), 5)} differ "
+                            "in name or shape")
     result = {}
     for name, x in reference.items():
         base = x.double()

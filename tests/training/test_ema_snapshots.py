@@ -66,7 +66,7 @@ def test_the_widths_are_those_of_the_run(tmp_path):
     with pytest.raises(UserError, match="snapshots of track 1 but 1 widths"):
         find_snapshots(tmp_path)
     (tmp_path / "tracks.json").write_text("{}")
-    with pytest.raises(UserError, match="tracks.json: damaged"):
+    with pytest.raises(UserError, match=r"tracks.json: damaged"):
         find_snapshots(tmp_path)
 
 

@@ -125,7 +125,7 @@ def test_snapshots_of_the_averages_are_adapters_and_survive_a_resume(tmp_path):
     assert equal(whole["0.12.pt"].tensors, step_file.tensors)  # the first width is what is saved
     go_on(tmp_path / "killed", POWER, until=6)
     (tmp_path / "killed" / "adapter_step00006.pt").unlink()  # as if it had been killed before it was written
-    _, folder = go_on(tmp_path / "killed", POWER, resume=3)
+    go_on(tmp_path / "killed", POWER, resume=3)
     assert not (tmp_path / "killed" / "previous_001").exists()
     killed = averages(tmp_path / "killed")
     assert whole.keys() == killed.keys()

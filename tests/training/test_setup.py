@@ -31,7 +31,8 @@ def windows(tmp_path):
 
 
 def split(folder, saved=None, **options):
-    config = RunConfig(data_dir=folder, model=GeneratorModelConfig(variant="tiny_16k"), training=TrainConfig(), **options)
+    model = GeneratorModelConfig(variant="tiny_16k")
+    config = RunConfig(data_dir=folder, model=model, training=TrainConfig(), **options)
     return load_split(config, CPU, World(), saved)
 
 
