@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Make an average of another width, after the training, from the snapshots that the run has left.
 
     python scripts/make_ema.py runs/dog --sigma_rel 0.08 --output dog_ema.pt
@@ -46,8 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     log.info("%s: %s of width %g at step %d, from %d of %d snapshots, %.1e away from one that was tracked", made.path,
              "adapter" if made.adapter else "generator", args.sigma_rel, made.step, made.used, made.found, made.error)
     if made.error > TOO_FAR:
-        log.warning("this width and step are far from the snapshots: %.0f %% of the noise of single steps differ from a "
-                    "tracked average; take a width between those of the tracks, or a step near a snapshot",
+        log.warning("this width and step are far from the snapshots: %.0f %% of the noise of single steps differ from "
+                    "a tracked average; take a width between those of the tracks, or a step near a snapshot",
                     100 * made.error)
     print(made.path)
     return 0

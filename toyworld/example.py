@@ -20,7 +20,7 @@ from selva.media import write_audio
 from selva.utils.errors import UserError
 from selva.utils.files import atomic_write_text
 from selva.utils.torchrun import process_environment
-from selva.weights.config import GeneratorChoice, ModelConfig
+from selva.weights.config import GeneratorModelConfig, ModelConfig
 from toyworld.classes import CLASSES
 from toyworld.scene import make_scene
 
@@ -52,7 +52,7 @@ def run_example(folder: Path, script: Path, announce: Callable[[Path], None] = l
     train([f"{sets[0]}:2", str(sets[1])], run, script)
     for path in sorted((run / "export").iterdir()):
         announce(path)
-    generator = GeneratorChoice(variant=VARIANT, device="cpu", generator=run / "export" / f"{VARIANT}_ema.safetensors")
+    generator = GeneratorModelConfig(variant=VARIANT, device="cpu", generator=run / "export" / f"{VARIANT}_ema.safetensors")
     settings = InferenceConfig(inputs=[folder / "clips" / "clip_000.mp4"], output=folder / "sound", normalize="peak",
                                prompts=folder / "clips" / "prompts.txt", model=generator)
     if generate(settings, announce):

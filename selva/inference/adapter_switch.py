@@ -11,11 +11,18 @@ from torch import Tensor, nn
 
 from selva.lora.merge import MERGED_ATTRIBUTE, Adapter, merge_adapters
 from selva.models.generator import Generator, cast_frozen_
-from selva.weights.find import content_mark
+from selva.weights.find import generator_change
 
 log = logging.getLogger(__name__)
 
 AdapterPairs = Sequence[tuple[Adapter, float]]
+
+
+def warn_of_other_generators(adapters: AdapterPairs, generator: Path | None) -> None:
+    """Warn of adapters that were trained on other weights of the same variant than those in use."""
+    for adapter, _ in adapters:
+        if change := generator_change(adapter.meta, generator):
+            log.warning("%s was trained on %s and is used with %s (--generator)", adapter.source, *change)
 
 
 class AdapterSwitch:
@@ -87,12 +94,3 @@ class AdapterSwitch:
 
 def _own(layer: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return list(layer.named_parameters(recurse=False))
-
-
-def warn_of_other_generators(adapters: AdapterPairs, generator_file: Path | None) -> None:
-    """Warn of adapters that were trained on other weights than those of ``generator_file``, or of the variant."""
-    now = content_mark(generator_file) if generator_file else None
-    for adapter, strength in adapters:
-        if strength != 0 and adapter.meta.get("generator") != now:
-            log.warning("%s: was trained on another generator than %s; the sounds may suffer", adapter.source,
-                        generator_file or "that of the variant")

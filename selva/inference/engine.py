@@ -111,8 +111,9 @@ class SoundGenerator:
         clip_features: "use" or "empty" CLIP features of the pictures; "auto" as the adapters were trained.
         sampling: steps, solver, guidance. long: go through more than 8 s in overlapping windows.
         normalize, target: the level of the sounds, see :func:`selva.audio.loudness.normalize_loudness`.
-        batch_size: sounds that go through the generator at once. generator_file: its weights, if not the variant's own.
+        batch_size: sounds that go through the generator at once.
         offload: "none" keeps every network once it is loaded; "auto" frees each before the next one is loaded.
+        generator: file of a generator of your own, in place of that of the variant.
 
     Raises:
         ValueError: an unknown name or choice, or adapters that do not suit the variant or each other.
@@ -134,7 +135,7 @@ class SoundGenerator:
         precision: str = "auto",
         batch_size: int = DEFAULT_BATCH_SIZE,
         offload: str = "none",
-        generator_file: PathLike | None = None,
+        generator: PathLike | None = None,
     ) -> None:
         for what, value, choices in (("clip_features", clip_features, CLIP_FEATURE_CHOICES),
                                      ("precision", precision, PRECISION_CHOICES),
@@ -143,25 +144,24 @@ class SoundGenerator:
                 raise UserError(f"{what} is {value!r}, expected one of {', '.join(choices)}")
         self.variant, self.selva_dir = get_variant(variant), None if selva_dir is None else Path(selva_dir)
         self.device = resolve_device(device)
-        self.precision = dtype_of(precision_name := resolve_precision(precision, self.device))
-        self.precision_name, self.sampling, self.long = precision_name, sampling or SamplingConfig(), long
+        self.precision_name = resolve_precision(precision, self.device)
+        self.precision = dtype_of(self.precision_name)
+        self.sampling, self.long = sampling or SamplingConfig(), long
         self.batch_size, self.offload = batch_size, offload
-        self.generator_file = Path(generator_file) if generator_file else None
+        self.own_generator = None if generator is None else Path(generator)
         self.normalize, self.target, self.clip_features = normalize, target, clip_features
-        self.times = StageTimes()
         # Features are float32 as those that the base models and adapters were trained on.
         self._extractor = FeatureExtractor(self.variant, self.selva_dir, self.device)
         self._switch = AdapterSwitch(self._load_generator, self.precision, self.device)
         self._decoders: tuple[VAE, Vocoder | MelInversion] | None = None
-        self._stage = ""
+        self._stage, self.times = "", StageTimes()
         self.set_adapters(adapters)
 
     def set_adapters(self, adapters: Iterable[AdapterSpec]) -> None:
         """Use these adapters from now on, and no others; the weights change when the next sound is sampled."""
         pairs = load_adapters(adapters, self.variant)
-        self.uses_clip = uses_clip_features(self.clip_features, self.variant, pairs)
-        self.adapters = pairs
-        warn_of_other_generators(pairs, self.generator_file)
+        warn_of_other_generators(pairs, self.own_generator)
+        self.uses_clip, self.adapters = uses_clip_features(self.clip_features, self.variant, pairs), pairs
 
     def expect_adapters(self, adapters: Iterable[Adapter]) -> None:
         """Announce the adapters of later calls of :meth:`set_adapters`, which saves reading the weights again."""
@@ -173,10 +173,10 @@ class SoundGenerator:
         Raises:
             FileNotFoundError: names every missing file, and how to get it.
         """
-        use_clip = self.uses_clip if use_clip_features is None else use_clip_features
-        pictures = ["video_encoder", "t5", *(["clip_image"] if use_clip else [])] if video else []
-        needs = [*pictures, "vae", "vocoder", "clip_text", *([] if self.generator_file else ["generator"])]
-        check_weights(self.variant.name, self.selva_dir, needs)
+        use_clip_features = self.uses_clip if use_clip_features is None else use_clip_features
+        pictures = ["video_encoder", "t5", *(["clip_image"] if use_clip_features else [])]
+        needs = ["vae", "vocoder", "clip_text", *(pictures if video else [])]
+        check_weights(self.variant.name, self.selva_dir, needs + ["generator"] * (self.own_generator is None))
 
     def generate(
         self,
@@ -368,7 +368,7 @@ class SoundGenerator:
         return list(latents.cpu())
 
     def _load_generator(self) -> Generator:
-        return load_generator(self.variant.name, self.selva_dir, file=self.generator_file)
+        return load_generator(self.variant.name, self.selva_dir, file=self.own_generator)
 
     # -- stage 3: decoders ---------------------------------------------------------------------------------------------
 

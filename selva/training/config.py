@@ -14,7 +14,7 @@ from selva.sequence import DEFAULT_DURATION_SEC
 from selva.utils.device import PRECISION_CHOICES, PRECISION_HELP
 from selva.utils.errors import UserError
 from selva.utils.settings import required, setting
-from selva.weights.config import GENERAL, GeneratorChoice
+from selva.weights.config import GENERAL, GeneratorModelConfig
 
 LATENT_MODES = ("sample", "mode")
 LR_SCHEDULES = ("constant", "cosine", "multistep", "cosine_restarts")
@@ -111,8 +111,8 @@ class TrainConfig(ObjectiveConfig):
                        "averages over a share of the training, from which scripts/make_ema.py makes others later",
                        group=OPTIMISATION, choices=EMA_KINDS)
     ema_sigma_rel: tuple[float, ...] = setting(
-        (0.05, 0.1), "widths of the averages of --ema power, in relation to the length of the training; the first one is "
-        "judged and saved", group=OPTIMISATION, nargs="+", metavar="X")
+        (0.05, 0.1), "widths of the averages of --ema power, in relation to the length of the training; the first one "
+        "is judged and saved", group=OPTIMISATION, nargs="+", metavar="X")
     ema_decay: float = setting(  # 0: no average of the adapter is kept
         0.0, "keep a moving average of the adapter, which is then what is judged and saved; e.g. 0.999",
         group=OPTIMISATION)
@@ -158,7 +158,7 @@ class RunConfig:
                               "ones stay as they are", group=DATA)
     normalize_audio: Normalize = setting("peak", "peak: 0.95 of full scale, as the base models were trained; none: as "
                                    "recorded", group=DATA, choices=AUDIO_NORMALIZATIONS)
-    model: GeneratorChoice = field(default_factory=GeneratorChoice)
+    model: GeneratorModelConfig = field(default_factory=GeneratorModelConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     training: TrainConfig = field(default_factory=TrainConfig)
     val_fraction: float = setting(0.1, "share of the clips held out to see overfitting; none below five clips",

@@ -134,7 +134,7 @@ class RunFolder:
         )
 
     def save_averages(self, run: TrainingRun) -> None:
-        """Write the averages of ``--ema power`` in even distances and at the last step: adapters, one for each width."""
+        """Write the averages of ``--ema power``, at even distances and at the last step: an adapter for each width."""
         average, steps = run.ema, run.config.steps
         if not isinstance(average, PowerEMA) or (run.step % snapshot_interval(steps) and run.step != steps):
             return

@@ -50,7 +50,8 @@ def learning_rate(step: int, config: Schedule) -> float:
         return config.lr * (step + 1) / (config.warmup_steps + 1)
     progress = after / max(1, config.steps - config.warmup_steps)  # from 0 to below 1
     if config.lr_schedule == "multistep":
-        return multistep_rate(step, config.lr, config.warmup_steps, [decay * config.steps for decay in MULTISTEP_DECAYS])
+        marks = [decay * config.steps for decay in MULTISTEP_DECAYS]
+        return multistep_rate(step, config.lr, config.warmup_steps, marks)
     if config.lr_schedule == "cosine":
         return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
     if config.lr_schedule == "cosine_restarts":

@@ -51,7 +51,8 @@ def move_later_aside(folder: Path, step: int) -> None:
         return
     later.sort(key=lambda path: (path.name.startswith("adapter_step"), _step_of(path) or 0, path.name))
     curves = sorted(folder.glob("loss_*.png")) if metrics.last_step > step else []  # the next step file draws them anew
-    aside = _move(folder, [*curves, *averages, *later], copies=[metrics.path] if metrics.path and metrics.path.exists() else [])
+    copies = [metrics.path] if metrics.path and metrics.path.exists() else []
+    aside = _move(folder, [*curves, *averages, *later], copies)
     log.warning("%s: going on from step %d; what was later (%s) is now in %s, with a copy of the metrics", folder, step,
                 ", ".join(path.name for path in later) or "rows of metrics", aside)
 

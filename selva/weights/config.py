@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,17 +26,17 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class GeneratorChoice(ModelConfig):
-    """A base model whose generator may be one of the user's own."""
+class GeneratorModelConfig(ModelConfig):
+    """The base model, where its generator may be the user's own: for everything that runs the generator."""
 
     generator: Path | None = setting(
-        None, "weights of the generator instead of the variant's own, a .pth or .safetensors file of "
-        "scripts/train_base.py or of MMAudio's trainer", group=MODEL, metavar="FILE")
+        None, "a generator of your own in place of that of --variant, .pth or .safetensors with the published names: "
+        "as scripts/train_base.py and scripts/make_ema.py write, or MMAudio's trainer", group=MODEL, metavar="FILE")
 
     def __post_init__(self) -> None:
-        if self.generator is not None and not self.generator.is_file():
+        if self.generator is not None and not Path(self.generator).is_file():
             raise UserError(f"--generator {self.generator}: no such file")
 
-    def own_parts(self, parts: Sequence[str]) -> list[str]:
-        """Return those of the parts of a variant whose own files are needed."""
+    def needs(self, parts: Iterable[str]) -> list[str]:
+        """Return those of these parts that the files of the variant have to bring."""
         return [part for part in parts if part != "generator" or self.generator is None]

@@ -162,11 +162,11 @@ def test_an_adapter_is_trained_on_the_export(run, sets, tmp_path, caplog):
     adapter = tmp_path / "lora" / "adapter_final.pt"
     sound = [*TINY, "--prompt", "a bell", "--num_steps", "1", "--adapter", str(adapter)]
     assert infer.main([*sound, *own, "--output", str(tmp_path / "a.wav")]) == 0
-    assert "trained on another generator" not in caplog.text
+    assert "was trained on" not in caplog.text
     assert infer.main([*sound, "--output", str(tmp_path / "b.wav")]) == 0
-    assert "trained on another generator" in caplog.text
+    assert "was trained on" in caplog.text
     assert train_lora.main([*arguments, "--steps", "2", "--resume", "auto"]) == 1
-    assert "generator (its content) was" in caplog.text
+    assert "generator was" in caplog.text
 
 
 @pytest.mark.slow
