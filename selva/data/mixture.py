@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,9 @@ from torch import Tensor
 from selva.data.dataset import ClipDataset, TrainingClip
 from selva.data.source import DataSource
 from selva.utils.errors import UserError
+
+
+MOST_PARTS = 20  # a weight counts in so many parts of one
 
 
 class Visit(NamedTuple):
@@ -103,6 +107,16 @@ def _stride(size: int) -> int:
     while math.gcd(step, size) > 1:
         step += 1
     return step
+
+
+def repeats_of(weights: Sequence[float]) -> list[int]:
+    """Return how often the clips of each set come in an epoch that is long enough for all weights: 1, 1.5 are 2, 3."""
+    exact = [Fraction(weight).limit_denominator(MOST_PARTS) for weight in weights]
+    if any(weight <= 0 for weight in exact):
+        raise UserError(f"the weights {list(weights)} are too different, expected at least 1/{MOST_PARTS}")
+    together = math.lcm(*(weight.denominator for weight in exact))
+    times = [int(weight * together) for weight in exact]
+    return [time // math.gcd(*times) for time in times]
 
 
 class MixedClips:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from selva import flow
 from selva.audio.config import AUDIO_NORMALIZATIONS, Normalize
+from selva.data.source import DataSource, missing_folders, parse_sources
 from selva.lora.config import LoRAConfig
 from selva.sequence import DEFAULT_DURATION_SEC
 from selva.utils.device import PRECISION_CHOICES, PRECISION_HELP
@@ -143,7 +144,9 @@ class TrainConfig(ObjectiveConfig):
 class RunConfig:
     """Settings of one run of ``train_lora.py``: data, model, adapter, training, output."""
 
-    data_dir: Path = required("folder of .npz + sound pairs, or an MMAudio memmap", group=DATA)
+    data_dir: list[str] = required(
+        "folders of .npz + sound pairs, or MMAudio memmaps; of several, each may have a weight that says how often its "
+        "clips are used: voices noises:3", group=DATA, nargs="+", metavar="DIR[:WEIGHT]")
     output_dir: Path = setting(Path("lora_output"), "folder of this run", group=DATA)
     resume: str | None = setting(None, "continue from a step file; auto takes the newest of the output folder, if any",
                                  group=DATA, metavar="FILE|auto")
@@ -184,6 +187,8 @@ class RunConfig:
     precision: str = setting("auto", PRECISION_HELP, group=GENERAL, choices=PRECISION_CHOICES)
 
     def __post_init__(self) -> None:
+        if isinstance(self.data_dir, str | Path):
+            object.__setattr__(self, "data_dir", [str(self.data_dir)])
         problems = []
         if not 0 <= self.val_fraction < 1:
             problems.append(f"val_fraction is {self.val_fraction}, expected 0 to below 1")
@@ -191,8 +196,11 @@ class RunConfig:
             problems.append(f"preserve_share is {self.preserve_share}, expected more than 0 and less than 1")
         problems += [f"{name} is {getattr(self, name)}, expected at least 0" for name in ("keep_last", "val_clips")
                      if getattr(self, name) < 0]
-        folders = {"--data_dir": self.data_dir, "--val_dir": self.val_dir}
-        problems += [f"{flag} {path}: no such folder" for flag, path in folders.items() if path and not path.is_dir()]
+        try:
+            problems += missing_folders("--data_dir", self.sources)
+        except UserError as error:
+            problems.append(str(error))
+        problems += missing_folders("--val_dir", [DataSource(self.val_dir)] if self.val_dir else [])
         if self.resume not in (None, "auto") and not Path(self.resume).is_file():
             problems.append(f"--resume {self.resume}: no such file")
         if self.init_from is not None:
@@ -205,3 +213,8 @@ class RunConfig:
                 problems.append(f"--init_from {self.init_from}: no such file")
         if problems:
             raise UserError("; ".join(problems))
+
+    @property
+    def sources(self) -> list[DataSource]:
+        """The data sets with their weights."""
+        return parse_sources(self.data_dir)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,17 @@ from selva.checkpoint import (
     load_checkpoint,
     load_newest_checkpoint,
 )
-from selva.data.dataset import ClipDataset, ConcatDataset, origin_groups, split_validation
+from selva.data.dataset import (
+    ClipDataset,
+    ConcatDataset,
+    PrefixedDataset,
+    Subset,
+    origin_groups,
+    split_validation,
+)
 from selva.data.folder_dataset import FolderDataset, load_clip_dataset
+from selva.data.mixture import repeats_of
+from selva.data.source import DataSource
 from selva.data.summary import summarise
 from selva.lora.inject import check_ranks, inject_lora
 from selva.models.generator import cast_frozen_
@@ -197,7 +208,12 @@ def load_split(
     Args:
         saved: the state that is continued; the clips of a run that version 0.1.0 began are divided as it did.
     """
-    clips = load_clips(config, config.data_dir, device, world)
+    sources = config.sources
+    sets = [load_clips(config, source.path, device, world) for source in sources]
+    if len(sets) > 1:  # the same name may be in several
+        sets = [PrefixedDataset(one, f"{source.path.name}/") for one, source in zip(sets, sources, strict=True)]
+    clips = functools.reduce(ConcatDataset, sets)
+    set_of = [number for number, one in enumerate(sets) for _ in range(len(one))]
     as_before = saved is not None and divided_by_clip(saved)
     if config.val_dir is None:
         clips, val_clips = split_validation(clips, config.val_fraction, config.training.seed, by_origin=not as_before)
@@ -213,7 +229,25 @@ def load_split(
         log.info("validation is on %d of the %d held-out clips, always the same; --val_clips 0 takes all",
                  most, len(val_clips))
         val_clips = val_clips.subset(sorted(order[:most]))
-    return clips, val_clips
+    return _weighted(clips, sources, set_of), val_clips
+
+
+def _weighted(clips: ClipDataset, sources: Sequence[DataSource], set_of: Sequence[int]) -> ClipDataset:
+    """Return the clips to train on, each as often in an epoch as the weight of its set says.
+
+    Args:
+        set_of: number of the set, for every clip of all sets, held out or not.
+    """
+    repeats = repeats_of([source.weight for source in sources])
+    if max(repeats) == 1:
+        return clips
+    indices = clips.indices if isinstance(clips, Subset) else range(len(clips))
+    times = [repeats[set_of[index]] for index in indices]
+    for number, source in enumerate(sources):
+        own = [count for index, count in zip(indices, times, strict=True) if set_of[index] == number]
+        log.info("%s: %d clips to train on, %d times each, %.0f %% of an epoch", source.path, len(own), repeats[number],
+                 100 * sum(own) / sum(times))
+    return clips.subset(place for place, count in enumerate(times) for _ in range(count))
 
 
 def _report_origins(config: RunConfig, clips: ClipDataset, val_clips: ClipDataset) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from selva.data.memmap.reader import row_shapes
-from selva.data.mixture import Mixture, seed_of
+from selva.data.mixture import Mixture, repeats_of, seed_of
 from selva.data.source import DataSource, parse_sources
 from selva.models.variants import get_variant
 from selva.utils.errors import UserError
@@ -64,6 +64,18 @@ def test_a_set_without_clips_is_refused():
 def test_seeds_differ():
     assert len({seed_of("noise", 1, epoch, item) for epoch in range(10) for item in range(100)}) == 1000
     assert seed_of("a", 1) == seed_of("a", 1)
+
+
+@pytest.mark.parametrize("weights, repeats", [
+    ([1], [1]), ([5], [1]), ([1, 3], [1, 3]), ([1, 1.5], [2, 3]), ([2, 4], [1, 2]), ([0.1, 1, 2], [1, 10, 20]),
+])
+def test_repeats(weights, repeats):
+    assert repeats_of(weights) == repeats
+
+
+def test_weights_without_a_common_measure_are_refused():
+    with pytest.raises(UserError, match="too different"):
+        repeats_of([0.001, 1])
 
 
 @pytest.mark.parametrize("text, path, weight", [
