@@ -52,7 +52,8 @@ def run_example(folder: Path, script: Path, announce: Callable[[Path], None] = l
     train([f"{sets[0]}:2", str(sets[1])], run, script)
     for path in sorted((run / "export").iterdir()):
         announce(path)
-    generator = GeneratorModelConfig(variant=VARIANT, device="cpu", generator=run / "export" / f"{VARIANT}_ema.safetensors")
+    trained = run / "export" / f"{VARIANT}_ema.safetensors"
+    generator = GeneratorModelConfig(variant=VARIANT, device="cpu", generator=trained)
     settings = InferenceConfig(inputs=[folder / "clips" / "clip_000.mp4"], output=folder / "sound", normalize="peak",
                                prompts=folder / "clips" / "prompts.txt", model=generator)
     if generate(settings, announce):

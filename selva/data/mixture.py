@@ -21,7 +21,6 @@ from selva.data.dataset import ClipDataset, TrainingClip
 from selva.data.source import DataSource
 from selva.utils.errors import UserError
 
-
 MOST_PARTS = 20  # a weight counts in so many parts of one
 
 
