@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 from selva import cli
 from selva.models.variants import VARIANTS, Variant, WeightFile, get_variant
 from selva.utils.errors import UserError
+from selva.utils.files import source_hash
 from selva.weights.find import LAYOUTS, NEIGHBOUR, default_layout, find_file, local_path
 
 log = logging.getLogger("selva.download_weights")
@@ -61,10 +62,41 @@ def has_wrong_md5(file: WeightFile, path: Path) -> bool:
     return file.md5 is not None and file.md5_verified and md5_of(path) != file.md5
 
 
+def hub_problem(file: WeightFile, path: Path, remote: str | None = None) -> str:
+    """Return the difference of a file from the one on the Hub, in size or hash; "" for none, or where nothing is known.
+
+    Only files without a checksum of their own are compared. Large files have a SHA-256 there, small ones Git's SHA-1.
+
+    Args:
+        remote: name on the Hub; None is the one that the file's own name says.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    if file.md5 is not None and file.md5_verified:
+        return ""
+    remote = remote or next((name for name in file.alternatives if Path(name).name == path.name), file.remote)
+    try:
+        metadata = get_hf_file_metadata(hf_hub_url(file.repo, remote))
+    except network_errors() as error:
+        reason = " ".join(str(error).split())
+        log.warning("%s: is not compared with the Hub, which cannot be reached (%s)", path, reason)
+        return ""
+    size, etag = path.stat().st_size, str(metadata.etag)
+    if metadata.size is not None and size != metadata.size:
+        return f"has {size} bytes, on the Hub {metadata.size}"
+    found = {64: lambda: source_hash(path), 40: lambda: _git_hash(path)}.get(len(etag), lambda: etag)()
+    return "" if found == etag else f"has the hash {found[:12]}..., on the Hub {etag[:12]}..."
+
+
+def _git_hash(path: Path) -> str:
+    content = path.read_bytes()
+    return hashlib.sha1(f"blob {len(content)}\0".encode() + content, usedforsecurity=False).hexdigest()
+
+
 def describe_check(file: WeightFile, path: Path) -> str:
-    """Return a note on the checksum of ``path``, which passed :func:`has_wrong_md5`."""
+    """Return a note on the checksum of ``path``, which passed :func:`has_wrong_md5` and :func:`hub_problem`."""
     if file.md5 is None:
-        return "no checksum is published"
+        return "no checksum is published beside it"
     if file.md5_verified:
         return "checksum correct"
     outcome = "equal" if md5_of(path) == file.md5 else "not equal"
@@ -95,7 +127,7 @@ def fetch(file: WeightFile, target: Path) -> Path:
 def _fetch_checked(file: WeightFile, remote: str, target: Path) -> Path:
     for _ in range(ATTEMPTS):
         partial = download(file.repo, remote, target)
-        if not has_wrong_md5(file, partial):
+        if not has_wrong_md5(file, partial) and not hub_problem(file, partial, remote):
             os.replace(partial, target)
             for outdated in target.parent.glob(f".{target.name}.*.partial"):
                 outdated.unlink()  # beginnings of earlier versions
@@ -103,9 +135,8 @@ def _fetch_checked(file: WeightFile, remote: str, target: Path) -> Path:
         log.warning("%s arrived with a wrong checksum", target.name)
         found = md5_of(partial)
         partial.unlink()
-    raise UserError(
-        f"{target.name} from {file.repo} has the MD5 {found}, expected {file.md5}; downloaded {ATTEMPTS} times"
-    )
+    expected = f", expected {file.md5}" if file.md5 else ", which is not that of the file on the Hub"
+    raise UserError(f"{target.name} from {file.repo} has the MD5 {found}{expected}; downloaded {ATTEMPTS} times")
 
 
 def download(repo: str, remote: str, target: Path) -> Path:
@@ -172,11 +203,12 @@ def download_all(variant: Variant, selva_dir: Path, layout: str) -> int:
     for file in needed_files(variant):
         path = find_file(file, selva_dir)
         # A file that another extension brought into its own folder is used as it is.
-        if path is not None and path.parent.name != NEIGHBOUR and has_wrong_md5(file, path):
-            log.warning("%s has a wrong checksum and is downloaded again", path)
-            target, path = path, None
-        else:
-            target = local_path(file, selva_dir, layout)
+        target = local_path(file, selva_dir, layout)
+        if path is not None and path.parent.name != NEIGHBOUR:
+            problem = "has a wrong checksum" if has_wrong_md5(file, path) else hub_problem(file, path)
+            if problem:
+                log.warning("%s %s and is downloaded again", path, problem)
+                target, path = path, None
         try:
             if path is None:
                 path = fetch(file, target)

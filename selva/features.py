@@ -203,7 +203,7 @@ def load_settings(path: PathLike) -> dict[str, Any] | None:
 
 
 # What NumPy and zipfile raise on damaged files: bad headers, encrypted or unknown compression, cut or foreign content.
-READ_ERRORS = (
+ARRAY_ERRORS = (
     ValueError, OSError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error,
     RuntimeError, tokenize.TokenError, SyntaxError, LookupError, TypeError, AttributeError, OverflowError,
 )
@@ -228,7 +228,7 @@ def _read_arrays(path: Path, keys: Sequence[str] | None = None) -> dict[str, np.
         if foreign := [key for key, array in arrays.items() if not isinstance(array, np.ndarray)]:
             raise UserError(f"{', '.join(foreign)} does not begin as an array does")
         return arrays
-    except READ_ERRORS as error:
+    except ARRAY_ERRORS as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         if "allow_pickle" in reason:  # NumPy's own words advise to load the file unsafely
             reason = "it holds Python objects, which are never loaded"

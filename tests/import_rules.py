@@ -16,7 +16,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("utils", "sequence", "flow", "lora"),
     ("models", "media", "features"),
     ("audio", "inputs", "weights", "sampling", "checkpoint", "cli"),
-    ("data", "partition"),
+    ("data", "partition", "evaluation"),
     ("extraction", "training"),
     ("inference",),
 )
@@ -27,7 +27,7 @@ TORCHRUN_NAMES = frozenset((
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID",
 ))
 TORCHRUN_FILE = "selva/utils/torchrun.py"
-MOST_ENTRIES, MOST_LINES, MOST_SCRIPT_LINES = 20, 450, 250
+MOST_ENTRIES, MOST_LINES, MOST_SCRIPT_LINES = 21, 450, 250
 
 
 @dataclass(frozen=True)

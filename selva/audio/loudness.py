@@ -21,6 +21,8 @@ OFFSET_DB = -0.691  # makes a 997 Hz sine at full scale in one channel -3.01 LUF
 
 TRUE_PEAK_OVERSAMPLING = 4  # BS.1770-4, annex 2
 TRUE_PEAK_FILTER_WIDTH = 16  # zero crossings on each side
+TRUE_PEAK_BLOCK = 1 << 18  # samples resampled at once, with so many more on each side, which the filter reaches
+TRUE_PEAK_MARGIN = 2 * TRUE_PEAK_FILTER_WIDTH
 TRUE_PEAK_LIMIT_DB = -1.0  # EBU R 128
 SILENCE_DB = -90.0  # quieter sound is noise of the arithmetic, which no gain makes useful
 
@@ -92,9 +94,15 @@ def true_peak_db(waveform: Tensor, rate: int) -> float:
 
     if not waveform.numel():
         return -math.inf
-    waveform = waveform.double()
-    over = resample(waveform, 1, TRUE_PEAK_OVERSAMPLING, lowpass_filter_width=TRUE_PEAK_FILTER_WIDTH)
-    return _decibels(max(over.abs().max().item(), waveform.abs().max().item()))
+    peak, num_samples = 0.0, waveform.shape[-1]
+    for first in range(0, num_samples, TRUE_PEAK_BLOCK):
+        before = min(first, TRUE_PEAK_MARGIN)
+        block = waveform[..., first - before : first + TRUE_PEAK_BLOCK + TRUE_PEAK_MARGIN].double()
+        over = resample(block, 1, TRUE_PEAK_OVERSAMPLING, lowpass_filter_width=TRUE_PEAK_FILTER_WIDTH)
+        own = slice(before, before + TRUE_PEAK_BLOCK)
+        own_over = over[..., before * TRUE_PEAK_OVERSAMPLING : own.stop * TRUE_PEAK_OVERSAMPLING]
+        peak = max(peak, own_over.abs().max().item(), block[..., own].abs().max().item())
+    return _decibels(peak)
 
 
 def _decibels(amplitude: float) -> float:

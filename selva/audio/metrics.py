@@ -10,7 +10,7 @@ is large, where it lies and whether events stay in time; they do not tell whethe
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ FRAME_SEC = 0.05
 OVERLAP = 4  # frames that cover a sample
 FLOOR_DB = -100.0  # of a full-scale sine; quieter parts of a spectrum count as this loud
 ROLLOFF_SHARE = 0.85  # of the power lies below the roll-off
+BLOCK_FRAMES = 1024  # analysed at once: the frames of minutes are gigabytes
 SILENCE_DB = -90.0  # quieter sounds have no spectrum worth describing
 
 # -- mel cepstra ------------------------------------------------------------------------------------------------------
@@ -43,7 +44,6 @@ ONSET_FLOOR_DB = -95.0  # of full scale; below, likewise
 ONSET_BROAD_RISE_DB = 5.0  # mean rise over all bands that makes an onset
 ONSET_NARROW_RISE_DB = 12.0  # mean rise, weighted by power, that makes one too: a low note moves few of the bands
 ONSET_AROUND_SEC = 0.5  # to either side: rises count above what is usual there
-ONSET_BLOCK_FRAMES = 4096  # analysed at once
 ONSET_GAP_SEC = 0.06  # the closest that two onsets can be
 ONSET_SHARE = 0.75  # of a peak's strength at which the onset is timed; the peak itself comes up to 18 ms late
 MATCH_TOLERANCE_SEC = 0.08
@@ -122,15 +122,25 @@ def power_frames(
     Hann frames of the power of two nearest to ``frame_sec``, every ``step_sec`` (a quarter of a frame if None). Padded,
     the first is centred on the first sample and the sound is silent beyond its ends; otherwise all frames lie inside.
     """
+    return torch.cat(list(_power_blocks(waveform, rate, frame_sec, step_sec, padded)))
+
+
+def _power_blocks(
+    waveform: Tensor, rate: int, frame_sec: float, step_sec: float | None = None, padded: bool = True
+) -> Iterator[Tensor]:
+    """Yield the rows of :func:`power_frames` in order, at most ``BLOCK_FRAMES`` at a time."""
     size = _frame_size(rate, frame_sec)
     step = size // OVERLAP if step_sec is None else round(step_sec * rate)
     window = torch.hann_window(size, dtype=torch.float64)
-    waveform = waveform.detach().cpu().double()
+    scale = (2 / window.sum()) ** 2
     margin = size // 2 if padded else 0
-    missing = max(0, size - len(waveform) - 2 * margin)
-    waveform = torch.nn.functional.pad(waveform, (margin, margin + missing))
-    spectrum = torch.fft.rfft(waveform.unfold(0, size, step) * window)
-    return spectrum.abs().square() * (2 / window.sum()) ** 2
+    num_frames = max(0, len(waveform) + 2 * margin - size) // step + 1
+    for first in range(0, num_frames, BLOCK_FRAMES):
+        start = first * step - margin
+        end = (min(first + BLOCK_FRAMES, num_frames) - 1) * step - margin + size
+        block = waveform[max(0, start) : max(0, end)].detach().cpu().double()
+        block = torch.nn.functional.pad(block, (max(0, -start), max(0, end - len(waveform))))
+        yield torch.fft.rfft(block.unfold(0, size, step) * window).abs().square() * scale
 
 
 def _frame_size(rate: int, frame_sec: float) -> int:
@@ -153,7 +163,10 @@ def spectral_shape(waveform: Tensor, rate: int) -> SpectralShape | None:
     """Return the shape of the spectrum of (samples,), its power averaged over time; None for silence."""
     if rms_db(waveform) < SILENCE_DB:
         return None
-    power = power_frames(waveform, rate, FRAME_SEC).mean(dim=0)[1:]  # (bins,) without the constant part
+    total, num_frames = torch.zeros(()), 0
+    for block in _power_blocks(waveform, rate, FRAME_SEC):
+        total, num_frames = total + block.sum(dim=0), num_frames + len(block)
+    power = (total / num_frames)[1:]  # (bins,) without the constant part
     frequencies = torch.arange(1, len(power) + 1, dtype=torch.float64) * rate / (2 * len(power))
     share = power.cumsum(0) / power.sum()
     floor = power.max() * 1e-15  # of the arithmetic
@@ -170,8 +183,8 @@ def log_spectral_distance(sound: Tensor, reference: Tensor, rate: int) -> float:
     Per frame the root mean square, over frequencies, of the difference of the levels in dB; then the mean over frames.
     A change of gain by g dB gives |g|, as long as nothing lies below the floor of -100 dB.
     """
-    a, b = (_level_db(power_frames(x, rate, FRAME_SEC)) for x in (sound, reference))
-    return (a - b).square().mean(dim=1).sqrt().mean().item()
+    pairs = zip(_power_blocks(sound, rate, FRAME_SEC), _power_blocks(reference, rate, FRAME_SEC), strict=True)
+    return torch.cat([(_level_db(a) - _level_db(b)).square().mean(dim=1).sqrt() for a, b in pairs]).mean().item()
 
 
 def _level_db(power: Tensor) -> Tensor:
@@ -194,9 +207,10 @@ def mel_cepstral_distortion(sound: Tensor, reference: Tensor, rate: int) -> floa
 def _mel_cepstra(waveform: Tensor, rate: int) -> Tensor:
     """Return (frames, 13) float64 mel cepstra 1 to 13."""
     low, high = MEL_RANGE_HZ
-    power = power_frames(waveform, rate, FRAME_SEC)
-    mel = power @ _mel_bands(power.shape[1], rate, NUM_MELS, low, min(high, rate / 2))
-    return cepstra(mel.clamp(min=10 ** (FLOOR_DB / 10)).log())
+    to_mel = _mel_bands(_frame_size(rate, FRAME_SEC) // 2 + 1, rate, NUM_MELS, low, min(high, rate / 2))
+    floor = 10 ** (FLOOR_DB / 10)
+    return torch.cat([cepstra((power @ to_mel).clamp(min=floor).log())
+                      for power in _power_blocks(waveform, rate, FRAME_SEC)])
 
 
 def cepstra(log_mel: Tensor) -> Tensor:
@@ -228,14 +242,15 @@ def onset_times(waveform: Tensor, rate: int) -> list[float]:
     _check(waveform)
     strength, frame_times = onset_strength(waveform, rate)
     around, gap = round(ONSET_AROUND_SEC / ONSET_STEP_SEC), round(ONSET_GAP_SEC / ONSET_STEP_SEC)
-    padded = np.pad(strength, around, mode="symmetric")
-    strength = strength - np.median(np.lib.stride_tricks.sliding_window_view(padded, 2 * around + 1), axis=1)
+    strength = strength - _running_median(strength, around)
     peaks: list[int] = []
+    is_near_peak = np.zeros(len(strength), bool)
     for frame in np.argsort(-strength, kind="stable"):
         if strength[frame] < 1:
             break
-        if all(abs(frame - other) > gap for other in peaks):
+        if not is_near_peak[frame]:
             peaks.append(frame)
+            is_near_peak[max(0, frame - gap) : frame + gap + 1] = True
     times = []
     for frame in sorted(peaks):
         threshold, first = ONSET_SHARE * strength[frame], frame - ONSET_LAG_FRAMES
@@ -243,6 +258,13 @@ def onset_times(waveform: Tensor, rate: int) -> list[float]:
             frame -= 1
         times.append(float(frame_times[frame]))
     return times
+
+
+def _running_median(values: np.ndarray, around: int) -> np.ndarray:
+    """Return the median of every value of (n,) with ``around`` more to either side, mirrored at the ends."""
+    windows = np.lib.stride_tricks.sliding_window_view(np.pad(values, around, mode="symmetric"), 2 * around + 1)
+    blocks = (windows[first : first + BLOCK_FRAMES] for first in range(0, len(values), BLOCK_FRAMES))
+    return np.concatenate([np.median(block, axis=1) for block in blocks])
 
 
 def onset_strength(waveform: Tensor, rate: int) -> tuple[np.ndarray, np.ndarray]:
@@ -253,29 +275,33 @@ def onset_strength(waveform: Tensor, rate: int) -> tuple[np.ndarray, np.ndarray]
     more. What was before the beginning is taken to be what is usual in the first half second.
     """
     bands = _onset_bands(waveform, rate)  # (frames, bands)
-    level = 10 * bands.clamp(min=1e-30).log10()
-    floor = max(ONSET_FLOOR_DB, level.max().item() - ONSET_RANGE_DB)
-    level = level.clamp(min=floor)
-    usual = level[: round(ONSET_AROUND_SEC / ONSET_STEP_SEC)].median(dim=0).values  # (bands,)
-    before = torch.cat([usual.expand(ONSET_LAG_FRAMES, -1), level])[: len(level)]
-    rise = (level - before).clamp(min=0)
-    above = bands - 10 ** (floor / 10)
-    share = above.clamp(min=0) / above.clamp(min=0).sum(dim=1, keepdim=True).clamp(min=1e-30)
-    strength = torch.maximum(rise.mean(dim=1) / ONSET_BROAD_RISE_DB, (share * rise).sum(dim=1) / ONSET_NARROW_RISE_DB)
+    floor = max(ONSET_FLOOR_DB, 10 * math.log10(max(bands.max().item(), 1e-30)) - ONSET_RANGE_DB)
+    usual = _onset_level(bands[: round(ONSET_AROUND_SEC / ONSET_STEP_SEC)], floor).median(dim=0).values  # (bands,)
+    strength = []
+    for first in range(0, len(bands), BLOCK_FRAMES):
+        block, lag = bands[first : first + BLOCK_FRAMES], min(first, ONSET_LAG_FRAMES)
+        level = _onset_level(bands[first - lag : first + BLOCK_FRAMES], floor)
+        before = torch.cat([usual.expand(ONSET_LAG_FRAMES - lag, -1), level])[: len(block)]
+        rise = (level[lag:] - before).clamp(min=0)
+        above = (block - 10 ** (floor / 10)).clamp(min=0)
+        share = above / above.sum(dim=1, keepdim=True).clamp(min=1e-30)
+        broad, narrow = rise.mean(dim=1) / ONSET_BROAD_RISE_DB, (share * rise).sum(dim=1) / ONSET_NARROW_RISE_DB
+        strength.append(torch.maximum(broad, narrow))
     centre, step = _frame_size(rate, ONSET_FRAME_SEC) / 2, round(ONSET_STEP_SEC * rate)
-    return strength.numpy(), (centre + step * np.arange(len(level))) / rate
+    return torch.cat(strength).numpy(), (centre + step * np.arange(len(bands))) / rate
+
+
+def _onset_level(bands: Tensor, floor_db: float) -> Tensor:
+    return (10 * bands.clamp(min=1e-30).log10()).clamp(min=floor_db)
 
 
 def _onset_bands(waveform: Tensor, rate: int) -> Tensor:
-    """Return (frames, bands) float64 power in mel bands, computed in blocks: the frames of minutes are gigabytes."""
-    size, step = _frame_size(rate, ONSET_FRAME_SEC), round(ONSET_STEP_SEC * rate)
+    """Return (frames, bands) float64 power in mel bands: 80 kB per second, of which all must be seen for the floor."""
+    size = _frame_size(rate, ONSET_FRAME_SEC)
     low, high = ONSET_BANDS_HZ
     to_bands = _mel_bands(size // 2 + 1, rate, ONSET_BANDS, low, min(high, rate / 2))
-    blocks = []
-    for first in range(0, max(0, len(waveform) - size) // step + 1, ONSET_BLOCK_FRAMES):
-        block = waveform[first * step : (first + ONSET_BLOCK_FRAMES - 1) * step + size]
-        blocks.append(power_frames(block, rate, ONSET_FRAME_SEC, ONSET_STEP_SEC, padded=False) @ to_bands)
-    return torch.cat(blocks)
+    return torch.cat([power @ to_bands
+                      for power in _power_blocks(waveform, rate, ONSET_FRAME_SEC, ONSET_STEP_SEC, padded=False)])
 
 
 @dataclass(frozen=True)
@@ -318,21 +344,32 @@ def match_events(
     times does not matter; indices refer to the sequences as given.
     """
     f_order, t_order = np.argsort(found, kind="stable"), np.argsort(true, kind="stable")
-    # best[i][j]: (pairs, -sum of distances) of the first i found and the first j true times. Times on a line are best
-    # matched in order, so the last of either is left out, or both are a pair.
-    best = [[(0, 0.0)] * (len(true) + 1) for _ in range(len(found) + 1)]
+    # best(i, j): (pairs, -sum of distances) of the first i found and the first j true times. Times on a line are best
+    # matched in order, so the last of either is left out, or both are a pair. With those before firsts[i] the found
+    # time i is no pair, so best(i, j) = best(i - 1, j) there, and with those from the end of the row on neither it nor
+    # any earlier one is. So only the rows between are kept.
+    firsts, rows, first, end, reach = [0], [[(0, 0.0)]], 0, 0, tolerance_sec + 1e-9
+
+    def best(i: int, j: int) -> tuple[int, float]:
+        return rows[i][min(j - firsts[i], len(rows[i]) - 1)]
+
     for i, f in enumerate(f_order, 1):
-        for j, t in enumerate(t_order, 1):
-            best[i][j] = max(best[i - 1][j], best[i][j - 1])
-            distance = abs(found[f] - true[t])
-            if distance <= tolerance_sec + 1e-9:
-                pairs, closeness = best[i - 1][j - 1]
-                best[i][j] = max(best[i][j], (pairs + 1, closeness - distance))
+        while first < len(true) and found[f] - true[t_order[first]] > reach:
+            first += 1
+        end = max(end, first)
+        while end < len(true) and true[t_order[end]] - found[f] <= reach:
+            end += 1
+        row = [best(i - 1, first)]
+        for j in range(first + 1, end + 1):
+            pairs, closeness = best(i - 1, j - 1)
+            row.append(max(best(i - 1, j), row[-1], (pairs + 1, closeness - abs(found[f] - true[t_order[j - 1]]))))
+        firsts.append(first)
+        rows.append(row)
     pairs, i, j = [], len(found), len(true)
     while i and j:
-        if best[i][j] == best[i - 1][j]:
+        if best(i, j) == best(i - 1, j):
             i -= 1
-        elif best[i][j] == best[i][j - 1]:
+        elif best(i, j) == best(i, j - 1):
             j -= 1
         else:
             i, j = i - 1, j - 1

@@ -8,10 +8,13 @@ Both ways do only what is missing or has changed, and name every clip that canno
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+import os
+import tempfile
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,9 +29,11 @@ from selva.data.latents import FRONT_END, SoundEncoder, load_waveform
 from selva.data.memmap.reader import MemmapDataset
 from selva.data.memmap.writer import MemmapWriter
 from selva.extraction.extractor import FeatureExtractor
+from selva.extraction.pairs import same_samples
 from selva.features import FeatureBundle, load_features, save_features
 from selva.inputs.file_names import same_name
 from selva.inputs.prompts import PROMPTS_FILE, choose_prompt, read_prompts
+from selva.inputs.suffixes import AUDIO_SUFFIXES
 from selva.inputs.table import unsafe_id
 from selva.media import write_audio
 from selva.models.prompt_length import warn_of_cut_prompts
@@ -37,7 +42,9 @@ from selva.models.variants import Variant, features_problem
 from selva.sampling import decode_latents
 from selva.sequence import DEFAULT_DURATION_SEC, sequence_config
 from selva.utils.errors import UserError
-from selva.utils.files import source_hash
+from selva.utils.files import PARTIAL_PREFIX, source_hash
+from selva.utils.text import listed
+from selva.weights.find import encoders_identity, weights_identity
 from selva.weights.load import load_vae, load_vocoder
 
 log = logging.getLogger(__name__)
@@ -138,6 +145,8 @@ def folder_to_memmap(
         ValueError: as :class:`selva.data.memmap.writer.MemmapWriter`, or no clip at all can be converted.
     """
     variant, sound = extractor.variant, SoundEncoder(extractor.variant, extractor.selva_dir, extractor.device)
+    needs = {"vae": any(clip.sound_path for clip in clips), "clip_text": not all(clip.has_text for clip in clips)}
+    weights = {part: _identity(variant, extractor.selva_dir, [part]) for part, needed in needs.items() if needed}
     settings = {"conversion_version": CONVERSION_VERSION, "variant": variant.name, "front_end": FRONT_END,
                 "normalize": normalize}
     rows = [(clip.id, clip.prompt) for clip in clips]
@@ -146,7 +155,9 @@ def folder_to_memmap(
         for index, clip in enumerate(clips):
             try:
                 sound_hash = source_hash(clip.sound_path) if clip.sound_path else ""
-                digest = _hash([source_hash(clip.features_path), sound_hash, clip.prompt])
+                made_by = [*([weights["vae"]] if clip.sound_path else []),
+                           *([] if clip.has_text else [weights["clip_text"]])]
+                digest = _hash([source_hash(clip.features_path), sound_hash, clip.prompt, *made_by])
                 if writer.is_current(index, digest):
                     report(Conversion(clip.id))
                     continue
@@ -196,9 +207,10 @@ def _waveform(path: Path, variant: Variant, normalize: Normalize) -> Tensor:
 
 
 class LatentDecoder:
-    """Latents -> sound: VAE decoder and vocoder of a variant, in float32."""
+    """Latents -> sound: VAE decoder and vocoder of a variant, in float32. ``identity`` changes with their weights."""
 
     def __init__(self, variant: Variant, selva_dir: Path | None, device: torch.device) -> None:
+        self.identity = _identity(variant, selva_dir, ("vae", "vocoder"))
         self.device, self.rate = device, sequence_config(variant.mode).sampling_rate
         self.vae: VAE = load_vae(variant.name, selva_dir, device).drop_encoder()
         self.vocoder = load_vocoder(variant.name, selva_dir, device)
@@ -238,6 +250,20 @@ def memmap_to_folder(
             report(Conversion(clip_id, problem=f"{rows.folder}, row {index} ({clip_id!r}): {error}"))
             continue
         report(Conversion(clip_id, made=made))
+    _warn_of_leftovers(target, rows.folder.name, seen)
+
+
+def _warn_of_leftovers(target: Path, source: str, ids: Collection[str]) -> None:
+    """Say which files are of rows that the memmap does not have any more: they would be trained on."""
+    old = []
+    for path in sorted(target.glob("*.npz")):
+        if path.stem not in ids and not path.name.startswith("."):
+            bundle = _load_or_none(path)
+            if bundle is not None and (bundle.settings or {}).get("converted_from") == source:
+                old.append(path.name)
+    if old:
+        log.warning("%s: %s: of no row of %s any more; remove them if they are not to be trained on", target,
+                    listed(old), source)
 
 
 def _write_clip(
@@ -248,27 +274,98 @@ def _write_clip(
     Raises:
         ValueError: values that are not finite, or a file of somebody else is in the way.
     """
-    tensors = (clip.mean, clip.std, clip.text_f, clip.clip_f, clip.sync_f)
-    values = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors)).hexdigest()
     settings: dict[str, Any] = {"conversion_version": CONVERSION_VERSION, "converted_from": source,
-                                "row_sha256": values}
-    sound_path = path.with_suffix(".flac")
+                                "row_sha256": _row_hash(clip, variant)}
     found = _found_settings(path)
-    if found is not None and all(found.get(key) == value for key, value in settings.items()):
-        sound_hash = found.get("decoded_sound_sha256")
-        if decoder is None or (sound_path.is_file() and source_hash(sound_path) == sound_hash):
-            return ()
-    made = [path]
-    if decoder is not None:
-        write_audio(sound_path, decoder.decode(clip.mean), decoder.rate)
-        settings["decoded_sound_sha256"] = source_hash(sound_path)
-        made.append(sound_path)
-    save_features(path, FeatureBundle(
+    is_current = found is not None and all(found.get(key) == value for key, value in settings.items())
+    sound_path = path.with_suffix(".flac")
+    sound = _beside(path, decoded=str((found or {}).get("decoded_sound_sha256", "")))
+    bundle = FeatureBundle(
         clip_features=clip.clip_f[None], sync_features=clip.sync_f[None], duration=DEFAULT_DURATION_SEC,
         prompt=clip.prompt, variant=variant.name, text_features=clip.text_f[None], latent_mean=clip.mean[None],
         latent_std=clip.std[None], settings=settings,
-    ))
-    return tuple(made)
+    )  # checked before a sound is decoded
+    made: list[Path] = []
+    if decoder is not None:
+        settings["decoder"] = decoder.identity
+        settings["decoded_from"] = _tensor_hash(clip.mean)
+        if sound.is_decoded and all((found or {}).get(key) == settings[key] for key in ("decoder", "decoded_from")):
+            settings["decoded_sound_sha256"] = sound.sha256
+        else:
+            settings["decoded_sound_sha256"], replaced = _decode(clip, sound, path, sound_path, decoder)
+            made += [sound_path] if replaced else []
+            is_current = False
+    elif sound.is_decoded:
+        assert found is not None  # it names the sound
+        if found.get("decoded_from") == _tensor_hash(clip.mean) or is_current:
+            settings |= {key: found[key] for key in ("decoder", "decoded_from", "decoded_sound_sha256") if key in found}
+        else:
+            log.warning("%s: removed, it was decoded from latents that the row no longer has; --decode_audio makes it "
+                        "again", sound_path)
+            path.unlink()  # first, so that it never lies beside the sound of another row
+            sound_path.unlink()
+    if is_current:
+        return ()
+    save_features(path, bundle)
+    return (path, *made)
+
+
+def _decode(
+    clip: TrainingClip, sound: _SoundBeside, path: Path, sound_path: Path, decoder: LatentDecoder
+) -> tuple[str, bool]:
+    """Write the decoded sound of a row; return its hash, and False where just that was there already.
+
+    Raises:
+        ValueError: a sound is there that no conversion has written.
+    """
+    if sound.of_others not in (None, sound_path):
+        raise UserError(f"{sound.of_others}: is in the way, convert_dataset.py did not write it; move it, choose "
+                        "another folder, or leave --decode_audio out to keep it as the sound of the clip")
+    waveform = decoder.decode(clip.mean)
+    with tempfile.TemporaryDirectory(prefix=PARTIAL_PREFIX, dir=path.parent) as folder:
+        fresh = Path(folder) / sound_path.name
+        write_audio(fresh, waveform, decoder.rate)
+        if sound_path.is_file() and same_samples(fresh, sound_path):  # as a run that was killed has left it
+            return source_hash(sound_path), False
+        if sound.of_others is not None:
+            raise UserError(f"{sound_path}: is in the way, it is not, or no longer, what convert_dataset.py has "
+                            "written; move it, choose another folder, or leave --decode_audio out to keep it as the "
+                            "sound of the clip")
+        path.unlink(missing_ok=True)  # first, so that a sound never lies beside the features of another row
+        os.replace(fresh, sound_path)
+    return source_hash(sound_path), True
+
+
+@dataclass(frozen=True)
+class _SoundBeside:
+    """The sounds beside a feature file: ``of_others`` is one that no conversion has written, None without any.
+
+    ``is_decoded``: the .flac is the one that the feature file says was decoded; ``sha256`` is its hash then.
+    """
+
+    is_decoded: bool = False
+    sha256: str = ""
+    of_others: Path | None = None
+
+
+def _beside(path: Path, decoded: str) -> _SoundBeside:
+    """Return the sounds beside a feature file; ``decoded`` is the hash that the file says of its .flac, or ""."""
+    own, of_others = path.with_suffix(".flac"), None
+    is_decoded = bool(decoded) and own.is_file() and source_hash(own) == decoded
+    for other in sorted(path.parent.glob(f"{glob.escape(path.stem)}.*")):
+        if other.suffix.lower() in AUDIO_SUFFIXES and other.stem == path.stem and not (is_decoded and other == own):
+            of_others = other if of_others in (None, own) else of_others
+    return _SoundBeside(is_decoded, decoded if is_decoded else "", of_others)
+
+
+def _row_hash(clip: TrainingClip, variant: Variant) -> str:
+    """Return a hash of everything that goes into a feature file, the label included."""
+    tensors = (clip.mean, clip.std, clip.text_f, clip.clip_f, clip.sync_f)
+    return _hash([*map(_tensor_hash, tensors), clip.prompt, variant.name])
+
+
+def _tensor_hash(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
 
 
 def _found_settings(path: Path) -> dict[str, Any] | None:
@@ -283,6 +380,11 @@ def _found_settings(path: Path) -> dict[str, Any] | None:
     if "converted_from" not in settings:
         raise UserError(f"{path} is in the way, it was not converted from a memmap; choose another folder")
     return settings
+
+
+def _identity(variant: Variant, selva_dir: Path | None, parts: Sequence[str]) -> str:
+    """Return a name that changes with the weights of the parts of a variant, packaged or found."""
+    return f"{encoders_identity(variant)} {weights_identity(variant, selva_dir, parts)}".strip()
 
 
 def _hash(values: list[str]) -> str:

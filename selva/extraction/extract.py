@@ -12,7 +12,7 @@ from selva.extraction.config import ExtractionConfig
 from selva.extraction.extractor import EXTRACTION_VERSION, FeatureExtractor
 from selva.extraction.leftovers import report_leftovers
 from selva.extraction.manifest import ManifestWriter, Outcome, Shard, read_manifest
-from selva.extraction.outputs import FeatureFiles, MemmapRows, beside_memmap, memmap_manifest
+from selva.extraction.outputs import FeatureFiles, MemmapRows, beside_memmap, memmap_manifest, publish
 from selva.extraction.pipeline import ClipEncoder, Summary, run
 from selva.extraction.reader import ClipReader, ReadSettings, default_workers, digest_of, read_clips
 from selva.inputs.jobs import ClipJob, collect_jobs
@@ -195,7 +195,7 @@ def _extract_sounds(
             summary = run_sounds(results, len(own), jobs, manifest_writer, config.output_dir.name, config.strict)
             stopped = config.strict and summary.failed
             outcome = None if stopped else manifest_writer.finish()
-            if not stopped and writer.publish_if_complete():
+            if not stopped and publish(writer):
                 announce(config.output_dir)
     report(summary, outcome, manifest)
     return any_failed(summary, outcome, manifest_writer.shard)

@@ -5,6 +5,7 @@ Both outputs have the same methods, so that the run (:mod:`selva.extraction.pipe
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from selva.extraction.reader import STATE_FOLDER, ReadClip
 from selva.features import FeatureBundle
 from selva.inputs.jobs import ClipJob
 from selva.models.variants import Variant
+
+log = logging.getLogger(__name__)
 
 
 def beside_memmap(folder: Path, name: str) -> Path:
@@ -108,6 +111,15 @@ class FeatureFiles:
         self.pairs.close()
 
 
+def publish(writer: MemmapWriter) -> bool:
+    """Move a memmap into place if all of its rows are accounted for, else say how many are not; return True if so."""
+    if writer.publish_if_complete():
+        return True
+    log.info("%s: %d of %d rows wait for the parts that they belong to; until all parts have run, what was there "
+             "before stays as it is", writer.files.folder, writer.num_missing, len(writer.ids))
+    return False
+
+
 class MemmapRows:
     """One row per clip in the memmap ``folder``, with ``folder.tsv`` beside it; readable once all rows are there.
 
@@ -150,7 +162,7 @@ class MemmapRows:
         return None
 
     def finish(self) -> list[Path]:
-        return [self.folder] if self.writer.publish_if_complete() else []
+        return [self.folder] if publish(self.writer) else []
 
     def close(self) -> None:
         self.writer.close()

@@ -155,7 +155,9 @@ class PairFolder:
             return False, ""
         sha256 = source_hash(path)
         if origin.get("sound_sha256", sha256) == sha256:  # earlier versions did not note it
-            return True, ""
+            others = [other.name for other in self._beside(job.id) if other.name != name]
+            return True, (f"{path}: training takes this sound, which was extracted, not {', '.join(others)} beside it"
+                          if others else "")
         if sha256 in self.sounds.get(name, ()):  # an extraction was killed between the two
             return False, ""
         return True, f"{path}: is not the sound of {job.path} that was extracted, but one of your own; it is kept"
@@ -196,9 +198,13 @@ class PairFolder:
                 job, other, bundle
             ):
                 obsolete.append(other.name)
-            else:
+            elif overwrite:
                 log.warning("%s: lies beside the sound that is extracted, %s, which training takes; to train on your "
                             "own, use --audio none", other, name)
+            else:
+                staged.unlink(missing_ok=True)
+                raise UserError(f"{other}: is in the way of {name}, which training would take instead of it; keep it "
+                                "as the sound of the clip with --audio none, move it, or have both with --overwrite")
         return StagedSound(path, name, sha256, replaces, tuple(obsolete))
 
     def without_sound(self, job: ClipJob, settings: dict[str, Any], bundle: FeatureBundle | None) -> StagedSound:

@@ -37,6 +37,7 @@ from selva.media import prepare_audio, probe, read_audio
 from selva.utils.errors import UserError
 from selva.utils.files import atomic_write_text
 from selva.utils.plots import draw_spectrogram, new_figure, power_spectrogram, save_figure
+from selva.utils.text import text_lines
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ def read_compare_list(path: Path) -> list[CompareLine]:
         ValueError: names every line that is wrong: a missing file, a strength that is no number, a label used twice.
     """
     lines, problems = [], []
-    for number, text in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+    for number, text in enumerate(text_lines(path.read_text(encoding="utf-8-sig")), 1):
         try:
             words = shlex.split(text, comments=True)
             if words:

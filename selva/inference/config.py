@@ -10,6 +10,7 @@ from pathlib import Path
 from selva.audio.config import DEFAULT_TARGETS, LOUDNESS_METHODS
 from selva.flow import SamplingConfig
 from selva.inputs.suffixes import OUTPUT_AUDIO_SUFFIXES, OUTPUT_VIDEO_SUFFIXES
+from selva.inputs.table import unsafe_id
 from selva.media.mask_settings import MaskOptions
 from selva.sequence import DEFAULT_DURATION_SEC, SHORTEST_SEC
 from selva.utils.device import PRECISION_CHOICES, PRECISION_HELP
@@ -51,6 +52,8 @@ class InferenceConfig:
     masks: MaskOptions = field(default_factory=MaskOptions)
     output: Path = setting(Path("output"), "a folder, or for one sound a file name ending in .flac, .wav, .mp4, .mov, "
                            ".mkv or .m4v", group=OUTPUT)
+    name: str | None = setting(None, "name of the files of a single sound in the folder, without their endings "
+                               "(default: that of the video or the features, or the words)", group=OUTPUT)
     audio_only: bool = setting(False, "write no video", group=OUTPUT)
     normalize: str = setting(
         "none", "bring each sound to a level: its RMS, its loudness or its true peak, which is kept below -1 dBTP in "
@@ -117,6 +120,9 @@ class InferenceConfig:
             (self.reference and not self.compare, "--reference belongs to --compare"),
             (suffix and suffix not in SUFFIXES and not self.output.is_dir(),
              f"--output {self.output}: expected a folder or a name ending in {', '.join(SUFFIXES)}"),
+            (self.name is not None and self.output_is_file,
+             f"--name {self.name} and --output {self.output}: the file has a name already; give a folder"),
+            (self.name is not None and unsafe_id(self.name), f"--name {self.name}: {unsafe_id(self.name or '')}"),
             (self.output_is_file and self.compare, f"--output {self.output}: --compare writes a folder"),
             (suffix in OUTPUT_VIDEO_SUFFIXES and (self.audio_only or not videos),
              f"--output {self.output}: a video is only written with --video and without --audio_only"),

@@ -49,6 +49,11 @@ class SoundFiles:
     def settings(self) -> Path:
         return self.written[0].with_suffix(SETTINGS_SUFFIX)
 
+    @property
+    def stem(self) -> str:
+        """The name that the files share, which may hold dots of its own."""
+        return self.written[0].name.removesuffix(self.written[0].suffix)
+
     def are_current(self, fingerprint: str) -> bool:
         """Return True where everything is there, and was made from what the fingerprint stands for."""
         if not all(path.is_file() for path in (*self.written, self.settings)):

@@ -27,7 +27,21 @@ log = logging.getLogger(__name__)
 
 
 def collect_requests(config: InferenceConfig) -> dict[str, SoundRequest]:
-    """Return the requests of all sounds, by the name of the output."""
+    """Return the requests of all sounds, by the name of the output.
+
+    Raises:
+        UsageError: the inputs cannot be used, or one name is given for several of them.
+    """
+    requests = _requests_by_source(config)
+    if config.name is None:
+        return requests
+    if len(requests) > 1:
+        raise UsageError(f"--name {config.name}: is one name, but there are {len(requests)} clips")
+    return dict(zip([config.name], requests.values(), strict=True))
+
+
+def _requests_by_source(config: InferenceConfig) -> dict[str, SoundRequest]:
+    """Return the requests, by names that follow from their sources."""
     if config.negative_prompt and config.sampling.cfg_strength < 1:
         log.warning("--negative_prompt %r has no effect: it works through the guidance, and there is none below "
                     "--cfg_strength 1 (it is %g)", config.negative_prompt, config.sampling.cfg_strength)
@@ -123,10 +137,12 @@ def plan_clip(
             seed = config.seed + number - 1
             files = sound_files(output, name, request.video is not None, config.audio_only,
                                 number if config.num_variations > 1 else None)
-            # From a folder, the settings would name the sound after its source, and know no number.
-            own_name = config.num_variations == 1 and name in (Path(request.source).stem, name_of_words(request.prompt))
-            target = output if own_name else files.written[0]
-            variations.append(Variation(index, seed, files, variation_settings(config, request, setup, seed, target)))
+            # Without a name, the settings would name the sound after its source, and know no number.
+            target, own_name = (files.written[0], None) if config.output_is_file else (output, files.stem)
+            if own_name in (Path(request.source).stem, name_of_words(request.prompt)):
+                own_name = None
+            settings = variation_settings(config, request, setup, seed, target) | {"name": own_name}
+            variations.append(Variation(index, seed, files, settings))
     return BatchClip(name, request, variations)
 
 

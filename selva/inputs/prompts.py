@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
 from selva.inputs.file_names import same_name
 from selva.utils.errors import UserError
-from selva.utils.text import listed
+from selva.utils.text import listed, text_lines
 
 log = logging.getLogger(__name__)
 
@@ -19,8 +18,6 @@ PathLike = str | os.PathLike[str]
 PromptSource = Literal["prompts.txt", "features", "folder"]
 
 PROMPTS_FILE = "prompts.txt"
-
-_LINE_END = re.compile(r"\r\n|\n|\r")  # str.splitlines() also ends a line at U+2028, form feeds and others
 
 
 def read_prompts(path: PathLike, names: Iterable[str] = ()) -> dict[str, str]:
@@ -45,7 +42,7 @@ def read_prompts(path: PathLike, names: Iterable[str] = ()) -> dict[str, str]:
     full_names: dict[str, str] = {}
     stems: dict[str, str] = {}
     no_colon, again = [], []
-    for number, line in enumerate(_LINE_END.split(_read_text(path)), 1):
+    for number, line in enumerate(text_lines(_read_text(path)), 1):
         line = line.strip()
         if not line:
             continue

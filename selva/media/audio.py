@@ -168,10 +168,10 @@ def cancellation(channel_power: float, mono_power: float) -> str:
             f"{CANCELLED_DB:g} dB; invert one channel, or keep only one")
 
 
-def warn_of_cancellation(path: PathLike, waveform: Tensor) -> None:
-    """Say that sound which is kept as it is cannot be trained on."""
+def warn_of_cancellation(path: PathLike, waveform: Tensor, part: str = "") -> None:
+    """Say that sound which is kept as it is cannot be trained on; ``part`` names the clip of a long recording."""
     if reason := cancellation(mean_power(waveform), mean_power(waveform.mean(dim=0))):
-        log.warning("%s: %s", path, reason)
+        log.warning("%s: %s%s", path, f"{part}: " if part else "", reason)
 
 
 def as_channels(waveform: Tensor) -> Tensor:

@@ -326,19 +326,19 @@ def read_packets(path: PathLike, container: Any, stream: Any) -> Iterator[Any]:
 
 
 def decode_frames(
-    path: PathLike, container: Any, stream: Any, start: Fraction, preroll_sec: Fraction = Fraction(0), seek: bool = True
+    path: PathLike, container: Any, stream: Any, start: Fraction, seek: bool = True
 ) -> Iterator[tuple[Fraction, Any]]:
-    """Yield (time, frame) in presentation order; ``time`` is exact, in seconds relative to ``start``.
+    """Yield (time, picture) in presentation order; ``time`` is exact, in seconds relative to ``start``.
 
-    Decoding begins at or before ``start - preroll_sec``, so the first times may be negative. A frame without a time
-    stamp follows the one before it.
+    Decoding begins at or before ``start``, so the first times may be negative. A picture without a time stamp follows
+    the one before it.
     """
     import av.error
 
     zero = time_origin(container) + start
     time: Fraction = -start
     following: Fraction | None = None
-    sought = seek and start > preroll_sec and seek_before(container, stream, zero - preroll_sec)
+    sought = seek and start > 0 and seek_before(container, stream, zero)
     try:
         for frame in container.decode(stream):
             if frame.pts is not None:
@@ -350,7 +350,7 @@ def decode_frames(
             else:
                 raise UserError(f"{path}: its frames have no time stamps; put it into an .mp4 first")
             following = _following(time, frame, stream)
-            if sought and (time > -preroll_sec or (stream.type == "video" and not frame.key_frame)):
+            if sought and (time > 0 or not frame.key_frame):
                 break
             sought = False
             yield time, frame
@@ -361,13 +361,11 @@ def decode_frames(
             ) from error
     if sought:  # Some containers only guess where a key frame or a time stamp lies; read those from the start.
         with open_media(path) as whole:
-            yield from decode_frames(path, whole, whole.streams[stream.index], start, preroll_sec, seek=False)
+            yield from decode_frames(path, whole, whole.streams[stream.index], start, seek=False)
 
 
 def _following(time: Fraction, frame: Any, stream: Any) -> Fraction | None:
-    """Return the time of the frame after ``frame``, None if the file does not say how long it is shown."""
-    if stream.type == "audio":
-        return time + Fraction(frame.samples, frame.sample_rate)
+    """Return the time of the picture after ``frame``, None if the file does not say how long it is shown."""
     if frame.duration:
         return time + frame.duration * frame.time_base
     return time + 1 / stream.average_rate if stream.average_rate else None

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from selva.features import ARRAY_ERRORS
 from selva.media.container import (
     PathLike,
     check_file,
@@ -181,8 +182,8 @@ class _FromVideo:
 def _open_array(path: PathLike, video_path: PathLike, start: Fraction) -> _Source:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        reason = str(error)
+    except ARRAY_ERRORS as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
         if "pickle" in reason or "Python objects" in reason:  # NumPy's own words advise to load the file unsafely
             reason = "it holds Python objects or is no NumPy array, and pickles are never loaded"
         raise UserError(f"{path}: cannot be read as a mask ({reason})") from error

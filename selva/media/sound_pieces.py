@@ -74,11 +74,11 @@ def sound_length(path: PathLike) -> SoundLength:
     """
     check_file(path)
     status = os.stat(path)
-    return _length(os.fspath(path), status.st_size, status.st_mtime_ns, status.st_ino)
+    return _length(os.fspath(path), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
 
 
 @lru_cache(maxsize=4096)
-def _length(path: str, _size: int, _time_ns: int, _inode: int) -> SoundLength:
+def _length(path: str, *_status: int) -> SoundLength:
     import soundfile
 
     file = _open_counted(path)

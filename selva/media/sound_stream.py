@@ -33,6 +33,7 @@ MAX_GAP_SEC = 10.0  # a longer gap between two frames is a damaged time stamp, o
 MAX_LOST_SHARE = 0.2  # of the sound that cannot be decoded and becomes silence; more is refused
 
 _MAX_LATE_SEC = 3600.0  # sound of a video may begin late, as long as the video lasts, but not later than this
+_MAX_LEAD_SEC = 0.12  # sound before time 0 that decoders need to start, 5186 samples of HE-AAC at most; more is said
 _PREROLL_SEC = Fraction(1)  # decoders need some sound before a cut to be sample-exact after it
 _STAMP_JITTER_SEC = 0.02  # Matroska rounds time stamps to milliseconds; smaller jumps are no gaps
 _STAMP_ROUNDING_SEC = 0.002
@@ -186,6 +187,9 @@ class SoundStream:
             length_sec = (first_of.duration or 0) / 1_000_000
             if late_sec > min(max(MAX_GAP_SEC, length_sec), _MAX_LATE_SEC):
                 raise UserError(self._jump(self._filled / self.rate, stamp / self.rate))
+            if self.start == 0 and -stamp > _MAX_LEAD_SEC * self.rate:
+                log.warning("%s: its sound begins %.2f s before its pictures; that part, which has none, is left out",
+                            self.path, -stamp / self.rate)
             self._position = stamp
             return
         jump_sec = (stamp - self._position) / self.rate

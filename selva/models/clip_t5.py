@@ -12,6 +12,7 @@ taken follows MMAudio (arXiv:2412.15322) and SelVA (arXiv:2512.02650).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +25,8 @@ from selva.models.blocks import load_strict_
 from selva.models.config import ClipConfig, T5Config
 from selva.models.onednn import use_onednn_
 from selva.utils.errors import UserError
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from open_clip.model import CLIP
@@ -284,7 +287,14 @@ def _t5_tokenizer(
 ) -> Callable[[Sequence[str]], tuple[Tensor, Tensor]]:
     """Return a function from texts to int64 token ids (B, L) and a bool mask (B, L)."""
     if config.byte_tokens:
-        return lambda texts: _pad([[*bytes_to_tokens(t)[: config.max_length - 1], BYTE_END] for t in texts])
+        def encode(texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+            rows = [bytes_to_tokens(text)[: config.max_length - 1] for text in texts]
+            for text, row in zip(texts, rows, strict=True):
+                if len(row) < len(content := text.encode("utf-8", errors="replace")):
+                    _say_cut(text, content[: len(row)].decode("utf-8", errors="ignore"), config.max_length)
+            return _pad([[*row, BYTE_END] for row in rows])
+
+        return encode
     from tokenizers import Tokenizer
 
     assert tokenizer_file is not None, "a T5 encoder without byte tokens needs a tokenizer file"
@@ -294,7 +304,21 @@ def _t5_tokenizer(
         raise UserError(f"{tokenizer_file}: not a tokenizer file ({error}); download it again") from error
     tokenizer.no_padding()
     tokenizer.enable_truncation(config.max_length)
-    return lambda texts: _pad([encoding.ids for encoding in tokenizer.encode_batch(list(texts))])
+
+    def encode_words(texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        encodings = tokenizer.encode_batch(list(texts))
+        for text, encoding in zip(texts, encodings, strict=True):
+            if encoding.overflowing:
+                _say_cut(text, tokenizer.decode(encoding.ids[:-1]), config.max_length)
+        return _pad([encoding.ids for encoding in encodings])
+
+    return encode_words
+
+
+def _say_cut(prompt: str, read: str, max_length: int) -> None:
+    """Name a prompt that is too long for T5, which tells the video encoder what to look for."""
+    log.warning("the prompt that begins %r is longer than the %d tokens that the video encoder's T5 reads; what "
+                "follows %r is not read", prompt[:40], max_length, read[-40:])
 
 
 def _pad(rows: list[list[int]]) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ import torch
 from selva.audio.silence import MOSTLY_SILENT, SilenceMap, find_silence
 from selva.inputs.suffixes import AUDIO_SUFFIXES, VIDEO_SUFFIXES
 from selva.media import audio_length, read_audio, write_audio
+from selva.media.audio import warn_of_cancellation
 from selva.partition.config import CuttingConfig
 from selva.partition.pieces import WrittenPieces
 from selva.partition.segments import Segment
@@ -263,6 +264,7 @@ def write_piece(
     if (peak := waveform.abs().max().item()) > 1:
         log.info("%s: %s peaks at %.3f and was scaled to 1", recording, window.id, peak)
         waveform = waveform / peak
+    warn_of_cancellation(recording, waveform, window.id)
     note = path.with_suffix(".txt")
     holds_sound = _holds(path, waveform, rate)
     holds_note = not caption or (note.is_file() and note.read_bytes() == f"{caption}\n".encode())

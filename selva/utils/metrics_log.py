@@ -33,7 +33,7 @@ class MetricsFile:
         self._warned = False
         self._tensorboard = None
         if path is not None and path.exists():
-            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            for line in path.read_bytes().splitlines():
                 try:
                     row = json.loads(line)
                     if not isinstance(row, dict) or not isinstance(row.get("step"), int):

@@ -1,7 +1,8 @@
-"""Words for messages: durations, and lists that end with "and N more"."""
+"""Words for messages: durations, and lists that end with "and N more"; and the lines of a text."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 MAX_LISTED = 20  # items named in one message
@@ -14,6 +15,14 @@ def clock(seconds: float) -> str:
     if hours:
         return f"{hours}:{minutes:02d}:{rest:02d} h"
     return f"{minutes}:{rest:02d} min" if minutes else f"{rest} s"
+
+
+def text_lines(text: str) -> list[str]:
+    """Return the lines of a text, which end with LF, CR LF or CR and with nothing else.
+
+    ``str.splitlines`` also ends a line at U+2028, form feeds and others, which may stand in a prompt or a name.
+    """
+    return re.split(r"\r\n|\n|\r", text)
 
 
 def listed(items: Sequence[str], limit: int = MAX_LISTED, separator: str = ", ") -> str:

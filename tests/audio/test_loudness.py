@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from selva.audio import loudness
 from selva.audio.config import DEFAULT_TARGETS, LOUDNESS_METHODS
 from selva.audio.loudness import (
     head_filter,
@@ -171,3 +172,12 @@ def test_bad_settings_are_refused(settings, message):
         normalize_loudness(torch.ones(16_000), 16_000, **settings)
     with pytest.raises(ValueError, match="NaN or infinite"):
         normalize_loudness(torch.tensor([0.0, math.nan]), 16_000, "rms")
+
+
+@pytest.mark.parametrize("samples", [1, 99, 100, 101, 1234])
+def test_the_true_peak_piece_by_piece_is_that_of_all_at_once(monkeypatch, samples):
+    sound = torch.randn(2, samples, generator=torch.Generator().manual_seed(samples))
+    whole = true_peak_db(sound, 16_000)
+    for block in (100, 7):
+        monkeypatch.setattr(loudness, "TRUE_PEAK_BLOCK", block)
+        assert true_peak_db(sound, 16_000) == pytest.approx(whole, abs=1e-12)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from selva.audio import metrics
 from selva.audio.metrics import (
     cepstra,
     compare_sounds,
@@ -195,7 +196,7 @@ def test_onsets_do_not_depend_on_the_level():
 def test_blocks_do_not_show(monkeypatch):
     sound = impacts([0.5, 1.1, 2.0], 16_000, np.random.default_rng(3), seconds=3)
     whole = onset_strength(sound, 16_000)
-    monkeypatch.setattr("selva.audio.metrics.ONSET_BLOCK_FRAMES", 100)
+    monkeypatch.setattr("selva.audio.metrics.BLOCK_FRAMES", 100)
     for a, b in zip(whole, onset_strength(sound, 16_000), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-9)
 
@@ -306,3 +307,102 @@ def test_what_is_no_sound(sound, message):
         compare_sounds(sound, None, 16_000)
     with pytest.raises(ValueError, match=message):
         compare_sounds(torch.zeros(10), sound, 16_000)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# long sounds: piece by piece, with the values of all at once
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def strength_at_once(waveform, rate):
+    """Return what `onset_strength` is defined as, of all frames together."""
+    size = power_frames(waveform, rate, 0.032, 0.004, padded=False).shape[1]
+    to_bands = metrics._mel_bands(size, rate, 40, 60.0, min(8000.0, rate / 2))
+    bands = power_frames(waveform, rate, 0.032, 0.004, padded=False) @ to_bands
+    level = 10 * bands.clamp(min=1e-30).log10()
+    floor = max(-95.0, level.max().item() - 60.0)
+    level = level.clamp(min=floor)
+    before = torch.cat([level[:125].median(dim=0).values.expand(8, -1), level])[: len(level)]
+    rise = (level - before).clamp(min=0)
+    above = (bands - 10 ** (floor / 10)).clamp(min=0)
+    share = above / above.sum(dim=1, keepdim=True).clamp(min=1e-30)
+    return torch.maximum(rise.mean(dim=1) / 5.0, (share * rise).sum(dim=1) / 12.0).numpy()
+
+
+def times_at_once(waveform, rate):
+    """Return what `onset_times` is defined as: every frame against every peak so far, medians of all windows."""
+    strength, frame_times = strength_at_once(waveform, rate), onset_strength(waveform, rate)[1]
+    windows = np.lib.stride_tricks.sliding_window_view(np.pad(strength, 125, mode="symmetric"), 251)
+    strength = strength - np.median(windows, axis=1)
+    peaks = []
+    for frame in np.argsort(-strength, kind="stable"):
+        if strength[frame] >= 1 and all(abs(frame - other) > 15 for other in peaks):
+            peaks.append(frame)
+    times = []
+    for frame in sorted(peaks):
+        first, threshold = frame - 8, 0.75 * strength[frame]
+        while frame > max(0, first) and strength[frame - 1] >= threshold:
+            frame -= 1
+        times.append(float(frame_times[frame]))
+    return times
+
+
+@pytest.mark.parametrize("rate", RATES)
+@pytest.mark.parametrize(("block", "seconds"), [(7, 0.5), (100, 3.0), (1024, 9.0)])
+def test_pieces_give_the_onsets_of_all_at_once(monkeypatch, rate, block, seconds):
+    monkeypatch.setattr(metrics, "BLOCK_FRAMES", block)
+    rng = np.random.default_rng(block)
+    sound = impacts(np.arange(0.1, seconds - 0.1, 0.17), rate, rng, background_db=-30, seconds=seconds)
+    strength, _ = onset_strength(sound, rate)
+    np.testing.assert_allclose(strength, strength_at_once(sound, rate), rtol=1e-12, atol=1e-12)
+    times = onset_times(sound, rate)
+    assert times == times_at_once(sound, rate) and len(times) > 1
+
+
+@pytest.mark.parametrize("samples", [1, 500, 5000, 40_000])
+def test_pieces_give_the_spectra_of_all_at_once(monkeypatch, samples):
+    sound, other = white(seconds=samples / 16_000), white(seconds=samples / 16_000, seed=1)
+    whole = compare_sounds(sound, other, 16_000)
+    frames = power_frames(sound, 16_000, 0.05)
+    monkeypatch.setattr(metrics, "BLOCK_FRAMES", 3)
+    torch.testing.assert_close(power_frames(sound, 16_000, 0.05), frames, rtol=1e-10, atol=1e-18)  # of the FFT
+    for key, value in compare_sounds(sound, other, 16_000).items():
+        assert value == whole[key] or value == pytest.approx(whole[key], rel=1e-12, abs=1e-12), key
+
+
+def test_no_more_frames_are_held_than_a_block(monkeypatch):
+    largest, transform = [], torch.fft.rfft
+    monkeypatch.setattr(torch.fft, "rfft", lambda frames: (largest.append(len(frames)), transform(frames))[1])
+    compare_sounds(white(seconds=30), white(seconds=30, seed=1), 16_000)
+    assert max(largest) == metrics.BLOCK_FRAMES and sum(largest) > 5 * metrics.BLOCK_FRAMES
+
+
+def match_at_once(found, true, tolerance):
+    """Return (pairs, sum of distances) of the best matching by the whole table."""
+    found, true = sorted(found), sorted(true)
+    best = [[(0, 0.0)] * (len(true) + 1) for _ in range(len(found) + 1)]
+    for i, f in enumerate(found, 1):
+        for j, t in enumerate(true, 1):
+            best[i][j] = max(best[i - 1][j], best[i][j - 1])
+            if abs(f - t) <= tolerance + 1e-9:
+                pairs, closeness = best[i - 1][j - 1]
+                best[i][j] = max(best[i][j], (pairs + 1, closeness - abs(f - t)))
+    return best[-1][-1]
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 0.08, 0.5, 10.0])
+def test_a_band_of_the_table_gives_the_matching_of_all_of_it(tolerance):
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        found, true = (rng.uniform(0, rng.uniform(0.2, 3), rng.integers(0, 15)).round(2).tolist() for _ in range(2))
+        match = match_events(found, true, tolerance)
+        count, closeness = match_at_once(found, true, tolerance)
+        assert len(match.pairs) == count
+        assert sum(abs(found[f] - true[t]) for f, t in match.pairs) == pytest.approx(-closeness, abs=1e-9)
+        assert all(abs(found[f] - true[t]) <= tolerance + 1e-9 for f, t in match.pairs)
+
+
+def test_an_hour_of_events_takes_no_table_of_all_pairs():
+    times = [0.1 * number for number in range(36_000)]  # the whole table would have 1.3 billion cells
+    match = match_events([time + 0.01 for time in times], times)
+    assert len(match.pairs) == 36_000 and match.mean_offset_sec == pytest.approx(0.01)

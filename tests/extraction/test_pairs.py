@@ -84,11 +84,17 @@ def test_a_sound_that_replaced_the_extracted_one_is_kept(two_videos, tmp_path, o
     assert extract(two_videos[0], tmp_path / "out", "--start", "1") == 1 and path.read_bytes() == content
 
 
-def test_a_sound_of_another_kind_beside_it_is_named(two_videos, tmp_path, own_sound, capsys):
+def test_a_sound_of_another_kind_beside_it_is_refused(two_videos, tmp_path, own_sound, capsys):
     path, content = own_sound("GOPR0001.wav")
-    assert extract(two_videos[0], tmp_path / "out") == 0
+    assert extract(two_videos[0], tmp_path / "out") == 1
+    assert f"{path}: is in the way of GOPR0001.flac" in capsys.readouterr().err
+    assert path.read_bytes() == content and not list((tmp_path / "out").glob("*.npz"))
+    assert not (tmp_path / "out" / "GOPR0001.flac").exists()
+    assert extract(two_videos[0], tmp_path / "out", "--overwrite") == 0
     assert f"{path}: lies beside the sound that is extracted" in capsys.readouterr().err
     assert path.read_bytes() == content and (tmp_path / "out" / "GOPR0001.flac").exists()
+    assert extract(two_videos[0], tmp_path / "out") == 0
+    assert "training takes this sound, which was extracted, not GOPR0001.wav" in capsys.readouterr().err
 
 
 # -- another video of the same name -----------------------------------------------------------------------------------
@@ -136,20 +142,26 @@ def test_features_of_another_program_are_not_replaced(two_videos, tmp_path, caps
 # -- together ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step", range(5))
+@pytest.mark.parametrize("step", range(6))
 def test_features_never_lie_beside_the_sound_of_another_moment(two_videos, tmp_path, monkeypatch, step):
-    """Killed before the first to fifth step of placing a clip, the first command puts everything right."""
+    """Killed before any of the first six steps of placing a clip, the first command puts everything right."""
     out = tmp_path / "out"
     assert extract(two_videos[0], out) == 0
     first = state(out)
-    steps = []
+    steps, in_place = [], []
+    place = outputs.PairFolder.place
+
+    def placing(*arguments):
+        in_place.append(True)
+        place(*arguments)
+        in_place.clear()
 
     class Killed(BaseException):
         pass
 
     def dying(function):
         def call(*arguments, **options):
-            steps.append(function)
+            steps.extend(function for _ in in_place)
             if len(steps) > step:
                 raise Killed
             return function(*arguments, **options)
@@ -160,8 +172,10 @@ def test_features_never_lie_beside_the_sound_of_another_moment(two_videos, tmp_p
         patch.setattr(pairs.os, "replace", dying(pairs.os.replace))
         patch.setattr(pairs.Path, "unlink", dying(pairs.Path.unlink))
         patch.setattr(outputs.PairFolder, "_note", dying(outputs.PairFolder._note))
+        patch.setattr(outputs.PairFolder, "place", placing)
         with contextlib.suppress(Killed):
             extract(two_videos[0], out, "--start", "2")
+    assert bool(in_place) == (step < 6)
     left = state(out)
     if "GOPR0001.npz" in left and "GOPR0001.flac" in left:
         same = left["GOPR0001.npz"] == first["GOPR0001.npz"], left["GOPR0001.flac"] == first["GOPR0001.flac"]

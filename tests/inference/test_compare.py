@@ -89,6 +89,12 @@ def test_compared_settings_share_their_clip_features(caplog):
 # -- recorded sounds ---------------------------------------------------------------------------------------------------
 
 
+def test_only_line_ends_end_a_line_of_the_list(tmp_path):
+    (tmp_path / "a.pt").touch()
+    (tmp_path / "list.txt").write_text(f"{tmp_path}/a.pt 1 'one\u2028two'\r\nbase\r", encoding="utf-8", newline="")
+    assert [line.label for line in read_compare_list(tmp_path / "list.txt")] == ["one\u2028two", "base"]
+
+
 def test_the_recorded_sound_is_that_of_the_folder_the_video_or_the_features(tmp_path):
     loud, quiet = tone(level=0.5, seconds=2.0), tone(level=0.1, seconds=2.0)
     video = make_video(tmp_path / "a.mp4", 2.0, sound=loud[None])

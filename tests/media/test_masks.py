@@ -230,3 +230,13 @@ def test_files_that_are_no_masks(video, tmp_path):
         (tmp_path / name).write_bytes(b"not a mask")
         with pytest.raises(ValueError, match=rf"{name}: .*cannot be (read|decoded)"):
             read(video, MaskSettings(tmp_path / name))
+
+
+@pytest.mark.parametrize("damage", [(b"}", b"("), (b"'descr'", b"'des\x00r'"), (b"<f4", b"<f["), (b", }", b"(((")])
+def test_a_damaged_header_of_an_array_is_named(video, tmp_path, damage):
+    path = save_array(tmp_path / "m.npy", left_half())
+    data = path.read_bytes()
+    assert damage[0] in data
+    path.write_bytes(data.replace(*damage, 1))
+    with pytest.raises(ValueError, match=r"m\.npy: cannot be read as a mask \(.+\)"):
+        read(video, MaskSettings(path))

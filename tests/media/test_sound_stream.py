@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from fractions import Fraction
 
@@ -97,6 +98,36 @@ def test_a_track_that_can_be_decoded_goes_before_one_that_cannot(tmp_path):
     first = data.rindex(b"sowt", 0, data.rindex(b"sowt"))
     path.write_bytes(data[:first] + b"ac-4" + data[first + 4 :])
     assert read_audio(path)[0].max().item() == 0.5
+
+
+def test_sound_that_leads_the_pictures_is_left_out_by_name(tmp_path, caplog):
+    path = write_late_pictures(tmp_path / "v.ts", 0.5)
+    sound, rate = read_audio(path)
+    assert sound.shape[1] / rate == pytest.approx(1.5, abs=0.1)
+    said = r"v\.ts: its sound begins 0\.[45]\d s before its pictures; that part, which has none, is left out"
+    assert re.search(said, caplog.text)
+    caplog.clear()
+    read_audio(path, 0.5)
+    read_audio(write_late_pictures(tmp_path / "w.ts", 0.04))
+    assert "before its pictures" not in caplog.text
+
+
+def write_late_pictures(path, late_sec):
+    """Write 2 s of sound and, from ``late_sec`` on, of pictures."""
+    with av.open(str(path), "w") as file:
+        video, sound = file.add_stream("mpeg4", rate=25), file.add_stream("mp2", rate=RATE, layout="mono")
+        video.width, video.height, video.pix_fmt = 64, 64, "yuv420p"
+        frame = av.AudioFrame.from_ndarray(pcm(0.5, 2), format="s16", layout="mono")
+        frame.sample_rate, frame.pts, frame.time_base = RATE, 0, Fraction(1, RATE)
+        packets = [*sound.encode(frame), *sound.encode(None)]
+        for index in range(50):
+            picture = av.VideoFrame.from_ndarray(picture_of(index), format="rgb24")
+            picture.pts, picture.time_base = index + round(late_sec * 25), Fraction(1, 25)
+            packets += video.encode(picture)
+        packets += video.encode(None)
+        for packet in sorted(packets, key=lambda packet: packet.dts * packet.time_base):
+            file.mux(packet)
+    return path
 
 
 # -- time stamps ------------------------------------------------------------------------------------------------------

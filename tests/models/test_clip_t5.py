@@ -195,9 +195,13 @@ def test_padding_does_not_change_a_text():
     torch.testing.assert_close(features[:1, :1], alone, atol=1e-5, rtol=1e-5)
 
 
-def test_long_texts_are_cut_and_keep_their_end():
-    tokens, mask = tiny_t5().tokenize(["x" * 1000])
-    assert tokens.shape == (1, 512) and tokens[0, -1] == 1 and mask.all()
+def test_long_texts_are_cut_and_keep_their_end(caplog):
+    tokens, mask = tiny_t5().tokenize(["y" * 511])
+    assert tokens.shape == (1, 512) and tokens[0, -1] == 1 and mask.all() and not caplog.text
+    tokens, mask = tiny_t5().tokenize(["a dog", "x" * 510 + "yz"])
+    assert tokens.shape == (2, 512) and tokens[1, -1] == 1 and mask[1].all()
+    assert len(caplog.messages) == 1 and "longer than the 512 tokens" in caplog.text
+    assert f"what follows {'x' * 39 + 'y'!r} is not read" in caplog.text
 
 
 def test_t5_equals_transformers_with_the_same_weights(tmp_path):
@@ -233,7 +237,7 @@ def test_a_cast_keeps_one_word_table():
     torch.testing.assert_close(features, tiny_t5().encode(["a dog"])[0], atol=0.2, rtol=0.2)
 
 
-def test_a_tokenizer_file_is_used_and_a_broken_one_is_named(tmp_path):
+def test_a_tokenizer_file_is_used_and_a_broken_one_is_named(tmp_path, caplog):
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     words = {"<pad>": 0, "</s>": 1, "<unk>": 2, "a": 3, "dog": 4}
@@ -245,6 +249,9 @@ def test_a_tokenizer_file_is_used_and_a_broken_one_is_named(tmp_path):
     tokens, mask = T5Text(T5Config(num_layers=1), tmp_path / "tokenizer.json").tokenize(["a dog", "", "a cat a"])
     assert tokens.tolist() == [[3, 4, 1, 0], [1, 0, 0, 0], [3, 2, 3, 1]]
     assert mask.tolist() == [[True] * 3 + [False], [True] + [False] * 3, [True] * 4]
+    assert not caplog.text
+    T5Text(T5Config(num_layers=1), tmp_path / "tokenizer.json").tokenize(["a dog " * 256])
+    assert "longer than the 512 tokens" in caplog.text and "dog a' is not read" in caplog.text
     for content in ("", "<html>", json.dumps({"version": "1.0"})):
         (tmp_path / "tokenizer.json").write_text(content)
         with pytest.raises(ValueError, match=r"tokenizer\.json: not a tokenizer file"):

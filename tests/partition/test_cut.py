@@ -174,3 +174,11 @@ def test_loud_pieces_are_scaled_and_impossible_ones_refused(tmp_path):
         write_piece(tmp_path / "b.wav", Window("b_0", "b", 0, 9_000), tmp_path / "out")
     with pytest.raises(ValueError, match=r"a\.wav: ends after 2\.00 s"):
         write_piece(tmp_path / "a.wav", Window("a_0", "a", 8_000, 24_000), tmp_path / "out")
+
+
+def test_channels_that_cancel_are_named(tmp_path, caplog):
+    sound = noise(9.0, RATE)
+    soundfile.write(tmp_path / "a.wav", np.stack([sound, -sound], axis=1), RATE)
+    (window, *_) = partition("a", 9 * RATE, RATE)
+    write_piece(tmp_path / "a.wav", window, tmp_path / "out")
+    assert f"a.wav: {window.id}: its channels cancel each other" in caplog.text

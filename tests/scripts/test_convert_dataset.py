@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from make_data import TINY, put_clip, put_memmap
 from script_args import TINY as ARGS
@@ -16,6 +17,7 @@ from selva.data.folder import scan_folder
 from selva.data.folder_dataset import load_clip_dataset
 from selva.data.latents import encode_latents, load_waveform
 from selva.data.memmap.reader import MemmapDataset
+from selva.extraction import convert as convert_module
 from selva.extraction.extractor import FeatureExtractor
 from selva.features import load_features
 from selva.media import read_audio
@@ -176,6 +178,90 @@ def test_a_second_run_writes_what_is_missing(tmp_path, capsys):
     assert capsys.readouterr().out == f"{tmp_path / 'clips' / 'id_1.npz'}\n"
     after = snapshot(tmp_path / "clips")
     assert after["id_1.npz"][0] == before.pop("id_1.npz")[0] and before.items() <= after.items()
+
+
+def test_an_edited_label_is_converted_again(tmp_path, caplog):
+    put_memmap(tmp_path / "data", rows=2)
+    assert convert(tmp_path / "data", tmp_path / "clips", "--decode_audio") == 0
+    before = snapshot(tmp_path / "clips")
+    (tmp_path / "data.tsv").write_text("id\tlabel\nid_0\ta wolf\nid_1\tsays \"1\"\n")
+    caplog.clear()
+    assert convert(tmp_path / "data", tmp_path / "clips") == 0
+    assert "1 converted, 1 already current, 0 left out" in caplog.text
+    assert load_features(tmp_path / "clips" / "id_0.npz").prompt == "a wolf"
+    after = snapshot(tmp_path / "clips")
+    assert [name for name in before if before[name] != after[name]] == ["id_0.npz"]  # the sound is the same
+
+    caplog.clear()
+    assert convert(tmp_path / "data", tmp_path / "clips", "--decode_audio") == 0
+    assert "0 converted, 2 already current" in caplog.text and snapshot(tmp_path / "clips") == after
+
+
+def test_an_edited_list_of_prompts_is_converted_again(tmp_path, caplog):
+    source = put_folder(tmp_path / "clips")
+    assert convert(source, tmp_path / "data") == 0
+    (source / "prompts.txt").write_text("b.npz: a gong\n")
+    assert convert(source, tmp_path / "data") == 0 and "1 converted, 2 already current" in caplog.text
+    assert MemmapDataset(tmp_path / "data", TINY).prompts == ["a knock", "a gong", "a dog"]
+
+
+def test_rows_of_other_weights_are_converted_again(tmp_path, caplog, monkeypatch):
+    source = put_folder(tmp_path / "clips")
+    convert(source, tmp_path / "data")
+    monkeypatch.setattr(convert_module, "weights_identity", lambda variant, folder, parts: f"other {parts}")
+    assert convert(source, tmp_path / "data") == 0 and "3 converted, 0 already current" in caplog.text.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("name", "said"), [
+    ("id_0.flac", "id_0.flac: is in the way, it is not, or no longer, what"),
+    ("id_0.wav", "id_0.wav: is in the way, convert_dataset.py did not write it"),
+])
+@pytest.mark.parametrize("first", [None, [], ["--decode_audio"]])
+def test_a_sound_of_the_users_own_is_never_replaced(tmp_path, caplog, name, said, first):
+    put_memmap(tmp_path / "data", rows=1)
+    (tmp_path / "clips").mkdir()
+    if first is not None:
+        convert(tmp_path / "data", tmp_path / "clips", *first)
+        (tmp_path / "clips" / "id_0.flac").unlink(missing_ok=True)
+    own = tmp_path / "clips" / name
+    soundfile.write(own, np.full(1000, 0.1), 16_000)
+    before = snapshot(tmp_path / "clips")
+    assert convert(tmp_path / "data", tmp_path / "clips", "--decode_audio") == 1
+    assert said in caplog.text and snapshot(tmp_path / "clips") == before
+    assert convert(tmp_path / "data", tmp_path / "clips") == 0 and own.read_bytes() == before[name][0]
+
+
+def test_what_a_killed_run_has_decoded_is_its_own(tmp_path):
+    put_memmap(tmp_path / "data", rows=1)
+    convert(tmp_path / "data", tmp_path / "clips", "--decode_audio")
+    before = snapshot(tmp_path / "clips")
+    (tmp_path / "clips" / "id_0.npz").unlink()  # killed before they were written
+    assert convert(tmp_path / "data", tmp_path / "clips", "--decode_audio") == 0
+    after = snapshot(tmp_path / "clips")
+    assert after["id_0.flac"] == before["id_0.flac"] and after["id_0.npz"][0] == before["id_0.npz"][0]
+
+
+@pytest.mark.parametrize("flags", [[], ["--decode_audio"]])
+def test_no_sound_of_older_latents_stays(tmp_path, caplog, flags):
+    put_memmap(tmp_path / "data", rows=1)
+    convert(tmp_path / "data", tmp_path / "clips", "--decode_audio")
+    sound = tmp_path / "clips" / "id_0.flac"
+    old = sound.read_bytes()
+    with open(tmp_path / "data" / "mean.memmap", "r+b") as file:
+        file.write(np.zeros(250 * 20, np.float32).tobytes())
+    assert convert(tmp_path / "data", tmp_path / "clips", *flags) == 0
+    if flags:
+        assert sound.read_bytes() != old
+    else:
+        assert not sound.exists() and "id_0.flac: removed, it was decoded from latents" in caplog.text
+
+
+def test_files_of_rows_that_are_gone_are_named(tmp_path, caplog):
+    put_memmap(tmp_path / "data", rows=2)
+    convert(tmp_path / "data", tmp_path / "clips")
+    (tmp_path / "data.tsv").write_text('id\tlabel\nid_0\tsays "0"\nnew\tx\n')
+    convert(tmp_path / "data", tmp_path / "clips")
+    assert "id_1.npz: of no row of data any more" in caplog.text
 
 
 def test_rows_that_cannot_be_converted_are_named(tmp_path, caplog):

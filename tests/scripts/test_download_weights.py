@@ -158,7 +158,8 @@ def test_a_second_run_downloads_nothing(hub, folder):
     assert run(folder) == 0
     hub.requests.clear()
     assert run(folder) == 0
-    assert hub.requests == []
+    unchecked = {f"{file.repo}/{file.remote}" for file in script.needed_files(get_variant("small_16k")) if not file.md5}
+    assert {(method, name) for method, name, _ in hub.requests} == {("HEAD", name) for name in unchecked}
 
 
 def test_only_what_is_missing_is_fetched(hub, folder):
@@ -166,7 +167,7 @@ def test_only_what_is_missing_is_fetched(hub, folder):
     (folder / "ext_weights" / "v1-16.pth").unlink()
     hub.requests.clear()
     assert run(folder) == 0  # the layout is seen from the folder
-    assert {path for _, path, _ in hub.requests} == {"jnwnlee/SelVA/ext_weights/v1-16.pth"}
+    assert {path for method, path, _ in hub.requests if method == "GET"} == {"jnwnlee/SelVA/ext_weights/v1-16.pth"}
     assert (folder / "ext_weights" / "v1-16.pth").is_file()
 
 
@@ -240,6 +241,28 @@ def test_a_damaged_local_file_is_replaced_in_its_place(hub, folder):
     assert run(folder) == 0
     assert (folder / "v1-16.pth").read_bytes() == hub.files["jnwnlee/SelVA/ext_weights/v1-16.pth"]
     assert not (folder / "ext" / "v1-16.pth").exists()
+
+
+@pytest.mark.parametrize("name", ["open_clip_model.safetensors", "model.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize("spoil", [lambda data: data[:-100], lambda data: bytes([data[0] ^ 1]) + data[1:]])
+def test_a_damaged_file_without_a_checksum_is_compared_with_the_hub(hub, folder, capsys, name, spoil):
+    assert run(folder) == 0
+    (path,) = folder.rglob(name)
+    good = path.read_bytes()
+    path.write_bytes(spoil(good))
+    assert run(folder) == 0 and path.read_bytes() == good
+    assert "on the Hub" in capsys.readouterr().err
+
+
+def test_small_files_have_the_hash_of_git_there(tmp_path):
+    (tmp_path / "a").write_bytes(b"hello\n")
+    assert script._git_hash(tmp_path / "a") == "ce013625030ba8dba906f756967f9e9ca394464a"
+
+
+def test_without_the_hub_a_file_without_a_checksum_is_not_compared_and_that_is_said(hub, folder, capsys, monkeypatch):
+    assert run(folder) == 0
+    hub.files.clear()
+    assert run(folder) == 0 and "is not compared with the Hub" in capsys.readouterr().err
 
 
 def test_a_damaged_local_file_survives_a_failing_download(hub, folder):

@@ -476,13 +476,32 @@ def test_variations_have_numbers_and_seeds_of_their_own(feature_dir, tmp_path, c
     assert np.linalg.norm(sounds[0] - sounds[1]) > 0.1 * np.linalg.norm(sounds[0])
 
 
-def test_the_settings_beside_a_sound_make_it_again(two_clips, tmp_path):
+def test_the_settings_beside_a_sound_make_it_again(two_clips, tmp_path, capsys):
     out = tmp_path / "out"
     assert run(two_clips, "--prompt", "a knock", "--num_variations", "2", "--batch_size", "1", "--output", out) == 0
-    before = (out / "knock_5_2.flac").read_bytes()
-    (out / "knock_5_2.flac").unlink()
-    assert infer.main(["--config", str(out / "knock_5_2.yaml")]) == 0
-    assert (out / "knock_5_2.flac").read_bytes() == before
+    names = ("knock_5_2.flac", "knock_5_2.mp4")
+    before = [(out / name).read_bytes() for name in names]
+    again = ["--config", str(out / "knock_5_2.yaml")]
+    capsys.readouterr()
+    assert infer.main(again) == 0 and "1 already there" in capsys.readouterr().err
+    for name in names:
+        (out / name).unlink()
+    everything = {path.name for path in out.iterdir()} | set(names)
+    assert infer.main(again) == 0
+    assert [(out / name).read_bytes() for name in names] == before
+    assert {path.name for path in out.iterdir()} == everything
+
+
+def test_a_single_sound_can_have_a_name(feature_dir, tmp_path, capsys):
+    one = ["--features", feature_dir / "knock_0.npz"]
+    assert run(*one, "--name", "take v1.2", "--output", tmp_path / "out") == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"take v1.2.flac", "take v1.2.yaml"}
+    for arguments, said in (
+        (["--features", feature_dir, "--name", "x"], "--name x: is one name, but there are 6 clips"),
+        ([*one, "--name", "a/b"], "--name a/b: an id is a file name"),
+        ([*one, "--name", "x", "--output", tmp_path / "y.flac"], "the file has a name already"),
+    ):
+        assert run(*arguments) == 2 and said in capsys.readouterr().err
 
 
 def test_a_folder_of_features(feature_dir, tmp_path, capsys):

@@ -3,6 +3,8 @@
     data/vgg-train/               what is published (:mod:`selva.data.memmap.reader`); replaced only by a complete set
     data/vgg-train.tsv            id and label (or caption) of every row
     data/vgg-train.rows.json      ours: the work list, and for every row a digest of what decided its content
+    data/.vgg-train.confirmed/    journals of the parts that have found their rows of the published set current, until
+                                  all parts have; a change that another part finds then needs no second word of them
     data/vgg-train.partial/0001/  a generation, unfinished: plan.json, journals (see ``journal.py``); in data/
                                   a file per tensor with a slot for every row of the work list, sparse until written
 
@@ -13,6 +15,7 @@ then on nothing in it changes, and whoever finds a seal finishes the move. All o
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import logging
@@ -62,6 +65,7 @@ class SetFiles:
         self.table = table_path(self.folder)
         self.record = self.folder.with_name(f"{self.folder.name}.{SEAL_FILE}")
         self.partial = partial_path(self.folder)
+        self.confirmed = self.folder.with_name(f".{self.folder.name}.confirmed")
         self.lock = self.folder.with_name(f".{self.folder.name}.lock")
 
     def published(self) -> Content | None:
@@ -96,12 +100,13 @@ class SetFiles:
                 remove(path)
         return whole[-1] if whole else None
 
-    def begin(self, plan: Plan, sources: Sequence[Content | None], carried: bool) -> Path:
+    def begin(self, plan: Plan, sources: Sequence[Content | None]) -> Path:
         """Return a new generation for a work list, with the rows of earlier ones that may still be current.
+
+        Every process has to confirm its rows, as what they are made of may have changed since.
 
         Args:
             sources: the earlier ones, the best first.
-            carried: the work list is another one, so every process has to confirm its rows; otherwise they count.
         """
         numbers = [int(path.name) for path in self.partial.glob("*") if path.name.isdigit()]
         generation = self.partial / f"{max(numbers, default=0) + 1:04d}"
@@ -113,7 +118,7 @@ class SetFiles:
         entries: dict[int, Entry] = {}
         for source in sources:
             if source is not None and all(source.plan[name] == plan[name] for name in ("settings", "shapes")):
-                _carry_over(source, plan, data, carried, entries)
+                _carry_over(source, plan, data, entries)
         journal = RowJournal(generation)
         journal.append(entry_line(index, entry) for index, entry in entries.items())
         journal.close()
@@ -122,6 +127,16 @@ class SetFiles:
         flush_folder(data)
         atomic_write_text(generation / PLAN_FILE, json.dumps(plan, ensure_ascii=False))  # now it counts
         return generation
+
+    # -- rows of the published set that were found current, by the parts that have run since all of them had ----------
+
+    def confirmed_of(self, plan: Plan) -> Path:
+        """Return the folder for journals about a work list."""
+        return self.confirmed / hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:16]
+
+    def forget_confirmed(self) -> None:
+        """Begin anew: what changes from now on, every part has to see."""
+        shutil.rmtree(self.confirmed, ignore_errors=True)
 
     def seal(self, generation: Path, plan: Plan, digests: Sequence[str | None]) -> None:
         """Fix what is to be published: from here on a generation is not written to any more.
@@ -163,6 +178,7 @@ class SetFiles:
         if (generation / TABLE_FILE).is_file():
             os.replace(generation / TABLE_FILE, self.table)
         os.replace(generation / SEAL_FILE, self.record)
+        self.forget_confirmed()  # they were about the set before
         flush_folder(self.folder.parent)
         remove(generation)
 
@@ -199,19 +215,15 @@ def remove_if_empty(folder: Path) -> None:
         folder.rmdir()
 
 
-def _carry_over(source: Content, plan: Plan, data: Path, carried: bool, entries: dict[int, Entry]) -> None:
+def _carry_over(source: Content, plan: Plan, data: Path, entries: dict[int, Entry]) -> None:
     """Copy the rows of the same id and label that are not in ``entries`` yet, and add them there."""
     old_rows = {tuple(row): number for number, row in enumerate(source.plan["rows"])}
     moves = []  # (slot there, slot here)
     for index, row in enumerate(plan["rows"]):
         old = source.entries.get(old_rows.get(tuple(row), -1))
-        if index in entries or old is None:
-            continue
-        if old.digest is not None:
+        if index not in entries and old is not None and old.digest is not None:
             moves.append((source.slots[old_rows[tuple(row)]], index))
-            entries[index] = Entry(old.digest, carried)
-        elif not carried:
-            entries[index] = old
+            entries[index] = Entry(old.digest, carried=True)
     for key, shape in plan["shapes"].items():
         size = _row_bytes(shape)
         with open(source.folder / f"{key}.memmap", "rb") as old_file, open(data / f"{key}.memmap", "r+b") as file:
@@ -226,7 +238,7 @@ def _carry_over(source: Content, plan: Plan, data: Path, carried: bool, entries:
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: is not JSON ({error}); delete it with what lies beside it, or choose another folder"
                          ) from error
 

@@ -82,7 +82,7 @@ def replay(folder: Path) -> dict[int, Entry]:
                     content = json.loads(line)
                     row = int(content["row"])
                     void, entry = "void" in content, Entry(content.get("digest"), content.get("carried", False))
-                except (ValueError, KeyError, TypeError):  # unfinished: its process was killed
+                except (ValueError, LookupError, TypeError, RecursionError):  # unfinished: its process was killed
                     continue
                 if void:
                     entries.pop(row, None)
@@ -106,9 +106,12 @@ def living_writers(folder: Path) -> list[str]:
 
 
 def _writer(path: Path) -> str:
-    with open(path, encoding="utf-8") as file:
-        header = json.loads(file.readline())
-    return f"process {header['pid']} on {header['host']}"
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            header = json.loads(file.readline())
+        return f"process {header['pid']} on {header['host']}"
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return f"the process of {path.name}"
 
 
 def _last_number(folder: Path) -> int:

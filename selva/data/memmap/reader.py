@@ -10,7 +10,6 @@ instead of through tensordict, whose format can also hold pickled objects: nothi
 
 from __future__ import annotations
 
-import csv
 import functools
 import hashlib
 import json
@@ -26,6 +25,7 @@ import torch
 from torch import Tensor
 
 from selva.data.dataset import ClipDataset, Lengths, TrainingClip
+from selva.inputs.delimited import read_text_table, refuse_long_rows
 from selva.models.variants import Variant
 from selva.sequence import sequence_config
 from selva.utils.errors import UserError
@@ -151,11 +151,11 @@ class MemmapDataset(ClipDataset):
         """The file that each row is from, by id; empty without a manifest."""
         path = manifest_path(self.folder)
         try:
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            rows = [json.loads(line) for line in path.read_bytes().splitlines() if line.strip()]
             return {str(row["id"]): str(row["source"]) for row in rows}
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             log.warning("%s: cannot be read (%s), so rows of one video may be held out and trained on", path, error)
             return {}
 
@@ -244,18 +244,16 @@ def _read_table(path: Path) -> tuple[list[str], list[str]]:
     """Return the ids and the labels or captions of a table with a header, one row per clip."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; it belongs beside the folder and names the clip of every row")
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            rows = csv.DictReader(file, delimiter="\t", strict=True)
-            columns = rows.fieldnames or []
-            text = next((column for column in TEXT_COLUMNS if column in columns), None)
-            if "id" not in columns or text is None:
-                found = ", ".join(columns) or "none"
-                raise UserError(f"has the columns {found}, expected id and label (or caption)")
-            pairs = [(row["id"], row[text]) for row in rows]
-    except (ValueError, csv.Error) as error:  # includes text that is not UTF-8
-        raise UserError(f"{path}: {error}") from error
-    short = [number for number, pair in enumerate(pairs, 2) if None in pair]
-    if short:
-        raise UserError(f"{path}: row {short[0]} has fewer columns than the header")
-    return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    table = read_text_table(path, "\t", ("id",), "id and label (or caption)")
+    text = next((column for column in TEXT_COLUMNS if column in table.columns), None)
+    if text is None:
+        raise UserError(f"{path}: has the columns {', '.join(table.columns)}, expected id and label (or caption)")
+    refuse_long_rows(path, table)
+    ids, texts = [], []
+    for line, cells in table.rows:
+        clip_id, label = cells["id"], cells[text]
+        if clip_id is None or label is None:
+            raise UserError(f"{path}, line {line}: has fewer columns than the header")
+        ids.append(clip_id)
+        texts.append(label)
+    return ids, texts

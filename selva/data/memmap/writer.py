@@ -63,7 +63,7 @@ class MemmapWriter:
         video: False for sound without pictures: no features of frames, and the table has captions.
         settings: what decides the content of all rows alike, anything that JSON can hold.
         recipe: what else the caller was asked for, such as where in its video every row begins; "" if there is nothing.
-            After a change of it, every process has to confirm its rows before anything is published.
+            A set of another recipe is another set, of which no row counts that has not been confirmed.
 
     Raises:
         ValueError: an empty list, an id that comes twice, another run is writing other data here, or files are in the
@@ -88,6 +88,7 @@ class MemmapWriter:
                 "rows": list(rows), **({"recipe": recipe} if recipe else {})}
         self._plan: Plan = json.loads(json.dumps(plan))
         self._entries: dict[int, Entry] = {}
+        self._confirmed: dict[int, str | None] = {}  # rows of the published set that this process found current
         self._generation: Path | None = None  # None: what is published is the result of this work list
         self._journal: RowJournal | None = None
         self._tensor_files: dict[str, FileIO] = {}
@@ -118,7 +119,9 @@ class MemmapWriter:
                 if self._generation is not None:
                     self._claim(index)  # so that nobody publishes what was just found to be out of date
                 return False
-            if entry.carried:
+            if self._generation is None:
+                self._confirmed[index] = digest
+            elif entry.carried:
                 self._note(index, Entry(digest))
             return True
 
@@ -153,6 +156,7 @@ class MemmapWriter:
         """Leave row ``index`` out: its clip cannot be used. The next run asks for it again."""
         with self._threads:
             if self._generation is None and self._entries[index].digest is None:
+                self._confirmed[index] = None
                 return
             self._claim(index)
             self._note(index, Entry(None))
@@ -216,17 +220,26 @@ class MemmapWriter:
     def publish_if_complete(self) -> bool:
         """Move the set into place if every row, of all processes, is written or left out; return True if it is there.
 
+        Rows that are current count from the moment that their process has called this.
+
         Raises:
             ValueError: all rows are left out. What was published before stays.
         """
         with self._threads:
             self.flush()
-            if self._generation is None:
-                return True
             with self._lock:
+                if self._generation is None:
+                    generation = self.files.newest()
+                    if generation is None or not is_open(generation) or not same_plan(
+                        content_of(generation).plan, self._plan
+                    ):
+                        self._keep_confirmed()
+                        return True
+                    self._enter()  # another process has found a change meanwhile
                 if not self._is_open():  # another process was faster
                     self._enter()
                     return self._generation is None
+                assert self._generation is not None  # it is open
                 self._entries = replay(self._generation)
                 if self.num_missing:
                     return False
@@ -255,8 +268,6 @@ class MemmapWriter:
             generation = None
         published = self.files.published()
         is_published = published is not None and same_plan(published.plan, self._plan)
-        # Of an earlier version, which did not note the recipe: its rows count where they are current, all of them.
-        is_known = published is not None and published.plan == self._plan
         found = content_of(generation) if generation is not None else None
         if generation is not None and found is not None and not same_plan(found.plan, self._plan):
             if writers := living_writers(generation):
@@ -264,10 +275,11 @@ class MemmapWriter:
                                  f"({', '.join(writers)}); wait for its end, or choose another folder. If it runs no "
                                  f"more, delete {generation}/*.lock")
             outdated = generation
-            generation = None if is_published else self.files.begin(self._plan, [found, published], carried=True)
+            generation = None if is_published else self.files.begin(self._plan, [found, published])
             remove(outdated)
-        if generation is None and (force or not is_published):
-            generation = self.files.begin(self._plan, [published], carried=not is_known)
+        began = generation is None and (force or not is_published)
+        if began:
+            generation = self.files.begin(self._plan, [published])
         self._generation = generation
         if generation is None:
             assert published is not None
@@ -278,6 +290,34 @@ class MemmapWriter:
         self._journal = RowJournal(generation)
         for key in self.shapes:
             self._tensor_files[key] = FileIO(generation / DATA_FOLDER / f"{key}.memmap", "r+")
+        self._repeat_confirmed(began)
+
+    def _repeat_confirmed(self, of_others: bool) -> None:
+        """Confirm in a generation what this process, and those before it, have found current in the published set.
+
+        Args:
+            of_others: the generation is new; later, others may be about to write what they have confirmed before.
+        """
+        earlier = replay(self.files.confirmed_of(self._plan)) if of_others else {}
+        known = {index: entry.digest for index, entry in earlier.items()} | self._confirmed
+        for index, digest in known.items():
+            entry = self._entries.get(index)
+            if (entry is None and digest is None) or (entry is not None and entry.carried and entry.digest == digest):
+                self._note(index, Entry(digest))
+        self.flush()
+
+    def _keep_confirmed(self) -> None:
+        """Remember the rows that this process has found current, until all processes have said so of theirs."""
+        folder = self.files.confirmed_of(self._plan)
+        known = replay(folder)
+        new = {index: Entry(digest) for index, digest in self._confirmed.items() if known.get(index) != Entry(digest)}
+        if len(known | new) == len(self.ids):
+            self.files.forget_confirmed()
+        elif new:
+            folder.mkdir(parents=True, exist_ok=True)
+            journal = RowJournal(folder)
+            journal.append(entry_line(index, entry) for index, entry in new.items())
+            journal.close()
 
     def _leave(self) -> None:
         for file in self._tensor_files.values():

@@ -65,6 +65,11 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder.parent)): path.read_bytes() for path in paths}
 
 
+def published_files(folder: Path) -> dict[str, bytes]:
+    """Return the files of a set, without those of an unfinished change."""
+    return {name: data for name, data in files(folder).items() if name.startswith("data") and "partial" not in name}
+
+
 @pytest.fixture(autouse=True)
 def _no_waiting_for_the_disk(monkeypatch):
     """Skip the waits for the disk: tests and kills read the system's cache, only a power cut needs more."""
@@ -225,13 +230,58 @@ def test_a_job_array_confirms_every_row_of_a_changed_list(tmp_path):
     assert len(MemmapDataset(tmp_path / "data", SMALL)) == 7
 
 
-def test_a_change_in_one_job_needs_no_other_job_to_run_again(tmp_path):
-    """Neither for the rows of the others nor for those that they left out."""
+def part(folder, share, **work):
+    """Run one job of an array; return what it made, and whether the set is published."""
+    with open_writer(folder) as writer:
+        return do(writer, share=share, **work), writer.publish_if_complete()
+
+
+def test_a_change_that_one_job_finds_is_not_published_before_all_have_looked(tmp_path):
+    """Or half of the rows would be of new videos and half of old ones, if all videos have changed."""
     extract(tmp_path / "data", skipped=("clip_0",))
-    with open_writer(tmp_path / "data") as writer:
-        assert do(writer, share=[4, 5], versions={"clip_4": "changed"}) == ["clip_4"]
-        assert writer.publish_if_complete()
+    before = files(tmp_path / "data")
+    changed = {"clip_4": "changed", "clip_1": "changed"}
+    assert part(tmp_path / "data", [4, 5], versions=changed) == (["clip_4"], False)
+    assert published_files(tmp_path / "data") == before
+    assert part(tmp_path / "data", range(4), versions=changed, skipped=("clip_0",)) == (["clip_1"], True)
     assert MemmapDataset(tmp_path / "data", SMALL).ids == [f"clip_{number}" for number in range(1, 6)]
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+@pytest.mark.parametrize("together", [True, False])
+def test_whichever_job_finds_the_change_all_that_have_run_count(tmp_path, order, together):
+    """Also those that were at their end before it was found, and that have left out rows."""
+    extract(tmp_path / "data", skipped=("clip_0",))
+    changed, shares = {"clip_4": "changed"}, [range(4), range(4, 6)]
+    writers = [open_writer(tmp_path / "data") for _ in shares] if together else []
+    for number in order:
+        writer = writers[number] if together else open_writer(tmp_path / "data")
+        do(writer, share=shares[number], versions=changed, skipped=("clip_0",))
+        published = writer.publish_if_complete()
+        writer.close()
+    assert published
+    with open_writer(tmp_path / "data") as writer:
+        expected = content(writer, "clip_4", "changed")["mean"]
+    rows = MemmapDataset(tmp_path / "data", SMALL)
+    assert rows.ids == [f"clip_{number}" for number in range(1, 6)] and torch.equal(rows.clip(3).mean, expected)
+    assert not list(tmp_path.glob(".*.confirmed"))
+
+
+def test_what_was_confirmed_before_all_had_looked_counts_no_more(tmp_path):
+    extract(tmp_path / "data")
+    for share in (range(3), range(3, 6)):
+        assert part(tmp_path / "data", share) == ([], True)
+    assert part(tmp_path / "data", range(3), versions={"clip_0": "changed"}) == (["clip_0"], False)
+    assert part(tmp_path / "data", range(3, 6)) == ([], True)
+
+
+def test_what_a_job_of_another_recipe_has_confirmed_does_not_count(tmp_path):
+    extract(tmp_path / "data")  # by an earlier version, whose recipe is not known
+    with with_recipe(tmp_path / "data", "start 0") as writer:
+        assert do(writer, share=range(3)) == [] and writer.publish_if_complete()
+    with with_recipe(tmp_path / "data", "start 1") as writer:
+        do(writer, share=range(3, 6), versions={clip_id: "start 1" for clip_id, _ in CLIPS})
+        assert not writer.publish_if_complete()
 
 
 def test_an_outdated_row_is_not_published_while_it_is_made_again(tmp_path):
@@ -251,7 +301,8 @@ def test_a_row_written_after_others_have_published_is_published_too(tmp_path):
         do(first, skipped=("clip_2",))
         assert first.publish_if_complete()
         second.write(2, content(second, "clip_2"), digest(CLIPS[2]))
-        assert second.publish_if_complete()
+        assert not second.publish_if_complete()  # it has looked at no other row
+        assert do(second) == [] and second.publish_if_complete()
     assert len(MemmapDataset(tmp_path / "data", SMALL)) == 6
 
 
@@ -436,6 +487,25 @@ def test_an_unfinished_line_counts_as_not_written(tmp_path, one_run):
     assert files(tmp_path / "data") == one_run
 
 
+@pytest.mark.parametrize("line", ["[" * 200_000, "[]", "1", '"row"', '{"row": {}}'])
+def test_a_damaged_line_counts_as_not_written(tmp_path, one_run, line):
+    with open_writer(tmp_path / "data") as writer:
+        do(writer)
+        assert writer._journal is not None
+        journal = writer._journal.path
+    with open(journal, "a", encoding="utf-8") as file:
+        file.write(line + "\n")
+    assert extract(tmp_path / "data") == ([], True)
+    assert files(tmp_path / "data") == one_run
+
+
+def test_a_damaged_record_is_named(tmp_path):
+    extract(tmp_path / "data")
+    (tmp_path / "data.rows.json").write_text("[" * 200_000)
+    with pytest.raises(ValueError, match=r"data\.rows\.json: is not JSON"):
+        open_writer(tmp_path / "data")
+
+
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 BAD_ROWS = {
@@ -519,11 +589,11 @@ def test_a_part_of_another_recipe_publishes_nothing_alone(tmp_path, before):
     with with_recipe(tmp_path / "data", "start 1") as writer:
         assert len(do(writer, share=range(3), versions=new)) == 3
         assert not writer.publish_if_complete()
-    assert {name: content for name, content in files(tmp_path / "data").items() if "partial" not in name} == finished
+    assert published_files(tmp_path / "data") == finished
     with with_recipe(tmp_path / "data", "start 0") as writer:  # another one comes in between: nothing is mixed
         assert do(writer, share=range(3, 6), versions=old) == []
         writer.publish_if_complete()
-    assert {name: content for name, content in files(tmp_path / "data").items() if "partial" not in name} == finished
+    assert published_files(tmp_path / "data") == finished
     for share in (range(3), range(3, 6)):
         with with_recipe(tmp_path / "data", "start 1") as writer:
             do(writer, share=share, versions=new)

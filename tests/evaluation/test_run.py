@@ -1,0 +1,153 @@
+"""selva.evaluation.run and scripts/evaluate.py: whole evaluations, with and without networks, stopped and continued."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from make_media import make_video
+from struck_sounds import RATE, strikes
+
+from selva.evaluation import encoders, outputs, run
+from selva.evaluation.config import EvaluationConfig
+from selva.models.config import VideoEncoderConfig
+from selva.models.synchformer_av import SynchformerAV
+from selva.utils.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+SMALL = VideoEncoderConfig(embed_dim=32, depth=1, num_heads=4, mlp_dim=48, image_size=32)
+
+
+def script(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, str(ROOT / "scripts/evaluate.py"), *map(str, arguments)],
+                          capture_output=True, text=True, cwd=ROOT, check=False)
+
+
+def settings(folders, tmp_path, **more) -> EvaluationConfig:
+    generated, reference = folders
+    return EvaluationConfig(generated, reference, output_dir=tmp_path / "out", device="cpu", **more)
+
+
+def test_the_script_writes_table_page_and_figures_of_every_pair(folders, tmp_path):
+    done = script("--generated", folders[0], "--reference", folders[1], "--output_dir", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "onset F1" in done.stdout and max(map(len, done.stdout.splitlines())) <= 100
+    content = json.loads((tmp_path / "out/evaluation.json").read_text())
+    figures = content["figures"]
+    assert figures["onset_f1"]["value"] == pytest.approx(2 / 3) and figures["onset_f1"]["items"] == 3
+    assert figures["onset_offset_sec"]["value"] == pytest.approx(0.02, abs=0.005)  # 0 and 40 ms; 200 ms do not match
+    with open(tmp_path / "out/evaluation.csv", newline="") as file:
+        rows = {row["name"]: row for row in csv.DictReader(file)}
+    assert float(rows["a"]["log_spectral_distance_db"]) < float(rows["c"]["log_spectral_distance_db"])
+    page = (tmp_path / "out/evaluation.html").read_text()
+    assert page.count("<audio") == 6 and "Furthest from their recordings" in page
+
+
+def test_a_stopped_evaluation_goes_on_and_changed_sounds_are_measured_again(folders, tmp_path, monkeypatch):
+    config = settings(folders, tmp_path)
+    measured = []
+    original = run.pair_figures
+    monkeypatch.setattr(run, "pair_figures", lambda *args: measured.append(1) or original(*args))
+    first = run.evaluate(config)
+    assert len(measured) == 3
+    lines = (tmp_path / "out/pairs.jsonl").read_bytes()
+    (tmp_path / "out/pairs.jsonl").write_bytes(lines[: -len(lines) // 4])  # killed while it wrote the last line
+    again = run.evaluate(config)
+    assert len(measured) == 4 and again.figures == first.figures
+    soundfile.write(folders[0] / "b.flac", strikes([1.0], 900), RATE)
+    changed = run.evaluate(config)
+    assert len(measured) == 5 and changed.figures["onset_f1"].value != first.figures["onset_f1"].value
+
+
+def test_one_bad_sound_ends_nothing_and_silent_ones_are_named(folders, tmp_path):
+    soundfile.write(folders[0] / "d.wav", np.array([0.0, np.nan] * RATE, np.float32), RATE, subtype="FLOAT")
+    soundfile.write(folders[1] / "d.wav", strikes([1.0], 600), RATE)
+    soundfile.write(folders[0] / "e.wav", np.zeros(2 * RATE), RATE)
+    soundfile.write(folders[1] / "e.wav", strikes([1.0], 600, seconds=4.0), RATE)
+    done = script("--generated", folders[0], "--reference", folders[1], "--output_dir", tmp_path / "out")
+    assert done.returncode == 1
+    assert "d: left out" in done.stderr and "not finite" in done.stderr and "Traceback" not in done.stderr
+    assert "digital silence: e" in done.stderr and "lengths differ" in done.stderr
+    content = json.loads((tmp_path / "out/evaluation.json").read_text())
+    assert [item["name"] for item in content["failed"]] == ["d"] and content["figures"]["onset_f1"]["items"] == 4
+
+
+def test_mistakes_end_in_one_line(folders, tmp_path):
+    for arguments, text in (
+        (("--generated", tmp_path / "no"), "no such folder"),
+        (("--export_av_benchmark", tmp_path / "x"), "--synchformer"),
+        (("--clap", tmp_path / "no"), "laion/clap"),
+        (("--clap", folders[0]), "cannot be read as a ClapModel"),
+    ):
+        common = ("--generated", folders[0], "--reference", folders[1], "--output_dir", tmp_path / "out")
+        done = script(*common, *arguments)
+        assert done.returncode == 1 and text in done.stderr and "Traceback" not in done.stderr, done.stderr
+    torch.save({"vfeat_extractor.x": torch.zeros(1)}, tmp_path / "visual.pth")
+    with pytest.raises(UserError, match="holds no audio branch"):
+        run.evaluate(settings(folders, tmp_path, synchformer=tmp_path / "visual.pth"))
+
+
+@pytest.fixture(scope="module")
+def networks(tmp_path_factory) -> dict[str, Path]:
+    """Small random networks in the files that users have."""
+    import transformers
+
+    folder = tmp_path_factory.mktemp("networks")
+    torch.manual_seed(0)
+    audio = {"hidden_size": 8, "patch_embeds_hidden_size": 4, "depths": [1, 1], "num_attention_heads": [1, 1],
+             "num_hidden_layers": 2, "num_mel_bins": 64, "spec_size": 256, "window_size": 8, "num_classes": 3,
+             "projection_dim": 16}
+    text = {"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "intermediate_size": 16, "projection_dim": 16}
+    config = transformers.ClapConfig(text_config=text, audio_config=audio, projection_dim=16)
+    transformers.ClapModel(config).save_pretrained(folder / "clap")
+    characters = {chr(code): code - 28 for code in range(33, 127)}
+    vocabulary = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "<mask>": 4, "Ġ": 200, **characters}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = transformers.RobertaTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    extractor = transformers.ClapFeatureExtractor(truncation="rand_trunc")
+    transformers.ClapProcessor(extractor, tokenizer).save_pretrained(folder / "clap")
+    ast = transformers.ASTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+                                 max_length=128, num_labels=7)
+    transformers.ASTForAudioClassification(ast).save_pretrained(folder / "ast")
+    transformers.ASTFeatureExtractor(max_length=128).save_pretrained(folder / "ast")
+    torch.save(SynchformerAV(SMALL).state_dict(), folder / "synchformer.pth")
+    return {"clap": folder / "clap", "ast": folder / "ast", "synchformer": folder / "synchformer.pth"}
+
+
+def test_networks_add_their_figures_and_their_features_are_kept(folders, tmp_path, networks, monkeypatch):
+    load = encoders.load_synchformer
+    monkeypatch.setattr(encoders, "load_synchformer", lambda path, device: load(path, device, SMALL))
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    for name in ("a", "b", "c"):
+        make_video(videos / f"{name}.mp4", seconds=5.2)
+    (tmp_path / "captions.tsv").write_text("id\tcaption\na\ta bell\nb\ta bell\nc\ta gong\n")
+    config = settings(folders, tmp_path, videos=videos, captions=tmp_path / "captions.tsv", **networks,
+                      export_av_benchmark=tmp_path / "cache")
+    evaluation = run.evaluate(config)
+    assert evaluation.failed == []
+    keys = {"desync_sec", "clap_score", "ast_kl", "clap_kd", "ast_kd"}
+    assert keys <= set(evaluation.figures) and all(evaluation.figures[key].items == 3 for key in keys)
+    assert "KD" in evaluation.reasons["clap_fd"] and "ast_is" in evaluation.reasons  # 3 items are too few
+    assert -1 <= evaluation.figures["clap_score"].value <= 1 and 0 <= evaluation.figures["desync_sec"].value <= 2
+
+    from selva.evaluation import av_benchmark
+
+    network = encoders.load_synchformer(networks["synchformer"], torch.device("cpu"))
+    again = av_benchmark.evaluate_caches(tmp_path / "cache/generated", tmp_path / "cache/reference", network)
+    assert again["DeSync"] == pytest.approx(evaluation.figures["desync_sec"].value, rel=1e-6)
+
+    shutil.rmtree(tmp_path / "cache")
+    kept = run.evaluate(config)  # from what is stored; the export is made anew
+    assert kept.figures == evaluation.figures and (tmp_path / "cache/generated/synchformer_audio.pth").is_file()
+    assert outputs.table(kept) == outputs.table(evaluation)
