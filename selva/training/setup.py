@@ -34,6 +34,7 @@ from selva.utils.device import dtype_of, peak_memory_bytes
 from selva.utils.distributed import World
 from selva.utils.errors import UserError
 from selva.utils.text import clock, listed
+from selva.weights.find import generator_change, generator_mark
 from selva.weights.load import load_clip_text, load_generator
 
 log = logging.getLogger(__name__)
@@ -53,11 +54,13 @@ def adapter_meta(config: RunConfig, num_clips: int) -> dict[str, Any]:
         "lora_plus_ratio": training.lora_plus_ratio,
         "clip_features": training.clip_features,
         "num_clips": num_clips,
-        "train_config": {**dataclasses.asdict(training), "betas": list(training.betas)},
+        "train_config": {name: list(value) if isinstance(value, tuple) else value
+                         for name, value in dataclasses.asdict(training).items()},
         "normalize_audio": config.normalize_audio,
         "precision": config.precision,
         "preserve": list(config.preserve),
         "preserve_share": config.preserve_share,
+        "generator": generator_mark(config.model.generator),
         **({"init_from": config.init_from.name} if config.init_from else {}),
     }
 
@@ -118,6 +121,8 @@ def load_start(config: RunConfig) -> Adapter | None:
     if variant != config.model.variant:
         raise UserError(f"--init_from {config.init_from}: is an adapter of {variant}, expected one of "
                          f"{config.model.variant}; give --variant {variant}, or another adapter")
+    if change := generator_change(adapter.meta, config.model.generator):
+        log.warning("%s was trained on %s, this run has %s (--generator)", config.init_from, *change)
     used = adapter.meta.get("clip_features", config.training.clip_features)
     if used != config.training.clip_features:
         log.warning("%s was trained with --clip_features %s, this run has %s", config.init_from, used,
@@ -141,6 +146,8 @@ def check_resumable(saved: TrainingState, config: RunConfig) -> None:
     for name, now in (("variant", config.model.variant), ("normalize_audio", config.normalize_audio),
                       ("preserve", list(config.preserve)), ("preserve_share", config.preserve_share)):
         pairs[name] = (saved.meta.get(name, now), now)
+    if change := generator_change(saved.meta, config.model.generator):
+        pairs["generator"] = change
     different = [f"{name} was {was!r} and is {now!r} now" for name, (was, now) in pairs.items() if was != now]
     if different:
         raise UserError(f"{saved.path}: continuing with other settings would mix two trainings: "
@@ -238,7 +245,7 @@ def build_run(
 ) -> TrainingRun:
     """Return the base model with a fresh adapter and everything that trains it."""
     model, training, precision = config.model, config.training, dtype_of(config.precision)
-    generator = load_generator(model.variant, model.selva_dir)
+    generator = load_generator(model.variant, model.selva_dir, file=model.generator)
     cast_frozen_(generator, precision)
     check_ranks(generator, config.lora)
     report = inject_lora(generator, config.lora, torch.Generator().manual_seed(training.seed))

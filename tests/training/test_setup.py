@@ -14,7 +14,7 @@ from selva.training.config import RunConfig, TrainConfig
 from selva.training.run import WAYS, WAYS_BEFORE
 from selva.training.setup import load_split
 from selva.utils.distributed import World
-from selva.weights.config import ModelConfig
+from selva.weights.config import GeneratorModelConfig
 
 CPU = torch.device("cpu")
 
@@ -31,7 +31,8 @@ def windows(tmp_path):
 
 
 def split(folder, saved=None, **options):
-    config = RunConfig(data_dir=folder, model=ModelConfig(variant="tiny_16k"), training=TrainConfig(), **options)
+    model = GeneratorModelConfig(variant="tiny_16k")
+    config = RunConfig(data_dir=folder, model=model, training=TrainConfig(), **options)
     return load_split(config, CPU, World(), saved)
 
 
