@@ -14,11 +14,13 @@ from selva.sequence import DEFAULT_DURATION_SEC
 from selva.utils.device import PRECISION_CHOICES, PRECISION_HELP
 from selva.utils.errors import UserError
 from selva.utils.settings import required, setting
-from selva.weights.config import GENERAL, ModelConfig
+from selva.weights.config import GENERAL, GeneratorModelConfig
 
 LATENT_MODES = ("sample", "mode")
 LR_SCHEDULES = ("constant", "cosine", "multistep", "cosine_restarts")
 CLIP_FEATURE_MODES = ("use", "empty")
+EMA_KINDS = ("exponential", "power")
+MAX_SIGMA_REL = 0.288  # of an average over all steps with equal weights
 
 DATA = "data and output"
 OPTIMISATION = "optimisation (a step is one update, whatever --grad_accum is)"
@@ -77,6 +79,15 @@ def choice_problems(config: object, choices: dict[str, Sequence[str]]) -> list[s
             for name, allowed in choices.items() if getattr(config, name) not in allowed]
 
 
+def width_problems(widths: Sequence[float]) -> list[str]:
+    """Return a sentence for everything that is wrong with the widths of averages by power functions."""
+    problems = [f"ema_sigma_rel is {width}, expected above 0 and at most {MAX_SIGMA_REL}" for width in widths
+                if not 0 < width <= MAX_SIGMA_REL]
+    if not widths or len(set(widths)) < len(widths):
+        problems.append(f"ema_sigma_rel is {list(widths)}, expected every width once")
+    return problems
+
+
 @dataclass(frozen=True)
 class TrainConfig(ObjectiveConfig):
     """Optimisation, objective and evaluation; one step is one optimiser update, whatever ``grad_accum`` is."""
@@ -92,8 +103,16 @@ class TrainConfig(ObjectiveConfig):
     lora_plus_ratio: float = setting(  # arXiv:2402.12354
         1.0, "LoRA+: rate of the B matrices over that of the A matrices", group=OPTIMISATION)
     weight_decay: float = setting(1e-6, "decoupled weight decay of the adapter", group=OPTIMISATION)
+    adam_eps: float = setting(1e-8, "epsilon of AdamW; the base models were trained with 1e-6 in bf16",
+                              group=OPTIMISATION)
     betas: tuple[float, float] = (0.9, 0.95)
     grad_clip: float = 1.0
+    ema: str = setting("exponential", "kind of the average of the adapter: exponential with --ema_decay, or power: "
+                       "averages over a share of the training, from which scripts/make_ema.py makes others later",
+                       group=OPTIMISATION, choices=EMA_KINDS)
+    ema_sigma_rel: tuple[float, ...] = setting(
+        (0.05, 0.1), "widths of the averages of --ema power, in relation to the length of the training; the first one "
+        "is judged and saved", group=OPTIMISATION, nargs="+", metavar="X")
     ema_decay: float = setting(  # 0: no average of the adapter is kept
         0.0, "keep a moving average of the adapter, which is then what is judged and saved; e.g. 0.999",
         group=OPTIMISATION)
@@ -106,12 +125,16 @@ class TrainConfig(ObjectiveConfig):
         problems = least_problems(self, {
             "steps": 1, "warmup_steps": 0, "batch_size": 1, "grad_accum": 1, "save_every": 1, "val_every": 1,
             "log_every": 1, "lr_cycles": 1, "patience": 0})
-        problems += positive_problems(self, ("lr", "lora_plus_ratio", "grad_clip"))
+        problems += positive_problems(self, ("lr", "lora_plus_ratio", "grad_clip", "adam_eps"))
         if not 0 <= self.ema_decay < 1:
             problems.append(f"ema_decay is {self.ema_decay}, expected 0 to below 1")
+        if self.ema == "power" and self.ema_decay:
+            problems.append(f"ema is power and ema_decay {self.ema_decay}, which belongs to exponential; give one of "
+                            "them (--ema_decay 0)")
+        problems += width_problems(self.ema_sigma_rel)
         if not 0 <= self.weight_decay < math.inf:
             problems.append(f"weight_decay is {self.weight_decay}, expected at least 0")
-        problems += [*self.problems(), *choice_problems(self, {"lr_schedule": LR_SCHEDULES})]
+        problems += [*self.problems(), *choice_problems(self, {"lr_schedule": LR_SCHEDULES, "ema": EMA_KINDS})]
         if problems:
             raise UserError("; ".join(problems))
 
@@ -135,7 +158,7 @@ class RunConfig:
                               "ones stay as they are", group=DATA)
     normalize_audio: Normalize = setting("peak", "peak: 0.95 of full scale, as the base models were trained; none: as "
                                    "recorded", group=DATA, choices=AUDIO_NORMALIZATIONS)
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: GeneratorModelConfig = field(default_factory=GeneratorModelConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     training: TrainConfig = field(default_factory=TrainConfig)
     val_fraction: float = setting(0.1, "share of the clips held out to see overfitting; none below five clips",

@@ -69,6 +69,20 @@ def synthesis_weights(snapshots: Sequence[tuple[int, float]], step: int, sigma_r
     return np.linalg.solve(gram, _inner(steps, gammas, np.float64(step), np.float64(target)))
 
 
+def synthesis_error(
+    snapshots: Sequence[tuple[int, float]], weights: np.ndarray, step: int, sigma_rel: float
+) -> float:
+    """Return the distance of a synthesised average from a tracked one, in relation to its length, from 0 to 1.
+
+    Between the two power functions, whose squares add up; so it is the share of the noise of single steps that differs.
+    """
+    steps = np.array([at for at, _ in snapshots], dtype=np.float64)
+    gammas, gamma = np.array([exponent(width) for _, width in snapshots]), exponent(sigma_rel)
+    length = (gamma + 1) ** 2 / ((2 * gamma + 1) * step)
+    explained = weights @ _inner(steps, gammas, np.float64(step), np.float64(gamma)) / length
+    return math.sqrt(min(1.0, max(0.0, 1 - float(explained))))
+
+
 def _inner(t_a: np.ndarray, gamma_a: np.ndarray, t_b: Any, gamma_b: Any) -> np.ndarray:
     """Return the inner product of the normalised functions tau ** gamma on (0, t]."""
     powers = np.where(t_a < t_b, gamma_b, -gamma_a)

@@ -30,7 +30,9 @@ from selva.models.generator import Generator
 from selva.training.condition_cache import CachedBatch, ConditionCache, can_cache
 from selva.training.config import TrainConfig
 from selva.training.ema import EMA
+from selva.training.ema_snapshots import KEPT
 from selva.training.objective import ALONE, flow_loss, sample_noise, validate
+from selva.training.power_ema import PowerEMA
 from selva.training.schedule import learning_rate
 from selva.utils.device import FUSED_DEVICES
 from selva.utils.distributed import World
@@ -100,11 +102,15 @@ class TrainingRun:
         # Fused: one kernel for all factors, which skips an update by a flag on the device, without the host's knowing.
         self.fused = self.device.type in FUSED_DEVICES
         self.optimizer = torch.optim.AdamW(
-            groups, betas=config.betas, weight_decay=config.weight_decay, fused=self.fused)
+            groups, betas=config.betas, eps=config.adam_eps, weight_decay=config.weight_decay, fused=self.fused)
         self.dropout = any(layer.lora_dropout > 0 for _, layer in lora_layers(generator))
         # Half-precision gradients below 6e-8 would vanish; bfloat16 has the range of float32 and needs no scaling.
         self.scaler = GradScaler(self.device.type, enabled=precision == torch.float16)
-        self.ema = EMA(named_factors(generator), config.ema_decay) if config.ema_decay else None
+        self.ema: EMA | PowerEMA | None = None
+        if config.ema == "power":
+            self.ema = PowerEMA(named_factors(generator), config.ema_sigma_rel)
+        elif config.ema_decay:
+            self.ema = EMA(named_factors(generator), config.ema_decay)
         self.ways = dict(WAYS)
         self.content = {"clips": content_state(self.batches.clips), "held_out": content_state(val_clips)}
         self.step = 0  # optimiser updates done
@@ -173,7 +179,13 @@ class TrainingRun:
 
     def checkpoint_bytes(self) -> int:
         """Return the approximate size of a step file: factors, exported, of the best step, two moments, average."""
-        return sum(p.numel() for p in self.parameters) * 4 * (6 if self.ema else 5)
+        tracks = len(self.ema.tracks) if isinstance(self.ema, PowerEMA) else int(self.ema is not None)
+        return sum(p.numel() for p in self.parameters) * 4 * (5 + tracks)
+
+    def averages_bytes(self) -> int:
+        """Return the approximate size of all snapshots of averages."""
+        tracks = len(self.ema.tracks) if isinstance(self.ema, PowerEMA) else 0
+        return sum(p.numel() for p in self.parameters) * 4 * tracks * KEPT
 
     def extra_state(self) -> dict[str, Any]:
         """Return the state beside adapter and optimiser that :meth:`restore` needs to be exact."""
@@ -183,7 +195,7 @@ class TrainingRun:
             "scaler": self.scaler.state_dict(),
             "batches": self.batches.state_dict(),
             "best": {"step": self.best_step, "val_loss": self.best_val_loss, "worse_in_a_row": self.worse_in_a_row},
-            "ema": self.ema.average if self.ema is not None else None,
+            "ema": self.ema.state() if self.ema is not None else None,
             "draws": self.rng.get_state(),
             "dropout_rng": torch.get_rng_state(),
             "dropout_rng_cuda": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
@@ -232,12 +244,28 @@ class TrainingRun:
         self.batches.load_state_dict(saved.extra["batches"])
         best = saved.extra["best"]
         self.best_step, self.best_val_loss, self.worse_in_a_row = best["step"], best["val_loss"], best["worse_in_a_row"]
-        if self.ema is not None:  # switched on only now, it starts from the adapter
-            self.ema.restore(saved.extra["ema"] or saved.lora)
+        self._restore_average(saved)
         self.rng.set_state(saved.extra["draws"])
         torch.set_rng_state(saved.extra["dropout_rng"])
         if self.device.type == "cuda" and len(saved.extra["dropout_rng_cuda"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(saved.extra["dropout_rng_cuda"])
+
+    def _restore_average(self, saved: TrainingState) -> None:
+        """Continue the average of a step file; one that is switched on only now starts from the adapter."""
+        stored = saved.extra["ema"]
+        is_power = stored is not None and stored.get("kind") == "power"
+        if self.ema is None or stored is None or is_power != isinstance(self.ema, PowerEMA):
+            if stored is not None:
+                log.warning("%s: holds %s average, which --ema or --ema_decay does not ask for any more; it ends here",
+                            saved.path, "a power" if is_power else "an exponential")
+            if self.ema is not None:
+                log.warning("%s: the average starts here, at step %d, from the adapter", saved.path, saved.step)
+                self.ema.start_at(saved.lora)
+            return
+        try:
+            self.ema.restore(stored)
+        except UserError as error:
+            raise UserError(f"{saved.path}: {error}") from error
 
     def _check_content(self, saved: TrainingState) -> None:
         """Raise a ValueError that names every clip that is not what it was; a file of version 0.1.0 does not tell."""

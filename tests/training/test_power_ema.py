@@ -124,7 +124,7 @@ def test_stored_averages_of_other_widths_are_refused(widths):
 
 @pytest.mark.parametrize("width", [0.0, -0.1, 0.3, float("nan")])
 def test_widths_that_no_power_function_has(width):
-    with pytest.raises(UserError, match="more than 0 and at most 0.2887"):
+    with pytest.raises(UserError, match=r"more than 0 and at most 0.2887"):
         exponent(width)
 
 

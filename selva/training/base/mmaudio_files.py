@@ -216,7 +216,8 @@ def write_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
     """
     tensors = _in_order(weights)
     if path.suffix not in (".pth", ".safetensors"):
-        raise UserError(f"{path}: a generator is written as .pth or .safetensors, not {path.suffix or 'without suffix'}")
+        raise UserError(f"{path}: a generator is written as .pth or .safetensors, not "
+                        f"{path.suffix or 'without suffix'}")
     with atomic_path(path) as temporary:
         if path.suffix == ".pth":
             write_torch(tensors, temporary)

@@ -208,7 +208,7 @@ def test_weights(tmp_path, names, suffix):
     write_weights(path, weights)
     found = read_weight_file(path)
     assert found.keys() == weights.keys() and all(torch.equal(found[name], x) for name, x in weights.items())
-    with pytest.raises(UserError, match="as .pth or .safetensors, not .bin"):
+    with pytest.raises(UserError, match=r"as .pth or .safetensors, not .bin"):
         write_weights(tmp_path / "a.bin", weights)
 
 
