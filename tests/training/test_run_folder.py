@@ -123,8 +123,8 @@ def test_snapshots_of_the_averages_are_adapters_and_survive_a_resume(tmp_path):
     assert whole["1.5.pt"].meta["sigma_rel"] == 0.1 and whole["1.5.pt"].meta["step"] == 5
     step_file = load_adapter(tmp_path / "whole" / "adapter_step00012.pt")
     assert equal(whole["0.12.pt"].tensors, step_file.tensors)  # the first width is what is saved
-    go_on(tmp_path / "killed", POWER, until=6)
-    (tmp_path / "killed" / "adapter_step00006.pt").unlink()  # as if it had been killed before it was written
+    go_on(tmp_path / "killed", POWER, until=5)
+    (tmp_path / "killed" / "adapter_step00005.pt").unlink()  # as if it had been killed before it was written
     go_on(tmp_path / "killed", POWER, resume=3)
     assert not (tmp_path / "killed" / "previous_001").exists()
     killed = averages(tmp_path / "killed")
