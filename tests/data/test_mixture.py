@@ -137,8 +137,8 @@ def test_memory_does_not_grow_with_the_rows(tmp_path):
     for count in (10_000, 100_000):
         folder = put_holes(tmp_path / f"rows_{count}", count)
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        result = subprocess.run([sys.executable, "-c", MEASURE, str(folder)], capture_output=True, text=True, timeout=300,
-                                env=environment)
+        result = subprocess.run([sys.executable, "-c", MEASURE, str(folder)], capture_output=True, text=True,
+                                timeout=300, env=environment)
         assert result.returncode == 0, result.stderr
         rows, used[count] = map(int, result.stdout.split())
         assert rows == count
