@@ -1,9 +1,10 @@
 """One process of a small base training, for tests with several: `python base_worker.py '{"steps": 2, ...}'`.
 
-    steps     updates to do
+    steps     updates to do; or
+    until     the step to train to, with a checkpoint after each
     shard     "none" or "fsdp2"
     folder    of the checkpoint and the results
-    resume    go on from the newest checkpoint there
+    resume    go on from the newest checkpoint there, if any
     die, by   rank of the process that is gone after the first step, and the signal that does it
 """
 
@@ -34,8 +35,9 @@ def main(job: dict) -> None:
         checkpoints = Checkpoints(folder, world, 0, {})
         if job.get("resume"):
             path = find_checkpoint("auto", folder)
-            assert path is not None
-            load_(run, path)
+            if path is not None:
+                load_(run, path)
+        checkpoints.clean()
         losses, norms, ids = [], [], []
         draw = run.stream.draw
 
@@ -45,10 +47,13 @@ def main(job: dict) -> None:
             return step
 
         run.stream.draw = drawn
-        for _ in range(job["steps"]):
+        last = job.get("until", run.step + job.get("steps", 0))
+        while run.step < last:
             loss, norm = run.train_step()
             losses.append(loss.item())
             norms.append(norm.item())
+            if "until" in job:
+                checkpoints.save(run)
             if job.get("die") == world.rank:
                 os.kill(os.getpid(), getattr(signal, job["by"]))
         bins = run.validate()["val_loss_bins"]

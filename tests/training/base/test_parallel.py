@@ -10,11 +10,14 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from selva.training.base.checkpoint import all_checkpoints, read_numbers, step_of
 from selva.utils.torchrun import process_environment
 
+STEPS_BETWEEN_KILLS = 12
 WORKER = Path(__file__).parents[2] / "base_worker.py"
 
 
@@ -95,3 +98,31 @@ def test_a_process_that_is_gone_ends_all_by_its_name(tmp_path, by):
             process.kill()
             process.wait()
     assert "process 1 on" in error and "Start again with --resume auto" in error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2])
+def test_kills_lose_nothing(tmp_path, size):
+    """A checkpoint is written after every step, so most of the kills meet one on its way."""
+    whole = train(size, tmp_path / "whole", until=STEPS_BETWEEN_KILLS)
+    rng, reached, kills = np.random.default_rng(0), 0, 0
+    folder = tmp_path / "killed"
+    folder.mkdir()
+    while reached < STEPS_BETWEEN_KILLS:
+        processes = start(size, {"folder": str(folder), "until": STEPS_BETWEEN_KILLS, "resume": True})
+        wanted, began = reached + int(rng.integers(1, 4)), time.monotonic()
+        while reached < wanted and time.monotonic() - began < 120 and processes[0].poll() is None:
+            time.sleep(0.01)
+            reached = max([step_of(path) or 0 for path in all_checkpoints(folder / "checkpoints")], default=0)
+        time.sleep(float(rng.random()) * 0.2)  # into the middle of the next one
+        for process in processes:
+            process.kill()
+            process.communicate()
+        found = all_checkpoints(folder / "checkpoints")
+        now = max([step_of(path) or 0 for path in found], default=0)
+        assert now >= reached and all(read_numbers(path)["step"] == step_of(path) for path in found)
+        reached, kills = now, kills + 1
+    assert kills >= 3
+    killed = train(size, folder, until=STEPS_BETWEEN_KILLS, resume=True)
+    assert all(torch.equal(value, killed["weights"][name]) for name, value in whole["weights"].items())
+    assert all(torch.equal(value, killed["average"][name]) for name, value in whole["average"].items())
