@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import threading
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import NamedTuple
@@ -66,7 +67,8 @@ class Mixture:
                 raise UserError(f"{name}: has {size} clips and the weight {self.weights[number]:g}, which is no clip "
                                 "in an epoch; expected at least one")
         self.size = sum(self.counts)  # of an epoch
-        self._order: tuple[int, Tensor] | None = None  # of the epoch that was asked for last
+        self._orders: dict[int, Tensor] = {}  # of two epochs: threads that read ahead may be in the next one already
+        self._making = threading.Lock()
 
     def visit(self, place: int) -> Visit:
         """Return the visit at ``place`` (from 0) of the endless sequence of epochs."""
@@ -92,12 +94,13 @@ class Mixture:
         return (epoch * rest + number - whole) * _stride(size) % size
 
     def _order_of(self, epoch: int) -> Tensor:
-        order = self._order  # threads may look at the same time: each goes on with what it has seen
-        if order is None or order[0] != epoch:
-            rng = torch.Generator().manual_seed(seed_of("order", self.seed, epoch))
-            order = (epoch, torch.randperm(self.size, generator=rng))
-            self._order = order
-        return order[1]
+        with self._making:
+            if epoch not in self._orders:
+                if len(self._orders) > 1:
+                    del self._orders[min(self._orders)]
+                rng = torch.Generator().manual_seed(seed_of("order", self.seed, epoch))
+                self._orders[epoch] = torch.randperm(self.size, generator=rng)
+            return self._orders[epoch]
 
 
 def _stride(size: int) -> int:

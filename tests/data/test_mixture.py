@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 
 from selva.data.memmap.reader import row_shapes
 from selva.data.mixture import Mixture, repeats_of, seed_of
@@ -48,6 +49,17 @@ def test_the_order_depends_on_the_seed_and_the_place_alone():
     places = [40, 3, 17, 3]
     assert [one.visit(p) for p in places] == [other.visit(p) for p in reversed(places)][::-1]
     assert epoch(one) != epoch(Mixture([7, 4], [1, 2], seed=4))
+
+
+def test_orders_are_not_made_again_where_two_epochs_are_read_in_turns(monkeypatch):
+    made, randperm = [], torch.randperm
+    monkeypatch.setattr(torch, "randperm", lambda *args, **more: made.append(1) or randperm(*args, **more))
+    mixture = Mixture([7], [1], seed=0)
+    places = [5, 8, 6, 9, 5, 8]
+    assert [mixture.visit(place).epoch for place in places] == [0, 1, 0, 1, 0, 1]
+    assert len(made) == 2
+    mixture.visit(15)
+    assert len(mixture._orders) == 2  # not those of all epochs so far
 
 
 def test_items_name_the_visits_of_an_epoch():

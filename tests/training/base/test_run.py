@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 
+import base_run
 import pytest
 import torch
 from base_run import CONFIG, make_generator, make_run, make_sets
 from golden_case import GOLDEN
+from small_run import SMALL
 
 from selva.data.dataset import Batch
 from selva.models.config import GeneratorConfig
@@ -148,6 +151,20 @@ def test_patterns_choose_what_is_trained():
     assert changed and changed <= set(run.trained) and "empty_string_feat" not in run.trained
     assert all(name.startswith(("fused_blocks.", "empty_")) for name in run.trained)
     assert all(torch.equal(run.average.values(0)[name], before[name]) for name in run.parameters if name not in changed)
+
+
+def test_the_second_version_can_be_trained(monkeypatch):
+    """MMAudio's own trainer cannot."""
+    monkeypatch.setattr(base_run, "SMALL", dataclasses.replace(SMALL, v2=True))
+    run = make_run()
+    before = run.parameters["t_embed.mlp.0.weight"].detach().clone()
+    assert all(map(math.isfinite, losses(run, 2))) and len(run.trained) == len(run.parameters) - 3
+    assert not torch.equal(before, run.parameters["t_embed.mlp.0.weight"])
+
+
+def test_blocks_that_are_computed_again_change_nothing():
+    again = make_run(dataclasses.replace(CONFIG, grad_checkpointing=True))
+    assert losses(again, 2) == losses(make_run(), 2)
 
 
 def test_a_pattern_that_matches_nothing_is_refused():
