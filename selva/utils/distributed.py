@@ -73,6 +73,8 @@ class World:
 
     def any(self, flag: bool, device: torch.device) -> bool:
         """Return True where ``flag`` is set in any process; all of them must ask at the same point."""
+        if self.size == 1:
+            return flag  # without waiting for the device
         return bool(self.sum_(torch.tensor(float(flag), device=device)))
 
     def wait(self) -> None:

@@ -114,6 +114,26 @@ def test_a_fresh_start_moves_an_old_run_aside(run, sets, tmp_path):
     assert [path.name for path in all_checkpoints(folder / "checkpoints")] == ["step_00000001"]
 
 
+def test_what_is_later_than_the_step_that_is_gone_on_from_is_moved_aside(run, sets, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    first = str(folder / "checkpoints" / "step_00000002")
+    assert train(sets, folder, "--steps", "3", "--sample_every", "0", "--resume", first) == 0
+    assert [path.name for path in all_checkpoints(folder / "checkpoints")] == ["step_00000002", "step_00000003"]
+    aside = folder / "previous_001"
+    assert (aside / "checkpoints" / "step_00000004" / ".metadata").is_file()
+    assert (aside / "samples" / "step00000004_01.flac").is_file() and (aside / "ema_ckpts" / "0.4.pt").is_file()
+    assert (folder / "ema_ckpts" / "0.2.pt").is_file() and not (folder / "ema_ckpts" / "0.4.pt").exists()
+
+
+def test_a_run_that_goes_on_in_another_folder_leaves_the_first_as_it_is(run, sets, tmp_path):
+    before = sorted(path.relative_to(run) for path in run.rglob("*"))
+    assert train(sets, tmp_path / "other", "--steps", "4", "--sample_every", "0", "--resume",
+                 str(run / "checkpoints" / "step_00000002")) == 0
+    assert sorted(path.relative_to(run) for path in run.rglob("*")) == before
+    assert all(torch.equal(value, exported(run)[key]) for key, value in exported(tmp_path / "other").items())
+
+
 def test_a_part_of_published_weights_is_trained(sets, tmp_path):
     assert train(sets, tmp_path / "run", "--steps", "1", "--sample_every", "0", "--init", "published", "--trainable",
                  "final_layer.*") == 0

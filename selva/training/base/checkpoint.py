@@ -125,9 +125,12 @@ class Checkpoints:
                 raise OSError(f"{partial / NUMBERS_FILE} is missing")
             flush_folder(partial)
             final = self.folder / checkpoint_name(self._step)
-            shutil.rmtree(final, ignore_errors=True)  # of an abandoned branch
+            replaced = self.folder / f"{PARTIAL_PREFIX}replaced-{final.name}"
+            if final.exists():  # of another run into the same folder
+                final.rename(replaced)
             partial.rename(final)
             flush_folder(self.folder)
+            shutil.rmtree(replaced, ignore_errors=True)
             log.info("saved %s", final)
             if self.keep_last:
                 for path in all_checkpoints(self.folder)[: -self.keep_last]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -17,10 +18,12 @@ from selva.data.dataset import ClipDataset
 from selva.data.memmap.reader import MemmapDataset
 from selva.data.mixture import MixedClips
 from selva.models.variants import get_variant
+from selva.training.base.checkpoint import FOLDER as CHECKPOINTS
 from selva.training.base.checkpoint import Checkpoints, find_checkpoint, load_, read_numbers
 from selva.training.base.config import BaseTrainConfig
 from selva.training.base.mmaudio_files import write_weights
 from selva.training.base.run import BaseRun, described
+from selva.training.base.samples import FOLDER as SAMPLES
 from selva.training.base.samples import BaseSamples
 from selva.training.base.setup import check_resumable, data_state, go_on_from_mmaudio_, load_data, start_generator
 from selva.training.base.speed import SpeedMeter
@@ -111,7 +114,8 @@ def _train(config: BaseTrainConfig, settings: Mapping[str, Any], device: torch.d
     if config.dry_run:
         _estimate(run)
         return BaseResult()
-    return _Training(run, settings).go(resumed=saved is not None and not of_mmaudio)
+    in_place = saved is not None and saved.resolve().parent == (config.output_dir / CHECKPOINTS).resolve()
+    return _Training(run, settings).go(resumed=in_place)
 
 
 def build_run(
@@ -155,8 +159,14 @@ class _Training:
         self.samples: BaseSamples | None = None
 
     def go(self, resumed: bool) -> BaseResult:
-        """Train to the end, or until a signal comes."""
+        """Train to the end, or until a signal comes.
+
+        Args:
+            resumed: from a checkpoint of the output folder.
+        """
         run, config = self.run, self.config
+        if resumed:
+            self.checkpoints.newest = run.step
         if self.world.is_main:
             self._open(resumed)
         if len(run.val_clips) and config.sample_every:
@@ -182,8 +192,7 @@ class _Training:
         """Make the output folder ready, in the process that writes there."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.checkpoints.clean()
-        if not resumed:
-            _move_aside(self.folder)
+        _move_aside(self.folder, after=self.run.step if resumed else None)
         self.metrics = MetricsFile(self.folder / METRICS_FILE)
         self.metrics.cut_after(self.run.step)
         if self.config.tensorboard:
@@ -233,17 +242,35 @@ class _Training:
         return paths
 
 
-def _move_aside(folder: Path) -> None:
-    """Move the files of an earlier run aside, so that a fresh start overwrites nothing."""
-    names = ("checkpoints", SNAPSHOT_FOLDER, "samples", EXPORT_FOLDER, "tensorboard", METRICS_FILE, CONFIG_FILE,
+_STEP_NAMES = re.compile(r"step_?(\d+)(?:_\d+)?(?:\.\w+)?|\d+\.(\d+)\.pt")  # of checkpoints, samples and snapshots
+
+
+def _move_aside(folder: Path, after: int | None) -> None:
+    """Move the files of an earlier run aside, so that a fresh start overwrites nothing.
+
+    Args:
+        after: the step from which that run goes on: only what is later is moved, so that the next ``--resume auto``
+            does not go on from there; None for a fresh start.
+    """
+    names = (CHECKPOINTS, SNAPSHOT_FOLDER, SAMPLES, EXPORT_FOLDER, "tensorboard", METRICS_FILE, CONFIG_FILE,
              "loss_raw.png", "loss_smoothed.png")
     old = [folder / name for name in names if (folder / name).exists()]
+    if after is not None:
+        kept = (path for name in (CHECKPOINTS, SNAPSHOT_FOLDER, SAMPLES) for path in (folder / name).glob("*"))
+        steps = ((path, _STEP_NAMES.fullmatch(path.name)) for path in kept)
+        old = sorted(path for path, found in steps if found and int(found[1] or found[2]) > after)
     if not old:
         return
     number = 1
     while (aside := folder / f"previous_{number:03d}").exists():
         number += 1
-    aside.mkdir()
     for path in old:
-        path.rename(aside / path.name)
-    log.warning("%s held an earlier run; its files are now in %s (use --resume auto to continue a run)", folder, aside)
+        target = aside / path.relative_to(folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(target)
+    if after is None:
+        log.warning("%s held an earlier run; its files are now in %s (use --resume auto to continue a run)", folder,
+                    aside)
+    else:
+        log.warning("%s: going on from step %d; what was later (%d files and folders) is now in %s", folder, after,
+                    len(old), aside)
