@@ -36,7 +36,8 @@ def build_parser() -> cli.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     config = cli.config_from(RunConfig, args)
-    check_weights(config.model.variant, config.model.selva_dir, (*NEEDS, *(["vocoder"] if config.preview else [])))
+    needs = (*NEEDS, *(["vocoder"] if config.preview else []))
+    check_weights(config.model.variant, config.model.selva_dir, config.model.needs(needs))
     from selva.training.train import train  # PyTorch takes seconds to import; mistakes were told before
 
     result = train(config, cli.saved_settings(args))

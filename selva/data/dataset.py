@@ -14,7 +14,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -148,7 +148,8 @@ class Subset(ClipDataset):
     """Some clips of another set."""
 
     def __init__(self, base: ClipDataset, indices: Iterable[int]) -> None:
-        self.base, self.indices = base, list(indices)
+        self.base = base
+        self.indices = indices if isinstance(indices, range) else list(indices)  # a range takes no memory
         self._ids: list[str] | None = None
 
     @property
@@ -175,6 +176,17 @@ class Subset(ClipDataset):
 
     def content(self, index: int) -> dict[str, str]:
         return self.base.content(self.indices[index])
+
+
+class PrefixedDataset(Subset):
+    """All clips of another set, with names that begin with its own."""
+
+    def __init__(self, base: ClipDataset, prefix: str) -> None:
+        super().__init__(base, range(len(base)))
+        self._ids = [prefix + name for name in base.ids]
+
+    def clip(self, index: int, window: int = 0) -> TrainingClip:
+        return replace(self.base.clip(index, window), id=self.ids[index])
 
 
 class ListDataset(ClipDataset):

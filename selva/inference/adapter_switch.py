@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from selva.lora.merge import MERGED_ATTRIBUTE, Adapter, merge_adapters
 from selva.models.generator import Generator, cast_frozen_
+from selva.weights.find import generator_change
+
+log = logging.getLogger(__name__)
 
 AdapterPairs = Sequence[tuple[Adapter, float]]
+
+
+def warn_of_other_generators(adapters: AdapterPairs, generator: Path | None) -> None:
+    """Warn of adapters that were trained on other weights of the same variant than those in use."""
+    for adapter, _ in adapters:
+        if change := generator_change(adapter.meta, generator):
+            log.warning("%s was trained on %s and is used with %s (--generator)", adapter.source, *change)
 
 
 class AdapterSwitch:

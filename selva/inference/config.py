@@ -16,7 +16,7 @@ from selva.sequence import DEFAULT_DURATION_SEC, SHORTEST_SEC
 from selva.utils.device import PRECISION_CHOICES, PRECISION_HELP
 from selva.utils.errors import UserError
 from selva.utils.settings import setting
-from selva.weights.config import GENERAL, ModelConfig
+from selva.weights.config import GENERAL, GeneratorModelConfig
 
 CLIP_FEATURE_CHOICES = ("auto", "use", "empty")
 OFFLOAD_CHOICES = ("auto", "none")
@@ -62,7 +62,7 @@ class InferenceConfig:
         None, "that level (default " + ", ".join(f"{k} {v:g}" for k, v in DEFAULT_TARGETS.items()) + ")", group=OUTPUT,
         metavar="DB")
     overwrite: bool = setting(False, "make again what is there already", group=OUTPUT)
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: GeneratorModelConfig = field(default_factory=GeneratorModelConfig)
     adapter: list[Path] = setting([], "LoRA adapter, ours or one of ComfyUI-SelVA; may be given several times",
                                   group=ADAPTERS, repeat=True, metavar="FILE")
     strength: list[float] = setting([], "strength of the adapter at the same position (default 1; 0 is the base model)",

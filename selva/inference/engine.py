@@ -25,7 +25,7 @@ from selva.extraction.extractor import FeatureExtractor
 from selva.extraction.reader import CLIP_ERRORS
 from selva.features import FeatureBundle, load_features
 from selva.flow import SamplingConfig
-from selva.inference.adapter_switch import AdapterPairs, AdapterSwitch
+from selva.inference.adapter_switch import AdapterPairs, AdapterSwitch, warn_of_other_generators
 from selva.inference.config import CLIP_FEATURE_CHOICES, DEFAULT_BATCH_SIZE, OFFLOAD_CHOICES, WHOLE_VIDEO_SEC
 from selva.inference.long_sampling import sample_long
 from selva.inference.request import Sound, SoundConditions, SoundRequest, check_widths
@@ -113,6 +113,7 @@ class SoundGenerator:
         normalize, target: the level of the sounds, see :func:`selva.audio.loudness.normalize_loudness`.
         batch_size: sounds that go through the generator at once.
         offload: "none" keeps every network once it is loaded; "auto" frees each before the next one is loaded.
+        generator: file of a generator of your own, in place of that of the variant.
 
     Raises:
         ValueError: an unknown name or choice, or adapters that do not suit the variant or each other.
@@ -134,6 +135,7 @@ class SoundGenerator:
         precision: str = "auto",
         batch_size: int = DEFAULT_BATCH_SIZE,
         offload: str = "none",
+        generator: PathLike | None = None,
     ) -> None:
         for what, value, choices in (("clip_features", clip_features, CLIP_FEATURE_CHOICES),
                                      ("precision", precision, PRECISION_CHOICES),
@@ -146,20 +148,20 @@ class SoundGenerator:
         self.precision = dtype_of(self.precision_name)
         self.sampling, self.long = sampling or SamplingConfig(), long
         self.batch_size, self.offload = batch_size, offload
+        self.own_generator = None if generator is None else Path(generator)
         self.normalize, self.target, self.clip_features = normalize, target, clip_features
-        self.times = StageTimes()
         # Features are float32 as those that the base models and adapters were trained on.
         self._extractor = FeatureExtractor(self.variant, self.selva_dir, self.device)
         self._switch = AdapterSwitch(self._load_generator, self.precision, self.device)
         self._decoders: tuple[VAE, Vocoder | MelInversion] | None = None
-        self._stage = ""
+        self._stage, self.times = "", StageTimes()
         self.set_adapters(adapters)
 
     def set_adapters(self, adapters: Iterable[AdapterSpec]) -> None:
         """Use these adapters from now on, and no others; the weights change when the next sound is sampled."""
         pairs = load_adapters(adapters, self.variant)
-        self.uses_clip = uses_clip_features(self.clip_features, self.variant, pairs)
-        self.adapters = pairs
+        warn_of_other_generators(pairs, self.own_generator)
+        self.uses_clip, self.adapters = uses_clip_features(self.clip_features, self.variant, pairs), pairs
 
     def expect_adapters(self, adapters: Iterable[Adapter]) -> None:
         """Announce the adapters of later calls of :meth:`set_adapters`, which saves reading the weights again."""
@@ -173,8 +175,8 @@ class SoundGenerator:
         """
         use_clip_features = self.uses_clip if use_clip_features is None else use_clip_features
         pictures = ["video_encoder", "t5", *(["clip_image"] if use_clip_features else [])]
-        needs = ["generator", "vae", "vocoder", "clip_text", *(pictures if video else [])]
-        check_weights(self.variant.name, self.selva_dir, needs)
+        needs = ["vae", "vocoder", "clip_text", *(pictures if video else [])]
+        check_weights(self.variant.name, self.selva_dir, needs + ["generator"] * (self.own_generator is None))
 
     def generate(
         self,
@@ -366,7 +368,7 @@ class SoundGenerator:
         return list(latents.cpu())
 
     def _load_generator(self) -> Generator:
-        return load_generator(self.variant.name, self.selva_dir)
+        return load_generator(self.variant.name, self.selva_dir, file=self.own_generator)
 
     # -- stage 3: decoders ---------------------------------------------------------------------------------------------
 

@@ -167,10 +167,13 @@ def adapter_hash(adapter: Adapter) -> str:
 
 
 def _weight_sizes(generator: SoundGenerator) -> list[list[Any]] | str:
+    own = generator.own_generator
     if generator.variant.packaged:
-        return packaged_identity(generator.variant.name)
-    found = find_weights(generator.variant, generator.selva_dir, ("generator", "vae", "vocoder"))
-    return [[path.name, path.stat().st_size, content_mark(path)] for files in found.values() for path in files]
+        packaged = packaged_identity(generator.variant.name)
+        return packaged if own is None else [[packaged], [own.stat().st_size, content_mark(own)]]
+    parts = ("vae", "vocoder") if own is not None else ("generator", "vae", "vocoder")
+    found = [path for files in find_weights(generator.variant, generator.selva_dir, parts).values() for path in files]
+    return [[path.name, path.stat().st_size, content_mark(path)] for path in ([own] if own else []) + found]
 
 
 def _content_hash(source: Path | FeatureBundle | None) -> str | None:

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from selva import flow
 from selva.audio.config import AUDIO_NORMALIZATIONS, Normalize
+from selva.data.source import DataSource, missing_folders, parse_sources
 from selva.lora.config import LoRAConfig
 from selva.sequence import DEFAULT_DURATION_SEC
 from selva.utils.device import PRECISION_CHOICES, PRECISION_HELP
 from selva.utils.errors import UserError
 from selva.utils.settings import required, setting
-from selva.weights.config import GENERAL, ModelConfig
+from selva.weights.config import GENERAL, GeneratorModelConfig
 
 LATENT_MODES = ("sample", "mode")
 LR_SCHEDULES = ("constant", "cosine", "multistep", "cosine_restarts")
 CLIP_FEATURE_MODES = ("use", "empty")
 ADAPTER_FORMATS = {"pt": (".pt",), "safetensors": (".safetensors",), "both": (".pt", ".safetensors")}
 PADDED_LOSSES = ("masked", "full")
+EMA_KINDS = ("exponential", "power")
+MAX_SIGMA_REL = 0.288  # of an average over all steps with equal weights
 
 DATA = "data and output"
 OPTIMISATION = "optimisation (a step is one update, whatever --grad_accum is)"
@@ -30,7 +34,70 @@ MEMORY = "memory and speed"
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class ObjectiveConfig:
+    """The objective, which trainings of adapters and of base models share."""
+
+    timestep_mode: str = setting("logit_normal", "times to train at; curriculum is logit_normal first and uniform "
+                                 "later", group=OBJECTIVE, choices=flow.TIMESTEP_MODES)
+    logit_normal_sigma: float = setting(1.0, "spread of logit_normal", group=OBJECTIVE)
+    curriculum_switch: float = setting(0.6, "fraction of all steps at which curriculum switches", group=OBJECTIVE)
+    null_prob: float = setting(0.1, "how often the video, and separately the text, is replaced by the empty condition",
+                               group=OBJECTIVE)
+    latent: str = setting("sample", "draw each target from the VAE posterior, or take its mode", group=OBJECTIVE,
+                          choices=LATENT_MODES)
+    clip_features: str = setting(
+        "use", "pass CLIP frame features, or the empty ones as official SelVA does; stored in the adapter and followed "
+        "by infer.py", group=OBJECTIVE, choices=CLIP_FEATURE_MODES)
+    seed: int = setting(42, "seed of everything random", group=GENERAL)
+
+    @property
+    def masks_padding(self) -> bool:
+        """True if the silence behind a sound that is too short is left out of the loss."""
+        return True
+
+    def problems(self) -> list[str]:
+        """Return a sentence for every value that is out of range."""
+        problems = []
+        if not 0 < self.logit_normal_sigma < math.inf:
+            problems.append(f"logit_normal_sigma is {self.logit_normal_sigma}, expected a number above 0")
+        problems += [
+            f"{name} is {getattr(self, name)}, expected 0 to 1"
+            for name in ("null_prob", "curriculum_switch")
+            if not 0 <= getattr(self, name) <= 1
+        ]
+        return problems + choice_problems(self, {
+            "timestep_mode": flow.TIMESTEP_MODES, "latent": LATENT_MODES, "clip_features": CLIP_FEATURE_MODES})
+
+
+def least_problems(config: object, least: dict[str, int]) -> list[str]:
+    """Return a sentence for every named field of a configuration that is below its least value."""
+    return [f"{name} is {getattr(config, name)}, expected at least {value}" for name, value in least.items()
+            if getattr(config, name) < value]
+
+
+def positive_problems(config: object, names: Sequence[str]) -> list[str]:
+    """Return a sentence for every named field of a configuration that is no finite number above 0."""
+    return [f"{name} is {getattr(config, name)}, expected a number above 0" for name in names
+            if not 0 < getattr(config, name) < math.inf]
+
+
+def choice_problems(config: object, choices: dict[str, Sequence[str]]) -> list[str]:
+    """Return a sentence for every named field of a configuration that is none of its choices."""
+    return [f"{name} is {getattr(config, name)!r}, expected one of {', '.join(allowed)}"
+            for name, allowed in choices.items() if getattr(config, name) not in allowed]
+
+
+def width_problems(widths: Sequence[float]) -> list[str]:
+    """Return a sentence for everything that is wrong with the widths of averages by power functions."""
+    problems = [f"ema_sigma_rel is {width}, expected above 0 and at most {MAX_SIGMA_REL}" for width in widths
+                if not 0 < width <= MAX_SIGMA_REL]
+    if not widths or len(set(widths)) < len(widths):
+        problems.append(f"ema_sigma_rel is {list(widths)}, expected every width once")
+    return problems
+
+
+@dataclass(frozen=True)
+class TrainConfig(ObjectiveConfig):
     """Optimisation, objective and evaluation; one step is one optimiser update, whatever ``grad_accum`` is."""
 
     steps: int = setting(2000, "updates", group=OPTIMISATION)
@@ -44,60 +111,46 @@ class TrainConfig:
     lora_plus_ratio: float = setting(  # arXiv:2402.12354
         1.0, "LoRA+: rate of the B matrices over that of the A matrices", group=OPTIMISATION)
     weight_decay: float = setting(1e-6, "decoupled weight decay of the adapter", group=OPTIMISATION)
+    adam_eps: float = setting(1e-8, "epsilon of AdamW; the base models were trained with 1e-6 in bf16",
+                              group=OPTIMISATION)
     betas: tuple[float, float] = (0.9, 0.95)
     grad_clip: float = 1.0
+    ema: str = setting("exponential", "kind of the average of the adapter: exponential with --ema_decay, or power: "
+                       "averages over a share of the training, from which scripts/make_ema.py makes others later",
+                       group=OPTIMISATION, choices=EMA_KINDS)
+    ema_sigma_rel: tuple[float, ...] = setting(
+        (0.05, 0.1), "widths of the averages of --ema power, in relation to the length of the training; the first one "
+        "is judged and saved", group=OPTIMISATION, nargs="+", metavar="X")
     ema_decay: float = setting(  # 0: no average of the adapter is kept
         0.0, "keep a moving average of the adapter, which is then what is judged and saved; e.g. 0.999",
         group=OPTIMISATION)
-    timestep_mode: str = setting("logit_normal", "times to train at; curriculum is logit_normal first and uniform "
-                                 "later", group=OBJECTIVE, choices=flow.TIMESTEP_MODES)
-    logit_normal_sigma: float = setting(1.0, "spread of logit_normal", group=OBJECTIVE)
-    curriculum_switch: float = setting(0.6, "fraction of all steps at which curriculum switches", group=OBJECTIVE)
-    null_prob: float = setting(0.1, "how often the video, and separately the text, is replaced by the empty condition",
-                               group=OBJECTIVE)
-    latent: str = setting("sample", "draw each target from the VAE posterior, or take its mode", group=OBJECTIVE,
-                          choices=LATENT_MODES)
-    clip_features: str = setting(
-        "use", "pass CLIP frame features, or the empty ones as official SelVA does; stored in the adapter and followed "
-        "by infer.py", group=OBJECTIVE, choices=CLIP_FEATURE_MODES)
     padded_loss: str = setting(
         "masked", "sound that is shorter than its features is padded with silence: leave that out of the loss, or "
         "train on it as on sound, which teaches silence", group=OBJECTIVE, choices=PADDED_LOSSES)
     patience: int = setting(0, "stop after so many validations without a better one; 0: never", group=EVALUATION)
-    seed: int = setting(42, "seed of everything random", group=GENERAL)
     save_every: int = setting(500, "steps between checkpoints, each with a sample", group=OPTIMISATION)
     val_every: int = setting(100, "steps between validations", group=EVALUATION)
     log_every: int = setting(10, "steps between log lines", group=EVALUATION)
 
+    @property
+    def masks_padding(self) -> bool:
+        return self.padded_loss == "masked"
+
     def __post_init__(self) -> None:
-        problems = [
-            f"{name} is {getattr(self, name)}, expected at least {least}"
-            for name, least in (("steps", 1), ("warmup_steps", 0), ("batch_size", 1), ("grad_accum", 1),
-                                ("save_every", 1), ("val_every", 1), ("log_every", 1), ("lr_cycles", 1),
-                                ("patience", 0))
-            if getattr(self, name) < least
-        ]
-        problems += [
-            f"{name} is {getattr(self, name)}, expected a number above 0"
-            for name in ("lr", "lora_plus_ratio", "logit_normal_sigma", "grad_clip")
-            if not 0 < getattr(self, name) < math.inf
-        ]
-        problems += [
-            f"{name} is {getattr(self, name)}, expected 0 to 1"
-            for name in ("null_prob", "curriculum_switch")
-            if not 0 <= getattr(self, name) <= 1
-        ]
+        problems = least_problems(self, {
+            "steps": 1, "warmup_steps": 0, "batch_size": 1, "grad_accum": 1, "save_every": 1, "val_every": 1,
+            "log_every": 1, "lr_cycles": 1, "patience": 0})
+        problems += positive_problems(self, ("lr", "lora_plus_ratio", "grad_clip", "adam_eps"))
         if not 0 <= self.ema_decay < 1:
             problems.append(f"ema_decay is {self.ema_decay}, expected 0 to below 1")
+        if self.ema == "power" and self.ema_decay:
+            problems.append(f"ema is power and ema_decay {self.ema_decay}, which belongs to exponential; give one of "
+                            "them (--ema_decay 0)")
+        problems += width_problems(self.ema_sigma_rel)
         if not 0 <= self.weight_decay < math.inf:
             problems.append(f"weight_decay is {self.weight_decay}, expected at least 0")
-        problems += [
-            f"{name} is {getattr(self, name)!r}, expected one of {', '.join(allowed)}"
-            for name, allowed in (("timestep_mode", flow.TIMESTEP_MODES), ("latent", LATENT_MODES),
-                                  ("clip_features", CLIP_FEATURE_MODES), ("lr_schedule", LR_SCHEDULES),
-                                  ("padded_loss", PADDED_LOSSES))
-            if getattr(self, name) not in allowed
-        ]
+        problems += [*self.problems(), *choice_problems(self, {
+            "lr_schedule": LR_SCHEDULES, "ema": EMA_KINDS, "padded_loss": PADDED_LOSSES})]
         if problems:
             raise UserError("; ".join(problems))
 
@@ -106,7 +159,9 @@ class TrainConfig:
 class RunConfig:
     """Settings of one run of ``train_lora.py``: data, model, adapter, training, output."""
 
-    data_dir: Path = required("folder of .npz + sound pairs, or an MMAudio memmap", group=DATA)
+    data_dir: list[str] = required(
+        "folders of .npz + sound pairs, or MMAudio memmaps; of several, each may have a weight that says how often its "
+        "clips are used: voices noises:3", group=DATA, nargs="+", metavar="DIR[:WEIGHT]")
     output_dir: Path = setting(Path("lora_output"), "folder of this run", group=DATA)
     resume: str | None = setting(None, "continue from a step file; auto takes the newest of the output folder, if any",
                                  group=DATA, metavar="FILE|auto")
@@ -123,7 +178,7 @@ class RunConfig:
                                    "recorded", group=DATA, choices=AUDIO_NORMALIZATIONS)
     adapter_format: str = setting("pt", "of the best and the final adapter; ComfyUI-SelVA reads .pt only. Step files "
                                   "are always .pt", group=DATA, choices=tuple(ADAPTER_FORMATS))
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: GeneratorModelConfig = field(default_factory=GeneratorModelConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     training: TrainConfig = field(default_factory=TrainConfig)
     val_fraction: float = setting(0.1, "share of the clips held out to see overfitting; none below five clips",
@@ -149,6 +204,8 @@ class RunConfig:
     precision: str = setting("auto", PRECISION_HELP, group=GENERAL, choices=PRECISION_CHOICES)
 
     def __post_init__(self) -> None:
+        if isinstance(self.data_dir, str | Path):
+            object.__setattr__(self, "data_dir", [str(self.data_dir)])
         problems = []
         if not 0 <= self.val_fraction < 1:
             problems.append(f"val_fraction is {self.val_fraction}, expected 0 to below 1")
@@ -156,8 +213,11 @@ class RunConfig:
             problems.append(f"preserve_share is {self.preserve_share}, expected more than 0 and less than 1")
         problems += [f"{name} is {getattr(self, name)}, expected at least 0" for name in ("keep_last", "val_clips")
                      if getattr(self, name) < 0]
-        folders = {"--data_dir": self.data_dir, "--val_dir": self.val_dir}
-        problems += [f"{flag} {path}: no such folder" for flag, path in folders.items() if path and not path.is_dir()]
+        try:
+            problems += missing_folders("--data_dir", self.sources)
+        except UserError as error:
+            problems.append(str(error))
+        problems += missing_folders("--val_dir", [DataSource(self.val_dir)] if self.val_dir else [])
         if self.resume not in (None, "auto") and not Path(self.resume).is_file():
             problems.append(f"--resume {self.resume}: no such file")
         if self.adapter_format not in ADAPTER_FORMATS:
@@ -174,3 +234,8 @@ class RunConfig:
                 problems.append(f"--init_from {self.init_from}: no such file")
         if problems:
             raise UserError("; ".join(problems))
+
+    @property
+    def sources(self) -> list[DataSource]:
+        """The data sets with their weights."""
+        return parse_sources(self.data_dir)

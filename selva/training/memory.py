@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 
 from selva.data.dataset import ClipDataset, ClipWindow, Lengths, TrainingClip
 from selva.data.memmap.reader import MemmapDataset, is_memmap
+from selva.data.mixture import repeats_of
 from selva.lora.config import LoRAConfig
 from selva.lora.inject import inject_lora
 from selva.models.blocks import forget_tables
@@ -164,6 +166,13 @@ def step_memory(
         return StepMemory(live.peak + later, weights, live.total - weights + later)
 
 
+def _num_clips(folder: Path, variant: Variant) -> int:
+    """Return the number of clips of a data set without reading them."""
+    if is_memmap(folder):
+        return len(MemmapDataset(folder, variant))
+    return sum(path.suffix == ".npz" for path in folder.iterdir())
+
+
 def log_step_memory(config: RunConfig, asked_precision: str, device: torch.device) -> None:
     """Log what a step of a run takes on a GPU, and the largest batch that fits the card, or cards of usual sizes.
 
@@ -178,10 +187,8 @@ def log_step_memory(config: RunConfig, asked_precision: str, device: torch.devic
     """
     on_gpu, variant = device.type == "cuda", get_variant(config.model.variant)
     precision = "bf16" if asked_precision == "auto" and not on_gpu else config.precision
-    if is_memmap(config.data_dir):
-        num_clips = len(MemmapDataset(config.data_dir, variant))
-    else:
-        num_clips = max(1, sum(path.suffix == ".npz" for path in config.data_dir.iterdir()))
+    num_clips = max(1, sum(_num_clips(source.path, variant) * repeats for source, repeats in zip(
+        config.sources, repeats_of([source.weight for source in config.sources]), strict=True)))
     if config.preserve:
         repeats, preserved = mixture(num_clips, len(config.preserve), config.preserve_share)
         num_clips = repeats * num_clips + preserved

@@ -31,7 +31,9 @@ from selva.models.generator import Generator
 from selva.training.condition_cache import CachedBatch, ConditionCache, can_cache
 from selva.training.config import TrainConfig
 from selva.training.ema import EMA
+from selva.training.ema_snapshots import KEPT
 from selva.training.objective import ALONE, flow_loss, sample_noise, validate
+from selva.training.power_ema import PowerEMA
 from selva.training.schedule import learning_rate
 from selva.utils.device import FUSED_DEVICES
 from selva.utils.distributed import World
@@ -49,6 +51,19 @@ def dropout_seed(seed: int, rank: int, step: int) -> int:
     return zlib.crc32(f"dropout {seed} {rank} {step}".encode())
 
 
+def finite_step_(optimizer: torch.optim.Optimizer, norm: Tensor, fused: bool) -> None:
+    """Do an update, or leave it out where the gradient, whose scalar norm is given, is not finite.
+
+    Args:
+        fused: the optimiser is, and leaves it out by a flag on the device, without the host's knowing.
+    """
+    if fused:
+        setattr(optimizer, "found_inf", (~torch.isfinite(norm)).float())  # noqa: B010 -- read by the fused step
+        optimizer.step()
+    elif bool(torch.isfinite(norm)):
+        optimizer.step()
+
+
 def divided_by_clip(saved: TrainingState) -> bool:
     """Return True if the clips of a run were divided one by one, as version 0.1.0 did, not by their videos."""
     return bool(saved.extra) and {**WAYS_BEFORE, **saved.extra.get("ways", {})}["split"] == WAYS_BEFORE["split"]
@@ -63,6 +78,9 @@ class TrainingRun:
         precision: autocast dtype of the network.
         world: the processes that share the training; each computes ``config.batch_size`` clips of every batch.
     """
+
+    rows_per_step = True
+    advice = "it is in adapter_best.pt; or stop with --patience"
 
     def __init__(
         self,
@@ -85,11 +103,15 @@ class TrainingRun:
         # Fused: one kernel for all factors, which skips an update by a flag on the device, without the host's knowing.
         self.fused = self.device.type in FUSED_DEVICES
         self.optimizer = torch.optim.AdamW(
-            groups, betas=config.betas, weight_decay=config.weight_decay, fused=self.fused)
+            groups, betas=config.betas, eps=config.adam_eps, weight_decay=config.weight_decay, fused=self.fused)
         self.dropout = any(layer.lora_dropout > 0 for _, layer in lora_layers(generator))
         # Half-precision gradients below 6e-8 would vanish; bfloat16 has the range of float32 and needs no scaling.
         self.scaler = GradScaler(self.device.type, enabled=precision == torch.float16)
-        self.ema = EMA(named_factors(generator), config.ema_decay) if config.ema_decay else None
+        self.ema: EMA | PowerEMA | None = None
+        if config.ema == "power":
+            self.ema = PowerEMA(named_factors(generator), config.ema_sigma_rel)
+        elif config.ema_decay:
+            self.ema = EMA(named_factors(generator), config.ema_decay)
         self.ways = dict(WAYS)
         self.content = {"clips": content_state(self.batches.clips), "held_out": content_state(val_clips)}
         self.step = 0  # optimiser updates done
@@ -134,11 +156,8 @@ class TrainingRun:
         if self.scaler.is_enabled():
             self.scaler.step(self.optimizer)  # skips by itself, and lowers the scale
             self.scaler.update()
-        elif self.fused:
-            setattr(self.optimizer, "found_inf", (~torch.isfinite(norm)).float())  # noqa: B010 -- read by the fused step
-            self.optimizer.step()
-        elif bool(torch.isfinite(norm)):
-            self.optimizer.step()
+        else:
+            finite_step_(self.optimizer, norm, self.fused)
 
     def _load(self, windows: Sequence[ClipWindow]) -> Batch | CachedBatch:
         if self.condition_cache is not None:
@@ -161,7 +180,13 @@ class TrainingRun:
 
     def checkpoint_bytes(self) -> int:
         """Return the approximate size of a step file: factors, exported, of the best step, two moments, average."""
-        return sum(p.numel() for p in self.parameters) * 4 * (6 if self.ema else 5)
+        tracks = len(self.ema.tracks) if isinstance(self.ema, PowerEMA) else int(self.ema is not None)
+        return sum(p.numel() for p in self.parameters) * 4 * (5 + tracks)
+
+    def averages_bytes(self) -> int:
+        """Return the approximate size of all snapshots of averages."""
+        tracks = len(self.ema.tracks) if isinstance(self.ema, PowerEMA) else 0
+        return sum(p.numel() for p in self.parameters) * 4 * tracks * KEPT
 
     def extra_state(self) -> dict[str, Any]:
         """Return the state beside adapter and optimiser that :meth:`restore` needs to be exact."""
@@ -171,7 +196,7 @@ class TrainingRun:
             "scaler": self.scaler.state_dict(),
             "batches": self.batches.state_dict(),
             "best": {"step": self.best_step, "val_loss": self.best_val_loss, "worse_in_a_row": self.worse_in_a_row},
-            "ema": self.ema.average if self.ema is not None else None,
+            "ema": self.ema.state() if self.ema is not None else None,
             "draws": self.rng.get_state(),
             "dropout_rng": torch.get_rng_state(),
             "dropout_rng_cuda": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
@@ -185,7 +210,7 @@ class TrainingRun:
         """
         untouched = start_from_adapter_(self.generator, adapter)
         if self.ema is not None:
-            self.ema.restore(lora_state_dict(self.generator))
+            self.ema.start_at(lora_state_dict(self.generator))
         log.info("starting at the adapter %s%s", adapter.source,
                  f", which does not change {len(untouched)} of the layers" if untouched else "")
 
@@ -212,7 +237,7 @@ class TrainingRun:
         if not saved.extra:
             log.warning("%s: holds no random states; the order of the clips and the noise start afresh", saved.path)
             if self.ema is not None:
-                self.ema.restore(lora)
+                self.ema.start_at(lora)
             self._report_recipe_there(saved)
             return
         self.ways = {**WAYS_BEFORE, **saved.extra.get("ways", {})}
@@ -224,8 +249,7 @@ class TrainingRun:
         self.batches.load_state_dict(saved.extra["batches"])
         best = saved.extra["best"]
         self.best_step, self.best_val_loss, self.worse_in_a_row = best["step"], best["val_loss"], best["worse_in_a_row"]
-        if self.ema is not None:  # switched on only now, it starts from the adapter
-            self.ema.restore(saved.extra["ema"] or lora)
+        self._restore_average(saved)
         self.rng.set_state(saved.extra["draws"])
         torch.set_rng_state(saved.extra["dropout_rng"])
         if self.device.type == "cuda" and len(saved.extra["dropout_rng_cuda"]) == torch.cuda.device_count():
@@ -247,6 +271,23 @@ class TrainingRun:
         different = [f"{name} {was}, now {now}" for name, (was, now) in pairs.items() if was is not None and was != now]
         if different:
             log.warning("%s: was trained otherwise so far: %s", saved.path, "; ".join(different))
+
+    def _restore_average(self, saved: TrainingState) -> None:
+        """Continue the average of a step file; one that is switched on only now starts from the adapter."""
+        stored = saved.extra["ema"]
+        is_power = stored is not None and stored.get("kind") == "power"
+        if self.ema is None or stored is None or is_power != isinstance(self.ema, PowerEMA):
+            if stored is not None:
+                log.warning("%s: holds %s average, which --ema or --ema_decay does not ask for any more; it ends here",
+                            saved.path, "a power" if is_power else "an exponential")
+            if self.ema is not None:
+                log.warning("%s: the average starts here, at step %d, from the adapter", saved.path, saved.step)
+                self.ema.start_at(saved.lora)
+            return
+        try:
+            self.ema.restore(stored)
+        except UserError as error:
+            raise UserError(f"{saved.path}: {error}") from error
 
     def _check_content(self, saved: TrainingState) -> None:
         """Raise a ValueError that names every clip that is not what it was; a file of version 0.1.0 does not tell."""

@@ -23,6 +23,8 @@ from selva.checkpoint import (
 )
 from selva.lora.state import lora_state_dict
 from selva.training.config import ADAPTER_FORMATS
+from selva.training.ema_snapshots import FOLDER, snapshot_interval, snapshot_path, write_tracks
+from selva.training.power_ema import PowerEMA
 from selva.training.run import TrainingRun
 from selva.training.set_aside import final_of, move_later_aside, move_old_run_aside, step_in_adapter
 from selva.utils.errors import UserError
@@ -136,6 +138,21 @@ class RunFolder:
             path, run.generator, {**self.meta, "step": run.step}, step=run.step, optimizer=run.optimizer.state_dict(),
             extra=extra, state=run.ema.average if run.ema else None,
         )
+
+    def save_averages(self, run: TrainingRun) -> None:
+        """Write the averages of ``--ema power``, at even distances and at the last step: an adapter for each width."""
+        average, steps = run.ema, run.config.steps
+        if not isinstance(average, PowerEMA) or (run.step % snapshot_interval(steps) and run.step != steps):
+            return
+        folder = self.path / FOLDER
+
+        def write() -> None:
+            write_tracks(folder, average.sigma_rels)
+            for number, (width, track) in enumerate(zip(average.sigma_rels, average.tracks, strict=True)):
+                save_adapter(snapshot_path(folder, number, run.step), run.generator,
+                             {**self.meta, "step": run.step, "sigma_rel": width}, state=track)
+
+        self._try(snapshot_path(folder, 0, run.step), write, "averages of other widths will be less exact")
 
     def _prune(self, newest: int) -> None:
         if not self.keep_last:
@@ -257,7 +274,7 @@ def _rescue(name: str, write: Callable[[Path], object]) -> str:
     return f"{folder / name} holds it; move it there. "
 
 
-def check_disk_space(folder: Path, checkpoint_bytes: int, num_checkpoints: int) -> None:
+def check_disk_space(folder: Path, checkpoint_bytes: int, num_checkpoints: int, others_bytes: int = 0) -> None:
     """Warn if the disk of ``folder`` cannot hold the run; raise if it cannot hold even one checkpoint.
 
     Raises:
@@ -268,6 +285,6 @@ def check_disk_space(folder: Path, checkpoint_bytes: int, num_checkpoints: int) 
     if free < each:
         raise UserError(f"{folder}: {free / 2**20:.0f} MiB are free, one checkpoint needs {each / 2**20:.0f} MiB; "
                          "make room or choose another --output_dir")
-    if free < each * num_checkpoints:
-        log.warning("%s: %.1f GiB are free, the %d checkpoints of this run need %.1f GiB; --keep_last keeps fewer",
-                    folder, free / 2**30, num_checkpoints, each * num_checkpoints / 2**30)
+    if free < (needed := each * num_checkpoints + others_bytes):
+        log.warning("%s: %.1f GiB are free, the %d checkpoints of this run%s need %.1f GiB; --keep_last keeps fewer",
+                    folder, free / 2**30, num_checkpoints, " and its averages" if others_bytes else "", needed / 2**30)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,17 @@ from selva.checkpoint import (
     load_checkpoint,
     load_newest_checkpoint,
 )
-from selva.data.dataset import ClipDataset, ConcatDataset, origin_groups, split_validation
+from selva.data.dataset import (
+    ClipDataset,
+    ConcatDataset,
+    PrefixedDataset,
+    Subset,
+    origin_groups,
+    split_validation,
+)
 from selva.data.folder_dataset import FolderDataset, open_clip_dataset
+from selva.data.mixture import repeats_of
+from selva.data.source import DataSource
 from selva.data.summary import summarise
 from selva.lora.inject import check_ranks, inject_lora
 from selva.models.generator import cast_frozen_
@@ -34,6 +45,7 @@ from selva.utils.device import dtype_of, peak_memory_bytes
 from selva.utils.distributed import World
 from selva.utils.errors import UserError
 from selva.utils.text import clock, listed
+from selva.weights.find import generator_change, generator_mark
 from selva.weights.load import load_clip_text, load_generator
 
 log = logging.getLogger(__name__)
@@ -53,11 +65,13 @@ def adapter_meta(config: RunConfig, num_clips: int) -> dict[str, Any]:
         "lora_plus_ratio": training.lora_plus_ratio,
         "clip_features": training.clip_features,
         "num_clips": num_clips,
-        "train_config": {**dataclasses.asdict(training), "betas": list(training.betas)},
+        "train_config": {name: list(value) if isinstance(value, tuple) else value
+                         for name, value in dataclasses.asdict(training).items()},
         "normalize_audio": config.normalize_audio,
         "precision": config.precision,
         "preserve": list(config.preserve),
         "preserve_share": config.preserve_share,
+        "generator": generator_mark(config.model.generator),
         **({"init_from": config.init_from.name} if config.init_from else {}),
     }
 
@@ -128,6 +142,8 @@ def load_start(config: RunConfig) -> Adapter | None:
     if variant != config.model.variant:
         raise UserError(f"--init_from {config.init_from}: is an adapter of {variant}, expected one of "
                          f"{config.model.variant}; give --variant {variant}, or another adapter")
+    if change := generator_change(adapter.meta, config.model.generator):
+        log.warning("%s was trained on %s, this run has %s (--generator)", config.init_from, *change)
     used = adapter.meta.get("clip_features", config.training.clip_features)
     if used != config.training.clip_features:
         log.warning("%s was trained with --clip_features %s, this run has %s", config.init_from, used,
@@ -151,6 +167,8 @@ def check_resumable(saved: TrainingState, config: RunConfig) -> None:
     for name, now in (("variant", config.model.variant), ("normalize_audio", config.normalize_audio),
                       ("preserve", list(config.preserve)), ("preserve_share", config.preserve_share)):
         pairs[name] = (saved.meta.get(name, now), now)
+    if change := generator_change(saved.meta, config.model.generator):
+        pairs["generator"] = change
     different = [f"{name} was {was!r} and is {now!r} now" for name, (was, now) in pairs.items() if was != now]
     if different:
         raise UserError(f"{saved.path}: continuing with other settings would mix two trainings: "
@@ -203,7 +221,12 @@ def load_split(
     Args:
         saved: the state that is continued; the clips of a run that version 0.1.0 began are divided as it did.
     """
-    clips = load_clips(config, config.data_dir, device, world)
+    sources = config.sources
+    sets = [load_clips(config, source.path, device, world) for source in sources]
+    if len(sets) > 1:  # the same name may be in several
+        sets = [PrefixedDataset(one, f"{source.path.name}/") for one, source in zip(sets, sources, strict=True)]
+    clips = functools.reduce(ConcatDataset, sets)
+    set_of = [number for number, one in enumerate(sets) for _ in range(len(one))]
     as_before = saved is not None and divided_by_clip(saved)
     if config.val_dir is None:
         clips, val_clips = split_validation(clips, config.val_fraction, config.training.seed, by_origin=not as_before)
@@ -219,7 +242,25 @@ def load_split(
         log.info("validation is on %d of the %d held-out clips, always the same; --val_clips 0 takes all",
                  most, len(val_clips))
         val_clips = val_clips.subset(sorted(order[:most]))
-    return clips, val_clips
+    return _weighted(clips, sources, set_of), val_clips
+
+
+def _weighted(clips: ClipDataset, sources: Sequence[DataSource], set_of: Sequence[int]) -> ClipDataset:
+    """Return the clips to train on, each as often in an epoch as the weight of its set says.
+
+    Args:
+        set_of: number of the set, for every clip of all sets, held out or not.
+    """
+    repeats = repeats_of([source.weight for source in sources])
+    if max(repeats) == 1:
+        return clips
+    indices = clips.indices if isinstance(clips, Subset) else range(len(clips))
+    times = [repeats[set_of[index]] for index in indices]
+    for number, source in enumerate(sources):
+        own = [count for index, count in zip(indices, times, strict=True) if set_of[index] == number]
+        log.info("%s: %d clips to train on, %d times each, %.0f %% of an epoch", source.path, len(own), repeats[number],
+                 100 * sum(own) / sum(times))
+    return clips.subset(place for place, count in enumerate(times) for _ in range(count))
 
 
 def _report_origins(config: RunConfig, clips: ClipDataset, val_clips: ClipDataset) -> None:
@@ -251,7 +292,7 @@ def build_run(
 ) -> TrainingRun:
     """Return the base model with a fresh adapter and everything that trains it."""
     model, training, precision = config.model, config.training, dtype_of(config.precision)
-    generator = load_generator(model.variant, model.selva_dir)
+    generator = load_generator(model.variant, model.selva_dir, file=model.generator)
     cast_frozen_(generator, precision)
     check_ranks(generator, config.lora)
     generator.to(device)

@@ -136,7 +136,7 @@ def _train(config: RunConfig, settings: Mapping[str, Any], device: torch.device,
     metrics, sample = MetricsFile(), None
     if world.is_main:
         num_checkpoints = min(-(-training.steps // training.save_every), config.keep_last or training.steps)
-        check_disk_space(output_dir, run.checkpoint_bytes(), num_checkpoints)
+        check_disk_space(output_dir, run.checkpoint_bytes(), num_checkpoints, run.averages_bytes())
         metrics = folder.open(saved)
         if saved is not None:
             folder.restore_best(run, saved)
@@ -160,12 +160,16 @@ def _train(config: RunConfig, settings: Mapping[str, Any], device: torch.device,
         if world.is_main:
             folder.save_best(run)
 
+    def on_step(run: TrainingRun) -> None:
+        if world.is_main:
+            folder.save_averages(run)
+
     started = time.monotonic()
     with StopRequest() as stop:
         due = saved is not None and (run.step % training.save_every == 0 or run.step == training.steps)
         if sample is not None and due and not sample.is_there(run.step, output_dir):
             sample.try_write(run, output_dir)  # killed between its step file and this
-        finished = fit(run, metrics, on_checkpoint=on_checkpoint, on_best=on_best, should_stop=stop)
+        finished = fit(run, metrics, on_checkpoint=on_checkpoint, on_best=on_best, should_stop=stop, on_step=on_step)
     if not finished:
         if world.is_main:
             folder.stopped(run, training.steps)

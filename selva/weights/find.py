@@ -7,8 +7,9 @@ import hashlib
 import json
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from selva.models.variants import PARTS, Variant, WeightFile, get_variant
 from selva.utils.files import source_hash
@@ -159,6 +160,25 @@ def weights_identity(variant: Variant, selva_dir: Path | None, needs: Sequence[s
     found = find_weights(variant, selva_dir, needs)
     marks = {part: [[path.name, content_mark(path)] for path in files] for part, files in found.items()}
     return hashlib.sha256(json.dumps(marks, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def generator_mark(file: Path | None) -> dict[str, str] | None:
+    """Return the name and the mark of a user's own generator, as adapters store it; None for that of the variant."""
+    return None if file is None else {"name": Path(file).name, "mark": content_mark(Path(file))[:16]}
+
+
+def generator_change(meta: Mapping[str, Any], file: Path | None) -> tuple[str, str] | None:
+    """Return the generator of an adapter and the one in use, in words; None if they are the same.
+
+    Args:
+        meta: of the adapter. file: the user's own generator; None for that of the variant.
+    """
+    marks = meta.get("generator"), generator_mark(file)
+    if len({(mark or {}).get("mark") for mark in marks}) == 1:
+        return None
+    before, now = ("the generator of the variant" if mark is None else f"{mark['name']} ({mark['mark']})"
+                   for mark in marks)
+    return before, now
 
 
 def content_mark(path: Path) -> str:

@@ -23,6 +23,13 @@ MISTAKES = {
         (2, "--data_dir . --config missing.yaml"),
         (1, "--data_dir . --variant small_16k --selva_dir missing"),
     ],
+    "scripts.train_base": [
+        (2, "--data . --batch_size many"),
+        (2, "--data missing"),
+        (2, "--data .:0"),
+        (2, "--data . --init missing.pth"),
+        (1, "--data . --variant small_16k --selva_dir missing"),
+    ],
     "infer": [
         (2, "--prompt rain --solvers euler"),
         (2, "--prompt rain --num_steps few"),

@@ -208,6 +208,54 @@ def test_resumed_steps_equal_uninterrupted_ones_bit_for_bit(tmp_path, stop_at, d
     assert second.best_val_loss == whole.best_val_loss and second.best_step == whole.best_step
 
 
+def test_power_averages_resume_bit_for_bit(tmp_path):
+    config = dataclasses.replace(CONFIG, ema="power", ema_sigma_rel=(0.05, 0.2))
+    whole, first, second = make_run(config), make_run(config), make_run(config)
+    for _ in range(6):
+        whole.train_step()
+    for _ in range(4):
+        first.train_step()
+    path = tmp_path / "adapter_step00004.pt"
+    save_checkpoint(path, first.generator, {"variant": "small"}, step=4, optimizer=first.optimizer.state_dict(),
+                    extra=first.extra_state())
+    second.restore(load_checkpoint(path))
+    for _ in range(2):
+        second.train_step()
+    assert second.ema.step == whole.ema.step == 6
+    for one, two in zip(whole.ema.tracks, second.ema.tracks, strict=True):
+        assert all(torch.equal(value, two[key]) for key, value in one.items())
+    assert not all(torch.equal(value, whole.ema.tracks[1][key]) for key, value in whole.ema.tracks[0].items())
+    with pytest.raises(ValueError, match=r"adapter_step00004.pt: the stored averages are of the widths \[0.05, 0.2\]"):
+        make_run(dataclasses.replace(config, ema_sigma_rel=(0.05, 0.1))).restore(load_checkpoint(path))
+
+
+@pytest.mark.parametrize("before, now, told", [
+    ({"ema": "power"}, {"ema_decay": 0.5}, ["holds a power average", "the average starts here, at step 2"]),
+    ({"ema_decay": 0.5}, {"ema": "power"}, ["holds an exponential average", "the average starts here, at step 2"]),
+    ({}, {"ema": "power"}, ["the average starts here, at step 2"]),
+    ({"ema": "power"}, {}, ["holds a power average"]),
+])
+def test_an_average_of_another_kind_begins_at_the_adapter(tmp_path, caplog, before, now, told):
+    first, second = (make_run(dataclasses.replace(CONFIG, **settings)) for settings in (before, now))
+    for _ in range(2):
+        first.train_step()
+    path = tmp_path / "adapter_step00002.pt"
+    save_checkpoint(path, first.generator, {"variant": "small"}, step=2, optimizer=first.optimizer.state_dict(),
+                    extra=first.extra_state())
+    second.restore(load_checkpoint(path))
+    assert [record.message.split(": ", 1)[1][:len(text)] for record, text in
+            zip(caplog.records, told, strict=True)] == told
+    if second.ema is not None:
+        trained = lora_state_dict(second.generator)
+        assert all(torch.equal(value, trained[key]) for key, value in second.ema.average.items())
+
+
+def test_the_epsilon_of_the_optimiser():
+    assert {group["eps"] for group in make_run().optimizer.param_groups} == {1e-8}
+    run = make_run(dataclasses.replace(CONFIG, adam_eps=1e-6))
+    assert {group["eps"] for group in run.optimizer.param_groups} == {1e-6}
+
+
 def saved_run(run: TrainingRun, path, **extra):
     """Return what a step file of the run says, some of it changed."""
     save_checkpoint(path, run.generator, {}, step=run.step, optimizer=run.optimizer.state_dict(),

@@ -42,7 +42,7 @@ def go_on(path, config=LONG, resume=None, until=None, keep_last=0, adapter_forma
     if saved is not None:
         folder.restore_best(run, saved)
     if fit(run, metrics, on_checkpoint=lambda r: folder.save_step(r, metrics), on_best=folder.save_best,
-           should_stop=lambda: run.step == until):
+           should_stop=lambda: run.step == until, on_step=folder.save_averages):
         folder.save_final(run, metrics)
     return run, folder
 
@@ -105,6 +105,45 @@ def test_going_back_gives_the_bits_of_before(tmp_path):
     expected = load_adapter(tmp_path / "adapter_final.pt").tensors
     go_on(tmp_path, resume=6)
     assert equal(load_adapter(tmp_path / "adapter_final_001.pt").tensors, expected)
+
+
+# -- averages ----------------------------------------------------------------------------------------------------------
+
+POWER = dataclasses.replace(LONG, ema="power")
+
+
+def averages(folder):
+    return {path.name: load_adapter(path) for path in folder.glob("ema_ckpts/*.pt")}
+
+
+def test_snapshots_of_the_averages_are_adapters_and_survive_a_resume(tmp_path):
+    go_on(tmp_path / "whole", POWER)
+    whole = averages(tmp_path / "whole")
+    assert set(whole) == {f"{track}.{step}.pt" for track in (0, 1) for step in range(1, 13)}
+    assert whole["1.5.pt"].meta["sigma_rel"] == 0.1 and whole["1.5.pt"].meta["step"] == 5
+    step_file = load_adapter(tmp_path / "whole" / "adapter_step00012.pt")
+    assert equal(whole["0.12.pt"].tensors, step_file.tensors)  # the first width is what is saved
+    go_on(tmp_path / "killed", POWER, until=5)
+    (tmp_path / "killed" / "adapter_step00005.pt").unlink()  # as if it had been killed before it was written
+    go_on(tmp_path / "killed", POWER, resume=3)
+    assert not (tmp_path / "killed" / "previous_001").exists()
+    killed = averages(tmp_path / "killed")
+    assert whole.keys() == killed.keys()
+    assert all(equal(one.tensors, killed[name].tensors) for name, one in whole.items())
+
+
+def test_snapshots_of_an_abandoned_branch_are_set_aside(tmp_path):
+    go_on(tmp_path, POWER)
+    go_on(tmp_path, dataclasses.replace(POWER, lr=1e-3), resume=6, until=8)
+    assert max(adapter.meta["step"] for adapter in averages(tmp_path).values()) == 8
+    assert sorted({adapter.meta["step"] for adapter in averages(tmp_path / "previous_001").values()}) == [
+        *range(7, 13)]
+
+
+def test_an_old_run_is_moved_with_its_snapshots(tmp_path):
+    go_on(tmp_path, POWER, until=3)
+    go_on(tmp_path, LONG, until=3)
+    assert averages(tmp_path) == {} and len(averages(tmp_path / "previous_001")) == 6
 
 
 def test_a_run_of_another_folder_is_not_mixed_with_the_one_that_is_there(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections import Counter
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from selva.training.config import RunConfig, TrainConfig
 from selva.training.run import WAYS, WAYS_BEFORE
 from selva.training.setup import load_clips, load_split
 from selva.utils.distributed import World
-from selva.weights.config import ModelConfig
+from selva.utils.errors import UserError
+from selva.weights.config import GeneratorModelConfig
 
 CPU = torch.device("cpu")
 
@@ -33,7 +35,8 @@ def windows(tmp_path):
 
 
 def split(folder, saved=None, **options):
-    config = RunConfig(data_dir=folder, model=ModelConfig(variant="tiny_16k"), training=TrainConfig(), **options)
+    model = GeneratorModelConfig(variant="tiny_16k")
+    config = RunConfig(data_dir=folder, model=model, training=TrainConfig(), **options)
     return load_split(config, CPU, World(), saved)
 
 
@@ -105,7 +108,7 @@ def test_processes_encode_a_new_folder_together(tmp_path, monkeypatch):
     put_clip(folder := tmp_path / "data", "a", text=True)
     monkeypatch.setattr(FolderDataset, "encode_share", lambda _clips, rank, size, _device: steps.append((rank, size)))
     monkeypatch.setattr(FolderDataset, "prepare", prepare)
-    config = RunConfig(data_dir=folder, model=ModelConfig(variant="tiny_16k"))
+    config = RunConfig(data_dir=folder, model=GeneratorModelConfig(variant="tiny_16k"))
     load_clips(config, folder, CPU, Recorder(1, 2))
     assert steps == [f"main first: reading {folder}", f"at once: encoding {folder}", (1, 2),
                      f"main first: encoding {folder}", "the rest"]
@@ -120,3 +123,42 @@ def test_clips_that_name_no_video_are_counted(tmp_path, caplog):
         put_clip(tmp_path / "data", f"c{number}", seed=number, text=True)
     split(tmp_path / "data")
     assert "5 of 5 clips to train on do not say which video they are of" in caplog.text
+
+
+# -- several data sets -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_sets(tmp_path):
+    for folder in ("a", "b"):
+        for number in range(6):
+            put_clip(tmp_path / folder, f"clip_{number}", seed=number + 10 * (folder == "b"), text=True)
+    return [str(tmp_path / "a"), str(tmp_path / "b")]
+
+
+def test_several_sets_are_one_with_names_that_tell_them_apart(two_sets):
+    train, val = split(two_sets)
+    assert len(train) + len(val) == 12 and len(set(train.ids + val.ids)) == 12
+    assert {name.split("/")[0] for name in train.ids} == {"a", "b"}
+    assert train.clip(0).id == train.ids[0]
+
+
+def test_weights_repeat_the_clips_of_a_set_but_not_those_held_out(two_sets, caplog):
+    caplog.set_level("INFO")
+    train, val = split([two_sets[0], two_sets[1] + ":3"], val_fraction=0.25)
+    counts = Counter(train.ids)
+    assert {count for name, count in counts.items() if name.startswith("a/")} == {1}
+    assert {count for name, count in counts.items() if name.startswith("b/")} == {3}
+    assert len(val) == 3 and not set(val.ids) & set(train.ids)
+    assert "3 times each" in caplog.text
+
+
+def test_one_set_is_as_it_always_was(two_sets):
+    train, _ = split(two_sets[:1], val_fraction=0.0)
+    assert train.ids == [f"clip_{number}" for number in range(6)]
+    assert split(f"{two_sets[0]}:5", val_fraction=0.0)[0].ids == train.ids  # a weight among none
+
+
+def test_a_set_that_is_not_there_is_named(two_sets):
+    with pytest.raises(UserError, match="--data_dir nowhere: no such folder"):
+        split([two_sets[0], "nowhere:2"])
