@@ -17,6 +17,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Sequence
 
+import selva_lora  # noqa: F401 -- ends here if another selva would be imported
 from selva import cli
 from selva.training.config import RunConfig
 from selva.weights.find import check_weights

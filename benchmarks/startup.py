@@ -34,6 +34,7 @@ from plain import (
 )
 from torch import Tensor
 
+import selva_lora  # noqa: F401 -- ends here if another selva would be imported
 from selva import cli
 from selva.data.latents import load_waveform
 from selva.features import load_features

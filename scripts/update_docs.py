@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import selva_lora  # noqa: F401 -- ends here if another selva would be imported
 from selva import cli
 from selva.extraction.config import ExtractionConfig
 from selva.inference.config import InferenceConfig

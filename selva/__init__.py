@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from selva.lora.merge import merge_adapter
 
 __version__ = "0.1.0"
+DISTRIBUTION = "selva-lora"  # the official SelVA has a package of this name too; ``selva_lora`` tells them apart
 
 __all__ = [
     "SamplingConfig",

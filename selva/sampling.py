@@ -30,14 +30,14 @@ def guided_velocity(
     cfg_strength: float,
     cfg_interval: tuple[float, float] = WHOLE_INTERVAL,
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return ``fn(t, x)``, the guided velocity (B, N, C) in float32 at the scalar time ``t``.
+    """Return ``fn(t, x)``, the guided velocity (B, N, C) in float32 at the scalar time ``t``, which is on the CPU.
 
     Both branches run in one batched pass. Below a strength of 1, and at times outside ``cfg_interval``, only the
     conditional one is evaluated; the former is what MMAudio does.
     """
 
     def conditional(t: Tensor, x: Tensor) -> Tensor:
-        return generator.predict_flow(x, t.expand(x.shape[0]), conditions).float()
+        return generator.predict_flow(x, _times(t, x.shape[0], x.device), conditions).float()
 
     if cfg_strength < 1.0:
         return conditional
@@ -45,13 +45,19 @@ def guided_velocity(
     both = conditions.cat(empty)
 
     def guided(t: Tensor, x: Tensor) -> Tensor:
-        v_cond, v_uncond = generator.predict_flow(x.repeat(2, 1, 1), t.expand(2 * x.shape[0]), both).float().chunk(2)
+        t = _times(t, 2 * x.shape[0], x.device)
+        v_cond, v_uncond = generator.predict_flow(x.repeat(2, 1, 1), t, both).float().chunk(2)
         return flow.guided(v_cond, v_uncond, cfg_strength)
 
     if cfg_interval == WHOLE_INTERVAL:
-        return guided  # without reading t, for which the CPU would wait for the device
+        return guided
     start, end = cfg_interval[0] - TIME_TOLERANCE, cfg_interval[1] + TIME_TOLERANCE
     return lambda t, x: (guided if start <= t.item() <= end else conditional)(t, x)
+
+
+def _times(t: Tensor, count: int, device: torch.device) -> Tensor:
+    """Return (count,) float32, a time of the CPU on a device; it travels with the kernel, without a copy."""
+    return torch.full((count,), t.item(), dtype=torch.float32, device=device)
 
 
 def draw_noise(generator: Generator, seeds: Sequence[int], num_frames: int | None = None) -> Tensor:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from selva.data.padding import Padding, join_paddings
 from selva.sequence import SequenceConfig
 from selva.utils.device import to_device
 from selva.utils.errors import UserError
@@ -38,6 +39,7 @@ class TrainingClip:
         clip_f: (T, clip_dim). sync_f: (S, sync_dim). text_f: (77, text_dim).
         has_video: False for sound without pictures. ``clip_f`` and ``sync_f`` are then NaN, to be replaced by the
             learned empty features; where that was forgotten, the loss is NaN at once.
+        padding: (N,) of sound that is shorter than its features; None if it fills the clip.
     """
 
     id: str
@@ -50,6 +52,7 @@ class TrainingClip:
     sync_f: Tensor
     text_f: Tensor
     has_video: bool = True
+    padding: Padding | None = None
 
     @property
     def lengths(self) -> Lengths:
@@ -64,6 +67,7 @@ class Batch:
     Attributes:
         mean, std: (B, N, C). clip_f: (B, T, clip_dim). sync_f: (B, S, sync_dim). text_f: (B, 77, text_dim).
         has_video: (B,) bool; where it is False, ``clip_f`` and ``sync_f`` are NaN, see :class:`TrainingClip`.
+        padding: (B, N); None where no clip has any.
     """
 
     mean: Tensor
@@ -73,6 +77,7 @@ class Batch:
     text_f: Tensor
     has_video: Tensor
     ids: tuple[str, ...]
+    padding: Padding | None = None
 
     @property
     def lengths(self) -> Lengths:
@@ -81,7 +86,8 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         tensors = (self.mean, self.std, self.clip_f, self.sync_f, self.text_f, self.has_video)
         mean, std, clip_f, sync_f, text_f, has_video = (to_device(x, device) for x in tensors)
-        return Batch(mean, std, clip_f, sync_f, text_f, has_video, self.ids)
+        padding = None if self.padding is None else self.padding.to(device)
+        return Batch(mean, std, clip_f, sync_f, text_f, has_video, self.ids, padding)
 
 
 def collate(clips: Sequence[TrainingClip]) -> Batch:
@@ -89,7 +95,8 @@ def collate(clips: Sequence[TrainingClip]) -> Batch:
     names = ("mean", "std", "clip_f", "sync_f", "text_f")
     mean, std, clip_f, sync_f, text_f = (torch.stack([getattr(clip, name) for clip in clips]) for name in names)
     has_video = torch.tensor([clip.has_video for clip in clips])
-    return Batch(mean, std, clip_f, sync_f, text_f, has_video, tuple(clip.id for clip in clips))
+    padding = join_paddings([clip.padding for clip in clips], mean.shape[1])
+    return Batch(mean, std, clip_f, sync_f, text_f, has_video, tuple(clip.id for clip in clips), padding)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -24,7 +24,8 @@ import numpy as np
 import torch.multiprocessing
 from torch.utils.data import DataLoader, Dataset
 
-from selva.data.latents import FRONT_END, MAX_AUDIO_SHORTFALL_SEC
+from selva.data.latents import FRONT_END
+from selva.data.padding import MAX_AUDIO_SHORTFALL_SEC
 from selva.extraction.contact_sheet import is_sheet_of, write_contact_sheet
 from selva.extraction.extractor import clip_settings
 from selva.extraction.manifest import DONE, FAILED, SKIPPED
@@ -202,8 +203,8 @@ class ClipReader(Dataset[ReadClip]):
             waveform, why_not = self._waveform(job, frames.duration_sec)
         self._preview(job, times, frames)
         return ReadClip(
-            index, READY, remark or why_not, settings, digest, frames.clip_frames.numpy(), frames.sync_frames.numpy(),
-            waveform, frames.duration_sec, frames.source_fps, sound,
+            index, READY, "; ".join(filter(None, (remark, why_not))), settings, digest, frames.clip_frames.numpy(),
+            frames.sync_frames.numpy(), waveform, frames.duration_sec, frames.source_fps, sound,
         )
 
     # -- comparing -----------------------------------------------------------------------------------------------------
@@ -289,13 +290,13 @@ class ClipReader(Dataset[ReadClip]):
         return self.pairs.stage(job, sound_name, bundle, self.settings.overwrite)
 
     def _waveform(self, job: ClipJob, duration_sec: float) -> tuple[np.ndarray | None, str]:
-        """Return the waveform for the VAE, or the reason why there is none."""
+        """Return the waveform for the VAE and a remark on it, or the reason why there is none."""
         options = self.settings
         lengths, seconds = self._lengths(duration_sec)
         if not options.latents:
             return None, ""
         try:
-            return _waveform(job, seconds, lengths), ""
+            return _waveform(job, seconds, lengths)
         except UnusableClip as error:
             if options.is_memmap:
                 raise
@@ -327,23 +328,24 @@ def _sound_file(job: ClipJob, audio: str) -> tuple[str, str]:
     return job.id + (copied_audio_suffix(job.path) if audio == "copy" else ".flac"), ""
 
 
-def _waveform(job: ClipJob, seconds: float, lengths: SequenceConfig) -> np.ndarray:
-    """Return (samples,) float32 for the VAE, prepared as for training.
+def _waveform(job: ClipJob, seconds: float, lengths: SequenceConfig) -> tuple[np.ndarray, str]:
+    """Return (samples,) float32 for the VAE, prepared as for training, and a remark if much of it is padding.
 
     Raises:
-        UnusableClip: there is no sound, it is too short, or silent.
+        UnusableClip: there is no sound, or it is silent.
     """
     if "audio" not in probe(job.path).streams:
         raise UnusableClip(f"{job.path}: has no sound")
     waveform, rate = read_audio(job.path, job.start_sec, seconds)
-    found = waveform.shape[1] / rate
+    found, remark = waveform.shape[1] / rate, ""
     if found < seconds - MAX_AUDIO_SHORTFALL_SEC:
-        raise UnusableClip(f"{job.path}: has {found:.2f} s of sound from {job.start_sec:g} s, expected {seconds:.2f} s")
+        remark = (f"{job.path}: has {found:.2f} s of sound from {job.start_sec:g} s, for features of {seconds:.2f} s; "
+                  f"its latents go on with silence (clip {job.id})")
     try:
         prepared = prepare_audio(waveform, rate, lengths.sampling_rate, lengths.num_audio_frames, pad=True)
     except ValueError as error:
         raise UnusableClip(f"{job.path}: {error}") from error
-    return prepared.numpy()
+    return prepared.numpy(), remark
 
 
 @functools.lru_cache(maxsize=256)

@@ -94,6 +94,12 @@ class InferenceConfig:
             raise UserError("; ".join(problems))
 
     @property
+    def weight_parts(self) -> tuple[str, ...]:
+        """Parts of the base model that are needed in any case; an adapter may want the CLIP pictures too."""
+        pictures = ("video_encoder", "t5", *(["clip_image"] if self.clip_features == "use" else []))
+        return ("generator", "vae", "vocoder", "clip_text", *(pictures if self.videos else ()))
+
+    @property
     def videos(self) -> list[Path]:
         """Videos, folders and tables that are to get sound."""
         return [*self.inputs, *self.video]

@@ -20,6 +20,7 @@ from selva.extraction.reader import CLIP_ERRORS
 from selva.features import FeatureBundle
 from selva.inference.engine import SoundGenerator
 from selva.inference.request import Sound, SoundRequest
+from selva.inputs.file_names import alike, problem_here, tells_case_apart
 from selva.inputs.suffixes import OUTPUT_AUDIO_SUFFIXES, OUTPUT_VIDEO_SUFFIXES
 from selva.lora.merge import Adapter
 from selva.utils.errors import UserError
@@ -183,11 +184,19 @@ def _content_hash(source: Path | FeatureBundle | None) -> str | None:
 
 
 def shared_names(files: Iterable[SoundFiles]) -> list[Path]:
-    """Return the paths that two sounds would both write."""
-    seen: set[Path] = set()
+    """Return the paths that two sounds would both write, whatever the case of their letters where that is one file."""
+    seen: dict[Path, None] = {}  # in their order
     shared = []
     for path in (path for one in files for path in (*one.written, one.settings)):
         if path in seen:
             shared.append(path)
-        seen.add(path)
-    return shared
+        seen[path] = None
+    return shared + [path for _, name in alike(map(str, seen)) if not tells_case_apart((path := Path(name)).parent)]
+
+
+def name_problem(files: Iterable[SoundFiles]) -> str | None:
+    """Return in words which file this system cannot have because of its name; None if it can have all."""
+    for path in (path for one in files for path in (*one.written, one.settings)):
+        if reason := problem_here(path.name):
+            return f"{path}: {reason}"
+    return None

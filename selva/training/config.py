@@ -22,6 +22,8 @@ LR_SCHEDULES = ("constant", "cosine", "multistep", "cosine_restarts")
 CLIP_FEATURE_MODES = ("use", "empty")
 EMA_KINDS = ("exponential", "power")
 MAX_SIGMA_REL = 0.288  # of an average over all steps with equal weights
+ADAPTER_FORMATS = {"pt": (".pt",), "safetensors": (".safetensors",), "both": (".pt", ".safetensors")}
+PADDED_LOSSES = ("masked", "full")
 
 DATA = "data and output"
 OPTIMISATION = "optimisation (a step is one update, whatever --grad_accum is)"
@@ -47,6 +49,7 @@ class ObjectiveConfig:
         "use", "pass CLIP frame features, or the empty ones as official SelVA does; stored in the adapter and followed "
         "by infer.py", group=OBJECTIVE, choices=CLIP_FEATURE_MODES)
     seed: int = setting(42, "seed of everything random", group=GENERAL)
+    padded_loss: str = "masked"  # of rows of memmaps it is not known how much of them is padding
 
     def problems(self) -> list[str]:
         """Return a sentence for every value that is out of range."""
@@ -117,6 +120,9 @@ class TrainConfig(ObjectiveConfig):
     ema_decay: float = setting(  # 0: no average of the adapter is kept
         0.0, "keep a moving average of the adapter, which is then what is judged and saved; e.g. 0.999",
         group=OPTIMISATION)
+    padded_loss: str = setting(
+        "masked", "sound that is shorter than its features is padded with silence: leave that out of the loss, or "
+        "train on it as on sound, which teaches silence", group=OBJECTIVE, choices=PADDED_LOSSES)
     patience: int = setting(0, "stop after so many validations without a better one; 0: never", group=EVALUATION)
     save_every: int = setting(500, "steps between checkpoints, each with a sample", group=OPTIMISATION)
     val_every: int = setting(100, "steps between validations", group=EVALUATION)
@@ -135,7 +141,8 @@ class TrainConfig(ObjectiveConfig):
         problems += width_problems(self.ema_sigma_rel)
         if not 0 <= self.weight_decay < math.inf:
             problems.append(f"weight_decay is {self.weight_decay}, expected at least 0")
-        problems += [*self.problems(), *choice_problems(self, {"lr_schedule": LR_SCHEDULES, "ema": EMA_KINDS})]
+        problems += [*self.problems(), *choice_problems(self, {
+            "lr_schedule": LR_SCHEDULES, "ema": EMA_KINDS, "padded_loss": PADDED_LOSSES})]
         if problems:
             raise UserError("; ".join(problems))
 
@@ -153,14 +160,16 @@ class RunConfig:
     init_from: Path | None = setting(
         None, "start a new run at a finished adapter, with a fresh optimiser and on any data", group=DATA,
         metavar="ADAPTER")
-    dry_run: bool = setting(False, "check everything, try two steps, estimate memory and time, and write nothing",
-                            group=DATA)
+    dry_run: bool = setting(False, "say what batch fits a GPU, check everything, try two steps, estimate time, and "
+                            "write nothing", group=DATA)
     skip_invalid: bool = setting(False, "train without the clips that cannot be used, instead of stopping to name them",
                                  group=DATA)
     duration: float = setting(DEFAULT_DURATION_SEC, "longer clips are trained on in windows of this length; shorter "
                               "ones stay as they are", group=DATA)
     normalize_audio: Normalize = setting("peak", "peak: 0.95 of full scale, as the base models were trained; none: as "
                                    "recorded", group=DATA, choices=AUDIO_NORMALIZATIONS)
+    adapter_format: str = setting("pt", "of the best and the final adapter; ComfyUI-SelVA reads .pt only. Step files "
+                                  "are always .pt", group=DATA, choices=tuple(ADAPTER_FORMATS))
     model: GeneratorModelConfig = field(default_factory=GeneratorModelConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     training: TrainConfig = field(default_factory=TrainConfig)
@@ -203,6 +212,10 @@ class RunConfig:
         problems += missing_folders("--val_dir", [DataSource(self.val_dir)] if self.val_dir else [])
         if self.resume not in (None, "auto") and not Path(self.resume).is_file():
             problems.append(f"--resume {self.resume}: no such file")
+        if self.adapter_format not in ADAPTER_FORMATS:
+            problems.append(f"adapter_format is {self.adapter_format!r}, expected one of {', '.join(ADAPTER_FORMATS)}")
+        if self.resume is None and (problem := self.lora.start_problem()):
+            problems.append(problem)
         if self.init_from is not None:
             if self.resume not in (None, "auto"):
                 problems.append("--init_from starts a new run and --resume continues one; give one of them")

@@ -90,7 +90,9 @@ def fit(
 ) -> bool:
     """Train until ``config.steps`` or until patience ends, and return True; until ``should_stop()``, and return False.
 
-    A run whose patience had ended before it was resumed returns True at once.
+    Several processes stop one step after the first of them was asked to. Between two rows of metrics nothing is read
+    from the device, so that the host is ahead of it. A run whose patience had ended before it was resumed returns True
+    at once.
 
     Args:
         metrics: gets one row per step, and one per validation.
@@ -117,10 +119,13 @@ def fit(
     unlogged: list[dict[str, Any]] = []
     bad_steps, since, started_at = 0, time.monotonic(), time.monotonic()
     first_step = run.step
-    with Progress(config.steps, "training", "steps", interval_sec=math.inf) as progress:
+    with (
+        Progress(config.steps, "training", "steps", interval_sec=math.inf) as progress,
+        run.world.agreement() as any_asks,
+    ):
         while run.step < config.steps:
             recent.append(run.train_step())
-            stopping, last = run.world.any(should_stop(), run.device), run.step == config.steps
+            stopping, last = any_asks(should_stop()), run.step == config.steps
             logging_now = run.step % config.log_every == 0 or last or stopping
             validating = len(run.val_clips) > 0 and (run.step % config.val_every == 0 or last)
             # Rows are complete at every validation, which compares with them, and at every step file.

@@ -64,6 +64,9 @@ def flow_loss(
 ) -> Tensor:
     """Return the (B,) flow-matching losses of a batch, in float32.
 
+    With ``padded_loss`` "masked", frames of padding do not count, and in their place the network is given the latent of
+    silence with the noise of the step: what a clip holds there changes neither the loss nor its gradient.
+
     Args:
         batch: on the generator's device; features, or their projections from the cache.
         noise: on the CPU, see :func:`sample_noise`.
@@ -77,6 +80,9 @@ def flow_loss(
     generator.set_sequence(*batch.lengths)
     latent = batch.mean + batch.std * posterior if config.latent == "sample" else batch.mean
     x1 = generator.normalize(latent)
+    padding = batch.padding if config.padded_loss == "masked" else None
+    if padding is not None:
+        x1 = torch.where(padding.mask[:, :, None], generator.normalize(padding.silence), x1)
     xt = flow.interpolate(x0, x1, t)
 
     drop_video = drop_video | ~batch.has_video
@@ -87,7 +93,7 @@ def flow_loss(
         else:
             conditions = generator.preprocess_conditions(*_features(generator, batch, drop_clip, drop_video, drop_text))
         velocity = generator.predict_flow(xt, t, conditions)
-    return flow.loss(velocity, x0, x1)
+    return flow.loss(velocity, x0, x1, left_out=padding.mask if padding else None)
 
 
 def _features(
@@ -102,12 +108,21 @@ def _features(
     return clip_f, sync_f, text_f
 
 
-@torch.no_grad()
 def validate(
     generator: Generator, clips: ClipDataset, config: ObjectiveConfig, precision: torch.dtype, world: World = ALONE,
     objective: Callable[[Batch, NoiseSample], Tensor] | None = None,
 ) -> list[float]:
-    """Return the mean held-out loss per time bin, ``VALIDATION_TIMES`` values from noise to data.
+    """Return the mean held-out loss per time bin, ``VALIDATION_TIMES`` values from noise to data."""
+    total = held_out_losses(generator, clips, config, precision, world, objective)
+    return (world.sum_(total) / len(clips)).tolist()
+
+
+@torch.no_grad()
+def held_out_losses(
+    generator: Generator, clips: ClipDataset, config: ObjectiveConfig, precision: torch.dtype, world: World = ALONE,
+    objective: Callable[[Batch, NoiseSample], Tensor] | None = None,
+) -> Tensor:
+    """Return the sums of the losses of this process's held-out clips per time bin, on the device.
 
     Noise and posterior draws of a clip depend on the seed and its id, the times are fixed and nothing is dropped: two
     evaluations differ only by the adapter, and the random state of the training is not touched.
@@ -135,4 +150,4 @@ def validate(
         if index < len(clips):  # else it only keeps the others company
             total += losses
     generator.train(was_training)
-    return (world.sum_(total) / len(clips)).tolist()
+    return total

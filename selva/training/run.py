@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -17,6 +17,7 @@ from selva.checkpoint import Adapter, TrainingState
 from selva.data.content import content_changes, content_state, joined
 from selva.data.dataset import Batch, BucketBatchSampler, ClipDataset, ClipWindow
 from selva.lora.layers import lora_layers
+from selva.lora.published import continued_state
 from selva.lora.state import (
     decay_to_start_,
     load_lora_state_,
@@ -224,7 +225,8 @@ class TrainingRun:
                 since; names them.
         """
         self._check_content(saved)
-        load_lora_state_(self.generator, saved.lora)
+        lora = continued_state(self.generator, saved.lora, str(saved.path))
+        load_lora_state_(self.generator, lora)
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         # Loading puts the step counts where the stored groups say; the fused update wants them on the device.
         stored_groups = [{**group, "fused": self.fused} for group in saved.optimizer["param_groups"]]
@@ -234,6 +236,9 @@ class TrainingRun:
         self.step = saved.step
         if not saved.extra:
             log.warning("%s: holds no random states; the order of the clips and the noise start afresh", saved.path)
+            if self.ema is not None:
+                self.ema.start_at(lora)
+            self._report_recipe_there(saved)
             return
         self.ways = {**WAYS_BEFORE, **saved.extra.get("ways", {})}
         if self.world.size > 1:  # a random state can be that of one process only
@@ -244,14 +249,14 @@ class TrainingRun:
         self.batches.load_state_dict(saved.extra["batches"])
         best = saved.extra["best"]
         self.best_step, self.best_val_loss, self.worse_in_a_row = best["step"], best["val_loss"], best["worse_in_a_row"]
-        self._restore_average(saved)
+        self._restore_average(saved, lora)
         self.rng.set_state(saved.extra["draws"])
         torch.set_rng_state(saved.extra["dropout_rng"])
         if self.device.type == "cuda" and len(saved.extra["dropout_rng_cuda"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(saved.extra["dropout_rng_cuda"])
 
-    def _restore_average(self, saved: TrainingState) -> None:
-        """Continue the average of a step file; one that is switched on only now starts from the adapter."""
+    def _restore_average(self, saved: TrainingState, lora: Mapping[str, Tensor]) -> None:
+        """Continue the average of a step file; one that is switched on only now starts from the adapter, ``lora``."""
         stored = saved.extra["ema"]
         is_power = stored is not None and stored.get("kind") == "power"
         if self.ema is None or stored is None or is_power != isinstance(self.ema, PowerEMA):
@@ -260,12 +265,28 @@ class TrainingRun:
                             saved.path, "a power" if is_power else "an exponential")
             if self.ema is not None:
                 log.warning("%s: the average starts here, at step %d, from the adapter", saved.path, saved.step)
-                self.ema.start_at(saved.lora)
+                self.ema.start_at(lora)
             return
         try:
             self.ema.restore(stored)
         except UserError as error:
             raise UserError(f"{saved.path}: {error}") from error
+    def _report_recipe_there(self, saved: TrainingState) -> None:
+        """Name what a step file of another trainer was trained with otherwise; the settings of this run are used."""
+        group, meta, config = saved.optimizer["param_groups"][0], saved.meta, self.config
+        pairs = {
+            "--lr": (group.get("initial_lr", group.get("lr")), config.lr),
+            "betas": (tuple(group.get("betas", config.betas)), config.betas),
+            "--weight_decay": (group.get("weight_decay"), config.weight_decay),
+            "--null_prob": (0.0, config.null_prob),  # it drops no conditions
+            **{f"--{name}": (meta.get(name), getattr(config, name))
+               for name in ("steps", "lora_plus_ratio", "timestep_mode", "logit_normal_sigma", "lr_schedule")},
+            **{name: (meta.get(name) or None, "not done here")
+               for name in ("latent_mixup_alpha", "latent_noise_sigma")},
+        }
+        different = [f"{name} {was}, now {now}" for name, (was, now) in pairs.items() if was is not None and was != now]
+        if different:
+            log.warning("%s: was trained otherwise so far: %s", saved.path, "; ".join(different))
 
     def _check_content(self, saved: TrainingState) -> None:
         """Raise a ValueError that names every clip that is not what it was; a file of version 0.1.0 does not tell."""

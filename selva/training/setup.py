@@ -29,7 +29,7 @@ from selva.data.dataset import (
     origin_groups,
     split_validation,
 )
-from selva.data.folder_dataset import FolderDataset, load_clip_dataset
+from selva.data.folder_dataset import FolderDataset, open_clip_dataset
 from selva.data.mixture import repeats_of
 from selva.data.source import DataSource
 from selva.data.summary import summarise
@@ -80,24 +80,31 @@ def adapter_meta(config: RunConfig, num_clips: int) -> dict[str, Any]:
 
 
 def find_resume(config: RunConfig) -> TrainingState | None:
-    """Return the state that ``--resume`` names; None for a fresh start."""
+    """Return the state that ``--resume`` names; None for a fresh start.
+
+    Raises:
+        ValueError: the file cannot be read, or the settings of the adapter are none to start with.
+    """
     if config.resume is None:
         return None
     if config.resume != "auto":
         return load_checkpoint(config.resume)
     saved = load_newest_checkpoint(config.output_dir)
+    if saved is None and (problem := config.lora.start_problem()):
+        raise UserError(problem)
     log.info("resuming from %s", saved.path) if saved else log.info("nothing to resume in %s", config.output_dir)
     return saved
 
 
 # Settings of TrainConfig that change what is learned; the others may change when a run is continued.
-FIXED_SETTINGS = ("clip_features", "latent", "null_prob", "timestep_mode", "logit_normal_sigma", "seed")
+FIXED_SETTINGS = ("clip_features", "latent", "null_prob", "padded_loss", "timestep_mode", "logit_normal_sigma", "seed")
 
 
 def finished_adapter(saved: TrainingState, output_dir: Path) -> Path | None:
     """Return the final adapter of the step of ``saved`` if the run wrote all of its end; None if it has to be written.
 
-    A run may have been killed between its last step file and its final adapter, or between that and ``meta.json``.
+    A run may have been killed between its last step file and its final adapter, or between that and ``meta.json``. Of
+    an adapter in both formats, the ``.pt`` is returned.
     """
     final = final_of(saved.path, output_dir)
     try:
@@ -105,7 +112,10 @@ def finished_adapter(saved: TrainingState, output_dir: Path) -> Path | None:
     except (OSError, ValueError):
         return None
     written = final is not None and meta == json.loads(json.dumps(load_adapter(final).meta))
-    return final if written else None
+    if not written:
+        return None
+    assert final is not None
+    return next(path for path in (final.with_suffix(".pt"), final) if path.exists())
 
 
 def patience_has_ended(saved: TrainingState, config: RunConfig) -> bool:
@@ -174,14 +184,17 @@ def load_clips(config: RunConfig, data_dir: Path, device: torch.device, world: W
     Raises:
         ValueError: no clip can be used, or some cannot and ``--skip_invalid`` is not given.
     """
-    def load() -> tuple[ClipDataset, list[tuple[Path, str]]]:
-        return load_clip_dataset(
-            data_dir, get_variant(config.model.variant), config.model.selva_dir, device,
+    with world.main_first(f"reading {data_dir}"):  # rank 0 has noted all hashes when the others look
+        clips, problems = open_clip_dataset(
+            data_dir, get_variant(config.model.variant), config.model.selva_dir,
             max_duration_sec=config.duration, normalize_audio=config.normalize_audio, use_cache=not config.dry_run,
         )
-
-    with world.main_first(f"encoding {data_dir}"):  # rank 0 has filled the cache when the others look
-        clips, problems = load()
+    if isinstance(clips, FolderDataset):
+        if world.size > 1:
+            with world.at_once(f"encoding {data_dir}"):
+                clips.encode_share(world.rank, world.size, device)
+        with world.main_first(f"encoding {data_dir}"):  # what is left: texts, and what cannot be encoded
+            problems += clips.prepare(device)
     for path, reason in problems:
         log.error("%s", reason if str(path) in reason else f"{path}: {reason}")
     if world.is_main and isinstance(clips, FolderDataset) and len(clips):
@@ -282,10 +295,8 @@ def build_run(
     generator = load_generator(model.variant, model.selva_dir, file=model.generator)
     cast_frozen_(generator, precision)
     check_ranks(generator, config.lora)
-    report = inject_lora(generator, config.lora, torch.Generator().manual_seed(training.seed))
     generator.to(device)
-    generator.gradient_checkpointing = config.checkpoint_blocks or config.grad_checkpointing
-    if config.preserve:
+    if config.preserve:  # before there is an adapter, which would cost time in every layer and add nothing yet
         text_features = load_clip_text(model.variant, model.selva_dir, device).encode(config.preserve)
         clips = (
             with_preserved(
@@ -294,6 +305,8 @@ def build_run(
             ),
             clips[1],
         )
+    report = inject_lora(generator, config.lora, torch.Generator().manual_seed(training.seed))
+    generator.gradient_checkpointing = config.checkpoint_blocks or config.grad_checkpointing
     if config.compile:
         compile_blocks_(generator)
     total = sum(p.numel() for p in generator.parameters())

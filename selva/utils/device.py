@@ -6,6 +6,9 @@ import logging
 import platform
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from selva.utils import torchrun
@@ -27,6 +30,22 @@ PRECISION_HELP = ("number format of the networks; auto: bf16 where the device mu
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 _BF16_CAPABILITY = (8, 0)  # CUDA compute capability from which bf16 is native
 _PROBE_SIZE, _PROBE_SEC = 128, 0.01  # matrices that are multiplied, and for how long, to see what a format costs
+_STANDS_FOR_GPU: ContextVar[bool] = ContextVar("stands_for_gpu", default=False)
+
+
+def computes_on_cpu(tensor: torch.Tensor) -> bool:
+    """Return True where a way of computing that is made for CPUs should be taken for a tensor."""
+    return tensor.device.type == "cpu" and not _STANDS_FOR_GPU.get()
+
+
+@contextmanager
+def standing_for_gpu() -> Iterator[None]:
+    """Have everything within the block computed in the ways that a GPU takes, also on the CPU: to measure memory."""
+    token = _STANDS_FOR_GPU.set(True)
+    try:
+        yield
+    finally:
+        _STANDS_FOR_GPU.reset(token)
 
 
 def peak_memory_bytes(device: Any) -> int:

@@ -19,7 +19,7 @@ class ModelConfig:
 
     variant: str = setting("large_44k", f"base model, one of {', '.join(VARIANTS)}; tiny_16k is built in", group=MODEL,
                            choices=VARIANTS, metavar="NAME")
-    selva_dir: Path | None = setting(None, "folder of the published weights (scripts/download_weights.py fills it)",
+    selva_dir: Path | None = setting(None, "folder of the published weights (download_weights.py fills it)",
                                      group=MODEL, metavar="DIR")
     device: str = setting("auto", "where to compute; auto takes a GPU if there is one", group=GENERAL,
                           metavar="auto|cpu|cuda|mps")

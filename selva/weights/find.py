@@ -19,6 +19,8 @@ SUBFOLDERS = ("", "ext", "weights", "ext_weights")
 PARENTS_OF_ROOT = ("", "selva", "models/selva")  # a ComfyUI installation may be given from further up
 NEIGHBOUR = "prismaudio"  # beside models/selva: another ComfyUI extension that brings the same Synchformer file
 ASSETS = Path(__file__).parent / "assets"
+CHECKOUT = Path(__file__).resolve().parents[2]  # or the folder that the package was installed into
+DOWNLOAD_SCRIPT = "download_weights.py"
 
 
 def weight_folders(selva_dir: Path) -> list[Path]:
@@ -70,9 +72,19 @@ def local_path(file: WeightFile, selva_dir: Path, layout: str) -> Path:
 
 
 def download_command(variant: str, selva_dir: Path | None) -> str:
-    """Return the command that fetches everything ``variant`` needs."""
+    """Return the command that fetches everything ``variant`` needs, as it works in the current folder.
+
+    In a checkout the script is a file; where the package was installed, ``pip`` has put it on the PATH.
+    """
     folder = "DIR" if selva_dir is None else shlex.quote(str(selva_dir))
-    return f"python scripts/download_weights.py --variant {variant} --selva_dir {folder}"
+    script = CHECKOUT / "scripts" / DOWNLOAD_SCRIPT
+    if not script.is_file():
+        command = DOWNLOAD_SCRIPT
+    elif Path.cwd() == CHECKOUT:
+        command = f"python scripts/{DOWNLOAD_SCRIPT}"
+    else:
+        command = f"python {shlex.quote(str(script))}"
+    return f"{command} --variant {variant} --selva_dir {folder}"
 
 
 def find_weights(variant: Variant, selva_dir: Path | None, needs: Sequence[str]) -> dict[str, tuple[Path, ...]]:

@@ -32,10 +32,10 @@ def no_curves(request, monkeypatch):
 LONG = dataclasses.replace(CONFIG, steps=12)  # saves and validates every 3 steps
 
 
-def go_on(path, config=LONG, resume=None, until=None, keep_last=0):
+def go_on(path, config=LONG, resume=None, until=None, keep_last=0, adapter_format="pt"):
     """Train in a folder as train() does, from a step file if one is named; return the run and its folder."""
     saved = load_checkpoint(path / f"adapter_step{resume:05d}.pt") if resume else None
-    run, folder = make_run(config), RunFolder(path, META, keep_last)
+    run, folder = make_run(config), RunFolder(path, META, keep_last, adapter_format=adapter_format)
     if saved is not None:
         run.restore(saved)
     metrics = folder.open(saved)
@@ -287,3 +287,35 @@ def test_an_open_log_of_metrics_is_not_cut_in_the_middle_of_a_row(tmp_path, full
 
 
 logging.getLogger("matplotlib").setLevel("ERROR")
+
+
+@pytest.mark.parametrize("adapter_format, suffixes", [("pt", [".pt"]), ("safetensors", [".safetensors"]),
+                                                     ("both", [".pt", ".safetensors"])])
+def test_adapters_are_written_in_the_format_that_is_asked_for(tmp_path, adapter_format, suffixes):
+    go_on(tmp_path, adapter_format=adapter_format)
+    for name in ("adapter_best", "adapter_final"):
+        found = sorted(tmp_path.glob(f"{name}*"))
+        assert [path.suffix for path in found] == suffixes
+        adapters = [load_adapter(path) for path in found]
+        assert all(equal(adapters[0].tensors, one.tensors) and one.meta == adapters[0].meta for one in adapters)
+    assert steps(tmp_path) == [3, 6, 9, 12]
+    written = load_adapter(tmp_path / f"adapter_final{suffixes[0]}").meta
+    assert json.loads((tmp_path / "meta.json").read_text()) == written
+    go_on(tmp_path, dataclasses.replace(LONG, steps=15), resume=12, adapter_format=adapter_format)
+    assert sorted(p.name for p in tmp_path.glob("adapter_final_*")) == [f"adapter_final_001{s}" for s in suffixes]
+    if adapter_format == "both":  # killed between the two, before meta.json
+        kept = load_adapter(tmp_path / "adapter_final_001.pt")
+        (tmp_path / "adapter_final_001.safetensors").unlink()
+        go_on(tmp_path, dataclasses.replace(LONG, steps=15), resume=15, adapter_format=adapter_format)
+        assert equal(load_adapter(tmp_path / "adapter_final_001.safetensors").tensors, kept.tensors)
+        assert not list(tmp_path.glob("adapter_final_002*"))
+
+
+def test_another_format_leaves_no_older_best_adapter_behind(tmp_path):
+    go_on(tmp_path, until=3)
+    run, _ = go_on(tmp_path, resume=3, adapter_format="safetensors")
+    assert [path.name for path in tmp_path.glob("adapter_best*")] == ["adapter_best.safetensors"]
+    assert load_adapter(tmp_path / "adapter_best.safetensors").meta["step"] == run.best_step
+    run, _ = go_on(tmp_path, resume=12, config=dataclasses.replace(LONG, steps=15), adapter_format="both")
+    assert sorted(path.suffix for path in tmp_path.glob("adapter_best*")) == [".pt", ".safetensors"]
+    assert {load_adapter(path).meta["step"] for path in tmp_path.glob("adapter_best*")} == {run.best_step}

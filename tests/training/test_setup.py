@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections import Counter
 
@@ -10,10 +11,11 @@ import torch
 from make_data import put_clip
 
 from selva.checkpoint import TrainingState
+from selva.data.folder_dataset import FolderDataset
 from selva.features import load_features, save_features
 from selva.training.config import RunConfig, TrainConfig
 from selva.training.run import WAYS, WAYS_BEFORE
-from selva.training.setup import load_split
+from selva.training.setup import load_clips, load_split
 from selva.utils.distributed import World
 from selva.utils.errors import UserError
 from selva.weights.config import GeneratorModelConfig
@@ -82,6 +84,37 @@ def test_a_validation_is_on_a_limited_number_of_clips_always_the_same(windows, c
     assert len(full) == 6 and len(val) == 2 and set(val.ids) < set(full.ids) and train.ids == full_train.ids
     assert "validation is on 2 of the 6 held-out clips, always the same" in caplog.text
     assert split(windows, val_fraction=0.5, val_clips=2)[1].ids == val.ids
+
+
+def test_processes_encode_a_new_folder_together(tmp_path, monkeypatch):
+    """Rank 0 reads it first, all encode a share at the same time, then rank 0 does what is left before the others."""
+    steps = []
+
+    class Recorder(World):
+        @contextlib.contextmanager
+        def main_first(self, what):
+            steps.append(f"main first: {what}")
+            yield
+
+        @contextlib.contextmanager
+        def at_once(self, what):
+            steps.append(f"at once: {what}")
+            yield
+
+    def prepare(_clips, _device):
+        steps.append("the rest")
+        return []
+
+    put_clip(folder := tmp_path / "data", "a", text=True)
+    monkeypatch.setattr(FolderDataset, "encode_share", lambda _clips, rank, size, _device: steps.append((rank, size)))
+    monkeypatch.setattr(FolderDataset, "prepare", prepare)
+    config = RunConfig(data_dir=folder, model=GeneratorModelConfig(variant="tiny_16k"))
+    load_clips(config, folder, CPU, Recorder(1, 2))
+    assert steps == [f"main first: reading {folder}", f"at once: encoding {folder}", (1, 2),
+                     f"main first: encoding {folder}", "the rest"]
+    steps.clear()
+    load_clips(config, folder, CPU, Recorder())
+    assert steps == [f"main first: reading {folder}", f"main first: encoding {folder}", "the rest"]
 
 
 def test_clips_that_name_no_video_are_counted(tmp_path, caplog):
