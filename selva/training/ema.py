@@ -36,7 +36,7 @@ class EMA:
             value.copy_(values[name])
 
     def state(self) -> dict[str, Any]:
-        """Return what :meth:`restore` continues from."""
+        """Return the state that :meth:`restore` continues from."""
         return self.average
 
     def restore(self, average: Mapping[str, Tensor]) -> None:

@@ -141,7 +141,7 @@ class PowerEMA:
                 value.copy_(values[name])
 
     def state(self) -> dict[str, Any]:
-        """Return what :meth:`restore` continues from."""
+        """Return the state that :meth:`restore` continues from."""
         return {"kind": "power", "sigma_rels": list(self.sigma_rels), "step": self.step, "tracks": self.tracks}
 
     def restore(self, state: Mapping[str, Any]) -> None:

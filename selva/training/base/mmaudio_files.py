@@ -98,7 +98,7 @@ def trained_order(names: Iterable[str]) -> list[str]:
 
 
 def read_checkpoint(path: Path) -> MMAudioState:
-    """Return what a training checkpoint of MMAudio holds.
+    """Return the content of a training checkpoint of MMAudio.
 
     The number of updates is the scheduler's: ``it`` of a checkpoint that was saved during a run is one too small.
 
