@@ -178,10 +178,10 @@ def log_step_memory(config: RunConfig, asked_precision: str, device: torch.devic
     """
     on_gpu, variant = device.type == "cuda", get_variant(config.model.variant)
     precision = "bf16" if asked_precision == "auto" and not on_gpu else config.precision
-    if is_memmap(config.data_dir):
-        num_clips = len(MemmapDataset(config.data_dir, variant))
-    else:
-        num_clips = max(1, sum(path.suffix == ".npz" for path in config.data_dir.iterdir()))
+    num_clips = max(1, sum(
+        len(MemmapDataset(source.path, variant)) if is_memmap(source.path)
+        else sum(path.suffix == ".npz" for path in source.path.iterdir())
+        for source in config.sources))
     if config.preserve:
         repeats, preserved = mixture(num_clips, len(config.preserve), config.preserve_share)
         num_clips = repeats * num_clips + preserved
