@@ -112,7 +112,7 @@ def _stride(size: int) -> int:
 
 
 def repeats_of(weights: Sequence[float]) -> list[int]:
-    """Return the number of times that each set is used in an epoch long enough for all weights: 1, 1.5 are 2, 3."""
+    """Return the visits of each set's clips in an epoch that is long enough for all weights: for 1 and 1.5, 2 and 3."""
     exact = [Fraction(weight).limit_denominator(MOST_PARTS) for weight in weights]
     if any(weight <= 0 for weight in exact):
         raise UserError(f"the weights {list(weights)} are too different, expected at least 1/{MOST_PARTS}")

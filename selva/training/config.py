@@ -20,10 +20,10 @@ from selva.weights.config import GENERAL, GeneratorModelConfig
 LATENT_MODES = ("sample", "mode")
 LR_SCHEDULES = ("constant", "cosine", "multistep", "cosine_restarts")
 CLIP_FEATURE_MODES = ("use", "empty")
-ADAPTER_FORMATS = {"pt": (".pt",), "safetensors": (".safetensors",), "both": (".pt", ".safetensors")}
-PADDED_LOSSES = ("masked", "full")
 EMA_KINDS = ("exponential", "power")
 MAX_SIGMA_REL = 0.288  # of an average over all steps with equal weights
+ADAPTER_FORMATS = {"pt": (".pt",), "safetensors": (".safetensors",), "both": (".pt", ".safetensors")}
+PADDED_LOSSES = ("masked", "full")
 
 DATA = "data and output"
 OPTIMISATION = "optimisation (a step is one update, whatever --grad_accum is)"
@@ -49,11 +49,7 @@ class ObjectiveConfig:
         "use", "pass CLIP frame features, or the empty ones as official SelVA does; stored in the adapter and followed "
         "by infer.py", group=OBJECTIVE, choices=CLIP_FEATURE_MODES)
     seed: int = setting(42, "seed of everything random", group=GENERAL)
-
-    @property
-    def masks_padding(self) -> bool:
-        """True if the silence behind a sound that is too short is left out of the loss."""
-        return True
+    padded_loss: str = "masked"  # of rows of memmaps it is not known how much of them is padding
 
     def problems(self) -> list[str]:
         """Return a sentence for every value that is out of range."""
@@ -131,10 +127,6 @@ class TrainConfig(ObjectiveConfig):
     save_every: int = setting(500, "steps between checkpoints, each with a sample", group=OPTIMISATION)
     val_every: int = setting(100, "steps between validations", group=EVALUATION)
     log_every: int = setting(10, "steps between log lines", group=EVALUATION)
-
-    @property
-    def masks_padding(self) -> bool:
-        return self.padded_loss == "masked"
 
     def __post_init__(self) -> None:
         problems = least_problems(self, {

@@ -80,7 +80,7 @@ def flow_loss(
     generator.set_sequence(*batch.lengths)
     latent = batch.mean + batch.std * posterior if config.latent == "sample" else batch.mean
     x1 = generator.normalize(latent)
-    padding = batch.padding if config.masks_padding else None
+    padding = batch.padding if config.padded_loss == "masked" else None
     if padding is not None:
         x1 = torch.where(padding.mask[:, :, None], generator.normalize(padding.silence), x1)
     xt = flow.interpolate(x0, x1, t)

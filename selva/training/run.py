@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -249,11 +249,28 @@ class TrainingRun:
         self.batches.load_state_dict(saved.extra["batches"])
         best = saved.extra["best"]
         self.best_step, self.best_val_loss, self.worse_in_a_row = best["step"], best["val_loss"], best["worse_in_a_row"]
-        self._restore_average(saved)
+        self._restore_average(saved, lora)
         self.rng.set_state(saved.extra["draws"])
         torch.set_rng_state(saved.extra["dropout_rng"])
         if self.device.type == "cuda" and len(saved.extra["dropout_rng_cuda"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(saved.extra["dropout_rng_cuda"])
+
+    def _restore_average(self, saved: TrainingState, lora: Mapping[str, Tensor]) -> None:
+        """Continue the average of a step file; one that is switched on only now starts from the adapter, ``lora``."""
+        stored = saved.extra["ema"]
+        is_power = stored is not None and stored.get("kind") == "power"
+        if self.ema is None or stored is None or is_power != isinstance(self.ema, PowerEMA):
+            if stored is not None:
+                log.warning("%s: holds %s average, which --ema or --ema_decay does not ask for any more; it ends here",
+                            saved.path, "a power" if is_power else "an exponential")
+            if self.ema is not None:
+                log.warning("%s: the average starts here, at step %d, from the adapter", saved.path, saved.step)
+                self.ema.start_at(lora)
+            return
+        try:
+            self.ema.restore(stored)
+        except UserError as error:
+            raise UserError(f"{saved.path}: {error}") from error
 
     def _report_recipe_there(self, saved: TrainingState) -> None:
         """Name what a step file of another trainer was trained with otherwise; the settings of this run are used."""
@@ -271,23 +288,6 @@ class TrainingRun:
         different = [f"{name} {was}, now {now}" for name, (was, now) in pairs.items() if was is not None and was != now]
         if different:
             log.warning("%s: was trained otherwise so far: %s", saved.path, "; ".join(different))
-
-    def _restore_average(self, saved: TrainingState) -> None:
-        """Continue the average of a step file; one that is switched on only now starts from the adapter."""
-        stored = saved.extra["ema"]
-        is_power = stored is not None and stored.get("kind") == "power"
-        if self.ema is None or stored is None or is_power != isinstance(self.ema, PowerEMA):
-            if stored is not None:
-                log.warning("%s: holds %s average, which --ema or --ema_decay does not ask for any more; it ends here",
-                            saved.path, "a power" if is_power else "an exponential")
-            if self.ema is not None:
-                log.warning("%s: the average starts here, at step %d, from the adapter", saved.path, saved.step)
-                self.ema.start_at(saved.lora)
-            return
-        try:
-            self.ema.restore(stored)
-        except UserError as error:
-            raise UserError(f"{saved.path}: {error}") from error
 
     def _check_content(self, saved: TrainingState) -> None:
         """Raise a ValueError that names every clip that is not what it was; a file of version 0.1.0 does not tell."""

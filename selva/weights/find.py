@@ -168,7 +168,7 @@ def generator_mark(file: Path | None) -> dict[str, str] | None:
 
 
 def generator_change(meta: Mapping[str, Any], file: Path | None) -> tuple[str, str] | None:
-    """Return the generator of an adapter and the one in use, in words; None if they are the same.
+    """Return the generator an adapter was trained on and the one in use, in words; None if they are the same.
 
     Args:
         meta: of the adapter. file: the user's own generator; None for that of the variant.

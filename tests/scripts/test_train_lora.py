@@ -96,7 +96,8 @@ def test_only_what_is_needed_is_loaded(feature_dir, tmp_path, monkeypatch):
     """Pitfalls G1 and H3: no vocoder to encode sound, no encoder without work, never the image tower."""
     loaded = []
     load = weights._load
-    monkeypatch.setattr(weights, "_load", lambda name, part, *rest: (loaded.append(part), load(name, part, *rest))[1])
+    monkeypatch.setattr(weights, "_load", lambda name, part, *rest, **more: (
+        loaded.append(part), load(name, part, *rest, **more))[1])
     assert train(feature_dir, tmp_path / "a", "--no_preview", "--steps", "1") == 0
     assert sorted(loaded) == ["generator", "vae"]  # the features hold their text
     loaded.clear()

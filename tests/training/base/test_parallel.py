@@ -74,7 +74,9 @@ def test_sharing_the_model_changes_nothing(alone, tmp_path):
 
 
 @pytest.mark.parametrize("before, shard, after, shard_after", [
-    (2, "none", 1, "none"), (2, "none", 3, "none"), (2, "fsdp2", 1, "none"), (1, "none", 2, "fsdp2"),
+    (2, "none", 3, "none"),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        (2, "none", 1, "none"), (2, "fsdp2", 1, "none"), (1, "none", 2, "fsdp2"))),
 ])
 def test_another_number_of_processes_goes_on(alone, tmp_path, before, shard, after, shard_after):
     first = train(before, tmp_path / "run", steps=2, shard=shard)
