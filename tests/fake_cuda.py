@@ -47,6 +47,9 @@ class HostWaits(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is torch.ops.aten._local_scalar_dense.default and not args[0].is_cuda:
             return next(self.numbers)
+        if func is torch.ops.aten._fused_adamw_.tensor_lr:  # fake tensors know it with a number only
+            assert kwargs["lr"].is_cuda and kwargs["lr"].dtype == torch.float32, kwargs["lr"]
+            func, kwargs = torch.ops.aten._fused_adamw_.default, {**kwargs, "lr": 0.1}
         result = func(*args, **kwargs)
         name = str(func)
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]

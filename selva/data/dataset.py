@@ -25,6 +25,7 @@ from selva.data.padding import Padding, join_paddings
 from selva.sequence import SequenceConfig
 from selva.utils.device import to_device
 from selva.utils.errors import UserError
+from selva.utils.graph import leaves, with_leaves
 
 Lengths = tuple[int, int, int]  # (N, T, S): latent frames, CLIP frames, sync tokens
 
@@ -84,10 +85,7 @@ class Batch:
         return self.mean.shape[1], self.clip_f.shape[1], self.sync_f.shape[1]
 
     def to(self, device: torch.device) -> Batch:
-        tensors = (self.mean, self.std, self.clip_f, self.sync_f, self.text_f, self.has_video)
-        mean, std, clip_f, sync_f, text_f, has_video = (to_device(x, device) for x in tensors)
-        padding = None if self.padding is None else self.padding.to(device)
-        return Batch(mean, std, clip_f, sync_f, text_f, has_video, self.ids, padding)
+        return with_leaves(self, (to_device(tensor, device) for tensor in leaves(self)))
 
 
 def collate(clips: Sequence[TrainingClip]) -> Batch:
@@ -372,6 +370,7 @@ class BucketBatchSampler:
         self.window_rng = torch.Generator().manual_seed(seed)
         self.waiting: dict[Lengths, list[ClipWindow]] = {}
         self.num_clips = Counter(self.clips.lengths(i) for i in range(len(self.clips)))
+        self._next: list[ClipWindow] | None = None  # drawn already, to be read ahead
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -381,7 +380,12 @@ class BucketBatchSampler:
 
     def draw(self) -> list[ClipWindow]:
         """Return the ``batch_size`` windows of the next batch; reads nothing."""
-        while True:
+        windows, self._next = self.peek(), None
+        return windows
+
+    def peek(self) -> list[ClipWindow]:
+        """Return the windows of the next :meth:`draw`."""
+        while self._next is None:
             index = next(self.sampler)
             lengths = self.clips.lengths(index)
             bucket = self.waiting.setdefault(lengths, [])
@@ -389,7 +393,8 @@ class BucketBatchSampler:
             batch = self._first_batch(bucket, distinct=self.num_clips[lengths] >= self.batch_size)
             if batch:
                 self.waiting[lengths] = [window for i, window in enumerate(bucket) if i not in batch]
-                return [bucket[i] for i in batch]
+                self._next = [bucket[i] for i in batch]
+        return self._next
 
     def load(self, windows: Sequence[ClipWindow]) -> Batch:
         """Return the batch of these windows, or of some of them."""
@@ -409,6 +414,7 @@ class BucketBatchSampler:
     def state_dict(self) -> dict[str, Any]:
         """Return plain numbers and tensors from which :meth:`load_state_dict` continues exactly."""
         return {
+            **({} if self._next is None else {"next": [list(window) for window in self._next]}),
             "ids": _fingerprint(self.clips.ids),
             "sampler": self.sampler.state_dict(),
             "windows": self.window_rng.get_state(),
@@ -423,12 +429,15 @@ class BucketBatchSampler:
         """
         self.sampler.load_state_dict(state["sampler"])
         waiting = [[ClipWindow(*window) for window in bucket] for bucket in state["waiting"]]
-        if state["ids"] != _fingerprint(self.clips.ids) or not all(self._fits(bucket) for bucket in waiting):
+        following = [ClipWindow(*window) for window in state.get("next", [])]
+        buckets = [*waiting, following] if following else waiting
+        if state["ids"] != _fingerprint(self.clips.ids) or not all(self._fits(bucket) for bucket in buckets):
             raise UserError(
                 f"the stored order is over other clips than the {len(self.clips)} there are now; "
                 "give the same data as before, or start a new run"
             )
         self.waiting = {self.clips.lengths(bucket[0].index): bucket for bucket in waiting}
+        self._next = following or None
         self.window_rng.set_state(state["windows"].to("cpu", torch.uint8))
 
     def _fits(self, bucket: Sequence[ClipWindow]) -> bool:

@@ -13,7 +13,7 @@ from selva.inputs.suffixes import OUTPUT_AUDIO_SUFFIXES, OUTPUT_VIDEO_SUFFIXES
 from selva.inputs.table import unsafe_id
 from selva.media.mask_settings import MaskOptions
 from selva.sequence import DEFAULT_DURATION_SEC, SHORTEST_SEC
-from selva.utils.device import PRECISION_CHOICES, PRECISION_HELP
+from selva.utils.device import GRAPH_CHOICES, PRECISION_CHOICES, PRECISION_HELP
 from selva.utils.errors import UserError
 from selva.utils.settings import setting
 from selva.weights.config import GENERAL, GeneratorModelConfig
@@ -86,6 +86,9 @@ class InferenceConfig:
     offload: str = setting(
         "auto", "auto: load one network after the other and free it, which takes the least memory; none: keep all "
         "loaded, which is quicker for many clips", group=SAMPLING, choices=OFFLOAD_CHOICES)
+    cuda_graph: str = setting(
+        "auto", "on NVIDIA GPUs, start each pass of the generator as a whole instead of kernel by kernel. auto: where "
+        "that is possible; on: an error where it is not", group=SAMPLING, choices=GRAPH_CHOICES)
     seed: int = setting(42, "seed of everything random", group=GENERAL)
     precision: str = setting("auto", PRECISION_HELP, group=GENERAL, choices=PRECISION_CHOICES)
 

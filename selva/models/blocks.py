@@ -133,8 +133,12 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(frequency_dim, hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, hidden_dim))
         self.frequency_dim, self.scale = frequency_dim, scale
 
+    def frequencies(self, device: torch.device) -> Tensor:
+        """Return the (frequency_dim / 2,) frequencies."""
+        return time_frequencies(self.frequency_dim // 2, self.scale, device)
+
     def forward(self, t: Tensor) -> Tensor:
-        angle = t.float()[:, None] * time_frequencies(self.frequency_dim // 2, self.scale, t.device)
+        angle = t.float()[:, None] * self.frequencies(t.device)
         embedding = torch.cat((angle.cos(), angle.sin()), dim=-1)  # (B, frequency_dim) float32
         return self.mlp(embedding.to(self.mlp.get_parameter("0.weight").dtype))
 

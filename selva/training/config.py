@@ -12,7 +12,7 @@ from selva.audio.config import AUDIO_NORMALIZATIONS, Normalize
 from selva.data.source import DataSource, missing_folders, parse_sources
 from selva.lora.config import LoRAConfig
 from selva.sequence import DEFAULT_DURATION_SEC
-from selva.utils.device import PRECISION_CHOICES, PRECISION_HELP
+from selva.utils.device import GRAPH_CHOICES, PRECISION_CHOICES, PRECISION_HELP
 from selva.utils.errors import UserError
 from selva.utils.settings import required, setting
 from selva.weights.config import GENERAL, GeneratorModelConfig
@@ -193,6 +193,9 @@ class RunConfig:
     compile: bool = setting(
         False, "compile the blocks with torch.compile, for faster steps: the first ones take a minute or more, less in "
         "the next run, as the result is kept; needs a C++ compiler, on NVIDIA GPUs triton", group=MEMORY)
+    cuda_graph: str = setting(
+        "auto", "on NVIDIA GPUs, start each training step as a whole instead of kernel by kernel. auto: where that is "
+        "possible, otherwise the log says why not; on: an error where it is not", group=MEMORY, choices=GRAPH_CHOICES)
     precision: str = setting("auto", PRECISION_HELP, group=GENERAL, choices=PRECISION_CHOICES)
 
     def __post_init__(self) -> None:

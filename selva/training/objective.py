@@ -44,6 +44,10 @@ class NoiseSample:
         """Return the random numbers of some items of the batch."""
         return NoiseSample(*(getattr(self, field.name)[own] for field in fields(self)))
 
+    def to(self, device: torch.device) -> NoiseSample:
+        """Return the random numbers on a device."""
+        return NoiseSample(*(to_device(getattr(self, field.name), device) for field in fields(self)))
+
 
 def sample_noise(shape: torch.Size, config: ObjectiveConfig, rng: torch.Generator, progress: float) -> NoiseSample:
     """Draw the random numbers for a batch of latents of ``shape`` (B, N, C); the order is MMAudio's."""
@@ -69,14 +73,13 @@ def flow_loss(
 
     Args:
         batch: on the generator's device; features, or their projections from the cache.
-        noise: on the CPU, see :func:`sample_noise`.
+        noise: on the CPU or that device, see :func:`sample_noise`.
         precision: autocast dtype of the network; float32 switches autocast off.
     """
     device = batch.mean.device
+    noise = noise.to(device)
     posterior, t, x0, drop_video, drop_text = (
-        to_device(x, device)
-        for x in (noise.posterior, noise.t, noise.noise, noise.drop_video, noise.drop_text)
-    )
+        noise.posterior, noise.t, noise.noise, noise.drop_video, noise.drop_text)
     generator.set_sequence(*batch.lengths)
     latent = batch.mean + batch.std * posterior if config.latent == "sample" else batch.mean
     x1 = generator.normalize(latent)

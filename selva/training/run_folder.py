@@ -135,7 +135,7 @@ class RunFolder:
     def _write_step(self, run: TrainingRun, path: Path) -> None:
         extra = {**run.extra_state(), "best_adapter": self._best if run.best_step != run.step else None}
         save_checkpoint(
-            path, run.generator, {**self.meta, "step": run.step}, step=run.step, optimizer=run.optimizer.state_dict(),
+            path, run.generator, {**self.meta, "step": run.step}, step=run.step, optimizer=run.optimizer_state(),
             extra=extra, state=run.ema.average if run.ema else None,
         )
 

@@ -39,11 +39,12 @@ from selva.models.variants import get_variant
 from selva.training.compiling import compile_blocks_
 from selva.training.config import RunConfig
 from selva.training.prior_preservation import with_preserved
-from selva.training.run import TrainingRun, divided_by_clip
+from selva.training.run import TrainingRun, divided_by_clip, graph_problem
 from selva.training.set_aside import final_of
 from selva.utils.device import dtype_of, peak_memory_bytes
 from selva.utils.distributed import World
 from selva.utils.errors import UserError
+from selva.utils.graph import graphed_calls
 from selva.utils.text import clock, listed
 from selva.weights.find import generator_change, generator_mark
 from selva.weights.load import load_clip_text, load_generator
@@ -314,7 +315,8 @@ def build_run(
     for line in report.notice:
         log.warning("%s", line)
     torch.manual_seed(training.seed + world.rank)  # dropout
-    return TrainingRun(generator, *clips, training, precision, world)
+    graphs = graphed_calls(config.cuda_graph, device, "training", graph_problem(generator, world))
+    return TrainingRun(generator, *clips, training, precision, world, graphs)
 
 
 def estimate(run: TrainingRun) -> None:

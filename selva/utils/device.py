@@ -25,6 +25,7 @@ PRECISIONS = ("bf16", "fp16", "fp32")
 PRECISION_CHOICES = ("auto", *PRECISIONS)
 PRECISION_HELP = ("number format of the networks; auto: bf16 where the device multiplies it natively, fp16 on older "
                   "NVIDIA GPUs, fp32 elsewhere")
+GRAPH_CHOICES = ("auto", "on", "off")
 
 # Of MPS and drivers, Linux, Windows, which raise a plain RuntimeError.
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
