@@ -168,13 +168,16 @@ def _slowdown(precision: str) -> float:
 def resolve_device(name: str) -> torch.device:
     """Return the device of that name; "auto" prefers CUDA, then MPS, then the CPU.
 
-    Under torchrun "cuda" is the device of this process.
+    Under torchrun "cuda" is the device of this process. On CUDA, float32 convolutions are computed in float32 from then
+    on: PyTorch would round their inputs to TF32's 10 bits, and features would not be those that models were trained on.
 
     Raises:
         UsageError: the name is unknown, or this machine has no such device.
     """
     import torch
 
+    if torch.cuda.is_available():
+        torch.backends.cudnn.allow_tf32 = False
     if name in ("auto", "cuda") and torch.cuda.is_available():
         return torch.device("cuda", torchrun.local_rank())
     if name == "auto":
