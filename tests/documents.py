@@ -18,6 +18,7 @@ _INLINE = re.compile(r"(?<!`)`((?:python|torchrun|bash) [^`]+)`(?!`)")
 _LOOP = re.compile(r"\bfor (\w+) in (\S+)")
 _HEREDOC = re.compile(r"<<-?'?(\w+)'?.*?^\1$", re.MULTILINE | re.DOTALL)
 _PLACEHOLDER = re.compile(r"<\w+>")
+_LINK = re.compile(r"\]\((?!https?:|mailto:)([^)#\s]*)(?:#([^)\s]+))?\)")
 _ASSIGNMENT = re.compile(r"\w+=")
 
 
@@ -109,3 +110,21 @@ def _split(words: list[str]) -> list[list[str]]:
         elif calls[-1] or not (_ASSIGNMENT.match(word) or word in ("do", "then", "export")):
             calls[-1].append(word)
     return [call for call in calls if call]
+
+
+def broken_links(page: str) -> list[str]:
+    """Return the links of a page to files or headings that do not exist."""
+    text = _FENCE.sub("", (ROOT / page).read_text(encoding="utf-8"))
+    broken = []
+    for target, heading in _LINK.findall(text):
+        path = (ROOT / page).parent / target if target else ROOT / page
+        if not path.exists() or (heading and heading not in anchors_of(path)):
+            broken.append(target + (f"#{heading}" if heading else ""))
+    return broken
+
+
+def anchors_of(path: Path) -> set[str]:
+    """Return the names by which the headings of a Markdown file are linked, as GitHub makes them."""
+    text = _FENCE.sub("", path.read_text(encoding="utf-8"))
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from documents import PAGES, REASONS, ROOT, Block, Command, blocks_of, commands_of, settings_command
+from documents import PAGES, REASONS, ROOT, Block, Command, blocks_of, broken_links, commands_of, settings_command
 
 from selva import cli
 
@@ -101,6 +101,11 @@ def test_documented_settings_files_are_understood(block, tmp_path, monkeypatch):
     assert set(yaml.safe_load(block.text)) <= set(vars(parsed))
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    assert broken_links(page) == []
+
+
 def fresh_folder(path: Path) -> dict[str, str]:
     """Fill a folder with links to the scripts and packages; return an environment in which a page's commands run."""
     for name in (*COPIED, *(script.name for script in ROOT.glob("*.py"))):
@@ -133,6 +138,6 @@ def test_every_page_runs_from_top_to_bottom(page, tmp_path):
     for block in blocks_of(page):
         if block.language not in RUN or block.reason:
             continue
-        done = subprocess.run(shell_text(block, tmp_path), cwd=tmp_path, env=environment, capture_output=True, text=True,
-                              timeout=900, check=False)
+        done = subprocess.run(shell_text(block, tmp_path), cwd=tmp_path, env=environment, capture_output=True,
+                              text=True, timeout=900, check=False)
         assert done.returncode == 0, f"{block}\n{block.text}\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
