@@ -1,4 +1,4 @@
-"""Words for messages: durations, and lists that end with "and N more"; and the lines of a text."""
+"""Words for messages: durations, numbers of things, and lists that end with "and N more"; and the lines of a text."""
 
 from __future__ import annotations
 
@@ -15,6 +15,11 @@ def clock(seconds: float) -> str:
     if hours:
         return f"{hours}:{minutes:02d}:{rest:02d} h"
     return f"{minutes}:{rest:02d} min" if minutes else f"{rest} s"
+
+
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """Return "1 clip", "3 clips"; the plural is with an s unless given."""
+    return f"{number} {noun if number == 1 else plural or noun + 's'}"
 
 
 def text_lines(text: str) -> list[str]:
