@@ -20,7 +20,7 @@ from selva.data.plan import PlannedClip
 from selva.media import read_audio
 from selva.sequence import SAMPLING_RATES
 from selva.utils.progress import Progress
-from selva.utils.text import clock, counted, listed
+from selva.utils.text import clock, listed
 
 FULL_SCALE = 0.999
 CLIPPED_RUN = 3  # a single sample at full scale is a normalised peak, several in a row are a cut-off wave
@@ -80,7 +80,7 @@ class DataSummary:
     def lines(self) -> list[str]:
         """Return a table of the extremes and the totals, one line each; :meth:`warnings` come apart."""
         if not self.clips:
-            return [f"no usable clips, {counted(len(self.left_out), 'file')} left out"]
+            return [f"no usable clips, {len(self.left_out)} files left out"]
         sounds = [clip.sound for clip in self.clips]
         rows = [
             ("clip, s", [clip.features_sec for clip in self.clips]),
@@ -100,8 +100,7 @@ class DataSummary:
         trained = f"{lengths[0]:g} s" if len(lengths) == 1 else f"{lengths[0]:g} to {lengths[-1]:g} s"
         return [
             *table,
-            f"{counted(len(self.clips), 'clip')}, {total} in all, trained at {trained}, "
-            f"{counted(len(self.left_out), 'file')} left out",
+            f"{len(self.clips)} clips, {total} in all, trained at {trained}, {len(self.left_out)} files left out",
             f"prompts: {listed(shown, NAMED)}",
         ]
 
@@ -119,7 +118,7 @@ class DataSummary:
             (f"longer than {max((c.window_sec for c in self.clips), default=0):g} s, trained on in windows",
              [c.id for c in self.clips if c.num_windows > 1]),
         ]
-        lines = [f"{counted(len(ids), 'clip')}: {what}: {listed(ids, NAMED)}" for what, ids in found if ids]
+        lines = [f"{len(ids)} clips: {what}: {listed(ids, NAMED)}" for what, ids in found if ids]
         lines += [f"the same sound in {listed(group, NAMED)}: one of them has the wrong sound, or they count twice"
                   for group in self.same_sound]
         lines += [f"the same video in {listed(group, NAMED)}: validation on one of them says nothing about new videos"

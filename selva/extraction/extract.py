@@ -26,7 +26,7 @@ from selva.utils.errors import UsageError
 from selva.utils.files import atomic_write_text
 from selva.utils.progress import StageTimes
 from selva.utils.settings import settings_text, values_of
-from selva.utils.text import clock, counted, listed
+from selva.utils.text import clock, listed
 from selva.utils.torchrun import is_main_process
 from selva.weights.find import check_weights, encoders_identity, weights_identity
 
@@ -86,8 +86,8 @@ def work_list(config: ExtractionConfig) -> list[ClipJob]:
         return [replace(job, prompt=label) for job, label in zip(jobs, labels, strict=True)]
     without = sum(not job.prompt for job in jobs)
     if without:
-        log.warning("no prompt for %d of %s: without one, no words ask for the sound later, and the video encoder "
-                    "does not know what to look for. Give --prompt or --prompts", without, counted(len(jobs), "clip"))
+        log.warning("%d of %d clips have no prompt: their sounds can later only be asked for without words, and the "
+                    "video encoder cannot look for anything. Give --prompt or --prompts", without, len(jobs))
     return jobs
 
 

@@ -35,7 +35,7 @@ from selva.inputs.table import TABLE_SUFFIXES, TableRow, read_clip_table, unsafe
 from selva.media import MASK_SUFFIXES, video_length
 from selva.sequence import DEFAULT_DURATION_SEC, SHORTEST_SEC
 from selva.utils.errors import UserError
-from selva.utils.text import counted, listed
+from selva.utils.text import listed
 
 log = logging.getLogger(__name__)
 
@@ -258,8 +258,8 @@ def _cut(
         if rest >= 0.1:
             left_out.append(f"{row.id} {rest:.1f} s")
     if left_out:
-        log.info("left out at the end of %s, as less than half a window remains: %s",
-                 counted(len(left_out), "video"), listed(left_out))
+        log.info("less than half a window remains at the end of %d videos and is left out: %s",
+                 len(left_out), listed(left_out))
     return clips
 
 
@@ -327,7 +327,7 @@ class _Prompts:
         if unused:
             log.warning("%s: no clip for %s", self.path, listed(unused))
         if self.labelled:
-            log.info("label taken as prompt: %s", counted(self.labelled, "clip"))
+            log.info("%d clips take their label as their prompt", self.labelled)
 
 
 def _same_file(one: Path, other: Path) -> bool:
@@ -380,5 +380,5 @@ class _Masks:
         if self.without == num_clips and num_clips:
             raise UserError(f"{self.path}: no mask for any clip; masks are named like the clips, e.g. dog_01.png")
         if self.without:
-            log.warning("%s: no mask for %d of %s; without one the whole picture is shown",
-                        self.path, self.without, counted(num_clips, "clip"))
+            log.warning("%s: no mask for %d of %d clips, which show the whole picture",
+                        self.path, self.without, num_clips)

@@ -36,7 +36,7 @@ from selva.utils.errors import UsageError, UserError
 from selva.utils.files import atomic_write_text
 from selva.utils.progress import Progress
 from selva.utils.settings import settings_text, values_of
-from selva.utils.text import counted, listed
+from selva.utils.text import listed
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def partition_recordings(config: PartitionConfig) -> tuple[list[Path], bool]:
     report_left_out(cut.left_out, config.output_dir / f"left_out{part}.tsv")
     if not cut.windows:
         wanted = "" if segments or config.cutting.min_length_sec is not None else f" of {WINDOW_SEC} s"
-        raise UserError(f"{config.data_dir}: no clip{wanted} in {counted(len(chosen), 'recording')}")
+        raise UserError(f"{config.data_dir}: none of {len(chosen)} recordings gives a clip{wanted}")
     names = {window.name for window in cut.windows}
     held_out = hold_out(names, config.val_fraction, config.seed) if config.val_fraction else set()
     captions = table_captions(cut.windows, of_clips, of_names)
@@ -86,10 +86,9 @@ def partition_recordings(config: PartitionConfig) -> tuple[list[Path], bool]:
     atomic_write_text(config.output_dir / f"clips{part}_config.yaml", settings_text(values_of(config)))
     tables = write_tables(cut, val, captions, config.output_dir, part)
     failed = {item.path for item in cut.left_out if item.failed}
-    log.info("%s from %d of %s, %d unreadable", counted(len(cut.windows), "clip"), len(names),
-             counted(len(chosen), "recording"), len(failed))
+    log.info("%d clips from %d of %d recordings, %d unreadable", len(cut.windows), len(names), len(chosen), len(failed))
     if held_out:
-        log.info("held out for validation: %s", counted(len(held_out), "recording"))
+        log.info("%d of these recordings are held out for validation", len(held_out))
     if short:
         log.info("%d clips are held out because they or their captions are short", len(short))
     return tables, bool(failed)
@@ -99,7 +98,7 @@ def merge_all(segments: dict[str, list[Segment]], gap_sec: float) -> dict[str, l
     """Return segments with close ones in one, and name those that a clip of a model cannot hold."""
     merged = {name: merge_segments(given, gap_sec) for name, given in segments.items()}
     before, after = (sum(map(len, each.values())) for each in (segments, merged))
-    log.info("%s became %d with --merge_gap_sec %g", counted(before, "segment"), after, gap_sec)
+    log.info("%d segments became %d with --merge_gap_sec %g", before, after, gap_sec)
     given_sec = {s.id: s.end_sec - s.start_sec for given in segments.values() for s in given}
     long = [f"{s.id} ({s.end_sec - s.start_sec:.2f} s)" for given in merged.values() for s in given
             if s.end_sec - s.start_sec > max(WINDOW_SEC, given_sec[s.id])]

@@ -40,7 +40,7 @@ from selva.utils.files import check_can_write
 from selva.utils.lock import FolderLock
 from selva.utils.metrics_log import MetricsFile
 from selva.utils.settings import settings_text, values_of
-from selva.utils.text import clock, counted
+from selva.utils.text import clock
 from selva.utils.torchrun import is_main_process
 
 log = logging.getLogger(__name__)
@@ -132,7 +132,7 @@ def _train(config: RunConfig, settings: Mapping[str, Any], device: torch.device,
     # 3. the output folder
     meta = adapter_meta(config, len(clips))
     folder = RunFolder(output_dir, meta, config.keep_last,
-                       f"{config.model.variant}, {counted(len(clips), 'clip')}, rank {config.lora.rank}", config.adapter_format)
+                       f"{config.model.variant}, {len(clips)} clips, rank {config.lora.rank}", config.adapter_format)
     metrics, sample = MetricsFile(), None
     if world.is_main:
         num_checkpoints = min(-(-training.steps // training.save_every), config.keep_last or training.steps)

@@ -92,7 +92,7 @@ def test_nothing_to_do_is_an_error_and_writes_nothing(tmp_path, capsys):
     assert "no recordings in it" in capsys.readouterr().err
     record(tmp_path / "short", "a.wav", 3)
     assert main(["--data_dir", str(tmp_path / "short"), *output]) == 1
-    assert "no clip of 8.1 s in 1 recording" in capsys.readouterr().err
+    assert "none of 1 recordings gives a clip of 8.1 s" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert main(["--help"]) == 0
 
