@@ -31,9 +31,10 @@ class ExtractionConfig:
         [], "videos, folders of videos, or tables (.tsv, .csv) with the columns id and, as you like, path, start, "
         "duration, prompt, label or caption, mask", group=INPUT, positional=True, nargs="*", metavar="INPUT")
     recursive: bool = setting(False, "take the subfolders of folders too", group=INPUT)
-    video_dir: Path | None = setting(None, "folder of a table's videos, if not the table's own", group=INPUT, metavar="DIR")
-    output_dir: Path = required("folder for the features; with --format memmap the data set itself, with its table beside it",
-                                group=INPUT)
+    video_dir: Path | None = setting(None, "folder of a table's videos, if not the table's own", group=INPUT,
+                                     metavar="DIR")
+    output_dir: Path = required("folder for the features; with --format memmap the data set itself, with its table "
+                                "beside it", group=INPUT)
     format: str = setting("npz", "npz: one file per clip; memmap: the packed format of MMAudio's own training, for "
                           "clips of 8 s with sound", group=INPUT, choices=("npz", "memmap"))
     audio: str | None = setting(

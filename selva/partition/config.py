@@ -51,7 +51,8 @@ class CuttingConfig:
     trim_silence: bool = setting(
         False, "cut off the silence at both ends of every clip, in steps of 50 ms; what is shorter than 0.64 s then "
         "(of --segments: than --min_length_sec) is left out. Decodes every recording", group=SILENCE)
-    silence_db: float = setting(SILENCE_DB, "level below which 50 ms count as silent: RMS, dB of full scale", group=SILENCE)
+    silence_db: float = setting(SILENCE_DB, "level below which 50 ms count as silent: RMS, dB of full scale",
+                                group=SILENCE)
 
     def __post_init__(self) -> None:
         if self.min_length_sec is not None and not 0 <= self.min_length_sec < math.inf:

@@ -182,8 +182,8 @@ class RunConfig:
     tensorboard: bool = setting(False, "write the curves for TensorBoard too", group=EVALUATION)
     preview: bool = setting(True, "generate a sample at every checkpoint", group=EVALUATION)
     preserve: tuple[str, ...] = setting(
-        (), "prompts of sounds that the model knows and should keep; it then also trains on sounds that it has generated "
-        "for them. Without them, the new sound may replace others", group=PRESERVATION, nargs="*",
+        (), "prompts of sounds that the model knows and should keep; it then also trains on sounds that it has "
+        "generated for them. Without them, the new sound may replace others", group=PRESERVATION, nargs="*",
         metavar="PROMPT")
     preserve_share: float = setting(0.5, "share of these sounds in the training", group=PRESERVATION)
     grad_checkpointing: bool = setting(False, "recompute blocks in the backward pass: less memory for more time",

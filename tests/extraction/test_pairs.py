@@ -290,8 +290,8 @@ def test_training_says_which_clips_are_not_of_the_last_extraction(three_clips, c
     assert "last extraction" not in caplog.text
     assert extract(videos, out) == 1
     scan_folder(out)
-    assert "1 of 3 clips failed in the last extraction" in caplog.text and "left by earlier runs and used: b.npz" in caplog.text
-    assert "1 of 3 clips are not of the last extraction" in caplog.text and "are used: a.npz" in caplog.text
+    assert "1 of 3 clips failed in the last extraction" in caplog.text and "and used: b.npz" in caplog.text
+    assert "1 of 3 clips are not of the last extraction" in caplog.text and "and used: a.npz" in caplog.text
 
 
 def test_a_full_disk_is_a_failure_of_its_clip_that_names_the_file(two_videos, tmp_path, monkeypatch, capsys):
