@@ -72,8 +72,10 @@ def test_every_documented_command_is_understood(command, monkeypatch, capsys):
     try:
         parser.parse_args(given)
     except SystemExit as stop:
-        if stop.code:
-            pytest.fail(f"{command.place}: {command.script} {' '.join(given)}\n{capsys.readouterr().err}")
+        error = capsys.readouterr().err
+        shortened = ":" not in command.place and "arguments are required" in error  # between backticks
+        if stop.code and not shortened:
+            pytest.fail(f"{command.place}: {command.script} {' '.join(given)}\n{error}")
 
 
 @pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "bash"], ids=str)

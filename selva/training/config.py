@@ -37,8 +37,8 @@ MEMORY = "memory and speed"
 class ObjectiveConfig:
     """The objective, which trainings of adapters and of base models share."""
 
-    timestep_mode: str = setting("logit_normal", "times to train at; curriculum is logit_normal first and uniform "
-                                 "later", group=OBJECTIVE, choices=flow.TIMESTEP_MODES)
+    timestep_mode: str = setting("logit_normal", "how noise levels are drawn; curriculum: logit_normal first, "
+                                 "uniform later", group=OBJECTIVE, choices=flow.TIMESTEP_MODES)
     logit_normal_sigma: float = setting(1.0, "spread of logit_normal", group=OBJECTIVE)
     curriculum_switch: float = setting(0.6, "fraction of all steps at which curriculum switches", group=OBJECTIVE)
     null_prob: float = setting(0.1, "how often the video, and separately the text, is replaced by the empty condition",
