@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +27,7 @@ RUN = ("bash", "python", "yaml")
 COMMANDS = [command for page in PAGES for command in commands_of(page)]
 BLOCKS = [block for page in PAGES for block in blocks_of(page) if block.language]
 RUN_PAGES = [page for page in PAGES if any(b.language in RUN and not b.reason for b in blocks_of(page))]
-COPIED = ("configs", "docs", "benchmarks", "scripts", "selva", "toyworld", "tests")
+LINKED = ("configs", "benchmarks", "scripts", "selva", "toyworld", "tests")
 
 
 @functools.cache
@@ -110,8 +111,9 @@ def test_links_lead_somewhere(page):
 
 def fresh_folder(path: Path) -> dict[str, str]:
     """Fill a folder with links to the scripts and packages; return an environment in which a page's commands run."""
-    for name in (*COPIED, *(script.name for script in ROOT.glob("*.py"))):
+    for name in (*LINKED, *(script.name for script in ROOT.glob("*.py"))):
         (path / name).symlink_to(ROOT / name)
+    shutil.copytree(ROOT / "docs", path / "docs")  # some commands write into it
     programs = path / ".bin"
     programs.mkdir()
     for name, start in (("python", ""), ("torchrun", "-m torch.distributed.run")):
