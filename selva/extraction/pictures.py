@@ -72,12 +72,12 @@ def extract_pictures(
 ) -> tuple[FeatureBundle, Path]:
     """Return the features of a clip and their file; a file that was made of the same clip is read instead.
 
-    The sound, cut to the length of the features, is written beside it as ``.flac``: a folder of such pairs is what a
-    training reads.
+    The sound, up to the duration that was asked for, is written beside it as ``.flac``: a training reads a folder of
+    such pairs.
 
     Args:
-        name: clips are called ``name_001``, ``name_002`` ...; the same pictures keep their number. "" names the file by
-            a hash of the pictures and all settings.
+        name: clips are called ``name_001``, ``name_002`` ...; the same pictures and sound keep their number. "" names
+            the file by a hash of the clip and all settings.
 
     Raises:
         ValueError: pictures, mask, sound or duration cannot be used.
@@ -98,7 +98,7 @@ def extract_pictures(
         bundle = _extracted(extractor, clip, settings)
     folder.mkdir(parents=True, exist_ok=True)
     if clip.sound is not None:
-        _write_sound(path.with_suffix(".flac"), clip, bundle.duration)
+        _write_sound(path.with_suffix(".flac"), clip)
     save_features(path, bundle)  # last: features of a clip mean that its sound is there
     return bundle, path
 
@@ -109,13 +109,15 @@ def _settings(extractor: FeatureExtractor, clip: PictureClip) -> dict[str, Any]:
     if clip.mask is not None:
         mask = {"sha256": _hash_of(clip.mask), "strength": clip.mask_strength, "clip": clip.mask_clip,
                 "sync": clip.mask_sync}
+    sound = None if clip.sound is None else f"{_hash_of(clip.sound)} {clip.rate}"
+    content = sha256 if sound is None else hashlib.sha256(f"{sha256} {sound}".encode()).hexdigest()
     settings = clip_settings(
-        Path(f"pictures_{sha256[:16]}"), sha256, clip.prompt, 0.0, clip.duration_sec or DEFAULT_DURATION_SEC,
+        Path(f"clip_{content[:16]}"), sha256, clip.prompt, 0.0, clip.duration_sec or DEFAULT_DURATION_SEC,
         encoders_identity(variant), str(extractor.precision).removeprefix("torch."), mask,
     )
     settings["weights"] = weights_identity(variant, extractor.selva_dir, PARTS)
-    if clip.sound is not None:
-        settings["sound_sha256"] = f"{_hash_of(clip.sound)} {clip.rate}"
+    if sound is not None:
+        settings["sound_sha256"] = sound
     return settings
 
 
@@ -131,8 +133,9 @@ def _extracted(extractor: FeatureExtractor, clip: PictureClip, settings: dict[st
     return extractor.extract(frames, clip.prompt, settings)
 
 
-def _write_sound(path: Path, clip: PictureClip, duration_sec: float) -> None:
+def _write_sound(path: Path, clip: PictureClip) -> None:
     assert clip.sound is not None
+    duration_sec = clip.duration_sec or DEFAULT_DURATION_SEC
     sound = clip.sound.detach().float().cpu()[:, : round(duration_sec * clip.rate)]
     peak = sound.abs().max().item() if sound.numel() else 0.0
     write_audio(path, sound / peak if peak > 1 else sound, clip.rate)

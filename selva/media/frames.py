@@ -203,7 +203,7 @@ def sample_pictures(
     mask: MaskSettings | None = None,
     keep: np.ndarray | None = None,
 ) -> VideoFrames:
-    """Return what :func:`read_video` returns, of pictures that a program holds instead of a file.
+    """Return the frames of pictures that a program holds; those of :func:`read_video` for a file of the same pictures.
 
     Args:
         picture: index -> (3, H, W) uint8 RGB; called for those that are sampled only.
@@ -280,7 +280,7 @@ class FrameSampler:
     def frames(
         self, path: PathLike, wanted_sec: float, start_sec: float, end_sec: float, fill_sec: float, fps: float
     ) -> VideoFrames:
-        """Return what was sampled; see :func:`read_video`.
+        """Return the sampled pictures; see :func:`read_video`.
 
         Args:
             wanted_sec: what the last pictures may be held for. end_sec: where the pictures end.

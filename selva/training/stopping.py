@@ -1,4 +1,4 @@
-"""Request to stop a run, by Ctrl-C, SIGTERM, a closed terminal or the program around it, so that it can be continued."""
+"""Request to stop a run, by Ctrl-C, SIGTERM, a closed terminal or a program around it, so that it can be continued."""
 
 from __future__ import annotations
 

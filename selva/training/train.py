@@ -54,16 +54,27 @@ class TrainingResult:
         adapter: the final adapter, in the process that writes files; None after a dry run or a stop.
         signal: that stopped the run before its end; None if none did.
         steps: that the run has, with those before it was resumed.
-        best_step, best_val_loss: of the validation with the lowest loss; None without held-out clips.
-        best: the adapter of that step; None where there is none.
+        val_losses: of the held-out clips, (step, loss) in order; empty without such clips.
+        best: the adapter of the lowest of them, if there is one.
     """
 
     adapter: Path | None = None
     signal: int | None = None
     steps: int = 0
-    best_step: int | None = None
-    best_val_loss: float | None = None
+    val_losses: tuple[tuple[int, float], ...] = ()
     best: Path | None = None
+
+    @property
+    def verdict(self) -> str:
+        """A sentence that says how the run went."""
+        done = f"trained to step {self.steps}"
+        if not self.val_losses:
+            return f"{done}; no clips were held out, so listen to the samples to judge it"
+        (_, first), (step, lowest) = self.val_losses[0], min(self.val_losses, key=lambda found: found[1])
+        if step == self.val_losses[0][0]:
+            return f"{done}; the loss of the held-out clips never fell below the {first:.4f} at step {step}"
+        where = "" if self.best is None or step == self.steps else f", kept as {self.best.name}"
+        return f"{done}; the loss of the held-out clips fell from {first:.4f} to {lowest:.4f} at step {step}{where}"
 
 
 def train(
@@ -199,7 +210,7 @@ def _train(
     if len(val_clips) and run.best_step < run.step:
         log.info("validation was best at step %d (%.4f)%s", run.best_step, run.best_val_loss,
                  f": {BEST}{folder.suffixes[0]}" if folder.best_is_there(run) else "")
-    if not len(val_clips):
-        return TrainingResult(final, steps=run.step)
-    best = output_dir / f"{BEST}{folder.suffixes[0]}" if folder.best_is_there(run) else None
-    return TrainingResult(final, None, run.step, run.best_step, run.best_val_loss, best)
+    has_best = len(val_clips) and run.best_step and folder.best_is_there(run)
+    losses = zip(*metrics.series("val_loss"), strict=True)
+    return TrainingResult(final, None, run.step, tuple((int(step), loss) for step, loss in losses),
+                          output_dir / f"{BEST}{folder.suffixes[0]}" if has_best else None)

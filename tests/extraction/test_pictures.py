@@ -85,11 +85,20 @@ def test_every_setting_makes_its_own_file_without_a_name(tmp_path, extractor):
     ({"mask": torch.full((1, 64, 64), 2.0)}, "the mask has values from 0 to 2, expected 0 to 1"),
 ])
 def test_what_cannot_be_used_is_said(tmp_path, extractor, more, message):
+    clip = {"pictures": torch.zeros(25, 64, 64, 3), "fps": 25.0, **more}
     with pytest.raises(UserError, match=message):
-        extract_pictures(extractor, PictureClip(**{"pictures": torch.zeros(25, 64, 64, 3), "fps": 25.0, **more}), tmp_path)
+        extract_pictures(extractor, PictureClip(**clip), tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_rates_of_video_standards():
     assert exact_rate(29.97) == exact_rate(29.97002997002997) == Fraction(30000, 1001)
-    assert exact_rate(23.976) == Fraction(24000, 1001) and exact_rate(25.0) == 25 and exact_rate(12.5) == Fraction(25, 2)
+    assert exact_rate(23.976) == Fraction(24000, 1001)
+    assert exact_rate(25.0) == 25 and exact_rate(12.5) == Fraction(25, 2)
+
+
+def test_another_sound_to_the_same_pictures_is_another_clip(tmp_path, extractor):
+    one, other = (PictureClip(torch.zeros(25, 64, 64, 3), 25.0, sound=torch.full((1, 16_000), level), rate=16_000)
+                  for level in (0.1, 0.2))
+    paths = [extract_pictures(extractor, clip, tmp_path, "dog")[1].name for clip in (one, other, one)]
+    assert paths == ["dog_001.npz", "dog_002.npz", "dog_001.npz"]
