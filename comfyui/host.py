@@ -1,4 +1,4 @@
-"""What ComfyUI does for a node: folders, the progress bar, the interrupt, memory; each only where it is there.
+"""Services of ComfyUI for its nodes: folders, the progress bar, the interrupt, memory; each only where it is there.
 
 Outside of ComfyUI (in tests, in programs that run nodes one by one) the folders are those of the working directory.
 """
@@ -20,7 +20,7 @@ from selva.utils.progress import watched
 
 
 class NodeError(RuntimeError):
-    """What ComfyUI shows at a node, in one line."""
+    """An error that ComfyUI shows at a node, in one line."""
 
 
 def in_one_line(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -79,7 +79,7 @@ def read_from(text: str) -> Path:
 
 
 def picture_in_node(path: Path) -> dict[str, str]:
-    """Return what ComfyUI needs to show a picture: a copy in its temporary folder, from where it can be served."""
+    """Return the entry for a picture in a node: of a copy in the temporary folder, from where ComfyUI can serve it."""
     name = f"selva_{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}{path.suffix}"
     temp_dir().mkdir(parents=True, exist_ok=True)
     shutil.copyfile(path, temp_dir() / name)
@@ -131,7 +131,7 @@ def say(text: str, node_id: str | None) -> None:
 
 
 def lend_memory(engine: Any, num_bytes: int) -> Any:
-    """Return what stands for the networks of an engine among ComfyUI's models, so that it can free them; or None.
+    """Return a stand-in for the networks of an engine among ComfyUI's models, so that it can free them; or None.
 
     On a CPU there is nothing to free, and ComfyUI would find the model at its resting place already.
     """

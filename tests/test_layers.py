@@ -37,8 +37,8 @@ def test_the_checkout_keeps_the_rule(checkout, rule):
 
 def test_all_of_the_checkout_is_read(checkout):
     assert {path.parts[0] for path in checkout.files.values()} == {
-        "selva", "toyworld", "comfyui", "scripts", "benchmarks", "partition_clips.py", "extract_features.py", "train_lora.py",
-        "infer.py",
+        "selva", "toyworld", "comfyui", "scripts", "benchmarks", "partition_clips.py", "extract_features.py",
+        "train_lora.py", "infer.py",
     }
     assert len(checkout.imports) > len(checkout.files)
     present = {path.stem for path in (ROOT / "selva").iterdir()} - {"__init__", "__pycache__", "py"}
