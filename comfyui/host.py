@@ -23,12 +23,14 @@ class NodeError(RuntimeError):
     """An error that ComfyUI shows at a node, in one line."""
 
 
-def in_one_line(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the function of a node, whose user errors and errors of the disk are a single readable line."""
+def node_function(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function of a node, whose user errors are one readable line, with gradients, that ComfyUI forbids."""
     @functools.wraps(function)
     def run(*args: Any, **inputs: Any) -> Any:
+        import torch
         try:
-            return function(*args, **inputs)
+            with torch.inference_mode(False):  # also where nothing is trained: networks and caches outlive the node
+                return function(*args, **inputs)
         except (UserError, OSError) as error:
             raise NodeError(" ".join(str(error).split())) from None
     return run

@@ -40,8 +40,7 @@ SHARE = {"min": 0.0, "max": 1.0, "step": 0.05, "round": 0.001}
 LIMITS: dict[str, dict[str, Any]] = {
     "seed": SEED, "num_steps": {"min": 1, "max": 1000}, "cfg_strength": {"min": 0.0, "max": 20.0, "step": 0.1},
     "lr": {"min": 1e-7, "max": 1.0, "step": 1e-5, "round": 1e-7}, "alpha": {"min": 0.0, "max": 4096.0},
-    "logit_normal_sigma": {"min": 0.01, "max": 10.0, "step": 0.1},
-    "lora_plus_ratio": {"min": 0.1, "max": 64.0, "step": 0.5},
+    "logit_normal_sigma": {"min": 0.01, "max": 10.0, "step": 0.1}, "lora_plus_ratio": {"min": 0.1, "max": 64.0},
     "warmup_steps": {"min": 0, "max": 1 << 24}, "patience": {"min": 0, "max": 1 << 24}, "curriculum_switch": SHARE,
     "lora_dropout": SHARE, "val_fraction": SHARE, "mask_strength": SHARE, "preserve_share": SHARE,
 }
@@ -114,7 +113,7 @@ class ModelLoader:
         except OSError:
             return "missing"
 
-    @host.in_one_line
+    @host.node_function
     def load(self, variant: str, precision: str, offload_strategy: str) -> tuple[Model]:
         where = host.weights_dir()
         check_weights(variant, where)
@@ -142,8 +141,7 @@ class FeatureExtractor:
                 "model": (MODEL,),
                 "video": ("IMAGE",),
                 "prompt": text("what is to be heard", multiline=True),
-                "fps": ("FLOAT", {"default": 25.0, "min": 0.1, "max": 1000.0, "step": 0.01, "round": 0.00001,
-                                  "tooltip": "pictures per second; video_info goes before it"}),
+                "fps": ("FLOAT", {"default": 25.0, "min": 0.1, "max": 1000.0, "step": 0.01, "round": 0.00001}),
                 "duration": seconds("seconds to use; 0: 8, or what the video has if that is less"),
                 "cache_dir": text("folder of the files, relative to ComfyUI's output folder; empty: its temporary one"),
                 "name": text("files are called name_001 ...; the same pictures keep their number. Empty: by content"),
@@ -156,7 +154,7 @@ class FeatureExtractor:
             },
         }
 
-    @host.in_one_line
+    @host.node_function
     def extract(
         self, model: Model, video: Any, prompt: str, fps: float, duration: float, cache_dir: str, name: str,
         video_info: dict[str, Any] | None = None, audio: dict[str, Any] | None = None, **masking: Any,
@@ -208,7 +206,7 @@ class LoRATrainer:
         folder = host.read_from(data_dir) if data_dir else None  # None where another node gives it
         return status_hash(folder.iterdir()) if folder and folder.is_dir() else ""
 
-    @host.in_one_line
+    @host.node_function
     def train(
         self, model: Model, data_dir: str, output_dir: str, resume_path: str = "", preserve: str = "",
         node_id: str | None = None, **values: Any,
@@ -274,7 +272,7 @@ class LoRALoader:
     def IS_CHANGED(cls, adapter_path: str | None = None, **_inputs: Any) -> str:
         return status_hash([host.read_from(adapter_path)]) if adapter_path else ""
 
-    @host.in_one_line
+    @host.node_function
     def load(self, model: Model, adapter_path: str, strength: float) -> tuple[Model]:
         model = dataclasses.replace(model, adapters=(*model.adapters, (host.read_from(adapter_path), strength)))
         model.engine.set_adapters(model.adapters)  # says what is wrong with them here, not in the Sampler
@@ -306,7 +304,7 @@ class Sampler:
                                                    "step": 0.5, "tooltip": "RMS in dB of full scale"})},
         }
 
-    @host.in_one_line
+    @host.node_function
     def sample(
         self, model: Model, features: Any, prompt: str, negative_prompt: str, duration: float, steps: int,
         cfg_strength: float, seed: int, normalize: bool, target_lufs: float = DEFAULT_TARGETS["rms"],

@@ -10,6 +10,8 @@ import threading
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 WIDGETS = {"INT": int, "FLOAT": (int, float), "STRING": str, "BOOLEAN": bool}
 
 
@@ -82,9 +84,10 @@ class Executor:
 
         def work() -> None:
             try:
-                for node, one in graph.items():
-                    if getattr(self.classes[one["class_type"]], "OUTPUT_NODE", False):
-                        self._run(graph, node, run)
+                with torch.inference_mode():  # as ComfyUI does for every graph
+                    for node, one in graph.items():
+                        if getattr(self.classes[one["class_type"]], "OUTPUT_NODE", False):
+                            self._run(graph, node, run)
             except BaseException as error:
                 errors.append(error)
 
@@ -129,7 +132,6 @@ class Executor:
 def core_nodes(input_dir) -> dict[str, type]:
     """Return stand-ins for LoadVideo, GetVideoComponents and SaveAudio."""
     import numpy as np
-    import torch
     from make_media import decode
 
     class LoadVideo:

@@ -72,7 +72,8 @@ def defaults(node: type) -> dict:
 
 def call(node: type, **inputs):
     """Return the results of a node with its defaults and these inputs."""
-    returned = getattr(node(), node.FUNCTION)(**{**defaults(node), **inputs})
+    with torch.inference_mode():  # as ComfyUI does
+        returned = getattr(node(), node.FUNCTION)(**{**defaults(node), **inputs})
     return returned["result"] if isinstance(returned, dict) else returned
 
 
@@ -82,6 +83,7 @@ def model():
     return call(ModelLoader, variant="tiny_16k")[0]
 
 
+@torch.inference_mode()
 def pictures_of(video: Path):
     frames, sound, rate = decode(video)
     pictures = torch.from_numpy(np.stack([picture for _, picture in frames])).float() / 255

