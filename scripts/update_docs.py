@@ -38,7 +38,7 @@ TABLES: dict[str, type] = {
     "inference.md": InferenceConfig,
 }
 TREE_PAGE, TREE_BEGIN, TREE_END = "code.md", "<!-- tree: scripts/update_docs.py -->", "<!-- end of tree -->"
-TREES = ("selva", "toyworld", "scripts", "benchmarks")
+TREES = ("selva", "toyworld", "comfyui", "scripts", "benchmarks")
 COMMON = ("`--config FILE.yaml` reads settings from a file, over which the command line wins; `--debug` shows debug "
           "messages and the traceback of an error; `--help` and `--version` speak for themselves.")
 BEGIN, END = "<!-- flags: scripts/update_docs.py -->", "<!-- end of flags -->"
@@ -112,7 +112,7 @@ def escaped(text: str) -> str:
 def tree_block(root: Path = ROOT) -> str:
     """Return the annotated tree of the code: a list for each folder, a line for each file, between their marks."""
     lines: list[str] = []
-    scripts = sorted(path for path in root.glob("*.py") if path.name != "setup.py")
+    scripts = sorted(path for path in root.glob("*.py") if path.name not in ("setup.py", "__init__.py"))
     lines += ["**The command line**", "", *(file_line(path, path.name) for path in scripts), ""]
     for tree in TREES:
         folders = sorted({path.parent for path in (root / tree).rglob("*.py")})

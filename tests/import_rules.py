@@ -22,7 +22,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 )
 SCRIPTS = ("partition_clips", "extract_features", "train_lora", "infer")
 SCRIPT_FOLDERS = ("scripts", "benchmarks")
-ABOVE_THE_LIBRARY = (*SCRIPTS, *SCRIPT_FOLDERS, "toyworld")
+NODES = "comfyui"  # of ComfyUI, above the library like the scripts
+ABOVE_THE_LIBRARY = (*SCRIPTS, *SCRIPT_FOLDERS, "toyworld", NODES)
 TORCHRUN_NAMES = frozenset((
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID",
 ))
@@ -54,7 +55,7 @@ class Tree:
     def __init__(self, root: Path) -> None:
         self.root = root
         paths = [root / f"{name}.py" for name in SCRIPTS]
-        for folder in ("selva", "toyworld", *SCRIPT_FOLDERS):
+        for folder in ("selva", "toyworld", NODES, *SCRIPT_FOLDERS):
             paths += sorted((root / folder).rglob("*.py"))
         self.files = {module_name(path.relative_to(root)): path.relative_to(root) for path in paths if path.is_file()}
         self.syntax = {name: ast.parse((root / path).read_text(encoding="utf-8")) for name, path in self.files.items()}

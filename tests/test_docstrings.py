@@ -22,7 +22,8 @@ def openers(root: Path) -> Iterator[str]:
 
 
 def test_no_docstring_opens_with_a_question():
-    assert [line for folder in ("selva", "toyworld", "scripts", "benchmarks") for line in openers(ROOT / folder)] == []
+    folders = ("selva", "toyworld", "comfyui", "scripts", "benchmarks")
+    assert [line for folder in folders for line in openers(ROOT / folder)] == []
 
 
 def test_a_question_is_found(tmp_path):

@@ -37,8 +37,8 @@ def test_the_checkout_keeps_the_rule(checkout, rule):
 
 def test_all_of_the_checkout_is_read(checkout):
     assert {path.parts[0] for path in checkout.files.values()} == {
-        "selva", "toyworld", "scripts", "benchmarks", "partition_clips.py", "extract_features.py", "train_lora.py",
-        "infer.py",
+        "selva", "toyworld", "comfyui", "scripts", "benchmarks", "partition_clips.py", "extract_features.py",
+        "train_lora.py", "infer.py",
     }
     assert len(checkout.imports) > len(checkout.files)
     present = {path.stem for path in (ROOT / "selva").iterdir()} - {"__init__", "__pycache__", "py"}
@@ -99,6 +99,13 @@ def test_every_kind_of_import_upwards_is_found(tmp_path, text, line):
 
 def test_the_library_does_not_import_the_toy_world(tmp_path):
     files = {"selva/inference/engine.py": "import toyworld.scene", "toyworld/scene.py": ""}
+    (breach,) = upward_imports(tree_of(tmp_path, files))
+    assert breach.startswith("selva/inference/engine.py:1: ") and "layer 6" in breach
+
+
+def test_the_library_does_not_import_the_nodes(tmp_path):
+    files = {"selva/inference/engine.py": "import comfyui.nodes", "comfyui/nodes.py": "from . import host",
+             "comfyui/host.py": "import selva.inference.engine"}
     (breach,) = upward_imports(tree_of(tmp_path, files))
     assert breach.startswith("selva/inference/engine.py:1: ") and "layer 6" in breach
 

@@ -20,11 +20,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from selva.features import FeatureBundle
-from selva.media import SELVA_FILL_SEC, MaskSettings, VideoFrames, read_video
+from selva.media import SELVA_FILL_SEC, MaskSettings, VideoFrames, read_video, sample_pictures
 from selva.models.clip_t5 import ClipImage
 from selva.models.synchformer import Synchformer
 from selva.models.textsynch import TextSynch
@@ -257,11 +258,19 @@ class FeatureExtractor:
         The last frame is held for up to 0.125 s, as in SelVA's training data, so that a video of exactly 8 s, whose
         last frame begins before its end, makes a clip of 8 s.
         """
-        return read_video(
-            path, duration_sec, start_sec, clip_size=self.variant.clip_image_size,
-            sync_size=self.variant.sync_image_size, sync_crop=self.variant.sync_crop, fill_sec=SELVA_FILL_SEC,
-            mask=mask,
-        )
+        return read_video(path, duration_sec, start_sec, mask=mask, **self._frame_sizes())
+
+    def sample(
+        self, picture: Callable[[int], Tensor], num_pictures: int, fps: float,
+        duration_sec: float = DEFAULT_DURATION_SEC, mask: MaskSettings | None = None, keep: np.ndarray | None = None,
+    ) -> VideoFrames:
+        """Return the frames that :meth:`read` returns for a video of these pictures; see :func:`sample_pictures`."""
+        return sample_pictures(picture, num_pictures, fps, duration_sec, mask=mask, keep=keep, **self._frame_sizes())
+
+    def _frame_sizes(self) -> dict[str, Any]:
+        variant = self.variant
+        return {"clip_size": variant.clip_image_size, "sync_size": variant.sync_image_size,
+                "sync_crop": variant.sync_crop, "fill_sec": SELVA_FILL_SEC}
 
     def extract(self, frames: VideoFrames, prompt: str, settings: dict[str, Any] | None = None) -> FeatureBundle:
         """Return the bundle of one clip; ``settings`` are stored in it."""

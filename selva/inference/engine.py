@@ -152,7 +152,7 @@ class SoundGenerator:
         self.own_generator = None if generator is None else Path(generator)
         self.normalize, self.target, self.clip_features, self.offload = normalize, target, clip_features, offload
         # Features are float32 as those that the base models and adapters were trained on.
-        self._extractor = FeatureExtractor(self.variant, self.selva_dir, self.device)
+        self.extractor = FeatureExtractor(self.variant, self.selva_dir, self.device)
         graphs = sampling_graphs(cuda_graph, self.device)
         self._switch = AdapterSwitch(self._load_generator, self.precision, self.device, graphs)
         self._decoders: tuple[VAE, Vocoder | MelInversion] | None = None
@@ -219,7 +219,7 @@ class SoundGenerator:
             on_error: called with the index and the error of a request that cannot be used, which becomes None; without
                 it the error is raised.
         """
-        self._enter(ENCODERS)
+        self.enter(ENCODERS)
         use_clip_features = self.uses_clip if use_clip_features is None else use_clip_features
 
         def attempt(index: int, function: Callable, *args: Any) -> Any:
@@ -243,7 +243,7 @@ class SoundGenerator:
             if request.video is not None:
                 default = WHOLE_VIDEO_SEC if self.long else DEFAULT_DURATION_SEC
                 duration = default if request.duration_sec is None else request.duration_sec
-                frames = self._extractor.read(request.video, duration, request.start_sec, request.mask)
+                frames = self.extractor.read(request.video, duration, request.start_sec, request.mask)
                 return _Draft(request, request.prompt or "", frames.duration_sec, frames)
             if request.features is None:
                 return _Draft(request, request.prompt or "", request.duration_sec or DEFAULT_DURATION_SEC)
@@ -263,7 +263,7 @@ class SoundGenerator:
         return draft
 
     def _encode_texts(self, drafts: Sequence[_Draft]) -> None:
-        extractor = self._extractor
+        extractor = self.extractor
         warn_of_cut_prompts(_named_prompts(drafts), self.variant.clip)
         texts = {draft.prompt for draft in drafts if draft.text_f is None}
         texts |= {draft.request.negative_prompt for draft in drafts if draft.request.negative_prompt}
@@ -281,15 +281,15 @@ class SoundGenerator:
                 for draft in drafts:
                     assert draft.frames is not None
                     with draft.failing_alone():
-                        draft.clip_f = self._extractor.clip_features(draft.frames.clip_frames)
+                        draft.clip_f = self.extractor.clip_features(draft.frames.clip_frames)
             if self.offload == "auto":
-                self._extractor.free()
+                self.extractor.free()
         with self.times.stage("video encoder"):
             for draft in drafts:
                 assert draft.frames is not None
                 if draft.error is None:
                     with draft.failing_alone():
-                        draft.sync_f = self._extractor.sync_features(draft.frames.sync_frames, draft.prompt)
+                        draft.sync_f = self.extractor.sync_features(draft.frames.sync_frames, draft.prompt)
                 draft.frames = None
 
     def _conditions(self, draft: _Draft) -> SoundConditions:
@@ -302,8 +302,8 @@ class SoundGenerator:
             prompt=draft.prompt,
             clip_f=None if draft.clip_f is None else draft.clip_f[:, : sequence.clip_seq_len],
             sync_f=None if draft.sync_f is None else draft.sync_f[:, : sequence.sync_seq_len],
-            text_f=self._extractor.text_features(draft.prompt) if draft.text_f is None else draft.text_f,
-            negative=self._extractor.text_features(request.negative_prompt) if request.negative_prompt else None,
+            text_f=self.extractor.text_features(draft.prompt) if draft.text_f is None else draft.text_f,
+            negative=self.extractor.text_features(request.negative_prompt) if request.negative_prompt else None,
         )
         check_widths(conditions, self.variant)
         return conditions
@@ -319,7 +319,7 @@ class SoundGenerator:
             conditions: may name the same clip several times. seeds: one for each of them.
             on_step: called with the number of solver steps done, of ``num_steps * len(self.batches(conditions))``.
         """
-        self._enter(GENERATOR)
+        self.enter(GENERATOR)
         with self.times.stage("loading the generator"):
             generator = self._switch.set(self.adapters)
         latents: dict[int, Tensor] = {}
@@ -377,7 +377,7 @@ class SoundGenerator:
 
     def decode(self, conditions: Sequence[SoundConditions], latents: Sequence[Tensor]) -> list[Sound]:
         """Return the sounds of latents, one after the other, exactly as long as their clips."""
-        self._enter(DECODERS)
+        self.enter(DECODERS)
         with self.times.stage("decoding"):
             if self._decoders is None:
                 vae = load_vae(self.variant.name, self.selva_dir, self.device, decoder_only=True)
@@ -397,13 +397,13 @@ class SoundGenerator:
 
     # -- memory --------------------------------------------------------------------------------------------------------
 
-    def _enter(self, stage: str) -> None:
+    def enter(self, stage: str) -> None:
         """Free the networks that the stage does not need, unless they are to stay."""
         if self.offload == "none" or stage == self._stage:
             return
         self._stage = stage
         if stage != ENCODERS:
-            self._extractor.free()
+            self.extractor.free()
         if stage != GENERATOR:
             self._switch.free()
         if stage != DECODERS:
@@ -413,7 +413,7 @@ class SoundGenerator:
 
     def free(self) -> None:
         """Let go of all networks; they are loaded again when needed."""
-        self._extractor.free()
+        self.extractor.free()
         self._switch.free()
         self._decoders = None
 

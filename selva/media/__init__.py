@@ -1,6 +1,6 @@
 """Video and audio files <-> tensors: pictures at the two frame rates of the encoders, sound of a known rate.
 
-    frames.py      read_video: the pictures of a clip for the two image encoders
+    frames.py      read_video, sample_pictures: the pictures of a clip for the two image encoders
     masks.py       what read_video keeps of the pictures; mask_settings.py: MaskSettings
     audio.py       read_audio, prepare_audio, write_audio, extract_audio, audio_length
     sound_pieces.py  who reads a sound, and how long it is; sound_stream.py, sound_header.py: what it needs for that
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         VideoFrames,
         read_video,
         resize_frame,
+        sample_pictures,
         select_frames,
         shortened_duration,
     )
@@ -54,6 +55,7 @@ __all__ = [
     "read_audio",
     "read_video",
     "resize_frame",
+    "sample_pictures",
     "select_frames",
     "shortened_duration",
     "video_length",
@@ -77,6 +79,7 @@ __getattr__, __dir__ = lazy_exports(__name__, {
     "read_audio": "selva.media.audio",
     "read_video": "selva.media.frames",
     "resize_frame": "selva.media.frames",
+    "sample_pictures": "selva.media.frames",
     "select_frames": "selva.media.frames",
     "shortened_duration": "selva.media.frames",
     "video_length": "selva.media.container",

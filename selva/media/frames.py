@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -168,58 +170,140 @@ def read_video(
             that does not fit.
     """
     check_range(path, start_sec, duration_sec)
-    clip: list[Tensor] = []
-    sync: list[Tensor] = []
-    clip_clock, sync_clock = _FrameClock(CLIP_FPS), _FrameClock(SYNC_FPS)
-    size, end_sec, wanted_sec = (0, 0), 0.0, duration_sec
+    sampler, wanted_sec = FrameSampler(duration_sec, clip_size, sync_size, sync_crop), duration_sec
     with ExitStack() as stack:
         container = stack.enter_context(open_media(path))
-        masker = None if mask is None else stack.enter_context(Masker(mask, path, exact_seconds(start_sec)))
+        if mask is not None:
+            sampler.masker = stack.enter_context(Masker.of_file(mask, path, exact_seconds(start_sec)))
         stream = video_stream(container, path)
         stream.thread_type = "AUTO"
         stream.codec_context.thread_count = torch.get_num_threads()  # one in a worker that reads ahead, else all
-        start = exact_seconds(start_sec)
+        start, end_sec = exact_seconds(start_sec), 0.0
         for exact_time, frame in steady(path, decode_frames(path, container, stream, start), start):
-            time = float(exact_time)
-            end_sec = time + frame_duration(frame, stream)
-            if time > duration_sec:
-                break
-            num_clip, num_sync = clip_clock.uses(time), sync_clock.uses(time)  # none before time 0
-            if num_clip or num_sync:
-                picture = _upright_rgb(frame)  # (3, H, W)
-                size = (picture.shape[1], picture.shape[2])
-                masked = picture if masker is None else masker.apply(picture, exact_time)
-                if num_clip:
-                    seen = masked if mask is None or mask.clip else picture
-                    clip += [resize_frame(seen, clip_size)] * num_clip
-                if num_sync:
-                    seen = masked if mask is None or mask.sync else picture
-                    sync += [resize_frame(seen, sync_size, sync_crop)] * num_sync
-            if shortened_duration(duration_sec, len(clip), len(sync)) == duration_sec:
+            end_sec = float(exact_time) + frame_duration(frame, stream)
+            if not sampler.add(exact_time, functools.partial(_upright_rgb, frame)):
                 break
         else:
             check_not_truncated(path, container, stream, start_sec, duration_sec, end_sec)
             if fill_sec:  # not beyond the end of the video itself
                 wanted_sec = max(0.0, min(duration_sec, end_sec))
         fps = float(stream.average_rate or 0)
-    num_filled = _fill_end(clip, sync, wanted_sec, fill_sec)
-    covered_sec = shortened_duration(wanted_sec, len(clip), len(sync))
-    _check_enough(path, covered_sec, start_sec, duration_sec, end_sec)
-    shown_sec = min(duration_sec, end_sec)
-    if covered_sec < shown_sec - SELVA_FILL_SEC:  # a screen recording, say: no new frame while nothing moves
-        log.warning("%s: no frame begins in the %.2f s before %.2f s, so the clip is that much shorter; convert the "
-                    "video to a constant frame rate to use all of it",
-                    path, shown_sec - covered_sec, start_sec + shown_sec)
-    return VideoFrames(
-        clip_frames=torch.stack(clip[: int(covered_sec * CLIP_FPS)]),  # (T, 3, clip_size, clip_size)
-        sync_frames=torch.stack(sync[: int(covered_sec * SYNC_FPS)]),  # (F, 3, sync_size, sync_size)
-        duration_sec=covered_sec,
-        requested_sec=duration_sec,
-        start_sec=start_sec,
-        source_fps=fps,
-        source_size=size,
-        num_filled=num_filled,
-    )
+    return sampler.frames(path, wanted_sec, start_sec, end_sec, fill_sec, fps)
+
+
+def sample_pictures(
+    picture: Callable[[int], Tensor],
+    num_pictures: int,
+    fps: float,
+    duration_sec: float = DEFAULT_DURATION_SEC,
+    clip_size: int = 384,
+    sync_size: int = 224,
+    sync_crop: bool = False,
+    fill_sec: float = 0.0,
+    mask: MaskSettings | None = None,
+    keep: np.ndarray | None = None,
+) -> VideoFrames:
+    """Return the frames of pictures that a program holds; those of :func:`read_video` for a file of the same pictures.
+
+    Args:
+        picture: index -> (3, H, W) uint8 RGB; called for those that are sampled only.
+        num_pictures, fps: there are so many, at so many per second; a rate like 29.97 means 30000/1001.
+        duration_sec, clip_size, sync_size, sync_crop, fill_sec: as in :func:`read_video`.
+        mask, keep: how to use a mask, its path a name for messages; and the mask itself, (h, w), or
+            (num_pictures, h, w) with one for each picture.
+
+    Raises:
+        ValueError: no pictures, a rate that is none, less than 0.64 s, or a mask that does not fit.
+    """
+    if not (math.isfinite(fps) and fps > 0):
+        raise UserError(f"frame rate of the pictures is {fps}, expected a positive number of frames per second")
+    check_range("pictures", 0.0, duration_sec)
+    interval = 1 / exact_rate(fps)
+    sampler, wanted_sec = FrameSampler(duration_sec, clip_size, sync_size, sync_crop), duration_sec
+    end_sec = float((num_pictures - 1) * interval) + float(interval)  # rounded as it is for a file
+    with ExitStack() as stack:
+        if mask is not None and keep is not None:
+            times = [index * interval for index in range(num_pictures)]
+            sampler.masker = stack.enter_context(Masker.of_array(mask, keep, "pictures", times))
+        for index in range(num_pictures):
+            if not sampler.add(index * interval, functools.partial(picture, index)):
+                break
+        else:
+            if fill_sec:
+                wanted_sec = min(duration_sec, end_sec)
+    return sampler.frames("pictures", wanted_sec, 0.0, end_sec, fill_sec, fps)
+
+
+def exact_rate(fps: float) -> Fraction:
+    """Return a frame rate as video standards define it, 30000/1001 for 29.97; another one as it is written."""
+    for base in (24, 30, 48, 60, 120):
+        if abs(fps - base * 1000 / 1001) < 0.005:
+            return Fraction(base * 1000, 1001)
+    return exact_seconds(fps)
+
+
+class FrameSampler:
+    """Pictures of a clip at the two frame rates, resized; from pictures that come in the order of their times."""
+
+    def __init__(self, duration_sec: float, clip_size: int, sync_size: int, sync_crop: bool) -> None:
+        self.duration_sec, self.clip_size, self.sync_size = duration_sec, clip_size, sync_size
+        self.sync_crop = sync_crop
+        self.masker: Masker | None = None
+        self.size = (0, 0)
+        self._clip: list[Tensor] = []
+        self._sync: list[Tensor] = []
+        self._clip_clock, self._sync_clock = _FrameClock(CLIP_FPS), _FrameClock(SYNC_FPS)
+
+    def add(self, exact_time: Fraction, picture_of: Callable[[], Tensor]) -> bool:
+        """Take the picture shown ``exact_time`` seconds after the start; return False if no later one is needed.
+
+        Args:
+            picture_of: returns (3, H, W) uint8; called only if the picture is sampled.
+        """
+        time = float(exact_time)
+        if time > self.duration_sec:
+            return False
+        num_clip, num_sync = self._clip_clock.uses(time), self._sync_clock.uses(time)  # none before time 0
+        if num_clip or num_sync:
+            picture = picture_of()  # (3, H, W)
+            self.size = (picture.shape[1], picture.shape[2])
+            masker = self.masker
+            masked = picture if masker is None else masker.apply(picture, exact_time)
+            if num_clip:
+                seen = masked if masker is None or masker.settings.clip else picture
+                self._clip += [resize_frame(seen, self.clip_size)] * num_clip
+            if num_sync:
+                seen = masked if masker is None or masker.settings.sync else picture
+                self._sync += [resize_frame(seen, self.sync_size, self.sync_crop)] * num_sync
+        return shortened_duration(self.duration_sec, len(self._clip), len(self._sync)) != self.duration_sec
+
+    def frames(
+        self, path: PathLike, wanted_sec: float, start_sec: float, end_sec: float, fill_sec: float, fps: float
+    ) -> VideoFrames:
+        """Return the sampled pictures; see :func:`read_video`.
+
+        Args:
+            wanted_sec: what the last pictures may be held for. end_sec: where the pictures end.
+        """
+        duration_sec = self.duration_sec
+        num_filled = _fill_end(self._clip, self._sync, wanted_sec, fill_sec)
+        covered_sec = shortened_duration(wanted_sec, len(self._clip), len(self._sync))
+        _check_enough(path, covered_sec, start_sec, duration_sec, end_sec)
+        shown_sec = min(duration_sec, end_sec)
+        if covered_sec < shown_sec - SELVA_FILL_SEC:  # a screen recording, say: no new frame while nothing moves
+            log.warning("%s: no frame begins in the %.2f s before %.2f s, so the clip is that much shorter; convert "
+                        "the video to a constant frame rate to use all of it",
+                        path, shown_sec - covered_sec, start_sec + shown_sec)
+        return VideoFrames(
+            clip_frames=torch.stack(self._clip[: int(covered_sec * CLIP_FPS)]),  # (T, 3, clip_size, clip_size)
+            sync_frames=torch.stack(self._sync[: int(covered_sec * SYNC_FPS)]),  # (F, 3, sync_size, sync_size)
+            duration_sec=covered_sec,
+            requested_sec=duration_sec,
+            start_sec=start_sec,
+            source_fps=fps,
+            source_size=self.size,
+            num_filled=num_filled,
+        )
 
 
 def _upright_rgb(frame: Any) -> Tensor:

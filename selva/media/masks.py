@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import bisect
 import logging
+from collections.abc import Callable
 from contextlib import ExitStack
 from fractions import Fraction
 from pathlib import Path
@@ -50,20 +51,38 @@ class Masker:
     """Mask for the pictures of one clip; a context manager.
 
     Args:
-        settings: the mask. video_path: the video that it belongs to. start: of the clip, in exact seconds.
-
-    Raises:
-        FileNotFoundError: no such mask.
-        ValueError: not a mask, or one that does not fit the video.
+        settings: the mask. video_path: the video that it belongs to, for messages. source: the mask at every time.
+        stack: what to close at the end.
     """
 
-    def __init__(self, settings: MaskSettings, video_path: PathLike, start: Fraction) -> None:
+    def __init__(self, settings: MaskSettings, video_path: PathLike, source: _Source, stack: ExitStack) -> None:
         self.settings, self.video_path = settings, video_path
-        self._stack = ExitStack()
-        self._source = _open_source(settings.path, video_path, start, self._stack)
+        self._source, self._stack = source, stack
         self._last: np.ndarray | None = None  # the mask that the weight was made of
         self._weight: Tensor | None = None
         self._brightest, self._stretch_said = 0.0, False
+
+    @classmethod
+    def of_file(cls, settings: MaskSettings, video_path: PathLike, start: Fraction) -> Masker:
+        """Return the masker of a mask file, for a clip that begins after ``start`` exact seconds.
+
+        Raises:
+            FileNotFoundError: no such mask.
+            ValueError: not a mask, or one that does not fit the video.
+        """
+        stack = ExitStack()
+        return cls(settings, video_path, _open_source(settings.path, video_path, start, stack), stack)
+
+    @classmethod
+    def of_array(
+        cls, settings: MaskSettings, array: np.ndarray, video_path: PathLike, times: list[Fraction]
+    ) -> Masker:
+        """Return the masker of an array (h, w), or (T, h, w) with one mask for each picture at ``times``.
+
+        Raises:
+            ValueError: not a mask, or one that does not fit the pictures.
+        """
+        return cls(settings, video_path, _array_source(settings.path, array, video_path, lambda: times), ExitStack())
 
     def __enter__(self) -> Masker:
         return self
@@ -187,20 +206,34 @@ def _open_array(path: PathLike, video_path: PathLike, start: Fraction) -> _Sourc
         if "pickle" in reason or "Python objects" in reason:  # NumPy's own words advise to load the file unsafely
             reason = "it holds Python objects or is no NumPy array, and pickles are never loaded"
         raise UserError(f"{path}: cannot be read as a mask ({reason})") from error
-    if not isinstance(array, np.ndarray) or array.ndim not in (2, 3) or 0 in array.shape:
-        found = getattr(array, "shape", "several arrays")
-        raise UserError(f"{path}: the mask is {found}, expected (H, W), or (T, H, W) with one for each video frame")
+    if not isinstance(array, np.ndarray):
+        raise UserError(f"{path}: the mask is several arrays, expected one")
+
+    def times() -> list[Fraction]:
+        with open_media(video_path) as container:
+            found = packet_times(video_path, container, video_stream(container, video_path))
+        return [time - start for time in found]
+
+    return _array_source(path, array, video_path, times)
+
+
+def _array_source(
+    path: PathLike, array: np.ndarray, video_path: PathLike, times_of: Callable[[], list[Fraction]]
+) -> _Source:
+    if array.ndim not in (2, 3) or 0 in array.shape:
+        raise UserError(
+            f"{path}: the mask is {array.shape}, expected (H, W), or (T, H, W) with one for each video frame"
+        )
     scale = _array_scale(path, array)
     if array.ndim == 2 or len(array) == 1:
         return _Static(_scaled(array if array.ndim == 2 else array[0], scale))
-    with open_media(video_path) as container:
-        times = packet_times(video_path, container, video_stream(container, video_path))
+    times = times_of()
     if len(times) != len(array):
         raise UserError(
             f"{path}: the mask is {array.shape}, {len(array)} frames, but {video_path} has {len(times)}; expected one "
             "for each frame of the file, or a single (H, W)"
         )
-    return _FromArray(array, scale, [time - start for time in times])
+    return _FromArray(array, scale, times)
 
 
 def _array_scale(path: PathLike, array: np.ndarray) -> float:

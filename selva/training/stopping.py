@@ -1,9 +1,11 @@
-"""Request to stop a run, by Ctrl-C, SIGTERM or a closed terminal (SIGHUP), so that it can be continued."""
+"""Request to stop a run, by Ctrl-C, SIGTERM, a closed terminal or a program around it, so that it can be continued."""
 
 from __future__ import annotations
 
 import logging
 import signal
+import threading
+from collections.abc import Callable
 from typing import Any
 
 from selva.utils.errors import Terminated
@@ -17,12 +19,20 @@ class StopRequest:
     Of several processes all stop together, after the next step.
 
     SIGHUP counts where the system has it and nobody ignores it: under ``nohup`` a run outlives its terminal.
+
+    Args:
+        also: asked at every step whether to stop, for programs that train in a thread: signals reach the main thread
+            only, and in another one none is taken.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, also: Callable[[], bool] = lambda: False) -> None:
         self.signal: int | None = None
+        self.also = also
 
     def __enter__(self) -> StopRequest:
+        self._previous: dict[int, Any] = {}
+        if threading.current_thread() is not threading.main_thread():
+            return self
         numbers = [signal.SIGINT, signal.SIGTERM]
         if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
             numbers.append(signal.SIGHUP)
@@ -34,7 +44,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def __call__(self) -> bool:
-        return self.signal is not None
+        return self.signal is not None or self.also()
 
     def _handle(self, number: int, _frame: Any) -> None:
         if self.signal is not None:

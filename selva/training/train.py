@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,17 +53,40 @@ class TrainingResult:
     Attributes:
         adapter: the final adapter, in the process that writes files; None after a dry run or a stop.
         signal: that stopped the run before its end; None if none did.
+        steps: that the run has, with those before it was resumed.
+        val_losses: of the held-out clips, (step, loss) in order; empty without such clips.
+        best: the adapter of the lowest of them, if there is one.
     """
 
     adapter: Path | None = None
     signal: int | None = None
+    steps: int = 0
+    val_losses: tuple[tuple[int, float], ...] = ()
+    best: Path | None = None
+
+    @property
+    def verdict(self) -> str:
+        """A sentence that says how the run went."""
+        done = f"trained to step {self.steps}"
+        if not self.val_losses:
+            return f"{done}; no clips were held out, so listen to the samples to judge it"
+        (_, first), (step, lowest) = self.val_losses[0], min(self.val_losses, key=lambda found: found[1])
+        if step == self.val_losses[0][0]:
+            return f"{done}; the loss of the held-out clips never fell below the {first:.4f} at step {step}"
+        where = "" if self.best is None or step == self.steps else f", kept as {self.best.name}"
+        return f"{done}; the loss of the held-out clips fell from {first:.4f} to {lowest:.4f} at step {step}{where}"
 
 
-def train(config: RunConfig, settings: Mapping[str, Any] | None = None) -> TrainingResult:
+def train(
+    config: RunConfig,
+    settings: Mapping[str, Any] | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> TrainingResult:
     """Train an adapter as ``config`` says, under ``torchrun`` together with the other processes.
 
     Args:
         settings: for ``config.yaml``, by the names of the flags; those of ``config`` if None.
+        should_stop: asked after every step whether to save and stop, as a signal asks; the run can be resumed.
 
     Raises:
         UsageError: there is no such device.
@@ -89,7 +112,7 @@ def train(config: RunConfig, settings: Mapping[str, Any] | None = None) -> Train
     try:
         with join_world(device) as world, _locked(config, world):
             try:
-                return _train(config, settings, device, world)
+                return _train(config, settings, device, world, should_stop)
             except NotSaved as error:  # only rank 0 knows; the others leave as they do after a whole run
                 not_saved = error
         raise not_saved
@@ -104,7 +127,10 @@ def _locked(config: RunConfig, world: World) -> AbstractContextManager[object]:
     return FolderLock(config.output_dir / LOCK_FILE, "trains")
 
 
-def _train(config: RunConfig, settings: Mapping[str, Any], device: torch.device, world: World) -> TrainingResult:
+def _train(
+    config: RunConfig, settings: Mapping[str, Any], device: torch.device, world: World,
+    should_stop: Callable[[], bool],
+) -> TrainingResult:
     training, output_dir = config.training, config.output_dir
     # 1. the old state and the data, before the base model is read
     saved = find_resume(config)
@@ -113,7 +139,7 @@ def _train(config: RunConfig, settings: Mapping[str, Any], device: torch.device,
         if patience_has_ended(saved, config) and not config.dry_run:
             adapter = finished_adapter(saved, output_dir)
             if adapter is not None:
-                return TrainingResult(adapter if world.is_main else None)
+                return TrainingResult(adapter if world.is_main else None, steps=saved.step)
         if (before := saved.meta.get("precision", config.precision)) != config.precision:
             log.warning("%s: was trained in %s so far and goes on in %s", saved.path, before, config.precision)
     start = load_start(config) if saved is None else None
@@ -165,7 +191,7 @@ def _train(config: RunConfig, settings: Mapping[str, Any], device: torch.device,
             folder.save_averages(run)
 
     started = time.monotonic()
-    with StopRequest() as stop:
+    with StopRequest(should_stop) as stop:
         due = saved is not None and (run.step % training.save_every == 0 or run.step == training.steps)
         if sample is not None and due and not sample.is_there(run.step, output_dir):
             sample.try_write(run, output_dir)  # killed between its step file and this
@@ -173,7 +199,7 @@ def _train(config: RunConfig, settings: Mapping[str, Any], device: torch.device,
     if not finished:
         if world.is_main:
             folder.stopped(run, training.steps)
-        return TrainingResult(signal=stop.signal)
+        return TrainingResult(signal=stop.signal, steps=run.step)
     if not world.is_main:
         return TrainingResult()
 
@@ -184,4 +210,7 @@ def _train(config: RunConfig, settings: Mapping[str, Any], device: torch.device,
     if len(val_clips) and run.best_step < run.step:
         log.info("validation was best at step %d (%.4f)%s", run.best_step, run.best_val_loss,
                  f": {BEST}{folder.suffixes[0]}" if folder.best_is_there(run) else "")
-    return TrainingResult(final)
+    has_best = len(val_clips) and run.best_step and folder.best_is_there(run)
+    losses = zip(*metrics.series("val_loss"), strict=True)
+    return TrainingResult(final, None, run.step, tuple((int(step), loss) for step, loss in losses),
+                          output_dir / f"{BEST}{folder.suffixes[0]}" if has_best else None)

@@ -29,6 +29,7 @@ GRAPH_CHOICES = ("auto", "on", "off")
 
 # Of MPS and drivers, Linux, Windows, which raise a plain RuntimeError.
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+ROOMY_BYTES = 15.5e9  # a GPU sold with 16 GB, of which a part is taken
 _BF16_CAPABILITY = (8, 0)  # CUDA compute capability from which bf16 is native
 _PROBE_SIZE, _PROBE_SEC = 128, 0.01  # matrices that are multiplied, and for how long, to see what a format costs
 _STANDS_FOR_GPU: ContextVar[bool] = ContextVar("stands_for_gpu", default=False)
@@ -61,6 +62,15 @@ def peak_memory_bytes(device: Any) -> int:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def holds_all_networks(device: torch.device) -> bool:
+    """Return True for a device with room for all networks of the largest model at once: a CPU, a GPU of 16 GB."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory >= ROOMY_BYTES
+    return device.type == "cpu"
 
 
 def is_out_of_memory(error: BaseException) -> bool:

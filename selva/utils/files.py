@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -122,3 +122,9 @@ def source_hash(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
         return digest.hexdigest()
+
+
+def status_hash(paths: Iterable[Path]) -> str:
+    """Return a hash of the names, sizes and times of those of the files that exist; none of them is read."""
+    status = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(paths) if path.is_file()]
+    return hashlib.sha256(repr(status).encode()).hexdigest()

@@ -1,11 +1,12 @@
-"""Progress bars, and seconds per stage."""
+"""Progress bars, for a terminal or another program, and seconds per stage."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 
 from selva.utils.logging import on_terminal
 from selva.utils.text import clock
@@ -13,9 +14,29 @@ from selva.utils.torchrun import is_main_process
 
 log = logging.getLogger(__name__)
 
+Watcher = Callable[[str, int, int], None]
+_watcher: ContextVar[Watcher | None] = ContextVar("watcher of progress", default=None)
+
+
+@contextmanager
+def watched(watcher: Watcher) -> Iterator[None]:
+    """Tell a program around this one how far everything in the block is.
+
+    Args:
+        watcher: called with what is done, the number of finished items, and of all; what it raises ends the work.
+    """
+    token = _watcher.set(watcher)
+    try:
+        yield
+    finally:
+        _watcher.reset(token)
+
 
 class Progress:
-    """Progress of ``total`` items on stderr: a bar on a terminal, else a plain line every ``interval_sec`` seconds."""
+    """Progress of ``total`` items on stderr: a bar on a terminal, else a plain line every ``interval_sec`` seconds.
+
+    The watcher of :func:`watched`, if there is one, is told too.
+    """
 
     def __init__(self, total: int, what: str, unit: str = "it", interval_sec: float = 10.0) -> None:
         self.total, self.what, self.unit, self.interval_sec = total, what, unit, interval_sec
@@ -30,6 +51,8 @@ class Progress:
     def update(self, done: int, note: str = "") -> None:
         """Set the number of finished items; ``note`` stands behind the bar or the line."""
         step, self.done = done - self.done, done
+        if (watcher := _watcher.get()) is not None:
+            watcher(self.what, done, self.total)
         if self._bar is not None:
             try:
                 self._bar.set_postfix_str(note, refresh=False)

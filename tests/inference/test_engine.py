@@ -203,7 +203,7 @@ def test_clip_features_that_were_not_encoded_are_missed(tmp_path):
 
 
 def loaded(generator: SoundGenerator) -> set[str]:
-    extractor = generator._extractor
+    extractor = generator.extractor
     parts = {
         "texts": extractor._texts._encoder, "t5": extractor._t5._encoder,
         "clip": extractor._clip_image, "video": extractor._video_encoder,
