@@ -32,12 +32,13 @@ from torch import Tensor
 from selva.audio.metrics import compare_sounds
 from selva.inference.batch import AdapterSetup, BatchClip
 from selva.inference.request import SoundRequest
+from selva.inputs.file_names import written_path
 from selva.inputs.suffixes import OUTPUT_AUDIO_SUFFIXES
 from selva.media import prepare_audio, probe, read_audio
 from selva.utils.errors import UserError
 from selva.utils.files import atomic_write_text
 from selva.utils.plots import draw_spectrogram, new_figure, power_spectrogram, save_figure
-from selva.utils.text import text_lines
+from selva.utils.text import read_text, text_lines
 
 log = logging.getLogger(__name__)
 
@@ -80,9 +81,9 @@ def read_compare_list(path: Path) -> list[CompareLine]:
         ValueError: names every line that is wrong: a missing file, a strength that is no number, a label used twice.
     """
     lines, problems = [], []
-    for number, text in enumerate(text_lines(path.read_text(encoding="utf-8-sig")), 1):
+    for number, text in enumerate(text_lines(read_text(path)), 1):
         try:
-            words = shlex.split(text, comments=True)
+            words = _words(text)
             if words:
                 lines.append(_compare_line(words, path.parent))
                 if any(line.label == lines[-1].label for line in lines[:-1]):
@@ -96,13 +97,25 @@ def read_compare_list(path: Path) -> list[CompareLine]:
     return lines
 
 
+def _words(text: str) -> list[str]:
+    """Return the words of a line without its comment; quotation marks hold spaces, a backslash is a letter like others.
+
+    Raises:
+        ValueError: a quotation mark is not closed.
+    """
+    lexer = shlex.shlex(text, posix=True, punctuation_chars=False)
+    lexer.whitespace_split, lexer.escape = True, ""  # as in paths of Windows
+    return list(lexer)
+
+
 def _compare_line(words: list[str], folder: Path) -> CompareLine:
     if words == [BASE_LABEL]:
         return CompareLine(BASE_LABEL, ())
     if not 2 <= len(words) <= 3:
         raise UserError(f"{' '.join(words)!r} is not `base`, nor `path strength [label]`; quote what has spaces")
     path = Path(words[0])
-    found = next((candidate for candidate in (path, folder / path) if candidate.is_file()), None)
+    candidates = (written_path(words[0], start) for start in (Path(), folder))
+    found = next((candidate for candidate in candidates if candidate.is_file()), None)
     if found is None:
         raise UserError(f"{path}: no such file")
     try:

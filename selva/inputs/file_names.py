@@ -1,13 +1,16 @@
-"""File names as people compare them: two spellings of one letter, as systems compose it, are the same name.
+"""File names as people write and compare them: spellings of letters, backslashes of Windows, patterns like ``*.mp4``.
 
 ``é`` is one character (NFC) on most systems and two, ``e`` and an accent (NFD), in names that macOS has written.
 """
 
 from __future__ import annotations
 
+import glob
 import os
 import unicodedata
 from pathlib import Path
+
+from selva.utils.errors import UserError
 
 
 def same_name(name: str) -> str:
@@ -33,3 +36,26 @@ class FolderNames:
         names = self._names[parent]
         found = names.get(name) or names.get(same_name(name))
         return None if found is None else path if found == name else Path(parent, found)
+
+
+def written_path(text: str, folder: Path) -> Path:
+    """Return a path that stands in a file, relative to ``folder``; backslashes separate folders, as on Windows.
+
+    A name that really has a backslash in it, as other systems allow, is taken as it is where such a file is there.
+    """
+    path = folder / text
+    return path if "\\" not in text or path.exists() else folder / text.replace("\\", "/")
+
+
+def expand_pattern(path: Path) -> list[Path]:
+    """Return the files that a pattern such as ``clips/*.mp4`` stands for, sorted; a path that is none comes back alone.
+
+    Raises:
+        ValueError: nothing fits the pattern.
+    """
+    text = str(path)
+    if not glob.has_magic(text) or os.path.lexists(text):  # names may hold brackets
+        return [path]
+    if not (found := sorted(glob.glob(text, recursive=True))):
+        raise UserError(f"no file fits {text}")
+    return [Path(one) for one in found]

@@ -1,11 +1,12 @@
-"""The table of clips that users write: tab separated (.tsv) or with commas (.csv), one clip per row.
+"""The table of clips that users write: tab separated (.tsv), or with commas or semicolons (.csv), one clip per row.
 
     id        label       path           start  duration  mask        prompt
     dog_3     dog bark    raw/dog.mp4    12.5   8         dog_3.png   a dog barking
 
 Only ``id`` is required; the case of the names does not matter. ``caption`` is another name of ``label``. ``path`` and
 ``mask`` are relative to the table; without ``path`` the video is ``<id>`` with a video suffix, beside the table or in a
-given folder. An empty cell counts as no cell. MMAudio's tables (``id``, ``label``) are such tables.
+given folder. Folders are separated by / or by \\. An empty cell counts as no cell. MMAudio's tables (``id``, ``label``)
+are such tables.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from selva.inputs.delimited import Cells, read_text_table
-from selva.inputs.file_names import FolderNames, same_name
+from selva.inputs.delimited import Cells, find_delimiter, read_text_table
+from selva.inputs.file_names import FolderNames, same_name, written_path
 from selva.sequence import SHORTEST_SEC
 from selva.utils.errors import UserError
 from selva.utils.text import listed
@@ -77,7 +78,10 @@ def read_clip_table(path: Path, video_suffixes: Iterable[str], video_dir: Path |
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
     reader = _RowReader(path, folder, tuple(video_suffixes))
-    table = read_text_table(path, "\t" if path.suffix.lower() == ".tsv" else ",", ["id"])
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    by_suffix = "\t" if path.suffix.lower() == ".tsv" else ","
+    table = read_text_table(path, find_delimiter(path, by_suffix), ["id"])
     reader.check_columns(table.columns)
     rows = [reader.read(line, cells) for line, cells in table.rows]
     if reader.problems:
@@ -145,7 +149,7 @@ class _RowReader:
         if "\0" in text[column]:
             self._problem(f"{column} has a NUL character in it")
             return None
-        path = folder / text[column]
+        path = written_path(text[column], folder)
         return self.names.find(path) or path
 
     def _find(self, id_: str) -> Path:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from selva.inputs.delimited import find_delimiter
 from selva.inputs.file_names import FolderNames, same_name
 from selva.inputs.prompts import read_sidecar
 from selva.partition.config import CuttingConfig, PartitionConfig
@@ -137,7 +136,7 @@ def cut_all(
 
 def find_captions(recordings: Sequence[Path], table: Path | None) -> dict[str, str]:
     """Return {name: caption}: of the table, else of the text file beside a recording."""
-    written = read_captions(table, find_delimiter(table)) if table else {}
+    written = read_captions(table) if table else {}
     unused = sorted(set(written) - {same_name(path.stem) for path in recordings})
     if unused:
         log.warning("%s: no recording for %s", table, listed(unused))

@@ -31,14 +31,19 @@ MEMORY = "memory and speed"
 class TrainConfig:
     """Optimisation, objective and evaluation; one step is one optimiser update, whatever ``grad_accum`` is."""
 
-    steps: int = setting(2000, "updates", group=OPTIMISATION)
-    lr: float = setting(1e-4, "learning rate", group=OPTIMISATION)
-    warmup_steps: int = setting(100, "updates over which the rate rises", group=OPTIMISATION)
+    steps: int = setting(2000, "updates", group=OPTIMISATION, aliases=("max_train_steps",),
+                         similar=("epochs", "num_train_epochs", "max_train_epochs", "num_epochs", "iterations"))
+    lr: float = setting(1e-4, "learning rate", group=OPTIMISATION, aliases=("learning_rate",),
+                        similar=("unet_lr", "rate"))
+    warmup_steps: int = setting(100, "updates over which the rate rises", group=OPTIMISATION,
+                                aliases=("lr_warmup_steps",))
     lr_schedule: str = setting("constant", "what the rate does then; multistep is MMAudio's", group=OPTIMISATION,
-                               choices=LR_SCHEDULES)
+                               choices=LR_SCHEDULES, similar=("lr_scheduler", "lr_scheduler_type"))
     lr_cycles: int = setting(4, "cycles of cosine_restarts", group=OPTIMISATION)
-    batch_size: int = setting(4, "clips per forward pass", group=OPTIMISATION)
-    grad_accum: int = setting(1, "forward passes per update", group=OPTIMISATION)
+    batch_size: int = setting(4, "clips per forward pass", group=OPTIMISATION,
+                              aliases=("train_batch_size",))
+    grad_accum: int = setting(1, "forward passes per update", group=OPTIMISATION,
+                              aliases=("gradient_accumulation_steps",))
     lora_plus_ratio: float = setting(  # arXiv:2402.12354
         1.0, "LoRA+: rate of the B matrices over that of the A matrices", group=OPTIMISATION)
     weight_decay: float = setting(1e-6, "decoupled weight decay of the adapter", group=OPTIMISATION)
@@ -60,7 +65,8 @@ class TrainConfig:
         "by infer.py", group=OBJECTIVE, choices=CLIP_FEATURE_MODES)
     patience: int = setting(0, "stop after so many validations without a better one; 0: never", group=EVALUATION)
     seed: int = setting(42, "seed of everything random", group=GENERAL)
-    save_every: int = setting(500, "steps between checkpoints, each with a sample", group=OPTIMISATION)
+    save_every: int = setting(500, "steps between checkpoints, each with a sample", group=OPTIMISATION,
+                              aliases=("save_every_n_steps", "checkpointing_steps"))
     val_every: int = setting(100, "steps between validations", group=EVALUATION)
     log_every: int = setting(10, "steps between log lines", group=EVALUATION)
 
@@ -100,10 +106,12 @@ class TrainConfig:
 class RunConfig:
     """Settings of one run of ``train_lora.py``: data, model, adapter, training, output."""
 
-    data_dir: Path = required("folder of .npz + sound pairs, or an MMAudio memmap", group=DATA)
-    output_dir: Path = setting(Path("lora_output"), "folder of this run", group=DATA)
+    data_dir: Path = required("folder of .npz + sound pairs, or an MMAudio memmap", group=DATA,
+                              similar=("train_data_dir", "dataset_dir", "dataset"))
+    output_dir: Path = setting(Path("lora_output"), "folder of this run, whose files have fixed names", group=DATA,
+                               similar=("output_name", "logging_dir"))
     resume: str | None = setting(None, "continue from a step file; auto takes the newest of the output folder, if any",
-                                 group=DATA, metavar="FILE|auto")
+                                 group=DATA, metavar="FILE|auto", similar=("resume_from_checkpoint",))
     init_from: Path | None = setting(
         None, "start a new run at a finished adapter, with a fresh optimiser and on any data", group=DATA,
         metavar="ADAPTER")
@@ -132,13 +140,14 @@ class RunConfig:
         metavar="PROMPT")
     preserve_share: float = setting(0.5, "share of these sounds in the training", group=PRESERVATION)
     grad_checkpointing: bool = setting(False, "recompute blocks in the backward pass: less memory for more time",
-                                       group=MEMORY)
+                                       group=MEMORY, aliases=("gradient_checkpointing",))
     checkpoint_blocks: int | None = setting(None, "recompute only the first N blocks, as few as the memory needs",
                                             group=MEMORY, metavar="N", at_least_one=True)
     compile: bool = setting(
         False, "compile the blocks with torch.compile, for faster steps: the first ones take a minute or more, less in "
         "the next run, as the result is kept; needs a C++ compiler, on NVIDIA GPUs triton", group=MEMORY)
-    precision: str = setting("auto", PRECISION_HELP, group=GENERAL, choices=PRECISION_CHOICES)
+    precision: str = setting("auto", PRECISION_HELP, group=GENERAL, choices=PRECISION_CHOICES,
+                             aliases=("mixed_precision",), synonyms={"no": "fp32"})
 
     def __post_init__(self) -> None:
         problems = []

@@ -42,6 +42,10 @@ class SettingInfo:
         required: has no default.
         at_least_one: an integer of 1 or more, refused by the parser otherwise.
         default_text: the default as ``--help`` shows it, where the value itself says little.
+        aliases: what other trainers call exactly this; flags, and names in settings files, of their own.
+        similar: what other programs call something like this; named as a hint, and not accepted.
+        synonyms: values of other trainers -> ours.
+        environment: variable that gives the default on the command line.
     """
 
     help: str
@@ -55,6 +59,27 @@ class SettingInfo:
     required: bool = False
     at_least_one: bool = False
     default_text: str | None = None
+    aliases: tuple[str, ...] = ()
+    similar: tuple[str, ...] = ()
+    synonyms: Mapping[str, str] = field(default_factory=dict)
+    environment: str = ""
+
+    @property
+    def described(self) -> str:
+        """The help with the other names of the setting, as ``--help`` and ``docs/`` show it."""
+        also = [f"--{alias}" for alias in self.aliases]
+        also += [f"the environment variable {self.environment}"] if self.environment else []
+        return f"{self.help} (also: {', '.join(also)})" if also else self.help
+
+
+@dataclass(frozen=True, eq=False)
+class Synonyms:
+    """Type of a flag whose values other programs call otherwise, see `SettingInfo.synonyms`."""
+
+    of: Mapping[str, str]
+
+    def __call__(self, text: str) -> str:
+        return self.of.get(text, text)
 
 
 def setting(default: T, help: str, **more: Any) -> T:

@@ -89,6 +89,15 @@ def test_compared_settings_share_their_clip_features(caplog):
 # -- recorded sounds ---------------------------------------------------------------------------------------------------
 
 
+def test_paths_of_the_list_may_have_backslashes_and_spaces(tmp_path):
+    (tmp_path / "runs" / "my dog").mkdir(parents=True)
+    (tmp_path / "runs" / "my dog" / "adapter_final.pt").touch()
+    (tmp_path / "list.txt").write_bytes('"runs\\my dog\\adapter_final.pt" 0.5  # half\n'.encode("utf-16"))
+    (line,) = read_compare_list(tmp_path / "list.txt")
+    assert line.adapters == ((tmp_path / "runs" / "my dog" / "adapter_final.pt", 0.5),)
+    assert line.label == "my dog final 0.5"
+
+
 def test_only_line_ends_end_a_line_of_the_list(tmp_path):
     (tmp_path / "a.pt").touch()
     (tmp_path / "list.txt").write_text(f"{tmp_path}/a.pt 1 'one\u2028two'\r\nbase\r", encoding="utf-8", newline="")
