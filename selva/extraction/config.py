@@ -18,8 +18,8 @@ from selva.weights.config import GENERAL, ModelConfig
 INPUT, CLIPS, RUNNING = "input and output", "clips", "running"
 SOUND_ONLY = "sound without pictures (always a memmap)"
 # Settings without a meaning for sound without pictures.
-VIDEO_ONLY = ("recursive", "video_dir", "audio", "latents", "name", "preview", "overwrite", "prune", "prompt",
-              "prompts", "start", "windows", "overlap")
+VIDEO_ONLY = ("recursive", "video_dir", "audio", "audio_dir", "latents", "name", "preview", "overwrite", "prune",
+              "prompt", "prompts", "start", "windows", "overlap")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +39,9 @@ class ExtractionConfig:
         None, "the sound beside each .npz: extract decodes it and writes .flac (default); copy takes the stream as it "
         "is, for MP3, Vorbis, Opus, FLAC and PCM; none leaves it to you", group=INPUT,
         choices=("extract", "copy", "none"))
+    audio_dir: Path | None = setting(
+        None, "folder of recordings (with its subfolders) to use instead of the sound in the videos: each is called "
+        "like its video, and begins when it does", group=INPUT, metavar="DIR")
     latents: bool = setting(False, "encode the sound with the VAE too and store mean and deviation in the .npz",
                             group=INPUT)
     name: str | None = setting(None, "call the clips NAME_001, NAME_002 ... instead of by their files; a clip that has "
@@ -109,6 +112,8 @@ class ExtractionConfig:
              f"{', '.join(given)}: only for videos, not for sound without pictures; leave it out"),
             (self.format == "memmap" and self.audio is not None,
              "--audio: a memmap holds the encoded sound, it has no sound files; leave --audio out"),
+            (self.audio == "none" and self.audio_dir is not None,
+             "--audio none leaves the sound to you and --audio_dir says where it is; give one of them"),
             (self.format == "memmap" and self.prune,
              "--prune: a memmap holds the clips of its list only; leave it out"),
             (self.format == "memmap" and self.duration != DEFAULT_DURATION_SEC,

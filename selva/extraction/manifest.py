@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import socket
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,12 +82,14 @@ class Outcome:
         group_complete: all shards that were started together with this one have.
         group_failed: failed clips of that group so far.
         unfinished: numbers, from 1, of the shards that have not finished.
+        totals: status -> number of clips, of all shards together.
     """
 
     complete: bool
     group_complete: bool
     group_failed: int
     unfinished: tuple[int, ...]
+    totals: dict[str, int]
 
 
 class ManifestWriter:
@@ -169,6 +172,7 @@ class ManifestWriter:
             group_complete=all(journal.finished and journal.launch == self.shard.launch for journal in group),
             group_failed=sum(row["status"] == FAILED for journal in group for row in journal.rows.values()),
             unfinished=unfinished,
+            totals=dict(Counter(row["status"] for journal in journals.values() for row in journal.rows.values())),
         )
 
     def close(self) -> None:

@@ -61,8 +61,8 @@ def read_text_table(path: Path, delimiter: str, required: Sequence[str], expecte
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: neither UTF-8 nor UTF-16 text, a column that is missing or, of those required, given twice, or quotation
-            marks that leave unclear where a row ends; names the line.
+        ValueError: neither UTF-8 nor UTF-16 text, a column that is missing or, of those required, given twice, or
+            quotation marks that leave unclear where a row ends; names the line.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
