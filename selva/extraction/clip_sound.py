@@ -1,4 +1,4 @@
-"""The sound of a clip, its own or that of a recording paired with it: for the file beside the features and for the VAE."""
+"""The sound of a clip, its own or of a recording paired with it: for the file beside the features and for the VAE."""
 
 from __future__ import annotations
 

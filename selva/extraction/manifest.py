@@ -27,7 +27,7 @@ from filelock import Timeout
 
 from selva.utils import torchrun
 from selva.utils.errors import UserError
-from selva.utils.files import atomic_write_text
+from selva.utils.files import atomic_write_text, json_lines
 from selva.utils.locks import file_lock
 
 log = logging.getLogger(__name__)
@@ -266,22 +266,6 @@ class _Journal:
     launch: str
     rows: dict[int, dict[str, Any]]
     finished: bool
-
-
-def json_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the JSON objects in the lines of a file; an unfinished one counts as not written."""
-    if not path.is_file():
-        return []
-    lines = []
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for line in file:
-            try:
-                content = json.loads(line)
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(content, dict):
-                lines.append(content)
-    return lines
 
 
 def read_manifest(path: str | os.PathLike[str]) -> list[Row]:

@@ -36,7 +36,7 @@ from selva.inputs.table import TABLE_SUFFIXES, TableRow, read_clip_table, unsafe
 from selva.media import MASK_SUFFIXES, video_length
 from selva.sequence import DEFAULT_DURATION_SEC, SHORTEST_SEC
 from selva.utils.errors import UserError
-from selva.utils.text import listed
+from selva.utils.text import counted, listed
 
 log = logging.getLogger(__name__)
 
@@ -272,8 +272,8 @@ def _cut(
         if rest >= 0.1:
             left_out.append(f"{row.id} {rest:.1f} s")
     if left_out:
-        log.info("less than half a window remains at the end of %d videos and is left out: %s",
-                 len(left_out), listed(left_out))
+        log.info("less than half a window remains at the end of %s and is left out: %s",
+                 counted(len(left_out), "video"), listed(left_out))
     return clips
 
 
@@ -343,10 +343,13 @@ class _Prompts:
 
     def report(self) -> None:
         unused = sorted(set(self.written) - self.used)
-        if unused:
+        if unused and self.used:  # one list often serves the training and the held-out clips
+            log.info("%s: %s of no clip here: %s", self.path, counted(len(unused), "prompt is", "prompts are"),
+                     listed(unused))
+        elif unused:
             log.warning("%s: no clip for %s", self.path, listed(unused))
         if self.labelled:
-            log.info("%d clips take their label as their prompt", self.labelled)
+            log.info("%s their label as their prompt", counted(self.labelled, "clip takes", "clips take"))
 
 
 def _same_file(one: Path, other: Path) -> bool:

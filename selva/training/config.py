@@ -37,8 +37,14 @@ class TrainConfig:
                         similar=("unet_lr", "rate"))
     warmup_steps: int = setting(100, "updates over which the rate rises", group=OPTIMISATION,
                                 aliases=("lr_warmup_steps",))
-    lr_schedule: str = setting("constant", "what the rate does then; multistep is MMAudio's", group=OPTIMISATION,
-                               choices=LR_SCHEDULES, similar=("lr_scheduler", "lr_scheduler_type"))
+    lr_schedule: str = setting(
+        "constant", "what the rate does then: stays; falls to 0 in half a cosine; falls at --lr_milestones, as in "
+        "MMAudio; or falls to 0 --lr_cycles times", group=OPTIMISATION, choices=LR_SCHEDULES,
+        similar=("lr_scheduler", "lr_scheduler_type"))
+    lr_milestones: tuple[float, ...] = setting(
+        (0.8, 0.9), "where multistep lowers the rate, counted after the warm-up: below 1 a fraction of --steps, else a "
+        "step", group=OPTIMISATION, nargs="+", metavar="WHEN", default_text="0.8 0.9, MMAudio's")
+    lr_factor: float = setting(0.1, "what multistep multiplies the rate by at each of them", group=OPTIMISATION)
     lr_cycles: int = setting(4, "cycles of cosine_restarts", group=OPTIMISATION)
     batch_size: int = setting(4, "clips per forward pass", group=OPTIMISATION,
                               aliases=("train_batch_size",))
@@ -88,6 +94,12 @@ class TrainConfig:
             for name in ("null_prob", "curriculum_switch")
             if not 0 <= getattr(self, name) <= 1
         ]
+        object.__setattr__(self, "lr_milestones", tuple(self.lr_milestones))
+        if not self.lr_milestones or not all(0 < when < math.inf for when in self.lr_milestones):
+            given = " ".join(f"{when:g}" for when in self.lr_milestones) or "empty"
+            problems.append(f"lr_milestones is {given}, expected numbers above 0: fractions of all steps, or steps")
+        if not 0 < self.lr_factor < 1:
+            problems.append(f"lr_factor is {self.lr_factor}, expected more than 0 and less than 1")
         if not 0 <= self.ema_decay < 1:
             problems.append(f"ema_decay is {self.ema_decay}, expected 0 to below 1")
         if not 0 <= self.weight_decay < math.inf:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from selva.checkpoint import (
 )
 from selva.data.dataset import ClipDataset, ConcatDataset, origin_groups, split_validation
 from selva.data.folder_dataset import FolderDataset, load_clip_dataset
-from selva.data.summary import summarise
+from selva.data.memmap.reader import MemmapDataset
+from selva.data.summary import memmap_lines, summarise
 from selva.lora.inject import check_ranks, inject_lora
 from selva.models.generator import cast_frozen_
 from selva.models.variants import get_variant
@@ -33,7 +35,7 @@ from selva.training.set_aside import final_of
 from selva.utils.device import dtype_of, peak_memory_bytes
 from selva.utils.distributed import World
 from selva.utils.errors import UserError
-from selva.utils.text import clock, listed
+from selva.utils.text import clock, counted, listed
 from selva.weights.load import load_clip_text, load_generator
 
 log = logging.getLogger(__name__)
@@ -41,7 +43,7 @@ log = logging.getLogger(__name__)
 NAMED = 5  # clips in a message
 
 
-def adapter_meta(config: RunConfig, num_clips: int) -> dict[str, Any]:
+def adapter_meta(config: RunConfig, num_clips: int, num_processes: int = 1) -> dict[str, Any]:
     """Return the metadata of every adapter of the run: the published keys, and ours that others ignore."""
     training = config.training
     return {
@@ -53,12 +55,14 @@ def adapter_meta(config: RunConfig, num_clips: int) -> dict[str, Any]:
         "lora_plus_ratio": training.lora_plus_ratio,
         "clip_features": training.clip_features,
         "num_clips": num_clips,
-        "train_config": {**dataclasses.asdict(training), "betas": list(training.betas)},
+        "train_config": {**dataclasses.asdict(training), "betas": list(training.betas),
+                         "lr_milestones": list(training.lr_milestones)},
         "normalize_audio": config.normalize_audio,
         "precision": config.precision,
         "preserve": list(config.preserve),
         "preserve_share": config.preserve_share,
         **({"init_from": config.init_from.name} if config.init_from else {}),
+        **({"processes": num_processes} if num_processes > 1 else {}),
     }
 
 
@@ -125,8 +129,10 @@ def load_start(config: RunConfig) -> Adapter | None:
     return adapter
 
 
-def check_resumable(saved: TrainingState, config: RunConfig) -> None:
+def check_resumable(saved: TrainingState, config: RunConfig, num_processes: int = 1) -> None:
     """Raise a ValueError if the run is at its end, or if continuing would mix two different trainings.
+
+    An update of another number of clips is allowed, and said.
 
     A run that was stopped between its last step and its final adapter is not at its end.
     """
@@ -145,6 +151,14 @@ def check_resumable(saved: TrainingState, config: RunConfig) -> None:
     if different:
         raise UserError(f"{saved.path}: continuing with other settings would mix two trainings: "
                          f"{'; '.join(different)}. Use the same settings, or start a new run")
+    was = [saved.meta.get("processes", 1), *(before.get(name) for name in ("batch_size", "grad_accum"))]
+    now = [num_processes, training.batch_size, training.grad_accum]
+    if None not in was and math.prod(was) != math.prod(now):
+        log.warning("%s: an update was of %s so far and is of %d from here on (%s), so the run goes on otherwise than "
+                    "it would have", saved.path, counted(math.prod(was), "clip"), math.prod(now), "; ".join(
+                        f"{name} was {old} and is {new}" for name, old, new in zip(
+                            ("number of processes", "--batch_size", "--grad_accum"), was, now, strict=True)
+                        if old != new))
 
 
 # -- data --------------------------------------------------------------------------------------------------------------
@@ -172,11 +186,14 @@ def load_clips(config: RunConfig, data_dir: Path, device: torch.device, world: W
             log.info("%s", line)
         for line in summary.warnings():
             log.warning("%s", line)
+    if world.is_main and isinstance(clips, MemmapDataset) and len(clips):
+        for line in memmap_lines(clips):
+            log.info("%s", line)
     if not len(clips):
         raise UserError(f"{data_dir}: no clip can be trained on; extract_features.py makes .npz + sound pairs")
     if problems and not config.skip_invalid:
-        raise UserError(f"{data_dir}: {len(problems)} files cannot be used, see above; repair or remove them, or give "
-                         "--skip_invalid to train without them")
+        raise UserError(f"{data_dir}: {counted(len(problems), 'file')} cannot be used, see above; repair or remove "
+                        "what is named there, or give --skip_invalid to train without it")
     return clips
 
 
@@ -196,7 +213,7 @@ def load_split(
         clips, val_clips = split_validation(clips, config.val_fraction, config.training.seed, by_origin=not as_before)
     else:
         val_clips = load_clips(config, config.val_dir, device, world)
-    log.info("%d clips to train on, %d held out%s", len(clips), len(val_clips),
+    log.info("%s to train on, %d held out%s", counted(len(clips), "clip"), len(val_clips),
              "" if len(val_clips) else ": overfitting will not be seen")
     _report_origins(config, clips, val_clips)
     most = config.val_clips

@@ -210,10 +210,10 @@ def test_the_more_specific_prompt_wins(tmp_path, caplog):
         (tmp_path / f"{stem}.txt").write_text("\ufeffbeside\n  the video\n", encoding="utf-8")
     (tmp_path / "f.txt").write_text("\n")
     table = write_table(tmp_path / "t.tsv", "id\tlabel\tprompt", "a\tlabel\ttable", *(f"{s}\tlabel\t" for s in "bcdef"))
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.INFO):
         jobs = collect_jobs([table], prompts=prompts, prompt=" for all ")
     assert [job.prompt for job in jobs] == ["table", "list", "beside the video", "for all", "for all", "for all"]
-    assert "no clip for ghost.npz" in caplog.text and "a.npz" not in caplog.text
+    assert "1 prompt is of no clip here: ghost.npz" in caplog.text and "a.npz" not in caplog.text
     assert [job.prompt for job in collect_jobs([table])][3:] == ["label"] * 3
     assert collect_jobs(videos[4:])[0].prompt == ""
 

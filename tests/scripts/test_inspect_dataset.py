@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -101,7 +102,20 @@ def test_videos_are_found_by_what_the_features_were_made_from(feature_dir, clip_
     (feature_dir / "knock_1.flac").rename(feature_dir / "renamed.flac")
     videos = find_videos(inspect(feature_dir), clip_dir)
     assert videos["renamed"] == (clip_dir / "knock_1.mp4", 0.0) and len(videos) == 6
+    # Extraction's own manifest names the videos.
+    assert len(find_videos(inspection, None)) == 5
+    (feature_dir / "manifest.jsonl").unlink()
     assert find_videos(inspection, tmp_path / "features") == {} == find_videos(inspection, None)
+
+
+def test_frames_are_never_those_of_another_video_of_the_same_name(feature_dir, clip_dir, tmp_path):
+    for day, name in (("monday", "knock_1.mp4"), ("tuesday", "knock_0.mp4")):
+        (tmp_path / day).mkdir()
+        shutil.copy(clip_dir / name, tmp_path / day / "knock_0.mp4")
+    (feature_dir / "manifest.jsonl").unlink()
+    videos = find_videos(inspect(feature_dir), tmp_path)
+    assert videos["knock_0"] == (tmp_path / "tuesday" / "knock_0.mp4", 0.0)
+    assert videos["knock_1"] == (tmp_path / "monday" / "knock_0.mp4", 0.0) and len(videos) == 2
 
 
 def test_frames_stand_above_their_time(tmp_path, clip_dir):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from selva.audio.config import SILENCE_DB
 from selva.audio.silence import block_power
+from selva.data.folder import MANIFEST_FILE
 from selva.data.inspection.measures import ClipReport, Inspection, find_variant
 from selva.data.inspection.report import fit, sign_of, summary
 from selva.features import load_features
@@ -20,7 +22,7 @@ from selva.inputs.suffixes import VIDEO_SUFFIXES
 from selva.media import probe, read_audio, read_video
 from selva.sequence import CLIP_FPS, SHORTEST_SEC
 from selva.utils.errors import UserError
-from selva.utils.files import atomic_path
+from selva.utils.files import atomic_path, json_lines, source_hash
 from selva.utils.plots import draw_spectrogram, new_figure, power_spectrogram
 
 log = logging.getLogger(__name__)
@@ -29,6 +31,7 @@ COLUMN_IN, STRIP_IN, SPECTRUM_IN, WAVE_IN, TITLE_IN = 5.2, 0.62, 1.05, 0.38, 0.5
 DOTS_PER_IN = 130
 MEL_BANDS, LOWEST_HZ, RANGE_DB = 96, 50.0, 70.0
 TICKS_HZ = (100, 1_000, 10_000)
+Found = tuple[Path, float]  # a video, and the second at which a clip of it begins
 TILE_PIXELS = 96  # height of a frame
 COLOURS = {"!": "#b3261e", "?": "#9a5b00", " ": "#202124"}
 WAVE_COLOUR, SILENCE_COLOUR = "#2b6cb0", "#d9dce1"
@@ -59,7 +62,7 @@ def write_overview(inspection: Inspection, path: Path, video_dir: Path | None, m
     if not shown:
         raise UserError(f"{inspection.folder}: there is no clip to draw")
     rows = find_variant(Path(inspection.folder), None).rows if inspection.kind == "memmap" else None
-    videos = {} if rows is not None else find_videos(inspection, video_dir)
+    videos = {} if rows is not None else find_videos(inspection, video_dir, shown)
     columns = 1 if len(shown) == 1 else 2 if len(shown) <= 8 else 3
     num_rows = math.ceil(len(shown) / columns)
     strip = STRIP_IN if videos else 0.0
@@ -89,19 +92,39 @@ def _headline(inspection: Inspection, shown: int) -> str:
     return f"{Path(inspection.folder).resolve().name}: {summary(inspection)}{some}"
 
 
-def find_videos(inspection: Inspection, video_dir: Path | None) -> dict[str, tuple[Path, float]]:
+def find_videos(inspection: Inspection, video_dir: Path | None, clips: Sequence[int] | None = None) -> dict[str, Found]:
     """Return {id: (video, second at which the clip begins)} for the clips whose video is known.
 
-    The video is called like the clip, or like the file that the features say they were made from.
+    Features name the content of their video, so another video of the same name is never taken for it; where they do
+    not, the one video that is called like the clip is. Looked at are the videos of ``video_dir`` and the one that
+    the manifest of the extraction names.
+
+    Args:
+        clips: indices of those to find, all if None; a video is read whole to be known.
     """
-    if video_dir is None:
-        return {}
-    by_name = {path.name: path for path in sorted(video_dir.rglob("*")) if path.suffix.lower() in VIDEO_SUFFIXES}
-    by_stem = {path.stem: path for path in by_name.values()}
-    found = {}
-    for clip in inspection.clips:
-        settings = _settings(Path(inspection.folder) / f"{clip.id}.npz")
-        video = by_name.get(str(settings.get("source"))) or by_stem.get(clip.id)
+    videos = [] if video_dir is None else sorted(
+        path for path in video_dir.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file())
+    folder = Path(inspection.folder)
+    sources = {str(row.get("id")): Path(str(row.get("source"))) for row in json_lines(folder / MANIFEST_FILE)}
+    hashes: dict[Path, str] = {}
+
+    def has_content(path: Path, sha256: str) -> bool:
+        if path not in hashes:
+            hashes[path] = source_hash(path)
+        return hashes[path] == sha256
+
+    found: dict[str, Found] = {}
+    for index in range(len(inspection.clips)) if clips is None else clips:
+        clip = inspection.clips[index]
+        settings = _settings(folder / f"{clip.id}.npz")
+        name, sha256 = str(settings.get("source")), settings.get("source_sha256")
+        if sha256 is None:
+            called = [path for path in videos if path.stem == clip.id]
+            video = called[0] if len(called) == 1 else None
+        else:
+            near = sorted(videos, key=lambda path: (path.name != name, path.stem != clip.id))
+            source = [sources[clip.id]] if clip.id in sources and sources[clip.id].is_file() else []
+            video = next((path for path in [*source, *near] if has_content(path, str(sha256))), None)
         start = settings.get("start_sec", 0.0)
         if video is not None:
             found[clip.id] = (video, float(start) if isinstance(start, int | float) else 0.0)
