@@ -23,18 +23,17 @@ from selva.media import probe, read_audio, read_video
 from selva.sequence import CLIP_FPS, SHORTEST_SEC
 from selva.utils.errors import UserError
 from selva.utils.files import atomic_path, json_lines, source_hash
-from selva.utils.plots import draw_spectrogram, new_figure, power_spectrogram
+from selva.utils.plots import BLUE, GREY, INK, RED, new_figure
+from selva.utils.spectrogram import draw_levels, mel_levels
 
 log = logging.getLogger(__name__)
 
 COLUMN_IN, STRIP_IN, SPECTRUM_IN, WAVE_IN, TITLE_IN = 5.2, 0.62, 1.05, 0.38, 0.5  # inches
 DOTS_PER_IN = 130
-MEL_BANDS, LOWEST_HZ, RANGE_DB = 96, 50.0, 70.0
-TICKS_HZ = (100, 1_000, 10_000)
 Found = tuple[Path, float]  # a video, and the second at which a clip of it begins
 TILE_PIXELS = 96  # height of a frame
-COLOURS = {"!": "#b3261e", "?": "#9a5b00", " ": "#202124"}
-WAVE_COLOUR, SILENCE_COLOUR = "#2b6cb0", "#d9dce1"
+COLOURS = {"!": RED, "?": "#9a5b00", " ": INK}
+WAVE_COLOUR, SILENCE_COLOUR = BLUE, "#d9dce1"
 
 
 def choose_clips(inspection: Inspection, most: int) -> list[int]:
@@ -166,10 +165,11 @@ class _Cell:
         words = "; ".join(report.problems + report.notes) or report.prompt
         for text, down, size, colour in (
             (f"{report.id}   {'   '.join(fact for fact in facts if fact)}", 0.14, 8, COLOURS[sign]),
-            (words, 0.31, 6.5, COLOURS[sign] if sign != " " else "#5f6368"),
+            (words, 0.31, 6.5, COLOURS[sign] if sign != " " else GREY),
         ):
             self.figure.text(self.left / self.total_width, (self.top - down) / self.total_height,
-                             fit(text, 98 if size < 8 else 70), fontsize=size, color=colour, va="center")
+                             fit(text, 98 if size < 8 else 70), fontsize=size, color=colour, va="center",
+                             parse_math=False)
         self.top -= 0.42
 
     def sound(self, report: ClipReport, strip: float, video: tuple[Path, float] | None) -> None:
@@ -186,7 +186,9 @@ class _Cell:
                 axes.set_facecolor(SILENCE_COLOUR)
                 axes.set_yticks([])
         else:
-            draw_spectrum(spectrum, waveform, rate, seconds)
+            levels = mel_levels(waveform.mean(dim=0), rate)
+            draw_levels(spectrum, levels, seconds, rate, float(levels.max()), size=6)  # below its own loudest point
+            spectrum.set_xlabel("")
             draw_wave(wave, waveform, rate, seconds)
         wave.set_xlim(0, seconds)
         wave.set_xlabel("seconds", fontsize=6, labelpad=1)
@@ -197,7 +199,7 @@ class _Cell:
         limit = max(1e-6, float(np.percentile(np.abs(centred), 99)))
         axes.imshow(centred.T, aspect="auto", origin="lower", extent=(0, seconds, 0, mean.shape[1]), cmap="RdBu_r",
                     vmin=-limit, vmax=limit, interpolation="nearest")
-        axes.set_ylabel("latent", fontsize=6, labelpad=1)
+        axes.set_ylabel("latent channel", fontsize=6, labelpad=1)
         axes.set_xlabel("seconds", fontsize=6, labelpad=1)
 
     def _frames(self, axes: Any, video: tuple[Path, float] | None, seconds: float, strip: float) -> None:
@@ -251,25 +253,6 @@ def frame_strip(path: Path, start_sec: float, seconds: float, shape: float) -> n
 def _seconds_of(path: Path, seconds: float, start_sec: float) -> float:
     duration = probe(path).duration_sec
     return seconds if duration is None else max(SHORTEST_SEC, duration - start_sec)
-
-
-def draw_spectrum(axes: Any, waveform: Tensor, rate: int, seconds: float) -> None:
-    """Draw the mel spectrogram of (channels, samples), dB below its loudest point."""
-    from torchaudio.functional import melscale_fbanks
-
-    size = 1 << max(8, round(math.log2(rate * 0.046)))
-    mono = waveform.mean(dim=0)
-    hop = max(1, min(size // 4, len(mono) // 400))
-    padded = torch.nn.functional.pad(mono, (size // 2, size // 2))
-    power = power_spectrogram(padded, torch.hann_window(size), hop)
-    bank = melscale_fbanks(len(power), LOWEST_HZ, rate / 2, MEL_BANDS, rate, norm="slaney", mel_scale="slaney")
-    level = 10 * torch.log10((power.T @ bank).clamp_min(1e-21))  # (T, bands)
-    level = (level - level.max()).T.numpy()
-    draw_spectrogram(axes, level, (seconds, MEL_BANDS), (-RANGE_DB, 0), cmap="magma", interpolation="bilinear")
-    centres = bank.argmax(dim=0) * rate / 2 / (len(power) - 1)  # (bands,) Hz
-    ticks = [hz for hz in TICKS_HZ if hz < rate / 2]
-    axes.set_yticks([int((centres - hz).abs().argmin()) + 0.5 for hz in ticks],
-                    [f"{hz // 1000}k" if hz >= 1000 else str(hz) for hz in ticks])
 
 
 def draw_wave(axes: Any, waveform: Tensor, rate: int, seconds: float, points: int = 1200) -> None:
