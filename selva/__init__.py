@@ -9,16 +9,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from selva.utils.lazy import lazy_exports
+from selva.utils.version import __version__
 
 if TYPE_CHECKING:
     from selva.checkpoint import load_adapter
+    from selva.extraction.python import extract
     from selva.features import load_features
     from selva.flow import SamplingConfig
     from selva.inference.engine import SoundGenerator
+    from selva.inference.python import generate
     from selva.inference.request import Sound, SoundRequest
     from selva.lora.merge import merge_adapter
-
-__version__ = "0.1.0"
+    from selva.training.python import train
 
 __all__ = [
     "SamplingConfig",
@@ -26,9 +28,12 @@ __all__ = [
     "SoundGenerator",
     "SoundRequest",
     "__version__",
+    "extract",
+    "generate",
     "load_adapter",
     "load_features",
     "merge_adapter",
+    "train",
 ]
 
 __getattr__, __dir__ = lazy_exports(__name__, {
@@ -36,7 +41,10 @@ __getattr__, __dir__ = lazy_exports(__name__, {
     "Sound": "selva.inference.request",
     "SoundGenerator": "selva.inference.engine",
     "SoundRequest": "selva.inference.request",
+    "extract": "selva.extraction.python",
+    "generate": "selva.inference.python",
     "load_adapter": "selva.checkpoint",
     "load_features": "selva.features",
     "merge_adapter": "selva.lora.merge",
+    "train": "selva.training.python",
 })
