@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# PYTHON_ARGCOMPLETE_OK
 """Cut long recordings into clips of 8.1 s: recordings -> clips.tsv.
 
     python partition_clips.py --data_dir recordings/ --output_dir clips/

@@ -59,6 +59,16 @@ def test_videos_before_extraction_show_their_own_frames(main, clip_dir, tmp_path
     assert "6 sounds without features" in capsys.readouterr().out
 
 
+def test_subfolders_are_taken_if_asked_for(main, clip_dir, tmp_path, capsys):
+    for day in ("monday", "tuesday"):
+        (tmp_path / "in" / day).mkdir(parents=True)
+        shutil.copy(clip_dir / "knock_0.mp4", tmp_path / "in" / day / "knock.mp4")
+    assert main([str(tmp_path / "in")]) == 1 and "--recursive looks into" in capsys.readouterr().err
+    assert main([str(tmp_path / "in"), "--recursive", "--png", str(tmp_path / "a.png")]) == 0
+    out = capsys.readouterr().out
+    assert "monday_knock" in out and "tuesday_knock" in out and "2 sounds without features" in out
+
+
 def test_a_memmap(main, tmp_path, capsys):
     put_memmap(tmp_path / "train")
     assert main([str(tmp_path / "train"), "--png", str(tmp_path / "a.png"), "--variant", "tiny_16k"]) == 0

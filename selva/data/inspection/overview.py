@@ -117,7 +117,9 @@ def find_videos(inspection: Inspection, video_dir: Path | None, clips: Sequence[
         clip = inspection.clips[index]
         settings = _settings(folder / f"{clip.id}.npz")
         name, sha256 = str(settings.get("source")), settings.get("source_sha256")
-        if sha256 is None:
+        if Path(clip.path).suffix.lower() in VIDEO_SUFFIXES:
+            video = Path(clip.path)  # before extraction, the clip itself
+        elif sha256 is None:
             called = [path for path in videos if path.stem == clip.id]
             video = called[0] if len(called) == 1 else None
         else:
