@@ -17,8 +17,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import selva_lora  # noqa: F401 -- ends here if another selva would be imported
 from selva import cli
 from selva.extraction.config import ExtractionConfig
+from selva.weights.find import check_weights
 
 
 def build_parser() -> cli.ArgumentParser:
@@ -32,6 +34,7 @@ def build_parser() -> cli.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     config = cli.config_from(ExtractionConfig, args)
+    check_weights(config.model.variant, config.model.selva_dir, config.weight_parts)
     from selva.extraction.extract import extract  # PyTorch takes seconds to import; mistakes were told before
 
     return cli.EXIT_FAILED if extract(config, announce, args.debug) else 0

@@ -20,8 +20,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import selva_lora  # noqa: F401 -- ends here if another selva would be imported
 from selva import cli
 from selva.inference.config import InferenceConfig
+from selva.weights.find import check_weights
 
 
 def build_parser() -> cli.ArgumentParser:
@@ -34,6 +36,7 @@ def build_parser() -> cli.ArgumentParser:
 @cli.entry_point
 def main(argv: Sequence[str] | None = None) -> int:
     config = cli.config_from(InferenceConfig, build_parser().parse_args(argv))
+    check_weights(config.model.variant, config.model.selva_dir, config.weight_parts)
     from selva.inference.run import generate  # PyTorch takes seconds to import; mistakes were told before
 
     return cli.EXIT_FAILED if generate(config, announce) else 0

@@ -19,7 +19,8 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["selva", "selva.*", "toyworld", "toyworld.*"]),
     package_data={"selva": ["py.typed"], "selva.weights": ["assets/*"]},
-    scripts=["partition_clips.py", "extract_features.py", "train_lora.py", "infer.py"],
+    py_modules=["selva_lora"],
+    scripts=["partition_clips.py", "extract_features.py", "train_lora.py", "infer.py", "scripts/download_weights.py"],
     install_requires=[
         # torchaudio's newest release refuses a torch built for another CUDA version, so the two move together.
         "torch>=2.5,<2.12",

@@ -18,6 +18,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Sequence
 
+import selva_lora  # noqa: F401 -- ends here if another selva would be imported
 from selva import cli
 from selva.training.config import RunConfig
 from selva.weights.find import check_weights
@@ -36,7 +37,8 @@ def build_parser() -> cli.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     config = cli.config_from(RunConfig, args)
-    check_weights(config.model.variant, config.model.selva_dir, (*NEEDS, *(["vocoder"] if config.preview else [])))
+    needs = (*NEEDS, *(["vocoder"] if config.preview else []))
+    check_weights(config.model.variant, config.model.selva_dir, config.model.needs(needs))
     from selva.training.train import train  # PyTorch takes seconds to import; mistakes were told before
 
     result = train(config, cli.saved_settings(args))

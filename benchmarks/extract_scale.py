@@ -26,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
+import selva_lora  # noqa: F401 -- ends here if another selva would be imported
 from selva import cli
 from selva.extraction.manifest import DONE, FAILED, SKIPPED, read_manifest
 from selva.media import write_video

@@ -25,6 +25,7 @@ import torch
 from results import write_results
 from torch import Tensor
 
+import selva_lora  # noqa: F401 -- ends here if another selva would be imported
 from selva import cli
 from selva.audio.metrics import onset_strength, power_frames
 from selva.features import load_features

@@ -7,7 +7,7 @@ import functools
 import gc
 import json
 import math
-import resource
+import mmap
 import statistics
 import sys
 import tempfile
@@ -24,6 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from selva.models import onednn
+from selva.utils.device import peak_memory_bytes
 
 MEMORY_POLL_SEC = 0.002
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
@@ -195,9 +196,9 @@ def _linear_flops(x_shape: tuple[int, ...], weight_shape: tuple[int, ...], *args
 def resident_rise(call: Callable[[], Any]) -> float:
     """Return the largest rise in MiB of the resident memory of this process while ``call`` runs (Linux)."""
     if sys.platform != "linux":
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = peak_memory_bytes("cpu")
         call()
-        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
+        return (peak_memory_bytes("cpu") - before) / 2**20
     return_memory_at_once(True)
     peak, done = [resident_bytes()], threading.Event()
     before = peak[0]
@@ -234,7 +235,7 @@ def return_memory_at_once(wanted: bool) -> None:
 
 def resident_bytes() -> int:
     pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
+    return pages * mmap.PAGESIZE
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -25,6 +25,7 @@ from data_stages import extraction, startup
 from measure import Bench, Result, clock, growth_table, markdown
 from stages import Sizes, Stage, checkpointed_step, memmap_reading, sampling, training_step, vocoder
 
+import selva_lora  # noqa: F401 -- ends here if another selva would be imported
 from selva import __version__, cli
 from selva.models.variants import get_variant
 from selva.utils.device import dtype_of, resolve_device
@@ -78,7 +79,32 @@ def describe_machine(device: torch.device) -> str:
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
     names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     name = names[0] if names else platform.processor()
-    return f"{name}, {torch.get_num_threads()} threads of {os.cpu_count()} cores, torch {torch.__version__}"
+    threads = f"{torch.get_num_threads()} threads of {os.cpu_count()} cores"
+    return f"{name} computing with {kind_of(device)}, {threads}, torch {torch.__version__}"
+
+
+def kind_of(device: torch.device) -> str:
+    """Return the instructions that PyTorch computes with on a CPU, such as "AVX512" or "AVX2"; elsewhere the device."""
+    return torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else device.type
+
+
+def kinds_table(stored: Sequence[dict[str, Any]]) -> str:
+    """Return a table of ours over plain with a column for every kind of processor; "" if all results are of one."""
+    columns = list(dict.fromkeys((each["kind"], each["precision"]) for each in stored if "kind" in each))
+    if len({kind for kind, _ in columns}) < 2:
+        return ""
+    ratios: dict[tuple[str, str, str], dict[tuple[str, str], float]] = {}
+    for each in stored:
+        for row in each["results"]:
+            if row["ratio"] is not None and "kind" in each:
+                key = each["variant"], row["stage"], row["size"]
+                ratios.setdefault(key, {})[each["kind"], each["precision"]] = row["ratio"]
+    header = ["variant", "stage", "size", *(f"{kind}, {precision}" for kind, precision in columns)]
+    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    for key, found in ratios.items():
+        cells = [f"{found[column]:.2f}" if column in found else "" for column in columns]
+        lines.append("| " + " | ".join([*key, *cells]) + " |")
+    return "\n".join(["### Ours over plain, by kind of processor", "", *lines]) + "\n"
 
 
 def _lines(path: str) -> list[str]:
@@ -123,14 +149,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             assert result.tolerance is not None
             if not result.error <= result.tolerance:
                 wrong.append(f"{result.stage}, {result.size}: the two ways differ by {result.error:.2g}")
-    name = "_".join([variant.name, args.precision, device.type, *(chosen if args.only else [])])
-    figures = {"name": name, "title": title, "selva": __version__, "results": [result.row() for result in results]}
+    kind = kind_of(device)
+    where = [device.type] if kind in (device.type, "AVX512") else [device.type, kind.lower()]
+    name = "_".join([variant.name, args.precision, *where, *(chosen if args.only else [])])
+    figures = {"name": name, "title": title, "kind": kind, "precision": args.precision, "variant": variant.name,
+               "selva": __version__, "results": [result.row() for result in results]}
     atomic_write_text(args.out / f"{name}.json", json.dumps(figures, indent=2) + "\n")
     atomic_write_text(args.out / f"{name}.md", tables(figures))
     print(tables(figures))
     if args.docs is not None:
         stored = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(args.out.glob("*.json"))]
         sections = [f"### {each['name']}\n\n{tables(each)}" for each in stored]
+        sections = [*filter(None, [kinds_table(stored)]), *sections]
         update_document(args.docs, BEGIN_MARK, marked_block(BEGIN_MARK, sections))
     if wrong:
         raise UserError("; ".join(wrong))

@@ -25,6 +25,7 @@ from typing import Any
 from results import write_results
 from torch import Tensor
 
+import selva_lora  # noqa: F401 -- ends here if another selva would be imported
 from selva import cli, flow
 from selva.audio.metrics import log_spectral_distance
 from selva.features import load_features

@@ -34,6 +34,7 @@ from plain import (
 )
 from torch import Tensor
 
+import selva_lora  # noqa: F401 -- ends here if another selva would be imported
 from selva import cli
 from selva.data.latents import load_waveform
 from selva.features import load_features
@@ -49,7 +50,7 @@ from selva.training.setup import build_run, load_split
 from selva.utils.device import dtype_of, peak_memory_bytes, resolve_device
 from selva.utils.distributed import World
 from selva.utils.progress import StageTimes
-from selva.weights.config import ModelConfig
+from selva.weights.config import GeneratorModelConfig
 from selva.weights.find import ASSETS, asset_name, find_weights
 
 CHECK_TIME = 0.3  # of the flow, at which the two velocities are compared
@@ -76,7 +77,7 @@ def weight_paths(variant: Variant, selva_dir: Path | None, *parts: str) -> list[
 
 def start_ours(args, times: StageTimes) -> Callable[[], dict[str, Tensor]]:
     """Start as train_lora.py does, and return a function that makes what is compared."""
-    config = RunConfig(data_dir=args.data_dir, model=ModelConfig(args.variant, args.selva_dir, args.device),
+    config = RunConfig(data_dir=args.data_dir, model=GeneratorModelConfig(args.variant, args.selva_dir, args.device),
                        precision=args.precision, val_fraction=0.0)
     device = resolve_device(args.device)
     with times.stage("data"):

@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from tiny_tables import BEGIN_MARK, PARTS, TITLE, figures_text
 
+import selva_lora  # noqa: F401 -- ends here if another selva would be imported
 from selva import cli
 from selva.checkpoint import load_adapter
 from selva.flow import SamplingConfig

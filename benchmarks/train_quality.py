@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from results import write_results
 from torch import Tensor
 
+import selva_lora  # noqa: F401 -- ends here if another selva would be imported
 from selva import cli, flow
 from selva.data.dataset import ClipDataset, split_validation
 from selva.data.folder_dataset import load_clip_dataset

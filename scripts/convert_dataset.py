@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import selva_lora  # noqa: F401 -- ends here if another selva would be imported
 from selva import cli
 from selva.data.memmap.reader import MemmapDataset, is_memmap
 from selva.extraction.convert import Conversion, LatentDecoder, folder_to_memmap, memmap_to_folder, plan_folder

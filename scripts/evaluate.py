@@ -17,6 +17,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
+import selva_lora  # noqa: F401 -- ends here if another selva would be imported
 from selva import cli
 from selva.evaluation.config import EvaluationConfig
 

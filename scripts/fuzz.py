@@ -30,6 +30,7 @@ from pathlib import Path
 
 import numpy as np
 
+import selva_lora  # noqa: F401 -- ends here if another selva would be imported
 from selva import cli
 from selva.utils.progress import Progress
 

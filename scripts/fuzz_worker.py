@@ -23,6 +23,7 @@ import numpy as np
 import soundfile
 import torch
 
+import selva_lora  # noqa: F401 -- ends here if another selva would be imported
 from selva import cli
 from selva.checkpoint import load_adapter, load_checkpoint, save_adapter, save_checkpoint
 from selva.data.cache import DataCache

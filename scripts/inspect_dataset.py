@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import selva_lora  # noqa: F401 -- ends here if another selva would be imported
 from selva import cli
 from selva.data.inspection.measures import inspect
 from selva.data.inspection.report import sentences, summary, table, to_json

@@ -4,7 +4,7 @@
 
 All runs have the same settings. Each is ended with SIGKILL a few times, while it loads, trains, saves, validates, makes
 a sample or goes back to an older step, and at last at its end, each time followed by `--resume auto`. A kill counts
-only if the run was seen to be in that part; kills while loading are done, but not counted. Prints a line per kill.
+for the part that it fell into, as the log and half-written files show afterwards; kills while loading do not count.
 
 Exit code 0 if nothing is lost: adapters, metrics and samples equal those of an undisturbed run bit for bit; else 1.
 """
@@ -17,6 +17,7 @@ import logging
 import os
 import random
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from pathlib import Path
 
 import torch
 
+import selva_lora  # noqa: F401 -- ends here if another selva would be imported
 from selva import cli
 from selva.checkpoint import STEP_FILE, load_adapter
 from selva.utils.errors import UserError
@@ -36,10 +38,10 @@ from selva.utils.torchrun import process_environment
 log = logging.getLogger("selva.kill_test")
 
 TRAIN = Path(__file__).resolve().parents[1] / "train_lora.py"
-PARTS = ("training", "saving", "validation", "sample")  # then "rewind" and "end"
-VAL_EVERY = 5
-KILLS_PER_RUN = 8
+PARTS, LAST_PARTS = ("training", "saving", "validation", "sample"), ("rewind", "end")
+VAL_EVERY, KILLS_PER_RUN = 5, 8
 STEP_LINE = re.compile(r"step (\d+)/")
+NEWS = re.compile(r"step \d+[/:]|saved .*adapter_step|sample: ")  # lines that say what a run does next
 
 
 def build_parser() -> cli.ArgumentParser:
@@ -104,18 +106,17 @@ class Run:
         return not self.is_over
 
     def count(self, text: str) -> int:
-        """Return the number of lines of the log that hold ``text``."""
         return sum(text in line for line in list(self.lines))
 
     def step(self) -> int:
         """Return the last step that the log names; 0 before the first."""
         return next((int(found[1]) for line in reversed(list(self.lines)) if (found := STEP_LINE.match(line))), 0)
 
-    def kill(self) -> None:
-        """End all processes at once."""
+    def kill(self) -> bool:
+        """End all processes at once; return False if the first one had ended by itself."""
         for process in self.processes:
             process.kill()
-        self.wait()
+        return self.wait() == -signal.SIGKILL
 
     def wait(self) -> int:
         """Return the exit code of the first process when all have ended."""
@@ -125,13 +126,22 @@ class Run:
 
 
 def steps_in(folder: Path) -> list[int]:
-    """Return the steps of the step files in a folder, the newest last."""
+    """Return the steps of the step files in a folder in order."""
     return sorted(int(match[1]) for path in folder.glob("*.pt") if (match := STEP_FILE.fullmatch(path.name)))
 
 
-def is_writing(folder: Path) -> bool:
-    """Return True while a file is being written in a folder."""
-    return any(name.startswith(PARTIAL_PREFIX) for name in os.listdir(folder)) if folder.exists() else False
+def unfinished(folder: Path) -> set[str]:
+    """Return the names of files that are half written in a folder."""
+    return {name for name in os.listdir(folder) if name.startswith(PARTIAL_PREFIX)} if folder.exists() else set()
+
+
+def fell_into(part: str, run: Run, half_written: bool) -> str:
+    """Return the part that a killed run was in, which was to be ``part``."""
+    if not run.step() or part == "end":  # wait_for() has seen these
+        return part
+    news = next(line for line in reversed(run.lines) if NEWS.match(line))
+    validating = STEP_LINE.match(news) and run.step() % VAL_EVERY == 0
+    return "saving" if half_written else "sample" if "adapter_step" in news else PARTS[2 if validating else 0]
 
 
 def wait_for(part: str, run: Run, folder: Path, rng: random.Random, steps: int) -> bool:
@@ -154,7 +164,7 @@ def wait_for(part: str, run: Run, folder: Path, rng: random.Random, steps: int) 
     wanted = run.count("saved ") + rng.randint(0, 1)
     if part == "sample":
         return run.until(lambda: run.count("saved ") > wanted) and _later(run, rng, 0.6)
-    return run.until(lambda: run.count("saved ") >= wanted and is_writing(folder)) and _later(run, rng, 0.02)
+    return run.until(lambda: run.count("saved ") >= wanted and bool(unfinished(folder))) and _later(run, rng, 0.005)
 
 
 def _later(run: Run, rng: random.Random, seconds: float) -> bool:
@@ -184,17 +194,19 @@ def kill_a_run(args, folder: Path, processes: int, wanted: int, rng: random.Rand
     """Take one run to its end through up to ``KILLS_PER_RUN`` kills, and return how many counted, by part."""
     counted: collections.Counter[str] = collections.Counter()
     parts = [*rng.sample(PARTS, len(PARTS)), *rng.choices(PARTS, k=KILLS_PER_RUN - len(PARTS) - 2)]
-    for part in ["loading", *parts[: max(0, wanted - 2)], "rewind", "end"]:
-        steps = steps_in(folder)
-        if part == "rewind" and len(steps) < 2:
-            part = "training"
+    queue = ["end", "rewind", *parts[: max(0, wanted - 2)], "loading"]
+    while queue:
+        part, steps = queue.pop(), steps_in(folder)
+        if part == "rewind" and len(steps) < 2:  # after a sample there is one more
+            queue.append(part)
+            part = "sample"
         resume = folder / f"adapter_step{rng.choice(steps[:-1]):05d}.pt" if part == "rewind" else "auto"
         run = Run(train_command(args, folder, processes, resume), processes)
-        if not wait_for(part, run, folder, rng, args.steps):
-            run.kill()
+        met, writing = wait_for(part, run, folder, rng, args.steps), unfinished(folder)
+        if not run.kill() or not met:
             log.info("%s: not in %s any more, does not count (step %d)", folder.name, part, run.step())
             continue
-        run.kill()
+        part = fell_into(part, run, bool(writing & unfinished(folder)))  # what is still there was not finished
         counted[part] += part != "loading"
         log.info("%s, %d process%s: killed in %s at step %d; newest step file %s", folder.name, processes,
                  "es" * (processes > 1), part, run.step(), max(steps_in(folder), default="none"))
@@ -202,11 +214,7 @@ def kill_a_run(args, folder: Path, processes: int, wanted: int, rng: random.Rand
 
 
 def finish(args, folder: Path, processes: int) -> None:
-    """Take a run to its end.
-
-    Raises:
-        ValueError: it does not get there.
-    """
+    """Take a run to its end; a ValueError says that it does not get there."""
     run = Run(train_command(args, folder, processes), processes)
     if run.wait() and not run.count("give a larger --steps"):  # the last kill came when everything was done
         raise UserError(f"{folder}: the run failed: {''.join(run.lines[-5:])}")
@@ -217,21 +225,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     if args.work_dir.exists() and any(args.work_dir.iterdir()):
         raise cli.UsageError(f"--work_dir {args.work_dir}: is not empty")
+    if args.steps < 4 * args.save_every:
+        raise cli.UsageError(f"--steps {args.steps}: expected at least four times --save_every, to go back in")
+    share = -(-args.kills // len(args.processes))  # so that each number of processes has its turn
     for processes in args.processes:
         finish(args, args.work_dir / f"whole_{processes}", processes)
         log.info("undisturbed run of %d process(es): done", processes)
-    rng, counted, wrong = random.Random(args.seed), collections.Counter(), []
-    number = 0
+    rng, counted, wrong, number = random.Random(args.seed), collections.Counter(), [], 0
     while counted.total() < args.kills:
         processes = args.processes[number % len(args.processes)]
         number += 1
         folder = args.work_dir / f"killed_{number:03d}"
-        counted += kill_a_run(args, folder, processes, args.kills - counted.total(), rng)
+        counted += kill_a_run(args, folder, processes, min(share, args.kills - counted.total()), rng)
         finish(args, folder, processes)
         different = differences(args.work_dir / f"whole_{processes}", folder)
         wrong += [f"{folder.name}/{name}" for name in different]
         log.info("%s: %s", folder.name, "DIFFERENT: " + ", ".join(different) if different else "equal bit for bit")
-    kinds = ", ".join(f"{count} in {part}" for part, count in sorted(counted.items()))
+    kinds = ", ".join(f"{counted[part]} in {part}" for part in (*PARTS, *LAST_PARTS))
     print(f"{counted.total()} kills that count ({kinds}), {number} runs: "
           + ("DIFFERENT: " + ", ".join(wrong) if wrong else "nothing lost, equal bit for bit"))
     return cli.EXIT_FAILED if wrong else 0

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import selva_lora  # noqa: F401 -- ends here if another selva would be imported
 from selva import cli
 from selva.media import write_audio
 from selva.utils.files import atomic_write_text

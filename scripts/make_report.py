@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import selva_lora  # noqa: F401 -- ends here if another selva would be imported
 from selva import cli
 from selva.media import prepare_audio, read_audio
 from selva.utils.errors import UserError

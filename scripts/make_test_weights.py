@@ -2,8 +2,8 @@
 
     python scripts/make_test_weights.py --variant small_16k --selva_dir test_weights
 
-For testing and timing the whole way without downloading: every file that the variant needs, about 4.5 GB for
-small_16k. The networks run and produce noise. The same seed writes the same weights on every machine.
+For testing and timing the whole way without downloading: every file that the variant needs, here or in ComfyUI-SelVA,
+5.0 GB for small_16k. The networks run and produce noise. The same seed writes the same weights on every machine.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+import selva_lora  # noqa: F401 -- ends here if another selva would be imported
 from selva import cli
 from selva.models.clip_t5 import T5_EMBEDDING_COPY, meta_clip, meta_t5
 from selva.models.random_weights import random_state_dict, random_tensor
-from selva.models.variants import T5_TOKENIZER, VARIANTS, Variant, get_variant
+from selva.models.variants import SYNCHFORMER, T5_TOKENIZER, VARIANTS, WEIGHT_FILES, Variant, get_variant
 from selva.models.vocoder import FILTER_SUFFIXES, WEIGHT_NORM_SUFFIXES, AntiAliasedActivation, antialias_filter
-from selva.models.zoo import build_generator, build_vae, build_video_encoder, build_vocoder
+from selva.models.zoo import build_generator, build_synchformer, build_vae, build_video_encoder, build_vocoder
 from selva.utils.errors import UserError
 from selva.utils.files import atomic_path, atomic_write_text
 from selva.weights.find import LAYOUTS, default_layout, local_path
@@ -59,13 +60,19 @@ def generator_tensors(variant: Variant, seed: int) -> dict[str, Tensor]:
 
 
 def video_encoder_tensors(variant: Variant, seed: int) -> dict[str, Tensor]:
-    """Return a video encoder; a Synchformer file also holds an audio branch, which is not read."""
+    if variant.family == "mmaudio":
+        return synchformer_tensors(variant, seed)
     with torch.device("meta"):
         template = build_video_encoder(variant.name)
-    tensors = random_state_dict(template, seed)
-    if variant.family == "mmaudio":
-        tensors["afeat_extractor.stand_in.weight"] = random_tensor("afeat_extractor.stand_in.weight", (4, 4), seed)
-    return tensors
+    return random_state_dict(template, seed)
+
+
+def synchformer_tensors(variant: Variant, seed: int) -> dict[str, Tensor]:
+    """Return a Synchformer; its published file also holds an audio branch, which is not read."""
+    with torch.device("meta"):
+        template = build_synchformer(variant.video_encoder)
+    stand_in = "afeat_extractor.stand_in.weight"
+    return {**random_state_dict(template, seed), stand_in: random_tensor(stand_in, (4, 4), seed)}
 
 
 def vae_tensors(variant: Variant, seed: int) -> dict[str, Tensor]:
@@ -124,12 +131,16 @@ def stand_in_tokenizer(path: Path) -> None:
 
 
 def write_part(variant: Variant, part: str, path: Path, seed: int) -> None:
-    """Write the weight file of one part; the image tower of CLIP is in the file of the text tower."""
+    """Write the weight file of one part; the image tower of CLIP is in the file of the text tower.
+
+    ``part`` may also be the name of the Synchformer file, which is no part of SelVA variants.
+    """
     from safetensors.torch import save_file
 
     make = {
         "generator": generator_tensors,
         "video_encoder": video_encoder_tensors,
+        SYNCHFORMER: synchformer_tensors,
         "vae": vae_tensors,
         "vocoder": vocoder_tensors,
         "clip_text": lambda variant, seed: half_precision(meta_clip(variant.clip), seed),
@@ -155,6 +166,11 @@ def write_weights(variant: Variant, selva_dir: Path, layout: str, seed: int) -> 
         path = local_path(variant.weight_files(part)[0], selva_dir, layout)
         write_part(variant, part, path, seed)
         log.info("%s: %.2f GB", part, path.stat().st_size / 1e9)
+        paths.append(path)
+    if variant.family == "selva":  # not read here, but the loader of ComfyUI-SelVA asks for it with every variant
+        path = local_path(WEIGHT_FILES[SYNCHFORMER], selva_dir, layout)
+        write_part(variant, SYNCHFORMER, path, seed)
+        log.info("%s, for ComfyUI-SelVA only: %.2f GB", SYNCHFORMER, path.stat().st_size / 1e9)
         paths.append(path)
     if variant.t5 is not None:
         path = local_path(T5_TOKENIZER, selva_dir, layout)

@@ -26,6 +26,7 @@ from pathlib import Path
 
 import torch
 
+import selva_lora  # noqa: F401 -- ends here if another selva would be imported
 from selva import cli
 from selva.utils.device import resolve_device
 from selva.utils.errors import UserError

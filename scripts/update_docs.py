@@ -15,10 +15,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import selva_lora  # noqa: F401 -- ends here if another selva would be imported
 from selva import cli
 from selva.extraction.config import ExtractionConfig
 from selva.inference.config import InferenceConfig
 from selva.partition.config import PartitionConfig
+from selva.training.base.config import BaseTrainConfig
 from selva.training.config import RunConfig
 from selva.utils.document import marked_block, with_block
 from selva.utils.errors import UserError
@@ -30,6 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 TABLES: dict[str, type] = {
     "training.md": RunConfig,
+    "base_training.md": BaseTrainConfig,
     "data.md": ExtractionConfig,
     "partition.md": PartitionConfig,
     "inference.md": InferenceConfig,

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from selva.lora.merge import merge_adapter
     from selva.training.python import train
 
+DISTRIBUTION = "selva-lora"  # the official SelVA has a package of this name too; ``selva_lora`` tells them apart
+
 __all__ = [
     "SamplingConfig",
     "Sound",

@@ -1,7 +1,7 @@
 """Files of a training run: the adapter that others load, and the step file that a run resumes from.
 
     adapter_final.pt, adapter_best.safetensors ...   {"state_dict", "meta"}: all that sampling needs
-    adapter_step00500.pt                             the same and what resuming needs: "step", "optimizer",
+    adapter_step00500.pt                             the same and what resuming needs: "step", "optimizer_state",
                                                      "scheduler", "lora" (see below) and "extra"
 
 Only tensors, numbers, strings and plain containers, so ``torch.load(..., weights_only=True)`` reads everything and no
@@ -16,7 +16,13 @@ is in meta key ``lora_config``.
 those without a word. Ours have the same layout with ``format = "selva-lora-1"`` in the meta, and a ``target`` that fits
 no layer and says why, which the loader shows in its error. Our reader puts the real targets back.
 
-A ``.safetensors`` file holds the same tensors, and the meta as JSON under metadata key "meta".
+**Step files** are continued here only. ComfyUI-SelVA's trainer would take the adapter with its folded scale and PiSSA's
+double rank for the factors of its own settings, and compares none of them: it would train something else without a
+word. So "optimizer", which it hands to PyTorch's AdamW, holds a sentence where AdamW expects a number, and AdamW's
+error shows it (:data:`CONTINUED_HERE_ONLY`). As an adapter, a step file works there like any other.
+
+A ``.safetensors`` file holds the same tensors, and the meta as JSON under metadata key "meta"; ComfyUI-SelVA reads
+``.pt`` only.
 """
 
 from __future__ import annotations
@@ -27,7 +33,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +41,7 @@ import torch
 from torch import Tensor, nn
 
 from selva.lora.config import MAX_PROBLEMS, LoRAConfig
+from selva.lora.foreign import foreign_format
 from selva.lora.merge import FACTOR_SUFFIXES, MAGNITUDE_SUFFIX, Adapter, padded_to_one_rank
 from selva.lora.state import adapter_tensors, lora_state_dict
 from selva.utils.errors import UserError
@@ -67,6 +74,9 @@ log = logging.getLogger(__name__)
 NATIVE_FORMAT = "selva-lora-1"
 TORCH_SUFFIXES = (".pt", ".pth")
 STEP_FILE = re.compile(r"adapter_step(\d{5,})\.pt")
+# Bytes: AdamW.load_state_dict passes them on to float() as they are, which quotes them.
+CONTINUED_HERE_ONLY = (b"this training is continued with train_lora.py --resume of selva-lora only; ComfyUI-SelVA uses "
+                       b"this file as an adapter, but cannot train it on")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -220,6 +230,8 @@ def _why_native(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _check_tensors(path: Path, tensors: Mapping[str, Any]) -> None:
+    if what := foreign_format(tensors):
+        raise UserError(f"{path}: {what}")
     if not any(str(key).endswith(FACTOR_SUFFIXES) for key in tensors):
         keys = listed([str(key) for key in tensors], MAX_PROBLEMS)
         raise UserError(f"{path}: not an adapter, it has no lora_A and lora_B tensors (found: {keys or 'nothing'})")
@@ -274,7 +286,8 @@ class TrainingState:
 
     Attributes:
         step: finished optimiser steps.
-        lora: the factors as they are trained, for :func:`selva.lora.state.load_lora_state_`.
+        lora: the factors as they are trained, for :func:`selva.lora.state.load_lora_state_`; of a published PiSSA
+            training also the changed base weights, which :func:`selva.lora.published.continued_state` converts.
         optimizer, scheduler: their state dicts; the scheduler's may be None.
         meta: settings of the run.
         extra: what else the run stored: random states, position in the data, averages, loss scaler ...
@@ -287,6 +300,11 @@ class TrainingState:
     scheduler: dict[str, Any] | None
     meta: dict[str, Any]
     extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_published(self) -> bool:
+        """True for a step file of ComfyUI-SelVA."""
+        return "lora_config" not in self.meta
 
 
 def step_file_name(step: int) -> str:
@@ -323,7 +341,7 @@ def save_checkpoint(
     tensors, meta = _for_file(exported, _meta_of_model(model, meta), path)
     content = {
         "state_dict": tensors,
-        "optimizer": optimizer,
+        "optimizer_state": optimizer,
         "scheduler": scheduler,
         "step": step,
         "meta": meta,
@@ -332,8 +350,15 @@ def save_checkpoint(
     }
     check_plain(content, "checkpoint")
     with atomic_path(path) as temporary:
-        write_torch(content, temporary)
+        write_torch({**content, "optimizer": _refusal_there(optimizer)}, temporary)
     return meta
+
+
+def _refusal_there(optimizer: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a state in the form of ``optimizer`` at which AdamW stops and says why, see the head of this file."""
+    groups = [{"params": list(group["params"])} for group in optimizer.get("param_groups", ())]
+    state = {number: {"step": CONTINUED_HERE_ONLY} for group in groups for number in group["params"]}
+    return {"state": state, "param_groups": groups}
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> TrainingState:
@@ -347,7 +372,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> TrainingState:
     content = read_torch(path)
     kinds = {"state_dict": Mapping, "optimizer": Mapping, "step": int, "meta": Mapping}
     missing = [key for key, kind in kinds.items() if not isinstance(content.get(key), kind)]
-    optional = {"scheduler": Mapping | None, "lora": Mapping, "extra": Mapping}
+    optional = {"optimizer_state": Mapping, "scheduler": Mapping | None, "lora": Mapping, "extra": Mapping}
     missing += [key for key, kind in optional.items() if key in content and not isinstance(content[key], kind)]
     if missing:
         raise UserError(
@@ -361,9 +386,10 @@ def load_checkpoint(path: str | os.PathLike[str]) -> TrainingState:
         path=path,
         step=content["step"],
         lora={key: value.float() for key, value in lora.items()},
-        optimizer=content["optimizer"],
+        optimizer=content.get("optimizer_state", content["optimizer"]),  # a published file, and ours before 0.2
         scheduler=content.get("scheduler"),
-        meta=dict(adapter.meta),
+        # The tensors say whether it is PiSSA as published; ours is in lora_config.
+        meta={**adapter.meta, **({"init_mode": "pissa"} if adapter.is_pissa else {})},
         extra=content.get("extra", {}),
     )
 
@@ -383,9 +409,11 @@ def check_same_settings(saved: TrainingState, cfg: LoRAConfig) -> None:
     """Raise if a run with ``cfg`` cannot continue from ``saved``.
 
     Raises:
-        ValueError: names every adapter setting that differs. (The dropout may.)
+        ValueError: names every adapter setting that differs, and the flags to give. (The dropout may differ.)
     """
     before, now = LoRAConfig.from_meta(saved.meta), cfg
+    if saved.is_published:
+        before = replace(before, targets=_targets_there(before.targets, saved))
     pairs = {
         "rank": (before.rank, now.rank),
         "scale": ([before.scale(r) for r in sorted(before.ranks())], [now.scale(r) for r in sorted(now.ranks())]),
@@ -396,7 +424,15 @@ def check_same_settings(saved: TrainingState, cfg: LoRAConfig) -> None:
     }
     different = [f"{name} is {was} there and {is_} now" for name, (was, is_) in pairs.items() if was != is_]
     if different:
+        what = "a step file of ComfyUI-SelVA; " if saved.is_published else ""
         raise UserError(
-            f"{saved.path}: cannot resume with other adapter settings: {'; '.join(different)}. "
-            "Use the same settings, or start a new run"
+            f"{saved.path}: {what}cannot resume with other adapter settings: {'; '.join(different)}. "
+            f"Use the same settings ({before.flags()}), or start a new run"
         )
+
+
+def _targets_there(targets: tuple[str, ...], saved: TrainingState) -> tuple[str, ...]:
+    """Return endings for the layers of a published file alone: its targets reach convolutions here, which it skips."""
+    layers = [key.removesuffix(".lora_A") for key in saved.lora if key.endswith(".lora_A")]
+    longer = {t: [".".join(n.split(".")[-t.count(".") - 2 :]) for n in layers if n.endswith(t)] for t in targets}
+    return tuple(dict.fromkeys(e for t in targets for e in ((t,) if t.endswith("attn.qkv") else longer[t])))

@@ -1,7 +1,8 @@
 """Common parts of the command-line scripts: the parser, YAML settings, exit codes, signals.
 
 Exit codes: 0 done, 1 failed or some items failed, 2 wrong usage, 130 Ctrl-C, 143 SIGTERM. Results go to stdout, logs
-and progress to stderr. A user's mistake ends in one line, never in a traceback (``--debug`` shows it after all).
+and progress to stderr; whoever stops reading them, as ``head`` does, stops nothing and changes no exit code. A user's
+mistake ends in one line, never in a traceback (``--debug`` shows it after all).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from selva.utils import torchrun
 from selva.utils.device import PRECISIONS, is_out_of_memory
 from selva.utils.errors import Terminated, UsageError, UserError
 from selva.utils.files import atomic_write_text
-from selva.utils.logging import setup_logging
+from selva.utils.logging import results_on_stdout, setup_logging
 from selva.utils.settings import Setting, Synonyms, build, settings_of, settings_text
 from selva.utils.suggestions import did_you_mean, nearest
 from selva.weights.config import GENERAL, ModelConfig
@@ -126,7 +127,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def parse_args(self, args: Sequence[str] | None = None, namespace=None) -> argparse.Namespace:
         if "_ARGCOMPLETE" in os.environ:  # set by a shell that asks for completions
-            import argcomplete
+            import argcomplete  # pyright: ignore[reportMissingImports]  -- an extra that few have
 
             argcomplete.autocomplete(self)
         given = [self._underscored(a) for a in (sys.argv[1:] if args is None else args)]
@@ -389,7 +390,8 @@ def entry_point(main: Main) -> Main:
         in_main_thread = threading.current_thread() is threading.main_thread()
         previous = {number: signal.signal(number, _raise_terminated) for number in _ends() if in_main_thread}
         try:
-            return main(argv)
+            with results_on_stdout():
+                return main(argv)
         except SystemExit as stop:  # argparse: --help is 0, a wrong command line 2
             return stop.code if isinstance(stop.code, int) else EXIT_FAILED
         except KeyboardInterrupt:
@@ -398,9 +400,6 @@ def entry_point(main: Main) -> Main:
         except Terminated:
             log.error("terminated")
             return EXIT_TERMINATED
-        except BrokenPipeError:  # `infer.py … | head`: nobody reads on, and that is no mistake
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return EXIT_FAILED
         except UsageError as error:
             return _report(error, EXIT_USAGE, debug)
         except (UserError, OSError) as error:

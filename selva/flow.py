@@ -18,7 +18,8 @@ if TYPE_CHECKING:  # the settings in here must not cost the seconds that importi
     import torch
     from torch import Tensor
 
-    Velocity = Callable[[Tensor, Tensor], Tensor]  # fn(t, x): scalar time and state -> velocity of the state's shape
+    # fn(t, x): scalar time on the CPU and state on any device -> velocity of the state's shape
+    Velocity = Callable[[Tensor, Tensor], Tensor]
 
 OnStep = Callable[[int], None]
 
@@ -40,9 +41,17 @@ def interpolate(x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
     return (1 - t) * x0 + t * x1
 
 
-def loss(velocity: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
-    """Return (B,) the mean squared error per sample against the target velocity ``x1 - x0``, in float32."""
-    return (velocity.float() - (x1 - x0).float()).square().mean(dim=(1, 2))
+def loss(velocity: Tensor, x0: Tensor, x1: Tensor, left_out: Tensor | None = None) -> Tensor:
+    """Return (B,) the mean squared error per sample against the target velocity ``x1 - x0``, in float32.
+
+    Args:
+        left_out: (B, N) bool, True where a frame does not count; the mean of a sample is over its other frames.
+    """
+    errors = (velocity.float() - (x1 - x0).float()).square()  # (B, N, C)
+    if left_out is None:
+        return errors.mean(dim=(1, 2))
+    counted = (~left_out).float()
+    return (errors.mean(dim=2) * counted).sum(dim=1) / counted.sum(dim=1)
 
 
 def guided(v_cond: Tensor, v_uncond: Tensor, w: float) -> Tensor:
@@ -50,17 +59,18 @@ def guided(v_cond: Tensor, v_uncond: Tensor, w: float) -> Tensor:
     return w * v_cond + (1 - w) * v_uncond
 
 
-def _intervals(num_steps: int, device: torch.device) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Yield (number, t, t_next) of every step, scalar float32 times on ``device``, from t = 0 to t = 1.
+def _intervals(num_steps: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Yield (number, t, t_next) of every step, scalar float32 times on the CPU, from t = 0 to t = 1.
 
-    The grid is ``linspace(0, 1, num_steps + 1)`` in float32 on the CPU, as in the reference; callers take the float32
-    difference of neighbours as the step.
+    The grid is ``linspace(0, 1, num_steps + 1)`` in float32, as in the reference; callers take the float32 difference
+    of neighbours as the step. It stays on the CPU: a scalar of the CPU multiplies a tensor of any device, and whoever
+    decides something by the time need not wait for a device to tell it.
     """
     import torch
 
     if num_steps < 1:
         raise UserError(f"num_steps is {num_steps}, expected at least 1")
-    grid = torch.linspace(0, 1, num_steps + 1, dtype=torch.float32).to(device)
+    grid = torch.linspace(0, 1, num_steps + 1, dtype=torch.float32, device="cpu")
     for i in range(num_steps):
         yield i + 1, grid[i], grid[i + 1]
 
@@ -71,12 +81,12 @@ def euler(fn: Velocity, x0: Tensor, num_steps: int, on_step: OnStep | None = Non
     First order, one evaluation per step. The solver of the reference: with it, the same seed gives the same sound.
 
     Args:
-        fn: maps a float32 scalar time and the state to the velocity; never called at t = 1.
+        fn: maps a float32 scalar time on the CPU and the state to the velocity; never called at t = 1.
         x0: (B, N, C); the state keeps this dtype, so pass float32 whatever the network runs in.
         on_step: called with the number of steps done, for progress bars.
     """
     x = x0
-    for number, t, t_next in _intervals(num_steps, x0.device):
+    for number, t, t_next in _intervals(num_steps):
         x = x + (t_next - t) * fn(t, x)
         if on_step is not None:
             on_step(number)
@@ -90,7 +100,7 @@ def midpoint(fn: Velocity, x0: Tensor, num_steps: int, on_step: OnStep | None = 
     found there. ``fn`` is never called at t = 1.
     """
     x = x0
-    for number, t, t_next in _intervals(num_steps, x0.device):
+    for number, t, t_next in _intervals(num_steps):
         half = (t_next - t) / 2
         x = x + (t_next - t) * fn(t + half, x + half * fn(t, x))
         if on_step is not None:
@@ -106,7 +116,7 @@ def heun(fn: Velocity, x0: Tensor, num_steps: int, on_step: OnStep | None = None
     well defined but which training draws almost never.
     """
     x = x0
-    for number, t, t_next in _intervals(num_steps, x0.device):
+    for number, t, t_next in _intervals(num_steps):
         step, v = t_next - t, fn(t, x)
         x = x + step / 2 * (v + fn(t_next, x + step * v))
         if on_step is not None:

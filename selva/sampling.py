@@ -6,7 +6,8 @@ sound on every device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +20,64 @@ from selva.models.vae import VAE
 from selva.models.vocoder import Vocoder
 from selva.sequence import SAMPLING_RATES
 from selva.utils.errors import UserError
+from selva.utils.graph import GraphedCalls, graphed_calls
 
 TIME_TOLERANCE = 1e-6  # the float32 grid of times misses decimal bounds by less
+
+
+class SamplingGraphs:
+    """Graphs of a network pass, one for each shape and kind, kept from sound to sound; see :mod:`selva.utils.graph`.
+
+    Args:
+        calls: that are recorded; None: every kernel is started anew.
+    """
+
+    def __init__(self, calls: GraphedCalls | None = None) -> None:
+        self.calls = calls
+        self._addresses: tuple[int, ...] = ()
+
+    def clear(self) -> None:
+        """Let go of all graphs and their memory."""
+        if self.calls is not None:
+            self.calls.clear()
+
+    def use(self, generator: Generator) -> None:
+        """Prepare for a generator; if any of its weights lies elsewhere than before, all graphs are made anew."""
+        if self.calls is None:
+            return
+        addresses = tuple(parameter.data_ptr() for parameter in generator.parameters())
+        if addresses != self._addresses:
+            self.clear()
+            self._addresses = addresses
+
+    def __call__(
+        self, generator: Generator, kind: Hashable, function: Callable[..., Tensor], *arguments: Any
+    ) -> Tensor:
+        """Return ``function(*arguments)``, a pass of the generator at the lengths it is set to."""
+        if self.calls is None:
+            return function(*arguments)
+        device = generator.latent_mean.device.type
+        enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+
+        def alone(*arguments: Any) -> tuple[Tensor, ...]:
+            # A weight that autocast has converted before, and keeps, would be gone when the graph is used again.
+            with torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False):
+                return (function(*arguments),)
+
+        lengths = generator.latent_seq_len, generator.clip_seq_len, generator.sync_seq_len
+        return self.calls((kind, lengths, enabled, dtype), alone, *arguments, keep=generator.tables)[0]
+
+
+def sampling_graphs(choice: str, device: torch.device) -> SamplingGraphs:
+    """Return graphs for the passes of sampling on a device, where :func:`graphed_calls` chooses to have any.
+
+    Raises:
+        ValueError: ``choice`` is "on", and the device has no CUDA graphs.
+    """
+    return SamplingGraphs(graphed_calls(choice, device, "sampling"))
+
+
+NO_GRAPHS = SamplingGraphs()
 
 
 def guided_velocity(
@@ -29,15 +86,27 @@ def guided_velocity(
     empty: Conditions,
     cfg_strength: float,
     cfg_interval: tuple[float, float] = WHOLE_INTERVAL,
+    graphs: SamplingGraphs = NO_GRAPHS,
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return ``fn(t, x)``, the guided velocity (B, N, C) in float32 at the scalar time ``t``.
+    """Return ``fn(t, x)``, the guided velocity (B, N, C) in float32 at the scalar time ``t``, which is on the CPU.
 
     Both branches run in one batched pass. Below a strength of 1, and at times outside ``cfg_interval``, only the
     conditional one is evaluated; the former is what MMAudio does.
+
+    Args:
+        graphs: record these passes.
     """
+    graphs.use(generator)
+
+    def one_pass(times: Tensor, x: Tensor, conditions: Conditions) -> Tensor:
+        return generator.predict_flow(x, times, conditions).float()
+
+    def two_passes(times: Tensor, x: Tensor, both: Conditions) -> Tensor:
+        v_cond, v_uncond = one_pass(times, x.repeat(2, 1, 1), both).chunk(2)
+        return flow.guided(v_cond, v_uncond, cfg_strength)
 
     def conditional(t: Tensor, x: Tensor) -> Tensor:
-        return generator.predict_flow(x, t.expand(x.shape[0]), conditions).float()
+        return graphs(generator, "conditional", one_pass, _times(t, x.shape[0], x.device), x, conditions)
 
     if cfg_strength < 1.0:
         return conditional
@@ -45,13 +114,18 @@ def guided_velocity(
     both = conditions.cat(empty)
 
     def guided(t: Tensor, x: Tensor) -> Tensor:
-        v_cond, v_uncond = generator.predict_flow(x.repeat(2, 1, 1), t.expand(2 * x.shape[0]), both).float().chunk(2)
-        return flow.guided(v_cond, v_uncond, cfg_strength)
+        times = _times(t, 2 * x.shape[0], x.device)
+        return graphs(generator, ("guided", cfg_strength), two_passes, times, x, both)
 
     if cfg_interval == WHOLE_INTERVAL:
-        return guided  # without reading t, for which the CPU would wait for the device
+        return guided
     start, end = cfg_interval[0] - TIME_TOLERANCE, cfg_interval[1] + TIME_TOLERANCE
     return lambda t, x: (guided if start <= t.item() <= end else conditional)(t, x)
+
+
+def _times(t: Tensor, count: int, device: torch.device) -> Tensor:
+    """Return (count,) float32, a time of the CPU on a device; it travels with the kernel, without a copy."""
+    return torch.full((count,), t.item(), dtype=torch.float32, device=device)
 
 
 def draw_noise(generator: Generator, seeds: Sequence[int], num_frames: int | None = None) -> Tensor:
@@ -75,6 +149,7 @@ def sample_latents(
     negative_text: Tensor | None = None,
     precision: torch.dtype = torch.float32,
     on_step: Callable[[int], None] | None = None,
+    graphs: SamplingGraphs = NO_GRAPHS,
 ) -> Tensor:
     """Return (B, N, C) float32 latents as the VAE decodes them.
 
@@ -84,6 +159,7 @@ def sample_latents(
         negative_text: (1 or B, 77, text_dim) text features to guide away from; None is the empty text.
         precision: autocast dtype of the network; the state, the time and the guidance are float32.
         on_step: called with the number of steps done.
+        graphs: record the passes of the network, and use the graphs of earlier sounds.
     """
     config = config or SamplingConfig()
     device = clip_f.device
@@ -91,7 +167,7 @@ def sample_latents(
     with torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32):
         conditions = generator.preprocess_conditions(clip_f, sync_f, text_f)
         empty = generator.empty_conditions(len(seeds), negative_text)
-        velocity = guided_velocity(generator, conditions, empty, config.cfg_strength, config.cfg_interval)
+        velocity = guided_velocity(generator, conditions, empty, config.cfg_strength, config.cfg_interval, graphs)
         latents = flow.SOLVERS[config.solver](velocity, noise, config.num_steps, on_step)
     return generator.unnormalize(latents)
 

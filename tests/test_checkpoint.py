@@ -14,6 +14,7 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
+from lora_toy import assert_same_change
 from torch import Tensor, nn
 
 from selva.checkpoint import (
@@ -27,7 +28,7 @@ from selva.checkpoint import (
     step_file_name,
 )
 from selva.lora.config import LoRAConfig
-from selva.lora.inject import inject_lora
+from selva.lora.inject import inject_lora, principal_factors
 from selva.lora.merge import merge_adapter
 from selva.lora.state import load_lora_state_, lora_parameters, lora_plus_groups, lora_state_dict
 from selva.utils.errors import UserError
@@ -137,11 +138,11 @@ def test_comfyui_hears_what_was_trained(base, x, tmp_path, name, knows_rslora):
     save_adapter(tmp_path / "a.pt", model, META)
     there = load_as_comfyui(base, tmp_path / "a.pt", knows_rslora=knows_rslora)
     assert (model(x) - base(x)).abs().max() > 0.1
-    torch.testing.assert_close(there(x), model(x), rtol=1e-5, atol=2e-6)
+    assert_same_change(there(x), model(x), base(x))
     half = load_as_comfyui(base, tmp_path / "a.pt", strength=0.5)
     here = copy.deepcopy(base)
     merge_adapter(here, load_adapter(tmp_path / "a.pt"), 0.5)
-    torch.testing.assert_close(here(x), half(x), rtol=1e-5, atol=2e-6)
+    assert_same_change(here(x), half(x), base(x))
     assert torch.equal(load_as_comfyui(base, tmp_path / "a.pt", strength=0.0)(x), base(x))
 
 
@@ -149,7 +150,7 @@ def test_rank_16_on_qkv_works_there_as_a_bare_state_dict(base, x, tmp_path):
     model = trained(base, "qkv")
     save_adapter(tmp_path / "a.pt", model, META)
     torch.save(torch.load(tmp_path / "a.pt", weights_only=True)["state_dict"], tmp_path / "raw.pt")
-    torch.testing.assert_close(load_as_comfyui(base, tmp_path / "raw.pt")(x), model(x), rtol=1e-5, atol=2e-6)
+    assert_same_change(load_as_comfyui(base, tmp_path / "raw.pt")(x), model(x), base(x))
 
 
 @pytest.mark.parametrize("name", NATIVE)
@@ -209,7 +210,7 @@ def test_save_load_merge_gives_the_trained_model(base, x, tmp_path, name, suffix
     assert adapter.meta == readable_meta(written)
     merged = copy.deepcopy(base)
     merge_adapter(merged, adapter)
-    torch.testing.assert_close(merged(x), model(x), rtol=1e-5, atol=2e-6)
+    assert_same_change(merged(x), model(x), base(x))
     # Written again, as tensors with the meta that came along, it is the same adapter.
     save_adapter(tmp_path / f"b{suffix}", adapter.tensors, adapter.meta)
     again = load_adapter(tmp_path / f"b{suffix}")
@@ -348,6 +349,12 @@ def test_a_missing_file(tmp_path):
     ("content", "message"),
     [
         ([1, 2], "holds a list"),
+        ({"base_model.model.l.lora_A.weight": torch.ones(2, 3), "base_model.model.l.lora_B.weight": torch.ones(3, 2)},
+         "format of PEFT.*adapter_config.json; docs/inference.md"),
+        ({"state_dict": {"l.lora_A.default.weight": torch.ones(2, 3)}, "meta": {}}, "format of PEFT"),
+        ({"lora_weights": {"l": {"lora_A": torch.ones(2, 3), "lora_B": torch.ones(3, 2)}},
+          "lora_config": {"l": {"rank": 2, "alpha": 4.0}}, "metadata": {}}, "MMAudio-Lora.*docs/inference.md"),
+        ({"l.lora_down.weight": torch.ones(2, 3), "l.lora_up.weight": torch.ones(3, 2)}, "kohya or diffusers"),
         ({"weight": torch.ones(2)}, "not an adapter.*found: weight"),
         ({}, "not an adapter"),
         ({"state_dict": [1], "meta": {}}, "must be dictionaries"),
@@ -371,6 +378,31 @@ def test_a_file_that_is_no_sound_adapter(tmp_path, content, message):
     torch.save(content, path)
     with pytest.raises(ValueError, match=rf"(?s)odd\.pt.*{message}"):
         load_adapter(path)
+
+
+def test_the_lines_of_the_guide_convert_foreign_adapters(base, tmp_path, monkeypatch):
+    """docs/inference.md: what to do with files of PEFT and MMAudio-Lora."""
+    guide = (Path(__file__).parents[1] / "docs" / "inference.md").read_text(encoding="utf-8")
+    (lines,) = (block.split("```")[0] for block in guide.split("```python\n")[1:] if "# PEFT" in block.split("```")[0])
+    monkeypatch.chdir(tmp_path)
+    linear = {name: layer for name, layer in base.named_modules() if name.endswith("attn.qkv")}
+    factors = {name: (torch.randn(2, layer.in_features), torch.randn(layer.out_features, 2))
+               for name, layer in linear.items()}
+    assert factors
+    (tmp_path / "peft").mkdir()
+    safetensors.torch.save_file(
+        {f"base_model.model.{name}.lora_{key}.weight": value
+         for name, pair in factors.items() for key, value in zip("AB", pair, strict=True)},
+        tmp_path / "peft" / "adapter_model.safetensors")
+    (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps({"lora_alpha": 4, "use_rslora": True}))
+    layers = {name: {"lora_A": a, "lora_B": b} for name, (a, b) in factors.items()}
+    torch.save({"lora_weights": layers, "lora_config": {name: {"rank": 2, "alpha": 6.0} for name in layers},
+                "metadata": {}}, tmp_path / "lora.pt")
+    exec(compile(lines, "docs/inference.md", "exec"), {})
+    for file, scale in (("from_peft.pt", 4 / 2**0.5), ("from_mmaudio_lora.pt", 3.0)):
+        adapter = load_adapter(tmp_path / file)
+        for name, (a, b) in factors.items():
+            torch.testing.assert_close(adapter.update(name, linear[name].weight.detach()), scale * b @ a)
 
 
 def test_safetensors_with_a_broken_meta(tmp_path):
@@ -467,10 +499,72 @@ def test_a_step_file_is_an_adapter_too(base, x, tmp_path, name):
     save_checkpoint(tmp_path / "adapter_step00007.pt", model, META, step=7, optimizer={})
     merged = copy.deepcopy(base)
     merge_adapter(merged, load_adapter(tmp_path / "adapter_step00007.pt"))
-    torch.testing.assert_close(merged(x), model(x), rtol=1e-5, atol=2e-6)
+    assert_same_change(merged(x), model(x), base(x))
     if name not in NATIVE:
         there = load_as_comfyui(base, tmp_path / "adapter_step00007.pt")
-        torch.testing.assert_close(there(x), model(x), rtol=1e-5, atol=2e-6)
+        assert_same_change(there(x), model(x), base(x))
+
+
+@pytest.mark.parametrize("scheduler", [None, "stored"])
+def test_comfyui_cannot_continue_a_step_file_and_says_why(base, x, tmp_path, scheduler):
+    """Its trainer compares no settings: with our folded scale it would train something else without a word."""
+    model, optimizer, schedule = run = make_run(base, "qkv")
+    train(run, x, 2)
+    path = tmp_path / step_file_name(2)
+    save_checkpoint(path, model, META, step=2, optimizer=optimizer.state_dict(),
+                    scheduler=schedule.state_dict() if scheduler else None)
+    there = torch.load(path, map_location="cpu", weights_only=True)
+    _, optimizer, _ = make_run(base, "qkv")
+    with pytest.raises(ValueError, match=r"continued with train_lora\.py --resume .* only; ComfyUI-SelVA uses"):
+        optimizer.load_state_dict(there["optimizer"])
+    saved = load_checkpoint(path)
+    optimizer.load_state_dict(saved.optimizer)
+    del there["optimizer_state"]
+    torch.save({**there, "optimizer": saved.optimizer}, tmp_path / "earlier.pt")  # as earlier versions wrote it
+    assert load_checkpoint(tmp_path / "earlier.pt").optimizer.keys() == saved.optimizer.keys()
+    assert load_checkpoint(tmp_path / "earlier.pt").optimizer["state"]
+
+
+def published_step(model: nn.Module, path: Path, **meta: object) -> dict[str, object]:
+    """Write a step file as ComfyUI-SelVA's node does by default: PiSSA with rsLoRA, alpha twice the rank."""
+    tensors = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear) and name.endswith("attn.qkv"):
+            a, b = principal_factors(layer.weight, 3)
+            tensors |= {f"{name}.lora_A": a, f"{name}.lora_B": b,
+                        f"{name}.linear.weight": layer.weight.detach() - 6 / 3**0.5 * b @ a}
+            if layer.bias is not None:
+                tensors[f"{name}.linear.bias"] = layer.bias.detach().clone()
+    meta = {"variant": "tiny", "rank": 3, "alpha": 6.0, "target": ["attn.qkv"], "steps": 100, "init_mode": "pissa",
+            "use_rslora": True, **meta}
+    content = {"state_dict": tensors, "optimizer": {}, "scheduler": {}, "step": 50, "meta": meta}
+    torch.save(content, path)
+    return content
+
+
+@pytest.mark.parametrize("meta", [{}, {"init_mode": "standard"}])
+def test_a_published_pissa_step_file_says_how_to_continue_it(base, tmp_path, meta):
+    """Its tensors say that it is PiSSA; its meta may not."""
+    path = tmp_path / "adapter_step00050.pt"
+    published_step(base, path, **meta)
+    saved = load_checkpoint(path)
+    with pytest.raises(ValueError) as caught:
+        check_same_settings(saved, LoRAConfig())
+    flags = "--rank 3 --alpha 6 --rslora --init pissa --target attn.qkv"
+    assert f"{path}: a step file of ComfyUI-SelVA; cannot resume" in str(caught.value) and flags in str(caught.value)
+    check_same_settings(saved, LoRAConfig(3, 6.0, rslora=True, init="pissa"))
+
+
+def test_the_targets_of_a_published_file_reach_its_linear_layers_only(base, tmp_path):
+    """There ``linear1`` skips convolutions; here it adapts them, and the file has nothing for them."""
+    path = tmp_path / "adapter_step00050.pt"
+    content = published_step(base, path, init_mode="standard", target=["attn.qkv", "linear1"])
+    linear = [name for name, layer in base.named_modules() if isinstance(layer, nn.Linear) and name.endswith("linear1")]
+    tensors = {f"{name}.lora_{key}": torch.ones(3, 3) for name in linear for key in "AB"}
+    torch.save({**content, "state_dict": {**content["state_dict"], **tensors}}, path)
+    endings = " ".join(dict.fromkeys(".".join(name.split(".")[-2:]) for name in linear))
+    with pytest.raises(ValueError, match=rf"--target attn\.qkv {endings}\)"):
+        check_same_settings(load_checkpoint(path), LoRAConfig())
 
 
 def test_a_step_file_can_offer_an_average_and_still_resume_the_current_values(base, tmp_path):

@@ -46,7 +46,7 @@ def test_settings_that_do_not_exist_are_refused(settings, message):
 
 
 def test_names_and_types_are_those_of_the_flags(tmp_path):
-    config = from_names(RunConfig, {"data_dir": str(tmp_path), "network_dim": 4, "mixed_precision": "no",
+    config = from_names(RunConfig, {"data_dir": tmp_path, "network_dim": 4, "mixed_precision": "no",
                                     "preserve": "a bell", "target": ["attn.qkv", "linear1:2"]})
-    assert config.data_dir == tmp_path and config.lora.rank == 4 and config.precision == "fp32"
+    assert config.data_dir == [str(tmp_path)] and config.lora.rank == 4 and config.precision == "fp32"
     assert list(config.preserve) == ["a bell"] and dict(config.lora.target_ranks or {}) == {"linear1": 2}

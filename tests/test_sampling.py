@@ -10,6 +10,7 @@ import math
 import pytest
 import torch
 from golden_case import GOLDEN
+from recorded_graph import RecordedGraphs
 from torch import Tensor
 
 from selva import flow
@@ -21,8 +22,18 @@ from selva.models.generator import Generator
 from selva.models.random_weights import random_state_dict
 from selva.models.variants import get_variant
 from selva.models.zoo import build_vocoder
-from selva.sampling import decode_latents, draw_noise, guided_velocity, sample_latents
+from selva.sampling import (
+    NO_GRAPHS,
+    SamplingGraphs,
+    decode_latents,
+    draw_noise,
+    guided_velocity,
+    sample_latents,
+    sampling_graphs,
+)
 from selva.sequence import sequence_config
+from selva.utils.errors import UserError
+from selva.utils.graph import WARM_UPS, GraphedCalls
 from selva.weights.load import load_generator, load_vae, load_vocoder
 
 SECONDS = 1.0
@@ -271,3 +282,54 @@ def test_the_vae_cannot_be_cut():
 def test_chunks_need_a_length(decoder, chunk_sec):
     with pytest.raises(ValueError, match="expected more than 0"):
         decode_latents(torch.zeros(1, 4, 20), *decoder, chunk_sec=chunk_sec)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# passes that are recorded, by the stand-in for CUDA graphs
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def recorded() -> SamplingGraphs:
+    return SamplingGraphs(GraphedCalls(RecordedGraphs(), "sampling", required=True))
+
+
+@pytest.mark.parametrize("config", [
+    SamplingConfig(num_steps=4), SamplingConfig(num_steps=2, solver="heun"),
+    SamplingConfig(num_steps=2, solver="midpoint"), SamplingConfig(num_steps=4, cfg_strength=0.0),
+    SamplingConfig(num_steps=7, cfg_interval=(0.3, 1.0)),
+], ids=["euler", "heun", "midpoint", "no guidance", "guidance in an interval"])
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_recorded_passes_make_the_same_sounds(generator, config, precision):
+    graphs = recorded()
+    for batch, seed in ((2, 0), (2, 5), (1, 3)):  # the second sound finds the graphs of the first
+        given, seeds = [x + 0.1 * seed for x in features(batch)], list(range(seed, seed + batch))
+        found = sample_latents(generator, *given, seeds, config, precision=precision, graphs=graphs)
+        assert torch.equal(found, sample_latents(generator, *given, seeds, config, precision=precision))
+    kinds = 2 if config.cfg_interval != (0.0, 1.0) else 1
+    assert graphs.calls.num_graphs == 2 * kinds
+    assert graphs.calls.backend.replays == 3 * config.num_evaluations - 2 * kinds * WARM_UPS
+
+
+def test_recorded_passes_follow_the_weights(generator):
+    """Weights that change at their place are read there; weights that have moved make new graphs."""
+    model, graphs, config = copy.deepcopy(generator), recorded(), SamplingConfig(num_steps=4)
+
+    def check() -> int:
+        before = graphs.calls.backend.replays
+        found = sample_latents(model, *features(1), [1], config, graphs=graphs)
+        assert torch.equal(found, sample_latents(model, *features(1), [1], config))
+        return graphs.calls.backend.replays - before
+
+    weight = model.get_parameter("joint_blocks.0.latent_block.attn.qkv.weight")
+    assert check() == 4 - WARM_UPS and check() == 4
+    with torch.no_grad():
+        weight.mul_(1.5)
+    assert check() == 4
+    weight.data = 0.5 * weight.data
+    assert check() == 4 - WARM_UPS
+
+
+def test_without_a_gpu_nothing_is_recorded():
+    assert sampling_graphs("auto", torch.device("cpu")).calls is None and NO_GRAPHS.calls is None
+    with pytest.raises(UserError, match="--cuda_graph on"):
+        sampling_graphs("on", torch.device("cpu"))

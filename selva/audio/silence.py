@@ -41,6 +41,7 @@ class SilenceMap:
     def __init__(self, silent: np.ndarray, rate: int, num_samples: int) -> None:
         self.num_samples = num_samples
         self.block = max(1, round(BLOCK_SEC * rate))
+        self._silent = silent
         self._edges = np.minimum(np.arange(len(silent) + 1) * self.block, num_samples)
         self._silent_before = np.concatenate([[0], np.cumsum(silent * np.diff(self._edges))])  # samples, at each edge
 
@@ -49,6 +50,18 @@ class SilenceMap:
         start = np.asarray(start)
         before = np.interp(start, self._edges, self._silent_before)
         return (np.interp(start + length, self._edges, self._silent_before) - before) / length
+
+    def trimmed(self, start: int, end: int) -> tuple[int, int]:
+        """Return the stretch from ``start`` to ``end`` without the blocks of silence at both of its ends.
+
+        Borders move to edges of blocks, so up to 50 ms of silence stay. Where all is silent, both are ``start``.
+        """
+        first, last = start // self.block, min(-(-end // self.block), len(self._silent))
+        loud = np.flatnonzero(~self._silent[first:last])
+        if not len(loud):
+            return start, start
+        begin, stop = self._edges[first + loud[0]], self._edges[first + loud[-1] + 1]
+        return max(start, int(begin)), min(end, int(stop))
 
 
 def find_silence(path: PathLike, silence_db: float = SILENCE_DB) -> SilenceMap:

@@ -13,6 +13,8 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
+import shutil
 import tempfile
 import time
 import weakref
@@ -21,11 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import Timeout
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from selva.utils.files import atomic_path, atomic_write_text, source_hash, why_not_written
-from selva.utils.lock import FolderLock
+from selva.utils.lock import FolderLock, file_lock
 from selva.utils.torch_files import READ_ERRORS, write_safetensors
 from selva.utils.torchrun import is_main_process
 
@@ -35,6 +38,8 @@ CACHE_FOLDER = ".selva_cache"
 FILES_FILE, LOCK_FILE = "files.json", "encoding.lock"
 # A file may change again within one tick of its time stamp and look the same; what is younger is read every time.
 SETTLED_NS = 2_000_000_000
+TEMPORARY_PREFIX, ALIVE_FILE = "selva_cache_", "alive.lock"  # held by the process whose temporary folder it is
+YOUNG_SEC = 60.0  # a folder so young may be between its making and its lock
 BASIC_STAMP = {"size", "mtime_ns"}  # what every version has written
 
 Settings = Mapping[str, Any]  # anything that JSON can hold; equal settings mean equal content
@@ -53,12 +58,18 @@ class DataCache:
 
     def __init__(self, data_dir: Path, enabled: bool = True) -> None:
         self.folder = data_dir / CACHE_FOLDER if enabled else None
-        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        self._temporary: TemporaryFolder | None = None
         self._memory: dict[str, dict[str, Tensor]] = {}  # file name -> entry that fits nowhere else
         _open_caches.add(self)
+        remove_stale_folders()
         self._writable_folder = self.folder  # None once it cannot be written to
         self._files = self._read_files()
         self._files_changed = False
+
+    @property
+    def is_shared(self) -> bool:
+        """True where other processes find what is saved here, as far as is known."""
+        return self._writable_folder is not None
 
     # -- tensors -------------------------------------------------------------------------------------------------------
 
@@ -151,14 +162,14 @@ class DataCache:
     # -- folders -------------------------------------------------------------------------------------------------------
 
     def _folders(self) -> list[Path]:
-        temporary = Path(self._temporary.name) if self._temporary is not None else None
+        temporary = self._temporary.path if self._temporary is not None else None
         return [folder for folder in (temporary, self.folder) if folder is not None]
 
     def remove_temporary(self) -> None:
         """Delete the temporary folder and what is in memory only."""
         self._memory.clear()
         if self._temporary is not None:
-            self._temporary.cleanup()
+            self._temporary.remove()
             self._temporary = None
 
     def _write(self, write: Callable[[Path], None]) -> bool:
@@ -176,14 +187,44 @@ class DataCache:
                             "in the next run", self.folder, why_not_written(error))
         try:
             if self._temporary is None:
-                self._temporary = tempfile.TemporaryDirectory(prefix="selva_cache_", ignore_cleanup_errors=True)
-            write(Path(self._temporary.name))
+                self._temporary = TemporaryFolder()
+            write(self._temporary.path)
         except OSError as error:
             if not self._memory:
                 log.warning("the temporary folder cannot be written either (%s); latents are kept in memory",
                             why_not_written(error))
             return False
         return True
+
+
+class TemporaryFolder:
+    """A folder beside those of other programs that goes with this process, or at the next start if it was killed."""
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX, ignore_cleanup_errors=True)
+        self.path = Path(self._folder.name)
+        self._alive = file_lock(self.path / ALIVE_FILE)
+        self._alive.acquire()
+
+    def remove(self) -> None:
+        self._alive.release()
+        self._folder.cleanup()
+
+
+def remove_stale_folders() -> None:
+    """Delete the temporary folders of processes that were killed; the system has let go of their locks.
+
+    Those of an earlier version, which had no locks, and of other users stay.
+    """
+    for folder in Path(tempfile.gettempdir()).glob(f"{TEMPORARY_PREFIX}*"):
+        with contextlib.suppress(OSError, Timeout):
+            if not (folder / ALIVE_FILE).is_file() or time.time() - folder.stat().st_mtime < YOUNG_SEC:
+                continue
+            with file_lock(folder / ALIVE_FILE).acquire(blocking=False):
+                files = [Path(root, name) for root, _, names in os.walk(folder) for name in names]
+                size = sum(path.stat().st_size for path in files)
+            shutil.rmtree(folder)
+            log.info("removed %s (%.0f MB), which a killed run had left", folder, size / 1e6)
 
 
 # torchrun's processes leave without Python's own clean-up, see cli.leave.

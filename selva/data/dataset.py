@@ -14,16 +14,18 @@ import zlib
 from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from selva.data.padding import Padding, join_paddings
 from selva.sequence import SequenceConfig
 from selva.utils.device import to_device
 from selva.utils.errors import UserError
+from selva.utils.graph import leaves, with_leaves
 
 Lengths = tuple[int, int, int]  # (N, T, S): latent frames, CLIP frames, sync tokens
 
@@ -38,6 +40,7 @@ class TrainingClip:
         clip_f: (T, clip_dim). sync_f: (S, sync_dim). text_f: (77, text_dim).
         has_video: False for sound without pictures. ``clip_f`` and ``sync_f`` are then NaN, to be replaced by the
             learned empty features; where that was forgotten, the loss is NaN at once.
+        padding: (N,) of sound that is shorter than its features; None if it fills the clip.
     """
 
     id: str
@@ -50,6 +53,7 @@ class TrainingClip:
     sync_f: Tensor
     text_f: Tensor
     has_video: bool = True
+    padding: Padding | None = None
 
     @property
     def lengths(self) -> Lengths:
@@ -64,6 +68,7 @@ class Batch:
     Attributes:
         mean, std: (B, N, C). clip_f: (B, T, clip_dim). sync_f: (B, S, sync_dim). text_f: (B, 77, text_dim).
         has_video: (B,) bool; where it is False, ``clip_f`` and ``sync_f`` are NaN, see :class:`TrainingClip`.
+        padding: (B, N); None where no clip has any.
     """
 
     mean: Tensor
@@ -73,15 +78,14 @@ class Batch:
     text_f: Tensor
     has_video: Tensor
     ids: tuple[str, ...]
+    padding: Padding | None = None
 
     @property
     def lengths(self) -> Lengths:
         return self.mean.shape[1], self.clip_f.shape[1], self.sync_f.shape[1]
 
     def to(self, device: torch.device) -> Batch:
-        tensors = (self.mean, self.std, self.clip_f, self.sync_f, self.text_f, self.has_video)
-        mean, std, clip_f, sync_f, text_f, has_video = (to_device(x, device) for x in tensors)
-        return Batch(mean, std, clip_f, sync_f, text_f, has_video, self.ids)
+        return with_leaves(self, (to_device(tensor, device) for tensor in leaves(self)))
 
 
 def collate(clips: Sequence[TrainingClip]) -> Batch:
@@ -89,7 +93,8 @@ def collate(clips: Sequence[TrainingClip]) -> Batch:
     names = ("mean", "std", "clip_f", "sync_f", "text_f")
     mean, std, clip_f, sync_f, text_f = (torch.stack([getattr(clip, name) for clip in clips]) for name in names)
     has_video = torch.tensor([clip.has_video for clip in clips])
-    return Batch(mean, std, clip_f, sync_f, text_f, has_video, tuple(clip.id for clip in clips))
+    padding = join_paddings([clip.padding for clip in clips], mean.shape[1])
+    return Batch(mean, std, clip_f, sync_f, text_f, has_video, tuple(clip.id for clip in clips), padding)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -141,7 +146,8 @@ class Subset(ClipDataset):
     """Some clips of another set."""
 
     def __init__(self, base: ClipDataset, indices: Iterable[int]) -> None:
-        self.base, self.indices = base, list(indices)
+        self.base = base
+        self.indices = indices if isinstance(indices, range) else list(indices)  # a range takes no memory
         self._ids: list[str] | None = None
 
     @property
@@ -168,6 +174,17 @@ class Subset(ClipDataset):
 
     def content(self, index: int) -> dict[str, str]:
         return self.base.content(self.indices[index])
+
+
+class PrefixedDataset(Subset):
+    """All clips of another set, with names that begin with its own."""
+
+    def __init__(self, base: ClipDataset, prefix: str) -> None:
+        super().__init__(base, range(len(base)))
+        self._ids = [prefix + name for name in base.ids]
+
+    def clip(self, index: int, window: int = 0) -> TrainingClip:
+        return replace(self.base.clip(index, window), id=self.ids[index])
 
 
 class ListDataset(ClipDataset):
@@ -353,6 +370,7 @@ class BucketBatchSampler:
         self.window_rng = torch.Generator().manual_seed(seed)
         self.waiting: dict[Lengths, list[ClipWindow]] = {}
         self.num_clips = Counter(self.clips.lengths(i) for i in range(len(self.clips)))
+        self._next: list[ClipWindow] | None = None  # drawn already, to be read ahead
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -362,7 +380,12 @@ class BucketBatchSampler:
 
     def draw(self) -> list[ClipWindow]:
         """Return the ``batch_size`` windows of the next batch; reads nothing."""
-        while True:
+        windows, self._next = self.peek(), None
+        return windows
+
+    def peek(self) -> list[ClipWindow]:
+        """Return the windows of the next :meth:`draw`."""
+        while self._next is None:
             index = next(self.sampler)
             lengths = self.clips.lengths(index)
             bucket = self.waiting.setdefault(lengths, [])
@@ -370,7 +393,8 @@ class BucketBatchSampler:
             batch = self._first_batch(bucket, distinct=self.num_clips[lengths] >= self.batch_size)
             if batch:
                 self.waiting[lengths] = [window for i, window in enumerate(bucket) if i not in batch]
-                return [bucket[i] for i in batch]
+                self._next = [bucket[i] for i in batch]
+        return self._next
 
     def load(self, windows: Sequence[ClipWindow]) -> Batch:
         """Return the batch of these windows, or of some of them."""
@@ -390,6 +414,7 @@ class BucketBatchSampler:
     def state_dict(self) -> dict[str, Any]:
         """Return plain numbers and tensors from which :meth:`load_state_dict` continues exactly."""
         return {
+            **({} if self._next is None else {"next": [list(window) for window in self._next]}),
             "ids": _fingerprint(self.clips.ids),
             "sampler": self.sampler.state_dict(),
             "windows": self.window_rng.get_state(),
@@ -404,12 +429,15 @@ class BucketBatchSampler:
         """
         self.sampler.load_state_dict(state["sampler"])
         waiting = [[ClipWindow(*window) for window in bucket] for bucket in state["waiting"]]
-        if state["ids"] != _fingerprint(self.clips.ids) or not all(self._fits(bucket) for bucket in waiting):
+        following = [ClipWindow(*window) for window in state.get("next", [])]
+        buckets = [*waiting, following] if following else waiting
+        if state["ids"] != _fingerprint(self.clips.ids) or not all(self._fits(bucket) for bucket in buckets):
             raise UserError(
                 f"the stored order is over other clips than the {len(self.clips)} there are now; "
                 "give the same data as before, or start a new run"
             )
         self.waiting = {self.clips.lengths(bucket[0].index): bucket for bucket in waiting}
+        self._next = following or None
         self.window_rng.set_state(state["windows"].to("cpu", torch.uint8))
 
     def _fits(self, bucket: Sequence[ClipWindow]) -> bool:

@@ -4,7 +4,8 @@
     TensorDict memmap of MMAudio  -----------------------> MemmapDataset     (encoded already)
 
 Preparing a folder reads every file once, encodes what the cache does not hold yet, and frees the encoders. Clips longer
-than the longest allowed one are trained on in windows; shorter ones keep their length.
+than the longest allowed one are trained on in windows; shorter ones keep their length. Sound that is shorter than its
+features is padded with silence, see :mod:`selva.data.padding`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import functools
 import hashlib
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,32 +24,26 @@ from selva.audio.config import Normalize
 from selva.data.cache import DataCache, Settings
 from selva.data.dataset import ClipDataset, Lengths, TrainingClip
 from selva.data.folder import FolderClip, FolderScan, scan_folder
-from selva.data.latents import FRONT_END, encode_latents, load_windows
+from selva.data.latents import FRONT_END, encode_latents, load_windows, silence_latent
 from selva.data.memmap.reader import MemmapDataset, is_memmap
+from selva.data.padding import Padding
+from selva.data.plan import PlannedClip, Problems, plan_clips
 from selva.features import load_features
 from selva.inputs.suffixes import AUDIO_SUFFIXES
 from selva.models.prompt_length import warn_of_cut_prompts
-from selva.models.variants import Variant, features_problem
+from selva.models.variants import Variant
 from selva.models.zoo import build_mel
-from selva.sequence import (
-    DEFAULT_DURATION_SEC,
-    SYNC_TOKENS_PER_SEGMENT,
-    WINDOW_STEP_SEC,
-    SequenceConfig,
-    first_clip_frame,
-    sequence_config,
-)
+from selva.sequence import DEFAULT_DURATION_SEC, SYNC_TOKENS_PER_SEGMENT, first_clip_frame, sequence_config
 from selva.utils.errors import UserError
 from selva.utils.progress import Progress
+from selva.utils.text import listed
 from selva.weights.find import content_mark, find_weights, packaged_identity
 from selva.weights.load import load_clip_text, load_vae
 
 log = logging.getLogger(__name__)
 
-MAX_WINDOWS = 8  # stretches of a long clip, spread evenly, whose latents are kept
+NAMED = 20  # padded clips in a message
 RECENT_WINDOWS = 256  # kept in memory, about 300 MB: reading a clip takes milliseconds, which short steps would notice
-
-Problems = list[tuple[Path, str]]  # files that cannot be used, and the reason
 
 
 def load_clip_dataset(
@@ -64,6 +58,8 @@ def load_clip_dataset(
 ) -> tuple[ClipDataset, Problems]:
     """Return the clips of a data folder, ready for training, and (path, reason) for everything that cannot be used.
 
+    :func:`open_clip_dataset` and :meth:`FolderDataset.prepare` in one.
+
     Args:
         data_dir: a folder of ``.npz`` and sounds, or a TensorDict memmap with its TSV beside it.
         device: where sound and texts are encoded, if the cache does not hold them.
@@ -75,6 +71,24 @@ def load_clip_dataset(
         FileNotFoundError: no such folder, or weights are missing.
         ValueError: the folder is of neither kind, or a memmap is damaged or made for another variant.
     """
+    clips, problems = open_clip_dataset(
+        data_dir, variant, selva_dir, max_duration_sec=max_duration_sec, normalize_audio=normalize_audio,
+        use_cache=use_cache)
+    if isinstance(clips, FolderDataset):
+        problems += clips.prepare(device)
+    return clips, problems
+
+
+def open_clip_dataset(
+    data_dir: Path,
+    variant: Variant,
+    selva_dir: Path | None,
+    *,
+    max_duration_sec: float = DEFAULT_DURATION_SEC,
+    normalize_audio: Normalize = "peak",
+    use_cache: bool = True,
+) -> tuple[ClipDataset, Problems]:
+    """Return the clips of a data folder before anything is encoded; arguments as of :func:`load_clip_dataset`."""
     data_dir = Path(data_dir)
     if is_memmap(data_dir):
         if max_duration_sec < DEFAULT_DURATION_SEC:
@@ -89,81 +103,8 @@ def load_clip_dataset(
         )
     cache = DataCache(data_dir, use_cache)
     clips, problems = plan_clips(scan, cache, variant, max_duration_sec)
-    folder = FolderDataset(scan, clips, cache, variant, selva_dir, normalize_audio)
-    problems += folder.prepare(device)
     cache.flush()
-    return folder, [*scan.skipped, *problems]
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# clips and windows
-# ---------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class PlannedClip:
-    """A clip of a folder, and the stretches of it that are trained on.
-
-    Attributes:
-        sequence: lengths of every window. starts: the sync segment with which each window begins, 0.32 s apart.
-        audio_hash: of the bytes of the sound file.
-    """
-
-    files: FolderClip
-    sequence: SequenceConfig
-    starts: tuple[int, ...]
-    audio_hash: str
-
-    def start_sec(self, window: int) -> float:
-        """Return the second at which a window begins."""
-        return self.starts[window] * WINDOW_STEP_SEC
-
-
-def plan_clips(
-    scan: FolderScan, cache: DataCache, variant: Variant, max_duration_sec: float
-) -> tuple[list[PlannedClip], Problems]:
-    """Return the windows of every clip, and the clips whose features do not fit. Reads no weights, no sound."""
-    planned, problems = [], []
-    for clip in scan.clips:
-        try:
-            sequence, starts = plan_windows(clip, variant, max_duration_sec)
-            planned.append(PlannedClip(clip, sequence, starts, cache.content_hash(clip.audio_path)))
-        except (ValueError, OSError) as error:
-            problems.append((clip.features_path, str(error)))
-    return planned, problems
-
-
-def plan_windows(clip: FolderClip, variant: Variant, max_duration_sec: float) -> tuple[SequenceConfig, tuple[int, ...]]:
-    """Return the lengths at which a clip is trained, and the first sync segment of each of its windows.
-
-    A clip of up to ``max_duration_sec`` has one window of its own length. A longer one has up to ``MAX_WINDOWS`` of
-    that length, spread evenly from its beginning to its end.
-
-    Raises:
-        ValueError: the features are of other encoders than the variant's, or shorter than their duration says.
-    """
-    if problem := features_problem(clip.extracted_for, variant):
-        raise UserError(f"{clip.features_path}: {problem}")
-    whole = sequence_config(variant.mode, clip.duration_sec)
-    for name, (tokens, width), needed, wanted in (
-        ("clip_features", clip.clip_shape, whole.clip_seq_len, variant.generator.clip_dim),
-        ("sync_features", clip.sync_shape, whole.sync_seq_len, variant.generator.sync_dim),
-    ):
-        if width != wanted:
-            raise UserError(f"{clip.features_path}: {name} are {width} wide, but {variant.name} takes {wanted}; "
-                             f"extract again with --variant {variant.name}")
-        if tokens < needed:
-            raise UserError(f"{clip.features_path}: {name} is {(1, tokens, width)}, expected at least "
-                             f"{(1, needed, width)} for {clip.duration_sec:g} s; extract again")
-    if clip.duration_sec <= max_duration_sec:
-        return whole, (0,)
-    window = sequence_config(variant.mode, max_duration_sec)
-    last = min(
-        int((clip.duration_sec - max_duration_sec) / WINDOW_STEP_SEC),
-        (whole.sync_seq_len - window.sync_seq_len) // SYNC_TOKENS_PER_SEGMENT,
-    )
-    count = min(MAX_WINDOWS, last + 1)
-    return window, tuple(round(i * last / max(1, count - 1)) for i in range(count))
+    return FolderDataset(scan, clips, cache, variant, selva_dir, normalize_audio), [*scan.skipped, *problems]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -192,6 +133,7 @@ class FolderDataset(ClipDataset):
         self.normalize_audio: Normalize = normalize_audio
         self._weights: dict[str, Any] = {}  # part -> identity of its weights
         self._latents_hashes: dict[Path, str] = {}  # sound file -> hash of the latents of all its windows
+        self._silence: Tensor | None = None  # (C,) latent of silence, where a clip is padded
         self._recent = functools.lru_cache(maxsize=RECENT_WINDOWS)(self._read_clip)
 
     @property
@@ -246,9 +188,28 @@ class FolderDataset(ClipDataset):
             id=clip.files.id, prompt=clip.files.prompt, audio_path=clip.files.audio_path, sequence=sequence,
             mean=latents["mean"], std=latents["std"], text_f=text_f,
             clip_f=clip_f.clone(), sync_f=sync_f.clone(),  # lets go of the rest of a long clip
+            padding=self._padding(clip, window),
         )
 
+    def _padding(self, clip: PlannedClip, window: int) -> Padding | None:
+        num_sound, num_frames = clip.num_sound_frames(window), clip.sequence.latent_seq_len
+        if num_sound == num_frames:
+            return None
+        assert self._silence is not None  # prepare() has it of every set with such clips
+        return Padding(torch.arange(num_frames) >= num_sound, self._silence)
+
     # -- preparing -----------------------------------------------------------------------------------------------------
+
+    def encode_share(self, rank: int, size: int, device: torch.device) -> None:
+        """Encode the sounds of every ``size``-th clip, beginning with ``rank``, that the cache of the folder lacks.
+
+        Every entry is a file of its own, so processes need not know of each other. What fails here fails again, and
+        is reported, in :meth:`prepare`.
+        """
+        if self.cache.is_shared:
+            missing = [clip for clip in self.clips[rank::size] if not self._has_latents(clip)]
+            if missing:
+                self._encode_missing(missing, device)
 
     def prepare(self, device: torch.device) -> Problems:
         """Encode what the cache lacks, drop the clips whose sound cannot be used, and return them with the reason."""
@@ -256,6 +217,14 @@ class FolderDataset(ClipDataset):
         problems = self._encode_sounds(device)
         unusable = {path for path, _ in problems}
         self.clips = [clip for clip in self.clips if clip.files.audio_path not in unusable]
+        if padded := [clip for clip in self.clips if clip.is_padded]:
+            self._silence = self._silence_latent(device)
+            log.warning(
+                "%d of %d clips have less sound than their features cover, and are padded with silence (of which "
+                "--padded_loss decides whether it is trained on): %s; check that each has the sound of its own video",
+                len(padded), len(self.clips),
+                listed([f"{c.files.id} ({c.sound_sec:.2f} of {c.files.duration_sec:.2f} s)" for c in padded], NAMED),
+            )
         return problems
 
     def _encode_texts(self, device: torch.device) -> None:
@@ -311,6 +280,18 @@ class FolderDataset(ClipDataset):
                 self._latents_hashes[path] = _hash_of_latents(encoded)
                 progress.update(number)
         return problems
+
+    def _silence_latent(self, device: torch.device) -> Tensor:
+        """Return (C,) the latent of digital silence, from the cache where that has it."""
+        settings = {"audio": "digital silence", "mode": self.variant.mode, "front_end": FRONT_END,
+                    "vae": self._identity("vae")}
+        found = (self.cache.load("latents", settings) or {}).get("mean")
+        if found is None or found.shape != (self.variant.generator.latent_dim,):
+            vae = load_vae(self.variant.name, self.selva_dir, device, encoder_only=True)
+            mel = build_mel(self.variant.mode).to(device)
+            found = silence_latent(sequence_config(self.variant.mode), mel, vae)
+            self.cache.save("latents", settings, {"mean": found})
+        return found
 
     # -- the cache -----------------------------------------------------------------------------------------------------
 

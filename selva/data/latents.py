@@ -15,15 +15,12 @@ from selva.models.vae import VAE
 from selva.models.variants import Variant
 from selva.models.zoo import build_mel
 from selva.sequence import SequenceConfig
-from selva.utils.errors import UserError
 from selva.weights.load import load_vae
 
-# A video's sound may end a little before its picture; silence of up to this length is appended to the waveform.
-MAX_AUDIO_SHORTFALL_SEC = 0.25
 # Part of the cache's keys. Raise it when the mel filterbank, the VAE encoder or the preparation of sound changes, so
 # that latents of an older front end are not taken for right ones (pitfall A1).
 FRONT_END = "slaney-1"
-
+SILENCE_SEC = 2.0  # of zeros that are encoded for the latent of silence: far enough from both ends
 
 
 def load_waveform(path: Path, sequence: SequenceConfig, normalize: Normalize) -> Tensor:
@@ -37,18 +34,14 @@ def load_windows(
 ) -> list[Tensor]:
     """Return (samples,) float32 per window of a clip; the level is normalised over the whole file, as MMAudio did.
 
+    Sound that ends before a window is followed by zeros, see :mod:`selva.data.padding`.
+
     Raises:
-        ValueError: unreadable, silent, not finite, or more than ``MAX_AUDIO_SHORTFALL_SEC`` too short.
+        ValueError: unreadable, silent or not finite.
     """
     waveform, rate = read_audio(path)
     starts = [round(start * sequence.sampling_rate) for start in starts_sec]
     end = max(starts) + sequence.num_audio_frames
-    seconds, needed = waveform.shape[-1] / rate, end / sequence.sampling_rate
-    if seconds < needed - MAX_AUDIO_SHORTFALL_SEC:
-        raise UserError(
-            f"{path}: {seconds:.2f} s of sound, but the features of this clip cover {needed:.2f} s; "
-            f"use the sound that belongs to the video, or extract again with --duration {seconds:.2f}"
-        )
     waveform = prepare_audio(waveform, rate, sequence.sampling_rate, end, normalize=normalize, pad=True)
     return [waveform[start : start + sequence.num_audio_frames] for start in starts]
 
@@ -58,6 +51,13 @@ def encode_latents(waveform: Tensor, mel: MelSpectrogram, vae: VAE) -> tuple[Ten
     """Return mean and deviation, each (B, N, C) float32, of the VAE posterior of ``waveform`` (B, samples)."""
     mean, std = vae.encode(mel(waveform))  # each (B, C, N)
     return mean.mT, std.mT
+
+
+def silence_latent(sequence: SequenceConfig, mel: MelSpectrogram, vae: VAE) -> Tensor:
+    """Return (C,) float32 on the CPU: the latent of digital silence, from the middle of some seconds of it."""
+    samples = round(SILENCE_SEC * sequence.sampling_rate)
+    mean, _ = encode_latents(torch.zeros(1, samples, device=next(vae.parameters()).device), mel, vae)  # (1, N, C)
+    return mean[0, mean.shape[1] // 2].float().cpu()
 
 
 class SoundEncoder:

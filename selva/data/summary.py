@@ -16,8 +16,9 @@ from torch import Tensor
 
 from selva.audio.loudness import integrated_loudness
 from selva.audio.silence import MOSTLY_SILENT, silent_share
-from selva.data.folder_dataset import FolderDataset, PlannedClip
+from selva.data.folder_dataset import FolderDataset
 from selva.data.memmap.reader import MemmapDataset
+from selva.data.plan import PlannedClip
 from selva.media import read_audio
 from selva.sequence import SAMPLING_RATES
 from selva.utils.progress import Progress

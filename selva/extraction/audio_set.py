@@ -25,6 +25,7 @@ from torch import Tensor
 
 from selva.audio.config import Normalize
 from selva.data.latents import FRONT_END, SoundEncoder
+from selva.data.memmap.labels import is_missing_there
 from selva.data.memmap.writer import MemmapWriter
 from selva.extraction.extractor import FeatureExtractor
 from selva.extraction.manifest import DONE, FAILED, SKIPPED, ManifestWriter
@@ -94,8 +95,9 @@ def plan_audio_set(clips: Path, captions: Path, data_dir: Path) -> list[SoundJob
         path, caption, problem = paths.get(same_name(window.name)), found.get(window.id, ""), ""
         if path is None:
             problem = f"{data_dir}: there is no recording {window.name}.flac, .wav or of another kind in it"
-        elif not caption:
-            problem = f"{captions}: has no caption for {window.name}"
+        elif is_missing_there(caption):
+            found_there = f" but {caption!r}, which MMAudio takes for none" if caption else ""
+            problem = f"{captions}: has no caption for {window.name}{found_there}"
         jobs.append(SoundJob(window, path, caption, problem))
     known = {same_name(name) for window in windows for name in (window.id, window.name)}
     # A table of captions serves the training and the held-out clips; those of the other part are no mistake.
@@ -214,7 +216,8 @@ class AudioSetExtractor:
 
     def open_writer(self, folder: Path, jobs: Sequence[SoundJob]) -> MemmapWriter:
         """Return the writer of a set, see there; ``jobs`` are those of all processes."""
-        rows = [(job.window.id, job.caption) for job in jobs]
+        # A row with a problem is never published; what stands for its caption meanwhile does not matter.
+        rows = [(job.window.id, "no caption" if is_missing_there(job.caption) else job.caption) for job in jobs]
         windows = [[job.window.start_sample, job.window.end_sample] for job in jobs]
         recipe = hashlib.sha256(json.dumps([windows, self.weights]).encode()).hexdigest()
         return MemmapWriter(folder, self.variant, rows, video=False, settings=self.settings(), recipe=recipe)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from selva.data.latents import MAX_AUDIO_SHORTFALL_SEC
+from selva.data.padding import MAX_AUDIO_SHORTFALL_SEC
 from selva.inputs.jobs import ClipJob
 from selva.media import audio_length, copied_audio_suffix, prepare_audio, probe, read_audio, video_length
 from selva.sequence import SequenceConfig
@@ -52,21 +52,22 @@ def _apart(job: ClipJob) -> str:
             "same moment")
 
 
-def vae_waveform(job: ClipJob, seconds: float, lengths: SequenceConfig) -> np.ndarray:
-    """Return (samples,) float32 for the VAE, prepared as for training.
+def vae_waveform(job: ClipJob, seconds: float, lengths: SequenceConfig) -> tuple[np.ndarray, str]:
+    """Return (samples,) float32 for the VAE, prepared as for training, and a remark if much of it is padding.
 
     Raises:
-        UnusableClip: there is no sound, it is too short, or silent.
+        UnusableClip: there is no sound, or it is silent.
     """
     source = job.sound or job.path
     if "audio" not in probe(source).streams:
         raise UnusableClip(f"{source}: has no sound")
     waveform, rate = read_audio(source, job.start_sec, seconds)
-    found = waveform.shape[1] / rate
+    found, remark = waveform.shape[1] / rate, ""
     if found < seconds - MAX_AUDIO_SHORTFALL_SEC:
-        raise UnusableClip(f"{source}: has {found:.2f} s of sound from {job.start_sec:g} s, expected {seconds:.2f} s")
+        remark = (f"{source}: has {found:.2f} s of sound from {job.start_sec:g} s, for features of {seconds:.2f} s; "
+                  f"its latents go on with silence (clip {job.id})")
     try:
         prepared = prepare_audio(waveform, rate, lengths.sampling_rate, lengths.num_audio_frames, pad=True)
     except ValueError as error:
         raise UnusableClip(f"{source}: {error}") from error
-    return prepared.numpy()
+    return prepared.numpy(), remark

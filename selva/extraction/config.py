@@ -17,6 +17,7 @@ from selva.weights.config import GENERAL, ModelConfig
 
 INPUT, CLIPS, RUNNING = "input and output", "clips", "running"
 SOUND_ONLY = "sound without pictures (always a memmap)"
+ENCODER_PARTS = ("clip_text", "clip_image", "t5", "video_encoder")
 # Settings without a meaning for sound without pictures.
 VIDEO_ONLY = ("recursive", "video_dir", "audio", "audio_dir", "latents", "name", "preview", "overwrite", "prune",
               "prompt", "prompts", "start", "windows", "overlap")
@@ -91,6 +92,13 @@ class ExtractionConfig:
             return 0, 1
         index, count = map(int, self.shard.split("/"))
         return index - 1, count
+
+    @property
+    def weight_parts(self) -> tuple[str, ...]:
+        """Parts of the base model that encode what the settings ask for."""
+        if self.recordings:
+            return "clip_text", "vae"
+        return (*ENCODER_PARTS, *(("vae",) if self.latents or self.format == "memmap" else ()))
 
     def _problems(self) -> Iterator[str]:
         """Yield a message for every setting, or combination of settings, that is wrong."""

@@ -15,7 +15,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +26,18 @@ from selva.audio.config import Normalize
 from selva.data.dataset import TrainingClip
 from selva.data.folder import scan_folder
 from selva.data.latents import FRONT_END, SoundEncoder, load_waveform
+from selva.data.memmap.labels import labels_or_fallback
 from selva.data.memmap.reader import MemmapDataset
 from selva.data.memmap.writer import MemmapWriter
+from selva.data.padding import num_sound_frames
 from selva.extraction.extractor import FeatureExtractor
 from selva.extraction.pairs import same_samples
 from selva.features import FeatureBundle, load_features, save_features
-from selva.inputs.file_names import same_name
+from selva.inputs.file_names import names_that_collide, same_name
 from selva.inputs.prompts import PROMPTS_FILE, choose_prompt, read_prompts
 from selva.inputs.suffixes import AUDIO_SUFFIXES
 from selva.inputs.table import unsafe_id
-from selva.media import write_audio
+from selva.media import audio_length, write_audio
 from selva.models.prompt_length import warn_of_cut_prompts
 from selva.models.vae import VAE
 from selva.models.variants import Variant, features_problem
@@ -116,6 +118,9 @@ def plan_folder(source: Path) -> tuple[list[ConversionJob], list[Conversion]]:
     if not clips:
         reason = f"; {problems[0].problem}" if problems else ""
         raise UserError(f"{source}: no clips in it, expected .npz files with their sound beside them{reason}")
+    labels = labels_or_fallback(((clip.id, clip.prompt) for clip in clips), source.resolve().name)
+    clips = [clip if clip.prompt == label else replace(clip, prompt=label, has_text=False)
+             for clip, label in zip(clips, labels, strict=True)]
     return sorted(clips, key=lambda clip: clip.features_path.name), problems
 
 
@@ -133,7 +138,9 @@ def folder_to_memmap(
 ) -> bool:
     """Write the clips of a data folder as a memmap; return True if it is there.
 
-    Sound is encoded as for training, and texts where a feature file does not hold those of its prompt.
+    Sound is encoded as for training, and texts where a feature file does not hold those of its prompt. Sound that is
+    shorter than its features is padded with silence and named: the format has no lengths, so a row looks like 8 s of
+    sound to everyone who trains on it.
 
     Args:
         target: folder of the memmap; its table comes to lie beside it.
@@ -198,7 +205,13 @@ def _row(
 
 def _waveform(path: Path, variant: Variant, normalize: Normalize) -> Tensor:
     try:
-        return load_waveform(path, sequence_config(variant.mode), normalize)
+        waveform = load_waveform(path, sequence_config(variant.mode), normalize)
+        sequence, (num_samples, rate) = sequence_config(variant.mode), audio_length(path)
+        if num_sound_frames(num_samples / rate, 0.0, sequence) < sequence.latent_seq_len:
+            log.warning("%s: %.2f s of sound for features of %g s; its row goes on with silence, which is trained on "
+                        "(a memmap has no lengths, a folder leaves the silence out of the loss)", path,
+                        num_samples / rate, DEFAULT_DURATION_SEC)
+        return waveform
     except ValueError as error:
         raise UserError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from error
 
@@ -238,8 +251,11 @@ def memmap_to_folder(
                          "pictures; train on the memmap as it is")
     target.mkdir(parents=True, exist_ok=True)
     seen: set[str] = set()
+    replaced = dict((name, first) for first, name in names_that_collide(rows.ids, target))
     for index, clip_id in enumerate(rows.ids):
         problem = "the id comes more than once" if clip_id in seen else unsafe_id(clip_id)
+        if problem is None and clip_id in replaced:
+            problem = f"in {target} upper and lower case are the same, and it would replace {replaced[clip_id]!r}"
         seen.add(clip_id)
         if problem:
             report(Conversion(clip_id, problem=f"{rows.folder}, row {index} ({clip_id!r}): {problem}"))

@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from selva.data.latents import FRONT_END
+from selva.data.memmap.labels import labels_or_fallback
 from selva.extraction.audio_set import AudioSetExtractor, plan_audio_set, run_sounds
 from selva.extraction.clip_table import TABLE_FILE, ClipOrigin, write_clip_table
 from selva.extraction.config import ExtractionConfig
@@ -17,6 +19,7 @@ from selva.extraction.manifest import FAILED, SKIPPED, ManifestWriter, Outcome, 
 from selva.extraction.outputs import FeatureFiles, MemmapRows, beside_memmap, memmap_manifest, publish
 from selva.extraction.pipeline import ClipEncoder, Summary, run
 from selva.extraction.reader import ClipReader, ReadSettings, default_workers, digest_of, read_clips
+from selva.inputs.file_names import names_that_collide
 from selva.inputs.jobs import ClipJob, collect_jobs
 from selva.models.prompt_length import warn_of_cut_prompts
 from selva.models.variants import Variant, get_variant
@@ -31,7 +34,6 @@ from selva.weights.find import check_weights, encoders_identity, weights_identit
 
 log = logging.getLogger(__name__)
 
-ENCODER_PARTS = ("clip_text", "clip_image", "t5", "video_encoder")
 CONFIG_FILE = "extract_config.yaml"
 
 ManifestRow = tuple[str, str, float | None]  # id, source, start
@@ -75,8 +77,16 @@ def work_list(config: ExtractionConfig) -> list[ClipJob]:
         )
     except (ValueError, FileNotFoundError) as error:
         raise UsageError(str(error)) from error
+    together = names_that_collide((job.id for job in jobs), config.output_dir) if config.format == "npz" else []
+    if together:
+        raise UsageError(f"{config.output_dir}: upper and lower case are the same in this folder, so one would replace "
+                         f"the other: {listed([' and '.join(pair) for pair in together])}; rename one of them")
     for job in jobs:
         config.masks.of_clip(job.mask)  # says what is wrong with them
+    if config.format == "memmap":
+        rows = [(job.id, job.prompt) for job in jobs]
+        labels = labels_or_fallback(rows, config.output_dir.resolve().name)
+        return [replace(job, prompt=label) for job, label in zip(jobs, labels, strict=True)]
     without = sum(not job.prompt for job in jobs)
     if without:
         log.warning("no prompt for %d of %s: such sounds can later only be asked for without words, and the video "
@@ -171,9 +181,8 @@ def _extract_videos(
     """Extract features of videos; return True where a clip failed."""
     variant, jobs = extractor.variant, work_list(config)
     latents = config.latents or config.format == "memmap"
-    parts = (*ENCODER_PARTS, *(("vae",) if latents else ()))
-    check_weights(variant.name, config.model.selva_dir, parts)
-    weights = weights_identity(variant, config.model.selva_dir, parts)
+    check_weights(variant.name, config.model.selva_dir, config.weight_parts)
+    weights = weights_identity(variant, config.model.selva_dir, config.weight_parts)
     output = open_output(config, variant, jobs, weights)
     settings = ReadSettings(
         variant.name, str(extractor.precision).removeprefix("torch."),
@@ -212,7 +221,7 @@ def _extract_sounds(
     """Make a set of sound without pictures; return True where a clip failed."""
     assert config.captions is not None and config.recordings is not None
     jobs = plan_audio_set(config.inputs[0], config.captions, config.recordings)
-    check_weights(extractor.variant.name, config.model.selva_dir, ("clip_text", "vae"))
+    check_weights(extractor.variant.name, config.model.selva_dir, config.weight_parts)
     rows: list[ManifestRow] = [(job.window.id, str(job.path or job.window.name), None) for job in jobs]
     workers = config.workers if config.workers is not None else default_workers(len(jobs))
     sounds = AudioSetExtractor(extractor, num_workers=workers)

@@ -28,7 +28,7 @@ from filelock import Timeout
 from selva.utils import torchrun
 from selva.utils.errors import UserError
 from selva.utils.files import atomic_write_text, json_lines
-from selva.utils.locks import file_lock
+from selva.utils.lock import file_lock
 
 log = logging.getLogger(__name__)
 

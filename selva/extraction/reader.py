@@ -202,8 +202,9 @@ class ClipReader(Dataset[ReadClip]):
             waveform, why_not = self._waveform(job, frames.duration_sec)
         self._preview(job, times, frames)
         return ReadClip(
-            index, READY, remark or why_not, settings, digest, frames.clip_frames.numpy(), frames.sync_frames.numpy(),
-            waveform, frames.duration_sec, frames.source_fps, sound, peak=max(peaks, default=0.0),
+            index, READY, "; ".join(filter(None, (remark, why_not))), settings, digest, frames.clip_frames.numpy(),
+            frames.sync_frames.numpy(), waveform, frames.duration_sec, frames.source_fps, sound,
+            peak=max(peaks, default=0.0),
         )
 
     # -- comparing -----------------------------------------------------------------------------------------------------
@@ -292,13 +293,13 @@ class ClipReader(Dataset[ReadClip]):
         return self.pairs.stage(job, sound_name, bundle, self.settings.overwrite)
 
     def _waveform(self, job: ClipJob, duration_sec: float) -> tuple[np.ndarray | None, str]:
-        """Return the waveform for the VAE, or the reason why there is none."""
+        """Return the waveform for the VAE and a remark on it, or the reason why there is none."""
         options = self.settings
         lengths, seconds = self._lengths(duration_sec)
         if not options.latents:
             return None, ""
         try:
-            return vae_waveform(job, seconds, lengths), ""
+            return vae_waveform(job, seconds, lengths)
         except UnusableClip as error:
             if options.is_memmap:
                 raise

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from selva.lora.merge import MERGED_ATTRIBUTE, Adapter, merge_adapters
 from selva.models.generator import Generator, cast_frozen_
+from selva.sampling import NO_GRAPHS, SamplingGraphs
+from selva.weights.find import generator_change
+
+log = logging.getLogger(__name__)
 
 AdapterPairs = Sequence[tuple[Adapter, float]]
+
+
+def warn_of_other_generators(adapters: AdapterPairs, generator: Path | None) -> None:
+    """Warn of adapters that were trained on other weights of the same variant than those in use."""
+    for adapter, _ in adapters:
+        if change := generator_change(adapter.meta, generator):
+            log.warning("%s was trained on %s and is used with %s (--generator)", adapter.source, *change)
 
 
 class AdapterSwitch:
@@ -24,10 +37,15 @@ class AdapterSwitch:
     Args:
         load: returns the base generator in float32 on the CPU.
         dtype: what the matrices are stored in. device: where the generator works.
+        graphs: of passes of the generator, which go when it goes.
     """
 
-    def __init__(self, load: Callable[[], Generator], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, load: Callable[[], Generator], dtype: torch.dtype, device: torch.device,
+        graphs: SamplingGraphs = NO_GRAPHS,
+    ) -> None:
         self.generator: Generator | None = None
+        self.graphs = graphs
         self._load, self._dtype, self._device = load, dtype, device
         self._base: dict[str, dict[str, Tensor]] = {}  # layer -> float32 parameters on the CPU
         self._kept: set[str] = set()  # layers whose base weights are kept when the generator is loaded
@@ -78,6 +96,7 @@ class AdapterSwitch:
     def free(self) -> None:
         """Let go of the generator; the next :meth:`set` loads it again."""
         self.generator, self._base, self._merged = None, {}, set()
+        self.graphs.clear()
 
 
 def _own(layer: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -291,7 +291,7 @@ class BatchManifest:
             "start_sec": clip.request.start_sec,
             "status": FAILED if clip.problem else DONE if complete else PENDING,
             "reason": clip.problem,
-            "files": [str(path.relative_to(self.folder)) for path in clip.paths],
+            "files": [path.relative_to(self.folder).as_posix() for path in clip.paths],
             "duration_sec": _duration(clip),
             "seeds": sorted({variation.seed for variation in clip.variations}),
         }

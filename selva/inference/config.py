@@ -13,10 +13,10 @@ from selva.inputs.suffixes import AUDIO_SUFFIXES, OUTPUT_AUDIO_SUFFIXES, OUTPUT_
 from selva.inputs.table import unsafe_id
 from selva.media.mask_settings import MaskOptions
 from selva.sequence import DEFAULT_DURATION_SEC, SHORTEST_SEC
-from selva.utils.device import PRECISION_CHOICES, PRECISION_HELP
+from selva.utils.device import GRAPH_CHOICES, PRECISION_CHOICES, PRECISION_HELP
 from selva.utils.errors import UserError
 from selva.utils.settings import setting
-from selva.weights.config import GENERAL, ModelConfig
+from selva.weights.config import GENERAL, GeneratorModelConfig
 
 CLIP_FEATURE_CHOICES = ("auto", "use", "empty")
 OFFLOAD_CHOICES = ("auto", "none")
@@ -63,7 +63,7 @@ class InferenceConfig:
         None, "that level (default " + ", ".join(f"{k} {v:g}" for k, v in DEFAULT_TARGETS.items()) + ")", group=OUTPUT,
         metavar="DB")
     overwrite: bool = setting(False, "make again what is there already", group=OUTPUT)
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: GeneratorModelConfig = field(default_factory=GeneratorModelConfig)
     adapter: list[Path] = setting([], "LoRA adapter, ours or one of ComfyUI-SelVA; may be given several times",
                                   group=ADAPTERS, repeat=True, metavar="FILE")
     strength: list[float] = setting([], "strength of the adapter at the same position (default 1; 0 is the base model)",
@@ -87,12 +87,21 @@ class InferenceConfig:
     offload: str = setting(
         "auto", "auto: load one network after the other and free it, which takes the least memory; none: keep all "
         "loaded, which is quicker for many clips", group=SAMPLING, choices=OFFLOAD_CHOICES)
+    cuda_graph: str = setting(
+        "auto", "on NVIDIA GPUs, start each pass of the generator as a whole instead of kernel by kernel. auto: where "
+        "that is possible; on: an error where it is not", group=SAMPLING, choices=GRAPH_CHOICES)
     seed: int = setting(42, "seed of everything random", group=GENERAL)
     precision: str = setting("auto", PRECISION_HELP, group=GENERAL, choices=PRECISION_CHOICES)
 
     def __post_init__(self) -> None:
         if problems := list(self._problems()):
             raise UserError("; ".join(problems))
+
+    @property
+    def weight_parts(self) -> tuple[str, ...]:
+        """Parts of the base model that are needed in any case; an adapter may want the CLIP pictures too."""
+        pictures = ("video_encoder", "t5", *(["clip_image"] if self.clip_features == "use" else []))
+        return ("generator", "vae", "vocoder", "clip_text", *(pictures if self.videos else ()))
 
     @property
     def videos(self) -> list[Path]:

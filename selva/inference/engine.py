@@ -25,7 +25,7 @@ from selva.extraction.extractor import FeatureExtractor
 from selva.extraction.reader import CLIP_ERRORS
 from selva.features import FeatureBundle, load_features
 from selva.flow import SamplingConfig
-from selva.inference.adapter_switch import AdapterPairs, AdapterSwitch
+from selva.inference.adapter_switch import AdapterPairs, AdapterSwitch, warn_of_other_generators
 from selva.inference.config import CLIP_FEATURE_CHOICES, DEFAULT_BATCH_SIZE, OFFLOAD_CHOICES, WHOLE_VIDEO_SEC
 from selva.inference.long_sampling import sample_long
 from selva.inference.request import Sound, SoundConditions, SoundRequest, check_widths
@@ -37,9 +37,9 @@ from selva.models.prompt_length import warn_of_cut_prompts
 from selva.models.vae import VAE
 from selva.models.variants import Variant, features_problem, get_variant
 from selva.models.vocoder import Vocoder
-from selva.sampling import decode_latents, sample_latents
+from selva.sampling import decode_latents, sample_latents, sampling_graphs
 from selva.sequence import DEFAULT_DURATION_SEC, SequenceConfig, sequence_config
-from selva.utils.device import PRECISION_CHOICES, dtype_of, resolve_device, resolve_precision
+from selva.utils.device import GRAPH_CHOICES, PRECISION_CHOICES, dtype_of, resolve_device, resolve_precision
 from selva.utils.errors import UserError
 from selva.utils.progress import StageTimes
 from selva.weights.find import check_weights
@@ -113,6 +113,8 @@ class SoundGenerator:
         normalize, target: the level of the sounds, see :func:`selva.audio.loudness.normalize_loudness`.
         batch_size: sounds that go through the generator at once.
         offload: "none" keeps every network once it is loaded; "auto" frees each before the next one is loaded.
+        generator: file of a generator of your own, in place of that of the variant.
+        cuda_graph: "auto", "on" or "off": start a pass of the generator as a whole on CUDA, see selva.utils.graph.
 
     Raises:
         ValueError: an unknown name or choice, or adapters that do not suit the variant or each other.
@@ -134,32 +136,34 @@ class SoundGenerator:
         precision: str = "auto",
         batch_size: int = DEFAULT_BATCH_SIZE,
         offload: str = "none",
+        generator: PathLike | None = None,
+        cuda_graph: str = "auto",
     ) -> None:
         for what, value, choices in (("clip_features", clip_features, CLIP_FEATURE_CHOICES),
                                      ("precision", precision, PRECISION_CHOICES),
-                                     ("offload", offload, OFFLOAD_CHOICES)):
+                                     ("offload", offload, OFFLOAD_CHOICES), ("cuda_graph", cuda_graph, GRAPH_CHOICES)):
             if value not in choices:
                 raise UserError(f"{what} is {value!r}, expected one of {', '.join(choices)}")
         self.variant, self.selva_dir = get_variant(variant), None if selva_dir is None else Path(selva_dir)
         self.device = resolve_device(device)
         self.precision_name = resolve_precision(precision, self.device)
         self.precision = dtype_of(self.precision_name)
-        self.sampling, self.long = sampling or SamplingConfig(), long
-        self.batch_size, self.offload = batch_size, offload
-        self.normalize, self.target, self.clip_features = normalize, target, clip_features
-        self.times = StageTimes()
+        self.sampling, self.long, self.batch_size = sampling or SamplingConfig(), long, batch_size
+        self.own_generator = None if generator is None else Path(generator)
+        self.normalize, self.target, self.clip_features, self.offload = normalize, target, clip_features, offload
         # Features are float32 as those that the base models and adapters were trained on.
         self._extractor = FeatureExtractor(self.variant, self.selva_dir, self.device)
-        self._switch = AdapterSwitch(self._load_generator, self.precision, self.device)
+        graphs = sampling_graphs(cuda_graph, self.device)
+        self._switch = AdapterSwitch(self._load_generator, self.precision, self.device, graphs)
         self._decoders: tuple[VAE, Vocoder | MelInversion] | None = None
-        self._stage = ""
+        self._stage, self.times = "", StageTimes()
         self.set_adapters(adapters)
 
     def set_adapters(self, adapters: Iterable[AdapterSpec]) -> None:
         """Use these adapters from now on, and no others; the weights change when the next sound is sampled."""
         pairs = load_adapters(adapters, self.variant)
-        self.uses_clip = uses_clip_features(self.clip_features, self.variant, pairs)
-        self.adapters = pairs
+        warn_of_other_generators(pairs, self.own_generator)
+        self.uses_clip, self.adapters = uses_clip_features(self.clip_features, self.variant, pairs), pairs
 
     def expect_adapters(self, adapters: Iterable[Adapter]) -> None:
         """Announce the adapters of later calls of :meth:`set_adapters`, which saves reading the weights again."""
@@ -173,8 +177,8 @@ class SoundGenerator:
         """
         use_clip_features = self.uses_clip if use_clip_features is None else use_clip_features
         pictures = ["video_encoder", "t5", *(["clip_image"] if use_clip_features else [])]
-        needs = ["generator", "vae", "vocoder", "clip_text", *(pictures if video else [])]
-        check_weights(self.variant.name, self.selva_dir, needs)
+        needs = ["vae", "vocoder", "clip_text", *(pictures if video else [])]
+        check_weights(self.variant.name, self.selva_dir, needs + ["generator"] * (self.own_generator is None))
 
     def generate(
         self,
@@ -342,7 +346,8 @@ class SoundGenerator:
         sequence = items[0].sequence
         generator.set_sequence(sequence.latent_seq_len, sequence.clip_seq_len, sequence.sync_seq_len)
         empty_clip, empty_sync, empty_text = generator.empty_features(1)
-        missing = [item.request.source for item in items if self.uses_clip and _lacks_clip(item)]
+        watched = [item for item in items if item.request.video is not None]
+        missing = [item.request.source for item in watched if self.uses_clip and item.clip_f is None]
         if missing:
             raise UserError(f"{missing[0]}: was encoded without the CLIP features that are asked for; encode it again")
 
@@ -362,11 +367,11 @@ class SoundGenerator:
         more = {"negative_text": negative, "precision": self.precision, "on_step": on_step}
         if self.long:
             more |= {"mode": self.variant.mode, "duration_sec": sequence.duration_sec}
-        latents = (sample_long if self.long else sample_latents)(*arguments, **more)
+        latents = (sample_long if self.long else sample_latents)(*arguments, **more, graphs=self._switch.graphs)
         return list(latents.cpu())
 
     def _load_generator(self) -> Generator:
-        return load_generator(self.variant.name, self.selva_dir)
+        return load_generator(self.variant.name, self.selva_dir, file=self.own_generator)
 
     # -- stage 3: decoders ---------------------------------------------------------------------------------------------
 
@@ -433,10 +438,6 @@ class _Draft:
             yield
         except COMPUTE_ERRORS as error:
             self.error = error
-
-
-def _lacks_clip(item: SoundConditions) -> bool:
-    return item.request.video is not None and item.clip_f is None
 
 
 def _named_prompts(drafts: Iterable[_Draft]) -> Iterator[tuple[str, str]]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from selva import flow
 from selva.flow import SamplingConfig
 from selva.models.generator import Generator
-from selva.sampling import draw_noise, guided_velocity, sample_latents
+from selva.sampling import NO_GRAPHS, SamplingGraphs, draw_noise, guided_velocity, sample_latents
 from selva.sequence import (
     DEFAULT_DURATION_SEC,
     LATENT_DOWNSAMPLE,
@@ -152,6 +152,7 @@ def sample_long(
     negative_text: Tensor | None = None,
     precision: torch.dtype = torch.float32,
     on_step: Callable[[int], None] | None = None,
+    graphs: SamplingGraphs = NO_GRAPHS,
 ) -> Tensor:
     """Return (B, N, C) float32 latents of any duration, as the VAE decodes them.
 
@@ -165,7 +166,7 @@ def sample_long(
         seeds: one seed per item. The noise belongs to the place in the clip, whatever the windows are.
         mode: "16k" or "44k". window_sec, overlap_sec: see :func:`window_grid`.
         windows_per_pass: windows, times items, that go through the network at once; more take more memory.
-        negative_text, precision, on_step: as for sample_latents.
+        negative_text, precision, on_step, graphs: as for sample_latents.
 
     Raises:
         ValueError: features of other lengths or not one per seed, or see :func:`window_grid`.
@@ -181,12 +182,13 @@ def sample_long(
     if len(grid.segments) == 1:
         with _set_to(generator, grid.whole):
             return sample_latents(generator, clip_f, sync_f, text_f, seeds, config, negative_text=negative_text,
-                                  precision=precision, on_step=on_step)
+                                  precision=precision, on_step=on_step, graphs=graphs)
     device = text_f.device
     noise = draw_noise(generator, seeds, grid.whole.latent_seq_len).to(device)
     enabled = precision != torch.float32
     with _set_to(generator, grid.window), torch.autocast(device.type, dtype=precision, enabled=enabled):
-        passes = _window_passes(generator, grid, clip_f, sync_f, text_f, negative_text, config, windows_per_pass)
+        passes = _window_passes(
+            generator, grid, clip_f, sync_f, text_f, negative_text, config, windows_per_pass, graphs)
         velocity = blended_velocity(passes, grid, device)
         latents = flow.SOLVERS[config.solver](velocity, noise, config.num_steps, on_step)
     return generator.unnormalize(latents)
@@ -219,6 +221,7 @@ class WindowPass:
 def _window_passes(
     generator: Generator, grid: WindowGrid, clip_f: Tensor, sync_f: Tensor, text_f: Tensor,
     negative_text: Tensor | None, config: SamplingConfig, windows_per_pass: int,
+    graphs: SamplingGraphs,
 ) -> list[WindowPass]:
     """Return the passes, with the conditions of every window projected once for all steps."""
     places = [(item, window) for item in range(len(text_f)) for window in range(len(grid.segments))]
@@ -235,7 +238,7 @@ def _window_passes(
         if negative is not None and len(negative) > 1:  # one for each item
             negative = negative[items]
         empty = generator.empty_conditions(len(rows), negative)
-        fn = guided_velocity(generator, conditions, empty, config.cfg_strength, config.cfg_interval)
+        fn = guided_velocity(generator, conditions, empty, config.cfg_strength, config.cfg_interval, graphs)
         passes.append(WindowPass(rows, fn))
     return passes
 

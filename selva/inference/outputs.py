@@ -19,6 +19,7 @@ from selva.extraction.reader import CLIP_ERRORS
 from selva.features import FeatureBundle
 from selva.inference.engine import SoundGenerator
 from selva.inference.request import Sound, SoundRequest
+from selva.inputs.file_names import alike, problem_here, tells_case_apart
 from selva.inputs.suffixes import OUTPUT_AUDIO_SUFFIXES, OUTPUT_VIDEO_SUFFIXES
 from selva.lora.merge import Adapter
 from selva.utils.errors import UserError
@@ -166,10 +167,13 @@ def adapter_hash(adapter: Adapter) -> str:
 
 
 def _weight_sizes(generator: SoundGenerator) -> list[list[Any]] | str:
+    own = generator.own_generator
     if generator.variant.packaged:
-        return packaged_identity(generator.variant.name)
-    found = find_weights(generator.variant, generator.selva_dir, ("generator", "vae", "vocoder"))
-    return [[path.name, path.stat().st_size, content_mark(path)] for files in found.values() for path in files]
+        packaged = packaged_identity(generator.variant.name)
+        return packaged if own is None else [[packaged], [own.stat().st_size, content_mark(own)]]
+    parts = ("vae", "vocoder") if own is not None else ("generator", "vae", "vocoder")
+    found = [path for files in find_weights(generator.variant, generator.selva_dir, parts).values() for path in files]
+    return [[path.name, path.stat().st_size, content_mark(path)] for path in ([own] if own else []) + found]
 
 
 def _content_hash(source: Path | FeatureBundle | None) -> str | None:
@@ -180,11 +184,19 @@ def _content_hash(source: Path | FeatureBundle | None) -> str | None:
 
 
 def shared_names(files: Iterable[SoundFiles]) -> list[Path]:
-    """Return the paths that two sounds would both write."""
-    seen: set[Path] = set()
+    """Return the paths that two sounds would both write, whatever the case of their letters where that is one file."""
+    seen: dict[Path, None] = {}  # in their order
     shared = []
     for path in (path for one in files for path in (*one.written, one.settings)):
         if path in seen:
             shared.append(path)
-        seen.add(path)
-    return shared
+        seen[path] = None
+    return shared + [path for _, name in alike(map(str, seen)) if not tells_case_apart((path := Path(name)).parent)]
+
+
+def name_problem(files: Iterable[SoundFiles]) -> str | None:
+    """Return in words which file this system cannot have because of its name; None if it can have all."""
+    for path in (path for one in files for path in (*one.written, one.settings)):
+        if reason := problem_here(path.name):
+            return f"{path}: {reason}"
+    return None

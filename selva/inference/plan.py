@@ -12,7 +12,7 @@ from selva.inference.batch import AdapterSetup, BatchClip, Variation
 from selva.inference.compare import read_compare_list
 from selva.inference.config import WHOLE_VIDEO_SEC, InferenceConfig
 from selva.inference.engine import load_adapters
-from selva.inference.outputs import shared_names, sound_files
+from selva.inference.outputs import name_problem, shared_names, sound_files
 from selva.inference.request import SoundRequest
 from selva.inputs.jobs import ClipJob, collect_jobs
 from selva.inputs.suffixes import AUDIO_SUFFIXES
@@ -165,7 +165,10 @@ def check_names(config: InferenceConfig, clips: Sequence[BatchClip]) -> None:
     """Raise a UsageError if two sounds would be written to one file, or one over somebody else's."""
     if config.output_is_file and len(clips) > 1:
         raise UsageError(f"--output {config.output}: is one file, but there are {len(clips)} clips; name a folder")
-    if shared := shared_names(variation.files for clip in clips for variation in clip.variations):
+    files = [variation.files for clip in clips for variation in clip.variations]
+    if problem := name_problem(files):
+        raise UsageError(f"{problem}; rename the clip, or name one file with --output")
+    if shared := shared_names(files):
         raise UsageError(f"{shared[0]} would be written twice; rename one of the clips, or another --output")
     check_targets(config, clips)
     if config.output_is_file or config.overwrite:

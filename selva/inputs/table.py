@@ -5,8 +5,8 @@
 
 Only ``id`` is required; the case of the names does not matter. ``caption`` is another name of ``label``. ``path`` and
 ``mask`` are relative to the table; without ``path`` the video is ``<id>`` with a video suffix, beside the table or in a
-given folder. Folders are separated by / or by \\. An empty cell counts as no cell. MMAudio's tables (``id``, ``label``)
-are such tables.
+given folder; both ``/`` and ``\\`` may stand between folders. An empty cell counts as no cell. MMAudio's tables
+(``id``, ``label``) are such tables.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from selva.inputs.delimited import Cells, find_delimiter, read_text_table
-from selva.inputs.file_names import FolderNames, same_name, written_path
+from selva.inputs.file_names import FolderNames, from_windows, problem_here, same_name
 from selva.sequence import SHORTEST_SEC
 from selva.utils.errors import UserError
 from selva.utils.text import listed
@@ -60,7 +60,7 @@ def unsafe_id(id_: str) -> str | None:
         return "the file name is not UTF-8"
     if num_bytes > _MAX_ID_BYTES:
         return f"an id has at most {_MAX_ID_BYTES} bytes"
-    return None
+    return problem_here(id_)
 
 
 def read_clip_table(path: Path, video_suffixes: Iterable[str], video_dir: Path | None = None) -> list[TableRow]:
@@ -149,7 +149,9 @@ class _RowReader:
         if "\0" in text[column]:
             self._problem(f"{column} has a NUL character in it")
             return None
-        path = written_path(text[column], folder)
+        path = folder / text[column]
+        if "\\" in text[column] and self.names.find(path) is None:  # the table may come from Windows
+            path = folder / from_windows(text[column])
         return self.names.find(path) or path
 
     def _find(self, id_: str) -> Path:

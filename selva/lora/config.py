@@ -87,8 +87,6 @@ class LoRAConfig:
                 problems.append(f"target_ranks names {target!r}, which is not among the targets {list(self.targets)}")
             if rank < 1:
                 problems.append(f"the rank of target {target!r} must be at least 1, got {rank}")
-        if not problems and self.init == "pissa" and any(self.scale(r) != 1 for r in self.ranks()):
-            problems.append("init 'pissa' needs scale 1: leave alpha unset and rslora off")
         if problems:
             raise UserError("; ".join(problems))
 
@@ -137,6 +135,16 @@ class LoRAConfig:
             init=meta.get("init_mode", "standard"),
         )
 
+    def flags(self) -> str:
+        """Return the flags of ``train_lora.py`` that ask for these settings."""
+        ranks = self.target_ranks or {}
+        flags = [f"--rank {self.rank}"]
+        flags += [f"--alpha {self.alpha:g}"] if self.alpha is not None else []
+        flags += ["--rslora"] if self.rslora else []
+        flags += [f"--init {self.init}"] if self.init != "standard" else []
+        flags += ["--dora"] if self.dora else []
+        return " ".join([*flags, "--target", *(f"{t}:{ranks[t]}" if t in ranks else t for t in self.targets)])
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain containers and numbers; :meth:`from_meta` reads them back from meta key ``lora_config``."""
         return {
@@ -166,6 +174,13 @@ class LoRAConfig:
     def target_of(self, layer_name: str) -> str:
         """Return the longest target that ``layer_name`` ends with; there must be one."""
         return max((target for target in self.targets if layer_name.endswith(target)), key=len)
+
+    def start_problem(self) -> str | None:
+        """Return the reason against starting a training so, though one may be continued; None if there is none."""
+        if self.init == "pissa" and any(self.scale(r) != 1 for r in self.ranks()):
+            return ("init 'pissa' starts with scale 1, as in its paper: leave alpha unset and rslora off. (A PiSSA "
+                    "step file of ComfyUI-SelVA has another scale, and is continued with it: --resume FILE)")
+        return None
 
     def rank_of(self, layer_name: str) -> int:
         """Return the rank for a layer whose name ends with at least one target."""

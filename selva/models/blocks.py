@@ -18,7 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from selva.models import winograd_conv
+from selva.models.lean import frozen_conv, one_more_, silu_mul
 from selva.models.qk_norm_rope import RMS_EPS, qk_norm_rope
+from selva.utils.device import computes_on_cpu
 from selva.utils.errors import UserError
 from selva.utils.text import listed
 
@@ -78,7 +80,7 @@ class GatedMLP(nn.Module):
         self.w3 = nn.Linear(dim, hidden_dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        return self.w2(silu_mul(self.w1(x), self.w3(x)))
 
 
 class ConvMLP(nn.Module):
@@ -94,7 +96,7 @@ class ConvMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if winograd_conv.supports(x, self.w1, self.w2, self.w3):
             return winograd_conv.gated_mlp(x.mT, self.w1, self.w2, self.w3).mT
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        return frozen_conv(self.w2, silu_mul(frozen_conv(self.w1, x), frozen_conv(self.w3, x)))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -131,8 +133,12 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(frequency_dim, hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, hidden_dim))
         self.frequency_dim, self.scale = frequency_dim, scale
 
+    def frequencies(self, device: torch.device) -> Tensor:
+        """Return the (frequency_dim / 2,) frequencies."""
+        return time_frequencies(self.frequency_dim // 2, self.scale, device)
+
     def forward(self, t: Tensor) -> Tensor:
-        angle = t.float()[:, None] * time_frequencies(self.frequency_dim // 2, self.scale, t.device)
+        angle = t.float()[:, None] * self.frequencies(t.device)
         embedding = torch.cat((angle.cos(), angle.sin()), dim=-1)  # (B, frequency_dim) float32
         return self.mlp(embedding.to(self.mlp.get_parameter("0.weight").dtype))
 
@@ -148,19 +154,25 @@ def nearest_index(num_source: int, num_target: int, device: torch.device) -> Ten
     return F.interpolate(positions, size=num_target, mode="nearest-exact")[0, 0].long().to(device)
 
 
+def forget_tables() -> None:
+    """Forget all tables made so far, which are of the kind of tensor that the first caller worked with."""
+    for table in (rotary_table, time_frequencies, nearest_index):
+        table.cache_clear()
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # attention streams
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def modulated_norm(norm: nn.LayerNorm, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Return ``norm(x) * (1 + scale) + shift`` in the dtype of ``x`` (DiT, arXiv:2212.09748, adaptive layer norm).
+def modulated_norm(norm: nn.LayerNorm, x: Tensor, shift: Tensor, factor: Tensor) -> Tensor:
+    """Return ``norm(x) * factor + shift`` in the dtype of ``x`` (DiT, arXiv:2212.09748, adaptive layer norm).
 
     Without autocast, which would widen the result to float32 for no more than one rounding, and keep it so for the
     backward pass. The norm itself computes in float32 whatever it is given.
     """
     with torch.autocast(x.device.type, enabled=False):
-        return torch.addcmul(shift, norm(x), 1 + scale).to(x.dtype)
+        return torch.addcmul(shift, norm(x), factor).to(x.dtype)
 
 
 class SelfAttention(nn.Module):
@@ -181,7 +193,7 @@ class SelfAttention(nn.Module):
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Return (B, tokens, heads * head_dim), unmasked softmax attention of (B, heads, tokens, head_dim) inputs."""
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+    if q.dtype == torch.bfloat16 and computes_on_cpu(q):
         attended = _attend_by_matrix_products(q, k, v)
     else:
         attended = F.scaled_dot_product_attention(q, k, v)
@@ -232,22 +244,28 @@ class Stream(nn.Module):
         Args:
             x: (B, tokens, dim). c: (B, 1, dim) or (B, tokens, dim) condition. rotary: positions.
         """
-        modulation = self.adaLN_modulation(c).chunk(2 if self.pre_only else 6, dim=-1)
-        shift, scale = modulation[:2]
-        return self.attn(modulated_norm(self.norm1, x, shift, scale), rotary), modulation[2:]
+        if self.pre_only:
+            shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
+            modulation = ()
+        else:
+            shift, scale, gate_attn, shift_ffn, scale_ffn, gate_ffn = self.adaLN_modulation(c).chunk(6, dim=-1)
+            # Now, as nothing is kept for the backward pass yet: all six are of one memory.
+            modulation = gate_attn, shift_ffn, one_more_(scale_ffn), gate_ffn
+        return self.attn(modulated_norm(self.norm1, x, shift, one_more_(scale)), rotary), modulation
 
     def post_attention(self, x: Tensor, attended: Tensor, modulation: tuple[Tensor, ...]) -> Tensor:
         """Return the updated stream (B, tokens, dim)."""
-        gate_attn, shift, scale, gate_ffn = modulation
+        gate_attn, shift, factor, gate_ffn = modulation
         x = torch.addcmul(x, self._along_tokens(self.linear1, attended), gate_attn)
-        return torch.addcmul(x, self._along_tokens(self.ffn, modulated_norm(self.norm2, x, shift, scale)), gate_ffn)
+        normed = modulated_norm(self.norm2, x, shift, factor)
+        return torch.addcmul(x, self._along_tokens(self.ffn, normed), gate_ffn)
 
     def _along_tokens(self, layer: nn.Module, x: Tensor) -> Tensor:
         if not self.convolves:
             return layer(x)
         if isinstance(layer, nn.Conv1d) and winograd_conv.supports(x, layer):
             return winograd_conv.conv(x, layer)
-        return layer(x.mT).mT
+        return frozen_conv(layer, x.mT).mT
 
 
 class JointBlock(nn.Module):
@@ -308,4 +326,5 @@ class FinalLayer(nn.Module):
 
     def forward(self, latent: Tensor, global_c: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(global_c).chunk(2, dim=-1)
-        return self.conv(modulated_norm(self.norm, latent, shift, scale).mT).mT  # (B, N, latent_dim)
+        normed = modulated_norm(self.norm, latent, shift, one_more_(scale))
+        return frozen_conv(self.conv, normed.mT).mT  # (B, N, latent_dim)

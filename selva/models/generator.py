@@ -89,6 +89,7 @@ class Generator(nn.Module):
         self.config = config
         # How many blocks, from the first on, are recomputed in backward (True: all): less memory, more time.
         self.gradient_checkpointing: bool | int = False
+        self.recompute_randomly = True  # whether blocks that are recomputed may draw random numbers, as for dropout
         dim, v2 = config.hidden_dim, config.v2
         width = gated_width(dim)
 
@@ -226,12 +227,7 @@ class Generator(nn.Module):
             ValueError: the latents are not N frames long.
         """
         self._check_tokens("latents", latent, self.latent_seq_len)
-        head_dim = self.config.hidden_dim // self.config.num_heads
-        latent_rotary = rotary_table(self.latent_seq_len, head_dim, 1.0, latent.device)
-        clip_rotary = rotary_table(
-            self.clip_seq_len, head_dim, self.latent_seq_len / self.clip_seq_len, latent.device
-        )
-        text_rotary = rotary_table(self.config.text_seq_len, head_dim, 0.0, latent.device)
+        latent_rotary, clip_rotary, text_rotary = self._rotary_tables(latent.device)
         x = self.audio_input_proj(latent)  # (B, N, D)
         clip, text = conditions.clip_f, conditions.text_f
         pooled = self.global_cond_mlp(conditions.clip_f_c + conditions.text_f_c)
@@ -245,6 +241,24 @@ class Generator(nn.Module):
             x = self._run(i, block, x, extended_c, latent_rotary)
         return self.final_layer(x, global_c)
 
+    def tables(self) -> tuple[Tensor, ...]:
+        """Return the tables that a pass at the lengths set reads; they may be forgotten when lengths change often."""
+        device = self.latent_mean.device
+        pairs = self._rotary_tables(device)
+        return (
+            *(table for pair in pairs for table in pair), self.t_embed.frequencies(device),
+            nearest_index(self.sync_seq_len, self.latent_seq_len, device),
+        )
+
+    def _rotary_tables(self, device: torch.device) -> tuple[tuple[Tensor, Tensor], ...]:
+        """Return the positions of latent, CLIP and text tokens."""
+        head_dim = self.config.hidden_dim // self.config.num_heads
+        return (
+            rotary_table(self.latent_seq_len, head_dim, 1.0, device),
+            rotary_table(self.clip_seq_len, head_dim, self.latent_seq_len / self.clip_seq_len, device),
+            rotary_table(self.config.text_seq_len, head_dim, 0.0, device),
+        )
+
     def forward(self, latent: Tensor, clip_f: Tensor, sync_f: Tensor, text_f: Tensor, t: Tensor) -> Tensor:
         """Return the velocity from raw features: :meth:`preprocess_conditions`, then :meth:`predict_flow`."""
         return self.predict_flow(latent, t, self.preprocess_conditions(clip_f, sync_f, text_f))
@@ -253,7 +267,7 @@ class Generator(nn.Module):
         """Return ``block(*args)``, computed again in the backward pass where :attr:`gradient_checkpointing` says so."""
         recomputed = self.gradient_checkpointing is True or index < self.gradient_checkpointing
         if recomputed and torch.is_grad_enabled():
-            return checkpoint(block, *args, use_reentrant=False)
+            return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=self.recompute_randomly)
         return block(*args)
 
     @staticmethod

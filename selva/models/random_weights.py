@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Callable
 from typing import TypeVar
 
 import numpy as np
@@ -31,13 +32,19 @@ SMALL = 0.1
 M = TypeVar("M", bound=nn.Module)
 
 
-def random_tensor(name: str, shape: tuple[int, ...], seed: int = 0) -> Tensor:
+Noise = Callable[[str, tuple[int, ...], int], Tensor]  # fn(name, shape, seed): values of zero mean and unit variance
+
+
+def random_tensor(name: str, shape: tuple[int, ...], seed: int = 0, noise: Noise | None = None) -> Tensor:
     """Return float32 values for the parameter ``name``: uniform, of zero mean and of a scale that fits its role.
 
     Weights keep the magnitude of their input (1 / sqrt(fan-in)), norm scales lie around 1, biases and positions are
     small, latent deviations lie around 1 and are positive, and the waveform comes out well below full scale.
+
+    Args:
+        noise: draws the values; None: so that they are the same on every machine, which takes some seconds per GB.
     """
-    x = _unit_noise(name, shape, seed)
+    x = (noise or _unit_noise)(name, shape, seed)
     if name.endswith("latent_std"):
         return 1 + SMALL * x.abs()
     if name.endswith((*UNIT_TABLES, *UNIT_MATRICES)):
@@ -56,14 +63,14 @@ def random_tensor(name: str, shape: tuple[int, ...], seed: int = 0) -> Tensor:
     return SMALL * x
 
 
-def random_state_dict(module: nn.Module, seed: int = 0) -> dict[str, Tensor]:
+def random_state_dict(module: nn.Module, seed: int = 0, noise: Noise | None = None) -> dict[str, Tensor]:
     """Return a state dict for ``module``: parameters by :func:`random_tensor`, persistent buffers as they are.
 
     Only the shapes of the parameters are read, so they may live on the meta device.
     """
     parameters = dict(module.named_parameters(remove_duplicate=False))
     return {
-        name: random_tensor(name, tuple(tensor.shape), seed) if name in parameters else tensor.detach().clone()
+        name: random_tensor(name, tuple(tensor.shape), seed, noise) if name in parameters else tensor.detach().clone()
         for name, tensor in module.state_dict().items()
     }
 

@@ -77,6 +77,7 @@ def _hub(name: str, purpose: str, repo: str, alternatives: tuple[str, ...] = ())
     return WeightFile(name, purpose, repo, name, external=True, hub_folder=True, alternatives=alternatives)
 
 
+SYNCHFORMER = "synchformer_state_dict.pth"
 WEIGHT_FILES = {
     file.name: file
     for file in (
@@ -100,7 +101,7 @@ WEIGHT_FILES = {
         _mmaudio("mmaudio_large_44k.pth", "fed96c325a6785b85ce75ae1aafd2673"),
         _mmaudio("mmaudio_large_44k_v2.pth", "01ad4464f049b2d7efdaa4c1a59b8dfe"),
         _selva("video_enc_sup_5.pth", "TextSynch video encoder", "ff09a6dc36148536ee4db97eba081d05"),
-        _external("synchformer_state_dict.pth", "Synchformer video encoder", "5b2f5594b0730f70e41e549b7c94390c"),
+        _external(SYNCHFORMER, "Synchformer video encoder", "5b2f5594b0730f70e41e549b7c94390c"),
         _external("v1-16.pth", "16 kHz VAE", "69f56803f59a549a1a507c93859fd4d7"),
         _external("v1-44.pth", "44.1 kHz VAE", "fab020275fa44c6589820ce025191600"),
         _external("best_netG.pt", "16 kHz vocoder (BigVGAN)", "eeaf372a38a9c31c362120aba2dde292"),
@@ -170,7 +171,7 @@ class Variant:
             return (WEIGHT_FILES[self.generator_file],)
         if part == "video_encoder":
             selva = self.family == "selva"
-            return (WEIGHT_FILES["video_enc_sup_5.pth" if selva else "synchformer_state_dict.pth"],)
+            return (WEIGHT_FILES["video_enc_sup_5.pth" if selva else SYNCHFORMER],)
         if part == "vae":
             return (WEIGHT_FILES["v1-16.pth" if self.mode == "16k" else "v1-44.pth"],)
         if part == "vocoder":

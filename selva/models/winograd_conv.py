@@ -23,12 +23,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from selva.utils.device import computes_on_cpu
+
 FORWARD, REVERSED = (0, 1, 2, 3), (3, 1, 2, 0)  # which products m0 ... m3 belong to; reversed: taps from last to first
 
 
 def supports(x: Tensor, *layers: nn.Module) -> bool:
     """Return True if ``layers``, convolutions of ``x`` or of its images, should run through this module."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not computes_on_cpu(x):
         return False
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     return dtype == torch.bfloat16 and all(map(_is_frozen_and_plain, layers))
@@ -70,6 +72,11 @@ def transformed(weight: Tensor) -> Tensor:
         factors = torch.stack((g0, (g0 + g1 + g2) / 2, (g0 - g1 + g2) / 2, g2)).to(torch.bfloat16)
     _known[weight] = weight.detach(), weight._version, factors
     return factors
+
+
+def forget() -> None:
+    """Free all transformed weights, which take a third more memory than the weights; made again when needed."""
+    _known.clear()
 
 
 def _tiles(x: Tensor, order: tuple[int, ...]) -> Tensor:

@@ -25,7 +25,10 @@ class CuttingConfig:
             and for 0.64 s, the shortest clip that the models take, of segments.
         max_segments: windows of one recording; None for the published number.
         skip_silence: move or drop windows that are mostly silent.
+        trim_silence: move the borders of clips inwards, past the silence at both ends.
         silence_db: RMS of a block of 50 ms below which it is silent, relative to full scale.
+        merge_gap_sec: given segments that are closer together become one; None for none.
+        slice_start_offset, slice_end_offset: seconds that the borders of given segments move, later if positive.
     """
 
     min_length_sec: float | None = setting(
@@ -33,9 +36,21 @@ class CuttingConfig:
         "two become one clip each), or shorter segments (default: 0.64)", group=CUTTING)
     max_segments: int | None = setting(None, f"windows of one recording (default: {MAX_WINDOWS}, as published)",
                                        group=CUTTING, metavar="N", at_least_one=True)
+    merge_gap_sec: float | None = setting(
+        None, "given segments with less than this between them become one, and so do those that overlap; their texts "
+        "are joined, the id is that of the first", group=CUTTING, metavar="SEC")
+    slice_start_offset: float = setting(
+        0.0, "move the beginning of every given segment by so many seconds: negative takes in what is before it, "
+        "positive cuts it off; after merging", group=CUTTING, metavar="SEC")
+    slice_end_offset: float = setting(
+        0.0, "the same for the end: negative cuts it off, positive takes in what comes after it", group=CUTTING,
+        metavar="SEC")
     skip_silence: bool = setting(
         False, "move windows that are more than half silent to where least is silent, and leave out those for which "
         "there is no place (of --segments: leave out). Decodes every recording", group=SILENCE)
+    trim_silence: bool = setting(
+        False, "cut off the silence at both ends of every clip, in steps of 50 ms; what is shorter than 0.64 s then "
+        "(of --segments: than --min_length_sec) is left out. Decodes every recording", group=SILENCE)
     silence_db: float = setting(SILENCE_DB, "50 ms with an RMS below this are silent, dB of full scale", group=SILENCE)
 
     def __post_init__(self) -> None:
@@ -43,8 +58,20 @@ class CuttingConfig:
             raise UserError(f"--min_length_sec is {self.min_length_sec}, expected 0 or more seconds")
         if self.max_segments is not None and self.max_segments < 1:
             raise UserError(f"--max_segments is {self.max_segments}, expected at least 1")
+        if self.merge_gap_sec is not None and not 0 <= self.merge_gap_sec < math.inf:
+            raise UserError(f"--merge_gap_sec is {self.merge_gap_sec}, expected 0 or more seconds")
+        for flag in ("slice_start_offset", "slice_end_offset"):
+            if not math.isfinite(value := getattr(self, flag)):
+                raise UserError(f"--{flag} is {value}, expected seconds")
         if not -200 <= self.silence_db < 0:
             raise UserError(f"--silence_db is {self.silence_db}, expected a level below full scale, such as -60")
+
+    @property
+    def of_segments(self) -> list[str]:
+        """Return the flags that were given and speak of segments."""
+        given = {"merge_gap_sec": self.merge_gap_sec is not None, "slice_start_offset": self.slice_start_offset != 0,
+                 "slice_end_offset": self.slice_end_offset != 0}
+        return [f"--{flag}" for flag, is_given in given.items() if is_given]
 
     @property
     def max_windows(self) -> int:
@@ -71,6 +98,12 @@ class PartitionConfig:
         "<name>.txt beside a recording is its caption", group=CAPTIONS, metavar="FILE")
     val_fraction: float = setting(0.0, "share of the recordings whose clips go into clips_val.tsv instead; chosen by "
                                   "--seed", group=CAPTIONS, metavar="F")
+    val_below_sec: float = setting(
+        0.0, "clips shorter than this go into clips_val.tsv too, whatever their recording", group=CAPTIONS,
+        metavar="SEC")
+    val_below_text: int = setting(
+        0, "so do clips whose caption has fewer characters than this; without a caption it has none", group=CAPTIONS,
+        metavar="N")
     start: int = setting(0, "index of the first recording, sorted by file name", group=PART)
     end: int = setting(-1, "index after the last recording, -1 for all; with --start or --end the table is called "
                        "clips_START_END.tsv", group=PART)
@@ -87,6 +120,11 @@ class PartitionConfig:
              f"--start {self.start} --end {self.end}: expected 0 or more (--end -1 for all)"),
             (not 0 <= self.val_fraction < 1,
              f"--val_fraction {self.val_fraction}: expected 0 or more and less than 1"),
+            (not 0 <= self.val_below_sec < math.inf,
+             f"--val_below_sec {self.val_below_sec}: expected 0 or more seconds"),
+            (self.val_below_text < 0, f"--val_below_text {self.val_below_text}: expected 0 or more characters"),
+            (not self.segments and bool(self.cutting.of_segments),
+             f"{' and '.join(self.cutting.of_segments)}: of segments, which --segments gives"),
             (self.segments and self.cutting.max_segments is not None,
              "--max_segments: belongs to windows; with --segments all of these are taken"),
             (self.write_audio is not None and self.write_audio.resolve() == self.data_dir.resolve(),

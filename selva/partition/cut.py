@@ -22,7 +22,7 @@ from selva.media import audio_length, read_audio, write_audio
 from selva.media.audio import warn_of_cancellation
 from selva.partition.config import CuttingConfig
 from selva.partition.pieces import WrittenPieces
-from selva.partition.segments import Segment
+from selva.partition.segments import Segment, move_borders
 from selva.partition.windows import WINDOW_SEC, Window, partition, write_table
 from selva.sequence import SHORTEST_SEC
 from selva.utils.errors import UserError
@@ -123,16 +123,47 @@ def cut_recording(
             windows, left_out = _cut_windows(path, num_samples, rate, config)
         else:
             windows, left_out = _cut_segments(path, num_samples, rate, config, segments)
-        if not (windows and config.skip_silence):
+        if not (windows and (config.skip_silence or config.trim_silence)):
             return windows, left_out
         found = find_silence(path, config.silence_db)
     except (ValueError, OSError) as error:
         return [], [LeftOut(path, str(error).removeprefix(f"{path}: "), failed=True)]
-    windows, silent = avoid_silence(windows, found, move=segments is None)
-    reason = f"more than half of it is silent, below {config.silence_db:g} dB"
-    return windows, left_out + [
-        LeftOut(path, reason, w.id if segments else "", w.start_sample / rate, w.end_sample / rate) for w in silent
-    ]
+    # Windows move to where sound is and are trimmed there; segments stay, so what is left of them has to be sound.
+    steps = (_skip_silence, _trim) if segments is None else (_trim, _skip_silence)
+    for step in steps:
+        windows, reasons = step(windows, found, rate, config, segments is not None)
+        left_out += [LeftOut(path, reason, w.id if segments else "", w.start_sample / rate, w.end_sample / rate)
+                     for w, reason in reasons]
+    return windows, left_out
+
+
+Kept = tuple[list[Window], list[tuple[Window, str]]]  # clips to take, and those to leave out with the reason
+
+
+def _skip_silence(
+    windows: list[Window], silence: SilenceMap, _rate: int, config: CuttingConfig, given: bool
+) -> Kept:
+    if not config.skip_silence:
+        return windows, []
+    windows, silent = avoid_silence(windows, silence, move=not given)
+    return windows, [(w, f"more than half of it is silent, below {config.silence_db:g} dB") for w in silent]
+
+
+def _trim(windows: list[Window], silence: SilenceMap, rate: int, config: CuttingConfig, given: bool) -> Kept:
+    if not config.trim_silence:
+        return windows, []
+    shortest = config.min_length_sec if given and config.min_length_sec is not None else SHORTEST_SEC
+    trimmed, left_out = [], []
+    for window in windows:
+        start, end = silence.trimmed(window.start_sample, window.end_sample)
+        if start == end:
+            left_out.append((window, f"all of it is silent, below {config.silence_db:g} dB"))
+        elif end - start < shortest * rate:
+            left_out.append((window, f"{(end - start) / rate:.2f} s long without the silence at its ends, expected at "
+                                     f"least {shortest:g} s"))
+        else:
+            trimmed.append(replace(window, start_sample=start, end_sample=end))
+    return trimmed, left_out
 
 
 def _cut_windows(
@@ -156,20 +187,29 @@ def _cut_segments(
     windows, left_out = [], []
     if not segments:
         left_out.append(LeftOut(path, "no segment of it is given"))
-    for segment in segments:
+    moved = segments
+    if config.slice_start_offset or config.slice_end_offset:
+        moved = move_borders(segments, config.slice_start_offset, config.slice_end_offset)
+    for given, segment in zip(segments, moved, strict=True):
         start, end = round(segment.start_sec * rate), round(segment.end_sec * rate)
         if start < num_samples and end > num_samples + OVERSHOOT_SEC * rate:
             log.warning("%s: %s ends at %.2f s, but the recording after %.2f s; cut there",
                         path, segment.id, segment.end_sec, num_samples / rate)
-        end = min(end, num_samples)
-        if start >= num_samples:
+        if start < 0 < end:
+            log.warning("%s: %s begins %.2f s before the recording with its moved border; cut there",
+                        path, segment.id, -segment.start_sec)
+        start, end = max(start, 0), min(end, num_samples)
+        if end <= start and given.start_sec < given.end_sec and given.start_sec * rate < num_samples:
+            reason = (f"the moved borders leave nothing of it ({segment.start_sec:.2f} to {segment.end_sec:.2f} s of "
+                      f"{num_samples / rate:.2f} s)")
+        elif start >= num_samples:
             reason = f"begins after the end of the recording ({num_samples / rate:.2f} s)"
         elif end - start < max(1, shortest * rate):
             reason = f"{(end - start) / rate:.2f} s long, expected at least {shortest:g} s"
         else:
             windows.append(Window(segment.id, path.stem, start, end))
             continue
-        left_out.append(LeftOut(path, reason, segment.id, segment.start_sec, segment.end_sec))
+        left_out.append(LeftOut(path, reason, given.id, given.start_sec, given.end_sec))
     return windows, left_out
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from selva.inputs.file_names import FolderNames, same_name
+from selva.inputs.file_names import FolderNames, names_that_collide, same_name
 from selva.inputs.prompts import read_sidecar
+from selva.media import audio_length
 from selva.partition.config import CuttingConfig, PartitionConfig
 from selva.partition.cut import (
     LeftOut,
@@ -20,7 +21,7 @@ from selva.partition.cut import (
     write_piece,
 )
 from selva.partition.pieces import WrittenPieces
-from selva.partition.segments import Segment, read_segments
+from selva.partition.segments import Segment, merge_segments, read_segments
 from selva.partition.windows import (
     WINDOW_SEC,
     Window,
@@ -51,6 +52,8 @@ def partition_recordings(config: PartitionConfig) -> tuple[list[Path], bool]:
     recordings, not_taken = collect_recordings(config.data_dir)
     chosen, part = choose_part(recordings, config)
     segments = read_segments(config.segments, {path.stem for path in recordings}) if config.segments else None
+    if segments is not None and config.cutting.merge_gap_sec is not None:
+        segments = merge_all(segments, config.cutting.merge_gap_sec)
     of_clips = {s.id: s.text for given in (segments or {}).values() for s in given if s.text}
     of_names = find_captions(recordings, config.captions)
 
@@ -58,6 +61,10 @@ def partition_recordings(config: PartitionConfig) -> tuple[list[Path], bool]:
     cut = cut_all(chosen, config.cutting, segments)
     cut.left_out += not_taken if config.start == 0 else []
     if config.write_audio is not None:
+        together = names_that_collide((window.id for window in cut.windows), config.write_audio)
+        if together:
+            raise UserError(f"{config.write_audio}: upper and lower case are the same in this folder, so one would "
+                            f"replace the other: {listed([' and '.join(pair) for pair in together])}; rename one")
         write_pieces(cut, chosen, captions_of(cut.windows, of_clips, of_names), config.write_audio)
         if not part and (old := forgotten_pieces(config.write_audio, cut.windows)):
             log.warning("%s: of no clip of this run: %s; remove them if they are of an earlier one",
@@ -68,12 +75,16 @@ def partition_recordings(config: PartitionConfig) -> tuple[list[Path], bool]:
         raise UserError(f"{config.data_dir}: none of {counted(len(chosen), 'recording')} gives a clip{wanted}")
     names = {window.name for window in cut.windows}
     held_out = hold_out(names, config.val_fraction, config.seed) if config.val_fraction else set()
-
     captions = table_captions(cut.windows, of_clips, of_names)
+    short = short_clips(cut.windows, chosen, captions_of(cut.windows, of_clips, of_names), config)
+    val = {window for window in cut.windows if window.name in held_out} | short
+    if len(val) == len(cut.windows):
+        raise UserError(f"all {len(val)} clips would be held out for validation; lower --val_below_sec or "
+                        "--val_below_text")
     # First, as it says that the tables are ours; and again with their hashes.
     settings, text = config.output_dir / f"clips{part}_config.yaml", settings_text(values_of(config))
     atomic_write_text(settings, text)
-    tables = write_tables(cut, held_out, captions, config.output_dir, part)
+    tables = write_tables(cut, val, captions, config.output_dir, part)
     present = [config.output_dir / f"{name}{part}.tsv" for name in TABLES]
     lines = [f"{TABLE_LINE}{source_hash(path)} {path.name}\n" for path in present if path.is_file()]
     atomic_write_text(settings, text + "".join(lines))
@@ -83,7 +94,39 @@ def partition_recordings(config: PartitionConfig) -> tuple[list[Path], bool]:
     if held_out:
         log.info("%s of these %s held out for validation", counted(len(held_out), "recording"),
                  "is" if len(held_out) == 1 else "are")
+    if short:
+        log.info("%s held out because they or their captions are short", counted(len(short), "clip is", "clips are"))
     return tables, bool(failed)
+
+
+def merge_all(segments: dict[str, list[Segment]], gap_sec: float) -> dict[str, list[Segment]]:
+    """Return segments with close ones in one, and name those that a clip of a model cannot hold."""
+    merged = {name: merge_segments(given, gap_sec) for name, given in segments.items()}
+    before, after = (sum(map(len, each.values())) for each in (segments, merged))
+    log.info("%d segments became %d with --merge_gap_sec %g", before, after, gap_sec)
+    given_sec = {s.id: s.end_sec - s.start_sec for given in segments.values() for s in given}
+    long = [f"{s.id} ({s.end_sec - s.start_sec:.2f} s)" for given in merged.values() for s in given
+            if s.end_sec - s.start_sec > max(WINDOW_SEC, given_sec[s.id])]
+    if long:
+        log.warning("%d merged segments are longer than the %g s of a clip: %s; a set of sound alone takes the first "
+                    "8 s of each, a folder of pairs windows of it", len(long), WINDOW_SEC, listed(long))
+    return merged
+
+
+def short_clips(
+    windows: Sequence[Window], recordings: Sequence[Path], captions: Mapping[str, str], config: PartitionConfig
+) -> set[Window]:
+    """Return the clips whose sound or caption is shorter than what is trained on.
+
+    Args:
+        captions: {id of the clip: caption}.
+    """
+    short = {w for w in windows if len(captions.get(w.id, "")) < config.val_below_text}
+    if config.val_below_sec:
+        names = {window.name for window in windows}
+        rates = {path.stem: audio_length(path)[1] for path in recordings if path.stem in names}
+        short |= {w for w in windows if w.end_sample - w.start_sample < config.val_below_sec * rates[w.name]}
+    return short
 
 
 def choose_part(recordings: Sequence[Path], config: PartitionConfig) -> tuple[Sequence[Path], str]:
@@ -145,8 +188,8 @@ def cut_all(
     recordings: Sequence[Path], config: CuttingConfig, segments: dict[str, list[Segment]] | None
 ) -> Cut:
     """Return the clips of all recordings."""
-    cut = Cut()
-    with Progress(len(recordings), "finding silence" if config.skip_silence else "reading headers", "files") as bar:
+    cut, decodes = Cut(), config.skip_silence or config.trim_silence
+    with Progress(len(recordings), "finding silence" if decodes else "reading headers", "files") as bar:
         for number, path in enumerate(recordings, 1):
             given = None if segments is None else segments.get(path.stem, [])
             windows, left_out = cut_recording(path, config, given)
@@ -200,13 +243,13 @@ def report_left_out(left_out: Sequence[LeftOut], table: Path) -> None:
         log.warning("... and %d more, see %s", len(left_out) - NAMED, table)
 
 
-def write_tables(cut: Cut, held_out: set[str], captions: dict[str, str], output_dir: Path, part: str) -> list[Path]:
+def write_tables(cut: Cut, held_out: set[Window], captions: dict[str, str], output_dir: Path, part: str) -> list[Path]:
     """Write all tables of a run and return those with clips and captions; remove those of an earlier run."""
     train, val, texts = (output_dir / f"{name}{part}.tsv" for name in ("clips", "clips_val", "captions"))
     written = [train]
-    write_clips(train, [window for window in cut.windows if window.name not in held_out])
+    write_clips(train, [window for window in cut.windows if window not in held_out])
     if held_out:
-        write_clips(val, [window for window in cut.windows if window.name in held_out])
+        write_clips(val, [window for window in cut.windows if window in held_out])
         written.append(val)
     if captions:
         write_captions(texts, captions)

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -76,6 +77,36 @@ def read_segments(paths: Sequence[Path], names: Iterable[str]) -> dict[str, list
     if not by_name:
         raise UserError(f"{listed([str(path) for path in paths])}: no segments in it")
     return by_name
+
+
+def merge_segments(segments: Sequence[Segment], gap_sec: float) -> list[Segment]:
+    """Return the segments of one recording by time, with those in one that have less than ``gap_sec`` between them.
+
+    Overlapping ones have less than nothing between them. A joined segment has the id of the first, and all texts.
+    """
+    merged: list[Segment] = []
+    for segment in sorted(segments, key=lambda segment: (segment.start_sec, segment.end_sec)):
+        if merged and segment.start_sec - merged[-1].end_sec < gap_sec:
+            last = merged[-1]
+            text = " ".join(filter(None, (last.text, segment.text)))
+            merged[-1] = replace(last, end_sec=max(last.end_sec, segment.end_sec), text=text)
+        else:
+            merged.append(segment)
+    return merged
+
+
+def move_borders(segments: Sequence[Segment], start_sec: float, end_sec: float) -> list[Segment]:
+    """Return segments with moved borders, possibly before the recording or with an end before their start.
+
+    Those that reach into a neighbour only because of it are named: they hold sound of the other's words.
+    """
+    moved = [replace(s, start_sec=s.start_sec + start_sec, end_sec=s.end_sec + end_sec) for s in segments]
+    order = sorted(range(len(segments)), key=lambda i: segments[i].start_sec)
+    into = [segments[i].id for i, following in itertools.pairwise(order)
+            if segments[i].end_sec <= segments[following].start_sec and moved[i].end_sec > moved[following].start_sec]
+    if into:
+        log.warning("%s: with moved borders, these reach into the next segment: %s", segments[0].name, listed(into))
+    return moved
 
 
 def _problem_of(segment: Segment, names: Collection[str]) -> str | None:

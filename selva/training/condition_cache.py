@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from selva.data.dataset import ClipDataset, ClipWindow, Lengths, collate
+from selva.data.padding import Padding, join_paddings
 from selva.lora.layers import lora_layers
 from selva.models.generator import CONDITION_PARTS, Conditions, Generator
 
@@ -27,6 +28,7 @@ class CachedBatch:
         mean, std: (B, N, C). has_video: (B,) bool; where it is False, the conditions of pictures and motion are NaN.
         conditions: of B clips. empty: of batch 1, in place of a dropped condition.
         lengths: (N, T, S).
+        padding: (B, N); None where no clip has any.
     """
 
     mean: Tensor
@@ -35,6 +37,7 @@ class CachedBatch:
     conditions: Conditions
     empty: Conditions
     lengths: Lengths
+    padding: Padding | None = None
 
     def with_dropped(self, clip: Tensor, sync: Tensor, text: Tensor) -> Conditions:
         """Return the conditions with the empty ones wherever the (B,) bool masks are True."""
@@ -52,8 +55,12 @@ def can_cache(generator: Generator, clips: ClipDataset, precision: torch.dtype) 
 
     The answer depends on settings and data only, so that a resumed run computes what the interrupted one did.
     """
-    if any(name.startswith(CONDITION_PARTS) for name, _ in lora_layers(generator)):
-        return False
+    adapted = any(name.startswith(CONDITION_PARTS) for name, _ in lora_layers(generator))
+    return not adapted and cache_bytes(generator, clips, precision) <= MAX_BYTES
+
+
+def cache_bytes(generator: Generator, clips: ClipDataset, precision: torch.dtype) -> int:
+    """Return the size of the cache with all windows of a set in it; of more than ``MAX_BYTES``, any size above it."""
     config = generator.config
     itemsize = torch.finfo(precision).bits // 8
     total = 0
@@ -63,8 +70,11 @@ def can_cache(generator: Generator, clips: ClipDataset, precision: torch.dtype) 
         one = tokens * config.hidden_dim * itemsize + 2 * latent_len * config.latent_dim * 4
         total += one * clips.num_windows(index)
         if total > MAX_BYTES:
-            return False
-    return True
+            break
+    return total
+
+
+Row = tuple[Tensor, Tensor, Tensor, Conditions, Padding | None]  # of one window: mean, std, has_video ...
 
 
 class ConditionCache:
@@ -76,7 +86,7 @@ class ConditionCache:
 
     def __init__(self, generator: Generator, clips: ClipDataset, precision: torch.dtype) -> None:
         self.generator, self.clips, self.precision = generator, clips, precision
-        self._known: dict[ClipWindow, tuple[Tensor, Tensor, Tensor, Conditions]] = {}
+        self._known: dict[ClipWindow, Row] = {}
         self._empty: dict[Lengths, Conditions] = {}
 
     def load(self, windows: Sequence[ClipWindow]) -> CachedBatch:
@@ -84,19 +94,20 @@ class ConditionCache:
         lengths = self.clips.lengths(windows[0].index)
         self.generator.set_sequence(*lengths)
         rows = [self._known.get(window) or self._compute(window) for window in windows]
-        means, stds, has_video, conditions = zip(*rows, strict=True)
+        means, stds, has_video, conditions, paddings = zip(*rows, strict=True)
         return CachedBatch(
             torch.cat(means), torch.cat(stds), torch.cat(has_video), Conditions.cat_all(conditions),
-            self._empty_conditions(lengths), lengths,
+            self._empty_conditions(lengths), lengths, join_paddings(paddings, lengths[0]),
         )
 
     @torch.no_grad()
-    def _compute(self, window: ClipWindow) -> tuple[Tensor, Tensor, Tensor, Conditions]:
+    def _compute(self, window: ClipWindow) -> Row:
         # One clip at a time, whatever batch it comes in: its bits must not depend on its neighbours.
-        clip = collate([self.clips.clip(*window)]).to(self.generator.latent_mean.device)
+        read, device = self.clips.clip(*window), self.generator.latent_mean.device
+        clip, padding = collate([read]).to(device), None if read.padding is None else read.padding.to(device)
         with self._autocast():
             conditions = self.generator.preprocess_conditions(clip.clip_f, clip.sync_f, clip.text_f)
-        self._known[window] = clip.mean, clip.std, clip.has_video, conditions
+        self._known[window] = clip.mean, clip.std, clip.has_video, conditions, padding
         return self._known[window]
 
     @torch.no_grad()

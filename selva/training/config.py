@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from selva import flow
 from selva.audio.config import AUDIO_NORMALIZATIONS, Normalize
+from selva.data.source import DataSource, missing_folders, parse_sources
 from selva.lora.config import LoRAConfig
 from selva.sequence import DEFAULT_DURATION_SEC
-from selva.utils.device import PRECISION_CHOICES, PRECISION_HELP
+from selva.utils.device import GRAPH_CHOICES, PRECISION_CHOICES, PRECISION_HELP
 from selva.utils.errors import UserError
 from selva.utils.settings import required, setting
-from selva.weights.config import GENERAL, ModelConfig
+from selva.weights.config import GENERAL, GeneratorModelConfig
 
 LATENT_MODES = ("sample", "mode")
 LR_SCHEDULES = ("constant", "cosine", "multistep", "cosine_restarts")
 CLIP_FEATURE_MODES = ("use", "empty")
+EMA_KINDS = ("exponential", "power")
+MAX_SIGMA_REL = 0.288  # of an average over all steps with equal weights
+ADAPTER_FORMATS = {"pt": (".pt",), "safetensors": (".safetensors",), "both": (".pt", ".safetensors")}
+PADDED_LOSSES = ("masked", "full")
 
 DATA = "data and output"
 OPTIMISATION = "optimisation (a step is one update, whatever --grad_accum is)"
@@ -28,7 +34,82 @@ MEMORY = "memory and speed"
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class ObjectiveConfig:
+    """The objective, which trainings of adapters and of base models share."""
+
+    timestep_mode: str = setting("logit_normal", "times to train at; curriculum is logit_normal first and uniform "
+                                 "later", group=OBJECTIVE, choices=flow.TIMESTEP_MODES)
+    logit_normal_sigma: float = setting(1.0, "spread of logit_normal", group=OBJECTIVE)
+    curriculum_switch: float = setting(0.6, "fraction of all steps at which curriculum switches", group=OBJECTIVE)
+    null_prob: float = setting(0.1, "how often the video, and separately the text, is replaced by the empty condition",
+                               group=OBJECTIVE)
+    latent: str = setting("sample", "draw each target from the VAE posterior, or take its mode", group=OBJECTIVE,
+                          choices=LATENT_MODES)
+    clip_features: str = setting(
+        "use", "pass CLIP frame features, or the empty ones as official SelVA does; stored in the adapter and followed "
+        "by infer.py", group=OBJECTIVE, choices=CLIP_FEATURE_MODES)
+    seed: int = setting(42, "seed of everything random", group=GENERAL)
+    padded_loss: str = "masked"  # of rows of memmaps it is not known how much of them is padding
+
+    def problems(self) -> list[str]:
+        """Return a sentence for every value that is out of range."""
+        problems = []
+        if not 0 < self.logit_normal_sigma < math.inf:
+            problems.append(f"logit_normal_sigma is {self.logit_normal_sigma}, expected a number above 0")
+        problems += [
+            f"{name} is {getattr(self, name)}, expected 0 to 1"
+            for name in ("null_prob", "curriculum_switch")
+            if not 0 <= getattr(self, name) <= 1
+        ]
+        return problems + choice_problems(self, {
+            "timestep_mode": flow.TIMESTEP_MODES, "latent": LATENT_MODES, "clip_features": CLIP_FEATURE_MODES})
+
+
+def least_problems(config: object, least: dict[str, int]) -> list[str]:
+    """Return a sentence for every named field of a configuration that is below its least value."""
+    return [f"{name} is {getattr(config, name)}, expected at least {value}" for name, value in least.items()
+            if getattr(config, name) < value]
+
+
+def positive_problems(config: object, names: Sequence[str]) -> list[str]:
+    """Return a sentence for every named field of a configuration that is no finite number above 0."""
+    return [f"{name} is {getattr(config, name)}, expected a number above 0" for name in names
+            if not 0 < getattr(config, name) < math.inf]
+
+
+MILESTONES_HELP = ("where multistep lowers the rate, counted after the warm-up: below 1 a fraction of --steps, else a "
+                   "step")
+FACTOR_HELP = "what multistep multiplies the rate by at each of them"
+
+
+def milestone_problems(milestones: Sequence[float], factor: float) -> list[str]:
+    """Return what is wrong with the settings of the multistep schedule."""
+    problems = []
+    if not milestones or not all(0 < when < math.inf for when in milestones):
+        given = " ".join(f"{when:g}" for when in milestones) or "empty"
+        problems.append(f"lr_milestones is {given}, expected numbers above 0: fractions of all steps, or steps")
+    if not 0 < factor < 1:
+        problems.append(f"lr_factor is {factor}, expected more than 0 and less than 1")
+    return problems
+
+
+def choice_problems(config: object, choices: dict[str, Sequence[str]]) -> list[str]:
+    """Return a sentence for every named field of a configuration that is none of its choices."""
+    return [f"{name} is {getattr(config, name)!r}, expected one of {', '.join(allowed)}"
+            for name, allowed in choices.items() if getattr(config, name) not in allowed]
+
+
+def width_problems(widths: Sequence[float]) -> list[str]:
+    """Return a sentence for everything that is wrong with the widths of averages by power functions."""
+    problems = [f"ema_sigma_rel is {width}, expected above 0 and at most {MAX_SIGMA_REL}" for width in widths
+                if not 0 < width <= MAX_SIGMA_REL]
+    if not widths or len(set(widths)) < len(widths):
+        problems.append(f"ema_sigma_rel is {list(widths)}, expected every width once")
+    return problems
+
+
+@dataclass(frozen=True)
+class TrainConfig(ObjectiveConfig):
     """Optimisation, objective and evaluation; one step is one optimiser update, whatever ``grad_accum`` is."""
 
     steps: int = setting(2000, "updates", group=OPTIMISATION, aliases=("max_train_steps",),
@@ -42,9 +123,8 @@ class TrainConfig:
         "MMAudio; or falls to 0 --lr_cycles times", group=OPTIMISATION, choices=LR_SCHEDULES,
         similar=("lr_scheduler", "lr_scheduler_type"))
     lr_milestones: tuple[float, ...] = setting(
-        (0.8, 0.9), "where multistep lowers the rate, counted after the warm-up: below 1 a fraction of --steps, else a "
-        "step", group=OPTIMISATION, nargs="+", metavar="WHEN", default_text="0.8 0.9, MMAudio's")
-    lr_factor: float = setting(0.1, "what multistep multiplies the rate by at each of them", group=OPTIMISATION)
+        (0.8, 0.9), MILESTONES_HELP, group=OPTIMISATION, nargs="+", metavar="WHEN", default_text="0.8 0.9, MMAudio's")
+    lr_factor: float = setting(0.1, FACTOR_HELP, group=OPTIMISATION)
     lr_cycles: int = setting(4, "cycles of cosine_restarts", group=OPTIMISATION)
     batch_size: int = setting(4, "clips per forward pass", group=OPTIMISATION,
                               aliases=("train_batch_size",))
@@ -53,63 +133,45 @@ class TrainConfig:
     lora_plus_ratio: float = setting(  # arXiv:2402.12354
         1.0, "LoRA+: rate of the B matrices over that of the A matrices", group=OPTIMISATION)
     weight_decay: float = setting(1e-6, "decoupled weight decay of the adapter", group=OPTIMISATION)
+    adam_eps: float = setting(1e-8, "epsilon of AdamW; the base models were trained with 1e-6 in bf16",
+                              group=OPTIMISATION)
     betas: tuple[float, float] = (0.9, 0.95)
     grad_clip: float = 1.0
+    ema: str = setting("exponential", "kind of the average of the adapter: exponential with --ema_decay, or power: "
+                       "averages over a share of the training, from which scripts/make_ema.py makes others later",
+                       group=OPTIMISATION, choices=EMA_KINDS)
+    ema_sigma_rel: tuple[float, ...] = setting(
+        (0.05, 0.1), "widths of the averages of --ema power, in relation to the length of the training; the first one "
+        "is judged and saved", group=OPTIMISATION, nargs="+", metavar="X")
     ema_decay: float = setting(  # 0: no average of the adapter is kept
         0.0, "keep a moving average of the adapter, which is then what is judged and saved; e.g. 0.999",
         group=OPTIMISATION)
-    timestep_mode: str = setting("logit_normal", "times to train at; curriculum is logit_normal first and uniform "
-                                 "later", group=OBJECTIVE, choices=flow.TIMESTEP_MODES)
-    logit_normal_sigma: float = setting(1.0, "spread of logit_normal", group=OBJECTIVE)
-    curriculum_switch: float = setting(0.6, "fraction of all steps at which curriculum switches", group=OBJECTIVE)
-    null_prob: float = setting(0.1, "how often the video, and separately the text, is replaced by the empty condition",
-                               group=OBJECTIVE)
-    latent: str = setting("sample", "draw each target from the VAE posterior, or take its mode", group=OBJECTIVE,
-                          choices=LATENT_MODES)
-    clip_features: str = setting(
-        "use", "pass CLIP frame features, or the empty ones as official SelVA does; stored in the adapter and followed "
-        "by infer.py", group=OBJECTIVE, choices=CLIP_FEATURE_MODES)
+    padded_loss: str = setting(
+        "masked", "sound that is shorter than its features is padded with silence: leave that out of the loss, or "
+        "train on it as on sound, which teaches silence", group=OBJECTIVE, choices=PADDED_LOSSES)
     patience: int = setting(0, "stop after so many validations without a better one; 0: never", group=EVALUATION)
-    seed: int = setting(42, "seed of everything random", group=GENERAL)
     save_every: int = setting(500, "steps between checkpoints, each with a sample", group=OPTIMISATION,
                               aliases=("save_every_n_steps", "checkpointing_steps"))
     val_every: int = setting(100, "steps between validations", group=EVALUATION)
     log_every: int = setting(10, "steps between log lines", group=EVALUATION)
 
     def __post_init__(self) -> None:
-        problems = [
-            f"{name} is {getattr(self, name)}, expected at least {least}"
-            for name, least in (("steps", 1), ("warmup_steps", 0), ("batch_size", 1), ("grad_accum", 1),
-                                ("save_every", 1), ("val_every", 1), ("log_every", 1), ("lr_cycles", 1),
-                                ("patience", 0))
-            if getattr(self, name) < least
-        ]
-        problems += [
-            f"{name} is {getattr(self, name)}, expected a number above 0"
-            for name in ("lr", "lora_plus_ratio", "logit_normal_sigma", "grad_clip")
-            if not 0 < getattr(self, name) < math.inf
-        ]
-        problems += [
-            f"{name} is {getattr(self, name)}, expected 0 to 1"
-            for name in ("null_prob", "curriculum_switch")
-            if not 0 <= getattr(self, name) <= 1
-        ]
+        problems = least_problems(self, {
+            "steps": 1, "warmup_steps": 0, "batch_size": 1, "grad_accum": 1, "save_every": 1, "val_every": 1,
+            "log_every": 1, "lr_cycles": 1, "patience": 0})
+        problems += positive_problems(self, ("lr", "lora_plus_ratio", "grad_clip", "adam_eps"))
         object.__setattr__(self, "lr_milestones", tuple(self.lr_milestones))
-        if not self.lr_milestones or not all(0 < when < math.inf for when in self.lr_milestones):
-            given = " ".join(f"{when:g}" for when in self.lr_milestones) or "empty"
-            problems.append(f"lr_milestones is {given}, expected numbers above 0: fractions of all steps, or steps")
-        if not 0 < self.lr_factor < 1:
-            problems.append(f"lr_factor is {self.lr_factor}, expected more than 0 and less than 1")
+        problems += milestone_problems(self.lr_milestones, self.lr_factor)
         if not 0 <= self.ema_decay < 1:
             problems.append(f"ema_decay is {self.ema_decay}, expected 0 to below 1")
+        if self.ema == "power" and self.ema_decay:
+            problems.append(f"ema is power and ema_decay {self.ema_decay}, which belongs to exponential; give one of "
+                            "them (--ema_decay 0)")
+        problems += width_problems(self.ema_sigma_rel)
         if not 0 <= self.weight_decay < math.inf:
             problems.append(f"weight_decay is {self.weight_decay}, expected at least 0")
-        problems += [
-            f"{name} is {getattr(self, name)!r}, expected one of {', '.join(allowed)}"
-            for name, allowed in (("timestep_mode", flow.TIMESTEP_MODES), ("latent", LATENT_MODES),
-                                  ("clip_features", CLIP_FEATURE_MODES), ("lr_schedule", LR_SCHEDULES))
-            if getattr(self, name) not in allowed
-        ]
+        problems += [*self.problems(), *choice_problems(self, {
+            "lr_schedule": LR_SCHEDULES, "ema": EMA_KINDS, "padded_loss": PADDED_LOSSES})]
         if problems:
             raise UserError("; ".join(problems))
 
@@ -118,8 +180,10 @@ class TrainConfig:
 class RunConfig:
     """Settings of one run of ``train_lora.py``: data, model, adapter, training, output."""
 
-    data_dir: Path = required("folder of .npz + sound pairs, or an MMAudio memmap", group=DATA,
-                              similar=("train_data_dir", "dataset_dir", "dataset"))
+    data_dir: list[str] = required(
+        "folders of .npz + sound pairs, or MMAudio memmaps; of several, each may have a weight that says how often its "
+        "clips are used: voices noises:3", group=DATA, nargs="+", metavar="DIR[:WEIGHT]",
+        similar=("train_data_dir", "dataset_dir", "dataset"))
     output_dir: Path = setting(Path("lora_output"), "folder of this run, whose files have fixed names", group=DATA,
                                similar=("output_name", "logging_dir"))
     resume: str | None = setting(None, "continue from a step file; auto takes the newest of the output folder, if any",
@@ -127,15 +191,17 @@ class RunConfig:
     init_from: Path | None = setting(
         None, "start a new run at a finished adapter, with a fresh optimiser and on any data", group=DATA,
         metavar="ADAPTER")
-    dry_run: bool = setting(False, "check everything, try two steps, estimate memory and time, and write nothing",
-                            group=DATA)
+    dry_run: bool = setting(False, "say what batch fits a GPU, check everything, try two steps, estimate time, and "
+                            "write nothing", group=DATA)
     skip_invalid: bool = setting(False, "train without the clips that cannot be used, instead of stopping to name them",
                                  group=DATA)
     duration: float = setting(DEFAULT_DURATION_SEC, "longer clips are trained on in windows of this length; shorter "
                               "ones stay as they are", group=DATA)
     normalize_audio: Normalize = setting("peak", "peak: 0.95 of full scale, as the base models were trained; none: as "
                                    "recorded", group=DATA, choices=AUDIO_NORMALIZATIONS)
-    model: ModelConfig = field(default_factory=ModelConfig)
+    adapter_format: str = setting("pt", "of the best and the final adapter; ComfyUI-SelVA reads .pt only. Step files "
+                                  "are always .pt", group=DATA, choices=tuple(ADAPTER_FORMATS))
+    model: GeneratorModelConfig = field(default_factory=GeneratorModelConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     training: TrainConfig = field(default_factory=TrainConfig)
     val_fraction: float = setting(0.1, "share of the clips held out to see overfitting; none below five clips",
@@ -158,10 +224,15 @@ class RunConfig:
     compile: bool = setting(
         False, "compile the blocks with torch.compile, for faster steps: the first ones take a minute or more, less in "
         "the next run, as the result is kept; needs a C++ compiler, on NVIDIA GPUs triton", group=MEMORY)
+    cuda_graph: str = setting(
+        "auto", "on NVIDIA GPUs, start each training step as a whole instead of kernel by kernel. auto: where that is "
+        "possible, otherwise the log says why not; on: an error where it is not", group=MEMORY, choices=GRAPH_CHOICES)
     precision: str = setting("auto", PRECISION_HELP, group=GENERAL, choices=PRECISION_CHOICES,
                              aliases=("mixed_precision",), synonyms={"no": "fp32"})
 
     def __post_init__(self) -> None:
+        if isinstance(self.data_dir, str | Path):
+            object.__setattr__(self, "data_dir", [str(self.data_dir)])
         problems = []
         if not 0 <= self.val_fraction < 1:
             problems.append(f"val_fraction is {self.val_fraction}, expected 0 to below 1")
@@ -169,10 +240,17 @@ class RunConfig:
             problems.append(f"preserve_share is {self.preserve_share}, expected more than 0 and less than 1")
         problems += [f"{name} is {getattr(self, name)}, expected at least 0" for name in ("keep_last", "val_clips")
                      if getattr(self, name) < 0]
-        folders = {"--data_dir": self.data_dir, "--val_dir": self.val_dir}
-        problems += [f"{flag} {path}: no such folder" for flag, path in folders.items() if path and not path.is_dir()]
+        try:
+            problems += missing_folders("--data_dir", self.sources)
+        except UserError as error:
+            problems.append(str(error))
+        problems += missing_folders("--val_dir", [DataSource(self.val_dir)] if self.val_dir else [])
         if self.resume not in (None, "auto") and not Path(self.resume).is_file():
             problems.append(f"--resume {self.resume}: no such file")
+        if self.adapter_format not in ADAPTER_FORMATS:
+            problems.append(f"adapter_format is {self.adapter_format!r}, expected one of {', '.join(ADAPTER_FORMATS)}")
+        if self.resume is None and (problem := self.lora.start_problem()):
+            problems.append(problem)
         if self.init_from is not None:
             if self.resume not in (None, "auto"):
                 problems.append("--init_from starts a new run and --resume continues one; give one of them")
@@ -183,3 +261,8 @@ class RunConfig:
                 problems.append(f"--init_from {self.init_from}: no such file")
         if problems:
             raise UserError("; ".join(problems))
+
+    @property
+    def sources(self) -> list[DataSource]:
+        """The data sets with their weights."""
+        return parse_sources(self.data_dir)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,22 +30,36 @@ class EMA:
         torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]  -- one kernel; torch has no public name for it
             list(self.average.values()), list(self.parameters.values()), 1 - decay)
 
+    def start_at(self, values: Mapping[str, Tensor]) -> None:
+        """Begin with these values, by the names of the parameters."""
+        for name, value in self.average.items():
+            value.copy_(values[name])
+
+    def state(self) -> dict[str, Any]:
+        """Return the state that :meth:`restore` continues from."""
+        return self.average
+
     def restore(self, average: Mapping[str, Tensor]) -> None:
         """Continue from the stored averages of the same names."""
-        for name, value in self.average.items():
-            value.copy_(average[name])
+        self.start_at(average)
 
-    @contextmanager
-    def applied(self) -> Iterator[None]:
+    def applied(self) -> AbstractContextManager[None]:
         """Put the average into the model for the duration of the block."""
-        trained = {name: p.detach().clone() for name, p in self.parameters.items()}
-        self._copy(self.average)
-        try:
-            yield
-        finally:
-            self._copy(trained)
+        return applied(self.parameters, self.average)
 
-    @torch.no_grad()
-    def _copy(self, values: Mapping[str, Tensor]) -> None:
-        for name, parameter in self.parameters.items():
-            parameter.copy_(values[name])
+
+@contextmanager
+def applied(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Put ``values`` into the parameters of the same names for the duration of the block."""
+    trained = {name: p.detach().clone() for name, p in parameters.items()}
+    _copy(parameters, values)
+    try:
+        yield
+    finally:
+        _copy(parameters, trained)
+
+
+@torch.no_grad()
+def _copy(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
+    for name, parameter in parameters.items():
+        parameter.copy_(values[name])

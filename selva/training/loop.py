@@ -6,14 +6,16 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from selva.training.run import TrainingRun
-from selva.training.schedule import learning_rate
+from selva.data.dataset import ClipDataset
+from selva.models.generator import Generator
+from selva.training.schedule import Schedule, learning_rate
 from selva.utils.device import peak_memory_bytes
+from selva.utils.distributed import World
 from selva.utils.errors import UserError
 from selva.utils.metrics_log import MetricsFile, smoothed
 from selva.utils.progress import Progress
@@ -25,22 +27,79 @@ OVERFITTING_AFTER = 3  # validations in a row above the best one, while the trai
 MAX_BAD_STEPS = 20  # consecutive steps without a finite gradient after which a run cannot be saved
 
 
+class LoopSettings(Schedule, Protocol):
+    """The settings that the loop reads."""
+
+    @property
+    def save_every(self) -> int: ...
+    @property
+    def val_every(self) -> int: ...
+    @property
+    def log_every(self) -> int: ...
+    @property
+    def patience(self) -> int: ...
+
+
+class Run(Protocol):
+    """State of a training that :func:`fit` can drive: that of an adapter, or that of a base model.
+
+    Attributes:
+        rows_per_step: every step has a row of metrics; False: the mean of all steps since the last line of the log.
+        advice: what to do about overfitting, from the best step on.
+    """
+
+    rows_per_step: bool
+    advice: str
+    step: int
+    best_step: int
+    best_val_loss: float
+    worse_in_a_row: int
+
+    @property
+    def config(self) -> LoopSettings: ...
+    @property
+    def generator(self) -> Generator: ...
+    @property
+    def val_clips(self) -> ClipDataset: ...
+    @property
+    def world(self) -> World: ...
+    @property
+    def device(self) -> torch.device: ...
+
+    def train_step(self) -> tuple[Tensor, Tensor]:
+        """Do one update and return the loss and the norm of the gradient, scalars on the device."""
+        ...
+
+    def validate(self) -> dict[str, Any]:
+        """Return the row of metrics of a validation now, and keep track of the best step."""
+        ...
+
+
+AnyRun = TypeVar("AnyRun", bound=Run)
+
+
 def fit(
-    run: TrainingRun,
+    run: AnyRun,
     metrics: MetricsFile,
     *,
-    on_checkpoint: Callable[[TrainingRun], None],
-    on_best: Callable[[TrainingRun], None],
+    on_checkpoint: Callable[[AnyRun], object],
+    on_best: Callable[[AnyRun], object],
     should_stop: Callable[[], bool] = lambda: False,
+    on_step: Callable[[AnyRun], None] = lambda run: None,
+    more: Callable[[AnyRun, int, float], dict[str, Any]] = lambda run, steps, seconds: {},
 ) -> bool:
     """Train until ``config.steps`` or until patience ends, and return True; until ``should_stop()``, and return False.
 
-    A run whose patience had ended before it was resumed returns True at once.
+    Several processes stop one step after the first of them was asked to. Between two rows of metrics nothing is read
+    from the device, so that the host is ahead of it. A run whose patience had ended before it was resumed returns True
+    at once.
 
     Args:
         metrics: gets one row per step, and one per validation.
         on_checkpoint: called every ``save_every`` steps, after the last step, and before an early return.
         on_best: called after a validation with the lowest loss so far.
+        on_step: called after every step and its validation. more: further numbers for the newest row of metrics, from
+            the number of steps since the row before it and the seconds that they took.
 
     Raises:
         ValueError: the gradient was not finite ``MAX_BAD_STEPS`` times in a row (the last checkpoint is intact), or the
@@ -60,15 +119,20 @@ def fit(
     unlogged: list[dict[str, Any]] = []
     bad_steps, since, started_at = 0, time.monotonic(), time.monotonic()
     first_step = run.step
-    with Progress(config.steps, "training", "steps", interval_sec=math.inf) as progress:
+    with (
+        Progress(config.steps, "training", "steps", interval_sec=math.inf) as progress,
+        run.world.agreement() as any_asks,
+    ):
         while run.step < config.steps:
             recent.append(run.train_step())
-            stopping, last = run.world.any(should_stop(), run.device), run.step == config.steps
+            stopping, last = any_asks(should_stop()), run.step == config.steps
             logging_now = run.step % config.log_every == 0 or last or stopping
             validating = len(run.val_clips) > 0 and (run.step % config.val_every == 0 or last)
             # Rows are complete at every validation, which compares with them, and at every step file.
             if logging_now or validating or run.step % config.save_every == 0:
-                rows = _rows(run, recent, time.monotonic() - since)
+                seconds = time.monotonic() - since
+                rows = _rows(run, recent, seconds)
+                rows[-1] |= more(run, len(recent), seconds)
                 metrics.append(rows)
                 bad_steps = _count_bad(rows, bad_steps)
                 unlogged += rows
@@ -87,6 +151,7 @@ def fit(
                     on_best(run)
                 since = time.monotonic()
                 _warn_of_overfitting(run, metrics)
+            on_step(run)
             impatient = patience_ended(run)
             if run.step % config.save_every == 0 or last or stopping or impatient:
                 on_checkpoint(run)
@@ -99,12 +164,12 @@ def fit(
     return True
 
 
-def patience_ended(run: TrainingRun) -> bool:
+def patience_ended(run: Run) -> bool:
     """Return True if ``config.patience`` validations in a row had no better loss than the best one."""
     return 0 < run.config.patience <= run.worse_in_a_row
 
 
-def _log_line(run: TrainingRun, metrics: MetricsFile, rows: Sequence[dict[str, Any]], seconds_left: float) -> str:
+def _log_line(run: Run, metrics: MetricsFile, rows: Sequence[dict[str, Any]], seconds_left: float) -> str:
     row, losses = rows[-1], metrics.series("loss")[1]
     seconds = sum(row["sec_per_step"] for row in rows) / len(rows)
     average = f", smoothed {smoothed(losses)[-1]:.4f}" if losses else ""
@@ -115,7 +180,7 @@ def _log_line(run: TrainingRun, metrics: MetricsFile, rows: Sequence[dict[str, A
     )
 
 
-def _warn_of_overfitting(run: TrainingRun, metrics: MetricsFile) -> None:
+def _warn_of_overfitting(run: Run, metrics: MetricsFile) -> None:
     """Log a warning when held-out clips have got worse for a while although the training loss fell."""
     if run.worse_in_a_row < OVERFITTING_AFTER:
         return
@@ -127,20 +192,23 @@ def _warn_of_overfitting(run: TrainingRun, metrics: MetricsFile) -> None:
     if now < then:
         log.warning(
             "overfitting: since step %d the training loss fell from %.4f to %.4f while the validation loss stays above "
-            "%.4f; go back to step %d (adapter_best.pt), or stop with --patience",
-            max(run.best_step, since), then, now, run.best_val_loss, run.best_step,
+            "%.4f; go back to step %d: %s",
+            max(run.best_step, since), then, now, run.best_val_loss, run.best_step, run.advice,
         )
 
 
-def _rows(run: TrainingRun, recent: Sequence[tuple[Tensor, Tensor]], seconds: float) -> list[dict[str, Any]]:
-    """Return one metrics row per step since the last interval; the only place where losses leave the device."""
+def _rows(run: Run, recent: Sequence[tuple[Tensor, Tensor]], seconds: float) -> list[dict[str, Any]]:
+    """Return the metrics rows of the steps since the last interval; the only place where losses leave the device."""
     first = run.step - len(recent)
     losses, norms = (torch.stack(values).tolist() for values in zip(*recent, strict=True))
-    return [
+    rows = [
         {"step": first + i + 1, "loss": loss, "grad_norm": norm, "lr": learning_rate(first + i, run.config),
          "sec_per_step": seconds / len(recent)}
         for i, (loss, norm) in enumerate(zip(losses, norms, strict=True))
     ]
+    if run.rows_per_step or not all(map(math.isfinite, norms)):  # those that are skipped are counted one by one
+        return rows
+    return [{**rows[-1], "loss": sum(losses) / len(losses), "grad_norm": sum(norms) / len(norms)}]
 
 
 def _count_bad(rows: Sequence[dict[str, Any]], bad_steps: int) -> int:

@@ -8,6 +8,7 @@ and loss are float32; only the frozen network runs in half precision.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
@@ -17,7 +18,7 @@ from selva import flow
 from selva.data.dataset import Batch, ClipDataset, collate
 from selva.models.generator import Generator
 from selva.training.condition_cache import CachedBatch
-from selva.training.config import TrainConfig
+from selva.training.config import ObjectiveConfig
 from selva.utils.device import to_device
 from selva.utils.distributed import World
 
@@ -43,8 +44,12 @@ class NoiseSample:
         """Return the random numbers of some items of the batch."""
         return NoiseSample(*(getattr(self, field.name)[own] for field in fields(self)))
 
+    def to(self, device: torch.device) -> NoiseSample:
+        """Return the random numbers on a device."""
+        return NoiseSample(*(to_device(getattr(self, field.name), device) for field in fields(self)))
 
-def sample_noise(shape: torch.Size, config: TrainConfig, rng: torch.Generator, progress: float) -> NoiseSample:
+
+def sample_noise(shape: torch.Size, config: ObjectiveConfig, rng: torch.Generator, progress: float) -> NoiseSample:
     """Draw the random numbers for a batch of latents of ``shape`` (B, N, C); the order is MMAudio's."""
     posterior = torch.randn(shape, generator=rng)
     t = flow.sample_times(
@@ -58,23 +63,29 @@ def sample_noise(shape: torch.Size, config: TrainConfig, rng: torch.Generator, p
 
 
 def flow_loss(
-    generator: Generator, batch: Batch | CachedBatch, noise: NoiseSample, config: TrainConfig, precision: torch.dtype
+    generator: Generator, batch: Batch | CachedBatch, noise: NoiseSample, config: ObjectiveConfig,
+    precision: torch.dtype,
 ) -> Tensor:
     """Return the (B,) flow-matching losses of a batch, in float32.
 
+    Where the configuration masks padding, frames of it do not count, and in their place the network is given the latent
+    of silence with the noise of the step: what a clip holds there changes neither the loss nor its gradient.
+
     Args:
         batch: on the generator's device; features, or their projections from the cache.
-        noise: on the CPU, see :func:`sample_noise`.
+        noise: on the CPU or that device, see :func:`sample_noise`.
         precision: autocast dtype of the network; float32 switches autocast off.
     """
     device = batch.mean.device
+    noise = noise.to(device)
     posterior, t, x0, drop_video, drop_text = (
-        to_device(x, device)
-        for x in (noise.posterior, noise.t, noise.noise, noise.drop_video, noise.drop_text)
-    )
+        noise.posterior, noise.t, noise.noise, noise.drop_video, noise.drop_text)
     generator.set_sequence(*batch.lengths)
     latent = batch.mean + batch.std * posterior if config.latent == "sample" else batch.mean
     x1 = generator.normalize(latent)
+    padding = batch.padding if config.padded_loss == "masked" else None
+    if padding is not None:
+        x1 = torch.where(padding.mask[:, :, None], generator.normalize(padding.silence), x1)
     xt = flow.interpolate(x0, x1, t)
 
     drop_video = drop_video | ~batch.has_video
@@ -85,7 +96,7 @@ def flow_loss(
         else:
             conditions = generator.preprocess_conditions(*_features(generator, batch, drop_clip, drop_video, drop_text))
         velocity = generator.predict_flow(xt, t, conditions)
-    return flow.loss(velocity, x0, x1)
+    return flow.loss(velocity, x0, x1, left_out=padding.mask if padding else None)
 
 
 def _features(
@@ -100,26 +111,46 @@ def _features(
     return clip_f, sync_f, text_f
 
 
-@torch.no_grad()
 def validate(
-    generator: Generator, clips: ClipDataset, config: TrainConfig, precision: torch.dtype, world: World = ALONE
+    generator: Generator, clips: ClipDataset, config: ObjectiveConfig, precision: torch.dtype, world: World = ALONE,
+    objective: Callable[[Batch, NoiseSample], Tensor] | None = None,
 ) -> list[float]:
-    """Return the mean held-out loss per time bin, ``VALIDATION_TIMES`` values from noise to data.
+    """Return the mean held-out loss per time bin, ``VALIDATION_TIMES`` values from noise to data."""
+    total = held_out_losses(generator, clips, config, precision, world, objective)
+    return (world.sum_(total) / len(clips)).tolist()
+
+
+@torch.no_grad()
+def held_out_losses(
+    generator: Generator, clips: ClipDataset, config: ObjectiveConfig, precision: torch.dtype, world: World = ALONE,
+    objective: Callable[[Batch, NoiseSample], Tensor] | None = None,
+) -> Tensor:
+    """Return the sums of the losses of this process's held-out clips per time bin, on the device.
 
     Noise and posterior draws of a clip depend on the seed and its id, the times are fixed and nothing is dropped: two
     evaluations differ only by the adapter, and the random state of the training is not touched.
+
+    Args:
+        objective: computes the losses; :func:`flow_loss` if None. One that processes share is called equally often in
+            all of them.
     """
+    compute = objective or (lambda batch, noise: flow_loss(generator, batch, noise, config, precision))
     device = generator.latent_mean.device
     times = (torch.arange(VALIDATION_TIMES, dtype=torch.float32) + 0.5) / VALIDATION_TIMES
     nothing = torch.zeros(VALIDATION_TIMES, dtype=torch.bool)
     was_training = generator.training
     generator.eval()
     total = torch.zeros(VALIDATION_TIMES, device=device)
-    for index in range(world.rank, len(clips), world.size):
-        clip = clips.clip(index)
+    for first in range(0, len(clips), world.size):
+        index = first + world.rank
+        if index >= len(clips) and objective is None:
+            break
+        clip = clips.clip(min(index, len(clips) - 1))
         rng = torch.Generator().manual_seed(zlib.crc32(f"{config.seed}/{clip.id}".encode()))
         batch = collate([clip] * VALIDATION_TIMES).to(device)
         posterior, noise = (torch.randn(batch.mean.shape, generator=rng) for _ in range(2))
-        total += flow_loss(generator, batch, NoiseSample(posterior, times, noise, nothing, nothing), config, precision)
+        losses = compute(batch, NoiseSample(posterior, times, noise, nothing, nothing))
+        if index < len(clips):  # else it only keeps the others company
+            total += losses
     generator.train(was_training)
-    return (world.sum_(total) / len(clips)).tolist()
+    return total

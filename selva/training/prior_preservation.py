@@ -11,13 +11,14 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from selva.data.dataset import ClipDataset, ConcatDataset, ListDataset, TrainingClip
+from selva.data.dataset import ClipDataset, ConcatDataset, Lengths, ListDataset, TrainingClip, collate
 from selva.flow import SamplingConfig
+from selva.models import winograd_conv
 from selva.models.generator import Generator
 from selva.sampling import sample_latents
 from selva.utils.errors import UserError
@@ -28,6 +29,9 @@ log = logging.getLogger(__name__)
 UNGUIDED = SamplingConfig(cfg_strength=0.0)
 SOUNDS_PER_PROMPT = 2  # at least; if there are fewer clips, an epoch uses each of them several times
 MOST_SOUNDS = 200  # kept in memory, about 1 MB each; a larger share of a large set uses each of them more than once
+# Latent frames that go through the generator at once: 8 sounds of 8 s at 16 kHz, 5 at 44.1 kHz; longer ones one by one.
+# More are hardly faster on a CPU. It is no setting, so that the sounds of a run depend on nothing but its seed.
+FRAMES_AT_ONCE = 2048
 
 
 def mixture(num_clips: int, num_prompts: int, share: float) -> tuple[int, int]:
@@ -63,7 +67,7 @@ def with_preserved(
     the arguments.
 
     Args:
-        generator: the base model, on its device; its adapter, if there is one, must not have learned anything.
+        generator: the base model, on its device; without an adapter, or with one that has not learned anything.
         text_features: (prompts, 77, text_dim).
         seed: of the noise. precision: autocast dtype of the network.
         use_clip_features: the training passes CLIP features; if not, no sound is made with them either.
@@ -73,20 +77,41 @@ def with_preserved(
     """
     repeats, wanted = mixture(len(clips), len(prompts), share)
     shift_after = math.lcm(len(clips), len(prompts))  # then each prompt meets other clips than before
-    made, count = [], min(wanted, max(MOST_SOUNDS, len(prompts)))
+    count = min(wanted, max(MOST_SOUNDS, len(prompts)))
+    sources = [(number + number // shift_after) % len(clips) for number in range(count)]  # the clip of each sound
+    made: dict[int, TrainingClip] = {}
     was_training = generator.training
     generator.eval()
     with Progress(count, "sounds to preserve", "sounds") as progress:
-        for number in range(count):
-            which = number % len(prompts)
-            clip = clips.clip((number + number // shift_after) % len(clips))
-            clip = clip if use_clip_features and (number + number // len(prompts)) % 2 else _unseen(generator, clip)
-            made.append(_as_made(generator, clip, prompts[which], text_features[which], seed + number, precision))
-            progress.update(number + 1)
+        for numbers in _together(clips.lengths(source) for source in sources):
+            asked = []
+            for number in numbers:
+                which = number % len(prompts)
+                clip = clips.clip(sources[number])
+                if not (use_clip_features and (number + number // len(prompts)) % 2):
+                    clip = _unseen(generator, clip)
+                asked.append(dataclasses.replace(
+                    clip, id=f"{clip.id}, preserved with {prompts[which]!r}", prompt=prompts[which], audio_path=None,
+                    text_f=text_features[which].float().cpu(),
+                ))
+            sounds = _as_made(generator, asked, [seed + number for number in numbers], precision)
+            made.update(zip(numbers, sounds, strict=True))
+            progress.update(len(made))
     generator.train(was_training)
-    preserved = ListDataset(made)
+    winograd_conv.forget()  # layers that get an adapter would not use them again
+    preserved = ListDataset(made[number] for number in range(count))
     repeated = clips if repeats == 1 else clips.subset(i for _ in range(repeats) for i in range(len(clips)))
     return ConcatDataset(repeated, preserved.subset(i % len(preserved) for i in range(wanted)))
+
+
+def _together(lengths: Iterable[Lengths]) -> Iterator[list[int]]:
+    """Yield the numbers of sounds of one length, in their order, as many as go through the generator at once."""
+    groups: dict[Lengths, list[int]] = {}
+    for number, of_sound in enumerate(lengths):
+        groups.setdefault(of_sound, []).append(number)
+    for (num_frames, _, _), numbers in groups.items():
+        size = max(1, FRAMES_AT_ONCE // num_frames)
+        yield from (numbers[start : start + size] for start in range(0, len(numbers), size))
 
 
 def _unseen(generator: Generator, clip: TrainingClip) -> TrainingClip:
@@ -95,19 +120,22 @@ def _unseen(generator: Generator, clip: TrainingClip) -> TrainingClip:
     return dataclasses.replace(clip, clip_f=generator.empty_features(1)[0][0].detach().float().cpu())
 
 
+@torch.no_grad()
 def _as_made(
-    generator: Generator, clip: TrainingClip, prompt: str, text_f: Tensor, seed: int, precision: torch.dtype
-) -> TrainingClip:
-    """Return a clip with the features of this one, another prompt, and the sound that the generator makes for both."""
+    generator: Generator, clips: Sequence[TrainingClip], seeds: Sequence[int], precision: torch.dtype
+) -> list[TrainingClip]:
+    """Return clips of one length with the sounds that the generator makes for their features, from these seeds."""
     device = generator.latent_mean.device
-    generator.set_sequence(*clip.lengths)
-    clip_f, sync_f, _ = generator.empty_features(1)
-    if clip.has_video:
-        clip_f, sync_f = clip.clip_f[None].to(device), clip.sync_f[None].to(device)
+    batch = collate(clips).to(device)
+    generator.set_sequence(*batch.lengths)
+    empty_clip, empty_sync, _ = generator.empty_features(len(clips))
+    seen = batch.has_video[:, None, None]
     latents = sample_latents(
-        generator, clip_f, sync_f, text_f[None].to(device), [seed], UNGUIDED, precision=precision
-    )[0].cpu()
-    return dataclasses.replace(
-        clip, id=f"{clip.id}, preserved with {prompt!r}", prompt=prompt, audio_path=None, mean=latents,
-        std=torch.zeros_like(latents), text_f=text_f.float().cpu(),
-    )
+        generator, torch.where(seen, batch.clip_f, empty_clip), torch.where(seen, batch.sync_f, empty_sync),
+        batch.text_f, seeds, UNGUIDED, precision=precision,
+    ).cpu()
+    # Rows of their own: each sound is kept for itself, and dropped for itself.
+    return [
+        dataclasses.replace(clip, mean=row.clone(), std=torch.zeros_like(row), padding=None)
+        for clip, row in zip(clips, latents, strict=True)
+    ]

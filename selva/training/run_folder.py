@@ -22,6 +22,9 @@ from selva.checkpoint import (
     step_file_name,
 )
 from selva.lora.state import lora_state_dict
+from selva.training.config import ADAPTER_FORMATS
+from selva.training.ema_snapshots import FOLDER, snapshot_interval, snapshot_path, write_tracks
+from selva.training.power_ema import PowerEMA
 from selva.training.run import TrainingRun
 from selva.training.set_aside import final_of, move_later_aside, move_old_run_aside, step_in_adapter
 from selva.utils.errors import UserError
@@ -32,7 +35,7 @@ from selva.utils.plots import plot_losses
 log = logging.getLogger(__name__)
 
 SAMPLE_BYTES = 2 << 20  # a sample and its picture, generously
-BEST_FILE, LOCK_FILE = "adapter_best.pt", "run.lock"
+BEST, FINAL, LOCK_FILE = "adapter_best", "adapter_final", "run.lock"
 
 
 class NotSaved(UserError):
@@ -48,10 +51,14 @@ class RunFolder:
     Args:
         path: the folder. meta: what every adapter of the run stores.
         keep_last: how many step files to keep, 0 for all. title: stands above the loss curves.
+        adapter_format: of the best and the final adapter, one of ``ADAPTER_FORMATS``. Step files are always ``.pt``.
     """
 
-    def __init__(self, path: Path, meta: Mapping[str, Any], keep_last: int = 0, title: str = "") -> None:
+    def __init__(
+        self, path: Path, meta: Mapping[str, Any], keep_last: int = 0, title: str = "", adapter_format: str = "pt"
+    ) -> None:
         self.path, self.meta, self.keep_last, self.title = path, dict(meta), keep_last, title
+        self.suffixes = ADAPTER_FORMATS[adapter_format]
         self.newest_saved: Path | None = None  # step file that --resume auto would find
         self._opened_at: int | None = None  # step of the step file of this folder that the run was resumed from
         self._best: dict[str, Any] | None = None  # "state" (factors) and "meta" of the best adapter
@@ -77,28 +84,29 @@ class RunFolder:
         return metrics
 
     def restore_best(self, run: TrainingRun, saved: TrainingState) -> None:
-        """Put back ``adapter_best.pt`` as it was when the step file was written."""
+        """Put back the best adapter as it was when the step file was written."""
         if not run.best_step:
             return
-        best, path = saved.extra.get("best_adapter"), self.path / BEST_FILE
+        best = saved.extra.get("best_adapter")
         if best is None and run.best_step == saved.step:
             with run.evaluated():
                 best = self._best_now(run)
         if best is not None:
             self._best = {"state": dict(best["state"]), "meta": dict(best["meta"])}
-            if step_in_adapter(path) != run.best_step:
+            if not self.best_is_there(run):
                 self._write_best(run)
             return
-        if step_in_adapter(path) == run.best_step:
+        if self.best_is_there(run):
             return
         # A step file of an earlier version: the adapter may be in files beside it.
-        for source in (saved.path.parent / BEST_FILE, saved.path.parent / step_file_name(run.best_step)):
-            if step_in_adapter(source) == run.best_step:
-                adapter = load_adapter(source)
-                self._try(path, lambda adapter=adapter: save_adapter(path, adapter.tensors, adapter.meta))
+        for name in (f"{BEST}.pt", f"{BEST}.safetensors", step_file_name(run.best_step)):
+            if step_in_adapter(saved.path.parent / name) == run.best_step:
+                adapter = load_adapter(saved.path.parent / name)
+                for path in self._best_files():
+                    self._try(path, lambda path=path, it=adapter: save_adapter(path, it.tensors, it.meta))
                 return
         log.warning("%s: the adapter of step %d, the best so far (%.4f), is not there; it comes with the next better "
-                    "one", path, run.best_step, run.best_val_loss)
+                    "one", self._best_files()[0], run.best_step, run.best_val_loss)
 
     def write_settings(self, text: str) -> None:
         """Write ``config.yaml``."""
@@ -127,9 +135,24 @@ class RunFolder:
     def _write_step(self, run: TrainingRun, path: Path) -> None:
         extra = {**run.extra_state(), "best_adapter": self._best if run.best_step != run.step else None}
         save_checkpoint(
-            path, run.generator, {**self.meta, "step": run.step}, step=run.step, optimizer=run.optimizer.state_dict(),
+            path, run.generator, {**self.meta, "step": run.step}, step=run.step, optimizer=run.optimizer_state(),
             extra=extra, state=run.ema.average if run.ema else None,
         )
+
+    def save_averages(self, run: TrainingRun) -> None:
+        """Write the averages of ``--ema power``, at even distances and at the last step: an adapter for each width."""
+        average, steps = run.ema, run.config.steps
+        if not isinstance(average, PowerEMA) or (run.step % snapshot_interval(steps) and run.step != steps):
+            return
+        folder = self.path / FOLDER
+
+        def write() -> None:
+            write_tracks(folder, average.sigma_rels)
+            for number, (width, track) in enumerate(zip(average.sigma_rels, average.tracks, strict=True)):
+                save_adapter(snapshot_path(folder, number, run.step), run.generator,
+                             {**self.meta, "step": run.step, "sigma_rel": width}, state=track)
+
+        self._try(snapshot_path(folder, 0, run.step), write, "averages of other widths will be less exact")
 
     def _prune(self, newest: int) -> None:
         if not self.keep_last:
@@ -140,7 +163,7 @@ class RunFolder:
                 (self.path / step_file_name(step)).unlink()
 
     def save_best(self, run: TrainingRun) -> None:
-        """Write ``adapter_best.pt``."""
+        """Write the best adapter."""
         with run.evaluated():
             self._best = self._best_now(run)
         self._write_best(run)
@@ -149,54 +172,65 @@ class RunFolder:
         state: dict[str, Tensor] = lora_state_dict(run.generator)
         return {"state": state, "meta": {**self.meta, "step": run.step, "val_loss": run.best_val_loss}}
 
+    def _best_files(self) -> list[Path]:
+        return [self.path / f"{BEST}{suffix}" for suffix in self.suffixes]
+
     def _write_best(self, run: TrainingRun) -> None:
         assert self._best is not None
-        best, path = self._best, self.path / BEST_FILE
-        self._best_written = self._try(
-            path, lambda: save_adapter(path, run.generator, best["meta"], state=best["state"]),
-            "it is kept in memory and tried again at every step file")
+        best = self._best
+        self._best_written = all([
+            self._try(path, lambda path=path: save_adapter(path, run.generator, best["meta"], state=best["state"]),
+                      "it is kept in memory and tried again at every step file")
+            for path in self._best_files()
+        ])
+        if self._best_written:  # never an older best one beside it, of a part of the run with another format
+            for path in self.path.glob(f"{BEST}.*"):
+                if path.suffix not in self.suffixes:
+                    path.unlink()
+                    log.info("%s was an older best adapter and is replaced by %s", path, self._best_files()[0].name)
 
     def best_is_there(self, run: TrainingRun) -> bool:
-        """Return True if ``adapter_best.pt`` holds the best step."""
-        return step_in_adapter(self.path / BEST_FILE) == run.best_step
+        """Return True if the file of the best adapter holds the best step."""
+        return all(step_in_adapter(path) == run.best_step for path in self._best_files())
 
     def save_final(self, run: TrainingRun, metrics: MetricsFile) -> Path:
-        """Write ``adapter_final.pt`` (the next free number if there is one) and ``meta.json``; return the path.
+        """Write ``adapter_final`` (the next free number if there is one) and ``meta.json``; return the adapter's path.
 
         What a full disk left out before is tried again.
 
         Raises:
             NotSaved: the final adapter, or something else that the run promised, could not be written; says what.
         """
-        path, number = self.path / "adapter_final.pt", 0
+        stem, number = FINAL, 0
         nothing_trained = self._opened_at == run.step
         if nothing_trained and (final := final_of(self.path / step_file_name(run.step), self.path)):
-            path = final  # the run was killed after it, before meta.json
+            stem = final.stem  # the run was killed after it, before meta.json
         else:
-            while path.exists():
+            while any(self.path.glob(f"{stem}.*")):
                 number += 1
-                path = self.path / f"adapter_final_{number:03d}.pt"
+                stem = f"{FINAL}_{number:03d}"
         meta: dict[str, Any] = {}
 
         def write(path: Path) -> None:
             with run.evaluated():
                 meta.update(save_adapter(path, run.generator, {**self.meta, "step": run.step}))
 
-        written = self._try(path, lambda: write(path), "the adapter is put elsewhere if possible")
-        missing = [] if written else [path.name]
-        rescued = _rescue(path.name, write) if missing else ""
+        paths = [self.path / f"{stem}{suffix}" for suffix in self.suffixes]
+        missing = [path.name for path in paths
+                   if not self._try(path, lambda path=path: write(path), "the adapter is put elsewhere if possible")]
+        rescued = _rescue(missing[0], write) if missing else ""
         text = json.dumps(readable_meta(meta), indent=2) + "\n"
         meta_path = self.path / "meta.json"
         if meta and not self._try(meta_path, lambda: atomic_write_text(meta_path, text)):
             missing.append(meta_path.name)
         if not self._best_written:
             self._write_best(run)
-        missing += [] if self._best_written else [BEST_FILE]
+        missing += [] if self._best_written else [path.name for path in self._best_files()]
         missing += [] if metrics.flush() else ["metrics.jsonl"]
         if missing:
             raise NotSaved(f"{self.path}: the training is done, but {', '.join(missing)} could not be written. "
                            f"{rescued}Make room{self._how_to_go_on()}")
-        return path
+        return paths[0]
 
     def stopped(self, run: TrainingRun, steps: int) -> None:
         """Say how a run that was stopped can be continued.
@@ -240,7 +274,7 @@ def _rescue(name: str, write: Callable[[Path], object]) -> str:
     return f"{folder / name} holds it; move it there. "
 
 
-def check_disk_space(folder: Path, checkpoint_bytes: int, num_checkpoints: int) -> None:
+def check_disk_space(folder: Path, checkpoint_bytes: int, num_checkpoints: int, others_bytes: int = 0) -> None:
     """Warn if the disk of ``folder`` cannot hold the run; raise if it cannot hold even one checkpoint.
 
     Raises:
@@ -251,6 +285,6 @@ def check_disk_space(folder: Path, checkpoint_bytes: int, num_checkpoints: int) 
     if free < each:
         raise UserError(f"{folder}: {free / 2**20:.0f} MiB are free, one checkpoint needs {each / 2**20:.0f} MiB; "
                          "make room or choose another --output_dir")
-    if free < each * num_checkpoints:
-        log.warning("%s: %.1f GiB are free, the %d checkpoints of this run need %.1f GiB; --keep_last keeps fewer",
-                    folder, free / 2**30, num_checkpoints, each * num_checkpoints / 2**30)
+    if free < (needed := each * num_checkpoints + others_bytes):
+        log.warning("%s: %.1f GiB are free, the %d checkpoints of this run%s need %.1f GiB; --keep_last keeps fewer",
+                    folder, free / 2**30, num_checkpoints, " and its averages" if others_bytes else "", needed / 2**30)

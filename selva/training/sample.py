@@ -6,12 +6,14 @@ import logging
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from selva.audio.config import Normalize
 from selva.data.dataset import TrainingClip
 from selva.data.latents import load_waveform
 from selva.flow import SamplingConfig
 from selva.media import write_audio
+from selva.models.generator import Generator
 from selva.models.variants import Variant
 from selva.sampling import decode_latents, sample_latents
 from selva.training.run import TrainingRun
@@ -20,6 +22,29 @@ from selva.utils.plots import plot_spectrograms
 from selva.weights.load import load_vae, load_vocoder
 
 log = logging.getLogger(__name__)
+
+
+def generate_sound(
+    generator: Generator, clip: TrainingClip, variant: Variant, selva_dir: Path | None, seed: int,
+    sampling: SamplingConfig, *, precision: torch.dtype, clip_features: str, decode_on: torch.device,
+) -> Tensor:
+    """Return the sound (samples,) of one clip, on the CPU; leaves the generator in eval mode.
+
+    VAE and vocoder are loaded for this moment only: training needs the memory more.
+    """
+    device = generator.latent_mean.device
+    generator.eval()
+    generator.set_sequence(*clip.lengths)
+    empty_clip, empty_sync, _ = generator.empty_features(1)
+    use_clip = clip.has_video and clip_features == "use"
+    latents = sample_latents(
+        generator,
+        clip.clip_f[None].to(device) if use_clip else empty_clip,
+        clip.sync_f[None].to(device) if clip.has_video else empty_sync,
+        clip.text_f[None].to(device), [seed], sampling, precision=precision,
+    ).to(decode_on)
+    vae = load_vae(variant.name, selva_dir, decode_on).drop_encoder()
+    return decode_latents(latents, vae, load_vocoder(variant.name, selva_dir, decode_on))[0].cpu()
 
 
 class TrainingSample:
@@ -72,23 +97,11 @@ class TrainingSample:
 
     def write(self, run: TrainingRun, folder: Path) -> None:
         """Write ``sample_step00500.wav`` and ``.png`` of the run as it stands; leaves the model in eval mode."""
-        clip, generator, device = self.clip, run.generator, run.device
-        generator.eval()
-        generator.set_sequence(*clip.lengths)
-        empty_clip, empty_sync, _ = generator.empty_features(1)
-        use_clip = clip.has_video and run.config.clip_features == "use"
-        sampling = SamplingConfig()
-        latents = sample_latents(
-            generator,
-            clip.clip_f[None].to(device) if use_clip else empty_clip,
-            clip.sync_f[None].to(device) if clip.has_video else empty_sync,
-            clip.text_f[None].to(device), [self.seed], sampling, precision=run.precision,
-        )
-        if self._decode_on_cpu:
-            device, latents = torch.device("cpu"), latents.cpu()
-        # Loaded for this moment only: training needs the memory more.
-        vae = load_vae(self.variant.name, self.selva_dir, device).drop_encoder()
-        waveform = decode_latents(latents, vae, load_vocoder(self.variant.name, self.selva_dir, device))[0].cpu()
+        clip, sampling = self.clip, SamplingConfig()
+        waveform = generate_sound(
+            run.generator, clip, self.variant, self.selva_dir, self.seed, sampling, precision=run.precision,
+            clip_features=run.config.clip_features,
+            decode_on=torch.device("cpu") if self._decode_on_cpu else run.device)
         stem, rate = folder / f"sample_step{run.step:05d}", clip.sequence.sampling_rate
         write_audio(stem.with_suffix(".wav"), waveform, rate)
         panels = [(f"generated, guidance {sampling.cfg_strength}, {sampling.num_steps} steps", waveform)]

@@ -3,16 +3,35 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Protocol
 
-from selva.training.config import TrainConfig
+
+class Schedule(Protocol):
+    """The settings that the rate depends on."""
+
+    @property
+    def steps(self) -> int: ...
+    @property
+    def lr(self) -> float: ...
+    @property
+    def warmup_steps(self) -> int: ...
+    @property
+    def lr_schedule(self) -> str: ...
+    @property
+    def lr_cycles(self) -> int: ...
+    @property
+    def lr_milestones(self) -> tuple[float, ...]: ...
+    @property
+    def lr_factor(self) -> float: ...
 
 
-def milestones(config: TrainConfig) -> list[float]:
+def milestones(config: Schedule) -> list[float]:
     """Return the steps after the warm-up at which "multistep" lowers the rate, in order."""
     return sorted(when * config.steps if when < 1 else when for when in config.lr_milestones)
 
 
-def schedule_problem(config: TrainConfig) -> str | None:
+def schedule_problem(config: Schedule) -> str | None:
     """Return a warning if "multistep" has no room for its falls, which count their steps after the warm-up."""
     if config.lr_schedule != "multistep":
         return None
@@ -29,7 +48,7 @@ def schedule_problem(config: TrainConfig) -> str | None:
             "cosine")
 
 
-def learning_rate(step: int, config: TrainConfig) -> float:
+def learning_rate(step: int, config: Schedule) -> float:
     """Return the rate of optimiser step ``step`` (from 0): linear warm-up (k+1)/(W+1), then the schedule.
 
     The first step already learns, as in MMAudio (pitfall F1). "cosine" falls to 0 at the last step;
@@ -42,9 +61,24 @@ def learning_rate(step: int, config: TrainConfig) -> float:
         return config.lr * (step + 1) / (config.warmup_steps + 1)
     progress = after / max(1, config.steps - config.warmup_steps)  # from 0 to below 1
     if config.lr_schedule == "multistep":
-        return config.lr * config.lr_factor ** sum(after >= when for when in milestones(config))
+        return multistep_rate(step, config.lr, config.warmup_steps, milestones(config), config.lr_factor)
     if config.lr_schedule == "cosine":
         return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
     if config.lr_schedule == "cosine_restarts":
         return config.lr * 0.5 * (1 + math.cos(math.pi * (progress * config.lr_cycles % 1)))
     return config.lr
+
+
+def multistep_rate(
+    step: int, lr: float, warmup_steps: int, marks: Sequence[float], gamma: float = 0.1
+) -> float:
+    """Return MMAudio's rate of optimiser step ``step`` (from 0).
+
+    Args:
+        marks: steps, counted after the warm-up, from which on the rate is multiplied by ``gamma`` once more; none for
+            a constant rate. The published ones are 240 000 and 270 000.
+    """
+    after = step - warmup_steps
+    if after < 0:
+        return lr * (step + 1) / (warmup_steps + 1)
+    return lr * gamma ** sum(after >= mark for mark in marks)

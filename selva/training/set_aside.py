@@ -9,12 +9,15 @@ from pathlib import Path
 import torch
 
 from selva.checkpoint import load_adapter
+from selva.training.ema_snapshots import FOLDER as SNAPSHOT_FOLDER
+from selva.training.ema_snapshots import SNAPSHOT_FILE
 from selva.utils.files import atomic_path
 from selva.utils.metrics_log import MetricsFile
 
 log = logging.getLogger(__name__)
 
-RUN_FILES = ("adapter_*", "sample_*", "loss_*.png", "metrics.jsonl", "meta.json", "config.yaml", "tensorboard")
+RUN_FILES = ("adapter_*", "sample_*", "loss_*.png", "metrics.jsonl", "meta.json", "config.yaml", "tensorboard",
+             SNAPSHOT_FOLDER)
 FINAL_FILES = "adapter_final*.*"
 _STEP = re.compile(r"(?:adapter|sample)_step(\d+)\.\w+")
 
@@ -37,14 +40,19 @@ def move_later_aside(folder: Path, step: int) -> None:
     """
     metrics = MetricsFile(folder / "metrics.jsonl")
     later = [path for path in _run_files(folder) if (_step_of(path) or 0) > step]
+    averages = [path for path in (folder / SNAPSHOT_FOLDER).glob("*.pt")
+                if (match := SNAPSHOT_FILE.fullmatch(path.name)) and int(match[2]) > step]
     if not later and not any((step_in_adapter(path) or 0) > step for path in folder.glob(FINAL_FILES)):
         if metrics.last_step > step:
             log.info("%s: steps %d to %d, which no step file holds, are done again", metrics.path, step + 1,
                      metrics.last_step)
+        for path in averages:  # of steps that are done again
+            path.unlink()
         return
     later.sort(key=lambda path: (path.name.startswith("adapter_step"), _step_of(path) or 0, path.name))
     curves = sorted(folder.glob("loss_*.png")) if metrics.last_step > step else []  # the next step file draws them anew
-    aside = _move(folder, [*curves, *later], copies=[metrics.path] if metrics.path and metrics.path.exists() else [])
+    copies = [metrics.path] if metrics.path and metrics.path.exists() else []
+    aside = _move(folder, [*curves, *averages, *later], copies)
     log.warning("%s: going on from step %d; what was later (%s) is now in %s, with a copy of the metrics", folder, step,
                 ", ".join(path.name for path in later) or "rows of metrics", aside)
 
@@ -98,5 +106,7 @@ def _move(folder: Path, files: list[Path], copies: list[Path] | None = None) -> 
         with atomic_path(aside / path.name) as temporary:
             temporary.write_bytes(path.read_bytes())
     for path in files:
-        path.rename(aside / path.name)
+        place = aside / path.relative_to(folder)
+        place.parent.mkdir(exist_ok=True)
+        path.rename(place)
     return aside

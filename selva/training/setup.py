@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,18 @@ from selva.checkpoint import (
     load_checkpoint,
     load_newest_checkpoint,
 )
-from selva.data.dataset import ClipDataset, ConcatDataset, origin_groups, split_validation
-from selva.data.folder_dataset import FolderDataset, load_clip_dataset
+from selva.data.dataset import (
+    ClipDataset,
+    ConcatDataset,
+    PrefixedDataset,
+    Subset,
+    origin_groups,
+    split_validation,
+)
+from selva.data.folder_dataset import FolderDataset, open_clip_dataset
 from selva.data.memmap.reader import MemmapDataset
+from selva.data.mixture import repeats_of
+from selva.data.source import DataSource
 from selva.data.summary import memmap_lines, summarise
 from selva.lora.inject import check_ranks, inject_lora
 from selva.models.generator import cast_frozen_
@@ -30,12 +41,14 @@ from selva.models.variants import get_variant
 from selva.training.compiling import compile_blocks_
 from selva.training.config import RunConfig
 from selva.training.prior_preservation import with_preserved
-from selva.training.run import TrainingRun, divided_by_clip
+from selva.training.run import TrainingRun, divided_by_clip, graph_problem
 from selva.training.set_aside import final_of
 from selva.utils.device import dtype_of, peak_memory_bytes
 from selva.utils.distributed import World
 from selva.utils.errors import UserError
+from selva.utils.graph import graphed_calls
 from selva.utils.text import clock, counted, listed
+from selva.weights.find import generator_change, generator_mark
 from selva.weights.load import load_clip_text, load_generator
 
 log = logging.getLogger(__name__)
@@ -55,12 +68,13 @@ def adapter_meta(config: RunConfig, num_clips: int, num_processes: int = 1) -> d
         "lora_plus_ratio": training.lora_plus_ratio,
         "clip_features": training.clip_features,
         "num_clips": num_clips,
-        "train_config": {**dataclasses.asdict(training), "betas": list(training.betas),
-                         "lr_milestones": list(training.lr_milestones)},
+        "train_config": {name: list(value) if isinstance(value, tuple) else value
+                         for name, value in dataclasses.asdict(training).items()},
         "normalize_audio": config.normalize_audio,
         "precision": config.precision,
         "preserve": list(config.preserve),
         "preserve_share": config.preserve_share,
+        "generator": generator_mark(config.model.generator),
         **({"init_from": config.init_from.name} if config.init_from else {}),
         **({"processes": num_processes} if num_processes > 1 else {}),
     }
@@ -70,24 +84,31 @@ def adapter_meta(config: RunConfig, num_clips: int, num_processes: int = 1) -> d
 
 
 def find_resume(config: RunConfig) -> TrainingState | None:
-    """Return the state that ``--resume`` names; None for a fresh start."""
+    """Return the state that ``--resume`` names; None for a fresh start.
+
+    Raises:
+        ValueError: the file cannot be read, or the settings of the adapter are none to start with.
+    """
     if config.resume is None:
         return None
     if config.resume != "auto":
         return load_checkpoint(config.resume)
     saved = load_newest_checkpoint(config.output_dir)
+    if saved is None and (problem := config.lora.start_problem()):
+        raise UserError(problem)
     log.info("resuming from %s", saved.path) if saved else log.info("nothing to resume in %s", config.output_dir)
     return saved
 
 
 # Settings of TrainConfig that change what is learned; the others may change when a run is continued.
-FIXED_SETTINGS = ("clip_features", "latent", "null_prob", "timestep_mode", "logit_normal_sigma", "seed")
+FIXED_SETTINGS = ("clip_features", "latent", "null_prob", "padded_loss", "timestep_mode", "logit_normal_sigma", "seed")
 
 
 def finished_adapter(saved: TrainingState, output_dir: Path) -> Path | None:
     """Return the final adapter of the step of ``saved`` if the run wrote all of its end; None if it has to be written.
 
-    A run may have been killed between its last step file and its final adapter, or between that and ``meta.json``.
+    A run may have been killed between its last step file and its final adapter, or between that and ``meta.json``. Of
+    an adapter in both formats, the ``.pt`` is returned.
     """
     final = final_of(saved.path, output_dir)
     try:
@@ -95,7 +116,10 @@ def finished_adapter(saved: TrainingState, output_dir: Path) -> Path | None:
     except (OSError, ValueError):
         return None
     written = final is not None and meta == json.loads(json.dumps(load_adapter(final).meta))
-    return final if written else None
+    if not written:
+        return None
+    assert final is not None
+    return next(path for path in (final.with_suffix(".pt"), final) if path.exists())
 
 
 def patience_has_ended(saved: TrainingState, config: RunConfig) -> bool:
@@ -122,6 +146,8 @@ def load_start(config: RunConfig) -> Adapter | None:
     if variant != config.model.variant:
         raise UserError(f"--init_from {config.init_from}: is an adapter of {variant}, expected one of "
                          f"{config.model.variant}; give --variant {variant}, or another adapter")
+    if change := generator_change(adapter.meta, config.model.generator):
+        log.warning("%s was trained on %s, this run has %s (--generator)", config.init_from, *change)
     used = adapter.meta.get("clip_features", config.training.clip_features)
     if used != config.training.clip_features:
         log.warning("%s was trained with --clip_features %s, this run has %s", config.init_from, used,
@@ -147,6 +173,8 @@ def check_resumable(saved: TrainingState, config: RunConfig, num_processes: int 
     for name, now in (("variant", config.model.variant), ("normalize_audio", config.normalize_audio),
                       ("preserve", list(config.preserve)), ("preserve_share", config.preserve_share)):
         pairs[name] = (saved.meta.get(name, now), now)
+    if change := generator_change(saved.meta, config.model.generator):
+        pairs["generator"] = change
     different = [f"{name} was {was!r} and is {now!r} now" for name, (was, now) in pairs.items() if was != now]
     if different:
         raise UserError(f"{saved.path}: continuing with other settings would mix two trainings: "
@@ -170,14 +198,17 @@ def load_clips(config: RunConfig, data_dir: Path, device: torch.device, world: W
     Raises:
         ValueError: no clip can be used, or some cannot and ``--skip_invalid`` is not given.
     """
-    def load() -> tuple[ClipDataset, list[tuple[Path, str]]]:
-        return load_clip_dataset(
-            data_dir, get_variant(config.model.variant), config.model.selva_dir, device,
+    with world.main_first(f"reading {data_dir}"):  # rank 0 has noted all hashes when the others look
+        clips, problems = open_clip_dataset(
+            data_dir, get_variant(config.model.variant), config.model.selva_dir,
             max_duration_sec=config.duration, normalize_audio=config.normalize_audio, use_cache=not config.dry_run,
         )
-
-    with world.main_first(f"encoding {data_dir}"):  # rank 0 has filled the cache when the others look
-        clips, problems = load()
+    if isinstance(clips, FolderDataset):
+        if world.size > 1:
+            with world.at_once(f"encoding {data_dir}"):
+                clips.encode_share(world.rank, world.size, device)
+        with world.main_first(f"encoding {data_dir}"):  # what is left: texts, and what cannot be encoded
+            problems += clips.prepare(device)
     for path, reason in problems:
         log.error("%s", reason if str(path) in reason else f"{path}: {reason}")
     if world.is_main and isinstance(clips, FolderDataset) and len(clips):
@@ -207,7 +238,12 @@ def load_split(
     Args:
         saved: the state that is continued; the clips of a run that version 0.1.0 began are divided as it did.
     """
-    clips = load_clips(config, config.data_dir, device, world)
+    sources = config.sources
+    sets = [load_clips(config, source.path, device, world) for source in sources]
+    if len(sets) > 1:  # the same name may be in several
+        sets = [PrefixedDataset(one, f"{source.path.name}/") for one, source in zip(sets, sources, strict=True)]
+    clips = functools.reduce(ConcatDataset, sets)
+    set_of = [number for number, one in enumerate(sets) for _ in range(len(one))]
     as_before = saved is not None and divided_by_clip(saved)
     if config.val_dir is None:
         clips, val_clips = split_validation(clips, config.val_fraction, config.training.seed, by_origin=not as_before)
@@ -223,7 +259,25 @@ def load_split(
         log.info("validation is on %d of the %d held-out clips, always the same; --val_clips 0 takes all",
                  most, len(val_clips))
         val_clips = val_clips.subset(sorted(order[:most]))
-    return clips, val_clips
+    return _weighted(clips, sources, set_of), val_clips
+
+
+def _weighted(clips: ClipDataset, sources: Sequence[DataSource], set_of: Sequence[int]) -> ClipDataset:
+    """Return the clips to train on, each as often in an epoch as the weight of its set says.
+
+    Args:
+        set_of: number of the set, for every clip of all sets, held out or not.
+    """
+    repeats = repeats_of([source.weight for source in sources])
+    if max(repeats) == 1:
+        return clips
+    indices = clips.indices if isinstance(clips, Subset) else range(len(clips))
+    times = [repeats[set_of[index]] for index in indices]
+    for number, source in enumerate(sources):
+        own = [count for index, count in zip(indices, times, strict=True) if set_of[index] == number]
+        log.info("%s: %d clips to train on, %d times each, %.0f %% of an epoch", source.path, len(own), repeats[number],
+                 100 * sum(own) / sum(times))
+    return clips.subset(place for place, count in enumerate(times) for _ in range(count))
 
 
 def _report_origins(config: RunConfig, clips: ClipDataset, val_clips: ClipDataset) -> None:
@@ -255,13 +309,11 @@ def build_run(
 ) -> TrainingRun:
     """Return the base model with a fresh adapter and everything that trains it."""
     model, training, precision = config.model, config.training, dtype_of(config.precision)
-    generator = load_generator(model.variant, model.selva_dir)
+    generator = load_generator(model.variant, model.selva_dir, file=model.generator)
     cast_frozen_(generator, precision)
     check_ranks(generator, config.lora)
-    report = inject_lora(generator, config.lora, torch.Generator().manual_seed(training.seed))
     generator.to(device)
-    generator.gradient_checkpointing = config.checkpoint_blocks or config.grad_checkpointing
-    if config.preserve:
+    if config.preserve:  # before there is an adapter, which would cost time in every layer and add nothing yet
         text_features = load_clip_text(model.variant, model.selva_dir, device).encode(config.preserve)
         clips = (
             with_preserved(
@@ -270,6 +322,8 @@ def build_run(
             ),
             clips[1],
         )
+    report = inject_lora(generator, config.lora, torch.Generator().manual_seed(training.seed))
+    generator.gradient_checkpointing = config.checkpoint_blocks or config.grad_checkpointing
     if config.compile:
         compile_blocks_(generator)
     total = sum(p.numel() for p in generator.parameters())
@@ -277,7 +331,8 @@ def build_run(
     for line in report.notice:
         log.warning("%s", line)
     torch.manual_seed(training.seed + world.rank)  # dropout
-    return TrainingRun(generator, *clips, training, precision, world)
+    graphs = graphed_calls(config.cuda_graph, device, "training", graph_problem(generator, world))
+    return TrainingRun(generator, *clips, training, precision, world, graphs)
 
 
 def estimate(run: TrainingRun) -> None:

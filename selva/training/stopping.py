@@ -14,6 +14,8 @@ log = logging.getLogger(__name__)
 class StopRequest:
     """Turns the first of these signals into a request to stop after the current step; a second one stops at once.
 
+    Of several processes all stop together, after the next step.
+
     SIGHUP counts where the system has it and nobody ignores it: under ``nohup`` a run outlives its terminal.
     """
 

@@ -19,7 +19,7 @@ from selva.training.compiling import prepare_to_compile
 from selva.training.config import RunConfig
 from selva.training.loop import fit
 from selva.training.run import TrainingRun
-from selva.training.run_folder import LOCK_FILE, NotSaved, RunFolder, check_disk_space
+from selva.training.run_folder import BEST, LOCK_FILE, NotSaved, RunFolder, check_disk_space
 from selva.training.sample import TrainingSample
 from selva.training.schedule import schedule_problem
 from selva.training.setup import (
@@ -41,6 +41,7 @@ from selva.utils.lock import FolderLock
 from selva.utils.metrics_log import MetricsFile
 from selva.utils.settings import settings_text, values_of
 from selva.utils.text import clock
+from selva.utils.torchrun import is_main_process
 
 log = logging.getLogger(__name__)
 
@@ -71,14 +72,20 @@ def train(config: RunConfig, settings: Mapping[str, Any] | None = None) -> Train
         ValueError, FileNotFoundError: data or weights cannot be used, the output folder cannot be written to, or a run
             cannot be continued.
     """
-    device = resolve_device(config.model.device)
+    device, asked_precision = resolve_device(config.model.device), config.precision
     config = dataclasses.replace(config, precision=resolve_precision(config.precision, device))
     settings = {**(values_of(config) if settings is None else settings), "precision": config.precision}
     check_can_write(config.output_dir)  # before hours of encoding
     if problem := schedule_problem(config.training):
         log.warning("%s", problem)
+    if config.adapter_format == "safetensors":
+        log.warning("ComfyUI-SelVA does not read .safetensors adapters; --adapter_format both writes .pt files too")
     if config.compile:
         prepare_to_compile(device)
+    if config.dry_run and is_main_process():
+        from selva.training.memory import log_step_memory  # takes a second to import
+
+        log_step_memory(config, asked_precision, device)
     try:
         with join_world(device) as world, _locked(config, world):
             try:
@@ -125,11 +132,11 @@ def _train(config: RunConfig, settings: Mapping[str, Any], device: torch.device,
     # 3. the output folder
     meta = adapter_meta(config, len(clips), world.size)
     folder = RunFolder(output_dir, meta, config.keep_last,
-                       f"{config.model.variant}, {len(clips)} clips, rank {config.lora.rank}")
+                       f"{config.model.variant}, {len(clips)} clips, rank {config.lora.rank}", config.adapter_format)
     metrics, sample = MetricsFile(), None
     if world.is_main:
         num_checkpoints = min(-(-training.steps // training.save_every), config.keep_last or training.steps)
-        check_disk_space(output_dir, run.checkpoint_bytes(), num_checkpoints)
+        check_disk_space(output_dir, run.checkpoint_bytes(), num_checkpoints, run.averages_bytes())
         metrics = folder.open(saved)
         if saved is not None:
             folder.restore_best(run, saved)
@@ -153,12 +160,16 @@ def _train(config: RunConfig, settings: Mapping[str, Any], device: torch.device,
         if world.is_main:
             folder.save_best(run)
 
+    def on_step(run: TrainingRun) -> None:
+        if world.is_main:
+            folder.save_averages(run)
+
     started = time.monotonic()
     with StopRequest() as stop:
         due = saved is not None and (run.step % training.save_every == 0 or run.step == training.steps)
         if sample is not None and due and not sample.is_there(run.step, output_dir):
             sample.try_write(run, output_dir)  # killed between its step file and this
-        finished = fit(run, metrics, on_checkpoint=on_checkpoint, on_best=on_best, should_stop=stop)
+        finished = fit(run, metrics, on_checkpoint=on_checkpoint, on_best=on_best, should_stop=stop, on_step=on_step)
     if not finished:
         if world.is_main:
             folder.stopped(run, training.steps)
@@ -172,5 +183,5 @@ def _train(config: RunConfig, settings: Mapping[str, Any], device: torch.device,
     final = folder.save_final(run, metrics)
     if len(val_clips) and run.best_step < run.step:
         log.info("validation was best at step %d (%.4f)%s", run.best_step, run.best_val_loss,
-                 ": adapter_best.pt" if folder.best_is_there(run) else "")
+                 f": {BEST}{folder.suffixes[0]}" if folder.best_is_there(run) else "")
     return TrainingResult(final)

@@ -6,6 +6,9 @@ import logging
 import platform
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from selva.utils import torchrun
@@ -22,11 +25,28 @@ PRECISIONS = ("bf16", "fp16", "fp32")
 PRECISION_CHOICES = ("auto", *PRECISIONS)
 PRECISION_HELP = ("number format of the networks; auto: bf16 where the device multiplies it natively, fp16 on older "
                   "NVIDIA GPUs, fp32 elsewhere")
+GRAPH_CHOICES = ("auto", "on", "off")
 
 # Of MPS and drivers, Linux, Windows, which raise a plain RuntimeError.
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 _BF16_CAPABILITY = (8, 0)  # CUDA compute capability from which bf16 is native
 _PROBE_SIZE, _PROBE_SEC = 128, 0.01  # matrices that are multiplied, and for how long, to see what a format costs
+_STANDS_FOR_GPU: ContextVar[bool] = ContextVar("stands_for_gpu", default=False)
+
+
+def computes_on_cpu(tensor: torch.Tensor) -> bool:
+    """Return True where a way of computing that is made for CPUs should be taken for a tensor."""
+    return tensor.device.type == "cpu" and not _STANDS_FOR_GPU.get()
+
+
+@contextmanager
+def standing_for_gpu() -> Iterator[None]:
+    """Have everything within the block computed in the ways that a GPU takes, also on the CPU: to measure memory."""
+    token = _STANDS_FOR_GPU.set(True)
+    try:
+        yield
+    finally:
+        _STANDS_FOR_GPU.reset(token)
 
 
 def peak_memory_bytes(device: Any) -> int:
@@ -148,13 +168,16 @@ def _slowdown(precision: str) -> float:
 def resolve_device(name: str) -> torch.device:
     """Return the device of that name; "auto" prefers CUDA, then MPS, then the CPU.
 
-    Under torchrun "cuda" is the device of this process.
+    Under torchrun "cuda" is the device of this process. On CUDA, float32 convolutions are computed in float32 from then
+    on: PyTorch would round their inputs to TF32's 10 bits, and features would not be those that models were trained on.
 
     Raises:
         UsageError: the name is unknown, or this machine has no such device.
     """
     import torch
 
+    if torch.cuda.is_available():
+        torch.backends.cudnn.allow_tf32 = False
     if name in ("auto", "cuda") and torch.cuda.is_available():
         return torch.device("cuda", torchrun.local_rank())
     if name == "auto":

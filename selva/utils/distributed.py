@@ -10,7 +10,7 @@ import datetime
 import itertools
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,11 +35,13 @@ class World:
 
     Attributes:
         store: the key-value store that the processes share; None on its own.
+        hosts: the group through which they exchange what no device has to know; None is the one of all messages.
     """
 
     rank: int = 0
     size: int = 1
     store: Any = field(default=None, compare=False, repr=False)
+    hosts: Any = field(default=None, compare=False, repr=False)
     _firsts: Iterator[int] = field(default_factory=itertools.count, compare=False, repr=False)
 
     @property
@@ -71,9 +73,32 @@ class World:
             dist.all_reduce(values)
         return values
 
-    def any(self, flag: bool, device: torch.device) -> bool:
-        """Return True where ``flag`` is set in any process; all of them must ask at the same point."""
-        return bool(self.sum_(torch.tensor(float(flag), device=device)))
+    @contextmanager
+    def agreement(self) -> Iterator[Callable[[bool], bool]]:
+        """Yield ``ask(flag)``, True once any process has set it; all must ask equally often, and get equal answers.
+
+        Nobody waits for a device, and hardly for another process: an answer takes the flags of the call before into
+        account, which have arrived meanwhile. A process on its own gets its own flag back.
+        """
+        if self.size == 1:
+            yield lambda flag: flag
+            return
+        pending: list[tuple[Any, Tensor]] = []
+
+        def answer() -> bool:
+            work, votes = pending.pop()
+            work.wait()
+            return bool(votes)  # on the CPU
+
+        def ask(flag: bool) -> bool:
+            before = bool(pending) and answer()
+            votes = torch.tensor(float(flag or before))
+            pending.append((dist.all_reduce(votes, group=self.hosts, async_op=True), votes))
+            return before
+
+        yield ask
+        if pending:  # a process that leaves in the middle of a message ends the others with an error
+            answer()
 
     def wait(self) -> None:
         """Wait until all processes have come here."""
@@ -93,11 +118,22 @@ class World:
         Raises:
             TimeoutError: a process has shown no life for ``SILENCE_SEC``.
         """
+        with self._together(what, main_first=True):
+            yield
+
+    @contextmanager
+    def at_once(self, what: str) -> Iterator[None]:
+        """Do the block in all processes at the same time, and leave together; as :meth:`main_first` otherwise."""
+        with self._together(what, main_first=False):
+            yield
+
+    @contextmanager
+    def _together(self, what: str, main_first: bool) -> Iterator[None]:
         if self.size == 1:
             yield
             return
         name = f"selva/main_first/{next(self._firsts)}"
-        if not self.is_main:
+        if main_first and not self.is_main:
             self._wait_for(name, 0, what)
         with _pulse(self.store, f"{name}/{self.rank}"):
             yield
@@ -139,7 +175,7 @@ def _pulse(store: Any, name: str) -> Iterator[None]:
 def join_world(device: torch.device) -> Iterator[World]:
     """Yield this process's place as ``torchrun`` set it in the environment; without torchrun, the only one.
 
-    Communicates through NCCL between CUDA devices and through gloo otherwise.
+    Tensors travel through NCCL between CUDA devices and through gloo otherwise, what the hosts agree on through gloo.
     """
     if torchrun.world_size() == 1:
         yield World()
@@ -150,7 +186,7 @@ def join_world(device: torch.device) -> Iterator[World]:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=size,
                             timeout=TIMEOUT)
     try:
-        world = World(rank, size, store)
+        world = World(rank, size, store, hosts=dist.new_group(backend="gloo", timeout=TIMEOUT))
         yield world
         world.wait()  # a process that leaves while another one still writes can abort in gloo's threads
     finally:

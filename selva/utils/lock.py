@@ -1,7 +1,8 @@
-"""A folder that one process at a time may change, held by a lock file that says which process that is."""
+"""Locks between processes: of a folder, by a file that says who holds it; of a file, even where systems have none."""
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import socket
@@ -9,11 +10,14 @@ import time
 from pathlib import Path
 from types import TracebackType
 
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
+
 from selva.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
 POLL_SEC = 0.2
+_CANNOT_LOCK = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 _LOCKED_BYTE = 1 << 30  # Windows keeps others from reading a locked byte; this one lies far behind the text
 
 
@@ -22,7 +26,9 @@ class FolderInUse(UserError):
 
 
 class FolderLock:
-    """Lock file with ``process 123 on HOST since TIME``; to be used in a ``with`` statement.
+    """Lock of a folder that one process at a time may change: a file with ``process 123 on HOST since TIME``.
+
+    To be used in a ``with`` statement.
 
     The operating system lets go of the lock when its process ends, however that happens, so the lock of a dead process
     is taken over. Whether a process of another host is alive cannot be seen from here: its lock counts as held as long
@@ -159,3 +165,28 @@ def _lock(descriptor: int) -> bool:
     except OSError as error:  # a file system without locks
         log.warning("this file system has no locks (%s): do not start another process in the same folder", error)
     return True
+
+
+def file_lock(path: str | os.PathLike[str]) -> BaseFileLock:
+    """Return a lock that is not held yet; the threads of a process share it. Its folder has to exist.
+
+    The system lets go of it however a process ends. Some network file systems have no such locks: there a file that
+    exists is the lock, and what a killed process leaves has to be deleted by hand where it is not noticed.
+
+    Raises:
+        OSError: the file cannot be made.
+    """
+    lock = FileLock(path, thread_local=False)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        return lock
+    except (NotImplementedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in _CANNOT_LOCK:
+            raise
+        soft = Path(f"{path}.soft")
+        log.warning("%s: this file system cannot lock files; the file %s is the lock instead. If a run was killed and "
+                    "the next one waits, delete it", Path(path).parent, soft.name)
+        return SoftFileLock(soft, thread_local=False)
+    lock.release()
+    return lock

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from typing import Any, TextIO
 
 from selva.utils.torchrun import is_main_process
+
+log = logging.getLogger(__name__)
 
 COLOURS = {logging.WARNING: "\033[33m", logging.ERROR: "\033[31m"}
 
@@ -39,6 +45,68 @@ def on_terminal() -> bool:
         return sys.stderr is not None and sys.stderr.isatty()
     except ValueError:  # closed by someone
         return False
+
+
+class ResultStream:
+    """Standard output whose reader may leave, as ``head`` does: the results are in files, so the work goes on.
+
+    Everything else is that of the stream itself.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            self._nobody_reads(error)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._nobody_reads(error)
+
+    def _nobody_reads(self, error: OSError) -> None:
+        """Let what is written from now on vanish, what is still in the buffer too: it could not be written either.
+
+        Raises:
+            OSError: the error, if it is another one than a reader who left, such as a full disk.
+        """
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, self._stream.fileno())
+        os.close(null)
+        # Windows has no error of its own for it.
+        if not isinstance(error, BrokenPipeError) and not (os.name == "nt" and error.errno == errno.EINVAL):
+            raise error
+        log.info("nobody reads the output any more; the work goes on")
+
+
+@contextlib.contextmanager
+def results_on_stdout() -> Iterator[None]:
+    """Let the work in this block go on when the reader of standard output leaves; flush what was printed at its end.
+
+    Raises:
+        OSError: what was printed cannot be written for another reason.
+    """
+    stream = sys.stdout
+    results = ResultStream(stream)
+    sys.stdout = results  # pyright: ignore[reportAttributeAccessIssue]  -- all that print() needs
+    try:
+        yield
+        results.flush()
+    except BaseException:  # --help ends in one
+        with contextlib.suppress(OSError, ValueError):  # nothing may hide the error; a closed stream is a ValueError
+            results.flush()
+        raise
+    finally:
+        if sys.stdout is results:
+            sys.stdout = stream
 
 
 def open_missing_streams() -> None:

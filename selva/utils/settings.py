@@ -210,6 +210,8 @@ def _as_declared(setting: Setting, value: Any) -> Any:
         value = [value]
     if setting.kind is Path:
         value = [Path(one) for one in value] if several and value is not None else Path(value) if value else value
+    elif setting.kind is str and several and isinstance(value, list):
+        value = [str(one) if isinstance(one, Path) else one for one in value]
     return setting.info.synonyms.get(value, value) if isinstance(value, str) else value
 
 

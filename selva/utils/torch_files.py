@@ -27,8 +27,11 @@ READ_ERRORS = (
 )
 
 
-def read_torch(path: Path) -> Mapping[str, Any]:
+def read_torch(path: Path, mmap: bool = False) -> Mapping[str, Any]:
     """Return the dictionary in a file of ``torch.save``, without executing anything.
+
+    Args:
+        mmap: read the values of tensors only where they are used; the file must stay as it is meanwhile.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -44,7 +47,7 @@ def read_torch(path: Path) -> Mapping[str, Any]:
         )
         raise UserError(f"{path}: not a readable PyTorch file; {what}")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except READ_ERRORS as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(

@@ -7,8 +7,9 @@ import hashlib
 import json
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from selva.models.variants import PARTS, Variant, WeightFile, get_variant
 from selva.utils.files import source_hash
@@ -18,6 +19,8 @@ SUBFOLDERS = ("", "ext", "weights", "ext_weights")
 PARENTS_OF_ROOT = ("", "selva", "models/selva")  # a ComfyUI installation may be given from further up
 NEIGHBOUR = "prismaudio"  # beside models/selva: another ComfyUI extension that brings the same Synchformer file
 ASSETS = Path(__file__).parent / "assets"
+CHECKOUT = Path(__file__).resolve().parents[2]  # or the folder that the package was installed into
+DOWNLOAD_SCRIPT = "download_weights.py"
 
 
 def weight_folders(selva_dir: Path) -> list[Path]:
@@ -69,9 +72,19 @@ def local_path(file: WeightFile, selva_dir: Path, layout: str) -> Path:
 
 
 def download_command(variant: str, selva_dir: Path | None) -> str:
-    """Return the command that fetches everything ``variant`` needs."""
+    """Return the command that fetches everything ``variant`` needs, as it works in the current folder.
+
+    In a checkout the script is a file; where the package was installed, ``pip`` has put it on the PATH.
+    """
     folder = "DIR" if selva_dir is None else shlex.quote(str(selva_dir))
-    return f"python scripts/download_weights.py --variant {variant} --selva_dir {folder}"
+    script = CHECKOUT / "scripts" / DOWNLOAD_SCRIPT
+    if not script.is_file():
+        command = DOWNLOAD_SCRIPT
+    elif Path.cwd() == CHECKOUT:
+        command = f"python scripts/{DOWNLOAD_SCRIPT}"
+    else:
+        command = f"python {shlex.quote(str(script))}"
+    return f"{command} --variant {variant} --selva_dir {folder}"
 
 
 def find_weights(variant: Variant, selva_dir: Path | None, needs: Sequence[str]) -> dict[str, tuple[Path, ...]]:
@@ -147,6 +160,25 @@ def weights_identity(variant: Variant, selva_dir: Path | None, needs: Sequence[s
     found = find_weights(variant, selva_dir, needs)
     marks = {part: [[path.name, content_mark(path)] for path in files] for part, files in found.items()}
     return hashlib.sha256(json.dumps(marks, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def generator_mark(file: Path | None) -> dict[str, str] | None:
+    """Return the name and the mark of a user's own generator, as adapters store it; None for that of the variant."""
+    return None if file is None else {"name": Path(file).name, "mark": content_mark(Path(file))[:16]}
+
+
+def generator_change(meta: Mapping[str, Any], file: Path | None) -> tuple[str, str] | None:
+    """Return the generator an adapter was trained on and the one in use, in words; None if they are the same.
+
+    Args:
+        meta: of the adapter. file: the user's own generator; None for that of the variant.
+    """
+    marks = meta.get("generator"), generator_mark(file)
+    if len({(mark or {}).get("mark") for mark in marks}) == 1:
+        return None
+    before, now = ("the generator of the variant" if mark is None else f"{mark['name']} ({mark['mark']})"
+                   for mark in marks)
+    return before, now
 
 
 def content_mark(path: Path) -> str:

@@ -82,19 +82,21 @@ def read_checkpoint(path: Path, key: str | None = None, prefixes: tuple[str, ...
 
 
 def load_generator(
-    variant: str, selva_dir: Path | None = None, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    variant: str, selva_dir: Path | None = None, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
+    *, file: Path | None = None,
 ) -> Generator:
     """Return the generator. As all ``load_*``: frozen, in eval mode, read in float32 and then cast.
 
     Args:
         variant: a name from :data:`selva.models.variants.VARIANTS`.
         selva_dir: where the files lie; a packaged variant needs none and ignores it.
+        file: a generator of the user's own, with the published names, instead.
 
     Raises:
         FileNotFoundError: a file is missing; says which, and how to get it.
         ValueError: unknown variant, or a file that is damaged or belongs to another variant.
     """
-    return _load(variant, "generator", Generator, selva_dir, device, dtype)
+    return _load(variant, "generator", Generator, selva_dir, device, dtype, file=file)
 
 
 def load_video_encoder(
@@ -156,14 +158,15 @@ def load_t5(
 def _load(
     name: str, part: str, kind: type[Network] | tuple[type[Network], ...], selva_dir: Path | None,
     device: torch.device | str, dtype: torch.dtype, reduce: Callable[[Any], object] | None = None,
+    file: Path | None = None,
 ) -> Network:
     variant = get_variant(name)
-    files = find_weights(variant, selva_dir, (part,))[part]
+    files = find_weights(variant, selva_dir, (part,))[part] if file is None else (file,)
     network = _without_weights(variant, part, files)
     assert isinstance(network, kind), part
     if reduce is not None:
         reduce(network)  # before its weights are read
-    if variant.packaged:
+    if not files:  # a packaged variant
         network.load_published(_packaged_weights(variant, part))
         return _finish(network, device, dtype)
     prefixes = CLIP_PREFIXES.get(part, T5_PREFIXES if part == "t5" else ("",))
@@ -173,7 +176,7 @@ def _load(
             _check_band_statistics(weights)
         network.load_published(weights)
     except ValueError as error:
-        purpose = variant.weight_files(part)[0].purpose
+        purpose = variant.weight_files(part)[0].purpose if file is None else "generator"
         raise UserError(f"{files[0]}: {error}; expected the {purpose} of variant {name}") from error
     return _finish(network, device, dtype)
 

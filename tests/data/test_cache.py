@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
+import subprocess
+import sys
+import tempfile
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -237,3 +242,35 @@ def test_temporary_folders_are_deleted_on_request(tmp_path, monkeypatch):
     assert list(tmp_path.glob("selva_cache_*"))
     selva.data.cache.remove_temporary_caches()
     assert not list(tmp_path.glob("selva_cache_*"))
+
+
+def test_temporary_folders_of_killed_processes_are_deleted_at_the_next_start(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    code = ("import sys, time, pathlib, selva.data.cache as c, torch\n"
+            "cache = c.DataCache(pathlib.Path('x'), enabled=False)\n"
+            "cache.save('latents', {}, {'a': torch.ones(3)})\nprint('saved', flush=True)\ntime.sleep(600)")
+    processes = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env={
+        **os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[2])}) for _ in range(2)]
+    try:
+        for process in processes:
+            assert process.stdout is not None and process.stdout.readline() == b"saved\n"
+        (tmp_path / "selva_cache_earlier").mkdir()  # of a version without locks: nobody knows
+        processes[0].kill()
+        processes[0].wait()
+        folders = set(tmp_path.glob("selva_cache_*"))
+        assert len(folders) == 3
+        DataCache(tmp_path, enabled=False)
+        assert set(tmp_path.glob("selva_cache_*")) == folders  # all of them are young
+        for folder in folders:
+            os.utime(folder, (0, 0))
+        caplog.set_level(logging.INFO)
+        DataCache(tmp_path, enabled=False)
+        assert len(list(tmp_path.glob("selva_cache_*"))) == 2 and caplog.text.count("which a killed run had left") == 1
+        processes[1].kill()
+        processes[1].wait()
+        DataCache(tmp_path, enabled=False)
+        assert [path.name for path in tmp_path.glob("selva_cache_*")] == ["selva_cache_earlier"]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()

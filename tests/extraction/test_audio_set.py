@@ -262,3 +262,12 @@ def test_stopping_early_ends_the_threads():
     for _ in ahead(done.append, range(1000), 2):
         break
     assert len(done) < 20
+
+
+def test_a_caption_that_mmaudio_takes_for_missing_counts_as_none(tmp_path):
+    tables = put_set(tmp_path, {"a": 9, "b": 9, "nan": 9}, {"a": "nan", "b": "a bell", "nan": "bread"})
+    jobs = plan_audio_set(*tables)
+    assert "has no caption for a but 'nan', which MMAudio takes for none" in jobs[0].problem
+    results, published = extract(tmp_path / "set", jobs)
+    assert published and [bool(result.problem) for result in results] == [True, False, False]
+    assert (tmp_path / "set.tsv").read_text() == "id\tcaption\nb_0\ta bell\nnan_0\tbread\n"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from selva.data.folder import scan_folder
-from selva.data.folder_dataset import plan_windows
+from selva.data.plan import plan_windows
 from selva.extraction import extractor
 from selva.extraction.extractor import FeatureExtractor, FramePasses, TextCache, clip_settings
 from selva.features import FeatureBundle, save_features

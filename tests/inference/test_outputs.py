@@ -15,6 +15,7 @@ from selva.inference.engine import SoundGenerator
 from selva.inference.outputs import (
     SoundFiles,
     model_identity,
+    name_problem,
     request_identity,
     shared_names,
     sound_files,
@@ -47,6 +48,23 @@ def test_names(output, video, audio_only, number, expected):
 def test_two_sounds_of_one_name_are_noticed():
     a, b = SoundFiles(Path("x.flac"), Path("x.mp4")), SoundFiles(Path("x.wav"), None)
     assert shared_names([a, b]) == [Path("x.yaml")] and not shared_names([a])
+
+
+def test_names_that_differ_in_case_only_are_two_sounds_where_the_folder_has_both(monkeypatch):
+    files = [SoundFiles(Path("out/dog.flac"), None), SoundFiles(Path("out/Dog.flac"), None)]
+    for apart, expected in ((True, []), (False, [Path("out/Dog.flac"), Path("out/Dog.yaml")])):
+        monkeypatch.setattr("selva.inference.outputs.tells_case_apart", lambda folder, apart=apart: apart)
+        assert shared_names(files) == expected
+    folders = [SoundFiles(Path("Loud/dog.flac"), None), SoundFiles(Path("loud/dog.flac"), None)]
+    assert shared_names(folders) == [Path("loud/dog.flac"), Path("loud/dog.yaml")]
+
+
+def test_a_name_that_the_system_cannot_have_is_told(monkeypatch):
+    assert name_problem([SoundFiles(Path("dog.flac"), Path("dog.mp4"))]) is None
+    long = Path(f"{'n' * 251}.flac")
+    assert name_problem([SoundFiles(long, None)]) == f"{long}: the name has 256 bytes, expected at most 255"
+    monkeypatch.setattr("selva.inputs.file_names.ON_WINDOWS", True)
+    assert name_problem([SoundFiles(Path("con.flac"), None)]) == "con.flac: Windows keeps this name for a device"
 
 
 def test_a_sound_is_current_when_all_of_it_is_there_and_means_the_same(tmp_path):

@@ -337,3 +337,20 @@ def test_listing_windows_decodes_nothing(tmp_path, monkeypatch):
         assert container.duration is None
     jobs = collect_jobs([tmp_path / "a.mp4", tmp_path / "live.mkv"], windows=True, duration_sec=5.0)
     assert ids(jobs) == ["a_000", "a_001", "live_000", "live_001"]
+
+
+def test_a_table_from_windows_finds_its_videos(tmp_path):
+    touch(tmp_path / "raw" / "dog.mp4", tmp_path / "raw" / "a\\b.mp4")
+    table = write_table(tmp_path / "t.tsv", "id\tpath", "1\traw\\dog.mp4", "2\traw/a\\b.mp4", "3\tC:\\raw\\dog.mp4")
+    paths = [job.path for job in collect_jobs([table])]
+    # A backslash in the name of a file that is there stays one; a drive is looked for as it is written.
+    assert paths[:2] == [tmp_path / "raw" / "dog.mp4", tmp_path / "raw" / "a\\b.mp4"]
+    assert str(paths[2]).endswith("C:\\raw\\dog.mp4") and not paths[2].exists()
+
+
+def test_a_name_of_a_device_is_refused_on_windows(tmp_path, monkeypatch):
+    touch(tmp_path / "aux.mp4")
+    assert ids(collect_jobs([tmp_path / "aux.mp4"])) == ["aux"]
+    monkeypatch.setattr("selva.inputs.file_names.ON_WINDOWS", True)
+    with pytest.raises(ValueError, match=r"aux\.mp4: its clip would be called 'aux', Windows keeps this name"):
+        collect_jobs([tmp_path / "aux.mp4"])

@@ -39,17 +39,26 @@ def test_scale(cfg, scale):
         ({"targets": ("",)}, "targets must be a list"),
         ({"dropout": 1.0}, "dropout"),
         ({"init": "svd"}, "init must be one of standard, pissa"),
-        ({"init": "pissa", "alpha": 8}, "scale 1"),
-        ({"init": "pissa", "rslora": True, "rank": 4}, "scale 1"),
         ({"target_ranks": {"linear1": 4}}, "not among the targets"),
         ({"target_ranks": {"attn.qkv": 0}}, "at least 1"),
         ({"target_ranks": {"attn": 4}}, r"target_ranks names 'linear1', which is not among"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings, message):
-    """Pitfall E2: among them PiSSA at another scale than 1."""
     with pytest.raises(ValueError, match=message):
         LoRAConfig(**settings)
+
+
+def test_pissa_starts_with_scale_1_only():
+    """Pitfall E2; a published PiSSA training with another scale may be continued."""
+    assert LoRAConfig(init="pissa").start_problem() is None
+    for settings in ({"alpha": 8}, {"rslora": True, "rank": 4}):
+        assert "scale 1" in LoRAConfig(init="pissa", **settings).start_problem()
+
+
+def test_the_flags_of_settings():
+    cfg = LoRAConfig(8, 3.0, ("a", "b"), rslora=True, init="pissa", dora=True, target_ranks={"b": 2})
+    assert cfg.flags() == "--rank 8 --alpha 3 --rslora --init pissa --dora --target a b:2"
 
 
 def test_all_bad_settings_are_named_at_once():

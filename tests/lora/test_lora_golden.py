@@ -17,6 +17,7 @@ from selva.lora.config import LoRAConfig
 from selva.lora.inject import inject_lora
 from selva.lora.layers import lora_layers
 from selva.lora.merge import Adapter, merge_adapter, merged_adapters
+from selva.lora.published import continued_state
 from selva.lora.state import adapter_tensors, load_lora_state_, lora_parameters, lora_plus_groups, lora_state_dict
 from selva.models.config import GeneratorConfig
 from selva.models.generator import Generator
@@ -174,6 +175,13 @@ def test_pissa_adapter_file(pissa, output, strength):
     pissa.check(f"adapter_file/{output}", pissa.run(model))
     if strength == 0:
         assert all(torch.equal(p, q) for p, q in zip(model.parameters(), pissa.model.parameters(), strict=True))
+
+
+def test_a_published_pissa_training_is_continued_from_its_golden_state(pissa):
+    adapter, model = load_adapter(ADAPTERS / "tiny_pissa_rank4_rslora.pt"), copy.deepcopy(pissa.model)
+    inject_lora(model, LoRAConfig(4, 8.0, rslora=True, init="pissa"))
+    load_lora_state_(model, continued_state(model, adapter.tensors, adapter.source))
+    pissa.check("adapter_file/strength_1.0", pissa.run(model))
 
 
 # -- training ---------------------------------------------------------------------------------------------------------

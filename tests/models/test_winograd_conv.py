@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -99,3 +101,15 @@ def test_changed_weights_are_seen():
     check()
     mlp.bfloat16()
     check()
+
+
+def test_forgotten_weights_leave_memory_and_are_made_again():
+    layer, x = nn.Conv1d(32, 24, 3, padding=1).requires_grad_(False), torch.randn(1, 8, 32).bfloat16()
+    before = winograd_conv.conv(x, layer)
+    kept = weakref.ref(winograd_conv.transformed(layer.weight))
+    gc.collect()
+    assert kept() is not None
+    winograd_conv.forget()
+    gc.collect()
+    assert kept() is None
+    assert torch.equal(winograd_conv.conv(x, layer), before)

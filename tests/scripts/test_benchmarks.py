@@ -32,7 +32,8 @@ def test_a_small_run_of_every_stage_but_the_slow_ones(benchmark, tmp_path, capsy
     stages = ["train", "checkpoint", "extract", "sample", "memmap"]
     given = [*SMALL, "--only", ",".join(stages), "--out", str(tmp_path / "out"), "--docs", str(document)]
     assert run.main(given) == 0  # 1 if the two ways differ
-    name = f"tiny_16k_fp32_cpu_{'_'.join(stages)}"
+    where = "cpu" if run.kind_of(torch.device("cpu")) == "AVX512" else f"cpu_{run.kind_of(torch.device('cpu')).lower()}"
+    name = f"tiny_16k_fp32_{where}_{'_'.join(stages)}"
     figures = json.loads((tmp_path / "out" / f"{name}.json").read_text(encoding="utf-8"))
     rows = figures["results"]
     compared = {row["stage"]: row for row in rows if row["plain_sec"] is not None}
@@ -63,6 +64,18 @@ def test_a_small_run_of_every_stage_but_the_slow_ones(benchmark, tmp_path, capsy
     text = document.read_text(encoding="utf-8")
     assert text.count("### tiny_16k_fp32_cpu") == 2 and text.count(run.BEGIN_MARK) == 1
     capsys.readouterr()
+
+
+def test_the_memory_of_a_step_as_a_table(benchmark, tmp_path, capsys):
+    script, document = benchmark("step_memory"), tmp_path / "page.md"
+    document.write_text(f"before\n\n{script.BEGIN}\nold\n{END_MARK}\n\nafter\n", encoding="utf-8")
+    assert script.main(["--variants", "tiny_16k", "--docs", str(document)]) == 0
+    text = document.read_text(encoding="utf-8")
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    table = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
+    assert all(" | ".join(row) in text for row in table) and {len(row) for row in table[2:]} == {8}
+    plain, recomputed = ([float(cell.split()[0]) for cell in row[1:4]] for row in table[2:])
+    assert plain == sorted(plain) and recomputed[-1] < plain[-1] and table[2][-1] == "256 |"
 
 
 def test_a_start_prepares_and_computes_the_same_either_way(benchmark, tmp_path):
@@ -96,3 +109,21 @@ def test_a_difference_fails_the_run(benchmark, tmp_path, monkeypatch, capsys):
 def test_mistakes_are_named(benchmark, given, said, caplog):
     assert benchmark("run").main(given) == 2
     assert said in caplog.text
+
+
+def test_kinds_of_processors_stand_side_by_side(benchmark):
+    run = benchmark("run")
+
+    def figures(kind: str, precision: str, **ratios: float | None) -> dict:
+        rows = [{"stage": stage, "size": "batch 4", "ratio": ratio} for stage, ratio in ratios.items()]
+        return {"name": kind, "variant": "tiny_16k", "kind": kind, "precision": precision, "results": rows}
+
+    new, old = figures("AVX512", "bf16", train=0.73, memmap=None), figures("AVX2", "fp32", train=0.8512, sample=0.5)
+    without_kind = {"name": "x", "results": [{"stage": "train", "size": "batch 1", "ratio": 1.0}]}  # an older file
+    assert run.kinds_table([new]) == run.kinds_table([new, without_kind]) == ""
+    assert run.kinds_table([new, without_kind, old]).splitlines()[2:] == [
+        "| variant | stage | size | AVX512, bf16 | AVX2, fp32 |",
+        "|---|---|---|---|---|",
+        "| tiny_16k | train | batch 4 | 0.73 | 0.85 |",
+        "| tiny_16k | sample | batch 4 |  | 0.50 |",
+    ]

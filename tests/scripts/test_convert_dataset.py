@@ -90,6 +90,20 @@ def test_clips_that_cannot_be_converted_are_named(tmp_path, caplog):
     assert "3 converted, 0 already current, 4 left out" in caplog.text
 
 
+def test_rows_hold_padded_sound_and_say_so(tmp_path, caplog):
+    source = tmp_path / "clips"
+    put_clip(source, "full", 8.0)
+    put_clip(source, "knock", 8.0, sound=np.ones(32_000, np.float32) * 0.1)
+    assert convert(source, tmp_path / "data") == 0
+    warned = [line for line in caplog.messages if "its row goes on with silence" in line]
+    assert len(warned) == 1 and f"{source}/knock.wav: 2.00 s of sound for features of 8 s" in warned[0]
+    sound = load_waveform(source / "knock.wav", sequence_config("16k"), "peak")
+    assert not sound[32_000:].any()
+    mean, _ = encode_latents(sound[None], build_mel("16k"), load_vae("tiny_16k", None, "cpu"))
+    clip = MemmapDataset(tmp_path / "data", TINY).clip(1)
+    assert torch.equal(clip.mean, mean[0]) and clip.padding is None
+
+
 def test_a_second_run_converts_what_has_changed(tmp_path, caplog):
     source = put_folder(tmp_path / "clips")
     convert(source, tmp_path / "data")
@@ -103,6 +117,22 @@ def test_a_second_run_converts_what_has_changed(tmp_path, caplog):
     assert snapshot(tmp_path / "data")["mean.memmap"] != before["mean.memmap"]
     assert convert(source, tmp_path / "data", "--normalize_audio", "none") == 0
     assert "3 converted, 0 already current" in caplog.text
+
+
+def test_a_label_that_mmaudio_cannot_read_becomes_the_name_of_the_folder(tmp_path, caplog):
+    """Its reader takes such texts for missing values, and its trainer stops at them."""
+    source = put_folder(tmp_path / "dogs")
+    put_clip(source, "b", 8.0, "null", seed=2, text=True)
+    (source / "prompts.txt").write_text("c.npz: NaN\n")
+    assert convert(source, tmp_path / "data") == 0
+    assert (tmp_path / "data.tsv").read_text() == "id\tlabel\na\ta knock\nb\tdogs\nc\tdogs\n"
+    assert "take the folder's name, 'dogs', as their prompt: b ('null'), c ('NaN')" in caplog.text
+    text = FeatureExtractor(TINY, None, torch.device("cpu")).text_features("dogs")
+    assert torch.equal(MemmapDataset(tmp_path / "data", TINY).clip(1).text_f, text[0])  # not those of "null"
+    put_clip(source, "NA", 8.0, "a cat")
+    assert convert(source, tmp_path / "other") == 1
+    assert "MMAudio's reader takes the ids 'NA' for missing values; rename" in caplog.text
+    assert not (tmp_path / "other.tsv").exists()
 
 
 # -- memmap -> folder --------------------------------------------------------------------------------------------------

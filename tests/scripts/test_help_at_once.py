@@ -23,6 +23,13 @@ MISTAKES = {
         (2, "--data_dir . --config missing.yaml"),
         (1, "--data_dir . --variant small_16k --selva_dir missing"),
     ],
+    "scripts.train_base": [
+        (2, "--data . --batch_size many"),
+        (2, "--data missing"),
+        (2, "--data .:0"),
+        (2, "--data . --init missing.pth"),
+        (1, "--data . --variant small_16k --selva_dir missing"),
+    ],
     "infer": [
         (2, "--prompt rain --solvers euler"),
         (2, "--prompt rain --num_steps few"),
@@ -31,6 +38,8 @@ MISTAKES = {
         (2, "--video missing.mp4"),
         (2, "--features missing.npz"),
         (2, "--prompt rain --adapter missing.pt"),
+        (1, "--prompt rain --variant small_16k --selva_dir missing"),
+        (1, f"{__file__} --prompt rain --variant large_44k"),
     ],
     "extract_features": [
         (2, ". --output_dir out --masks x"),
@@ -39,6 +48,8 @@ MISTAKES = {
         (2, ". --output_dir out --shard 3/2"),
         (2, "missing.mp4 --output_dir out"),
         (2, "missing --output_dir out"),
+        (1, ". --output_dir out --variant small_16k --selva_dir missing"),
+        (1, f"{__file__} --output_dir out --recordings . --captions {__file__} --variant small_16k"),
     ],
     "partition_clips": [
         (2, "--data_dir . --output_dir out --silent"),

@@ -37,13 +37,14 @@ def run(folder, *arguments):
             "comfyui",
             "generator_small_16k_sup_5.pth video_enc_sup_5.pth ext/v1-16.pth ext/best_netG.pt "
             "ext/DFN5B-CLIP-ViT-H-14-384/open_clip_model.safetensors ext/flan-t5-base/model.safetensors "
-            "ext/flan-t5-base/tokenizer.json",
+            "synchformer_state_dict.pth ext/flan-t5-base/tokenizer.json",
         ),
         (
             "selva",
             "weights/generator_small_16k_sup_5.pth weights/video_enc_sup_5.pth ext_weights/v1-16.pth "
             "ext_weights/best_netG.pt ext_weights/DFN5B-CLIP-ViT-H-14-384/open_clip_model.safetensors "
-            "ext_weights/flan-t5-base/model.safetensors ext_weights/flan-t5-base/tokenizer.json",
+            "ext_weights/flan-t5-base/model.safetensors "
+            "ext_weights/synchformer_state_dict.pth ext_weights/flan-t5-base/tokenizer.json",
         ),
     ],
 )
@@ -55,6 +56,14 @@ def test_a_layout_is_complete_and_says_that_it_is_random(tmp_path, capsys, layou
     assert files == {"README.txt", *expected.split()}
     assert "RANDOM WEIGHTS" in (tmp_path / "README.txt").read_text()
     check_weights("small_16k", tmp_path)
+
+
+def test_comfyui_selva_finds_its_synchformer(tmp_path, small_variant):
+    """Its loader wants that file with every variant; here it is read for MMAudio only."""
+    run(tmp_path)
+    tensors = weights.read_checkpoint(tmp_path / "synchformer_state_dict.pth")
+    zoo.build_synchformer(small_variant.video_encoder).load_published(tensors)
+    assert any(name.startswith("afeat_extractor.") for name in tensors)
 
 
 def test_the_same_seed_writes_the_same_weights(tmp_path, small_variant):

@@ -240,6 +240,53 @@ def test_segments_of_whisper_become_clips_with_captions_and_sound(tmp_path, caps
     assert "no recording called 'rian'" in capsys.readouterr().err
 
 
+def put_talk(folder):
+    """Write 40 s of noise with silence from 10 to 12 s, and four segments of it, the first two 0.2 s apart."""
+    folder.mkdir()
+    sound = np.random.default_rng(0).standard_normal(320_000) / 9
+    sound[80_000:96_000] = 0
+    soundfile.write(folder / "talk.wav", sound, 8_000)
+    rows = ("1\t4\ta long sentence", "4.2\t10.5\tand more of it", "20\t20.9\tshort sound but much text", "30\t34\tOh")
+    table = folder.parent / "talk.tsv"
+    table.write_text("name\tstart\tend\ttext\n" + "".join(f"talk\t{row}\n" for row in rows))
+    return ["--data_dir", str(folder), "--segments", str(table)]
+
+
+def test_merged_moved_and_trimmed_segments_are_what_is_written(tmp_path, capsys):
+    arguments = put_talk(tmp_path / "in")
+    out = tmp_path / "out"
+    assert main([*arguments, "--output_dir", str(out), "--write_audio", str(out / "sound"), "--merge_gap_sec", "0.3",
+                 "--slice_start_offset", "-0.5", "--slice_end_offset", "0.5", "--trim_silence"]) == 0
+    assert [(w.id, w.start_sample / 8_000, w.end_sample / 8_000) for w in read_clips(out / "clips.tsv")] == [
+        ("talk_0", 0.5, 10), ("talk_2", 19.5, 21.4), ("talk_3", 29.5, 34.5)]
+    assert read_captions(out / "captions.tsv")["talk_0"] == "a long sentence and more of it"
+    assert soundfile.info(out / "sound" / "talk_0.flac").frames == 76_000
+    assert (out / "sound" / "talk_0.txt").read_text() == "a long sentence and more of it\n"
+    err = capsys.readouterr().err
+    assert "4 segments became 3" in err
+    assert "1 merged segments are longer than the 8.1 s of a clip: talk_0 (9.50 s)" in err
+
+
+def test_short_clips_are_held_out(tmp_path, capsys):
+    arguments = put_talk(tmp_path / "in")
+
+    def parts(*flags):
+        assert main([*arguments, "--output_dir", str(tmp_path / "out"), *flags]) == 0
+        names = ("clips.tsv", "clips_val.tsv")
+        return [[w.id[-1] for w in read_clips(path)] if path.exists() else None
+                for path in (tmp_path / "out" / name for name in names)]
+
+    assert parts() == [["0", "1", "2", "3"], None]
+    assert parts("--val_below_sec", "3") == [["0", "1", "3"], ["2"]]  # 3 s is not below 3 s
+    assert parts("--val_below_text", "3") == [["0", "1", "2"], ["3"]]
+    assert parts("--val_below_text", "2") == [["0", "1", "2", "3"], None]
+    capsys.readouterr()
+    assert parts("--val_below_text", "3", "--val_below_sec", "2") == [["0", "1"], ["2", "3"]]
+    assert "2 clips are held out because they or their captions are short" in capsys.readouterr().err
+    assert main([*arguments, "--output_dir", str(tmp_path / "out"), "--val_below_sec", "10"]) == 1
+    assert "all 4 clips would be held out for validation" in capsys.readouterr().err
+
+
 def test_pieces_that_cannot_be_read_leave_the_table(recordings, tmp_path, capsys):
     (recordings / "b.flac").write_bytes((recordings / "b.flac").read_bytes()[:200])
     arguments = ["--data_dir", str(recordings), "--output_dir", str(tmp_path / "out"),
@@ -260,3 +307,11 @@ def test_everything_wrong_with_the_arguments_is_said_at_once(recordings, tmp_pat
     error = capsys.readouterr().err
     for flag in ("--val_fraction 1", "--start -1", "--max_segments:", "--write_audio", "--silence_db is 6"):
         assert flag in error
+    assert main(["--data_dir", str(recordings), "--output_dir", str(tmp_path), "--merge_gap_sec", "0",
+                 "--slice_end_offset", "-1", "--val_below_text", "-1"]) == 2
+    error = capsys.readouterr().err
+    assert "--merge_gap_sec and --slice_end_offset: of segments, which --segments gives" in error
+    assert "--val_below_text -1: expected 0 or more characters" in error
+    for flag, value in (("--merge_gap_sec", "-1"), ("--slice_start_offset", "nan")):
+        assert main(["--data_dir", str(recordings), "--output_dir", str(tmp_path), flag, value]) == 2
+        assert f"{flag} is {float(value)}" in capsys.readouterr().err

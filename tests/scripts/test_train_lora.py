@@ -24,6 +24,7 @@ import train_lora
 from selva import cli
 from selva.checkpoint import load_adapter
 from selva.flow import SamplingConfig
+from selva.lora.layers import lora_layers
 from selva.training import run_folder
 from selva.training import sample as preview
 from selva.training.config import RunConfig
@@ -95,7 +96,8 @@ def test_only_what_is_needed_is_loaded(feature_dir, tmp_path, monkeypatch):
     """Pitfalls G1 and H3: no vocoder to encode sound, no encoder without work, never the image tower."""
     loaded = []
     load = weights._load
-    monkeypatch.setattr(weights, "_load", lambda name, part, *rest: (loaded.append(part), load(name, part, *rest))[1])
+    monkeypatch.setattr(weights, "_load", lambda name, part, *rest, **more: (
+        loaded.append(part), load(name, part, *rest, **more))[1])
     assert train(feature_dir, tmp_path / "a", "--no_preview", "--steps", "1") == 0
     assert sorted(loaded) == ["generator", "vae"]  # the features hold their text
     loaded.clear()
@@ -275,6 +277,9 @@ def test_a_dry_run_writes_nothing(feature_dir, tmp_path, capsys):
     assert train(feature_dir, tmp_path / "run", "--dry_run") == 0
     err = capsys.readouterr().err
     assert "8 layers adapted" in err and "s/step" in err and "nothing was written" in err
+    said = ("a step on an NVIDIA GPU in", "largest --batch_size for", "held out")
+    first, then, last = map(err.index, said)
+    assert first < then < last  # before anything is read
     assert not (tmp_path / "run").exists() and sorted(p.name for p in feature_dir.iterdir()) == before
 
 
@@ -293,14 +298,21 @@ def test_compiling_is_refused_where_nothing_can_compile(feature_dir, tmp_path, m
     assert not (tmp_path / "run").exists()
 
 
-def test_blocks_are_compiled_after_the_sounds_to_preserve_are_made(feature_dir, tmp_path, monkeypatch):
+def test_sounds_to_preserve_are_made_by_the_base_model_and_compiled_is_what_is_trained(
+    feature_dir, tmp_path, monkeypatch
+):
+    """An adapter that has learned nothing adds nothing to these sounds but time."""
     happened = []
     monkeypatch.setattr("selva.training.train.prepare_to_compile", lambda device: happened.append(str(device)))
-    monkeypatch.setattr("selva.training.setup.compile_blocks_", lambda generator: happened.append("compile"))
+    monkeypatch.setattr("selva.training.setup.compile_blocks_", lambda g: happened.append(("compile", adapted(g))))
     monkeypatch.setattr("selva.training.setup.with_preserved",
-                        lambda g, clips, *a, **k: happened.append("preserve") or clips)
+                        lambda g, clips, *a, **k: happened.append(("preserve", adapted(g))) or clips)
+
+    def adapted(generator) -> bool:
+        return any(True for _ in lora_layers(generator))
+
     assert train(feature_dir, tmp_path / "run", "--dry_run", "--compile", "--preserve", "rain") == 0
-    assert happened == ["cpu", "preserve", "compile"]
+    assert happened == ["cpu", ("preserve", False), ("compile", True)]
 
 
 def test_clips_of_another_folder_can_be_held_out(feature_dir, tmp_path, capsys):
@@ -432,8 +444,6 @@ SPOILT = {
     "truncated sound": (lambda f: (f / "knock_1.flac").write_bytes((f / "knock_1.flac").read_bytes()[:2000]),
                         "knock_1.flac"),
     "silent sound": (lambda f: soundfile.write(f / "knock_1.flac", [0.0] * 33_000, 16_000), "silen"),
-    "short sound": (lambda f: soundfile.write(f / "knock_1.flac", [0.1, -0.1] * 5_000, 16_000),
-                    "0.62 s of sound, but the features of this clip cover 2.0"),
     "a pickle with code": (spoil_pickle, "knock_1.npz"),
 }
 
@@ -450,6 +460,19 @@ def test_an_unusable_clip_stops_the_run_and_can_be_skipped(feature_dir, tmp_path
     assert not out.exists() and not (feature_dir / "executed").exists()
     assert train(feature_dir, out, "--no_preview", "--skip_invalid", "--steps", "1") == 0
     assert message in capsys.readouterr().err and (out / "adapter_final.pt").exists()
+
+
+def test_short_sound_is_padded_named_and_left_out_of_the_loss(feature_dir, tmp_path, capsys):
+    soundfile.write(feature_dir / "knock_1.flac", [0.1, -0.1] * 5_000, 16_000)
+    losses = {}
+    for name, flags in {"masked": (), "full": ("--padded_loss", "full")}.items():
+        assert train(feature_dir, tmp_path / name, "--no_preview", *flags) == 0
+        assert "1 of 6 clips have less sound than their features cover" in (err := capsys.readouterr().err)
+        assert "knock_1 (0.62 of 2.00 s)" in err
+        losses[name] = (tmp_path / name / "metrics.jsonl").read_text()
+    assert losses["masked"] != losses["full"]
+    assert train(feature_dir, tmp_path / "full", "--resume", "auto", "--steps", "8") == 1
+    assert "padded_loss was 'full' and is 'masked' now" in capsys.readouterr().err
 
 
 def test_an_empty_folder(feature_dir, tmp_path, capsys):

@@ -7,10 +7,14 @@ import dataclasses
 import pytest
 import torch
 from small_run import CONFIG, make_clips, make_generator, make_run
+from torch import Tensor
 
 from selva import flow
-from selva.data.dataset import collate
+from selva.data.dataset import ClipWindow, ListDataset, TrainingClip, collate
+from selva.data.padding import Padding
 from selva.lora.config import LoRAConfig
+from selva.lora.state import lora_parameters
+from selva.training.condition_cache import ConditionCache
 from selva.training.objective import VALIDATION_TIMES, flow_loss, sample_noise, validate
 
 
@@ -138,3 +142,77 @@ def test_validation_is_binned_by_time_and_comparable_between_timestep_modes(monk
     assert all(bins == first for bins in others)
     monkeypatch.setattr("selva.training.objective.flow_loss", lambda generator, batch, draws, *rest: draws.t)
     assert validate(run.generator, run.val_clips, run.config, torch.float32) == [0.125, 0.375, 0.625, 0.875]
+
+
+# -- padding -----------------------------------------------------------------------------------------------------------
+
+
+SILENCE = torch.tensor([-1.0, 0.5, 2.0, 0.0])
+
+
+def padded_clips(frames: int = 10, content: float = 0.0) -> list[TrainingClip]:
+    """Return a clip with padding behind ``frames`` of sound, in which ``content`` lies, and one that is full."""
+    clip, full = make_clips(2)
+    mask = torch.arange(len(clip.mean)) >= frames
+    mean, std = (torch.where(mask[:, None], x + content, x) for x in (clip.mean, clip.std))
+    return [dataclasses.replace(clip, mean=mean, std=std, padding=Padding(mask, SILENCE)), full]
+
+
+def losses_and_gradient(padded_loss: str, content: float, latent: str, cached: bool) -> tuple[Tensor, list[Tensor]]:
+    model, clips = make_generator(LoRAConfig(rank=2)).eval(), padded_clips(content=content)
+    with torch.no_grad():  # else that of A is zero
+        for parameter in (factors := lora_parameters(model)):
+            parameter.add_(0.1)
+    config = dataclasses.replace(CONFIG, padded_loss=padded_loss, latent=latent)
+    batch = collate(clips)
+    if cached:
+        batch = ConditionCache(model, ListDataset(clips), torch.float32).load([ClipWindow(0, 0), ClipWindow(1, 0)])
+    draws = sample_noise(batch.mean.shape, config, torch.Generator().manual_seed(3), 0.0)
+    losses = flow_loss(model, batch, draws, config, torch.float32)
+    return losses.detach(), list(torch.autograd.grad(losses.mean(), factors))
+
+
+@pytest.mark.parametrize("latent", ["sample", "mode"])
+@pytest.mark.parametrize("cached", [False, True])
+def test_what_lies_in_the_padding_cannot_change_the_gradient(latent, cached):
+    """Not through the target, and not through the attention of the sound to it."""
+    one, of_one = losses_and_gradient("masked", 0.0, latent, cached)
+    for content in (100.0, torch.nan):
+        two, of_two = losses_and_gradient("masked", content, latent, cached)
+        assert torch.equal(one, two) and all(torch.equal(a, b) for a, b in zip(of_one, of_two, strict=True))
+    assert all(gradient.any() for gradient in of_one)
+    full, of_full = (losses_and_gradient("full", content, latent, cached) for content in (0.0, 100.0))
+    assert full[0][1] == of_full[0][1] and full[0][0] != of_full[0][0]
+    assert not all(torch.equal(a, b) for a, b in zip(full[1], of_full[1], strict=True))
+
+
+def test_the_loss_of_a_padded_clip_is_the_mean_over_its_sound(monkeypatch):
+    """The network is given silence in the padding, with noise; a clip without padding has the loss it always had."""
+    model, clips = make_generator(LoRAConfig(rank=2)).eval(), padded_clips()
+    batch = collate(clips)
+    draws = sample_noise(batch.mean.shape, CONFIG, torch.Generator().manual_seed(3), 0.0)
+    seen = []
+
+    def predict_nothing(xt, _t, _conditions):
+        seen.append(xt)
+        return torch.zeros_like(xt)
+
+    monkeypatch.setattr(model, "predict_flow", predict_nothing)
+    found = flow_loss(model, batch, draws, CONFIG, torch.float32)
+    x1 = (batch.mean + batch.std * draws.posterior - model.latent_mean) / model.latent_std
+    silence = ((SILENCE - model.latent_mean) / model.latent_std).view(1, 4)
+    t = draws.t[0]
+    torch.testing.assert_close(seen[0][0, 10:], (1 - t) * draws.noise[0, 10:] + t * silence.expand(len(x1[0]) - 10, 4))
+    torch.testing.assert_close(found[0], (x1 - draws.noise)[0, :10].square().mean())
+    torch.testing.assert_close(found[1], (x1 - draws.noise)[1].square().mean())
+
+
+def test_validation_leaves_out_the_padding_too():
+    run = make_run()
+    losses = {
+        (mode, content): validate(run.generator, ListDataset(padded_clips(content=content)),
+                                  dataclasses.replace(run.config, padded_loss=mode), torch.float32)
+        for mode in ("masked", "full") for content in (0.0, 3.0)
+    }
+    assert losses["masked", 0.0] == losses["masked", 3.0]
+    assert len({tuple(bins) for bins in losses.values()}) == 3

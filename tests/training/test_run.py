@@ -9,10 +9,11 @@ import pytest
 import torch
 from small_run import CONFIG, make_clips, make_generator, make_run, spoil_latents
 
-from selva.checkpoint import load_adapter, load_checkpoint, save_adapter, save_checkpoint
+from selva.checkpoint import check_same_settings, load_adapter, load_checkpoint, save_adapter, save_checkpoint
 from selva.data.dataset import ClipWindow, ListDataset
 from selva.lora.config import LoRAConfig
-from selva.lora.state import lora_state_dict, named_factors
+from selva.lora.inject import inject_lora, principal_factors, remove_lora
+from selva.lora.state import load_lora_state_, lora_state_dict, named_factors
 from selva.training.loop import fit
 from selva.training.objective import flow_loss, sample_noise
 from selva.training.run import WAYS, WAYS_BEFORE, TrainingRun
@@ -207,6 +208,54 @@ def test_resumed_steps_equal_uninterrupted_ones_bit_for_bit(tmp_path, stop_at, d
     assert second.best_val_loss == whole.best_val_loss and second.best_step == whole.best_step
 
 
+def test_power_averages_resume_bit_for_bit(tmp_path):
+    config = dataclasses.replace(CONFIG, ema="power", ema_sigma_rel=(0.05, 0.2))
+    whole, first, second = make_run(config), make_run(config), make_run(config)
+    for _ in range(6):
+        whole.train_step()
+    for _ in range(4):
+        first.train_step()
+    path = tmp_path / "adapter_step00004.pt"
+    save_checkpoint(path, first.generator, {"variant": "small"}, step=4, optimizer=first.optimizer.state_dict(),
+                    extra=first.extra_state())
+    second.restore(load_checkpoint(path))
+    for _ in range(2):
+        second.train_step()
+    assert second.ema.step == whole.ema.step == 6
+    for one, two in zip(whole.ema.tracks, second.ema.tracks, strict=True):
+        assert all(torch.equal(value, two[key]) for key, value in one.items())
+    assert not all(torch.equal(value, whole.ema.tracks[1][key]) for key, value in whole.ema.tracks[0].items())
+    with pytest.raises(ValueError, match=r"adapter_step00004.pt: the stored averages are of the widths \[0.05, 0.2\]"):
+        make_run(dataclasses.replace(config, ema_sigma_rel=(0.05, 0.1))).restore(load_checkpoint(path))
+
+
+@pytest.mark.parametrize("before, now, told", [
+    ({"ema": "power"}, {"ema_decay": 0.5}, ["holds a power average", "the average starts here, at step 2"]),
+    ({"ema_decay": 0.5}, {"ema": "power"}, ["holds an exponential average", "the average starts here, at step 2"]),
+    ({}, {"ema": "power"}, ["the average starts here, at step 2"]),
+    ({"ema": "power"}, {}, ["holds a power average"]),
+])
+def test_an_average_of_another_kind_begins_at_the_adapter(tmp_path, caplog, before, now, told):
+    first, second = (make_run(dataclasses.replace(CONFIG, **settings)) for settings in (before, now))
+    for _ in range(2):
+        first.train_step()
+    path = tmp_path / "adapter_step00002.pt"
+    save_checkpoint(path, first.generator, {"variant": "small"}, step=2, optimizer=first.optimizer.state_dict(),
+                    extra=first.extra_state())
+    second.restore(load_checkpoint(path))
+    assert [record.message.split(": ", 1)[1][:len(text)] for record, text in
+            zip(caplog.records, told, strict=True)] == told
+    if second.ema is not None:
+        trained = lora_state_dict(second.generator)
+        assert all(torch.equal(value, trained[key]) for key, value in second.ema.average.items())
+
+
+def test_the_epsilon_of_the_optimiser():
+    assert {group["eps"] for group in make_run().optimizer.param_groups} == {1e-8}
+    run = make_run(dataclasses.replace(CONFIG, adam_eps=1e-6))
+    assert {group["eps"] for group in run.optimizer.param_groups} == {1e-6}
+
+
 def saved_run(run: TrainingRun, path, **extra):
     """Return what a step file of the run says, some of it changed."""
     save_checkpoint(path, run.generator, {}, step=run.step, optimizer=run.optimizer.state_dict(),
@@ -376,3 +425,61 @@ def test_a_run_goes_on_in_any_precision(tmp_path, before, after):
         loss, _ = resumed.train_step()
         assert torch.isfinite(loss)
     assert not all(torch.equal(start[key], value) for key, value in lora_state_dict(resumed.generator).items())
+
+
+def test_a_pissa_training_of_comfyui_selva_is_continued(tmp_path, caplog):
+    """Its default step file, PiSSA with rsLoRA and alpha twice the rank, beside the same steps as done there."""
+    rank, clips, config = 2, ListDataset(make_clips()), dataclasses.replace(CONFIG, weight_decay=0.0)
+    base, scale = make_generator(), 2 * 2 / 2**0.5
+    remove_lora(base)
+    names = [name for name, _ in base.named_modules() if name.endswith("attn.qkv")]
+    factors, residuals = {}, {}
+    for name in names:
+        layer = base.get_submodule(name)
+        a, b = principal_factors(layer.weight, rank)
+        factors[f"{name}.lora_A"], factors[f"{name}.lora_B"] = a + 0.01, b - 0.01
+        residuals[f"{name}.linear.weight"] = layer.weight.detach() - scale * b @ a
+        residuals[f"{name}.linear.bias"] = layer.bias.detach()
+    there = copy.deepcopy(base)
+    there.load_state_dict({**base.state_dict(), **{k.replace(".linear.", "."): v for k, v in residuals.items()}})
+    plain = LoRAConfig(rank, 2 * rank, rslora=True)
+    inject_lora(there, plain)
+    load_lora_state_(there, factors)
+    reference = TrainingRun(there, clips, clips.subset([]), config, torch.float32)
+    for _ in range(2):
+        reference.train_step()
+    meta = {"variant": "tiny", "rank": rank, "alpha": 2.0 * rank, "target": ["attn.qkv"], "steps": 6,
+            "use_rslora": True, "init_mode": "pissa", "timestep_mode": "uniform"}
+    stored = {"state_dict": {**lora_state_dict(there), **residuals}, "optimizer": reference.optimizer.state_dict(),
+              "scheduler": {"last_epoch": 2}, "step": 2, "meta": meta}
+    torch.save(stored, tmp_path / "adapter_step00002.pt")
+
+    saved = load_checkpoint(tmp_path / "adapter_step00002.pt")
+    pissa = dataclasses.replace(plain, init="pissa")
+    check_same_settings(saved, pissa)
+    inject_lora(base, pissa)
+    run = TrainingRun(base, clips, clips.subset([]), dataclasses.replace(config, ema_decay=0.5), torch.float32)
+    run.restore(saved)
+    assert "--timestep_mode uniform, now logit_normal" in caplog.text and "no random states" in caplog.text
+    again = TrainingRun(there, clips, clips.subset([]), config, torch.float32)
+    again.optimizer, again.step = reference.optimizer, 2
+    for _ in range(3):
+        (loss, norm), (expected_loss, expected_norm) = run.train_step(), again.train_step()
+        torch.testing.assert_close(loss, expected_loss, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(norm, expected_norm, rtol=1e-3, atol=1e-5)
+    for key, value in lora_state_dict(there).items():
+        torch.testing.assert_close(lora_state_dict(base)[key], value, rtol=1e-3, atol=1e-3)
+
+    # From here on its step files are ours: exact, with the same settings.
+    save_checkpoint(tmp_path / "ours.pt", base, meta, step=5, optimizer=run.optimizer.state_dict(),
+                    extra=run.extra_state())
+    ours = load_checkpoint(tmp_path / "ours.pt")
+    check_same_settings(ours, pissa)
+    other = copy.deepcopy(base)
+    with torch.no_grad():
+        for factor in named_factors(other).values():
+            factor.zero_()
+    resumed = TrainingRun(other, clips, clips.subset([]), dataclasses.replace(config, ema_decay=0.5), torch.float32)
+    resumed.restore(ours)
+    run.train_step(), resumed.train_step()
+    assert all(torch.equal(v, lora_state_dict(base)[k]) for k, v in lora_state_dict(other).items())

@@ -32,17 +32,17 @@ def no_curves(request, monkeypatch):
 LONG = dataclasses.replace(CONFIG, steps=12)  # saves and validates every 3 steps
 
 
-def go_on(path, config=LONG, resume=None, until=None, keep_last=0):
+def go_on(path, config=LONG, resume=None, until=None, keep_last=0, adapter_format="pt"):
     """Train in a folder as train() does, from a step file if one is named; return the run and its folder."""
     saved = load_checkpoint(path / f"adapter_step{resume:05d}.pt") if resume else None
-    run, folder = make_run(config), RunFolder(path, META, keep_last)
+    run, folder = make_run(config), RunFolder(path, META, keep_last, adapter_format=adapter_format)
     if saved is not None:
         run.restore(saved)
     metrics = folder.open(saved)
     if saved is not None:
         folder.restore_best(run, saved)
     if fit(run, metrics, on_checkpoint=lambda r: folder.save_step(r, metrics), on_best=folder.save_best,
-           should_stop=lambda: run.step == until):
+           should_stop=lambda: run.step == until, on_step=folder.save_averages):
         folder.save_final(run, metrics)
     return run, folder
 
@@ -105,6 +105,45 @@ def test_going_back_gives_the_bits_of_before(tmp_path):
     expected = load_adapter(tmp_path / "adapter_final.pt").tensors
     go_on(tmp_path, resume=6)
     assert equal(load_adapter(tmp_path / "adapter_final_001.pt").tensors, expected)
+
+
+# -- averages ----------------------------------------------------------------------------------------------------------
+
+POWER = dataclasses.replace(LONG, ema="power")
+
+
+def averages(folder):
+    return {path.name: load_adapter(path) for path in folder.glob("ema_ckpts/*.pt")}
+
+
+def test_snapshots_of_the_averages_are_adapters_and_survive_a_resume(tmp_path):
+    go_on(tmp_path / "whole", POWER)
+    whole = averages(tmp_path / "whole")
+    assert set(whole) == {f"{track}.{step}.pt" for track in (0, 1) for step in range(1, 13)}
+    assert whole["1.5.pt"].meta["sigma_rel"] == 0.1 and whole["1.5.pt"].meta["step"] == 5
+    step_file = load_adapter(tmp_path / "whole" / "adapter_step00012.pt")
+    assert equal(whole["0.12.pt"].tensors, step_file.tensors)  # the first width is what is saved
+    go_on(tmp_path / "killed", POWER, until=5)
+    (tmp_path / "killed" / "adapter_step00005.pt").unlink()  # as if it had been killed before it was written
+    go_on(tmp_path / "killed", POWER, resume=3)
+    assert not (tmp_path / "killed" / "previous_001").exists()
+    killed = averages(tmp_path / "killed")
+    assert whole.keys() == killed.keys()
+    assert all(equal(one.tensors, killed[name].tensors) for name, one in whole.items())
+
+
+def test_snapshots_of_an_abandoned_branch_are_set_aside(tmp_path):
+    go_on(tmp_path, POWER)
+    go_on(tmp_path, dataclasses.replace(POWER, lr=1e-3), resume=6, until=8)
+    assert max(adapter.meta["step"] for adapter in averages(tmp_path).values()) == 8
+    assert sorted({adapter.meta["step"] for adapter in averages(tmp_path / "previous_001").values()}) == [
+        *range(7, 13)]
+
+
+def test_an_old_run_is_moved_with_its_snapshots(tmp_path):
+    go_on(tmp_path, POWER, until=3)
+    go_on(tmp_path, LONG, until=3)
+    assert averages(tmp_path) == {} and len(averages(tmp_path / "previous_001")) == 6
 
 
 def test_a_run_of_another_folder_is_not_mixed_with_the_one_that_is_there(tmp_path):
@@ -248,3 +287,35 @@ def test_an_open_log_of_metrics_is_not_cut_in_the_middle_of_a_row(tmp_path, full
 
 
 logging.getLogger("matplotlib").setLevel("ERROR")
+
+
+@pytest.mark.parametrize("adapter_format, suffixes", [("pt", [".pt"]), ("safetensors", [".safetensors"]),
+                                                     ("both", [".pt", ".safetensors"])])
+def test_adapters_are_written_in_the_format_that_is_asked_for(tmp_path, adapter_format, suffixes):
+    go_on(tmp_path, adapter_format=adapter_format)
+    for name in ("adapter_best", "adapter_final"):
+        found = sorted(tmp_path.glob(f"{name}*"))
+        assert [path.suffix for path in found] == suffixes
+        adapters = [load_adapter(path) for path in found]
+        assert all(equal(adapters[0].tensors, one.tensors) and one.meta == adapters[0].meta for one in adapters)
+    assert steps(tmp_path) == [3, 6, 9, 12]
+    written = load_adapter(tmp_path / f"adapter_final{suffixes[0]}").meta
+    assert json.loads((tmp_path / "meta.json").read_text()) == written
+    go_on(tmp_path, dataclasses.replace(LONG, steps=15), resume=12, adapter_format=adapter_format)
+    assert sorted(p.name for p in tmp_path.glob("adapter_final_*")) == [f"adapter_final_001{s}" for s in suffixes]
+    if adapter_format == "both":  # killed between the two, before meta.json
+        kept = load_adapter(tmp_path / "adapter_final_001.pt")
+        (tmp_path / "adapter_final_001.safetensors").unlink()
+        go_on(tmp_path, dataclasses.replace(LONG, steps=15), resume=15, adapter_format=adapter_format)
+        assert equal(load_adapter(tmp_path / "adapter_final_001.safetensors").tensors, kept.tensors)
+        assert not list(tmp_path.glob("adapter_final_002*"))
+
+
+def test_another_format_leaves_no_older_best_adapter_behind(tmp_path):
+    go_on(tmp_path, until=3)
+    run, _ = go_on(tmp_path, resume=3, adapter_format="safetensors")
+    assert [path.name for path in tmp_path.glob("adapter_best*")] == ["adapter_best.safetensors"]
+    assert load_adapter(tmp_path / "adapter_best.safetensors").meta["step"] == run.best_step
+    run, _ = go_on(tmp_path, resume=12, config=dataclasses.replace(LONG, steps=15), adapter_format="both")
+    assert sorted(path.suffix for path in tmp_path.glob("adapter_best*")) == [".pt", ".safetensors"]
+    assert {load_adapter(path).meta["step"] for path in tmp_path.glob("adapter_best*")} == {run.best_step}

@@ -8,7 +8,7 @@ import pytest
 from small_run import CONFIG
 
 from selva.training.config import TrainConfig
-from selva.training.schedule import learning_rate, schedule_problem
+from selva.training.schedule import learning_rate, multistep_rate, schedule_problem
 
 
 def test_warm_up_starts_above_zero_and_ends_at_the_rate():
@@ -59,3 +59,16 @@ def test_a_multistep_that_never_falls_is_told(steps, warmup, told):
     falls = len({round(learning_rate(k, config), 6) for k in range(warmup, steps)}) - 1
     assert {None: 2, "falls only once": 1, "never falls": 0}[told] == falls
     assert schedule_problem(dataclasses.replace(config, lr_schedule="cosine")) is None
+
+
+def test_rates_of_mmaudio(golden):
+    case = golden("base_training")
+    schedule, training = case.config["schedule"], case.config["training"]
+    steps = case.stored["schedule/step"].tolist()
+    published = (schedule["learning_rate"], schedule["linear_warmup_steps"])
+    for name, marks in (("learning_rate", schedule["lr_schedule_steps"]), ("constant", [])):
+        rates = [multistep_rate(k, *published, marks) for k in steps]
+        assert rates == pytest.approx(case.stored[f"schedule/{name}"].tolist(), rel=1e-12), name
+    rates = [multistep_rate(k, training["learning_rate"], training["linear_warmup_steps"],
+                            training["lr_schedule_steps"]) for k in range(5)]
+    assert rates == pytest.approx(training["learning_rates"], rel=1e-12)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from selva.utils import device as module
-from selva.utils.device import native_precision, resolve_precision, to_device
+from selva.utils.device import native_precision, resolve_device, resolve_precision, to_device
 
 CPU = torch.device("cpu")
 
@@ -85,3 +85,10 @@ def test_only_pinned_memory_is_copied_to_cuda_without_waiting():
     """On MPS the copy may read memory that is somebody else's by then (pytorch 189690)."""
     assert copies("cuda") == ["pinned", True]
     assert copies("mps") == copies("cpu") == [False]
+
+
+def test_float32_convolutions_are_float32_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    assert resolve_device("cuda") == torch.device("cuda", 0)
+    assert not torch.backends.cudnn.allow_tf32

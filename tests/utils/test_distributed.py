@@ -114,11 +114,60 @@ with d.join_world(torch.device("cpu")) as world:
     assert found == ["no clip", "no clip"]
 
 
+def test_processes_that_work_at_once_wait_for_each_other_alone(monkeypatch):
+    """No process waits before its share; afterwards each waits for the other as long as that shows life."""
+    def rank_0(shared):
+        shared.add("selva/main_first/0/0/pulse", 1)
+        if shared.sleeps == 1000:
+            shared.add("selva/main_first/0/0/done", 1)
+
+    shared = Shared(rank_0)
+    monkeypatch.setattr(distributed, "time", shared)
+    with World(1, 2, shared).at_once("encoding x"):
+        assert shared.sleeps == 0
+    assert shared.sleeps == 1000
+
+
 def test_a_single_process_waits_for_nobody():
-    with World().main_first("x"):
+    with World().main_first("x"), World().at_once("x"):
         pass
+    with World().agreement() as ask:
+        assert [ask(False), ask(True), ask(False)] == [False, True, False]
     with join_world(torch.device("cpu")) as world:
         assert world == World() and world.is_main
+
+
+def test_all_processes_stop_at_the_same_step_one_after_the_first_was_asked_to(tmp_path):
+    found = in_two_processes("""
+with d.join_world(torch.device("cpu")) as world:
+    with world.agreement() as ask:
+        answers = [ask(world.rank == 1 and step >= 2) for step in range(6)]  # only one of them is asked, at step 2
+    with world.agreement() as ask:
+        again = [ask(False) for step in range(3)]
+    print(answers, any(again))
+""", tmp_path)
+    assert found == ["[False, False, False, True, True, True] False"] * 2
+
+
+def test_two_processes_of_which_one_is_asked_to_stop_save_at_the_same_step(tmp_path):
+    found = in_two_processes("""
+import dataclasses
+from small_run import CONFIG, make_clips, make_generator
+from selva.data.dataset import ListDataset
+from selva.training.loop import fit
+from selva.training.run import TrainingRun
+from selva.utils.metrics_log import MetricsFile
+
+with d.join_world(torch.device("cpu")) as world:
+    clips = ListDataset(make_clips(6))
+    run = TrainingRun(make_generator(), clips, clips.subset([]), dataclasses.replace(CONFIG, steps=50), torch.float32,
+                      world)
+    saved = []
+    finished = fit(run, MetricsFile(), on_checkpoint=lambda r: saved.append(r.step), on_best=lambda r: None,
+                   should_stop=lambda: world.rank == 1 and run.step >= 4)
+    print(finished, saved)
+""", tmp_path)
+    assert found == ["False [3, 5]"] * 2
 
 
 def test_dropout_under_two_processes_is_resumed_exactly(tmp_path):

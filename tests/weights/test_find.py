@@ -66,11 +66,27 @@ def test_every_missing_file_is_named_with_purpose_and_command(write, tmp_path):
         find.check_weights("small_16k", root)
     assert str(caught.value) == (
         f"variant small_16k lacks v1-16.pth (16 kHz VAE), tokenizer.json (FLAN-T5 tokenizer); looked in {root}; "
-        f"fetch with: python scripts/download_weights.py --variant small_16k --selva_dir '{root}'"
+        f"fetch with: {find.download_command('small_16k', root)}"
     )
     find.check_weights("small_16k", root, needs=("generator", "clip_text"))  # asks for nothing else
     with pytest.raises(FileNotFoundError, match=r"lacks v1-16\.pth"):
         load.load_vae("small_16k", root)
+
+
+def test_the_command_works_where_it_is_typed(tmp_path, monkeypatch):
+    checkout, installed = tmp_path / "my checkout", tmp_path / "site-packages"
+    (checkout / "scripts").mkdir(parents=True)
+    (checkout / "scripts" / "download_weights.py").write_text("")
+    monkeypatch.setattr(find, "CHECKOUT", checkout)
+    monkeypatch.chdir(checkout)
+    flags = "--variant small_16k --selva_dir DIR"
+    assert find.download_command("small_16k", None) == f"python scripts/download_weights.py {flags}"
+    monkeypatch.chdir(tmp_path)
+    script = f"'{checkout}/scripts/download_weights.py'"
+    assert find.download_command("small_16k", None) == f"python {script} {flags}"
+    monkeypatch.setattr(find, "CHECKOUT", installed)  # pip has put it on the PATH
+    assert find.download_command("small_16k", Path("my weights")) == (
+        "download_weights.py --variant small_16k --selva_dir 'my weights'")
 
 
 @pytest.mark.parametrize("selva_dir, words", [(None, "no --selva_dir was given"), ("nowhere", "not a folder")])

@@ -21,10 +21,10 @@ from selva.audio.config import SILENCE_DB
 from selva.audio.loudness import true_peak_db
 from selva.audio.silence import MOSTLY_SILENT
 from selva.data.folder import FolderClip, scan_folder
-from selva.data.folder_dataset import plan_windows
 from selva.data.inspection import duplicates
-from selva.data.latents import MAX_AUDIO_SHORTFALL_SEC
 from selva.data.memmap.reader import MemmapDataset, is_memmap
+from selva.data.padding import MAX_AUDIO_SHORTFALL_SEC
+from selva.data.plan import plan_windows
 from selva.data.summary import QUIET_LUFS, SoundStats, measure_waveform
 from selva.features import load_features
 from selva.inputs.file_names import same_name
@@ -245,8 +245,9 @@ def _inspect_pair(clip: FolderClip, variant: Variant | None, fingerprints: _Fing
     if report.sound is not None:
         extra = report.sound.duration_sec - clip.duration_sec
         if extra < -MAX_AUDIO_SHORTFALL_SEC:
-            report.problems.append(f"its sound lasts {report.sound.duration_sec:.2f} s, but its features cover "
-                                   f"{clip.duration_sec:.2f} s: one of them belongs to another clip, or was cut")
+            report.notes.append(f"its sound lasts {report.sound.duration_sec:.2f} s, but its features cover "
+                                f"{clip.duration_sec:.2f} s: it is padded with silence, unless one of them belongs to "
+                                "another clip")
         elif extra > LONGER_SEC:
             report.notes.append(f"its sound lasts {report.sound.duration_sec:.2f} s, but its features cover only the "
                                 f"first {clip.duration_sec:.2f} s")

@@ -23,7 +23,7 @@ from typing import Any
 
 from filelock import Timeout
 
-from selva.utils.locks import file_lock
+from selva.utils.lock import file_lock
 
 PATTERN = "journal-*.jsonl"
 

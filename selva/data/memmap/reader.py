@@ -168,7 +168,7 @@ class MemmapDataset(ClipDataset):
     def clip(self, index: int, window: int = 0) -> TrainingClip:
         assert window == 0, window
         row = {key: torch.from_numpy(np.array(values[index])) for key, values in self.rows.items()}
-        bad = [key for key, value in row.items() if not torch.isfinite(value).all()]
+        bad = [key for key, value in row.items() if not _is_finite(value)]
         if bad:  # its update will be skipped
             log.warning("%s: row %d (%s) has values that are not finite in %s; extract it again, or leave it out",
                         self.folder, index, self._ids[index], " and ".join(bad))
@@ -179,6 +179,11 @@ class MemmapDataset(ClipDataset):
             sync_f=row.get("sync_features", _absent(self.sequence.sync_seq_len, self.widths["sync"])),
             has_video=self.has_video,
         )
+
+
+def _is_finite(values: Tensor) -> bool:
+    """Return True if all values are numbers: their sum is none if one of them is not, and takes a tenth of the time."""
+    return math.isfinite(float(values.sum())) or bool(torch.isfinite(values).all())
 
 
 def _absent(tokens: int, width: int) -> Tensor:

@@ -38,10 +38,11 @@ from selva.data.memmap.files import (
     same_plan,
 )
 from selva.data.memmap.journal import Entry, RowJournal, entry_line, living_writers, replay, void_line
+from selva.data.memmap.labels import check_table
 from selva.data.memmap.reader import row_shapes
 from selva.models.variants import Variant
 from selva.utils.errors import UserError
-from selva.utils.locks import file_lock
+from selva.utils.lock import file_lock
 
 # A line of the journal is written once the values of its row are on the disk, so it is true even after a power cut and
 # for another machine. Waiting for the disk at every row would cost more than making a few rows again.
@@ -66,8 +67,8 @@ class MemmapWriter:
             A set of another recipe is another set, of which no row counts that has not been confirmed.
 
     Raises:
-        ValueError: an empty list, an id that comes twice, another run is writing other data here, or files are in the
-            way that are not of such a set.
+        ValueError: an empty list, an id that comes twice, an id or a label that MMAudio could not read, another run is
+            writing other data here, or files are in the way that are not of such a set.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class MemmapWriter:
         self.shapes = row_shapes(variant, video)
         self.ids = [clip_id for clip_id, _ in rows]
         self._check_ids()
+        check_table(rows, self.files.folder)
         plan = {"column": "label" if video else "caption", "shapes": self.shapes, "settings": settings or {},
                 "rows": list(rows), **({"recipe": recipe} if recipe else {})}
         self._plan: Plan = json.loads(json.dumps(plan))

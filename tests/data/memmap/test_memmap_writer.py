@@ -21,7 +21,8 @@ from selva.data.memmap.writer import MemmapWriter
 
 SMALL = replace(TINY, generator=replace(TINY.generator, text_dim=4, clip_dim=4, sync_dim=4))
 CLIPS = [(f"clip_{number}", f'says "{number}"') for number in range(6)]
-FORK = multiprocessing.get_context("fork")
+SPAWN = multiprocessing.get_context("spawn")  # the one way to start a process that every system has
+FORK = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else None)
 
 
 def open_writer(folder: Path, clips=CLIPS, video: bool = True, **settings) -> MemmapWriter:
@@ -176,13 +177,14 @@ def test_a_set_of_nothing_is_not_published(tmp_path):
 # -- several processes -------------------------------------------------------------------------------------------------
 
 
-def test_two_processes_at_once_write_the_same_files_as_one(tmp_path, one_run):
-    def work(rank):
-        with open_writer(tmp_path / "data") as writer:
-            do(writer, share=range(rank, len(CLIPS), 2))
-            writer.publish_if_complete()
+def work_of_a_rank(folder, rank):
+    with open_writer(folder) as writer:
+        do(writer, share=range(rank, len(CLIPS), 2))
+        writer.publish_if_complete()
 
-    ranks = [FORK.Process(target=work, args=(rank,)) for rank in (1, 0)]
+
+def test_two_processes_at_once_write_the_same_files_as_one(tmp_path, one_run):
+    ranks = [SPAWN.Process(target=work_of_a_rank, args=(tmp_path / "data", rank)) for rank in (1, 0)]
     for rank in ranks:
         rank.start()
     for rank in ranks:
@@ -531,6 +533,8 @@ def test_bad_rows_are_refused_by_name(tmp_path, kind):
 @pytest.mark.parametrize(("clips", "message"), [
     ([], "no clips to write"),
     ([("a", "x"), ("b", "y"), ("a", "z")], "the id 'a' comes more than once"),
+    ([("a", "x"), ("null", "y")], "MMAudio's reader takes the ids 'null' for missing values"),
+    ([("a", "x"), ("b", "")], r"takes the labels of these clips for missing values: b \(''\)"),
 ])
 def test_bad_work_lists_are_refused(tmp_path, clips, message):
     with pytest.raises(ValueError, match=message):

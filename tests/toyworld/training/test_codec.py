@@ -14,7 +14,8 @@ SMALL = VAEConfig("16k", hidden_dim=4, latent_dim=3)
 def test_band_statistics_are_measured_and_marked():
     mels = torch.randn(50, 80, 40) * torch.linspace(0.5, 2, 80)[None, :, None] - 3
     mean, std = band_statistics(mels)
-    torch.testing.assert_close(std[0, :, 0], torch.linspace(0.5, 2, 80), atol=0.1, rtol=0)
+    # 2000 numbers each: the deviation of a deviation is 1.6 % of it, and five of these are exceeded by none of 80.
+    torch.testing.assert_close(std[0, :, 0], torch.linspace(0.5, 2, 80), atol=0, rtol=0.08)
     normalized = ((mels - mean) / std).mean(dim=(0, 2))
     torch.testing.assert_close(normalized, torch.tensor([2.0, -2.0]).repeat(40), atol=0.2, rtol=0)
 

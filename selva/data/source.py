@@ -1,0 +1,60 @@
+"""Data sets with weights, as they are given on the command line: `folder` or `folder:3`; needs no PyTorch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from selva.utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """A data set and how often an epoch visits each of its clips.
+
+    Attributes:
+        weight: 3 is three times as often as 1; 0.5 visits another half of the clips in every epoch.
+    """
+
+    path: Path
+    weight: float = 1.0
+
+    @classmethod
+    def parse(cls, text: str) -> DataSource:
+        """Return the source that ``folder`` or ``folder:weight`` names; a folder whose name ends so is itself.
+
+        Raises:
+            UserError: the weight is not a number above 0.
+        """
+        folder, colon, weight = text.rpartition(":")
+        if not colon or not folder or Path(text).exists():
+            return cls(Path(text))
+        try:
+            value = float(weight)
+        except ValueError:
+            return cls(Path(text))  # C:\clips, or a folder that is not there
+        if not 0 < value < math.inf:
+            raise UserError(f"{text}: the weight is {weight}, expected a number above 0")
+        return cls(Path(folder), value)
+
+
+def parse_sources(texts: Iterable[str]) -> list[DataSource]:
+    """Return the sources that the arguments of a flag name, see :meth:`DataSource.parse`.
+
+    Raises:
+        UserError: a weight is no number above 0, or a folder comes twice.
+    """
+    sources = [DataSource.parse(str(text)) for text in texts]
+    seen: set[Path] = set()
+    for source in sources:
+        if source.path.resolve() in seen:
+            raise UserError(f"{source.path}: is given twice; a weight does the same: {source.path}:2")
+        seen.add(source.path.resolve())
+    return sources
+
+
+def missing_folders(flag: str, sources: Sequence[DataSource]) -> list[str]:
+    """Return a sentence for every source that is no folder."""
+    return [f"{flag} {source.path}: no such folder" for source in sources if not source.path.is_dir()]

@@ -1,0 +1,139 @@
+"""benchmarks/gpu.py at its smallest, on the CPU: every part runs, failures stay on their own, all is written."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import time
+
+import pytest
+
+from selva.utils.document import END_MARK
+
+SMALL = ["--device", "cpu", "--small", "--precision", "fp32"]
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.setattr(importlib.import_module("measure"), "CEILING_SIZE", {"cpu": 64})
+    return importlib.import_module("gpu")
+
+
+def figures_in(folder) -> dict:
+    (path,) = folder.glob("gpu_*.json")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_everything_but_the_scripts_at_the_smallest_sizes(gpu, tmp_path, capsys):
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n\n{gpu.BEGIN_MARK}\nnot measured\n{END_MARK}\n\nafter\n", encoding="utf-8")
+    names = ["right", "learns", "steps", "sampling"]
+    given = [*SMALL, "--only", ",".join(names), "--out", str(tmp_path / "out"), "--docs", str(page)]
+    assert gpu.main(given) == 0
+    parts = figures_in(tmp_path / "out")["parts"]
+    assert list(parts) == names
+    assert all(not part["failed"] and not part["left_out"] and part["rows"] for part in parts.values())
+    found = {(row["what"], row["size"]) for part in parts.values() for row in part["rows"]}
+    for what in ("generator", "VAE decoder", "T5", "CLIP, frames", "video encoder"):
+        assert (f"{what}, fp32 against the CPU", "tiny_16k") in found
+    assert ("generator, float16 against fp32", "tiny_16k") in found
+    for way in ("step, eager", "memory, eager"):
+        assert {(f"tiny_16k, {way}", f"batch {batch}") for batch in (1, 2)} <= found
+    # The same device twice: exactly the same.
+    assert all(row["value"] == 0 for row in (*parts["learns"]["rows"], *parts["right"]["rows"][3:]))
+    assert all(row["value"] > 0 for name in ("steps", "sampling") for row in parts[name]["rows"])
+    memory = {row["what"].split(", ")[-1]: row["value"] for row in parts["steps"]["rows"]
+              if "memory" in row["what"] and row["size"] == "batch 2"}
+    assert memory["checkpointed"] < 0.8 * memory["eager"]
+    assert all("counted without a GPU" in row["note"] for row in parts["steps"]["rows"]
+               if row["what"].endswith(("memory, eager", "memory, checkpointed")))
+    text, printed = page.read_text(encoding="utf-8"), capsys.readouterr().out
+    assert text.startswith("before\n") and text.endswith("after\n") and "not measured" not in text
+    for part in parts.values():
+        for row in part["rows"]:
+            assert row["what"] in text and row["what"] in printed
+
+
+@pytest.mark.slow
+def test_the_scripts_and_the_tests_of_a_gpu(gpu, tmp_path):
+    assert gpu.main([*SMALL, "--only", "scripts,tests", "--out", str(tmp_path)]) == 0
+    parts = figures_in(tmp_path)["parts"]
+    assert [row["what"] for row in parts["scripts"]["rows"]] == [
+        f"{name}, whole" for name in ("make_demo_clips", "extract_features", "train_lora", "infer")]
+    assert [row["value"] for row in parts["tests"]["rows"]] == [0, 0]
+    assert "skipped" in parts["tests"]["rows"][1]["note"]
+
+
+@pytest.mark.slow
+def test_compiled_steps(gpu, tmp_path):
+    assert gpu.main([*SMALL, "--only", "compiled", "--out", str(tmp_path), "--limit", "2000"]) == 0
+    (row,) = figures_in(tmp_path)["parts"]["compiled"]["rows"]
+    assert row["what"] == "tiny_16k, step, compiled" and "the first one" in row["note"]
+
+
+def use_parts(gpu, monkeypatch, **parts) -> None:
+    monkeypatch.setattr(gpu, "PARTS", {name: (name, part, 0.5) for name, part in parts.items()})
+
+
+def row(gpu, value: float, **more):
+    return gpu.Row("what", "size", value, "", **more)
+
+
+def test_a_part_that_fails_does_not_end_the_others(gpu, tmp_path, monkeypatch, caplog):
+    def broken(setup):
+        yield row(gpu, 1.0)
+        raise KeyError("lost")
+
+    def too_large(setup):
+        raise RuntimeError("CUDA out of memory")
+        yield
+
+    def good(setup):
+        yield row(gpu, 3.0, limit=2.0)
+        yield row(gpu, 1.0, limit=2.0)
+        yield row(gpu, float("nan"), limit=2.0)
+        yield row(gpu, 9.0, aim=2.0)
+
+    use_parts(gpu, monkeypatch, broken=broken, too_large=too_large, good=good)
+    page = tmp_path / "page.md"
+    assert gpu.main([*SMALL, "--out", str(tmp_path), "--docs", str(page)]) == 1
+    parts = figures_in(tmp_path)["parts"]
+    assert "KeyError: 'lost' (test_gpu_benchmark.py:" in parts["broken"]["failed"][0]
+    assert len(parts["broken"]["rows"]) == 1 and not parts["broken"]["left_out"]
+    assert "out of memory" in parts["too_large"]["left_out"][0] and not parts["too_large"]["failed"]
+    assert [one["wrong"] for one in parts["good"]["rows"]] == [True, False, True, False]
+    text = page.read_text(encoding="utf-8")
+    assert text.count("**wrong**") == 2 and "| 9 | 2 (aim) | missed |" in text and "KeyError" in text
+    (error,) = [record.message for record in caplog.records if record.levelname == "ERROR"]
+    assert "what, size: 3, expected at most 2" in error and "KeyError" in error and "memory" not in error
+
+
+def test_figures_are_written_as_they_come_and_the_time_is_kept(gpu, tmp_path, monkeypatch):
+    stored = []
+
+    def endless(setup):
+        while True:
+            yield row(gpu, 1.0)
+            stored.append(len(figures_in(tmp_path)["parts"]["endless"]["rows"]))
+            time.sleep(0.05)
+
+    def sleeping(setup):
+        time.sleep(60)
+        yield row(gpu, 1.0)
+
+    def last(setup):
+        yield row(gpu, 1.0)
+
+    use_parts(gpu, monkeypatch, endless=endless, sleeping=sleeping, last=last)
+    assert gpu.main([*SMALL, "--out", str(tmp_path), "--limit", "2"]) == 0
+    parts = figures_in(tmp_path)["parts"]
+    assert stored == list(range(1, len(stored) + 1)) and stored
+    assert "were over" in parts["endless"]["left_out"][0] and "were over" in parts["sleeping"]["left_out"][0]
+    assert not parts["sleeping"]["rows"]
+
+
+def test_wrong_usage(gpu, tmp_path, capsys):
+    assert gpu.main(["--device", "cpu", "--out", str(tmp_path)]) == 2
+    assert gpu.main([*SMALL, "--only", "right,wrong", "--out", str(tmp_path)]) == 2
+    printed = capsys.readouterr().err
+    assert "add --small" in printed and "--only wrong: expected some of right, learns" in printed
