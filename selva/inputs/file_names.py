@@ -15,6 +15,8 @@ import unicodedata
 from collections.abc import Iterable
 from pathlib import Path, PureWindowsPath
 
+from selva.utils.errors import UserError
+
 ON_WINDOWS = os.name == "nt"
 MAX_NAME_BYTES = 255  # of a file name on all common file systems
 _WINDOWS_CHARACTERS = '<>:"|?*'

@@ -83,7 +83,7 @@ FACTOR_HELP = "what multistep multiplies the rate by at each of them"
 
 
 def milestone_problems(milestones: Sequence[float], factor: float) -> list[str]:
-    """Return what is wrong with the settings of the multistep schedule."""
+    """Return a sentence for every setting of the multistep schedule that is out of range."""
     problems = []
     if not milestones or not all(0 < when < math.inf for when in milestones):
         given = " ".join(f"{when:g}" for when in milestones) or "empty"

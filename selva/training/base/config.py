@@ -67,7 +67,8 @@ class BaseTrainConfig(ObjectiveConfig):
         group=OPTIMISATION, metavar="N", at_least_one=True)
     lr: float = setting(1e-4, "learning rate", group=OPTIMISATION)
     warmup_steps: int = setting(1000, "updates over which the rate rises", group=OPTIMISATION)
-    lr_schedule: str = setting("multistep", "what the rate does then; multistep lowers it at --lr_milestones", group=OPTIMISATION, choices=LR_SCHEDULES)
+    lr_schedule: str = setting("multistep", "what the rate does then; multistep lowers it at --lr_milestones",
+                               group=OPTIMISATION, choices=LR_SCHEDULES)
     lr_milestones: tuple[float, ...] = setting(
         (0.8, 0.9), MILESTONES_HELP, group=OPTIMISATION, nargs="+", metavar="WHEN", default_text="0.8 0.9, MMAudio's")
     lr_factor: float = setting(0.1, FACTOR_HELP, group=OPTIMISATION)
