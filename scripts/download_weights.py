@@ -24,6 +24,7 @@ from selva import cli
 from selva.models.variants import VARIANTS, Variant, WeightFile, get_variant
 from selva.utils.errors import UserError
 from selva.utils.files import source_hash
+from selva.utils.text import counted
 from selva.weights.find import LAYOUTS, NEIGHBOUR, default_layout, find_file, local_path
 
 log = logging.getLogger("selva.download_weights")
@@ -219,7 +220,8 @@ def download_all(variant: Variant, selva_dir: Path, layout: str) -> int:
             log.error("%s (%s): %s", file.name, file.purpose, " ".join(str(error).split()))
             failed.append(file.name)
     if failed:
-        log.error("%d files are not there: %s; the same command goes on from here", len(failed), ", ".join(failed))
+        log.error("missing: %s: %s; the same command goes on from here", counted(len(failed), "file"),
+                  ", ".join(failed))
         return cli.EXIT_FAILED
     return 0
 

@@ -20,7 +20,7 @@ from selva.inputs.file_names import same_name
 from selva.inputs.prompts import PROMPTS_FILE, PromptSource, choose_prompt, read_prompts
 from selva.inputs.suffixes import AUDIO_SUFFIXES
 from selva.utils.errors import UserError
-from selva.utils.text import listed
+from selva.utils.text import counted, listed
 
 log = logging.getLogger(__name__)
 
@@ -147,8 +147,9 @@ def _warn_of_leftovers(data_dir: Path, names: Sequence[str]) -> None:
         ([name for name in names if name not in done and name not in failed], "are not of the last extraction"),
     ):
         if others:
-            log.warning("%d of %d clips %s (%s), but earlier ones left them and they are used: %s; extract_features.py "
-                        "--prune removes them", len(others), len(names), why, data_dir / MANIFEST_FILE, listed(others))
+            log.warning("%d of %s %s (%s), but left by earlier runs and used: %s; extract_features.py "
+                        "--prune removes them", len(others), counted(len(names), "clip"), why, data_dir / MANIFEST_FILE,
+                        listed(others))
 
 
 def _describe(path: Path, sound: Path, prompt: str, source: PromptSource, bundle: FeatureBundle) -> FolderClip:

@@ -36,7 +36,7 @@ from selva.models.zoo import build_mel
 from selva.sequence import DEFAULT_DURATION_SEC, SYNC_TOKENS_PER_SEGMENT, first_clip_frame, sequence_config
 from selva.utils.errors import UserError
 from selva.utils.progress import Progress
-from selva.utils.text import listed
+from selva.utils.text import counted, listed
 from selva.weights.find import content_mark, find_weights, packaged_identity
 from selva.weights.load import load_clip_text, load_vae
 
@@ -240,7 +240,7 @@ class FolderDataset(ClipDataset):
             missing = [prompt for prompt in missing if self._text(prompt) is None]  # another process may have been here
             if not missing:
                 return
-            log.info("encoding %d prompts", len(missing))
+            log.info("encoding %s", counted(len(missing), "prompt"))
             encoder = load_clip_text(self.variant.name, self.selva_dir, device)
             for prompt in missing:
                 (features,) = encoder.encode([prompt]).cpu()
@@ -363,7 +363,7 @@ def _warn_of_other_prompts(clips: Sequence[FolderClip]) -> None:
     others = [clip for clip in clips if clip.prompt != clip.extracted_prompt]
     if others:
         log.warning(
-            "%d of %d clips have another prompt than their sync features were extracted with, for example %s: %r, "
-            "extracted with %r; better extract again", len(others), len(clips), others[0].id, others[0].prompt,
-            others[0].extracted_prompt,
+            "extracted with another prompt than now: %d of %s, for example %s: %r, "
+            "extracted with %r; better extract again", len(others), counted(len(clips), "clip"), others[0].id,
+            others[0].prompt, others[0].extracted_prompt,
         )

@@ -23,7 +23,7 @@ from selva.utils.device import resolve_device
 from selva.utils.errors import UserError
 from selva.utils.files import check_can_write, source_hash
 from selva.utils.progress import Progress
-from selva.utils.text import listed
+from selva.utils.text import counted, listed
 from selva.weights.find import content_mark
 
 log = logging.getLogger(__name__)
@@ -91,9 +91,9 @@ def evaluate(config: EvaluationConfig) -> Evaluation:
                 log.warning("%s: left out: %s", pair.name, error)
             progress.update(number)
     if kept:
-        log.info("%d of %d pairs were measured before", kept, len(pairs))
+        log.info("measured before: %d of %s", kept, counted(len(pairs), "pair"))
     if not records:
-        raise UserError(f"none of the {len(pairs)} pairs could be compared; the first reason: {result.failed[0][1]}")
+        raise UserError(f"no pair of {len(pairs)} could be compared; the first reason: {result.failed[0][1]}")
     networks.write_exports()
     _summarise(result, records, store)
     _remark(result)

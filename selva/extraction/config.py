@@ -31,14 +31,15 @@ class ExtractionConfig:
         [], "videos, folders of videos, or tables (.tsv, .csv) with the columns id and, as you like, path, start, "
         "duration, prompt, label or caption, mask", group=INPUT, positional=True, nargs="*", metavar="INPUT")
     recursive: bool = setting(False, "take the subfolders of folders too", group=INPUT)
-    video_dir: Path | None = setting(None, "where a table's videos lie, if not beside it", group=INPUT, metavar="DIR")
-    output_dir: Path = required("where the features go; with --format memmap the data set itself, its table beside it",
-                                group=INPUT)
+    video_dir: Path | None = setting(None, "folder of a table's videos, if not the table's own", group=INPUT,
+                                     metavar="DIR")
+    output_dir: Path = required("folder for the features; with --format memmap the data set itself, with its table "
+                                "beside it", group=INPUT)
     format: str = setting("npz", "npz: one file per clip; memmap: the packed format of MMAudio's own training, for "
                           "clips of 8 s with sound", group=INPUT, choices=("npz", "memmap"))
     audio: str | None = setting(
-        None, "the sound beside each .npz: extract decodes it and writes .flac (default); copy takes the stream as it "
-        "is, for MP3, Vorbis, Opus, FLAC and PCM; none leaves it to you", group=INPUT,
+        None, "the sound beside each .npz: extract decodes it to .flac (default); copy keeps the stream as it is (MP3, "
+        "Vorbis, Opus, FLAC, PCM); none: you put your own there", group=INPUT,
         choices=("extract", "copy", "none"))
     audio_dir: Path | None = setting(
         None, "folder of recordings (with its subfolders) to use instead of the sound in the videos: each is called "
@@ -51,7 +52,7 @@ class ExtractionConfig:
                                    metavar="DIR")
     overwrite: bool = setting(False, "extract again even where features are current, and replace features and sounds "
                               "that are not of this clip", group=INPUT)
-    prune: bool = setting(False, "remove what earlier runs made of clips that are not in the list any more, or fail "
+    prune: bool = setting(False, "delete what earlier runs made of clips that are no longer in the list, or that fail "
                           "now", group=INPUT)
     prompt: str = setting("", "what is to be heard, for all clips without a prompt of their own", group=CLIPS)
     prompts: Path | None = setting(None, "prompts.txt with lines `name.npz: prompt` that go before --prompt",
@@ -61,13 +62,13 @@ class ExtractionConfig:
                               group=CLIPS)
     windows: bool = setting(False, "cut all of every video into clips of --duration, called <video>_000, <video>_001 "
                             "...", group=CLIPS)
-    overlap: float = setting(0.0, "seconds that each of these shares with the next", group=CLIPS)
+    overlap: float = setting(0.0, "seconds by which one of these windows overlaps the next", group=CLIPS)
     masks: MaskOptions = field(default_factory=MaskOptions)
     recordings: Path | None = setting(
         None, "folder of the recordings that are listed in INPUT, a clips.tsv of partition_clips.py", group=SOUND_ONLY,
         metavar="DIR")
     captions: Path | None = setting(
-        None, "table with the columns id, a recording's name or a clip's id, and caption", group=SOUND_ONLY,
+        None, "table with the columns id (name of a recording, or id of a clip) and caption", group=SOUND_ONLY,
         metavar="FILE")
     workers: int | None = setting(
         None, "processes that read videos ahead of the encoders; 0 reads in the main process; by default what the "

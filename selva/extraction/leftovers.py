@@ -8,7 +8,7 @@ from pathlib import Path
 
 from selva.extraction.manifest import DONE, Row
 from selva.extraction.pairs import PairFolder
-from selva.utils.text import listed
+from selva.utils.text import counted, listed
 
 log = logging.getLogger(__name__)
 
@@ -30,14 +30,14 @@ def report_leftovers(pairs: PairFolder, rows: Sequence[Row], prune: bool) -> Non
     if prune:
         removed = [id_ for id_ in (*unlisted, *failed) if pairs.remove(id_)]
         if removed:
-            log.warning("--prune: removed %d clips that are not in the list, or failed: %s", len(removed),
+            log.warning("--prune: removed %s, not in the list or failed: %s", counted(len(removed), "clip"),
                         listed(removed))
         unlisted, failed = leftovers(pairs.folder, rows)
     kept = ", which --prune does not remove: features or sound are not by extract_features.py, or of an earlier version"
     advice = kept if prune else "; --prune removes them"
     if failed:
-        log.warning("%d clips failed or were left out now, but what an earlier run made of them is still there and "
-                    "will be trained on%s: %s", len(failed), advice, listed(failed))
+        log.warning("%s failed or left out now, but still there from an earlier run, and trained on%s: %s",
+                    counted(len(failed), "clip"), advice, listed(failed))
     if unlisted:
-        log.warning("%d clips in %s are not in this list, but of earlier ones, and will be trained on%s: %s",
-                    len(unlisted), pairs.folder, advice, listed(unlisted))
+        log.warning("%s in %s not in this list, but there from earlier ones, and trained on%s: %s",
+                    counted(len(unlisted), "clip"), pairs.folder, advice, listed(unlisted))

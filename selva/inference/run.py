@@ -14,6 +14,7 @@ from selva.inference.engine import SoundGenerator, uses_clip_features
 from selva.inference.plan import adapter_setups, check_names, collect_requests, plan_clip
 from selva.inputs.table import TABLE_SUFFIXES
 from selva.utils.device import peak_memory_bytes
+from selva.utils.text import counted
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ def _log_outcome(clips: Sequence[BatchClip], generator: SoundGenerator) -> int:
     """Log the outcome of all clips; return the number of clips that failed."""
     failed, kept = sum(bool(clip.problem) for clip in clips), sum(clip.kept for clip in clips)
     made = sum(len(clip.made) for clip in clips) - kept
-    log.info("%d made, %d already there, %d of %d clips failed", made, kept, failed, len(clips))
+    log.info("%d made, %d already there, %d of %s failed", made, kept, failed, counted(len(clips), "clip"))
     if made:
         log.info("%s; peak memory %.2f GiB", generator.times, peak_memory_bytes(generator.device) / 2**30)
     return failed

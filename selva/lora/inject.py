@@ -14,7 +14,7 @@ from selva.lora.config import MAX_PROBLEMS, LoRAConfig, no_match_message
 from selva.lora.layers import ADAPTED_CLASS, KIND, PARAMETERS, LoRALayer, lora_layers
 from selva.lora.merge import MERGED_ATTRIBUTE, row_norms
 from selva.utils.errors import UserError
-from selva.utils.text import listed
+from selva.utils.text import counted, listed
 
 CONFIG_ATTRIBUTE = "lora_config"  # of an adapted model: the settings of its adapters
 
@@ -62,8 +62,9 @@ class InjectReport:
         kinds = [layer.kind for layer in self.layers]
         counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in KIND.values() if kind in kinds)
         dora = " with DoRA" if self.config.dora else ""
-        skipped = f", {len(self.skipped)} matching modules skipped" if self.skipped else ""
-        return f"{len(kinds)} layers adapted{dora} ({counts}), {self.num_parameters:,} trainable parameters{skipped}"
+        skipped = f", {counted(len(self.skipped), 'matching module')} skipped" if self.skipped else ""
+        adapted = f"{counted(len(kinds), 'layer')} adapted{dora} ({counts})"
+        return f"{adapted}, {self.num_parameters:,} trainable parameters{skipped}"
 
     @property
     def notice(self) -> list[str]:

@@ -46,12 +46,13 @@ class CuttingConfig:
         0.0, "the same for the end: negative cuts it off, positive takes in what comes after it", group=CUTTING,
         metavar="SEC")
     skip_silence: bool = setting(
-        False, "move windows that are more than half silent to where least is silent, and leave out those for which "
-        "there is no place (of --segments: leave out). Decodes every recording", group=SILENCE)
+        False, "move windows that are more than half silent to the least silent free place; leave out those without "
+        "one, and silent --segments. Decodes every recording", group=SILENCE)
     trim_silence: bool = setting(
         False, "cut off the silence at both ends of every clip, in steps of 50 ms; what is shorter than 0.64 s then "
         "(of --segments: than --min_length_sec) is left out. Decodes every recording", group=SILENCE)
-    silence_db: float = setting(SILENCE_DB, "50 ms with an RMS below this are silent, dB of full scale", group=SILENCE)
+    silence_db: float = setting(SILENCE_DB, "level below which 50 ms count as silent: RMS, dB of full scale",
+                                group=SILENCE)
 
     def __post_init__(self) -> None:
         if self.min_length_sec is not None and not 0 <= self.min_length_sec < math.inf:

@@ -37,8 +37,8 @@ MEMORY = "memory and speed"
 class ObjectiveConfig:
     """The objective, which trainings of adapters and of base models share."""
 
-    timestep_mode: str = setting("logit_normal", "times to train at; curriculum is logit_normal first and uniform "
-                                 "later", group=OBJECTIVE, choices=flow.TIMESTEP_MODES)
+    timestep_mode: str = setting("logit_normal", "how noise levels are drawn; curriculum: logit_normal first, "
+                                 "uniform later", group=OBJECTIVE, choices=flow.TIMESTEP_MODES)
     logit_normal_sigma: float = setting(1.0, "spread of logit_normal", group=OBJECTIVE)
     curriculum_switch: float = setting(0.6, "fraction of all steps at which curriculum switches", group=OBJECTIVE)
     null_prob: float = setting(0.1, "how often the video, and separately the text, is replaced by the empty condition",
@@ -144,12 +144,12 @@ class TrainConfig(ObjectiveConfig):
         (0.05, 0.1), "widths of the averages of --ema power, in relation to the length of the training; the first one "
         "is judged and saved", group=OPTIMISATION, nargs="+", metavar="X")
     ema_decay: float = setting(  # 0: no average of the adapter is kept
-        0.0, "keep a moving average of the adapter, which is then what is judged and saved; e.g. 0.999",
+        0.0, "keep a moving average of the adapter, which is then validated, heard and saved; e.g. 0.999",
         group=OPTIMISATION)
     padded_loss: str = setting(
         "masked", "sound that is shorter than its features is padded with silence: leave that out of the loss, or "
         "train on it as on sound, which teaches silence", group=OBJECTIVE, choices=PADDED_LOSSES)
-    patience: int = setting(0, "stop after so many validations without a better one; 0: never", group=EVALUATION)
+    patience: int = setting(0, "stop after this many validations without a new best; 0: never", group=EVALUATION)
     save_every: int = setting(500, "steps between checkpoints, each with a sample", group=OPTIMISATION,
                               aliases=("save_every_n_steps", "checkpointing_steps"))
     val_every: int = setting(100, "steps between validations", group=EVALUATION)
@@ -213,8 +213,8 @@ class RunConfig:
     tensorboard: bool = setting(False, "write the curves for TensorBoard too", group=EVALUATION)
     preview: bool = setting(True, "generate a sample at every checkpoint", group=EVALUATION)
     preserve: tuple[str, ...] = setting(
-        (), "prompts of sounds that the model knows and shall keep: it also trains on sounds that it has generated for "
-        "them at the start. Without them, the new sound may replace others", group=PRESERVATION, nargs="*",
+        (), "prompts of sounds that the model knows and should keep; it then also trains on sounds that it has "
+        "generated for them. Without them, the new sound may replace others", group=PRESERVATION, nargs="*",
         metavar="PROMPT")
     preserve_share: float = setting(0.5, "share of these sounds in the training", group=PRESERVATION)
     grad_checkpointing: bool = setting(False, "recompute blocks in the backward pass: less memory for more time",

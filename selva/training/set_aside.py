@@ -13,6 +13,7 @@ from selva.training.ema_snapshots import FOLDER as SNAPSHOT_FOLDER
 from selva.training.ema_snapshots import SNAPSHOT_FILE
 from selva.utils.files import atomic_path
 from selva.utils.metrics_log import MetricsFile
+from selva.utils.text import counted
 
 log = logging.getLogger(__name__)
 
@@ -27,8 +28,8 @@ def move_old_run_aside(folder: Path) -> None:
     old = _run_files(folder)
     if old:
         aside = _move(folder, old)
-        log.warning("%s held an earlier run; its %d files are now in %s (use --resume auto to continue a run)",
-                    folder, len(old), aside)
+        log.warning("%s held an earlier run; now in %s: its %s (use --resume auto to continue a run)", folder, aside,
+                    counted(len(old), "file"))
 
 
 def move_later_aside(folder: Path, step: int) -> None:

@@ -278,7 +278,7 @@ def test_a_sound_is_there_already():
     command = [sys.executable, "-c", code, EXPECTED["version"], "--config", "generated/clip_0.yaml"]
     result = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert "0 made, 1 already there, 0 of 1 clips failed" in result.stderr
+    assert "0 made, 1 already there, 0 of 1 clip failed" in result.stderr
     assert snapshot("generated") == before and len(before) == 2
 
 

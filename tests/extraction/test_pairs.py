@@ -266,10 +266,10 @@ def test_pairs_that_the_list_did_not_make_are_named_and_pruned(three_clips, caps
     capsys.readouterr()
     assert extract(videos, out) == 1
     error = capsys.readouterr().err
-    assert "1 clips failed or were left out now" in error and "trained on; --prune removes them: b" in error
+    assert "1 clip failed or left out now" in error and "trained on; --prune removes them: b" in error
     assert "not in this list" in error and "trained on; --prune removes them: a" in error and len(state(out)) == 6
     assert extract(videos, out, "--prune") == 1
-    assert "--prune: removed 2 clips that are not in the list, or failed: a, b" in capsys.readouterr().err
+    assert "--prune: removed 2 clips, not in the list or failed: a, b" in capsys.readouterr().err
     assert set(state(out)) == {"c.npz", "c.flac"}
     assert extract(videos, out) == 1 and "--prune" not in capsys.readouterr().err
 
@@ -290,8 +290,8 @@ def test_training_says_which_clips_are_not_of_the_last_extraction(three_clips, c
     assert "last extraction" not in caplog.text
     assert extract(videos, out) == 1
     scan_folder(out)
-    assert "1 of 3 clips failed in the last extraction" in caplog.text and "are used: b.npz" in caplog.text
-    assert "1 of 3 clips are not of the last extraction" in caplog.text and "are used: a.npz" in caplog.text
+    assert "1 of 3 clips failed in the last extraction" in caplog.text and "and used: b.npz" in caplog.text
+    assert "1 of 3 clips are not of the last extraction" in caplog.text and "and used: a.npz" in caplog.text
 
 
 def test_a_full_disk_is_a_failure_of_its_clip_that_names_the_file(two_videos, tmp_path, monkeypatch, capsys):

@@ -229,7 +229,7 @@ def test_a_wrong_checksum_is_tried_twice_and_then_an_error(hub, folder, capsys):
     assert len(hub.gets("v1-16.pth")) == 2
     output = capsys.readouterr()
     assert f"expected {hashlib.md5(good).hexdigest()}" in output.err
-    assert "1 files are not there: v1-16.pth" in output.err
+    assert "missing: 1 file: v1-16.pth" in output.err
     assert not (folder / "ext" / "v1-16.pth").exists() and not leftovers(folder)
     assert len(output.out.splitlines()) == 6  # the others arrived
 
@@ -341,8 +341,8 @@ def test_environment_variables_of_the_hub_are_honoured(hub, folder, tmp_path):
 
     offline = start(HF_HUB_OFFLINE="1")
     assert offline.returncode == 1 and "Traceback" not in offline.stderr
-    assert "7 files are not there" in offline.stderr and hub.requests == []
+    assert "missing: 7 files" in offline.stderr and hub.requests == []
     online = start()
     assert online.returncode == 1 and "Traceback" not in online.stderr
-    assert "2 files are not there: video_enc_sup_5.pth, v1-44.pth" in online.stderr
+    assert "missing: 2 files: video_enc_sup_5.pth, v1-44.pth" in online.stderr
     assert (folder / "generator_small_44k_sup_5.pth").is_file()

@@ -31,6 +31,7 @@ from selva.data.memmap.journal import Entry, RowJournal, entry_line, replay
 from selva.data.memmap.reader import META_FILE, partial_path, table_path
 from selva.utils.errors import UserError
 from selva.utils.files import atomic_write_text, flush_file, flush_folder
+from selva.utils.text import counted
 
 log = logging.getLogger(__name__)
 
@@ -149,7 +150,7 @@ class SetFiles:
         """
         kept = [row for row, digest in zip(plan["rows"], digests, strict=True) if digest is not None]
         if not kept:
-            raise UserError(f"{self.folder}: none of {len(digests)} clips could be used, nothing was published")
+            raise UserError(f"{self.folder}: no usable clip among {len(digests)}, nothing was published")
         text = io.StringIO()
         table = csv.writer(text, delimiter="\t", lineterminator="\n")
         table.writerow(["id", plan["column"]])
@@ -232,7 +233,7 @@ def _carry_over(source: Content, plan: Plan, data: Path, entries: dict[int, Entr
                 file.seek(here * size)
                 file.write(old_file.read(size))
     if moves:
-        log.info("%d rows of an earlier run are taken over", len(moves))
+        log.info("taken over from an earlier run: %s", counted(len(moves), "row"))
 
 
 def _read_json(path: Path) -> Any:

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Iterable, Sequence
 
 from selva.utils.errors import UserError
-from selva.utils.text import listed
+from selva.utils.text import counted, listed
 
 log = logging.getLogger(__name__)
 
@@ -41,8 +41,8 @@ def labels_or_fallback(rows: Iterable[tuple[str, str]], folder_name: str) -> lis
     if is_missing_there(folder_name):
         raise UserError(f"these clips have no label that MMAudio can read: {named}; give them prompts (--prompt, "
                         f"prompts.txt), or the output folder another name than {folder_name!r}")
-    log.warning("%d of %d clips have no label that MMAudio can read and take the folder's name, %r, as their prompt: "
-                "%s", len(without), len(rows), folder_name, named)
+    log.warning("no label that MMAudio can read, so the folder's name, %r, is the prompt: %d of %s: %s", folder_name,
+                len(without), counted(len(rows), "clip"), named)
     return [folder_name if is_missing_there(label) else label for _, label in rows]
 
 
