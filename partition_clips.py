@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# PYTHON_ARGCOMPLETE_OK
 """Cut long recordings into clips of 8.1 s: recordings -> clips.tsv.
 
     python partition_clips.py --data_dir recordings/ --output_dir clips/
@@ -31,7 +32,7 @@ def build_parser() -> cli.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     config = cli.config_from(PartitionConfig, build_parser().parse_args(argv))
     if not config.data_dir.is_dir():
-        raise FileNotFoundError(f"{config.data_dir}: no such folder")
+        raise cli.UsageError(f"--data_dir {config.data_dir}: no such folder")
     from selva.partition.run import partition_recordings  # PyTorch takes seconds to import; mistakes were told before
 
     tables, failed = partition_recordings(config)

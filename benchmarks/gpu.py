@@ -25,6 +25,7 @@ from gpu_rows import OutOfTime, Part, Row, Setup, amount, guarded, table, time_l
 from gpu_speed import compiled, sampling, steps
 from measure import Bench
 
+import selva_lora  # noqa: F401 -- ends here if another selva would be imported
 from selva import __version__, cli
 from selva.utils.device import dtype_of, native_precision, resolve_device
 from selva.utils.document import begin_mark, marked_block, update_document

@@ -34,7 +34,6 @@ from selva.extraction.config import ExtractionConfig
 from selva.extraction.manifest import read_manifest
 from selva.features import FeatureBundle, load_features, load_settings, save_features
 from selva.inference.config import InferenceConfig
-from selva.inputs.delimited import find_delimiter
 from selva.inputs.prompts import read_prompts, read_sidecar
 from selva.inputs.suffixes import VIDEO_SUFFIXES
 from selva.inputs.table import read_clip_table
@@ -193,7 +192,7 @@ READERS: dict[str, list[Callable]] = {
     "adapter_step00002.pt": [load_checkpoint, load_adapter], "memmap": [read_memmap], "cache": [read_cache],
     "clips.tsv": [lambda path: read_clip_table(path, VIDEO_SUFFIXES)],
     "clips.csv": [lambda path: read_clip_table(path, VIDEO_SUFFIXES)],
-    "captions.tsv": [lambda path: read_captions(path, find_delimiter(path))], "windows.tsv": [read_clips],
+    "captions.tsv": [read_captions], "windows.tsv": [read_clips],
     "segments.csv": [lambda path: read_segments([path], ["rain", "dog"])],
     "whisper.json": [lambda path: read_segments([path], ["whisper"])], "prompts.txt": [read_prompts, read_folder],
     "note.txt": [read_sidecar], "settings.yaml": [read_settings], "manifest.jsonl": [read_manifest],

@@ -29,6 +29,8 @@ log = logging.getLogger("selva.inspect_dataset")
 def build_parser() -> cli.ArgumentParser:
     parser = cli.ArgumentParser(__doc__)
     parser.add_argument("data_dir", type=Path, nargs="*", metavar="DIR", help="the data set")
+    parser.add_argument("--recursive", action="store_true", help="of sounds and videos without features: take the "
+                                                                 "subfolders too")
     parser.add_argument("--variant", choices=VARIANTS, metavar="NAME",
                         help="model that is to be trained, one of " + ", ".join(VARIANTS) + "; by default the one that "
                              "the features name, or whose shapes a memmap has")
@@ -53,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     (data_dir,) = args.data_dir
     if args.videos is not None and not args.videos.is_dir():
         raise cli.UsageError(f"--videos {args.videos}: no such folder")
-    inspection = inspect(data_dir, get_variant(args.variant) if args.variant else None)
+    inspection = inspect(data_dir, get_variant(args.variant) if args.variant else None, args.recursive)
     for line in [*table(inspection), "", *sentences(inspection), summary(inspection)]:
         print(line)
     if args.json is not None:

@@ -70,7 +70,7 @@ def table_lines(groups: dict[str, list[Setting]]) -> Iterator[str]:
         yield "| flag | default | |"
         yield "|---|---|---|"
         for setting in settings:
-            cells = (flag_cell(setting), default_cell(setting), escaped(setting.info.help))
+            cells = (flag_cell(setting), default_cell(setting), escaped(setting.info.described))
             yield f"| {' | '.join(cells)} |"
         yield ""
 

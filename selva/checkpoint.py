@@ -133,6 +133,9 @@ def load_adapter(path: str | os.PathLike[str]) -> Adapter:
         ValueError: it is not an adapter, or a damaged one; names the file and the reason. Nothing in it is executed.
     """
     path = Path(path)
+    if path.suffix.lower() == ".npz":
+        raise UserError(f"{path}: is a file of features, as extract_features.py writes them for train_lora.py; an "
+                        "adapter ends in .pt or .safetensors")
     if path.suffix == ".safetensors":
         tensors, meta = read_safetensors(path)
     else:

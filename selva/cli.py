@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import functools
 import logging
 import os
@@ -16,17 +17,19 @@ import reprlib
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, TypeVar
 
 from selva import __version__
+from selva.inputs.file_names import expand_pattern
 from selva.utils import torchrun
 from selva.utils.device import PRECISIONS, is_out_of_memory
 from selva.utils.errors import Terminated, UsageError, UserError
 from selva.utils.files import atomic_write_text
 from selva.utils.logging import results_on_stdout, setup_logging
-from selva.utils.settings import Setting, build, settings_of, settings_text
+from selva.utils.settings import Setting, Synonyms, build, settings_of, settings_text
+from selva.utils.suggestions import did_you_mean, nearest
 from selva.weights.config import GENERAL, ModelConfig
 
 log = logging.getLogger(__name__)
@@ -48,12 +51,23 @@ def _short(value: Any) -> str:
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Formatter that keeps the examples of a description, and ends every option with its default if it has one."""
+    """Formatter that keeps the examples of a description, and ends every option with its default if it has one.
+
+    Of several names of a flag the first one is listed; the others stand in its help.
+    """
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, False) or isinstance(action.default, list):
+        default = action.default  # 0 is one, though it equals False
+        if default is None or default is False or default == "" or isinstance(default, list):
             return action.help
         return super()._get_help_string(action)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if len(action.option_strings) < 2 or isinstance(action, argparse.BooleanOptionalAction | argparse._HelpAction):
+            return super()._format_action_invocation(action)
+        shown = copy.copy(action)
+        shown.option_strings = action.option_strings[:1]
+        return super()._format_action_invocation(shown)
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -65,11 +79,19 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def __init__(self, description: str | None) -> None:
         super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
+        self.elsewhere: dict[str, str] = {}  # names of other programs -> the similar setting
+        self.environment: dict[str, str] = {}  # name of a setting -> the variable that gives its default
 
     def add_settings(self, config: type) -> None:
         """Add a flag for every setting of a dataclass, see :mod:`selva.utils.settings`, under its group's heading."""
         for setting in settings_of(config):
-            _add(self._group(setting.info.group), setting)
+            self._add(setting)
+
+    def _add(self, setting: Setting) -> None:
+        _add(self._group(setting.info.group), setting)
+        self.elsewhere |= dict.fromkeys(setting.info.similar, setting.name)
+        if setting.info.environment:
+            self.environment[setting.name] = setting.info.environment
 
     def add_common(self, precision: str | None = None, *, seed: bool = True, device: bool = True) -> None:
         """Add the options that all scripts share; those that the settings of a script hold already are left out.
@@ -85,7 +107,7 @@ class ArgumentParser(argparse.ArgumentParser):
         if seed and "seed" not in known:
             group.add_argument("--seed", type=int, default=42, help="seed of everything random")
         if device and "device" not in known:
-            _add(group, next(setting for setting in settings_of(ModelConfig) if setting.name == "device"))
+            self._add(next(setting for setting in settings_of(ModelConfig) if setting.name == "device"))
         if precision is not None:
             group.add_argument("--precision", choices=PRECISIONS, default=precision,
                                help="number format of the networks")
@@ -97,14 +119,19 @@ class ArgumentParser(argparse.ArgumentParser):
         """Add ``--variant`` and ``--selva_dir``."""
         for setting in settings_of(ModelConfig):
             if setting.name != "device":
-                _add(self._group(setting.info.group), setting)
+                self._add(setting)
 
     def _group(self, title: str) -> argparse._ArgumentGroup:
         found = next((group for group in self._action_groups if group.title == title), None)
         return found or self.add_argument_group(title)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace=None) -> argparse.Namespace:
+        if "_ARGCOMPLETE" in os.environ:  # set by a shell that asks for completions
+            import argcomplete  # pyright: ignore[reportMissingImports]  -- an extra that few have
+
+            argcomplete.autocomplete(self)
         given = [self._underscored(a) for a in (sys.argv[1:] if args is None else args)]
+        self._check_flags(given)
         first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
         first.add_argument("--config", type=Path)
         try:
@@ -112,11 +139,54 @@ class ArgumentParser(argparse.ArgumentParser):
         except argparse.ArgumentError as error:
             self.error(str(error))
         from_file, positionals = self._arguments_from(path, given) if path else ([], {})
-        parsed = super().parse_args(from_file + given, namespace)
+        parsed = super().parse_args(self._from_environment(from_file + given) + from_file + given, namespace)
         for name, values in positionals.items():
             if not getattr(parsed, name):  # declared with nargs="*", so that a file may give them
                 setattr(parsed, name, values)
+        self._expand(parsed)
         return parsed
+
+    def error(self, message: str) -> NoReturn:
+        """End with the message alone; argparse would put twenty lines of usage in its way."""
+        self.exit(EXIT_USAGE, f"{self.prog}: error: {message}\n{self.prog} --help lists all settings\n")
+
+    def _check_flags(self, given: Sequence[str]) -> None:
+        """End with an error if a flag does not exist; argparse would ask for a required one that is missing first."""
+        before_rest = given[: given.index("--")] if "--" in given else given
+        flags = [a.partition("=")[0] for a in before_rest if a.startswith("--") and " " not in a.partition("=")[0]]
+        unknown = list(dict.fromkeys(flag for flag in flags if flag not in self._option_string_actions))
+        if unknown:
+            hints = (f"unknown flag {flag}{did_you_mean(self._nearest(flag[2:]), '--')}" for flag in unknown)
+            self.error("; ".join(hints))
+
+    def _nearest(self, name: str) -> list[str]:
+        """Return names of flags that ``name`` may have been meant for."""
+        known = [flag[2:] for flag in self._option_string_actions if flag.startswith("--")]
+        return nearest(name, known, self.elsewhere)
+
+    def _from_environment(self, given: Sequence[str]) -> list[str]:
+        """Return arguments for the settings that the environment gives and that are not given otherwise."""
+        arguments = []
+        for name, variable in self.environment.items():
+            value, action = os.environ.get(variable), self._option_string_actions[f"--{name}"]
+            if not value or any(a.partition("=")[0] in action.option_strings for a in given):
+                continue
+            if action.choices is not None and value not in action.choices:
+                self.error(f"the environment variable {variable} is {value!r}, expected one of "
+                           f"{', '.join(map(str, action.choices))}")
+            log.info("--%s %s, as the environment variable %s says", name, value, variable)
+            arguments.append(f"--{name}={value}")
+        return arguments
+
+    def _expand(self, parsed: argparse.Namespace) -> None:
+        """Replace patterns such as ``*.mp4`` by the files that they stand for: not every shell does that."""
+        for action in self._actions:
+            paths = getattr(parsed, action.dest, None)
+            if action.type is Path and isinstance(paths, list):
+                try:
+                    setattr(parsed, action.dest, [file for path in paths for file in expand_pattern(path)])
+                except UserError as error:
+                    self.error(f"{action.option_strings[0] if action.option_strings else action.metavar}: {error}")
 
     @staticmethod
     def _underscored(argument: str) -> str:
@@ -142,9 +212,12 @@ class ArgumentParser(argparse.ArgumentParser):
         if not isinstance(settings, dict):
             self.error(f"--config {path}: holds a {type(settings).__name__}, expected lines like `steps: 2000`")
         flags = {a.dest: a for a in self._actions if a.dest not in ("help", "version", *NOT_SAVED)}
+        flags |= {o[2:]: a for a in flags.values() for o in a.option_strings if not o.startswith("--no_")}
         unknown = [str(key) for key in settings if str(key).replace("-", "_") not in flags]
         if unknown:
-            self.error(f"--config {path}: unknown settings {', '.join(unknown)}; known are {', '.join(sorted(flags))}")
+            hints = (f"{key}{did_you_mean(nearest(key, flags, self.elsewhere))}" for key in unknown)
+            self.error(f"--config {path}: unknown settings {'; '.join(hints)}")
+        self._check_given_once(settings, flags, path)
         arguments: list[str] = []
         positionals: dict[str, list] = {}
         for key, value in settings.items():
@@ -159,6 +232,14 @@ class ArgumentParser(argparse.ArgumentParser):
             self._check_values(action, value, written.get(key), path)
             arguments += self._as_arguments(action, value, path)
         return arguments, positionals
+
+    def _check_given_once(self, settings: Mapping[Any, Any], flags: Mapping[str, argparse.Action], path: Path) -> None:
+        """End with an error if a setting is there under two of its names."""
+        names: dict[str, str] = {}
+        for key in map(str, settings):
+            first = names.setdefault(flags[key.replace("-", "_")].dest, key)
+            if first != key:
+                self.error(f"--config {path}: {first} and {key} are the same setting; give one of them")
 
     def _texts(self, action: argparse.Action, value: Any, path: Path) -> list:
         values = value if isinstance(value, list) else [value]
@@ -180,7 +261,7 @@ class ArgumentParser(argparse.ArgumentParser):
         if any(v is None or isinstance(v, list | dict | set | bytes) for v in values):
             self.error(f"--config {path}: {action.dest} is {_short(value)}, expected a single value or a list of "
                        "single values" + (", none of them empty" if None in values else ""))
-        if action.nargs == 0 or action.type not in (None, str, Path):
+        if action.nargs == 0 or not (action.type in (None, str, Path) or isinstance(action.type, Synonyms)):
             return
         for v, text in zip(values, texts, strict=False):
             if not isinstance(v, str) and isinstance(text, str) and str(v) != text:  # 0777 is 511, and 1:30 is 90
@@ -228,12 +309,13 @@ def positive_int(text: str) -> int:
 def _add(group: argparse._ArgumentGroup, setting: Setting) -> None:
     """Add the flag, or the positional argument, of one setting."""
     info, default = setting.info, setting.default
-    options: dict[str, Any] = {"help": info.help}
+    options: dict[str, Any] = {"help": info.described}
+    flags = [f"--{name}" for name in (setting.name, *info.aliases)]  # the first one names the value
     if setting.kind is bool:
         options |= {"action": BooleanFlag, "default": True} if default else {"action": "store_true"}
-        group.add_argument(f"--{setting.name}", **options)
+        group.add_argument(*flags, **options)
         return
-    options["type"] = positive_int if info.at_least_one else setting.kind
+    options["type"] = positive_int if info.at_least_one else Synonyms(info.synonyms) if info.synonyms else setting.kind
     if info.choices:
         options["choices"] = info.choices
     if info.metavar is not None:
@@ -248,7 +330,7 @@ def _add(group: argparse._ArgumentGroup, setting: Setting) -> None:
     options |= {"required": True} if info.required else {"default": _as_parsed(default)}
     if info.default_text is not None:
         options["help"] += f" (default: {info.default_text})"
-    group.add_argument(f"--{setting.name}", **options)
+    group.add_argument(*flags, **options)
 
 
 def _as_parsed(default: Any) -> Any:

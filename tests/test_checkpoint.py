@@ -31,6 +31,7 @@ from selva.lora.config import LoRAConfig
 from selva.lora.inject import inject_lora, principal_factors
 from selva.lora.merge import merge_adapter
 from selva.lora.state import load_lora_state_, lora_parameters, lora_plus_groups, lora_state_dict
+from selva.utils.errors import UserError
 
 ADAPTERS = Path(__file__).parent / "golden" / "adapters"
 DIM = 10
@@ -687,3 +688,8 @@ def test_a_safetensors_file_nested_too_deeply_is_named(tmp_path):
     safetensors.torch.save_file(good_tensors(), tmp_path / "a.safetensors", metadata={"meta": deep})
     with pytest.raises(ValueError, match=r"a\.safetensors: not a readable"):
         load_adapter(tmp_path / "a.safetensors")
+
+
+def test_a_file_of_features_is_no_damaged_adapter(tmp_path):
+    with pytest.raises(UserError, match=r"dog\.npz: is a file of features"):
+        load_adapter(tmp_path / "dog.npz")

@@ -235,3 +235,121 @@ def test_an_alias_that_grows_without_bounds_is_not_printed(tmp_path, capsys):
 def test_texts_that_look_like_numbers_are_taken_as_they_are_written(tmp_path):
     args = inputs_parser().parse_args(settings(tmp_path, 'data_dir: 2024\ninputs: ["2024"]\ntarget: [1.5]\n'))
     assert (args.data_dir, args.inputs, args.target) == (Path("2024"), [Path("2024")], ["1.5"])
+
+
+# -- names of other trainers, "did you mean", the environment, patterns ------------------------------------------------
+
+
+def training_parser() -> cli.ArgumentParser:
+    from selva.training.config import RunConfig
+
+    result = cli.ArgumentParser("A script.")
+    result.add_settings(RunConfig)
+    result.add_common()
+    return result
+
+
+ALIASES = {
+    "learning_rate": ("lr", "0.001", 0.001), "max_train_steps": ("steps", "7", 7), "network_dim": ("rank", "4", 4),
+    "train_batch_size": ("batch_size", "2", 2), "gradient_accumulation_steps": ("grad_accum", "3", 3),
+    "mixed_precision": ("precision", "bf16", "bf16"), "network_alpha": ("alpha", "8", 8.0),
+}
+
+
+@pytest.mark.parametrize("alias", ALIASES)
+def test_names_of_other_trainers_are_the_same_setting(tmp_path, alias):
+    name, text, value = ALIASES[alias]
+    given = training_parser().parse_args(["--data_dir", "d", f"--{alias}", text])
+    from_file = training_parser().parse_args(["--data_dir", "d", *settings(tmp_path, f"{alias}: {text}\n")])
+    assert getattr(given, name) == getattr(from_file, name) == value and not hasattr(given, alias)
+    over = ["--data_dir", "d", *settings(tmp_path, f"{alias}: {text}\n"), f"--{name}", text.replace(text[0], "9")]
+    if name != "precision":
+        assert str(getattr(training_parser().parse_args(over), name)).startswith("9")
+
+
+def test_no_mixed_precision_is_fp32():
+    assert training_parser().parse_args(["--data_dir", "d", "--mixed_precision", "no"]).precision == "fp32"
+
+
+def usage_error(capsys, parser: cli.ArgumentParser, *argv: str) -> str:
+    with pytest.raises(SystemExit) as stop:
+        parser.parse_args(list(argv))
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_one_setting_under_two_names_in_a_file_is_refused(tmp_path, capsys):
+    text = usage_error(capsys, training_parser(), *settings(tmp_path, "lr: 1.0\nlearning_rate: 2.0\n"))
+    assert "lr and learning_rate are the same setting" in text
+
+
+@pytest.mark.parametrize("given, expected", [
+    (["--data", "d"], "unknown flag --data; did you mean --data_dir"),
+    (["--leraning_rate", "1"], "unknown flag --leraning_rate; did you mean --learning_rate"),
+    (["--epochs=3"], "unknown flag --epochs; did you mean --steps"),
+    (["--output_name", "dog"], "unknown flag --output_name; did you mean --output_dir"),
+    (["--zzz"], "unknown flag --zzz\n"),
+])
+def test_an_unknown_flag_is_named_before_all_else_with_the_nearest(capsys, given, expected):
+    text = usage_error(capsys, training_parser(), *given)  # --data_dir is missing too
+    assert expected in text.splitlines(keepends=True)[0] and "usage:" not in text
+
+
+def test_an_unknown_setting_in_a_file_is_named_with_the_nearest(tmp_path, capsys):
+    text = usage_error(capsys, training_parser(), *settings(tmp_path, "lerning_rate: 1.0\nepochs: 2\n"))
+    assert "lerning_rate; did you mean learning_rate" in text and "epochs; did you mean steps" in text
+
+
+def test_a_prompt_that_begins_with_hyphens_is_no_flag():
+    args = training_parser().parse_args(["--data_dir", "d", "--preserve", "--loud bark"])
+    assert args.preserve == ["--loud bark"]
+
+
+def test_the_environment_gives_model_and_weights(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SELVA_DIR", "some/weights")
+    monkeypatch.setenv("SELVA_VARIANT", "small_16k")
+    args = training_parser().parse_args(["--data_dir", "d"])
+    assert (args.variant, args.selva_dir) == ("small_16k", Path("some/weights"))
+    config = settings(tmp_path, "variant: tiny_16k\n")
+    assert training_parser().parse_args(["--data_dir", "d", *config]).variant == "tiny_16k"
+    args = training_parser().parse_args(["--data_dir", "d", "--variant=large_44k", "--selva_dir", "w"])
+    assert (args.variant, args.selva_dir) == ("large_44k", Path("w"))
+    monkeypatch.setenv("SELVA_VARIANT", "small")
+    assert "the environment variable SELVA_VARIANT is 'small'" in usage_error(
+        capsys, training_parser(), "--data_dir", "d")
+
+
+def test_patterns_are_expanded_as_a_shell_would(tmp_path, capsys):
+    for name in ("b.mp4", "a.mp4", "take[1].mp4"):
+        (tmp_path / name).touch()
+    result = cli.ArgumentParser("A script.")
+    result.add_argument("inputs", type=Path, nargs="*")
+    result.add_argument("--video", type=Path, action="append", default=[])
+    args = result.parse_args([str(tmp_path / "?.mp4"), str(tmp_path / "take[1].mp4"), "--video", str(tmp_path / "b*")])
+    assert [path.name for path in args.inputs] == ["a.mp4", "b.mp4", "take[1].mp4"]
+    assert [path.name for path in args.video] == ["b.mp4"]
+    assert "no file fits" in usage_error(capsys, result, str(tmp_path / "*.mov"))
+
+
+def test_help_shows_defaults_of_0_and_no_empty_ones(capsys):
+    from selva.extraction.config import ExtractionConfig
+
+    result = cli.ArgumentParser("A script.")
+    result.add_settings(ExtractionConfig)
+    with pytest.raises(SystemExit):
+        result.parse_args(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "where the clip begins (default: 0.0)" in text and "(default: )" not in text
+
+
+def test_completion_is_asked_for_where_the_shell_wants_it(monkeypatch):
+    asked = []
+    module = type(os)("argcomplete")
+    module.autocomplete = asked.append  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setitem(__import__("sys").modules, "argcomplete", module)
+    one = parser()
+    one.parse_args(["--data_dir", "d"])
+    assert asked == []
+    monkeypatch.setenv("_ARGCOMPLETE", "1")
+    one.parse_args(["--data_dir", "d"])
+    assert asked == [one]

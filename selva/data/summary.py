@@ -10,17 +10,19 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from selva.audio.loudness import integrated_loudness
 from selva.audio.silence import MOSTLY_SILENT, silent_share
 from selva.data.folder_dataset import FolderDataset
+from selva.data.memmap.reader import MemmapDataset
 from selva.data.plan import PlannedClip
 from selva.media import read_audio
 from selva.sequence import SAMPLING_RATES
 from selva.utils.progress import Progress
-from selva.utils.text import clock, listed
+from selva.utils.text import clock, counted, listed
 
 FULL_SCALE = 0.999
 CLIPPED_RUN = 3  # a single sample at full scale is a normalised peak, several in a row are a cut-off wave
@@ -80,7 +82,7 @@ class DataSummary:
     def lines(self) -> list[str]:
         """Return a table of the extremes and the totals, one line each; :meth:`warnings` come apart."""
         if not self.clips:
-            return [f"no usable clips, {len(self.left_out)} files left out"]
+            return [f"no usable clips, {counted(len(self.left_out), 'file')} left out"]
         sounds = [clip.sound for clip in self.clips]
         rows = [
             ("clip, s", [clip.features_sec for clip in self.clips]),
@@ -100,7 +102,8 @@ class DataSummary:
         trained = f"{lengths[0]:g} s" if len(lengths) == 1 else f"{lengths[0]:g} to {lengths[-1]:g} s"
         return [
             *table,
-            f"{len(self.clips)} clips, {total} in all, trained at {trained}, {len(self.left_out)} files left out",
+            f"{counted(len(self.clips), 'clip')}, {total} in all, trained at {trained}, "
+            f"{counted(len(self.left_out), 'file')} left out",
             f"prompts: {listed(shown, NAMED)}",
         ]
 
@@ -118,7 +121,7 @@ class DataSummary:
             (f"longer than {max((c.window_sec for c in self.clips), default=0):g} s, trained on in windows",
              [c.id for c in self.clips if c.num_windows > 1]),
         ]
-        lines = [f"{len(ids)} clips: {what}: {listed(ids, NAMED)}" for what, ids in found if ids]
+        lines = [f"{counted(len(ids), 'clip')}: {what}: {listed(ids, NAMED)}" for what, ids in found if ids]
         lines += [f"the same sound in {listed(group, NAMED)}: one of them has the wrong sound, or they count twice"
                   for group in self.same_sound]
         lines += [f"the same video in {listed(group, NAMED)}: validation on one of them says nothing about new videos"
@@ -128,6 +131,33 @@ class DataSummary:
     def to_json(self) -> str:
         """Return the summary as a JSON object, every clip included."""
         return json.dumps(asdict(self), indent=2, ensure_ascii=False)
+
+
+MEASURED_ROWS = 500  # of a memmap, spread evenly; all of a large one would take minutes to read
+
+
+def memmap_lines(clips: MemmapDataset) -> list[str]:
+    """Return lines about a memmap as :meth:`DataSummary.lines` has them about a folder: extremes, totals, prompts.
+
+    A memmap holds latents instead of sound, so their size stands for its level, and their deviation for how sure the
+    VAE is of them.
+    """
+    count = min(len(clips), MEASURED_ROWS)
+    rows = [index * len(clips) // count for index in range(count)]
+    means, stds = clips.rows["mean"], clips.rows["std"]
+    measured = [("latents, RMS", [float(np.sqrt(np.square(means[i], dtype=np.float64).mean())) for i in rows]),
+                ("deviation", [float(stds[i].mean(dtype=np.float64)) for i in rows])]
+    prompts = Counter(clips.prompts)
+    shown = [f"{prompt!r} x {number}" for prompt, number in prompts.most_common()]
+    some = f" (of {count} rows, spread evenly)" if count < len(clips) else ""
+    return [
+        f"{'':16}{'lowest':>9}{'median':>9}{'highest':>9}{some}",
+        *(f"{name:16}{min(values):9.3f}{statistics.median(values):9.3f}{max(values):9.3f}"
+          for name, values in measured),
+        f"{counted(len(clips), 'row')} of {clips.sequence.duration_sec:g} s, "
+        f"{clock(len(clips) * clips.sequence.duration_sec)} in all, {'with' if clips.has_video else 'without'} video",
+        f"prompts: {listed(shown, NAMED)}",
+    ]
 
 
 def summarise(folder: FolderDataset, problems: Iterable[tuple[Path, str]] = ()) -> DataSummary:

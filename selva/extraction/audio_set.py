@@ -28,7 +28,7 @@ from selva.data.latents import FRONT_END, SoundEncoder
 from selva.data.memmap.labels import is_missing_there
 from selva.data.memmap.writer import MemmapWriter
 from selva.extraction.extractor import FeatureExtractor
-from selva.extraction.manifest import DONE, FAILED, ManifestWriter
+from selva.extraction.manifest import DONE, FAILED, SKIPPED, ManifestWriter
 from selva.extraction.pipeline import Summary
 from selva.inputs.file_names import same_name
 from selva.media import audio_blocks, prepare_audio
@@ -42,7 +42,7 @@ from selva.utils.device import peak_memory_bytes
 from selva.utils.errors import UserError
 from selva.utils.files import source_hash
 from selva.utils.progress import Progress
-from selva.utils.text import listed
+from selva.utils.text import counted, listed
 from selva.weights.find import encoders_identity, weights_identity
 
 log = logging.getLogger(__name__)
@@ -100,7 +100,12 @@ def plan_audio_set(clips: Path, captions: Path, data_dir: Path) -> list[SoundJob
             problem = f"{captions}: has no caption for {window.name}{found_there}"
         jobs.append(SoundJob(window, path, caption, problem))
     known = {same_name(name) for window in windows for name in (window.id, window.name)}
-    if unused := sorted(set(texts) - known):
+    # A table of captions serves the training and the held-out clips; those of the other part are no mistake.
+    others = {name for name in set(texts) - known if name in paths or name.rpartition("_")[0] in paths}
+    if others:
+        log.info("%s: %s of recordings in %s that are not in %s", captions, counted(len(others), "caption"), data_dir,
+                 clips.name)
+    if unused := sorted(set(texts) - known - others):
         log.warning("%s: no clip for %s", captions, listed(unused))
     if all(job.problem for job in jobs):
         raise UserError(jobs[0].problem if jobs else f"{clips}: there are no clips in it")
@@ -164,11 +169,13 @@ class SoundResult:
     Attributes:
         index: of the job. made: False if the row was current already, or could not be made.
         problem: reason why it could not be made; "" if it is there.
+        left_out: it could be read, and cannot be a row of such a set.
     """
 
     index: int
     made: bool
     problem: str = ""
+    left_out: bool = False
 
 
 @dataclass
@@ -280,7 +287,7 @@ class AudioSetExtractor:
             return SoundResult(index, made=False)
         if isinstance(sound, str):
             writer.skip(index)
-            return SoundResult(index, made=False, problem=sound)
+            return SoundResult(index, made=False, problem=sound, left_out=not recording.problem)
         try:
             mean, std = self.sound.encode(sound)
             text = self.extractor.text_features(job.caption)
@@ -338,13 +345,14 @@ def run_sounds(
     summary, started = Summary(), time.monotonic()
     with Progress(num_clips, "encoding sound", "clips") as progress:
         for number, result in enumerate(results, 1):
-            status = FAILED if result.problem else DONE
+            status = SKIPPED if result.left_out else FAILED if result.problem else DONE
             manifest.record(result.index, status, result.problem,
                             [folder_name] if status == DONE else (),
                             DEFAULT_DURATION_SEC if status == DONE else None)
             summary.count(status, result.made)
             if result.problem:
-                log.error("%s", result.problem)
+                log.log(logging.WARNING if result.left_out else logging.ERROR, "%s%s",
+                        "left out: " if result.left_out else "", result.problem)
             progress.update(number, jobs[result.index].window.id)
             if strict and summary.failed:
                 break

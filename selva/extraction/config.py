@@ -19,8 +19,8 @@ INPUT, CLIPS, RUNNING = "input and output", "clips", "running"
 SOUND_ONLY = "sound without pictures (always a memmap)"
 ENCODER_PARTS = ("clip_text", "clip_image", "t5", "video_encoder")
 # Settings without a meaning for sound without pictures.
-VIDEO_ONLY = ("recursive", "video_dir", "audio", "latents", "name", "preview", "overwrite", "prune", "prompt",
-              "prompts", "start", "windows", "overlap")
+VIDEO_ONLY = ("recursive", "video_dir", "audio", "audio_dir", "latents", "name", "preview", "overwrite", "prune",
+              "prompt", "prompts", "start", "windows", "overlap")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +41,9 @@ class ExtractionConfig:
         None, "the sound beside each .npz: extract decodes it to .flac (default); copy keeps the stream as it is (MP3, "
         "Vorbis, Opus, FLAC, PCM); none: you put your own there", group=INPUT,
         choices=("extract", "copy", "none"))
+    audio_dir: Path | None = setting(
+        None, "folder of recordings (with its subfolders) to use instead of the sound in the videos: each is called "
+        "like its video, and begins when it does", group=INPUT, metavar="DIR")
     latents: bool = setting(False, "encode the sound with the VAE too and store mean and deviation in the .npz",
                             group=INPUT)
     name: str | None = setting(None, "call the clips NAME_001, NAME_002 ... instead of by their files; a clip that has "
@@ -118,6 +121,8 @@ class ExtractionConfig:
              f"{', '.join(given)}: only for videos, not for sound without pictures; leave it out"),
             (self.format == "memmap" and self.audio is not None,
              "--audio: a memmap holds the encoded sound, it has no sound files; leave --audio out"),
+            (self.audio == "none" and self.audio_dir is not None,
+             "--audio none leaves the sound to you and --audio_dir says where it is; give one of them"),
             (self.format == "memmap" and self.prune,
              "--prune: a memmap holds the clips of its list only; leave it out"),
             (self.format == "memmap" and self.duration != DEFAULT_DURATION_SEC,

@@ -51,8 +51,8 @@ def write_contact_sheet(
     figure = new_figure(columns * _PICTURE_IN, 2 * (_PICTURE_IN + 0.45) + 0.25 * (heading.count("\n") + 1))
     figure.suptitle(heading, fontsize=9, parse_math=False)  # a prompt may hold dollar signs
     rows = (
-        (f"CLIP, {CLIP_FPS:g} per second", frames.clip_frames, CLIP_FPS),
-        (f"video encoder, {SYNC_FPS:g} per second", frames.sync_frames, SYNC_FPS),
+        ("what CLIP sees, for what is shown", frames.clip_frames, CLIP_FPS),
+        ("what the video encoder sees, for when it moves", frames.sync_frames, SYNC_FPS),
     )
     axes = figure.subplots(2, columns, squeeze=False)
     for row_axes, (name, pictures, fps) in zip(axes, rows, strict=True):
@@ -63,7 +63,8 @@ def write_contact_sheet(
             axis.set_xticks([])
             axis.set_yticks([])
             if column == 0:
-                axis.set_title(f"{name}: {len(pictures)} of {pictures.shape[-1]} x {pictures.shape[-2]}", fontsize=8,
+                size = f"{pictures.shape[-1]} x {pictures.shape[-2]}"
+                axis.set_title(f"{name}: {len(pictures)} pictures of {size}, {fps:g} per second", fontsize=8,
                                loc="left")
     save_figure(figure, path, digest)
 
@@ -79,7 +80,8 @@ def is_sheet_of(path: Path, digest: str) -> bool:
 
 def _source(frames: VideoFrames) -> str:
     height, width = frames.source_size
-    text = f"{frames.duration_sec:g} s from {frames.start_sec:g} s of {width} x {height}, {frames.source_fps:.4g} fps"
+    text = (f"{frames.start_sec:g} to {frames.start_sec + frames.duration_sec:g} s of a video of {width} x {height} at "
+            f"{frames.source_fps:.4g} frames per second")
     if frames.num_filled:
         text += f"; the last frame is held {frames.num_filled / SYNC_FPS:g} s longer"
     return text

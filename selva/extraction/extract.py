@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +11,11 @@ from pathlib import Path
 from selva.data.latents import FRONT_END
 from selva.data.memmap.labels import labels_or_fallback
 from selva.extraction.audio_set import AudioSetExtractor, plan_audio_set, run_sounds
+from selva.extraction.clip_table import TABLE_FILE, ClipOrigin, write_clip_table
 from selva.extraction.config import ExtractionConfig
 from selva.extraction.extractor import EXTRACTION_VERSION, FeatureExtractor
 from selva.extraction.leftovers import report_leftovers
-from selva.extraction.manifest import ManifestWriter, Outcome, Shard, read_manifest
+from selva.extraction.manifest import FAILED, SKIPPED, ManifestWriter, Outcome, Shard, read_manifest
 from selva.extraction.outputs import FeatureFiles, MemmapRows, beside_memmap, memmap_manifest, publish
 from selva.extraction.pipeline import ClipEncoder, Summary, run
 from selva.extraction.reader import ClipReader, ReadSettings, default_workers, digest_of, read_clips
@@ -26,7 +28,7 @@ from selva.utils.errors import UsageError
 from selva.utils.files import atomic_write_text
 from selva.utils.progress import StageTimes
 from selva.utils.settings import settings_text, values_of
-from selva.utils.text import clock, listed
+from selva.utils.text import clock, counted, listed
 from selva.utils.torchrun import is_main_process
 from selva.weights.find import check_weights, encoders_identity, weights_identity
 
@@ -71,6 +73,7 @@ def work_list(config: ExtractionConfig) -> list[ClipJob]:
             start_sec=config.start, duration_sec=config.duration, windows=config.windows, overlap_sec=config.overlap,
             mask=config.masks.mask, name=config.name,
             name_dir=config.output_dir if config.format == "npz" else None, video_dir=config.video_dir,
+            audio_dir=config.audio_dir,
         )
     except (ValueError, FileNotFoundError) as error:
         raise UsageError(str(error)) from error
@@ -86,8 +89,9 @@ def work_list(config: ExtractionConfig) -> list[ClipJob]:
         return [replace(job, prompt=label) for job, label in zip(jobs, labels, strict=True)]
     without = sum(not job.prompt for job in jobs)
     if without:
-        log.warning("%d of %d clips have no prompt: their sounds can later only be asked for without words, and the "
-                    "video encoder cannot look for anything. Give --prompt or --prompts", without, len(jobs))
+        log.warning("no prompt for %d of %s: such sounds can later only be asked for without words, and the video "
+                    "encoder cannot look for anything. Give --prompt or --prompts", without,
+                    counted(len(jobs), "clip"))
     return jobs
 
 
@@ -120,20 +124,44 @@ def open_manifest_writer(
     index, count = config.part
     settings = {name: str(value) for name, value in values_of(config).items() if name in (
         "format", "audio", "latents", "variant", "precision", "mask_strength", "mask_clip", "mask_sync")}
+    settings |= {"audio_dir": str(config.audio_dir)} if config.audio_dir else {}
     return ManifestWriter(manifest, state, rows, [settings, prompts], Shard.of_process(index, count))
 
 
-def report(summary: Summary, outcome: Outcome | None, manifest: Path) -> None:
-    """Log the times, the counts and the state of the manifest."""
+def list_clips(table: Path, state: Path, manifest: Path, origins: list[ClipOrigin]) -> None:
+    """Write the table of the clips beside a complete manifest, and say where it is."""
+    try:
+        if write_clip_table(table, state, read_manifest(manifest), origins):
+            log.info("which clip is of which video: %s", table)
+    except OSError as error:  # the clips are there all the same
+        log.warning("%s: cannot be written (%s)", table, error.strerror or error)
+
+
+def report(summary: Summary, outcome: Outcome | None, manifest: Path, shard: Shard) -> None:
+    """Log the times, the counts of this process and of all together, and the state of the manifest."""
     log.info("%s", summary.table())
-    log.info("%d extracted, %d already current, %d left out, %d failed, in %s", summary.extracted, summary.current,
-             summary.skipped, summary.failed, clock(summary.elapsed_sec))
+    share = f" (part {shard.index + 1} of {shard.count})" if shard.count > 1 else ""
+    log.info("%d extracted, %d already current, %d left out, %d failed, in %s%s", summary.extracted, summary.current,
+             summary.skipped, summary.failed, clock(summary.elapsed_sec), share)
+    if summary.scaled:
+        most = 20 * math.log10(max(summary.scaled)[0])
+        log.info("%s went beyond full scale when decoded, by up to %.1f dB, and %s scaled to fit: %s",
+                 counted(len(summary.scaled), "sound"), most, "was" if len(summary.scaled) == 1 else "were",
+                 listed([name for _, name in sorted(summary.scaled, reverse=True)], 5))
+    if summary.unused:
+        log.warning("of %s only the beginning is used; --windows makes clips of all of it: %s",
+                    counted(len(summary.unused), "longer video"), listed(summary.unused))
     if outcome is None:
         log.error("stopped at the first clip that failed (--strict)")
     elif not outcome.complete:
-        log.info("this part is finished; the manifest will be complete when the parts %s are",
-                 ", ".join(map(str, outcome.unfinished)))
+        log.info("this part is finished; the manifest will be complete when %s %s too",
+                 "part" if len(outcome.unfinished) == 1 else "parts",
+                 f"{listed(list(map(str, outcome.unfinished)))} {'is' if len(outcome.unfinished) == 1 else 'are'}")
     else:
+        if shard.count > 1:
+            log.info("all %d parts together: %s, of which %d failed and %d were left out", shard.count,
+                     counted(sum(outcome.totals.values()), "clip"), outcome.totals.get(FAILED, 0),
+                     outcome.totals.get(SKIPPED, 0))
         log.info("what became of every clip: %s", manifest)
 
 
@@ -176,10 +204,14 @@ def _extract_videos(
         outcome = None if stopped else manifest_writer.finish()
         if outcome is not None and outcome.complete and output.pairs is not None:
             report_leftovers(output.pairs, read_manifest(output.manifest), config.prune)
+        if outcome is not None and outcome.complete:
+            origins = [ClipOrigin(job.id, "" if config.audio == "none" else str(job.sound or job.path), job.prompt,
+                                  job.prompt_from) for job in jobs]
+            list_clips(output.beside(TABLE_FILE), output.state, output.manifest, origins)
         for path in [] if stopped else output.finish():
             announce(path)
     output.close()
-    report(summary, outcome, output.manifest)
+    report(summary, outcome, output.manifest, manifest_writer.shard)
     return any_failed(summary, outcome, manifest_writer.shard)
 
 
@@ -204,7 +236,10 @@ def _extract_sounds(
             summary = run_sounds(results, len(own), jobs, manifest_writer, config.output_dir.name, config.strict)
             stopped = config.strict and summary.failed
             outcome = None if stopped else manifest_writer.finish()
+            if outcome is not None and outcome.complete:
+                origins = [ClipOrigin(job.window.id, str(job.path or ""), job.caption, "captions") for job in jobs]
+                list_clips(beside_memmap(config.output_dir, TABLE_FILE), state, manifest, origins)
             if not stopped and publish(writer):
                 announce(config.output_dir)
-    report(summary, outcome, manifest)
+    report(summary, outcome, manifest, manifest_writer.shard)
     return any_failed(summary, outcome, manifest_writer.shard)

@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import socket
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from filelock import Timeout
 
 from selva.utils import torchrun
 from selva.utils.errors import UserError
-from selva.utils.files import atomic_write_text
+from selva.utils.files import atomic_write_text, json_lines
 from selva.utils.lock import file_lock
 
 log = logging.getLogger(__name__)
@@ -81,12 +82,14 @@ class Outcome:
         group_complete: all shards that were started together with this one have.
         group_failed: failed clips of that group so far.
         unfinished: numbers, from 1, of the shards that have not finished.
+        totals: status -> number of clips, of all shards together.
     """
 
     complete: bool
     group_complete: bool
     group_failed: int
     unfinished: tuple[int, ...]
+    totals: dict[str, int]
 
 
 class ManifestWriter:
@@ -169,6 +172,7 @@ class ManifestWriter:
             group_complete=all(journal.finished and journal.launch == self.shard.launch for journal in group),
             group_failed=sum(row["status"] == FAILED for journal in group for row in journal.rows.values()),
             unfinished=unfinished,
+            totals=dict(Counter(row["status"] for journal in journals.values() for row in journal.rows.values())),
         )
 
     def close(self) -> None:
@@ -262,22 +266,6 @@ class _Journal:
     launch: str
     rows: dict[int, dict[str, Any]]
     finished: bool
-
-
-def json_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the JSON objects in the lines of a file; an unfinished one counts as not written."""
-    if not path.is_file():
-        return []
-    lines = []
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for line in file:
-            try:
-                content = json.loads(line)
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(content, dict):
-                lines.append(content)
-    return lines
 
 
 def read_manifest(path: str | os.PathLike[str]) -> list[Row]:

@@ -21,13 +21,13 @@ from typing import Any
 
 import soundfile
 
-from selva.extraction.manifest import DONE, INCOMPLETE_FILE, MANIFEST_FILE, json_lines
+from selva.extraction.manifest import DONE, INCOMPLETE_FILE, MANIFEST_FILE
 from selva.features import FeatureBundle, load_features, save_features
 from selva.inputs.jobs import ClipJob
 from selva.inputs.suffixes import AUDIO_SUFFIXES
 from selva.media import read_audio
 from selva.utils.errors import UserError
-from selva.utils.files import flush_folder, source_hash
+from selva.utils.files import flush_folder, json_lines, source_hash
 
 log = logging.getLogger(__name__)
 

@@ -128,6 +128,8 @@ class Summary:
         seconds: of this process, per stage. reading: of all workers together, per stage.
         memory: peak of this process. worker_memory: peak per worker process; all in bytes.
         elapsed_sec: from the first clip to the end of the last.
+        unused: clips whose videos go on, and for how long.
+        scaled: (peak, clip) of sounds that were decoded to more than full scale.
     """
 
     extracted: int = 0
@@ -139,6 +141,8 @@ class Summary:
     memory: int = 0
     worker_memory: dict[int, int] = field(default_factory=dict)
     elapsed_sec: float = 0.0
+    unused: list[str] = field(default_factory=list)
+    scaled: list[tuple[float, str]] = field(default_factory=list)
 
     def count(self, status: str, encoded: bool) -> None:
         if status == FAILED:
@@ -190,9 +194,15 @@ def run(
             job = encoder.jobs[clip.index]
             with times.stage("write"):
                 status, reason = _write_result(clip, encoded, job, output)
-                manifest.record(clip.index, status, reason, output.files_of(job, clip) if status == DONE else (),
+                unused = unused_words(clip.unused_sec, job) if status == DONE else ""
+                said = "; ".join(filter(None, (reason, unused)))
+                manifest.record(clip.index, status, said, output.files_of(job, clip) if status == DONE else (),
                                 clip.duration_sec if status == DONE else None)
             summary.count(status, encoded is not None)
+            if unused:
+                summary.unused.append(f"{job.id} ({unused})")
+            if status == DONE and clip.peak > 1:
+                summary.scaled.append((clip.peak, job.id))
             if status == FAILED:
                 log.error("%s", reason)
             elif status == SKIPPED:
@@ -207,6 +217,11 @@ def run(
                 break
     summary.elapsed_sec, summary.memory = time.monotonic() - started, peak_memory_bytes(encoder.extractor.device)
     return summary
+
+
+def unused_words(seconds: float, job: ClipJob) -> str:
+    """Return words about the rest of a video that is not used; "" if there is none."""
+    return f"{seconds:.1f} s of {job.start_sec + job.duration_sec + seconds:.1f} s unused" if seconds else ""
 
 
 def _write_result(

@@ -25,7 +25,7 @@ import torch.multiprocessing
 from torch.utils.data import DataLoader, Dataset
 
 from selva.data.latents import FRONT_END
-from selva.data.padding import MAX_AUDIO_SHORTFALL_SEC
+from selva.extraction.clip_sound import UnusableClip, sound_file, unused_seconds, vae_waveform
 from selva.extraction.contact_sheet import is_sheet_of, write_contact_sheet
 from selva.extraction.extractor import clip_settings
 from selva.extraction.manifest import DONE, FAILED, SKIPPED
@@ -36,12 +36,8 @@ from selva.media import (
     SELVA_FILL_SEC,
     MaskSettings,
     VideoFrames,
-    copied_audio_suffix,
     copy_audio,
     extract_audio,
-    prepare_audio,
-    probe,
-    read_audio,
     read_video,
 )
 from selva.media.container import check_file
@@ -49,7 +45,6 @@ from selva.models.variants import get_variant
 from selva.sequence import DEFAULT_DURATION_SEC, SequenceConfig, sequence_config
 from selva.utils import torchrun
 from selva.utils.device import peak_memory_bytes
-from selva.utils.errors import UserError
 from selva.utils.files import source_hash
 from selva.utils.logging import setup_logging
 from selva.utils.progress import StageTimes
@@ -66,10 +61,6 @@ READY = "ready"  # beside the words of the manifest: to be encoded
 CLIP_ERRORS = (ValueError, OSError, RuntimeError, MemoryError)
 
 _AHEAD = 2  # clips per worker that wait to be encoded; one of 8 s has 58 MB at full size
-
-
-class UnusableClip(UserError):
-    """Error about a clip that is not damaged, but cannot be part of such a set."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +113,8 @@ class ReadClip:
         waveform: (samples,) float32 for the VAE, at the model's rate.
         duration_sec: of the clip. fps: of the file, 0.0 if it does not say.
         sound: the sound beside the features, which waits to be placed with them.
+        unused_sec: what follows in the video, if nobody has chosen this stretch of it.
+        peak: largest sample of the decoded sound; what is above 1 was scaled to fit.
         seconds: per stage of reading. process, peak_memory: of the process that read it.
     """
 
@@ -136,6 +129,8 @@ class ReadClip:
     duration_sec: float | None = None
     fps: float = 0.0
     sound: StagedSound = field(default_factory=StagedSound)
+    unused_sec: float = 0.0
+    peak: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
     process: int = 0
     peak_memory: int = 0
@@ -176,6 +171,8 @@ class ClipReader(Dataset[ReadClip]):
         except CLIP_ERRORS as error:
             log.debug("%s", self.jobs[index].path, exc_info=True)
             clip = ReadClip(index, FAILED, str(error) or type(error).__name__)
+        if clip.status in (READY, DONE):
+            clip.unused_sec = unused_seconds(self.jobs[index])
         clip.seconds, clip.process, clip.peak_memory = times.seconds, os.getpid(), peak_memory_bytes("cpu")
         return clip
 
@@ -185,7 +182,7 @@ class ClipReader(Dataset[ReadClip]):
             settings = self._settings(job)
         digest = self._digest(index, settings)
         with times.stage("compare"):
-            sound_name, remark = ("", "") if options.is_memmap else _sound_file(job, options.audio)
+            sound_name, remark = ("", "") if options.is_memmap else sound_file(job, options.audio)
             bundle = None if options.is_memmap else self.pairs.features(job.id)
             own_sound: list[str] = []
             current = self._current(index, settings, digest, sound_name, bundle, own_sound)
@@ -198,13 +195,16 @@ class ClipReader(Dataset[ReadClip]):
             return ReadClip(index, DONE, remark, settings, digest, duration_sec=current, sound=sound)
         with times.stage("decode"):
             frames = self._frames(job)
+        peaks: list[float] = []
         with times.stage("sound"):
-            sound = StagedSound() if options.is_memmap else self._stage(job, frames, sound_name, settings, bundle)
+            sound = (StagedSound() if options.is_memmap else
+                     self._stage(job, frames, sound_name, settings, bundle, peaks))
             waveform, why_not = self._waveform(job, frames.duration_sec)
         self._preview(job, times, frames)
         return ReadClip(
             index, READY, "; ".join(filter(None, (remark, why_not))), settings, digest, frames.clip_frames.numpy(),
             frames.sync_frames.numpy(), waveform, frames.duration_sec, frames.source_fps, sound,
+            peak=max(peaks, default=0.0),
         )
 
     # -- comparing -----------------------------------------------------------------------------------------------------
@@ -233,6 +233,8 @@ class ClipReader(Dataset[ReadClip]):
             job.path, _file_hash(job.path), job.prompt, job.start_sec, job.duration_sec, encoders_identity(variant),
             options.precision, described,
         )
+        if job.sound is not None:
+            settings["sound_sha256"] = _file_hash(job.sound)
         if options.latents:
             settings["latents"] = {"mode": variant.mode, "front_end": FRONT_END, "normalize": "peak"}
         return settings
@@ -277,16 +279,17 @@ class ClipReader(Dataset[ReadClip]):
         return lengths, lengths.num_audio_frames / lengths.sampling_rate
 
     def _stage(
-        self, job: ClipJob, frames: VideoFrames, sound_name: str, settings: dict[str, Any], bundle: FeatureBundle | None
+        self, job: ClipJob, frames: VideoFrames, sound_name: str, settings: dict[str, Any],
+        bundle: FeatureBundle | None, peaks: list[float],
     ) -> StagedSound:
-        """Write the sound to where it waits for its features."""
+        """Write the sound to where it waits for its features; add its peak to ``peaks`` if it was decoded."""
         if not sound_name:
             return self.pairs.without_sound(job, settings, bundle)
         target = self.pairs.staging_path(sound_name)
         if self.settings.audio == "copy":
-            copy_audio(job.path, target, job.start_sec)
+            copy_audio(job.sound or job.path, target, job.start_sec)
         else:
-            extract_audio(job.path, target, job.start_sec, self._lengths(frames.duration_sec)[1])
+            extract_audio(job.sound or job.path, target, job.start_sec, self._lengths(frames.duration_sec)[1], peaks)
         return self.pairs.stage(job, sound_name, bundle, self.settings.overwrite)
 
     def _waveform(self, job: ClipJob, duration_sec: float) -> tuple[np.ndarray | None, str]:
@@ -296,7 +299,7 @@ class ClipReader(Dataset[ReadClip]):
         if not options.latents:
             return None, ""
         try:
-            return _waveform(job, seconds, lengths)
+            return vae_waveform(job, seconds, lengths)
         except UnusableClip as error:
             if options.is_memmap:
                 raise
@@ -317,35 +320,6 @@ class ClipReader(Dataset[ReadClip]):
 def digest_of(settings: dict[str, Any]) -> str:
     """Return a SHA-256 over settings, 64 hexadecimal digits."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
-
-
-def _sound_file(job: ClipJob, audio: str) -> tuple[str, str]:
-    """Return the name of the sound that belongs beside the features ("" for none), and a remark."""
-    if audio == "none":
-        return "", ""
-    if "audio" not in probe(job.path).streams:
-        return "", f"{job.path}: has no sound; training needs {job.id}.wav or .flac beside the features"
-    return job.id + (copied_audio_suffix(job.path) if audio == "copy" else ".flac"), ""
-
-
-def _waveform(job: ClipJob, seconds: float, lengths: SequenceConfig) -> tuple[np.ndarray, str]:
-    """Return (samples,) float32 for the VAE, prepared as for training, and a remark if much of it is padding.
-
-    Raises:
-        UnusableClip: there is no sound, or it is silent.
-    """
-    if "audio" not in probe(job.path).streams:
-        raise UnusableClip(f"{job.path}: has no sound")
-    waveform, rate = read_audio(job.path, job.start_sec, seconds)
-    found, remark = waveform.shape[1] / rate, ""
-    if found < seconds - MAX_AUDIO_SHORTFALL_SEC:
-        remark = (f"{job.path}: has {found:.2f} s of sound from {job.start_sec:g} s, for features of {seconds:.2f} s; "
-                  f"its latents go on with silence (clip {job.id})")
-    try:
-        prepared = prepare_audio(waveform, rate, lengths.sampling_rate, lengths.num_audio_frames, pad=True)
-    except ValueError as error:
-        raise UnusableClip(f"{job.path}: {error}") from error
-    return prepared.numpy(), remark
 
 
 @functools.lru_cache(maxsize=256)

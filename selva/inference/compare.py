@@ -21,23 +21,23 @@ import shlex
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from selva.audio.metrics import compare_sounds
 from selva.inference.batch import AdapterSetup, BatchClip
 from selva.inference.request import SoundRequest
+from selva.inputs.file_names import written_path
 from selva.inputs.suffixes import OUTPUT_AUDIO_SUFFIXES
 from selva.media import prepare_audio, probe, read_audio
 from selva.utils.errors import UserError
 from selva.utils.files import atomic_write_text
-from selva.utils.plots import draw_spectrogram, new_figure, power_spectrogram, save_figure
-from selva.utils.text import text_lines
+from selva.utils.plots import new_figure, save_figure
+from selva.utils.spectrogram import LEVEL_LABEL, draw_levels, mel_levels
+from selva.utils.text import read_text, text_lines
 
 log = logging.getLogger(__name__)
 
@@ -80,9 +80,9 @@ def read_compare_list(path: Path) -> list[CompareLine]:
         ValueError: names every line that is wrong: a missing file, a strength that is no number, a label used twice.
     """
     lines, problems = [], []
-    for number, text in enumerate(text_lines(path.read_text(encoding="utf-8-sig")), 1):
+    for number, text in enumerate(text_lines(read_text(path)), 1):
         try:
-            words = shlex.split(text, comments=True)
+            words = _words(text)
             if words:
                 lines.append(_compare_line(words, path.parent))
                 if any(line.label == lines[-1].label for line in lines[:-1]):
@@ -96,13 +96,25 @@ def read_compare_list(path: Path) -> list[CompareLine]:
     return lines
 
 
+def _words(text: str) -> list[str]:
+    """Return the words of a line without its comment; quotation marks hold spaces, a backslash is a letter like others.
+
+    Raises:
+        ValueError: a quotation mark is not closed.
+    """
+    lexer = shlex.shlex(text, posix=True, punctuation_chars=False)
+    lexer.whitespace_split, lexer.escape = True, ""  # as in paths of Windows
+    return list(lexer)
+
+
 def _compare_line(words: list[str], folder: Path) -> CompareLine:
     if words == [BASE_LABEL]:
         return CompareLine(BASE_LABEL, ())
     if not 2 <= len(words) <= 3:
         raise UserError(f"{' '.join(words)!r} is not `base`, nor `path strength [label]`; quote what has spaces")
     path = Path(words[0])
-    found = next((candidate for candidate in (path, folder / path) if candidate.is_file()), None)
+    candidates = (written_path(words[0], start) for start in (Path(), folder))
+    found = next((candidate for candidate in candidates if candidate.is_file()), None)
     if found is None:
         raise UserError(f"{path}: no such file")
     try:
@@ -262,20 +274,20 @@ def _formatted(value: float | None, form: str) -> str:
 # ---------------------------------------------------------------------------------------------------------------
 
 CELL_WIDTH_IN, CELL_HEIGHT_IN = 2.6, 1.5
-RANGE_DB = 70.0  # from the loudest part of the sheet to black
-TICKS_HZ = (100, 500, 1000, 2000, 4000, 8000, 16_000)
-NUM_PIXELS = 160  # of a spectrogram, up
 CAPTION = (  # below a spectrogram
     ("log_spectral_distance_db", "LSD {:.1f}"), ("mel_cepstral_distortion_db", "MCD {:.1f}"),
     ("onset_f1", "F1 {:.2f}"), ("lufs", "{:.1f} LUFS"),
 )
+LEGEND = ("Compared with the recorded sound: LSD, log-spectral distance in dB, and MCD, mel-cepstral distortion in dB, "
+          "smaller is nearer; F1, share of the strokes at the right times, 1 is all. LUFS: loudness.")
 
 
 def plot_sheet(rows: Sequence[Row], labels: Sequence[str], path: Path) -> None:
     """Write a grid of spectrograms: a row per clip and seed, the recorded sound first where any row has one."""
     with_reference = any(row.reference is not None for row in rows)
     columns = [*(["recorded"] if with_reference else []), *labels]
-    images = [[_spectrogram(sound, row.rate) for sound in _cells(row, len(labels), with_reference)] for row in rows]
+    images = [[None if sound is None else mel_levels(sound, row.rate)
+               for sound in _cells(row, len(labels), with_reference)] for row in rows]
     loudest = max(np.percentile(image, 99.9) for line in images for image in line if image is not None)
     figure = new_figure(2.2 + CELL_WIDTH_IN * len(columns), 0.7 + CELL_HEIGHT_IN * len(rows))
     grid = figure.subplots(len(rows), len(columns), squeeze=False, sharex="row", sharey=True)
@@ -288,20 +300,18 @@ def plot_sheet(rows: Sequence[Row], labels: Sequence[str], path: Path) -> None:
                 axes.tick_params(left=False, bottom=False, labelleft=False, labelbottom=False)
                 axes.text(0.5, 0.5, "none", transform=axes.transAxes, ha="center", va="center", color="gray")
                 continue
-            limits = (loudest - RANGE_DB, loudest)
-            drawn.append(draw_spectrogram(axes, image, (seconds, NUM_PIXELS), limits, cmap="magma",
-                                          interpolation="nearest"))
+            drawn.append(draw_levels(axes, image, seconds, row.rate, loudest, size=7, unit=" kHz"))
             axes.set_xlabel(_caption(row, column - with_reference), fontsize=7, labelpad=2)
-            axes.tick_params(labelsize=7, length=2, pad=2)
             axes.locator_params(axis="x", nbins=4)
             axes.xaxis.set_major_formatter("{x:g} s")
         _label_row(line[0], row)
     for axes, label in zip(grid[0], columns, strict=True):
         axes.set_title(label, fontsize=9, fontweight="bold")
-    places, names = _frequency_ticks(rows[0].rate)
-    grid[0][0].set_yticks(places, [f"{name} kHz" for name in names])  # the axes share them
-    bar = figure.colorbar(drawn[-1], ax=grid.ravel().tolist(), label="dB of full scale", aspect=40, pad=0.01)
+    bar = figure.colorbar(drawn[-1], ax=grid.ravel().tolist(), aspect=40, pad=0.01)
+    bar.set_label(LEVEL_LABEL, fontsize=8)
     bar.ax.tick_params(labelsize=7)
+    if any(row.figures.get(index) for row in rows for index in range(len(labels))) and with_reference:
+        figure.supxlabel(textwrap.fill(LEGEND, max(60, round(14 * (2.2 + CELL_WIDTH_IN * len(columns))))), fontsize=7)
     save_figure(figure, path)
 
 
@@ -321,37 +331,3 @@ def _caption(row: Row, index: int) -> str:
         return ""
     shown = [(figures.get(key), short) for key, short in CAPTION]
     return "   ".join(short.format(value) for value, short in shown if value is not None)
-
-
-def _spectrogram(sound: Tensor | None, rate: int) -> np.ndarray | None:
-    """Return (NUM_PIXELS, frames) dB, evenly spaced on the mel scale from 0 to half the rate."""
-    if sound is None:
-        return None
-    size = 1024 if rate < 32_000 else 2048
-    samples = torch.nn.functional.pad(sound.double(), (size // 2, size // 2))
-    window = torch.hann_window(size, dtype=torch.float64)
-    power = power_spectrogram(samples, window, size // 4)  # (bins, frames)
-    edges = _hertz(np.linspace(0, _mel(rate / 2), NUM_PIXELS + 1)) / (rate / 2) * (power.shape[0] - 1)
-    # A pixel shows the loudest bin it covers, or what lies at its middle where it covers none.
-    image = power.new_empty(NUM_PIXELS, power.shape[1])
-    for pixel, (low, high) in enumerate(pairwise(edges)):
-        first, last = math.ceil(low), math.floor(high)
-        if last >= first:
-            image[pixel] = power[first : last + 1].amax(dim=0)
-        else:
-            below, share = math.floor(low), (low + high) / 2 - math.floor(low)
-            image[pixel] = (1 - share) * power[below] + share * power[min(below + 1, len(power) - 1)]
-    return 10 * np.log10(image.numpy() + 1e-12)
-
-
-def _mel(hertz: Any) -> Any:
-    return 2595 * np.log10(1 + np.asarray(hertz) / 700)
-
-
-def _hertz(mel: Any) -> Any:
-    return 700 * (10 ** (np.asarray(mel) / 2595) - 1)
-
-
-def _frequency_ticks(rate: int) -> tuple[list[float], list[str]]:
-    shown = [hertz for hertz in TICKS_HZ if hertz <= rate / 2]
-    return [float(_mel(f) / _mel(rate / 2) * NUM_PIXELS) for f in shown], [f"{f / 1000:g}" for f in shown]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from selva.audio.config import DEFAULT_TARGETS, LOUDNESS_METHODS
 from selva.flow import SamplingConfig
-from selva.inputs.suffixes import OUTPUT_AUDIO_SUFFIXES, OUTPUT_VIDEO_SUFFIXES
+from selva.inputs.suffixes import AUDIO_SUFFIXES, OUTPUT_AUDIO_SUFFIXES, OUTPUT_VIDEO_SUFFIXES, VIDEO_SUFFIXES
 from selva.inputs.table import unsafe_id
 from selva.media.mask_settings import MaskOptions
 from selva.sequence import DEFAULT_DURATION_SEC, SHORTEST_SEC
@@ -25,6 +25,7 @@ WHOLE_VIDEO_SEC = 86_400.0  # longer than any; a video that ends earlier makes a
 
 INPUT, OUTPUT, ADAPTERS, SAMPLING = "what to make sound for", "what to write", "adapters", "sampling"
 SUFFIXES = OUTPUT_AUDIO_SUFFIXES + OUTPUT_VIDEO_SUFFIXES
+KNOWN_SUFFIXES = AUDIO_SUFFIXES + VIDEO_SUFFIXES  # any other ending, as in v0.5, is a part of a folder's name
 
 
 @dataclass(frozen=True)
@@ -127,8 +128,9 @@ class InferenceConfig:
              f"{len(self.strength)} --strength for {len(self.adapter)} --adapter"),
             (self.compare and self.adapter, "with --compare the adapters stand in its list, not in --adapter"),
             (self.reference and not self.compare, "--reference belongs to --compare"),
-            (suffix and suffix not in SUFFIXES and not self.output.is_dir(),
-             f"--output {self.output}: expected a folder or a name ending in {', '.join(SUFFIXES)}"),
+            (suffix in KNOWN_SUFFIXES and suffix not in SUFFIXES and not self.output.is_dir(),
+             f"--output {self.output}: {suffix} is not written; expected a name ending in {', '.join(SUFFIXES)}, or a "
+             "folder"),
             (self.name is not None and self.output_is_file,
              f"--name {self.name} and --output {self.output}: the file has a name already; give a folder"),
             (self.name is not None and unsafe_id(self.name), f"--name {self.name}: {unsafe_id(self.name or '')}"),

@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from selva import __version__
 from selva.extraction.reader import CLIP_ERRORS
 from selva.features import FeatureBundle
 from selva.inference.engine import SoundGenerator
@@ -26,6 +25,7 @@ from selva.lora.merge import Adapter
 from selva.utils.errors import UserError
 from selva.utils.files import atomic_write_text, source_hash
 from selva.utils.settings import settings_text
+from selva.utils.version import __version__
 from selva.weights.find import content_mark, find_weights, packaged_identity
 
 SETTINGS_SUFFIX = ".yaml"

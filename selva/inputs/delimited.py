@@ -7,6 +7,7 @@ later, everything in between would become part of that cell. So what the marks l
 from __future__ import annotations
 
 import csv
+import io
 import logging
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from selva.utils.errors import UserError
-from selva.utils.text import listed
+from selva.utils.text import listed, read_text, text_lines
 
 log = logging.getLogger(__name__)
 
@@ -38,18 +39,17 @@ class TextTable:
     rows: list[tuple[int, Cells]]
 
 
-def find_delimiter(path: Path) -> str:
-    """Return the delimiter in the first line of a table: a tab, a semicolon or a comma.
+def find_delimiter(path: Path, otherwise: str = "\t") -> str:
+    """Return the delimiter in the first line of a table: a tab, a semicolon (as Excel writes it) or a comma.
+
+    Args:
+        otherwise: for a table of one column, which has none.
 
     Raises:
-        ValueError: it is not UTF-8 text.
+        ValueError: it is neither UTF-8 nor UTF-16 text.
     """
-    try:
-        with open(path, encoding="utf-8-sig", newline=None) as file:
-            header = file.readline()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not UTF-8 text ({error}); save it as UTF-8") from error
-    return next((sign for sign in DELIMITERS if sign in header), "\t")
+    header = text_lines(read_text(path))[0]
+    return next((sign for sign in DELIMITERS if sign in header), otherwise)
 
 
 def read_text_table(path: Path, delimiter: str, required: Sequence[str], expected: str = "") -> TextTable:
@@ -61,16 +61,15 @@ def read_text_table(path: Path, delimiter: str, required: Sequence[str], expecte
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not UTF-8 text, a column that is missing or, of those required, given twice, or quotation marks
-            that leave unclear where a row ends; names the line.
+        ValueError: neither UTF-8 nor UTF-16 text, a column that is missing or, of those required, given twice, or
+            quotation marks that leave unclear where a row ends; names the line.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        lines = _rows_of(path, csv.reader(file, delimiter=delimiter, strict=True))
-        columns = [name.strip().lower() for name in next(lines, (0, 0, []))[2]]
-        _check_columns(path, columns, required, expected)
-        return TextTable(columns, list(_checked_rows(path, lines, columns, delimiter)))
+    lines = _rows_of(path, csv.reader(io.StringIO(read_text(path), newline=""), delimiter=delimiter, strict=True))
+    columns = [name.strip().lower() for name in next(lines, (0, 0, []))[2]]
+    _check_columns(path, columns, required, expected)
+    return TextTable(columns, list(_checked_rows(path, lines, columns, delimiter)))
 
 
 def refuse_long_rows(path: Path, table: TextTable) -> None:
@@ -100,8 +99,6 @@ def _rows_of(path: Path, table: Any) -> Iterator[tuple[int, int, list[str]]]:
     while True:
         try:
             cells = next(table, None)
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: is not UTF-8 text (after line {last}); save it as UTF-8") from error
         except csv.Error as error:
             raise UserError(f"{path}: after line {last} there is no row ({error}); {MARKS}") from error
         if cells is None:

@@ -1,4 +1,4 @@
-"""File names on different systems: names that are one file on some of them, or that Windows does not have.
+"""File names on different systems: names that are one file on some of them, or that Windows does not have; patterns.
 
 ``é`` is one character (NFC) on most systems and two, ``e`` and an accent (NFD), in names that macOS has written.
 ``dog.flac`` and ``Dog.flac`` are two files on Linux and one on most disks of Windows and macOS. ``aux.npz`` is a device
@@ -7,12 +7,15 @@ on Windows: what is written to it is gone.
 
 from __future__ import annotations
 
+import glob
 import os
 import sys
 import tempfile
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path, PureWindowsPath
+
+from selva.utils.errors import UserError
 
 ON_WINDOWS = os.name == "nt"
 MAX_NAME_BYTES = 255  # of a file name on all common file systems
@@ -104,3 +107,26 @@ class FolderNames:
         names = self._names[parent]
         found = names.get(name) or names.get(same_name(name))
         return None if found is None else path if found == name else Path(parent, found)
+
+
+def written_path(text: str, folder: Path) -> Path:
+    """Return a path that stands in a file, relative to ``folder``; backslashes separate folders, as on Windows.
+
+    A name that really has a backslash in it, as other systems allow, is taken as it is where such a file is there.
+    """
+    path = folder / text
+    return path if "\\" not in text or path.exists() else folder / from_windows(text)
+
+
+def expand_pattern(path: Path) -> list[Path]:
+    """Return the files that a pattern such as ``clips/*.mp4`` stands for, sorted; a path that is none comes back alone.
+
+    Raises:
+        ValueError: nothing fits the pattern.
+    """
+    text = str(path)
+    if not glob.has_magic(text) or os.path.lexists(text):  # names may hold brackets
+        return [path]
+    if not (found := sorted(glob.glob(text, recursive=True))):
+        raise UserError(f"no file fits {text}")
+    return [Path(one) for one in found]

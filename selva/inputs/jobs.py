@@ -24,18 +24,19 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from selva.inputs.file_names import FolderNames, same_name
 from selva.inputs.names import numbered_names
+from selva.inputs.pairing import pair_recordings
 from selva.inputs.prompts import PROMPTS_FILE, read_prompts, read_sidecar
 from selva.inputs.suffixes import VIDEO_SUFFIXES
 from selva.inputs.table import TABLE_SUFFIXES, TableRow, read_clip_table, unsafe_id
 from selva.media import MASK_SUFFIXES, video_length
 from selva.sequence import DEFAULT_DURATION_SEC, SHORTEST_SEC
 from selva.utils.errors import UserError
-from selva.utils.text import listed
+from selva.utils.text import counted, listed
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +57,9 @@ class ClipJob:
         prompt: "" if there is none.
         label: from the table, for information; "" if there is none.
         mask: image, video or .npy; None for the whole picture.
+        sound: a recording to be used instead of the sound in the video, both beginning at the same moment.
+        prompt_from: where the prompt comes from, for information; "" if there is none.
+        is_beginning: nobody has chosen this stretch, it is simply the beginning of the video.
     """
 
     id: str
@@ -65,6 +69,9 @@ class ClipJob:
     prompt: str
     label: str = ""
     mask: Path | None = None
+    sound: Path | None = None
+    prompt_from: str = field(default="", compare=False)
+    is_beginning: bool = field(default=False, compare=False)
 
 
 def collect_jobs(
@@ -81,6 +88,7 @@ def collect_jobs(
     name: str | None = None,
     name_dir: PathLike | None = None,
     video_dir: PathLike | None = None,
+    audio_dir: PathLike | None = None,
 ) -> list[ClipJob]:
     """Return the clips that the inputs ask for, in the order that the module describes.
 
@@ -102,9 +110,11 @@ def collect_jobs(
         name_dir: where clips were written before: they keep their numbers, and new ones get the first that are free,
             see :mod:`selva.inputs.names`. Without it, numbers follow from the order alone.
         video_dir: where a table's videos lie, if not beside it.
+        audio_dir: folder of recordings that are used instead of the sound in the videos of their names, see
+            :mod:`selva.inputs.pairing`.
 
     Raises:
-        FileNotFoundError: an input, ``prompts``, ``mask`` or ``video_dir`` does not exist.
+        FileNotFoundError: an input, ``prompts``, ``mask``, ``video_dir`` or ``audio_dir`` does not exist.
         ValueError: nothing to do, a bad table (all its problems at once), two clips with one id, or settings that make
             no sense.
     """
@@ -135,10 +145,14 @@ def collect_jobs(
     texts = _Prompts(prompts, prompt, folders, names)
     if prompts is None:
         _point_to_lists([Path(item) for item in inputs])
-    jobs = [
-        ClipJob(id_, row.path, start, length, texts.of(row, id_), row.label, row.mask or masks.of(row, id_))
-        for row, id_, start, length in clips
-    ]
+    sounds = pair_recordings(None if audio_dir is None else Path(audio_dir), [(row.id, row.path) for row in rows])
+    jobs = []
+    for row, id_, start, length in clips:
+        text, prompt_from = texts.of(row, id_)
+        jobs.append(ClipJob(
+            id_, row.path, start, length, text, row.label, row.mask or masks.of(row, id_), sounds.get(row.id),
+            prompt_from, not windows and start == 0 and row.duration_sec is None and length == DEFAULT_DURATION_SEC,
+        ))
     masks.report(len(jobs))
     texts.report()
     return jobs
@@ -258,8 +272,8 @@ def _cut(
         if rest >= 0.1:
             left_out.append(f"{row.id} {rest:.1f} s")
     if left_out:
-        log.info("less than half a window remains at the end of %d videos and is left out: %s",
-                 len(left_out), listed(left_out))
+        log.info("less than half a window remains at the end of %s and is left out: %s",
+                 counted(len(left_out), "video"), listed(left_out))
     return clips
 
 
@@ -304,16 +318,21 @@ class _Prompts:
         self.labelled = 0
         self.sidecars: dict[Path, str] = {}  # the windows of a video share one
 
-    def of(self, row: TableRow, id_: str) -> str:
+    def of(self, row: TableRow, id_: str) -> tuple[str, str]:
+        """Return the prompt of a clip and where it comes from."""
         written = ""
         for stem in (row.id, id_):  # the clip's own id wins over that of its whole video
             key = same_name(f"{stem}.npz")
             if key in self.written:
                 self.used.add(key)
                 written = self.written[key]
-        text = row.prompt or written or self._sidecar(row.path) or self.for_all
-        self.labelled += not text and bool(row.label)
-        return text or row.label
+        sources = ((row.prompt, "table"), (written, str(self.path and Path(self.path).name)),
+                   (self._sidecar(row.path), "text file beside the video"), (self.for_all, "--prompt"))
+        for text, source in sources:
+            if text:
+                return text, source
+        self.labelled += bool(row.label)
+        return row.label, "label" if row.label else ""
 
     def _sidecar(self, video: Path) -> str:
         path = video.with_suffix(".txt")
@@ -324,10 +343,13 @@ class _Prompts:
 
     def report(self) -> None:
         unused = sorted(set(self.written) - self.used)
-        if unused:
+        if unused and self.used:  # one list often serves the training and the held-out clips
+            log.info("%s: %s of no clip here: %s", self.path, counted(len(unused), "prompt is", "prompts are"),
+                     listed(unused))
+        elif unused:
             log.warning("%s: no clip for %s", self.path, listed(unused))
         if self.labelled:
-            log.info("%d clips take their label as their prompt", self.labelled)
+            log.info("%s their label as their prompt", counted(self.labelled, "clip takes", "clips take"))
 
 
 def _same_file(one: Path, other: Path) -> bool:

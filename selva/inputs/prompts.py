@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from selva.inputs.file_names import same_name
-from selva.utils.errors import UserError
-from selva.utils.text import listed, text_lines
+from selva.utils.text import listed, read_text, text_lines
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +32,7 @@ def read_prompts(path: PathLike, names: Iterable[str] = ()) -> dict[str, str]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it is not UTF-8 text.
+        ValueError: it is neither UTF-8 nor UTF-16 text.
     """
     path = Path(path)
     if not path.is_file():
@@ -42,7 +41,7 @@ def read_prompts(path: PathLike, names: Iterable[str] = ()) -> dict[str, str]:
     full_names: dict[str, str] = {}
     stems: dict[str, str] = {}
     no_colon, again = [], []
-    for number, line in enumerate(text_lines(_read_text(path)), 1):
+    for number, line in enumerate(text_lines(read_text(path)), 1):
         line = line.strip()
         if not line:
             continue
@@ -77,16 +76,9 @@ def read_sidecar(path: PathLike) -> str:
     """Return the prompt in a text file: all of it as one line, "" if it is empty.
 
     Raises:
-        ValueError: it is not UTF-8 text.
+        ValueError: it is neither UTF-8 nor UTF-16 text.
     """
-    return " ".join(_read_text(Path(path)).split())
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")  # editors on Windows begin files with a byte order mark
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+    return " ".join(read_text(Path(path)).split())
 
 
 def choose_prompt(written: str | None, extracted: str, data_dir: Path) -> tuple[str, PromptSource]:

@@ -1,4 +1,4 @@
-"""The table of clips that users write: tab separated (.tsv) or with commas (.csv), one clip per row.
+"""The table of clips that users write: tab separated (.tsv), or with commas or semicolons (.csv), one clip per row.
 
     id        label       path           start  duration  mask        prompt
     dog_3     dog bark    raw/dog.mp4    12.5   8         dog_3.png   a dog barking
@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from selva.inputs.delimited import Cells, read_text_table
+from selva.inputs.delimited import Cells, find_delimiter, read_text_table
 from selva.inputs.file_names import FolderNames, from_windows, problem_here, same_name
 from selva.sequence import SHORTEST_SEC
 from selva.utils.errors import UserError
@@ -78,7 +78,10 @@ def read_clip_table(path: Path, video_suffixes: Iterable[str], video_dir: Path |
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
     reader = _RowReader(path, folder, tuple(video_suffixes))
-    table = read_text_table(path, "\t" if path.suffix.lower() == ".tsv" else ",", ["id"])
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    by_suffix = "\t" if path.suffix.lower() == ".tsv" else ","
+    table = read_text_table(path, find_delimiter(path, by_suffix), ["id"])
     reader.check_columns(table.columns)
     rows = [reader.read(line, cells) for line, cells in table.rows]
     if reader.problems:

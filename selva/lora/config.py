@@ -50,9 +50,11 @@ class LoRAConfig:
         dora: also train the length of every row of the adapted weight (arXiv:2402.09353).
     """
 
-    rank: int = setting(16, "size of the adapter", group=ADAPTER)
+    rank: int = setting(16, "size of the adapter", group=ADAPTER, aliases=("network_dim",),
+                        similar=("lora_rank", "dim", "r"))
     alpha: float | None = setting(None, "the adapter is scaled by alpha / rank", group=ADAPTER,
-                                  default_text="rank, scale 1")
+                                  default_text="rank, scale 1", aliases=("network_alpha",),
+                                  similar=("lora_alpha",))
     targets: tuple[str, ...] = setting(
         ("attn.qkv",), "adapt the layers whose names end so, e.g. attn.qkv linear1:4, or a preset: "
         f"{', '.join(PRESETS)}", group=ADAPTER, flag="target", nargs="+", metavar="SUFFIX[:RANK]",

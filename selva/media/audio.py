@@ -242,12 +242,16 @@ def write_audio(path: PathLike, waveform: Tensor, rate: int) -> None:
 
 
 def extract_audio(
-    video_path: PathLike, out_path: PathLike, start_sec: float = 0.0, duration_sec: float | None = None
+    video_path: PathLike, out_path: PathLike, start_sec: float = 0.0, duration_sec: float | None = None,
+    peaks: list[float] | None = None,
 ) -> float:
     """Write the sound that belongs to a clip of a video as .flac or .wav; return its duration in seconds.
 
     The first sample belongs to ``start_sec`` of the pictures, as ``read_video`` counts it. Compressed sound may exceed
-    full scale when it is decoded; such sound is scaled to fit as a whole, because clipping would distort it.
+    full scale (1.0) when it is decoded; such sound is scaled to fit as a whole, because clipping would distort it.
+
+    Args:
+        peaks: gets the largest sample of the decoded sound, relative to full scale.
 
     Raises:
         FileNotFoundError, ValueError: as :func:`read_audio` and :func:`write_audio`.
@@ -256,7 +260,9 @@ def extract_audio(
     warn_of_cancellation(video_path, waveform)
     peak = waveform.abs().max().item()
     if peak > 1:
-        log.info("%s: the decoded sound peaks at %.3f and was scaled to 1", video_path, peak)
+        log.debug("%s: the decoded sound peaks at %.3f and was scaled to 1", video_path, peak)
         waveform = waveform / peak
+    if peaks is not None:
+        peaks.append(peak)
     write_audio(out_path, waveform, rate)
     return waveform.shape[1] / rate

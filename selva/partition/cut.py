@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -173,7 +174,10 @@ def _cut_windows(
     if windows:
         return windows, []
     wanted = "a clip takes" if config.min_length_sec is None else "expected at least"
-    return [], [LeftOut(path, f"{num_samples / rate:.2f} s long, {wanted} {shortest:g} s")]
+    seconds = num_samples / rate
+    hint = (f"; --min_length_sec {math.floor(10 * seconds) / 10:g} takes it as it is"
+            if shortest > seconds >= max(1.0, shortest - 1.0) else "")
+    return [], [LeftOut(path, f"{seconds:.2f} s long, {wanted} {shortest:g} s{hint}")]
 
 
 def _cut_segments(

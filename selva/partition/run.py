@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from selva.inputs.delimited import find_delimiter
 from selva.inputs.file_names import FolderNames, names_that_collide, same_name
 from selva.inputs.prompts import read_sidecar
 from selva.media import audio_length
@@ -33,10 +32,10 @@ from selva.partition.windows import (
     write_clips,
 )
 from selva.utils.errors import UsageError, UserError
-from selva.utils.files import atomic_write_text
+from selva.utils.files import atomic_write_text, source_hash
 from selva.utils.progress import Progress
 from selva.utils.settings import settings_text, values_of
-from selva.utils.text import listed
+from selva.utils.text import counted, listed, text_lines
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +72,7 @@ def partition_recordings(config: PartitionConfig) -> tuple[list[Path], bool]:
     report_left_out(cut.left_out, config.output_dir / f"left_out{part}.tsv")
     if not cut.windows:
         wanted = "" if segments or config.cutting.min_length_sec is not None else f" of {WINDOW_SEC} s"
-        raise UserError(f"{config.data_dir}: none of {len(chosen)} recordings gives a clip{wanted}")
+        raise UserError(f"{config.data_dir}: none of {counted(len(chosen), 'recording')} gives a clip{wanted}")
     names = {window.name for window in cut.windows}
     held_out = hold_out(names, config.val_fraction, config.seed) if config.val_fraction else set()
     captions = table_captions(cut.windows, of_clips, of_names)
@@ -82,15 +81,21 @@ def partition_recordings(config: PartitionConfig) -> tuple[list[Path], bool]:
     if len(val) == len(cut.windows):
         raise UserError(f"all {len(val)} clips would be held out for validation; lower --val_below_sec or "
                         "--val_below_text")
-    # First, as it says that the tables are ours.
-    atomic_write_text(config.output_dir / f"clips{part}_config.yaml", settings_text(values_of(config)))
+    # First, as it says that the tables are ours; and again with their hashes.
+    settings, text = config.output_dir / f"clips{part}_config.yaml", settings_text(values_of(config))
+    atomic_write_text(settings, text)
     tables = write_tables(cut, val, captions, config.output_dir, part)
+    present = [config.output_dir / f"{name}{part}.tsv" for name in TABLES]
+    lines = [f"{TABLE_LINE}{source_hash(path)} {path.name}\n" for path in present if path.is_file()]
+    atomic_write_text(settings, text + "".join(lines))
     failed = {item.path for item in cut.left_out if item.failed}
-    log.info("%d clips from %d of %d recordings, %d unreadable", len(cut.windows), len(names), len(chosen), len(failed))
+    log.info("%s from %d of %s, %d unreadable", counted(len(cut.windows), "clip"), len(names),
+             counted(len(chosen), "recording"), len(failed))
     if held_out:
-        log.info("%d of these recordings are held out for validation", len(held_out))
+        log.info("%s of these %s held out for validation", counted(len(held_out), "recording"),
+                 "is" if len(held_out) == 1 else "are")
     if short:
-        log.info("%d clips are held out because they or their captions are short", len(short))
+        log.info("%s held out because they or their captions are short", counted(len(short), "clip is", "clips are"))
     return tables, bool(failed)
 
 
@@ -147,12 +152,28 @@ def check_targets(config: PartitionConfig, part: str) -> None:
         FileExistsError: names the tables.
     """
     targets = [config.output_dir / f"{name}{part}.tsv" for name in TABLES]
+    known = written_tables(config.output_dir / f"clips{part}_config.yaml")
     inputs = {path.resolve() for path in (config.captions, *(config.segments or [])) if path is not None}
     ours = (config.output_dir / f"clips{part}_config.yaml").is_file()
     theirs = [str(path) for path in targets if path.resolve() in inputs or (path.exists() and not ours)]
     if theirs:
         raise FileExistsError(f"{listed(theirs)}: would be written anew, and is an input or not of an earlier run of "
                               "partition_clips.py; choose another --output_dir, or move it away")
+    edited = [str(path) for path in targets
+              if path.exists() and known.get(path.name, "") not in ("", source_hash(path))]
+    if edited:
+        raise FileExistsError(f"{listed(edited)}: has been edited since partition_clips.py wrote it, and would be "
+                              "written anew; choose another --output_dir, or move it away")
+
+
+TABLE_LINE = "# written: "  # of a table, in the settings beside them
+
+
+def written_tables(settings: Path) -> dict[str, str]:
+    """Return {name: hash} of the tables of the last run; those of earlier versions are not known."""
+    lines = text_lines(settings.read_text(encoding="utf-8", errors="replace")) if settings.is_file() else []
+    words = [line.removeprefix(TABLE_LINE).split() for line in lines if line.startswith(TABLE_LINE)]
+    return {name: sha256 for sha256, name in (pair for pair in words if len(pair) == 2)}
 
 
 @dataclass
@@ -180,7 +201,7 @@ def cut_all(
 
 def find_captions(recordings: Sequence[Path], table: Path | None) -> dict[str, str]:
     """Return {name: caption}: of the table, else of the text file beside a recording."""
-    written = read_captions(table, find_delimiter(table)) if table else {}
+    written = read_captions(table) if table else {}
     unused = sorted(set(written) - {same_name(path.stem) for path in recordings})
     if unused:
         log.warning("%s: no recording for %s", table, listed(unused))
@@ -235,7 +256,8 @@ def write_tables(cut: Cut, held_out: set[Window], captions: dict[str, str], outp
         written.append(texts)
     for old in {val, texts}.difference(written):
         if old.exists():
-            old.unlink()
-            log.warning("removed %s: it was of an earlier run, and this one has none", old)
+            kept = old.with_name(f"{old.name}.bak")
+            old.replace(kept)
+            log.warning("%s is now called %s: it is of an earlier run, and this one has none", old, kept.name)
     write_left_out(output_dir / f"left_out{part}.tsv", cut.left_out)
     return written

@@ -21,7 +21,7 @@ from selva.inputs.delimited import find_delimiter, read_text_table
 from selva.inputs.file_names import same_name
 from selva.inputs.table import unsafe_id
 from selva.utils.errors import UserError
-from selva.utils.text import listed
+from selva.utils.text import listed, read_text
 
 log = logging.getLogger(__name__)
 
@@ -147,7 +147,7 @@ def _read_rows(path: Path, names: Mapping[str, str], problems: list[str]) -> Ite
 def _read_whisper(path: Path, names: Mapping[str, str], problems: list[str]) -> Iterable[tuple[str, Segment]]:
     """Yield (place, segment) of a JSON file as whisper writes it."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = json.loads(read_text(path))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"{path}: is not JSON ({error}); expected what whisper writes") from error
     except RecursionError:

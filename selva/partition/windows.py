@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
-from selva.inputs.delimited import Cells, read_text_table, refuse_long_rows
+from selva.inputs.delimited import Cells, find_delimiter, read_text_table, refuse_long_rows
 from selva.inputs.file_names import same_name
 from selva.utils.errors import UserError
 from selva.utils.files import atomic_write_text
@@ -108,7 +108,7 @@ def write_captions(path: PathLike, captions: Mapping[str, str]) -> None:
     write_table(path, CAPTION_COLUMNS, captions.items())
 
 
-def read_captions(path: PathLike, delimiter: str = "\t") -> dict[str, str]:
+def read_captions(path: PathLike) -> dict[str, str]:
     """Return the captions of a table with the columns id and caption, see :func:`caption_of`; the last of an id counts.
 
     Ids are as :func:`same_name` has them.
@@ -119,7 +119,7 @@ def read_captions(path: PathLike, delimiter: str = "\t") -> dict[str, str]:
     """
     captions: dict[str, str] = {}
     changed = set()
-    for _, row in read_table(path, CAPTION_COLUMNS, "a table of captions", delimiter):
+    for _, row in read_table(path, CAPTION_COLUMNS, "a table of captions"):
         name, caption = same_name(row["id"] or ""), (row["caption"] or "").strip()
         if captions.setdefault(name, caption) != caption:
             changed.add(name)
@@ -202,9 +202,7 @@ def write_table(path: PathLike, columns: Sequence[str], rows: Iterable[Iterable[
     atomic_write_text(path, text.getvalue())
 
 
-def read_table(
-    path: PathLike, columns: Sequence[str], expected: str, delimiter: str = "\t"
-) -> list[tuple[int, Cells]]:
+def read_table(path: PathLike, columns: Sequence[str], expected: str) -> list[tuple[int, Cells]]:
     """Return (line, {column: text}) for every row; ``expected`` says in an error what the table should have been.
 
     Raises:
@@ -213,7 +211,9 @@ def read_table(
             quotation marks that leave unclear where it ends.
     """
     path = Path(path)
-    table = read_text_table(path, delimiter, columns, expected)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    table = read_text_table(path, find_delimiter(path), columns, expected)
     refuse_long_rows(path, table)
     return table.rows
 

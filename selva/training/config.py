@@ -77,6 +77,22 @@ def positive_problems(config: object, names: Sequence[str]) -> list[str]:
             if not 0 < getattr(config, name) < math.inf]
 
 
+MILESTONES_HELP = ("where multistep lowers the rate, counted after the warm-up: below 1 a fraction of --steps, else a "
+                   "step")
+FACTOR_HELP = "what multistep multiplies the rate by at each of them"
+
+
+def milestone_problems(milestones: Sequence[float], factor: float) -> list[str]:
+    """Return a sentence for every setting of the multistep schedule that is out of range."""
+    problems = []
+    if not milestones or not all(0 < when < math.inf for when in milestones):
+        given = " ".join(f"{when:g}" for when in milestones) or "empty"
+        problems.append(f"lr_milestones is {given}, expected numbers above 0: fractions of all steps, or steps")
+    if not 0 < factor < 1:
+        problems.append(f"lr_factor is {factor}, expected more than 0 and less than 1")
+    return problems
+
+
 def choice_problems(config: object, choices: dict[str, Sequence[str]]) -> list[str]:
     """Return a sentence for every named field of a configuration that is none of its choices."""
     return [f"{name} is {getattr(config, name)!r}, expected one of {', '.join(allowed)}"
@@ -96,14 +112,24 @@ def width_problems(widths: Sequence[float]) -> list[str]:
 class TrainConfig(ObjectiveConfig):
     """Optimisation, objective and evaluation; one step is one optimiser update, whatever ``grad_accum`` is."""
 
-    steps: int = setting(2000, "updates", group=OPTIMISATION)
-    lr: float = setting(1e-4, "learning rate", group=OPTIMISATION)
-    warmup_steps: int = setting(100, "updates over which the rate rises", group=OPTIMISATION)
-    lr_schedule: str = setting("constant", "what the rate does then; multistep is MMAudio's", group=OPTIMISATION,
-                               choices=LR_SCHEDULES)
+    steps: int = setting(2000, "updates", group=OPTIMISATION, aliases=("max_train_steps",),
+                         similar=("epochs", "num_train_epochs", "max_train_epochs", "num_epochs", "iterations"))
+    lr: float = setting(1e-4, "learning rate", group=OPTIMISATION, aliases=("learning_rate",),
+                        similar=("unet_lr", "rate"))
+    warmup_steps: int = setting(100, "updates over which the rate rises", group=OPTIMISATION,
+                                aliases=("lr_warmup_steps",))
+    lr_schedule: str = setting(
+        "constant", "what the rate does then: stays; falls to 0 in half a cosine; falls at --lr_milestones, as in "
+        "MMAudio; or falls to 0 --lr_cycles times", group=OPTIMISATION, choices=LR_SCHEDULES,
+        similar=("lr_scheduler", "lr_scheduler_type"))
+    lr_milestones: tuple[float, ...] = setting(
+        (0.8, 0.9), MILESTONES_HELP, group=OPTIMISATION, nargs="+", metavar="WHEN", default_text="0.8 0.9, MMAudio's")
+    lr_factor: float = setting(0.1, FACTOR_HELP, group=OPTIMISATION)
     lr_cycles: int = setting(4, "cycles of cosine_restarts", group=OPTIMISATION)
-    batch_size: int = setting(4, "clips per forward pass", group=OPTIMISATION)
-    grad_accum: int = setting(1, "forward passes per update", group=OPTIMISATION)
+    batch_size: int = setting(4, "clips per forward pass", group=OPTIMISATION,
+                              aliases=("train_batch_size",))
+    grad_accum: int = setting(1, "forward passes per update", group=OPTIMISATION,
+                              aliases=("gradient_accumulation_steps",))
     lora_plus_ratio: float = setting(  # arXiv:2402.12354
         1.0, "LoRA+: rate of the B matrices over that of the A matrices", group=OPTIMISATION)
     weight_decay: float = setting(1e-6, "decoupled weight decay of the adapter", group=OPTIMISATION)
@@ -124,7 +150,8 @@ class TrainConfig(ObjectiveConfig):
         "masked", "sound that is shorter than its features is padded with silence: leave that out of the loss, or "
         "train on it as on sound, which teaches silence", group=OBJECTIVE, choices=PADDED_LOSSES)
     patience: int = setting(0, "stop after this many validations without a new best; 0: never", group=EVALUATION)
-    save_every: int = setting(500, "steps between checkpoints, each with a sample", group=OPTIMISATION)
+    save_every: int = setting(500, "steps between checkpoints, each with a sample", group=OPTIMISATION,
+                              aliases=("save_every_n_steps", "checkpointing_steps"))
     val_every: int = setting(100, "steps between validations", group=EVALUATION)
     log_every: int = setting(10, "steps between log lines", group=EVALUATION)
 
@@ -133,6 +160,8 @@ class TrainConfig(ObjectiveConfig):
             "steps": 1, "warmup_steps": 0, "batch_size": 1, "grad_accum": 1, "save_every": 1, "val_every": 1,
             "log_every": 1, "lr_cycles": 1, "patience": 0})
         problems += positive_problems(self, ("lr", "lora_plus_ratio", "grad_clip", "adam_eps"))
+        object.__setattr__(self, "lr_milestones", tuple(self.lr_milestones))
+        problems += milestone_problems(self.lr_milestones, self.lr_factor)
         if not 0 <= self.ema_decay < 1:
             problems.append(f"ema_decay is {self.ema_decay}, expected 0 to below 1")
         if self.ema == "power" and self.ema_decay:
@@ -153,10 +182,12 @@ class RunConfig:
 
     data_dir: list[str] = required(
         "folders of .npz + sound pairs, or MMAudio memmaps; of several, each may have a weight that says how often its "
-        "clips are used: voices noises:3", group=DATA, nargs="+", metavar="DIR[:WEIGHT]")
-    output_dir: Path = setting(Path("lora_output"), "folder of this run", group=DATA)
+        "clips are used: voices noises:3", group=DATA, nargs="+", metavar="DIR[:WEIGHT]",
+        similar=("train_data_dir", "dataset_dir", "dataset"))
+    output_dir: Path = setting(Path("lora_output"), "folder of this run, whose files have fixed names", group=DATA,
+                               similar=("output_name", "logging_dir"))
     resume: str | None = setting(None, "continue from a step file; auto takes the newest of the output folder, if any",
-                                 group=DATA, metavar="FILE|auto")
+                                 group=DATA, metavar="FILE|auto", similar=("resume_from_checkpoint",))
     init_from: Path | None = setting(
         None, "start a new run at a finished adapter, with a fresh optimiser and on any data", group=DATA,
         metavar="ADAPTER")
@@ -187,7 +218,7 @@ class RunConfig:
         metavar="PROMPT")
     preserve_share: float = setting(0.5, "share of these sounds in the training", group=PRESERVATION)
     grad_checkpointing: bool = setting(False, "recompute blocks in the backward pass: less memory for more time",
-                                       group=MEMORY)
+                                       group=MEMORY, aliases=("gradient_checkpointing",))
     checkpoint_blocks: int | None = setting(None, "recompute only the first N blocks, as few as the memory needs",
                                             group=MEMORY, metavar="N", at_least_one=True)
     compile: bool = setting(
@@ -196,7 +227,8 @@ class RunConfig:
     cuda_graph: str = setting(
         "auto", "on NVIDIA GPUs, start each training step as a whole instead of kernel by kernel. auto: where that is "
         "possible, otherwise the log says why not; on: an error where it is not", group=MEMORY, choices=GRAPH_CHOICES)
-    precision: str = setting("auto", PRECISION_HELP, group=GENERAL, choices=PRECISION_CHOICES)
+    precision: str = setting("auto", PRECISION_HELP, group=GENERAL, choices=PRECISION_CHOICES,
+                             aliases=("mixed_precision",), synonyms={"no": "fp32"})
 
     def __post_init__(self) -> None:
         if isinstance(self.data_dir, str | Path):

@@ -6,8 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import Protocol
 
-MULTISTEP_DECAYS = (0.8, 0.9)  # fractions of all steps at which multistep divides the rate by ten, as MMAudio did
-
 
 class Schedule(Protocol):
     """The settings that the rate depends on."""
@@ -22,36 +20,48 @@ class Schedule(Protocol):
     def lr_schedule(self) -> str: ...
     @property
     def lr_cycles(self) -> int: ...
+    @property
+    def lr_milestones(self) -> tuple[float, ...]: ...
+    @property
+    def lr_factor(self) -> float: ...
+
+
+def milestones(config: Schedule) -> list[float]:
+    """Return the steps after the warm-up at which "multistep" lowers the rate, in order."""
+    return sorted(when * config.steps if when < 1 else when for when in config.lr_milestones)
 
 
 def schedule_problem(config: Schedule) -> str | None:
-    """Return a warning if "multistep" has no room for its two falls, which count their steps after the warm-up."""
+    """Return a warning if "multistep" has no room for its falls, which count their steps after the warm-up."""
     if config.lr_schedule != "multistep":
         return None
-    falls = [config.warmup_steps + math.ceil(decay * config.steps) for decay in MULTISTEP_DECAYS]
-    if falls[-1] < config.steps:
+    falls = [config.warmup_steps + math.ceil(when) for when in milestones(config)]
+    within = sum(fall < config.steps for fall in falls)
+    if within == len(falls):
         return None
     at = " and ".join(map(str, falls))
-    how_often = "never falls" if falls[0] >= config.steps else "falls only once"
-    return (f"multistep divides the rate at steps {at}, counted after the warm-up of {config.warmup_steps} as MMAudio "
-            f"did; with --steps {config.steps} it {how_often}. Use a --warmup_steps below "
-            f"{config.steps - math.ceil(MULTISTEP_DECAYS[-1] * config.steps)}, or --lr_schedule cosine")
+    how_often = ("never falls", "falls only once")[within] if within < 2 else f"falls only {within} times"
+    room = config.steps - math.ceil(milestones(config)[-1])
+    fewer = f"a --warmup_steps below {room}, " if room > 0 else ""
+    return (f"multistep lowers the rate at steps {at}, counted after the warm-up of {config.warmup_steps} as MMAudio "
+            f"did; with --steps {config.steps} it {how_often}. Use {fewer}earlier --lr_milestones, or --lr_schedule "
+            "cosine")
 
 
 def learning_rate(step: int, config: Schedule) -> float:
     """Return the rate of optimiser step ``step`` (from 0): linear warm-up (k+1)/(W+1), then the schedule.
 
     The first step already learns, as in MMAudio (pitfall F1). "cosine" falls to 0 at the last step;
-    "cosine_restarts" does so ``lr_cycles`` times; "multistep" divides by ten twice (``MULTISTEP_DECAYS``, counted
-    after the warm-up, as in MMAudio; a long warm-up pushes them beyond the end, see :func:`schedule_problem`).
+    "cosine_restarts" does so ``lr_cycles`` times; "multistep" multiplies by ``lr_factor`` at each of
+    ``lr_milestones`` (counted after the warm-up, as in MMAudio; a long warm-up pushes them beyond the end, see
+    :func:`schedule_problem`).
     """
     after = step - config.warmup_steps
     if after < 0:
         return config.lr * (step + 1) / (config.warmup_steps + 1)
     progress = after / max(1, config.steps - config.warmup_steps)  # from 0 to below 1
     if config.lr_schedule == "multistep":
-        marks = [decay * config.steps for decay in MULTISTEP_DECAYS]
-        return multistep_rate(step, config.lr, config.warmup_steps, marks)
+        return multistep_rate(step, config.lr, config.warmup_steps, milestones(config), config.lr_factor)
     if config.lr_schedule == "cosine":
         return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
     if config.lr_schedule == "cosine_restarts":

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import logging
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,9 +31,10 @@ from selva.data.dataset import (
     split_validation,
 )
 from selva.data.folder_dataset import FolderDataset, open_clip_dataset
+from selva.data.memmap.reader import MemmapDataset
 from selva.data.mixture import repeats_of
 from selva.data.source import DataSource
-from selva.data.summary import summarise
+from selva.data.summary import memmap_lines, summarise
 from selva.lora.inject import check_ranks, inject_lora
 from selva.models.generator import cast_frozen_
 from selva.models.variants import get_variant
@@ -45,7 +47,7 @@ from selva.utils.device import dtype_of, peak_memory_bytes
 from selva.utils.distributed import World
 from selva.utils.errors import UserError
 from selva.utils.graph import graphed_calls
-from selva.utils.text import clock, listed
+from selva.utils.text import clock, counted, listed
 from selva.weights.find import generator_change, generator_mark
 from selva.weights.load import load_clip_text, load_generator
 
@@ -54,7 +56,7 @@ log = logging.getLogger(__name__)
 NAMED = 5  # clips in a message
 
 
-def adapter_meta(config: RunConfig, num_clips: int) -> dict[str, Any]:
+def adapter_meta(config: RunConfig, num_clips: int, num_processes: int = 1) -> dict[str, Any]:
     """Return the metadata of every adapter of the run: the published keys, and ours that others ignore."""
     training = config.training
     return {
@@ -74,6 +76,7 @@ def adapter_meta(config: RunConfig, num_clips: int) -> dict[str, Any]:
         "preserve_share": config.preserve_share,
         "generator": generator_mark(config.model.generator),
         **({"init_from": config.init_from.name} if config.init_from else {}),
+        **({"processes": num_processes} if num_processes > 1 else {}),
     }
 
 
@@ -152,8 +155,10 @@ def load_start(config: RunConfig) -> Adapter | None:
     return adapter
 
 
-def check_resumable(saved: TrainingState, config: RunConfig) -> None:
+def check_resumable(saved: TrainingState, config: RunConfig, num_processes: int = 1) -> None:
     """Raise a ValueError if the run is at its end, or if continuing would mix two different trainings.
+
+    An update of another number of clips is allowed, and said.
 
     A run that was stopped between its last step and its final adapter is not at its end.
     """
@@ -174,6 +179,14 @@ def check_resumable(saved: TrainingState, config: RunConfig) -> None:
     if different:
         raise UserError(f"{saved.path}: continuing with other settings would mix two trainings: "
                          f"{'; '.join(different)}. Use the same settings, or start a new run")
+    was = [saved.meta.get("processes", 1), *(before.get(name) for name in ("batch_size", "grad_accum"))]
+    now = [num_processes, training.batch_size, training.grad_accum]
+    if None not in was and math.prod(was) != math.prod(now):
+        log.warning("%s: an update was of %s so far and is of %d from here on (%s), so the run goes on otherwise than "
+                    "it would have", saved.path, counted(math.prod(was), "clip"), math.prod(now), "; ".join(
+                        f"{name} was {old} and is {new}" for name, old, new in zip(
+                            ("number of processes", "--batch_size", "--grad_accum"), was, now, strict=True)
+                        if old != new))
 
 
 # -- data --------------------------------------------------------------------------------------------------------------
@@ -204,11 +217,14 @@ def load_clips(config: RunConfig, data_dir: Path, device: torch.device, world: W
             log.info("%s", line)
         for line in summary.warnings():
             log.warning("%s", line)
+    if world.is_main and isinstance(clips, MemmapDataset) and len(clips):
+        for line in memmap_lines(clips):
+            log.info("%s", line)
     if not len(clips):
         raise UserError(f"{data_dir}: no clip can be trained on; extract_features.py makes .npz + sound pairs")
     if problems and not config.skip_invalid:
-        raise UserError(f"{data_dir}: {len(problems)} files cannot be used, see above; repair or remove them, or give "
-                         "--skip_invalid to train without them")
+        raise UserError(f"{data_dir}: {counted(len(problems), 'file')} cannot be used, see above; repair or remove "
+                        "what is named there, or give --skip_invalid to train without it")
     return clips
 
 
@@ -233,7 +249,7 @@ def load_split(
         clips, val_clips = split_validation(clips, config.val_fraction, config.training.seed, by_origin=not as_before)
     else:
         val_clips = load_clips(config, config.val_dir, device, world)
-    log.info("%d clips to train on, %d held out%s", len(clips), len(val_clips),
+    log.info("%s to train on, %d held out%s", counted(len(clips), "clip"), len(val_clips),
              "" if len(val_clips) else ": overfitting will not be seen")
     _report_origins(config, clips, val_clips)
     most = config.val_clips

@@ -135,7 +135,7 @@ def _train(
     # 1. the old state and the data, before the base model is read
     saved = find_resume(config)
     if saved is not None:
-        check_resumable(saved, config)
+        check_resumable(saved, config, world.size)
         if patience_has_ended(saved, config) and not config.dry_run:
             adapter = finished_adapter(saved, output_dir)
             if adapter is not None:
@@ -156,7 +156,7 @@ def _train(
         return TrainingResult()
 
     # 3. the output folder
-    meta = adapter_meta(config, len(clips))
+    meta = adapter_meta(config, len(clips), world.size)
     folder = RunFolder(output_dir, meta, config.keep_last,
                        f"{config.model.variant}, {len(clips)} clips, rank {config.lora.rank}", config.adapter_format)
     metrics, sample = MetricsFile(), None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import shutil
 import sys
@@ -11,6 +12,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from selva.utils.errors import UserError
 
@@ -128,3 +130,19 @@ def status_hash(paths: Iterable[Path]) -> str:
     """Return a hash of the names, sizes and times of those of the files that exist; none of them is read."""
     status = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(paths) if path.is_file()]
     return hashlib.sha256(repr(status).encode()).hexdigest()
+
+
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the JSON objects in the lines of a file; an unfinished one counts as not written."""
+    if not path.is_file():
+        return []
+    lines = []
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                content = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(content, dict):
+                lines.append(content)
+    return lines

@@ -21,8 +21,9 @@ import numpy as np
 
 from selva.utils.errors import UserError
 from selva.utils.files import atomic_write_text
-from selva.utils.metrics_log import MetricsFile, smoothed
-from selva.utils.plots import draw_spectrogram, new_figure, power_spectrogram
+from selva.utils.metrics_log import MetricsFile
+from selva.utils.plots import draw_losses, new_figure
+from selva.utils.spectrogram import NUM_PIXELS, draw_levels, mel_levels
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -166,41 +167,25 @@ def _player(path: Path) -> str:
 def spectrogram_png(
     waveform: np.ndarray, rate: int, event_times: Sequence[float] = (), height_in: float = 1.9
 ) -> bytes:
-    """Return a PNG of the spectrogram of (samples,), 80 dB deep below full scale, up to 8 kHz, with marked times."""
+    """Return a PNG of the spectrogram of (samples,), from -80 to -10 dB of full scale, with marked times."""
     import torch
 
-    size = 2 ** round(np.log2(0.05 * rate))
-    samples = torch.from_numpy(np.pad(np.asarray(waveform, dtype=np.float64), size // 2))
-    window = torch.hann_window(size, periodic=False, dtype=torch.float64)
-    level = 20 * torch.log10(power_spectrogram(samples, window, size // 4).sqrt() + 1e-6)
-    highest = min(8.0, rate / 2000)  # kHz
-    level = level[: round(highest * 2000 / rate * (size // 2)) + 1].numpy()
+    levels = mel_levels(torch.from_numpy(np.asarray(waveform, dtype=np.float64)), rate)
     figure = new_figure(4.4, height_in)
     axes = figure.subplots()
-    draw_spectrogram(axes, level, (len(waveform) / rate, highest), (-90, -10), cmap="magma")
-    axes.vlines(list(event_times), 0.9 * highest, highest, color="#7fffd4", linewidth=1.5)
-    axes.set_xlabel("seconds", fontsize=7)
-    axes.set_ylabel("kHz", fontsize=7)
-    axes.tick_params(labelsize=7)
+    draw_levels(axes, levels, len(waveform) / rate, rate, -10.0, size=7)
+    axes.vlines(list(event_times), 0.9 * NUM_PIXELS, NUM_PIXELS, color="#7fffd4", linewidth=1.5)
     return _png(figure)
 
 
 def loss_png(metrics: MetricsFile) -> bytes | None:
     """Return a PNG of training loss, smoothed, and validation loss over the steps; None if there is no loss yet."""
-    steps, losses = metrics.series("loss")
-    if not steps:
+    if not metrics.series("loss")[0]:
         return None
     figure = new_figure(8, 3.2)
     axes = figure.subplots()
-    axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=1)
-    axes.plot(steps, smoothed(losses, 0.9), color="tab:blue", linewidth=1.8, label="training")
-    val_steps, val_losses = metrics.series("val_loss")
-    if val_steps:
-        axes.plot(val_steps, val_losses, color="tab:red", marker="o", markersize=4, label="held-out clips")
-    axes.set_xlabel("optimiser step")
-    axes.set_ylabel("loss")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    draw_losses(axes, metrics, raw=True)
+    axes.legend(frameon=False, fontsize=8)
     return _png(figure)
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from selva.utils.errors import UserError
+from selva.utils.suggestions import did_you_mean, nearest
 
 Config = TypeVar("Config")
 T = TypeVar("T")
@@ -42,6 +43,10 @@ class SettingInfo:
         required: has no default.
         at_least_one: an integer of 1 or more, refused by the parser otherwise.
         default_text: the default as ``--help`` shows it, where the value itself says little.
+        aliases: what other trainers call exactly this; flags, and names in settings files, of their own.
+        similar: what other programs call something like this; named as a hint, and not accepted.
+        synonyms: values of other trainers -> ours.
+        environment: variable that gives the default on the command line.
     """
 
     help: str
@@ -55,6 +60,27 @@ class SettingInfo:
     required: bool = False
     at_least_one: bool = False
     default_text: str | None = None
+    aliases: tuple[str, ...] = ()
+    similar: tuple[str, ...] = ()
+    synonyms: Mapping[str, str] = field(default_factory=dict)
+    environment: str = ""
+
+    @property
+    def described(self) -> str:
+        """The help with the other names of the setting, as ``--help`` and ``docs/`` show it."""
+        also = [f"--{alias}" for alias in self.aliases]
+        also += [f"the environment variable {self.environment}"] if self.environment else []
+        return f"{self.help} (also: {', '.join(also)})" if also else self.help
+
+
+@dataclass(frozen=True, eq=False)
+class Synonyms:
+    """Type of a flag whose values other programs call otherwise, see `SettingInfo.synonyms`."""
+
+    of: Mapping[str, str]
+
+    def __call__(self, text: str) -> str:
+        return self.of.get(text, text)
 
 
 def setting(default: T, help: str, **more: Any) -> T:
@@ -146,6 +172,47 @@ def build(config: type[Config], values: Mapping[str, Any]) -> Config:
     if problems:
         raise UserError("; ".join(problems))
     return built
+
+
+def from_names(config: type[Config], values: Mapping[str, Any]) -> Config:
+    """Return a dataclass filled from values by the names of flags, as a program gives them; see :func:`build`.
+
+    Paths may be texts, a setting with several values may be given a single one, and the names of other trainers count.
+
+    Raises:
+        ValueError: an unknown name, with the nearest known; a required one that is missing; a value out of range.
+    """
+    known = {name: one for one in settings_of(config) for name in (one.name, *one.info.aliases)}
+    elsewhere = {name: one.name for one in settings_of(config) for name in one.info.similar}
+    problems = [f"unknown setting {name}{did_you_mean(nearest(name, known, elsewhere))}"
+                for name in values if name not in known]
+    given: dict[str, Any] = {}
+    for name, value in values.items():
+        if name in known:
+            given[known[name].name] = _as_declared(known[name], value)
+    for one in settings_of(config):
+        if one.info.required and one.name not in given:
+            problems.append(f"{one.name} is missing: {one.info.help}")
+        value = given.get(one.name)
+        if one.info.choices and isinstance(value, str) and value not in one.info.choices:
+            problems.append(f"{one.name} is {value!r}, expected one of {', '.join(one.info.choices)}")
+        if one.info.at_least_one and isinstance(value, int) and value < 1:
+            problems.append(f"{one.name} is {value}, expected at least 1")
+    if problems:
+        raise UserError("; ".join(problems))
+    return build(config, given)
+
+
+def _as_declared(setting: Setting, value: Any) -> Any:
+    """Return a value in the type of its setting: paths for texts, a list for a single value of several."""
+    several = setting.info.positional or setting.info.repeat or setting.info.nargs in ("+", "*")
+    if several and isinstance(value, str | Path | int | float):
+        value = [value]
+    if setting.kind is Path:
+        value = [Path(one) for one in value] if several and value is not None else Path(value) if value else value
+    elif setting.kind is str and several and isinstance(value, list):
+        value = [str(one) if isinstance(one, Path) else one for one in value]
+    return setting.info.synonyms.get(value, value) if isinstance(value, str) else value
 
 
 def _unchecked(config: type, values: Mapping[str, Any]) -> Any:

@@ -1,9 +1,13 @@
-"""Words for messages: durations, numbers of things, and lists that end with "and N more"; and the lines of a text."""
+"""Words for messages: durations, numbers of things, and lists that end with "and N more"; and the text of a file."""
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections.abc import Sequence
+from pathlib import Path
+
+from selva.utils.errors import UserError
 
 MAX_LISTED = 20  # items named in one message
 
@@ -20,6 +24,22 @@ def clock(seconds: float) -> str:
 def counted(number: int, noun: str, plural: str = "") -> str:
     """Return "1 clip", "3 clips"; the plural is with an s unless given."""
     return f"{number} {noun if number == 1 else plural or noun + 's'}"
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a file that people write: UTF-8, or UTF-16 that begins with a byte order mark.
+
+    Raises:
+        ValueError: it is neither; names the line, and what to do.
+    """
+    content = path.read_bytes()
+    wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        return content.decode("utf-16" if wide else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise UserError(f"{path}, line {line}: is not UTF-8 text; save it as UTF-8 (Notepad: Save as, Encoding UTF-8; "
+                        "Excel: CSV UTF-8)") from error
 
 
 def text_lines(text: str) -> list[str]:

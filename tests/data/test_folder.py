@@ -112,7 +112,7 @@ def test_prompts_file(tmp_path, caplog):
     }
     assert "no prompt after 'e.npz'" in caplog.text
     path.write_bytes(b"a.npz: caf\xe9\n")
-    with pytest.raises(ValueError, match=r"prompts\.txt: is not UTF-8 text \(byte 10\)"):
+    with pytest.raises(ValueError, match=r"prompts\.txt, line 1: is not UTF-8 text; save it as UTF-8"):
         read_prompts(path)
     with pytest.raises(FileNotFoundError, match=r"none\.txt"):
         read_prompts(tmp_path / "none.txt")

@@ -89,6 +89,15 @@ def test_compared_settings_share_their_clip_features(caplog):
 # -- recorded sounds ---------------------------------------------------------------------------------------------------
 
 
+def test_paths_of_the_list_may_have_backslashes_and_spaces(tmp_path):
+    (tmp_path / "runs" / "my dog").mkdir(parents=True)
+    (tmp_path / "runs" / "my dog" / "adapter_final.pt").touch()
+    (tmp_path / "list.txt").write_bytes('"runs\\my dog\\adapter_final.pt" 0.5  # half\n'.encode("utf-16"))
+    (line,) = read_compare_list(tmp_path / "list.txt")
+    assert line.adapters == ((tmp_path / "runs" / "my dog" / "adapter_final.pt", 0.5),)
+    assert line.label == "my dog final 0.5"
+
+
 def test_only_line_ends_end_a_line_of_the_list(tmp_path):
     (tmp_path / "a.pt").touch()
     (tmp_path / "list.txt").write_text(f"{tmp_path}/a.pt 1 'one\u2028two'\r\nbase\r", encoding="utf-8", newline="")
@@ -183,14 +192,6 @@ def test_a_sheet_has_a_row_per_clip_and_a_column_per_setting(tmp_path, monkeypat
     assert [path.name for path in sheets] == ["comparison.png", "comparison_2.png"]
     heights, widths = zip(*(read_png(path).shape[:2] for path in sheets), strict=True)
     assert heights[0] - heights[1] == pytest.approx(compare.CELL_HEIGHT_IN * 100, abs=1) and widths[0] == widths[1]
-
-
-def test_a_spectrogram_shows_a_tone_at_its_place():
-    for hertz in (200.0, 1000.0, 4000.0):
-        image = compare._spectrogram(torch.from_numpy(tone(hertz)), RATE)
-        row = image.mean(axis=1).argmax() + 0.5
-        assert compare._hertz(row / compare.NUM_PIXELS * compare._mel(RATE / 2)) == pytest.approx(hertz, rel=0.05)
-        assert image.max() == pytest.approx(20 * np.log10(0.5), abs=1.5)
 
 
 def read_png(path: Path) -> np.ndarray:

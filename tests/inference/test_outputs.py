@@ -10,6 +10,7 @@ from tiny_adapter import make_adapter
 
 from selva.audio.loudness import normalize_loudness
 from selva.flow import SamplingConfig
+from selva.inference.config import InferenceConfig
 from selva.inference.engine import SoundGenerator
 from selva.inference.outputs import (
     SoundFiles,
@@ -125,3 +126,10 @@ def test_everything_that_decides_a_sound_changes_its_fingerprint(tmp_path):
     same = [mark(request={"video": tmp_path / "copy.mp4"}), mark(batch_size=1), mark(offload="auto"),
             mark(adapters=[(adapter, 0.0)])]
     assert set(same) == {marks[0]}
+
+
+@pytest.mark.parametrize("name, is_file", [
+    ("v0.5", False), ("take 2. final", False), ("dog.flac", True), ("d.MP4", True)])
+def test_only_a_known_ending_makes_a_file_name(tmp_path, name, is_file):
+    (tmp_path / "a.mp4").touch()
+    assert InferenceConfig(inputs=[tmp_path / "a.mp4"], output=tmp_path / name).output_is_file is is_file

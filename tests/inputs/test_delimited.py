@@ -14,7 +14,7 @@ NAMES = ("siren", "bell", "dog", "rain")
 
 
 def captions(path):
-    return read_captions(path, "\t" if path.suffix == ".tsv" else ",")
+    return read_captions(path)
 
 
 def segments(path):

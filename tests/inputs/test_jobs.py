@@ -151,13 +151,32 @@ def test_all_problems_of_a_table_come_together(tmp_path):
         assert text in str(error.value)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_table_as_excel_and_windows_write_it(tmp_path, encoding):
+    """Semicolons, UTF-16 ("Unicode text"), and folders with backslashes."""
+    video = tmp_path / "Montag" / "Bello.MP4"
+    touch(video)
+    text = "id;path;prompt\r\nb\u00e4r;Montag\\Bello.MP4;a dog, barking\r\n"
+    (tmp_path / "clips.csv").write_bytes(text.encode(encoding))
+    (job,) = collect_jobs([tmp_path / "clips.csv"])
+    assert (job.id, job.path, job.prompt) == ("b\u00e4r", video, "a dog, barking")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_prompts_as_windows_writes_them(tmp_path, encoding):
+    touch(tmp_path / "a.mp4")
+    (tmp_path / "prompts.txt").write_bytes("a: a d\u00f6g\r\n".encode(encoding))
+    (job,) = collect_jobs([tmp_path], prompts=tmp_path / "prompts.txt")
+    assert job.prompt == "a d\u00f6g"
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (b"name\tlabel\na\tb\n", r"column id missing \(found: name, label\)"),
         (b"", r"column id missing \(found: nothing"),
         (b"id\n", "has no rows"),
-        (b"id\n\xff\xfe\n", r"is not UTF-8 text \(after line"),
+        (b"id\na\nb\xe4r\n", r"line 3: is not UTF-8 text; save it as UTF-8 \(Notepad"),
         (b'id\tlabel\na\tb\nc\t"hello" he said\n', "after line 2 there is no row"),
         (b"id\tlabel\tLabel\na\tb\tc\n", "column label is there more than once"),
     ],
@@ -191,10 +210,10 @@ def test_the_more_specific_prompt_wins(tmp_path, caplog):
         (tmp_path / f"{stem}.txt").write_text("\ufeffbeside\n  the video\n", encoding="utf-8")
     (tmp_path / "f.txt").write_text("\n")
     table = write_table(tmp_path / "t.tsv", "id\tlabel\tprompt", "a\tlabel\ttable", *(f"{s}\tlabel\t" for s in "bcdef"))
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.INFO):
         jobs = collect_jobs([table], prompts=prompts, prompt=" for all ")
     assert [job.prompt for job in jobs] == ["table", "list", "beside the video", "for all", "for all", "for all"]
-    assert "no clip for ghost.npz" in caplog.text and "a.npz" not in caplog.text
+    assert "1 prompt is of no clip here: ghost.npz" in caplog.text and "a.npz" not in caplog.text
     assert [job.prompt for job in collect_jobs([table])][3:] == ["label"] * 3
     assert collect_jobs(videos[4:])[0].prompt == ""
 
@@ -213,7 +232,7 @@ def test_a_list_of_prompts_that_lies_beside_the_videos_is_not_overlooked(tmp_pat
 def test_a_sidecar_that_is_no_text_is_named(tmp_path):
     touch(tmp_path / "a.mp4")
     (tmp_path / "a.txt").write_bytes(b"caf\xe9")
-    with pytest.raises(ValueError, match=r"a\.txt: is not UTF-8"):
+    with pytest.raises(ValueError, match=r"a\.txt, line 1: is not UTF-8"):
         collect_jobs([tmp_path / "a.mp4"])
 
 

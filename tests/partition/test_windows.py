@@ -72,10 +72,12 @@ def test_tables_of_others_are_read_and_wrong_ones_named(tmp_path):
     path = tmp_path / "clips.tsv"
     path.write_bytes(b"\xef\xbb\xbfname\tid\tend_sample\tstart_sample\tmore\r\nrain\train_0\t9\t2\tx\r\n")
     assert read_clips(path) == [Window("rain_0", "rain", 2, 9)]
+    path.write_text("id;name;start_sample;end_sample\nrain_0;rain;2;9\n")  # as Excel saves it again
+    assert read_clips(path) == [Window("rain_0", "rain", 2, 9)]
     header = "id\tname\tstart_sample\tend_sample\n"
     for text, words in [
         ("", r"clips\.tsv: column id, name, start_sample, end_sample missing \(found: nothing\)"),
-        ("id,name,start_sample,end_sample\n", r"column id, name.*found: id,name"),
+        ("id name start_sample end_sample\n", r"column id, name.*found: id name"),
         (header + "a\ta\t0\t5\nb\tb\tx\t5\n", r"clips\.tsv, line 3: .*'x'"),
         (header + "a\ta\t0\n", r"clips\.tsv, line 2"),
         (header + "a\ta\t5\t5\n", r"line 2: clip 'a' is 5 \.\.\. 5"),

@@ -11,7 +11,9 @@ from make_media import make_video
 from script_args import TINY
 
 import extract_features
+from selva.extraction.manifest import read_manifest
 from selva.features import load_features
+from selva.inputs.delimited import read_text_table
 
 
 def names(folder, suffix):
@@ -138,3 +140,89 @@ def test_missing_weights_are_named_before_anything_is_done(clip_dir, tmp_path, c
     err = capsys.readouterr().err
     assert "video_enc_sup_5.pth" in err and "download_weights.py --variant small_16k" in err
     assert not (tmp_path / "out").exists()
+
+
+# -- clips.csv, recordings beside the videos, what is said in one line -------------------------------------------------
+
+
+def table_of(folder):
+    return {row["clip"]: row for _, row in read_text_table(folder / "clips.csv", ",", ("clip",)).rows}
+
+
+def test_a_table_says_which_clip_is_of_which_video(clip_dir, tmp_path, capsys):
+    out = tmp_path / "out"
+    (tmp_path / "prompts.txt").write_text("knock_1: wood\n", encoding="utf-8")
+    run = ["--output_dir", str(out), "--prompts", str(tmp_path / "prompts.txt"), "--prompt", "a knock", "--name", "k"]
+    videos = [str(clip_dir / f"knock_{number}.mp4") for number in (0, 1, 5)]
+    assert extract_features.main([*videos[:2], *run, "--duration", "1", *TINY]) == 0
+    rows = table_of(out)
+    assert list(rows) == ["k_001", "k_002"]
+    assert list(rows["k_002"].values()) == [
+        "k_002", videos[1], "0", "1", "k_002.flac", videos[1], "wood", "prompts.txt"]
+    assert (rows["k_001"]["prompt"], rows["k_001"]["prompt_from"]) == ("a knock", "--prompt")
+    assert extract_features.main([videos[2], *run, "--duration", "1", *TINY]) == 0
+    assert {row["video"] for row in table_of(out).values()} == set(videos), "earlier clips have lost their rows"
+    (out / "clips.csv").write_text("clip,mine\n")
+    capsys.readouterr()
+    assert extract_features.main([videos[2], *run, "--duration", "1", *TINY]) == 0
+    assert (out / "clips.csv").read_text() == "clip,mine\n" and "stays as it is" in capsys.readouterr().err
+
+
+def test_recordings_are_paired_with_videos_by_name(clip_dir, tmp_path, capsys):
+    """The sound beside the features is the recording's, of the same stretch; another recording is noticed."""
+    sounds, out = tmp_path / "sounds", tmp_path / "out"
+    sounds.mkdir()
+    rate = 48_000
+    for name, frequency in (("KNOCK_0", 440), ("other", 880)):
+        tone = 0.5 * np.sin(2 * np.pi * frequency * np.arange(2 * rate) / rate)
+        soundfile.write(sounds / f"{name}.wav", tone, rate)
+    run = [str(clip_dir / "knock_0.mp4"), str(clip_dir / "knock_1.mp4"), "--output_dir", str(out), "--prompt", "x",
+           "--start", "0.5", "--duration", "1", "--audio_dir", str(sounds), *TINY]
+    assert extract_features.main(run) == 0
+    err = capsys.readouterr().err
+    assert "no recording for 1 of 2 videos" in err and "no video for other.wav" in err
+    found, found_rate = soundfile.read(out / "knock_0.flac")
+    expected, _ = soundfile.read(sounds / "KNOCK_0.wav")
+    assert found_rate == rate
+    np.testing.assert_allclose(found[:rate], expected[rate // 2 : rate // 2 + rate], atol=1e-4)
+    assert table_of(out)["knock_0"]["sound_from"] == str(sounds / "KNOCK_0.wav")
+    assert table_of(out)["knock_1"]["sound_from"] == str(clip_dir / "knock_1.mp4")
+    assert extract_features.main(run) == 0 and capsys.readouterr().out == ""
+    soundfile.write(sounds / "KNOCK_0.wav", expected / 2, rate)
+    assert extract_features.main(run) == 0
+    assert capsys.readouterr().out.split() == [str(out / "knock_0.npz")]
+    np.testing.assert_allclose(soundfile.read(out / "knock_0.flac")[0][:rate], found[:rate] / 2, atol=1e-4)
+
+
+def test_two_recordings_for_one_video_and_none_for_any_are_refused(clip_dir, tmp_path, capsys):
+    run = [str(clip_dir / "knock_0.mp4"), "--output_dir", str(tmp_path / "out"), "--audio_dir", str(tmp_path), *TINY]
+    (tmp_path / "bark.wav").touch()
+    assert extract_features.main(run) == 2 and "such as knock_0.wav" in capsys.readouterr().err
+    for name in ("knock_0.wav", "knock_0.flac"):
+        (tmp_path / name).touch()
+    assert extract_features.main(run) == 2 and "several recordings" in capsys.readouterr().err
+
+
+def test_the_unused_rest_of_a_long_video_is_said_at_the_end_and_in_the_manifest(tmp_path, capsys):
+    make_video(tmp_path / "long.mp4", 10.0, fps=8)
+    out = tmp_path / "out"
+    run = [str(tmp_path / "long.mp4"), "--output_dir", str(out), "--prompt", "x", "--audio", "none", *TINY]
+    assert extract_features.main(run) == 0
+    assert "of 1 longer video only the beginning is used; --windows" in capsys.readouterr().err
+    (row,) = read_manifest(out / "manifest.jsonl")
+    assert row["reason"] == "2.0 s of 10.0 s unused"
+    assert extract_features.main([*run, "--duration", "1"]) == 0 and "longer video" not in capsys.readouterr().err
+    table = tmp_path / "clips.tsv"
+    table.write_text("id\tpath\tstart\tduration\nlong\tlong.mp4\t0\t2\n")
+    chosen = [str(table), "--output_dir", str(tmp_path / "chosen"), "--prompt", "x", "--audio", "none", *TINY]
+    assert extract_features.main(chosen) == 0 and "longer video" not in capsys.readouterr().err
+
+
+def test_levels_are_said_in_one_line(tmp_path, capsys):
+    for number in range(3):
+        sound = np.clip(0.99 * np.sign(np.sin(np.arange(32_000) * (0.1 + 0.01 * number))), -1, 1)
+        make_video(tmp_path / f"loud_{number}.mp4", 2.0, sound=sound.astype(np.float32)[None])
+    run = [str(tmp_path), "--output_dir", str(tmp_path / "out"), "--prompt", "x", "--duration", "1", *TINY]
+    assert extract_features.main(run) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if "full scale" in line or "scaled" in line]
+    assert len(lines) == 1 and "3 sounds went beyond full scale when decoded, by up to" in lines[0]

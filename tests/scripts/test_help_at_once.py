@@ -55,7 +55,7 @@ MISTAKES = {
         (2, "--data_dir . --output_dir out --silent"),
         (2, "--data_dir . --output_dir out --start first"),
         (2, "--data_dir . --output_dir out --val_fraction 1"),
-        (1, "--data_dir missing --output_dir out"),
+        (2, "--data_dir missing --output_dir out"),
     ],
 }
 

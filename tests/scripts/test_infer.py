@@ -571,7 +571,7 @@ def test_a_comparison_is_what_single_runs_make(two_clips, tmp_path, adapter, cap
         ([], 2, "give a video, --features or --prompt"),
         (["--video", "nowhere.mp4"], 2, "nowhere.mp4: no such file"),
         (["--prompt", "x", "--output", "a.mp4"], 2, "a video is only written with --video"),
-        (["--prompt", "x", "--output", "a.mp3"], 2, "expected a folder or a name ending in"),
+        (["--prompt", "x", "--output", "a.mp3"], 2, ".mp3 is not written; expected a name ending in"),
         (["--prompt", "x", "--strength", "1"], 2, "1 --strength for 0 --adapter"),
         (["--prompt", "x", "--num_steps", "0"], 2, "num_steps is 0"),
         (["--prompt", "x", "--duration", "0.1"], 2, "at least 0.64"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,16 @@ def test_videos_before_extraction_show_their_own_frames(main, clip_dir, tmp_path
     assert "6 sounds without features" in capsys.readouterr().out
 
 
+def test_subfolders_are_taken_if_asked_for(main, clip_dir, tmp_path, capsys):
+    for day in ("monday", "tuesday"):
+        (tmp_path / "in" / day).mkdir(parents=True)
+        shutil.copy(clip_dir / "knock_0.mp4", tmp_path / "in" / day / "knock.mp4")
+    assert main([str(tmp_path / "in")]) == 1 and "--recursive looks into" in capsys.readouterr().err
+    assert main([str(tmp_path / "in"), "--recursive", "--png", str(tmp_path / "a.png")]) == 0
+    out = capsys.readouterr().out
+    assert "monday_knock" in out and "tuesday_knock" in out and "2 sounds without features" in out
+
+
 def test_a_memmap(main, tmp_path, capsys):
     put_memmap(tmp_path / "train")
     assert main([str(tmp_path / "train"), "--png", str(tmp_path / "a.png"), "--variant", "tiny_16k"]) == 0
@@ -101,7 +112,20 @@ def test_videos_are_found_by_what_the_features_were_made_from(feature_dir, clip_
     (feature_dir / "knock_1.flac").rename(feature_dir / "renamed.flac")
     videos = find_videos(inspect(feature_dir), clip_dir)
     assert videos["renamed"] == (clip_dir / "knock_1.mp4", 0.0) and len(videos) == 6
+    # Extraction's own manifest names the videos.
+    assert len(find_videos(inspection, None)) == 5
+    (feature_dir / "manifest.jsonl").unlink()
     assert find_videos(inspection, tmp_path / "features") == {} == find_videos(inspection, None)
+
+
+def test_frames_are_never_those_of_another_video_of_the_same_name(feature_dir, clip_dir, tmp_path):
+    for day, name in (("monday", "knock_1.mp4"), ("tuesday", "knock_0.mp4")):
+        (tmp_path / day).mkdir()
+        shutil.copy(clip_dir / name, tmp_path / day / "knock_0.mp4")
+    (feature_dir / "manifest.jsonl").unlink()
+    videos = find_videos(inspect(feature_dir), tmp_path)
+    assert videos["knock_0"] == (tmp_path / "tuesday" / "knock_0.mp4", 0.0)
+    assert videos["knock_1"] == (tmp_path / "monday" / "knock_0.mp4", 0.0) and len(videos) == 2
 
 
 def test_frames_stand_above_their_time(tmp_path, clip_dir):

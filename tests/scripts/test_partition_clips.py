@@ -85,14 +85,14 @@ def test_sound_that_only_pyav_reads(tmp_path):
 
 def test_nothing_to_do_is_an_error_and_writes_nothing(tmp_path, capsys):
     output = ["--output_dir", str(tmp_path / "out")]
-    assert main(["--data_dir", str(tmp_path / "nowhere"), *output]) == 1
+    assert main(["--data_dir", str(tmp_path / "nowhere"), *output]) == 2
     assert "nowhere: no such folder" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
     assert main(["--data_dir", str(tmp_path / "empty"), *output]) == 1
     assert "no recordings in it" in capsys.readouterr().err
     record(tmp_path / "short", "a.wav", 3)
     assert main(["--data_dir", str(tmp_path / "short"), *output]) == 1
-    assert "none of 1 recordings gives a clip of 8.1 s" in capsys.readouterr().err
+    assert "none of 1 recording gives a clip of 8.1 s" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert main(["--help"]) == 0
 
@@ -122,7 +122,8 @@ def test_what_is_left_out_is_listed_with_the_reason(recordings, tmp_path, capsys
     silent = "more than half of it is silent, below -60 dB"
     assert rows.pop(("e.wav", "", "", "")).startswith("cannot be read")
     assert rows == {
-        ("a.wav", "", "0.000", "8.100"): silent, ("c.ogg", "", "", ""): "8.00 s long, a clip takes 8.1 s",
+        ("a.wav", "", "0.000", "8.100"): silent,
+        ("c.ogg", "", "", ""): "8.00 s long, a clip takes 8.1 s; --min_length_sec 8 takes it as it is",
         ("d.flac", "", "0.000", "8.100"): silent, ("d.flac", "", "8.900", "17.000"): silent,
         ("film.mp4", "", "", ""): "a video; extract_features.py cuts these",
         ("a.ogg", "", "", ""): "a.wav has the same name and goes before it",
@@ -163,8 +164,36 @@ def test_no_recording_is_in_both_parts_of_a_split(tmp_path, capsys):
     assert main([*arguments, "--seed", "7"]) == 0 and both() != val
     capsys.readouterr()
     assert main(arguments[:4]) == 0  # without a split nothing may stay in a table of held-out clips
-    assert not (tmp_path / "out" / "clips_val.tsv").exists() and "removed" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "clips_val.tsv").exists()
+    assert "clips_val.tsv is now called clips_val.tsv.bak" in capsys.readouterr().err
+    assert len(read_clips(tmp_path / "out" / "clips_val.tsv.bak")) == 6
     assert len(read_clips(tmp_path / "out" / "clips.tsv")) == 20
+
+
+@pytest.mark.parametrize("table", ["clips.tsv", "captions.tsv", "left_out.tsv"])
+def test_a_table_that_was_edited_is_never_written_anew(recordings, tmp_path, capsys, table):
+    (recordings / "a.txt").write_text("a siren\n")
+    record(recordings, "short.wav", 3)
+    arguments = ["--data_dir", str(recordings), "--output_dir", str(tmp_path / "out"), "--seed", "3"]
+    assert main(arguments) == 0 == main(arguments)
+    path = tmp_path / "out" / table
+    path.write_text(path.read_text() + "\n")
+    before = {file: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    assert main(arguments) == 1
+    assert f"{path}: has been edited since" in capsys.readouterr().err
+    assert before == {file: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    assert main(["--config", str(tmp_path / "out" / "clips_config.yaml"), "--output_dir", str(tmp_path / "new")]) == 0
+
+
+def test_a_recording_of_eight_seconds_gets_a_hint(tmp_path, capsys):
+    record(tmp_path / "in", "a.wav", 8)
+    arguments = ["--data_dir", str(tmp_path / "in"), "--output_dir", str(tmp_path / "out")]
+    assert main(arguments) == 1
+    err = capsys.readouterr().err
+    assert "8.00 s long, a clip takes 8.1 s; --min_length_sec 8 takes it as it is" in err
+    assert "none of 1 recording gives" in err
+    assert main([*arguments, "--min_length_sec", "8"]) == 0
+    assert "1 clip from 1 of 1 recording," in capsys.readouterr().err
 
 
 def test_captions_of_a_table_go_before_text_files_and_are_keyed_by_recording(recordings, tmp_path, capsys):

@@ -38,6 +38,16 @@ def test_multistep_is_that_of_the_base_model():
     assert found == pytest.approx([1 / 1001, 1000 / 1001, 1.0, 1.0, 0.1, 0.1, 0.01])
 
 
+def test_milestones_and_factor_of_ones_own():
+    config = TrainConfig(lr=1.0, warmup_steps=2, steps=20, lr_schedule="multistep", lr_milestones=(10, 0.25),
+                         lr_factor=0.5)
+    assert [learning_rate(k, config) for k in (6, 7, 11, 12)] == [1.0, 0.5, 0.5, 0.25]
+    assert schedule_problem(config) is None
+    for wrong in ({"lr_milestones": (0.0,)}, {"lr_milestones": ()}, {"lr_factor": 0.0}, {"lr_factor": 1.0}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            dataclasses.replace(config, **wrong)
+
+
 @pytest.mark.parametrize("steps, warmup, told", [
     (2000, 100, None), (1000, 100, "falls only once"), (500, 100, "never falls"), (300, 100, "never falls"),
     (2000, 600, "never falls"), (2000, 199, None), (2000, 200, "falls only once"),

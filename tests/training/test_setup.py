@@ -8,14 +8,14 @@ from collections import Counter
 
 import pytest
 import torch
-from make_data import put_clip
+from make_data import put_clip, put_memmap
 
 from selva.checkpoint import TrainingState
 from selva.data.folder_dataset import FolderDataset
 from selva.features import load_features, save_features
 from selva.training.config import RunConfig, TrainConfig
 from selva.training.run import WAYS, WAYS_BEFORE
-from selva.training.setup import load_clips, load_split
+from selva.training.setup import adapter_meta, check_resumable, load_clips, load_split
 from selva.utils.distributed import World
 from selva.utils.errors import UserError
 from selva.weights.config import GeneratorModelConfig
@@ -123,6 +123,33 @@ def test_clips_that_name_no_video_are_counted(tmp_path, caplog):
         put_clip(tmp_path / "data", f"c{number}", seed=number, text=True)
     split(tmp_path / "data")
     assert "5 of 5 clips to train on do not say which video they are of" in caplog.text
+
+
+@pytest.mark.parametrize("before, now, told", [
+    ((4, 1, 2), (4, 1, 1), "an update was of 8 clips so far and is of 4 from here on (number of processes was 2 and"),
+    ((4, 1, 2), (8, 1, 1), ""),
+    ((4, 2, 1), (4, 1, 1), "--grad_accum was 2 and is 1"),
+    ((4, 1, 1), (4, 1, 1), ""),
+])
+def test_a_run_that_goes_on_with_other_updates_says_so(tmp_path, caplog, before, now, told):
+    def config(sizes):
+        return RunConfig(data_dir=[str(tmp_path)], output_dir=tmp_path / "out",
+                         model=GeneratorModelConfig(variant="tiny_16k"),
+                         training=TrainConfig(batch_size=sizes[0], grad_accum=sizes[1]))
+
+    was = config(before)
+    meta = {**adapter_meta(was, 10, before[2]), "rank": 16, "alpha": 16.0, "target": ["attn.qkv"]}
+    saved = TrainingState(tmp_path / "adapter_step00001.pt", 1, {}, {}, None, meta)
+    check_resumable(saved, config(now), now[2])
+    assert told in caplog.text and bool(told) == ("an update was of" in caplog.text)
+
+
+def test_a_memmap_is_summed_up_as_folders_are(tmp_path, caplog):
+    put_memmap(tmp_path / "set", rows=5)
+    with caplog.at_level("INFO"):
+        split([str(tmp_path / "set")], val_fraction=0.0)
+    assert "5 rows of 8 s, 40 s in all, with video" in caplog.text
+    assert "latents, RMS" in caplog.text and "prompts: " in caplog.text
 
 
 # -- several data sets -------------------------------------------------------------------------------------------------

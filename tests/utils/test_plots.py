@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from selva.utils.metrics_log import MetricsFile
-from selva.utils.plots import plot_losses, plot_spectrograms
+from selva.utils.plots import draw_losses, new_figure, plot_losses, plot_spectrograms
 
 
 def png_size(path) -> tuple[int, int]:
@@ -32,3 +32,13 @@ def test_spectrograms_of_any_length(tmp_path):
     plot_spectrograms([("tone", np.sin(np.arange(16_000) * 0.3)), ("short", np.zeros(10))], 16_000,
                       tmp_path / "s.png", "two sounds")
     assert png_size(tmp_path / "s.png")[0] == 800
+
+
+def test_raw_losses_do_not_hide_the_curves(tmp_path):
+    metrics = MetricsFile(tmp_path / "metrics.jsonl")
+    metrics.append([{"step": i, "loss": 1 + i % 3, "lr": 1e-4} for i in range(1, 50)])
+    axes = new_figure(8, 4).subplots()
+    draw_losses(axes, metrics, raw=True)
+    pale, smooth = axes.get_lines()
+    assert pale.get_alpha() < 0.5 and pale.get_zorder() <= smooth.get_zorder()
+    assert smooth.get_label() == "training loss, smoothed" and axes.get_xlabel() and "loss" in axes.get_ylabel()

@@ -155,11 +155,12 @@ class _Fingerprints:
         return found
 
 
-def inspect(folder: Path, variant: Variant | None = None) -> Inspection:
+def inspect(folder: Path, variant: Variant | None = None, recursive: bool = False) -> Inspection:
     """Return the inspection of a data set; nothing is written, and no weights are needed.
 
     Args:
         variant: the model to be trained; None takes it from the features, or from the shapes of a memmap.
+        recursive: take the sounds and videos in subfolders too; their names become part of the ids.
 
     Raises:
         FileNotFoundError: no such folder.
@@ -173,17 +174,18 @@ def inspect(folder: Path, variant: Variant | None = None) -> Inspection:
         steps = [partial(_inspect_row, rows, index, fingerprints) for index in range(len(rows.ids))]
     elif folder.is_dir() and not any(folder.glob("*.npz")):
         kind = "sounds"
-        sounds = _sounds_in(folder)
+        sounds = _sounds_in(folder, recursive)
         listed = folder / PROMPTS_FILE
-        prompts = read_prompts(listed, [path.stem for path in sounds]) if listed.is_file() else {}
-        steps = [partial(_inspect_sound, path, prompts, variant, fingerprints) for path in sounds]
+        prompts = read_prompts(listed, list(sounds)) if listed.is_file() else {}
+        steps = [partial(_inspect_sound, id_, path, prompts, variant, fingerprints) for id_, path in sounds.items()]
     else:
         scan = scan_folder(folder)
         kind, left_out = "pairs", [(str(path), reason) for path, reason in scan.skipped]
         steps = [partial(_inspect_pair, clip, variant, fingerprints) for clip in scan.clips]
     if not steps and not left_out:
+        deeper = "" if recursive else "; --recursive looks into its subfolders for sounds and videos too"
         raise UserError(f"{folder}: holds neither features (.npz) nor sounds ({', '.join(AUDIO_SUFFIXES)}), videos or "
-                         "a memmap (meta.json)")
+                        f"a memmap (meta.json){deeper}")
     clips = []
     with Progress(len(steps), "inspecting", "clips") as progress:
         for fingerprints.count, measure in enumerate(steps, 1):
@@ -192,27 +194,30 @@ def inspect(folder: Path, variant: Variant | None = None) -> Inspection:
     return Inspection(str(folder), kind, clips, left_out, fingerprints.find(), not fingerprints.full)
 
 
-def _sounds_in(folder: Path) -> list[Path]:
-    """Return the sounds and videos of a folder; a sound goes before a video of the same name."""
+def _sounds_in(folder: Path, recursive: bool) -> dict[str, Path]:
+    """Return {id: sound or video} of a folder; a sound goes before a video of the same name.
+
+    The ids are those that ``extract_features.py`` gives: ``a_b_dog`` for ``a/b/dog.mp4``.
+    """
     found: dict[str, Path] = {}
     order = (*AUDIO_SUFFIXES, *VIDEO_SUFFIXES)
-    for path in sorted(folder.iterdir(), key=lambda path: path.name):
-        suffix = path.suffix.lower()
-        if path.name.startswith(".") or suffix not in order or not path.is_file():
+    for path in sorted(folder.rglob("*") if recursive else folder.iterdir(), key=lambda path: path.parts):
+        parts = path.relative_to(folder).with_suffix("").parts
+        if any(part.startswith(".") for part in parts) or path.suffix.lower() not in order or not path.is_file():
             continue
-        other = found.setdefault(path.stem, path)
-        found[path.stem] = min(other, path, key=lambda p: order.index(p.suffix.lower()))
-    return [found[stem] for stem in sorted(found)]
+        other = found.setdefault("_".join(parts), path)
+        found["_".join(parts)] = min(other, path, key=lambda p: order.index(p.suffix.lower()))
+    return {id_: found[id_] for id_ in sorted(found)}
 
 
 # -- pairs and sounds --------------------------------------------------------------------------------------------------
 
 
 def _inspect_sound(
-    path: Path, prompts: dict[str, str], variant: Variant | None, fingerprints: _Fingerprints
+    id_: str, path: Path, prompts: dict[str, str], variant: Variant | None, fingerprints: _Fingerprints
 ) -> ClipReport:
     note = path.with_suffix(".txt")
-    report = ClipReport(id=path.stem, path=str(path), prompt=prompts.get(same_name(f"{path.stem}.npz"), ""))
+    report = ClipReport(id=id_, path=str(path), prompt=prompts.get(same_name(f"{id_}.npz"), ""))
     if not report.prompt and note.is_file() and note.name != PROMPTS_FILE:
         report.prompt = read_sidecar(note)
     _measure_sound(report, path, variant, fingerprints)

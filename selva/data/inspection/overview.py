@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from selva.audio.config import SILENCE_DB
 from selva.audio.silence import block_power
+from selva.data.folder import MANIFEST_FILE
 from selva.data.inspection.measures import ClipReport, Inspection, find_variant
 from selva.data.inspection.report import fit, sign_of, summary
 from selva.features import load_features
@@ -20,18 +22,18 @@ from selva.inputs.suffixes import VIDEO_SUFFIXES
 from selva.media import probe, read_audio, read_video
 from selva.sequence import CLIP_FPS, SHORTEST_SEC
 from selva.utils.errors import UserError
-from selva.utils.files import atomic_path
-from selva.utils.plots import draw_spectrogram, new_figure, power_spectrogram
+from selva.utils.files import atomic_path, json_lines, source_hash
+from selva.utils.plots import BLUE, GREY, INK, RED, new_figure
+from selva.utils.spectrogram import draw_levels, mel_levels
 
 log = logging.getLogger(__name__)
 
 COLUMN_IN, STRIP_IN, SPECTRUM_IN, WAVE_IN, TITLE_IN = 5.2, 0.62, 1.05, 0.38, 0.5  # inches
 DOTS_PER_IN = 130
-MEL_BANDS, LOWEST_HZ, RANGE_DB = 96, 50.0, 70.0
-TICKS_HZ = (100, 1_000, 10_000)
+Found = tuple[Path, float]  # a video, and the second at which a clip of it begins
 TILE_PIXELS = 96  # height of a frame
-COLOURS = {"!": "#b3261e", "?": "#9a5b00", " ": "#202124"}
-WAVE_COLOUR, SILENCE_COLOUR = "#2b6cb0", "#d9dce1"
+COLOURS = {"!": RED, "?": "#9a5b00", " ": INK}
+WAVE_COLOUR, SILENCE_COLOUR = BLUE, "#d9dce1"
 
 
 def choose_clips(inspection: Inspection, most: int) -> list[int]:
@@ -59,7 +61,7 @@ def write_overview(inspection: Inspection, path: Path, video_dir: Path | None, m
     if not shown:
         raise UserError(f"{inspection.folder}: there is no clip to draw")
     rows = find_variant(Path(inspection.folder), None).rows if inspection.kind == "memmap" else None
-    videos = {} if rows is not None else find_videos(inspection, video_dir)
+    videos = {} if rows is not None else find_videos(inspection, video_dir, shown)
     columns = 1 if len(shown) == 1 else 2 if len(shown) <= 8 else 3
     num_rows = math.ceil(len(shown) / columns)
     strip = STRIP_IN if videos else 0.0
@@ -89,19 +91,41 @@ def _headline(inspection: Inspection, shown: int) -> str:
     return f"{Path(inspection.folder).resolve().name}: {summary(inspection)}{some}"
 
 
-def find_videos(inspection: Inspection, video_dir: Path | None) -> dict[str, tuple[Path, float]]:
+def find_videos(inspection: Inspection, video_dir: Path | None, clips: Sequence[int] | None = None) -> dict[str, Found]:
     """Return {id: (video, second at which the clip begins)} for the clips whose video is known.
 
-    The video is called like the clip, or like the file that the features say they were made from.
+    Features name the content of their video, so another video of the same name is never taken for it; where they do
+    not, the one video that is called like the clip is. Looked at are the videos of ``video_dir`` and the one that
+    the manifest of the extraction names.
+
+    Args:
+        clips: indices of those to find, all if None; a video is read whole to be known.
     """
-    if video_dir is None:
-        return {}
-    by_name = {path.name: path for path in sorted(video_dir.rglob("*")) if path.suffix.lower() in VIDEO_SUFFIXES}
-    by_stem = {path.stem: path for path in by_name.values()}
-    found = {}
-    for clip in inspection.clips:
-        settings = _settings(Path(inspection.folder) / f"{clip.id}.npz")
-        video = by_name.get(str(settings.get("source"))) or by_stem.get(clip.id)
+    videos = [] if video_dir is None else sorted(
+        path for path in video_dir.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file())
+    folder = Path(inspection.folder)
+    sources = {str(row.get("id")): Path(str(row.get("source"))) for row in json_lines(folder / MANIFEST_FILE)}
+    hashes: dict[Path, str] = {}
+
+    def has_content(path: Path, sha256: str) -> bool:
+        if path not in hashes:
+            hashes[path] = source_hash(path)
+        return hashes[path] == sha256
+
+    found: dict[str, Found] = {}
+    for index in range(len(inspection.clips)) if clips is None else clips:
+        clip = inspection.clips[index]
+        settings = _settings(folder / f"{clip.id}.npz")
+        name, sha256 = str(settings.get("source")), settings.get("source_sha256")
+        if Path(clip.path).suffix.lower() in VIDEO_SUFFIXES:
+            video = Path(clip.path)  # before extraction, the clip itself
+        elif sha256 is None:
+            called = [path for path in videos if path.stem == clip.id]
+            video = called[0] if len(called) == 1 else None
+        else:
+            near = sorted(videos, key=lambda path: (path.name != name, path.stem != clip.id))
+            source = [sources[clip.id]] if clip.id in sources and sources[clip.id].is_file() else []
+            video = next((path for path in [*source, *near] if has_content(path, str(sha256))), None)
         start = settings.get("start_sec", 0.0)
         if video is not None:
             found[clip.id] = (video, float(start) if isinstance(start, int | float) else 0.0)
@@ -143,10 +167,11 @@ class _Cell:
         words = "; ".join(report.problems + report.notes) or report.prompt
         for text, down, size, colour in (
             (f"{report.id}   {'   '.join(fact for fact in facts if fact)}", 0.14, 8, COLOURS[sign]),
-            (words, 0.31, 6.5, COLOURS[sign] if sign != " " else "#5f6368"),
+            (words, 0.31, 6.5, COLOURS[sign] if sign != " " else GREY),
         ):
             self.figure.text(self.left / self.total_width, (self.top - down) / self.total_height,
-                             fit(text, 98 if size < 8 else 70), fontsize=size, color=colour, va="center")
+                             fit(text, 98 if size < 8 else 70), fontsize=size, color=colour, va="center",
+                             parse_math=False)
         self.top -= 0.42
 
     def sound(self, report: ClipReport, strip: float, video: tuple[Path, float] | None) -> None:
@@ -163,7 +188,9 @@ class _Cell:
                 axes.set_facecolor(SILENCE_COLOUR)
                 axes.set_yticks([])
         else:
-            draw_spectrum(spectrum, waveform, rate, seconds)
+            levels = mel_levels(waveform.mean(dim=0), rate)
+            draw_levels(spectrum, levels, seconds, rate, float(levels.max()), size=6)  # below its own loudest point
+            spectrum.set_xlabel("")
             draw_wave(wave, waveform, rate, seconds)
         wave.set_xlim(0, seconds)
         wave.set_xlabel("seconds", fontsize=6, labelpad=1)
@@ -174,7 +201,7 @@ class _Cell:
         limit = max(1e-6, float(np.percentile(np.abs(centred), 99)))
         axes.imshow(centred.T, aspect="auto", origin="lower", extent=(0, seconds, 0, mean.shape[1]), cmap="RdBu_r",
                     vmin=-limit, vmax=limit, interpolation="nearest")
-        axes.set_ylabel("latent", fontsize=6, labelpad=1)
+        axes.set_ylabel("latent channel", fontsize=6, labelpad=1)
         axes.set_xlabel("seconds", fontsize=6, labelpad=1)
 
     def _frames(self, axes: Any, video: tuple[Path, float] | None, seconds: float, strip: float) -> None:
@@ -228,25 +255,6 @@ def frame_strip(path: Path, start_sec: float, seconds: float, shape: float) -> n
 def _seconds_of(path: Path, seconds: float, start_sec: float) -> float:
     duration = probe(path).duration_sec
     return seconds if duration is None else max(SHORTEST_SEC, duration - start_sec)
-
-
-def draw_spectrum(axes: Any, waveform: Tensor, rate: int, seconds: float) -> None:
-    """Draw the mel spectrogram of (channels, samples), dB below its loudest point."""
-    from torchaudio.functional import melscale_fbanks
-
-    size = 1 << max(8, round(math.log2(rate * 0.046)))
-    mono = waveform.mean(dim=0)
-    hop = max(1, min(size // 4, len(mono) // 400))
-    padded = torch.nn.functional.pad(mono, (size // 2, size // 2))
-    power = power_spectrogram(padded, torch.hann_window(size), hop)
-    bank = melscale_fbanks(len(power), LOWEST_HZ, rate / 2, MEL_BANDS, rate, norm="slaney", mel_scale="slaney")
-    level = 10 * torch.log10((power.T @ bank).clamp_min(1e-21))  # (T, bands)
-    level = (level - level.max()).T.numpy()
-    draw_spectrogram(axes, level, (seconds, MEL_BANDS), (-RANGE_DB, 0), cmap="magma", interpolation="bilinear")
-    centres = bank.argmax(dim=0) * rate / 2 / (len(power) - 1)  # (bands,) Hz
-    ticks = [hz for hz in TICKS_HZ if hz < rate / 2]
-    axes.set_yticks([int((centres - hz).abs().argmin()) + 0.5 for hz in ticks],
-                    [f"{hz // 1000}k" if hz >= 1000 else str(hz) for hz in ticks])
 
 
 def draw_wave(axes: Any, waveform: Tensor, rate: int, seconds: float, points: int = 1200) -> None:

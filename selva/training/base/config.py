@@ -11,12 +11,15 @@ from selva.training.config import (
     CLIP_FEATURE_MODES,
     DATA,
     EVALUATION,
+    FACTOR_HELP,
     LR_SCHEDULES,
     MEMORY,
+    MILESTONES_HELP,
     OBJECTIVE,
     ObjectiveConfig,
     choice_problems,
     least_problems,
+    milestone_problems,
     positive_problems,
 )
 from selva.utils.errors import UserError
@@ -64,8 +67,11 @@ class BaseTrainConfig(ObjectiveConfig):
         group=OPTIMISATION, metavar="N", at_least_one=True)
     lr: float = setting(1e-4, "learning rate", group=OPTIMISATION)
     warmup_steps: int = setting(1000, "updates over which the rate rises", group=OPTIMISATION)
-    lr_schedule: str = setting("multistep", "what the rate does then; multistep divides it by ten after 0.8 and 0.9 of "
-                               "the steps, counted after the warm-up", group=OPTIMISATION, choices=LR_SCHEDULES)
+    lr_schedule: str = setting("multistep", "what the rate does then; multistep lowers it at --lr_milestones",
+                               group=OPTIMISATION, choices=LR_SCHEDULES)
+    lr_milestones: tuple[float, ...] = setting(
+        (0.8, 0.9), MILESTONES_HELP, group=OPTIMISATION, nargs="+", metavar="WHEN", default_text="0.8 0.9, MMAudio's")
+    lr_factor: float = setting(0.1, FACTOR_HELP, group=OPTIMISATION)
     lr_cycles: int = setting(4, "cycles of cosine_restarts", group=OPTIMISATION)
     weight_decay: float = setting(1e-6, "decoupled weight decay, of all that is trained", group=OPTIMISATION)
     adam_eps: float | None = setting(None, "epsilon of AdamW", group=OPTIMISATION,
@@ -105,6 +111,8 @@ class BaseTrainConfig(ObjectiveConfig):
             "steps": 1, "warmup_steps": 0, "batch_size": 1, "save_every": 1, "val_every": 1, "log_every": 1,
             "lr_cycles": 1, "keep_last": 0, "hold_out": 0, "val_rows": 0, "sample_every": 0, "ema_every": 0})
         problems += positive_problems(self, ("lr", "grad_clip", *(["adam_eps"] if self.adam_eps is not None else [])))
+        object.__setattr__(self, "lr_milestones", tuple(self.lr_milestones))
+        problems += milestone_problems(self.lr_milestones, self.lr_factor)
         if not 0 <= self.weight_decay < math.inf:
             problems.append(f"weight_decay is {self.weight_decay}, expected at least 0")
         problems += [f"ema_sigma_rel is {width}, expected above 0 and at most 0.288" for width in self.ema_sigma_rel
