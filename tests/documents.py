@@ -60,8 +60,10 @@ def commands_of(page: str) -> list[Command]:
     """Return every call of a script in a page: in its shell blocks, in comments of its YAML, and between backticks."""
     found: list[Command] = []
     for block in blocks_of(page):
-        if block.language in ("bash", "sh", "powershell"):
+        if block.language in ("bash", "sh"):
             found += _commands(str(block), block.text)
+        elif block.language == "powershell":
+            found += _commands(str(block), block.text.replace("\\", "/"))
         elif block.language == "yaml":
             found += _commands(str(block), settings_command(block))
     text = _FENCE.sub("", (ROOT / page).read_text(encoding="utf-8"))
