@@ -11,7 +11,7 @@ LONGEST_SEC = 30.0  # of a sound on a page, which has to stay small
 
 
 def page_sound(label: str, note: str, sound: Tensor, rate: int) -> ReportSound:
-    """Return (samples,) as an MP3 with its label and one line about it; of a longer one the first 30 s, which is said."""
+    """Return (samples,) as an MP3 with a label and one line about it; of a longer one the first 30 s, said there."""
     most = round(LONGEST_SEC * rate)
     if len(sound) > most:
         note = f"{note}; " * bool(note) + f"the first {LONGEST_SEC:.0f} of {len(sound) / rate:.0f} s"

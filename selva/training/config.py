@@ -181,6 +181,10 @@ class RunConfig:
     keep_last: int = setting(0, "step files to keep; 0: all of them", group=EVALUATION)
     tensorboard: bool = setting(False, "write the curves for TensorBoard too", group=EVALUATION)
     preview: bool = setting(True, "generate a sample at every checkpoint", group=EVALUATION)
+    verdict: bool = setting(True, "say at the end whether it worked: sounds with and without the adapter, in figures "
+                            "and on the page of the run", group=EVALUATION)
+    verdict_share: float = setting(0.1, "leave the verdict out if it would cost more than this share of the training",
+                                   group=EVALUATION)
     preserve: tuple[str, ...] = setting(
         (), "prompts of sounds that the model knows and should keep; it then also trains on sounds that it has "
         "generated for them. Without them, the new sound may replace others", group=PRESERVATION, nargs="*",
@@ -204,6 +208,8 @@ class RunConfig:
         problems = []
         if not 0 <= self.val_fraction < 1:
             problems.append(f"val_fraction is {self.val_fraction}, expected 0 to below 1")
+        if not self.verdict_share > 0:
+            problems.append(f"verdict_share is {self.verdict_share}, expected more than 0; --no_verdict leaves it out")
         if not 0 < self.preserve_share < 1:
             problems.append(f"preserve_share is {self.preserve_share}, expected more than 0 and less than 1")
         problems += [f"{name} is {getattr(self, name)}, expected at least 0" for name in ("keep_last", "val_clips")

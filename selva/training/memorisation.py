@@ -1,7 +1,7 @@
 """Memorisation: whether training clips get better while held-out ones do not, and whether the adapter does anything.
 
 Per validation, at the same noise and times for all: how much the loss of some training clips has fallen below that of
-the base model, and that of the held-out clips beside it. Where the two come apart, the clips are being learned by heart.
+the base model, and that of the held-out clips beside it. Where the two come apart, clips are being learned by heart.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ class Watch:
         if step > self.config.warmup_steps and change < NO_EFFECT and not self._said:
             self._said = True
             log.warning("step %d: the adapter has no effect: it changes what the model predicts for held-out clips by "
-                        "%.2g of it, less than a thousandth. Try a higher --lr (3 to 10 times), --lora_plus_ratio 8, or "
-                        "more layers (--target attn+mlp)", step, change)
+                        "%.2g of it, less than a thousandth. Try a higher --lr (3 to 10 times), --lora_plus_ratio 8, "
+                        "or more layers (--target attn+mlp)", step, change)
         return row
 
     def now(self) -> dict[str, float]:

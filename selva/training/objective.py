@@ -81,7 +81,8 @@ def flow_loss(
 
 
 def predicted_velocity(
-    generator: Generator, batch: Batch | CachedBatch, noise: NoiseSample, config: ObjectiveConfig, precision: torch.dtype
+    generator: Generator, batch: Batch | CachedBatch, noise: NoiseSample, config: ObjectiveConfig,
+    precision: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Return what :func:`flow_loss` compares: the network's velocity, noise and data, (B, N, C) each, and the (B, N)
     mask of the frames that do not count, None if all do.

@@ -18,6 +18,8 @@ from selva.models.variants import get_variant
 from selva.training.compiling import prepare_to_compile
 from selva.training.config import RunConfig
 from selva.training.loop import fit
+from selva.training.memorisation import Watch
+from selva.training.outcome import About, decide_on_verdict, write_outcome
 from selva.training.run import TrainingRun
 from selva.training.run_folder import BEST, LOCK_FILE, NotSaved, RunFolder, check_disk_space
 from selva.training.sample import TrainingSample
@@ -143,7 +145,9 @@ def _train(
         if (before := saved.meta.get("precision", config.precision)) != config.precision:
             log.warning("%s: was trained in %s so far and goes on in %s", saved.path, before, config.precision)
     start = load_start(config) if saved is None else None
-    clips, val_clips = load_split(config, device, world, saved)
+    told: list[str] = []
+    clips, val_clips = load_split(config, device, world, saved, told)
+    plan = decide_on_verdict(config, len(val_clips) or len(clips)) if world.is_main else None
 
     # 2. the model, and everything with a state; then the old state
     run = build_run(config, (clips, val_clips), device, world)
@@ -169,6 +173,8 @@ def _train(
         if config.tensorboard:
             metrics.mirror_to_tensorboard(output_dir / "tensorboard", run.step + 1 if saved else None)
         folder.write_settings(settings_text(settings))
+        if len(val_clips):
+            run.watch = Watch(run.generator, clips, val_clips, training, run.precision, world)
         if config.preview:
             shown = val_clips if len(val_clips) else clips
             sample = TrainingSample(shown.clip(0), bool(len(val_clips)), get_variant(config.model.variant),
@@ -210,6 +216,7 @@ def _train(
     if len(val_clips) and run.best_step < run.step:
         log.info("validation was best at step %d (%.4f)%s", run.best_step, run.best_val_loss,
                  f": {BEST}{folder.suffixes[0]}" if folder.best_is_there(run) else "")
+    write_outcome(run, clips, config, metrics, plan, About(final, told, settings_text(settings)))
     has_best = len(val_clips) and run.best_step and folder.best_is_there(run)
     losses = zip(*metrics.series("val_loss"), strict=True)
     return TrainingResult(final, None, run.step, tuple((int(step), loss) for step, loss in losses),

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from selva.audio.config import Normalize
@@ -154,7 +153,9 @@ def judge(f: VerdictFigures) -> str:
     return "learned"
 
 
-def plan_verdict(config: TrainConfig, num_clips: int, most_share: float, recomputes: bool = False) -> VerdictPlan | None:
+def plan_verdict(
+    config: TrainConfig, num_clips: int, most_share: float, recomputes: bool = False
+) -> VerdictPlan | None:
     """Return the most thorough plan that costs less than ``most_share`` of the training; None if none does.
 
     Counted in passes of one clip through the generator, so that it is known before the first step.
@@ -252,7 +253,8 @@ def _figures(
 ) -> VerdictFigures:
     lsd, f1 = "log_spectral_distance_db", "onset_f1"
     to_recorded = [
-        (compare_sounds(heard.before, heard.recorded, heard.rate), compare_sounds(heard.after, heard.recorded, heard.rate))
+        (compare_sounds(heard.before, heard.recorded, heard.rate),
+         compare_sounds(heard.after, heard.recorded, heard.rate))
         for heard in clips if heard.recorded is not None
     ]
     moved = {id(heard): compare_sounds(heard.after, heard.before, heard.rate)[lsd] for heard in (*clips, *foreign)}
