@@ -29,7 +29,8 @@ NO_EFFECT = 1e-3  # relative change of the velocity below which an adapter does 
 
 def spread(count: int, most: int) -> list[int]:
     """Return at most ``most`` numbers below ``count``, evenly spread."""
-    return sorted({round(i * (count - 1) / max(1, most - 1)) for i in range(min(count, most))})
+    taken = min(count, most)
+    return [round(i * (count - 1) / max(1, taken - 1)) for i in range(taken)]
 
 
 def area_under_curve(members: Sequence[float], others: Sequence[float]) -> float:

@@ -26,7 +26,8 @@ def card_text(adapter: Path, meta: Mapping[str, Any], prompts: list[str], verdic
     import yaml
 
     variant = str(meta.get("variant", "?"))
-    header: dict[str, Any] = {"tags": ["lora", "video-to-audio", "selva-lora", variant], "pipeline_tag": "text-to-audio"}
+    header: dict[str, Any] = {"tags": ["lora", "video-to-audio", "selva-lora", variant],
+                              "pipeline_tag": "text-to-audio"}
     if variant != "tiny_16k":
         header |= {"base_model": MMAUDIO_REPO if variant.startswith("mmaudio") else SELVA_REPO,
                    "base_model_relation": "adapter"}
@@ -45,8 +46,9 @@ def card_text(adapter: Path, meta: Mapping[str, Any], prompts: list[str], verdic
         lines += ["Prompts of the training: " + ", ".join(f"`{_cell(text)}`" for text in prompts[:10])
                   + (f" and {len(prompts) - 10} more" if len(prompts) > 10 else "") + ".", ""]
     lines += ["## What was measured", "", verdict.line() + "." if verdict else "No verdict was computed.", "",
-              "`report.html` in the folder of the run has the sounds and the curves. Licence and rights of the recordings "
-              "are yours to state here, once the file has another name or the mark above is removed.", ""]
+              "`report.html` in the folder of the run has the sounds and the curves. The next final adapter of "
+              "this folder replaces this text, unless the mark at its top is removed; licence and rights of the "
+              "recordings are yours to state.", ""]
     return "\n".join(lines)
 
 

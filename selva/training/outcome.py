@@ -49,8 +49,8 @@ def decide_on_verdict(config: RunConfig, num_clips: int) -> VerdictPlan | None:
     recomputes = config.grad_checkpointing or config.checkpoint_blocks is not None
     plan = plan_verdict(config.training, num_clips, config.verdict_share, recomputes)
     if plan is None:
-        log.info("no verdict at the end: it would take more than %.0f %% of this short training (the smallest one hears "
-                 "%d clips); --verdict_share 10 makes one all the same", 100 * config.verdict_share, PLANS[-1][0])
+        log.info("no verdict at the end: even from %d clips it would take more than %.0f %% of this short training; "
+                 "--verdict_share 100 makes one all the same", PLANS[-1][0], 100 * config.verdict_share)
         return None
     log.info("at the end a verdict from %d clips and 5 foreign prompts in %d solver steps, about %.1f %% of the "
              "training; --no_verdict leaves it out", plan.num_clips, plan.num_steps, 100 * plan.share)
@@ -58,7 +58,8 @@ def decide_on_verdict(config: RunConfig, num_clips: int) -> VerdictPlan | None:
 
 
 def write_outcome(
-    run: TrainingRun, clips: ClipDataset, config: RunConfig, metrics: MetricsFile, plan: VerdictPlan | None, about: About
+    run: TrainingRun, clips: ClipDataset, config: RunConfig, metrics: MetricsFile, plan: VerdictPlan | None,
+    about: About,
 ) -> None:
     """Judge the run, and write ``verdict.json``, ``README.md`` and ``report.html`` beside the final adapter.
 
@@ -98,6 +99,6 @@ def _tried(what: str, make: Callable[[], Any]) -> Any:
     try:
         return make()
     except Exception as error:  # whatever it is: the adapter is written, and so is the rest
-        log.warning("%s: %s", what, str(error).strip().split("\n")[0] or type(error).__name__, exc_info=log.isEnabledFor(
-            logging.DEBUG))
+        log.warning("%s: %s", what, str(error).strip().split("\n")[0] or type(error).__name__)
+        log.debug("the error itself", exc_info=error)
         return None

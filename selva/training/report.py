@@ -1,4 +1,4 @@
-"""Page about a run: what it was, whether it worked, how that sounds, the curves, and all that is needed to repeat it."""
+"""Page about a run: what it was, whether it worked, how that sounds, the curves, and what is needed to repeat it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def run_page(
                 f"{config.model.variant}, rank {config.lora.rank}, {trained}")
     page.cards(_cards(run, metrics, verdict, adapter))
     if verdict is not None:
-        page.section("Verdict", f"{verdict.line()}. Rules of thumb: the sounds below decide.")
+        page.section("Verdict", f"{verdict.line().removeprefix('verdict: ')}. Rules of thumb: the sounds below decide.")
         _sounds(page, verdict)
     _samples(page, metrics, adapter.parent)
     _curves(page, metrics)
@@ -76,8 +76,8 @@ def _cards(
 
 def _sounds(page: Page, verdict: Verdict) -> None:
     held_out = verdict.figures.held_out
-    page.section("Listen", f"{'Held-out' if held_out else 'Training'} clips, without and with the adapter, from the same "
-                 "noise.")
+    page.section("Listen", f"{'Held-out' if held_out else 'Training'} clips, without and with the adapter, from the "
+                 "same noise.")
     for heard in verdict.clips:
         _heard(page, heard)
     page.section("Other sounds", "Prompts that were not trained on, without a video. They should sound as before.")
@@ -126,10 +126,10 @@ def _curves(page: Page, metrics: MetricsFile) -> None:
                                                               ("val_drop", "held-out clips"))]
     if drops[0][1]:
         _, auc = metrics.series("member_auc")
-        page.section("Learned, or learned by heart", "By how much the loss fell below the base model's, at the same noise "
-                     "and times. Where the curves part, clips are learned by heart. From the fall alone, training clips "
-                     f"are told from held-out ones with an area under the curve of {auc[-1]:.2f} (0.5: not at all, 1: "
-                     "always).")
+        page.section("Learned, or learned by heart", "By how much the loss fell below the base model's, at the same "
+                     "noise and times. Where the curves part, clips are learned by heart. The fall alone tells "
+                     f"training clips from held-out ones with an area under the curve of {auc[-1]:.2f} (0.5: not at "
+                     "all, 1: always).")
         page.image(curves_png([(label, steps, [100 * v for v in values]) for label, steps, values in drops],
                               "fall of the loss, %"), "fall of the loss of training and held-out clips")
 

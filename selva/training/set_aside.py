@@ -18,7 +18,8 @@ from selva.utils.text import counted
 log = logging.getLogger(__name__)
 
 RUN_FILES = ("adapter_*", "sample_*", "loss_*.png", "metrics.jsonl", "meta.json", "config.yaml", "tensorboard",
-             SNAPSHOT_FOLDER, "report.html", "verdict.json", "README.md")
+             SNAPSHOT_FOLDER, "report.html", "verdict.json", "README.md",
+             "model_card.md")
 CARD_MARK = "<!-- written by train_lora.py, and anew with every final adapter of this folder -->"
 FINAL_FILES = "adapter_final*.*"
 _STEP = re.compile(r"(?:adapter|sample)_step(\d+)\.\w+")
@@ -90,7 +91,7 @@ def step_in_adapter(path: Path) -> int | None:
 
 def _run_files(folder: Path) -> list[Path]:
     found = {path for pattern in RUN_FILES for path in folder.glob(pattern)}
-    return sorted(path for path in found if path.name != "README.md" or is_model_card(path))
+    return sorted(path for path in found if path.suffix != ".md" or is_model_card(path))
 
 
 def is_model_card(path: Path) -> bool:

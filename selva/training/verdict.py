@@ -132,7 +132,7 @@ class Verdict:
         parts.append(f"loss of training clips {-100 * f.train_drop:+.1f} %{held_out}")
         if f.val_drop is None:
             parts.append("nothing was held out, so learning by heart would not be seen")
-        return f"verdict: {self.word}: {', '.join(parts)}" + (f". Try {self.advice}" if self.advice else "")
+        return f"verdict: {self.word}: {', '.join(parts)}" + (f"; try {self.advice}" if self.advice else "")
 
     def to_json(self) -> dict[str, Any]:
         """Return word, advice and figures."""
