@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -58,10 +59,9 @@ def _cell(value: Any) -> str:
 
 def use_command(adapter: str, variant: str, prompt: str) -> str:
     """Return the command that makes sound with an adapter."""
-    quoted = prompt.replace("\\", "\\\\").replace('"', '\\"').replace("$", "\\$").replace("`", "\\`")
     weights = "" if variant == "tiny_16k" else " --selva_dir weights"
-    return (f'python infer.py --video new.mp4 --prompt "{quoted}" --variant {variant}{weights} --adapter "{adapter}" '
-            "--output output")
+    return (f"python infer.py --video new.mp4 --prompt {shlex.quote(prompt)} --variant {variant}{weights} "
+            f"--adapter {shlex.quote(adapter)} --output output")
 
 
 def write_card(folder: Path, text: str) -> None:

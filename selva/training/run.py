@@ -261,7 +261,7 @@ class TrainingRun:
         self.feed.wait()
         each: list[Tensor] = []
         with self.evaluated():
-            bins = validate(self.generator, self.val_clips, self.config, self.precision, self.world, each=each)
+            bins = validate(self.generator, self.val_clips, self.config, self.precision, self.world, None, each)
             watched = self.watch.row(self.step, torch.stack(each)) if self.watch is not None and each else {}
         loss = sum(bins) / len(bins)
         self.worse_in_a_row += 1

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 RUN_FILES = ("adapter_*", "sample_*", "loss_*.png", "metrics.jsonl", "meta.json", "config.yaml", "tensorboard",
              SNAPSHOT_FOLDER, "report.html", "verdict.json", "README.md",
-             "model_card.md")
+             "model_card.md", "sample_prompts")
 CARD_MARK = "<!-- written by train_lora.py, and anew with every final adapter of this folder -->"
 FINAL_FILES = "adapter_final*.*"
 _STEP = re.compile(r"(?:adapter|sample)_step(\d+)\.\w+")

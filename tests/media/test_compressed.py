@@ -9,7 +9,8 @@ import torch
 from selva.media import compress_sound, read_audio
 
 
-@pytest.mark.parametrize(("rate", "channels", "rate_there"), [(16_000, 1, 16_000), (44_100, 2, 44_100), (37_000, 1, 44_100)])
+@pytest.mark.parametrize(("rate", "channels", "rate_there"),
+                         [(16_000, 1, 16_000), (44_100, 2, 44_100), (37_000, 1, 44_100)])
 def test_a_tone_stays_a_tone_of_its_length(tmp_path, rate, channels, rate_there):
     tone = 0.5 * torch.sin(2 * torch.pi * 1000 * torch.arange(2 * rate) / rate).expand(channels, -1)
     (tmp_path / "a.mp3").write_bytes(compress_sound(tone, rate))
