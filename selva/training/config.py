@@ -187,8 +187,8 @@ class RunConfig:
         "features (.npz), if wanted name, seed, strength, guidance", group=EVALUATION, metavar="FILE")
     eval_every: int = setting(0, "steps between evaluations of sounds made for up to four held-out clips, in figures "
                               "that need no networks; 0: none", group=EVALUATION)
-    report_to: tuple[str, ...] = setting((), "where curves and samples go beside the output folder: tensorboard, wandb, "
-                                         "trackio", group=EVALUATION, nargs="*", metavar="NAME")
+    report_to: tuple[str, ...] = setting((), "where curves and samples go beside the output folder: tensorboard, "
+                                         "wandb, trackio", group=EVALUATION, nargs="*", metavar="NAME")
     verdict: bool = setting(True, "say at the end whether it worked: sounds with and without the adapter, in figures "
                             "and on the page of the run", group=EVALUATION)
     verdict_share: float = setting(0.1, "leave the verdict out if it would cost more than this share of the training",

@@ -65,6 +65,7 @@ def write_outcome(
 
     Whatever goes wrong here is said, and everything else is written: the adapter is there already.
     """
+    run.feed.wait()  # nothing else reads the clips from now on
     folder, variant = about.adapter.parent, get_variant(config.model.variant)
     prompts = _prompts(clips)
     meta: dict[str, Any] = json.loads((folder / "meta.json").read_text(encoding="utf-8"))

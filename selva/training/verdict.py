@@ -43,7 +43,7 @@ PASSES_OF_A_STEP = 3.0  # a forward and a backward pass, per clip, in forward pa
 PASSES_TO_DECODE = 10.0  # VAE, vocoder and figures of a sound, likewise
 
 INAUDIBLE_DB = 1.0  # a log-spectral distance that ears hardly notice (Paliwal and Atal, 1993)
-TAKEN_OVER = 0.8  # foreign sounds moved so much as the taught one, or more
+TAKEN_OVER = 0.7  # foreign sounds moved so much of what the taught one moved, or more
 BY_HEART = 0.25  # held-out clips improved by less than this part of what training clips improved by
 LEAST_DROP = 0.01  # of the loss of training clips, below which there is nothing to know by heart
 

@@ -1,4 +1,4 @@
-"""train_lora.py to the end of a run: the verdict, the page, the model card, and what is heard and measured meanwhile."""
+"""train_lora.py to the end of a run: the verdict, the page, the model card, and what is heard meanwhile."""
 
 from __future__ import annotations
 
