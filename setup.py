@@ -38,6 +38,7 @@ setup(
         "pyyaml>=6",
         "tqdm>=4.66",
         "matplotlib>=3.8",
+        "pillow>=10",
     ],
     extras_require={
         "dev": ["basedpyright>=1.31", "pytest>=8", "ruff>=0.6", "setuptools>=70.1"],

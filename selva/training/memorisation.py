@@ -62,7 +62,7 @@ class Watch:
         self._said = False
 
     def row(self, step: int, held_out: Tensor) -> dict[str, float]:
-        """Return what a validation notes, and say when the adapter does nothing although the rate is at its height.
+        """Return the figures of a validation, and say when the adapter does nothing although the rate is at its height.
 
         Args:
             held_out: (own held-out clips, bins) losses now, on the device.

@@ -84,7 +84,7 @@ def predicted_velocity(
     generator: Generator, batch: Batch | CachedBatch, noise: NoiseSample, config: ObjectiveConfig,
     precision: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Return what :func:`flow_loss` compares: the network's velocity, noise and data, (B, N, C) each, and the (B, N)
+    """Return the two sides that :func:`flow_loss` compares: the network's velocity, noise and data, (B, N, C) each, and the (B, N)
     mask of the frames that do not count, None if all do.
     """
     device = batch.mean.device

@@ -30,7 +30,7 @@ PROMPTS_READ = 200  # clips whose prompts are looked at
 
 @dataclass(frozen=True)
 class About:
-    """What the page tells of a run beside its numbers: the final adapter, lines about the data, settings as YAML."""
+    """Content of the page beside the numbers of the run: the final adapter, lines about the data, settings as YAML."""
 
     adapter: Path
     data: list[str]
@@ -38,7 +38,7 @@ class About:
 
 
 def decide_on_verdict(config: RunConfig, num_clips: int) -> VerdictPlan | None:
-    """Return what the verdict will consist of, None if there will be none; say which and why."""
+    """Return the plan of the verdict, None if there will be none; say which and why."""
     if not config.verdict:
         return None
     try:
@@ -96,7 +96,7 @@ def _prompts(clips: ClipDataset) -> list[str]:
 
 
 def _tried(what: str, make: Callable[[], Any]) -> Any:
-    """Return what ``make`` returns; None after an error, which is said: the result of the training is safe."""
+    """Return the result of ``make``; None after an error, which is said: the result of the training is safe."""
     try:
         return make()
     except Exception as error:  # whatever it is: the adapter is written, and so is the rest

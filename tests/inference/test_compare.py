@@ -181,6 +181,7 @@ def test_a_sheet_has_a_row_per_clip_and_a_column_per_setting(tmp_path, monkeypat
     setups = [AdapterSetup("low", []), AdapterSetup("high", [])]
     sheets = compare.write_comparison(tmp_path / "out", clips, setups, None)[1:]
     assert [path.name for path in sheets] == ["comparison.png", "comparison_2.png", "comparison.html"]
+    assert sheets.pop().read_text(encoding="utf-8").count("<audio") == 6
     heights, widths = zip(*(read_png(path).shape[:2] for path in sheets), strict=True)
     assert heights[0] - heights[1] == pytest.approx(compare.CELL_HEIGHT_IN * 100, abs=1) and widths[0] == widths[1]
 
