@@ -43,7 +43,7 @@ def test_the_line_holds_the_figures():
 
 
 def test_a_verdict_costs_less_than_a_share_of_the_training():
-    long, medium = (dataclasses.replace(CONFIG, steps=steps, batch_size=4) for steps in (2000, 350))
+    long, medium = (dataclasses.replace(CONFIG, steps=steps, batch_size=4) for steps in (2000, 400))
     plan = plan_verdict(long, 10, 0.1)
     assert plan is not None and (plan.num_clips, plan.num_steps) == PLANS[0] and 0 < plan.share < 0.1
     smaller = plan_verdict(medium, 10, 0.1)
