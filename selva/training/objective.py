@@ -84,8 +84,10 @@ def predicted_velocity(
     generator: Generator, batch: Batch | CachedBatch, noise: NoiseSample, config: ObjectiveConfig,
     precision: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Return the two sides that :func:`flow_loss` compares: the network's velocity, noise and data, (B, N, C) each, and the (B, N)
-    mask of the frames that do not count, None if all do.
+    """Return the two sides that :func:`flow_loss` compares.
+
+    The network's velocity, noise and data, (B, N, C) each; and the (B, N) mask of the frames that do not count, None if
+    all do.
     """
     device = batch.mean.device
     noise = noise.to(device)
