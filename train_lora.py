@@ -10,6 +10,7 @@ Reads <name>.npz and the sound of the same name (extract_features.py writes both
     adapter_step00500.pt ...    adapters to try, each also a point to resume from (--resume)
     adapter_final.pt            the result; adapter_best.pt: the lowest loss on held-out clips
     sample_step00500.wav/.png   a sound generated at that step, and its spectrogram
+    report.html                 the page about the run: whether it worked, sounds, curves; README.md: a model card
     loss_raw.png loss_smoothed.png metrics.jsonl meta.json config.yaml
 """
 
@@ -37,7 +38,7 @@ def build_parser() -> cli.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     config = cli.config_from(RunConfig, args)
-    needs = (*NEEDS, *(["vocoder"] if config.preview else []))
+    needs = (*NEEDS, *(["vocoder"] if config.preview or config.sample_prompts or config.eval_every else []))
     check_weights(config.model.variant, config.model.selva_dir, config.model.needs(needs))
     from selva.training.train import train  # PyTorch takes seconds to import; mistakes were told before
 

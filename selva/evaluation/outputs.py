@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from selva.evaluation.intervals import Figure
+from selva.evaluation.page_sound import page_sound
 from selva.evaluation.run import PAIRED, Evaluation
 from selva.evaluation.sounds import read_mono
 from selva.utils.files import atomic_write_text
@@ -148,4 +149,4 @@ def _note(figures: dict) -> str:
 
 def _sound(label: str, path: Path, note: str) -> ReportSound:
     sound, rate = read_mono(path)
-    return ReportSound(label, note, path, sound.numpy(), rate)
+    return page_sound(label, note, sound, rate)

@@ -6,6 +6,7 @@
                         runs/dog/adapter_final.pt 1.0  "dog, full"
 
     comparison.png      a row per clip and seed, a column per setup; the recorded sound first where there is one
+    comparison.html     the sounds themselves with players, in one page
     comparison.json     every figure of every sound, and their means per setup
 
 Everything is measured on the files as they were written, so that a restarted run says the same.
@@ -29,12 +30,14 @@ from torch import Tensor
 
 from selva.audio.metrics import compare_sounds
 from selva.inference.batch import AdapterSetup, BatchClip
+from selva.inference.compare_page import comparison_page
 from selva.inference.request import SoundRequest
 from selva.inputs.file_names import written_path
 from selva.inputs.suffixes import OUTPUT_AUDIO_SUFFIXES
 from selva.media import prepare_audio, probe, read_audio
 from selva.utils.errors import UserError
 from selva.utils.files import atomic_write_text
+from selva.utils.html_report import Page
 from selva.utils.plots import new_figure, save_figure
 from selva.utils.spectrogram import LEVEL_LABEL, draw_levels, mel_levels
 from selva.utils.text import read_text, text_lines
@@ -42,7 +45,7 @@ from selva.utils.text import read_text, text_lines
 log = logging.getLogger(__name__)
 
 BASE_LABEL = "base"
-SHEET_FILE, FIGURES_FILE = "comparison.png", "comparison.json"
+SHEET_FILE, FIGURES_FILE, PAGE_FILE = "comparison.png", "comparison.json", "comparison.html"
 ROWS_PER_SHEET = 16
 
 # Figures in the table and on the sheet: key of compare_sounds, heading, format.
@@ -197,7 +200,7 @@ class Row:
 def write_comparison(
     folder: Path, clips: Sequence[BatchClip], setups: Sequence[AdapterSetup], reference_dir: Path | None
 ) -> list[Path]:
-    """Write the figures and the sheets of everything that was made; return their paths."""
+    """Write the figures, the sheets and the page of everything that was made; return their paths."""
     rows = compare_rows(clips, reference_dir)
     means = [mean_figures([row.figures[i] for row in rows if i in row.figures]) for i in range(len(setups))]
     for line in figures_table(setups, means):
@@ -220,7 +223,19 @@ def write_comparison(
         name = SHEET_FILE if number == 1 else SHEET_FILE.replace(".png", f"_{number}.png")
         plot_sheet(rows[first : first + ROWS_PER_SHEET], [setup.label for setup in setups], folder / name)
         paths.append(folder / name)
+    if rows:
+        _page(rows, setups, means).write(folder / PAGE_FILE)
+        paths.append(folder / PAGE_FILE)
     return paths
+
+
+def _page(rows: Sequence[Row], setups: Sequence[AdapterSetup], means: Sequence[dict[str, float | None]]) -> Page:
+    clips = [
+        (f"{row.name}, seed {row.seed}" + (f": {row.prompt}" if row.prompt else ""), row.rate, row.reference,
+         row.sounds, {index: _caption(row, index) for index in row.sounds})
+        for row in rows
+    ]
+    return comparison_page([setup.label for setup in setups], clips, figures_cells(setups, means))
 
 
 def compare_rows(clips: Sequence[BatchClip], reference_dir: Path | None = None) -> list[Row]:
@@ -257,12 +272,18 @@ def mean_figures(figures: Sequence[dict[str, Any]]) -> dict[str, float | None]:
 
 def figures_table(setups: Sequence[AdapterSetup], means: Sequence[dict[str, float | None]]) -> list[str]:
     """Return the lines of a table of the means, one per setup, with the figures that any of them has."""
+    table = figures_cells(setups, means)
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in table]
+
+
+def figures_cells(setups: Sequence[AdapterSetup], means: Sequence[dict[str, float | None]]) -> list[list[str]]:
+    """Return the cells of :func:`figures_table`, the header first."""
     shown = [column for column in SHOWN if any(mean.get(column[0]) is not None for mean in means)]
     table = [["mean over all sounds", *(heading for _, heading, _ in shown)]]
     for setup, mean in zip(setups, means, strict=True):
         table.append([setup.label, *(_formatted(mean.get(key), form) for key, _, form in shown)])
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in table]
+    return table
 
 
 def _formatted(value: float | None, form: str) -> str:

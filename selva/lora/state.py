@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -88,6 +89,28 @@ def load_lora_state_(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         raise UserError(f"these adapter tensors do not fit the adapted model: {listed(problems, MAX_PROBLEMS)}")
     for key, parameter in own.items():
         parameter.copy_(tensors[key])
+
+
+@contextmanager
+def adapter_off(model: nn.Module) -> Iterator[None]:
+    """Return a context in which ``model`` computes exactly what the base model does, whatever its adapters hold.
+
+    They hold their start values meanwhile (of which the update is nothing), and what they held comes back at the end.
+    """
+    held = lora_state_dict(model)
+    try:
+        with torch.no_grad():
+            for _, layer in lora_layers(model):
+                if layer.lora_A0 is not None and layer.lora_B0 is not None:
+                    layer.lora_A.copy_(layer.lora_A0)
+                    layer.lora_B.copy_(layer.lora_B0)
+                else:
+                    layer.lora_B.zero_()
+                if layer.lora_magnitude is not None and layer.lora_magnitude0 is not None:
+                    layer.lora_magnitude.copy_(layer.lora_magnitude0)
+        yield
+    finally:
+        load_lora_state_(model, held)
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@
     sound_pieces.py  who reads a sound, and how long it is; sound_stream.py, sound_header.py: what it needs for that
     copying.py     copy_audio: the sound of a video without decoding it
     pictures.py    decoded pictures: which way up, how long, time stamps that jump
+    compressed.py  compress_sound: sound in few bytes, for pages
     mux.py         mux_video: a video with new sound
     make.py        write_video: pictures and sound that a program made
     container.py   probe, video_length: what a header says; and what the others need of FFmpeg
@@ -24,6 +25,7 @@ from selva.utils.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from selva.media.audio import audio_blocks, audio_length, extract_audio, prepare_audio, read_audio, write_audio
+    from selva.media.compressed import compress_sound
     from selva.media.container import probe, video_length
     from selva.media.copying import copied_audio_suffix, copy_audio
     from selva.media.frames import (
@@ -46,6 +48,7 @@ __all__ = [
     "VideoFrames",
     "audio_blocks",
     "audio_length",
+    "compress_sound",
     "copied_audio_suffix",
     "copy_audio",
     "extract_audio",
@@ -70,6 +73,7 @@ __getattr__, __dir__ = lazy_exports(__name__, {
     "VideoFrames": "selva.media.frames",
     "audio_blocks": "selva.media.audio",
     "audio_length": "selva.media.audio",
+    "compress_sound": "selva.media.compressed",
     "copied_audio_suffix": "selva.media.copying",
     "copy_audio": "selva.media.copying",
     "extract_audio": "selva.media.audio",

@@ -20,6 +20,7 @@ from selva.weights.config import GENERAL, GeneratorModelConfig
 LATENT_MODES = ("sample", "mode")
 LR_SCHEDULES = ("constant", "cosine", "multistep", "cosine_restarts")
 CLIP_FEATURE_MODES = ("use", "empty")
+TRACKERS = ("tensorboard", "wandb", "trackio")
 EMA_KINDS = ("exponential", "power")
 MAX_SIGMA_REL = 0.288  # of an average over all steps with equal weights
 ADAPTER_FORMATS = {"pt": (".pt",), "safetensors": (".safetensors",), "both": (".pt", ".safetensors")}
@@ -212,6 +213,17 @@ class RunConfig:
     keep_last: int = setting(0, "step files to keep; 0: all of them", group=EVALUATION)
     tensorboard: bool = setting(False, "write the curves for TensorBoard too", group=EVALUATION)
     preview: bool = setting(True, "generate a sample at every checkpoint", group=EVALUATION)
+    sample_prompts: Path | None = setting(
+        None, "table (.tsv, .csv) of sounds to make before the first step and at every checkpoint: prompt or "
+        "features (.npz), if wanted name, seed, strength, guidance", group=EVALUATION, metavar="FILE")
+    eval_every: int = setting(0, "steps between evaluations of sounds made for up to four held-out clips, in figures "
+                              "that need no networks; 0: none", group=EVALUATION)
+    report_to: tuple[str, ...] = setting((), "where curves and samples go beside the output folder: tensorboard, "
+                                         "wandb, trackio", group=EVALUATION, nargs="*", metavar="NAME")
+    verdict: bool = setting(True, "say at the end whether it worked: sounds with and without the adapter, in figures "
+                            "and on the page of the run", group=EVALUATION)
+    verdict_share: float = setting(0.1, "leave the verdict out if it would cost more than this share of the training",
+                                   group=EVALUATION)
     preserve: tuple[str, ...] = setting(
         (), "prompts of sounds that the model knows and should keep; it then also trains on sounds that it has "
         "generated for them. Without them, the new sound may replace others", group=PRESERVATION, nargs="*",
@@ -236,9 +248,16 @@ class RunConfig:
         problems = []
         if not 0 <= self.val_fraction < 1:
             problems.append(f"val_fraction is {self.val_fraction}, expected 0 to below 1")
+        problems += [f"--report_to {name!r}, expected some of {', '.join(TRACKERS)}" for name in self.report_to
+                     if name not in TRACKERS]
+        if self.sample_prompts is not None and not self.sample_prompts.is_file():
+            problems.append(f"--sample_prompts {self.sample_prompts}: no such file")
+        if not self.verdict_share > 0:
+            problems.append(f"verdict_share is {self.verdict_share}, expected more than 0; --no_verdict leaves it out")
         if not 0 < self.preserve_share < 1:
             problems.append(f"preserve_share is {self.preserve_share}, expected more than 0 and less than 1")
-        problems += [f"{name} is {getattr(self, name)}, expected at least 0" for name in ("keep_last", "val_clips")
+        problems += [f"{name} is {getattr(self, name)}, expected at least 0"
+                     for name in ("keep_last", "val_clips", "eval_every")
                      if getattr(self, name) < 0]
         try:
             problems += missing_folders("--data_dir", self.sources)

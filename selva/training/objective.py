@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from selva import flow
-from selva.data.dataset import Batch, ClipDataset, collate
+from selva.data.dataset import Batch, ClipDataset, TrainingClip, collate
 from selva.models.generator import Generator
 from selva.training.condition_cache import CachedBatch
 from selva.training.config import ObjectiveConfig
@@ -76,6 +76,19 @@ def flow_loss(
         noise: on the CPU or that device, see :func:`sample_noise`.
         precision: autocast dtype of the network; float32 switches autocast off.
     """
+    velocity, x0, x1, left_out = predicted_velocity(generator, batch, noise, config, precision)
+    return flow.loss(velocity, x0, x1, left_out=left_out)
+
+
+def predicted_velocity(
+    generator: Generator, batch: Batch | CachedBatch, noise: NoiseSample, config: ObjectiveConfig,
+    precision: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Return the two sides that :func:`flow_loss` compares.
+
+    The network's velocity, noise and data, (B, N, C) each; and the (B, N) mask of the frames that do not count, None if
+    all do.
+    """
     device = batch.mean.device
     noise = noise.to(device)
     posterior, t, x0, drop_video, drop_text = (
@@ -96,7 +109,7 @@ def flow_loss(
         else:
             conditions = generator.preprocess_conditions(*_features(generator, batch, drop_clip, drop_video, drop_text))
         velocity = generator.predict_flow(xt, t, conditions)
-    return flow.loss(velocity, x0, x1, left_out=padding.mask if padding else None)
+    return velocity, x0, x1, padding.mask if padding else None
 
 
 def _features(
@@ -113,17 +126,21 @@ def _features(
 
 def validate(
     generator: Generator, clips: ClipDataset, config: ObjectiveConfig, precision: torch.dtype, world: World = ALONE,
-    objective: Callable[[Batch, NoiseSample], Tensor] | None = None,
+    objective: Callable[[Batch, NoiseSample], Tensor] | None = None, each: list[Tensor] | None = None,
 ) -> list[float]:
-    """Return the mean held-out loss per time bin, ``VALIDATION_TIMES`` values from noise to data."""
-    total = held_out_losses(generator, clips, config, precision, world, objective)
+    """Return the mean held-out loss per time bin, ``VALIDATION_TIMES`` values from noise to data.
+
+    Args:
+        each: gets the (bins,) losses of every clip of this process.
+    """
+    total = held_out_losses(generator, clips, config, precision, world, objective, each)
     return (world.sum_(total) / len(clips)).tolist()
 
 
 @torch.no_grad()
 def held_out_losses(
     generator: Generator, clips: ClipDataset, config: ObjectiveConfig, precision: torch.dtype, world: World = ALONE,
-    objective: Callable[[Batch, NoiseSample], Tensor] | None = None,
+    objective: Callable[[Batch, NoiseSample], Tensor] | None = None, each: list[Tensor] | None = None,
 ) -> Tensor:
     """Return the sums of the losses of this process's held-out clips per time bin, on the device.
 
@@ -133,24 +150,39 @@ def held_out_losses(
     Args:
         objective: computes the losses; :func:`flow_loss` if None. One that processes share is called equally often in
             all of them.
+        each: gets the (bins,) losses of every clip of this process.
     """
     compute = objective or (lambda batch, noise: flow_loss(generator, batch, noise, config, precision))
-    device = generator.latent_mean.device
-    times = (torch.arange(VALIDATION_TIMES, dtype=torch.float32) + 0.5) / VALIDATION_TIMES
-    nothing = torch.zeros(VALIDATION_TIMES, dtype=torch.bool)
     was_training = generator.training
     generator.eval()
-    total = torch.zeros(VALIDATION_TIMES, device=device)
+    total = torch.zeros(VALIDATION_TIMES, device=generator.latent_mean.device)
     for first in range(0, len(clips), world.size):
         index = first + world.rank
         if index >= len(clips) and objective is None:
             break
-        clip = clips.clip(min(index, len(clips) - 1))
-        rng = torch.Generator().manual_seed(zlib.crc32(f"{config.seed}/{clip.id}".encode()))
-        batch = collate([clip] * VALIDATION_TIMES).to(device)
-        posterior, noise = (torch.randn(batch.mean.shape, generator=rng) for _ in range(2))
-        losses = compute(batch, NoiseSample(posterior, times, noise, nothing, nothing))
+        losses = compute(*fixed_draw(generator, clips.clip(min(index, len(clips) - 1)), config))
         if index < len(clips):  # else it only keeps the others company
             total += losses
+            if each is not None:
+                each.append(losses)
     generator.train(was_training)
     return total
+
+
+def clip_losses(
+    generator: Generator, clips: ClipDataset, config: ObjectiveConfig, precision: torch.dtype, world: World = ALONE
+) -> Tensor:
+    """Return the (clips, bins) losses of this process's clips as :func:`held_out_losses` computes them."""
+    each: list[Tensor] = []
+    held_out_losses(generator, clips, config, precision, world, each=each)
+    return torch.stack(each)
+
+
+def fixed_draw(generator: Generator, clip: TrainingClip, config: ObjectiveConfig) -> tuple[Batch, NoiseSample]:
+    """Return a clip at the ``VALIDATION_TIMES`` times of a validation, with its own noise, always the same."""
+    times = (torch.arange(VALIDATION_TIMES, dtype=torch.float32) + 0.5) / VALIDATION_TIMES
+    nothing = torch.zeros(VALIDATION_TIMES, dtype=torch.bool)
+    rng = torch.Generator().manual_seed(zlib.crc32(f"{config.seed}/{clip.id}".encode()))
+    batch = collate([clip] * VALIDATION_TIMES).to(generator.latent_mean.device)
+    posterior, noise = (torch.randn(batch.mean.shape, generator=rng) for _ in range(2))
+    return batch, NoiseSample(posterior, times, noise, nothing, nothing)

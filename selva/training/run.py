@@ -33,6 +33,7 @@ from selva.training.config import TrainConfig
 from selva.training.ema import EMA
 from selva.training.ema_snapshots import KEPT
 from selva.training.feed import ReadNow, make_feed
+from selva.training.memorisation import Watch
 from selva.training.objective import ALONE, NoiseSample, flow_loss, sample_noise, validate
 from selva.training.power_ema import PowerEMA
 from selva.training.schedule import learning_rate
@@ -153,6 +154,7 @@ class TrainingRun:
             self.ema = EMA(named_factors(generator), config.ema_decay)
         self.ways = dict(WAYS)
         self.content = {"clips": content_state(self.batches.clips), "held_out": content_state(val_clips)}
+        self.watch: Watch | None = None  # of what is learned by heart; a process that writes no metrics has none
         self.step = 0  # optimiser updates done
         self.best_step, self.best_val_loss, self.worse_in_a_row = 0, math.inf, 0
 
@@ -257,13 +259,15 @@ class TrainingRun:
     def validate(self) -> dict[str, Any]:
         """Return the row for ``metrics.jsonl`` of a validation now, and keep track of the best step."""
         self.feed.wait()
+        each: list[Tensor] = []
         with self.evaluated():
-            bins = validate(self.generator, self.val_clips, self.config, self.precision, self.world)
+            bins = validate(self.generator, self.val_clips, self.config, self.precision, self.world, None, each)
+            watched = self.watch.row(self.step, torch.stack(each)) if self.watch is not None and each else {}
         loss = sum(bins) / len(bins)
         self.worse_in_a_row += 1
         if loss < self.best_val_loss:
             self.best_step, self.best_val_loss, self.worse_in_a_row = self.step, loss, 0
-        return {"step": self.step, "val_loss": loss, "val_loss_bins": bins}
+        return {"step": self.step, "val_loss": loss, "val_loss_bins": bins, **watched}
 
     def checkpoint_bytes(self) -> int:
         """Return the approximate size of a step file: factors, exported, of the best step, two moments, average."""

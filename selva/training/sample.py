@@ -24,6 +24,24 @@ from selva.weights.load import load_vae, load_vocoder
 log = logging.getLogger(__name__)
 
 
+def clip_latents(
+    generator: Generator, clip: TrainingClip, seed: int, sampling: SamplingConfig, *, precision: torch.dtype,
+    clip_features: str,
+) -> Tensor:
+    """Return (1, N, C) latents for what a clip shows and its prompt; leaves the generator in eval mode."""
+    device = generator.latent_mean.device
+    generator.eval()
+    generator.set_sequence(*clip.lengths)
+    empty_clip, empty_sync, _ = generator.empty_features(1)
+    use_clip = clip.has_video and clip_features == "use"
+    return sample_latents(
+        generator,
+        clip.clip_f[None].to(device) if use_clip else empty_clip,
+        clip.sync_f[None].to(device) if clip.has_video else empty_sync,
+        clip.text_f[None].to(device), [seed], sampling, precision=precision,
+    )
+
+
 def generate_sound(
     generator: Generator, clip: TrainingClip, variant: Variant, selva_dir: Path | None, seed: int,
     sampling: SamplingConfig, *, precision: torch.dtype, clip_features: str, decode_on: torch.device,
@@ -32,19 +50,9 @@ def generate_sound(
 
     VAE and vocoder are loaded for this moment only: training needs the memory more.
     """
-    device = generator.latent_mean.device
-    generator.eval()
-    generator.set_sequence(*clip.lengths)
-    empty_clip, empty_sync, _ = generator.empty_features(1)
-    use_clip = clip.has_video and clip_features == "use"
-    latents = sample_latents(
-        generator,
-        clip.clip_f[None].to(device) if use_clip else empty_clip,
-        clip.sync_f[None].to(device) if clip.has_video else empty_sync,
-        clip.text_f[None].to(device), [seed], sampling, precision=precision,
-    ).to(decode_on)
+    latents = clip_latents(generator, clip, seed, sampling, precision=precision, clip_features=clip_features)
     vae = load_vae(variant.name, selva_dir, decode_on).drop_encoder()
-    return decode_latents(latents, vae, load_vocoder(variant.name, selva_dir, decode_on))[0].cpu()
+    return decode_latents(latents.to(decode_on), vae, load_vocoder(variant.name, selva_dir, decode_on))[0].cpu()
 
 
 class TrainingSample:

@@ -18,7 +18,9 @@ from selva.utils.text import counted
 log = logging.getLogger(__name__)
 
 RUN_FILES = ("adapter_*", "sample_*", "loss_*.png", "metrics.jsonl", "meta.json", "config.yaml", "tensorboard",
-             SNAPSHOT_FOLDER)
+             SNAPSHOT_FOLDER, "report.html", "verdict.json", "README.md",
+             "model_card.md", "sample_prompts")
+CARD_MARK = "<!-- written by train_lora.py, and anew with every final adapter of this folder -->"
 FINAL_FILES = "adapter_final*.*"
 _STEP = re.compile(r"(?:adapter|sample)_step(\d+)\.\w+")
 
@@ -88,7 +90,16 @@ def step_in_adapter(path: Path) -> int | None:
 
 
 def _run_files(folder: Path) -> list[Path]:
-    return sorted({path for pattern in RUN_FILES for path in folder.glob(pattern)})
+    found = {path for pattern in RUN_FILES for path in folder.glob(pattern)}
+    return sorted(path for path in found if path.suffix != ".md" or is_model_card(path))
+
+
+def is_model_card(path: Path) -> bool:
+    """Return True if a README.md was written by a run, not by the user."""
+    try:
+        return CARD_MARK in path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def _step_of(path: Path) -> int | None:

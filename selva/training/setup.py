@@ -192,8 +192,13 @@ def check_resumable(saved: TrainingState, config: RunConfig, num_processes: int 
 # -- data --------------------------------------------------------------------------------------------------------------
 
 
-def load_clips(config: RunConfig, data_dir: Path, device: torch.device, world: World) -> ClipDataset:
+def load_clips(
+    config: RunConfig, data_dir: Path, device: torch.device, world: World, told: list[str] | None = None
+) -> ClipDataset:
     """Return the clips of a data folder, encoded; every clip that cannot be used is named.
+
+    Args:
+        told: gets the lines about the data that the log gets.
 
     Raises:
         ValueError: no clip can be used, or some cannot and ``--skip_invalid`` is not given.
@@ -217,9 +222,14 @@ def load_clips(config: RunConfig, data_dir: Path, device: torch.device, world: W
             log.info("%s", line)
         for line in summary.warnings():
             log.warning("%s", line)
+        if told is not None:
+            told += [str(data_dir), *summary.lines(), *(f"warning: {line}" for line in summary.warnings())]
     if world.is_main and isinstance(clips, MemmapDataset) and len(clips):
-        for line in memmap_lines(clips):
+        lines = memmap_lines(clips)
+        for line in lines:
             log.info("%s", line)
+        if told is not None:
+            told += [str(data_dir), *lines]
     if not len(clips):
         raise UserError(f"{data_dir}: no clip can be trained on; extract_features.py makes .npz + sound pairs")
     if problems and not config.skip_invalid:
@@ -229,7 +239,8 @@ def load_clips(config: RunConfig, data_dir: Path, device: torch.device, world: W
 
 
 def load_split(
-    config: RunConfig, device: torch.device, world: World, saved: TrainingState | None = None
+    config: RunConfig, device: torch.device, world: World, saved: TrainingState | None = None,
+    told: list[str] | None = None,
 ) -> tuple[ClipDataset, ClipDataset]:
     """Return (training, held-out) clips, as ``--val_dir`` or ``--val_fraction`` divides them.
 
@@ -237,9 +248,10 @@ def load_split(
 
     Args:
         saved: the state that is continued; the clips of a run that version 0.1.0 began are divided as it did.
+        told: gets the lines about the data that the log gets.
     """
     sources = config.sources
-    sets = [load_clips(config, source.path, device, world) for source in sources]
+    sets = [load_clips(config, source.path, device, world, told) for source in sources]
     if len(sets) > 1:  # the same name may be in several
         sets = [PrefixedDataset(one, f"{source.path.name}/") for one, source in zip(sets, sources, strict=True)]
     clips = functools.reduce(ConcatDataset, sets)
@@ -248,7 +260,7 @@ def load_split(
     if config.val_dir is None:
         clips, val_clips = split_validation(clips, config.val_fraction, config.training.seed, by_origin=not as_before)
     else:
-        val_clips = load_clips(config, config.val_dir, device, world)
+        val_clips = load_clips(config, config.val_dir, device, world, told)
     log.info("%s to train on, %d held out%s", counted(len(clips), "clip"), len(val_clips),
              "" if len(val_clips) else ": overfitting will not be seen")
     _report_origins(config, clips, val_clips)

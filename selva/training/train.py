@@ -18,9 +18,12 @@ from selva.models.variants import get_variant
 from selva.training.compiling import prepare_to_compile
 from selva.training.config import RunConfig
 from selva.training.loop import fit
+from selva.training.memorisation import Watch
+from selva.training.outcome import About, decide_on_verdict, write_outcome
 from selva.training.run import TrainingRun
 from selva.training.run_folder import BEST, LOCK_FILE, NotSaved, RunFolder, check_disk_space
 from selva.training.sample import TrainingSample
+from selva.training.sample_prompts import HeldOutEvaluation, SamplePrompts, read_sample_prompts
 from selva.training.schedule import schedule_problem
 from selva.training.setup import (
     adapter_meta,
@@ -34,6 +37,7 @@ from selva.training.setup import (
     patience_has_ended,
 )
 from selva.training.stopping import StopRequest
+from selva.training.trackers import Trackers
 from selva.utils.device import peak_memory_bytes, resolve_device, resolve_precision
 from selva.utils.distributed import World, join_world
 from selva.utils.files import check_can_write
@@ -143,7 +147,10 @@ def _train(
         if (before := saved.meta.get("precision", config.precision)) != config.precision:
             log.warning("%s: was trained in %s so far and goes on in %s", saved.path, before, config.precision)
     start = load_start(config) if saved is None else None
-    clips, val_clips = load_split(config, device, world, saved)
+    asked = read_sample_prompts(config.sample_prompts, training.seed) if config.sample_prompts else []
+    told: list[str] = []
+    clips, val_clips = load_split(config, device, world, saved, told)
+    plan = decide_on_verdict(config, len(val_clips) or len(clips)) if world.is_main else None
 
     # 2. the model, and everything with a state; then the old state
     run = build_run(config, (clips, val_clips), device, world)
@@ -159,28 +166,40 @@ def _train(
     meta = adapter_meta(config, len(clips), world.size)
     folder = RunFolder(output_dir, meta, config.keep_last,
                        f"{config.model.variant}, {len(clips)} clips, rank {config.lora.rank}", config.adapter_format)
-    metrics, sample = MetricsFile(), None
+    metrics, sample, trackers, heard, evaluation = MetricsFile(), None, None, None, None
     if world.is_main:
         num_checkpoints = min(-(-training.steps // training.save_every), config.keep_last or training.steps)
         check_disk_space(output_dir, run.checkpoint_bytes(), num_checkpoints, run.averages_bytes())
         metrics = folder.open(saved)
         if saved is not None:
             folder.restore_best(run, saved)
-        if config.tensorboard:
+        trackers = Trackers(config.report_to, output_dir, settings, run.step + 1 if saved else None)
+        metrics.listener = trackers.rows
+        if config.tensorboard and "tensorboard" not in config.report_to:
             metrics.mirror_to_tensorboard(output_dir / "tensorboard", run.step + 1 if saved else None)
         folder.write_settings(settings_text(settings))
+        if len(val_clips):
+            run.watch = Watch(run.generator, clips, val_clips, training, run.precision, world)
         if config.preview:
             shown = val_clips if len(val_clips) else clips
             sample = TrainingSample(shown.clip(0), bool(len(val_clips)), get_variant(config.model.variant),
                                     config.model.selva_dir, config.normalize_audio, training.seed)
+
+        if asked:
+            heard = SamplePrompts(asked, config, run, get_variant(config.model.variant), trackers.sound)
+        if config.eval_every and len(val_clips):
+            evaluation = HeldOutEvaluation(val_clips, config, run, get_variant(config.model.variant))
 
     # 4. train
     def on_checkpoint(run: TrainingRun) -> None:
         if not world.is_main:
             return
         folder.save_step(run, metrics)
-        if sample is not None and not stop():
-            sample.try_write(run, output_dir)
+        written = sample is not None and not stop() and sample.try_write(run, output_dir)
+        if written and trackers is not None:
+            trackers.picture("sample", output_dir / f"sample_step{run.step:05d}.png", run.step)
+        if heard is not None and not stop():
+            heard.write(output_dir)
 
     def on_best(run: TrainingRun) -> None:
         if world.is_main:
@@ -189,13 +208,19 @@ def _train(
     def on_step(run: TrainingRun) -> None:
         if world.is_main:
             folder.save_averages(run)
+        if evaluation is not None and run.step % config.eval_every == 0 and (row := evaluation.row()):
+            metrics.append([row])
 
     started = time.monotonic()
     with StopRequest(should_stop) as stop:
         due = saved is not None and (run.step % training.save_every == 0 or run.step == training.steps)
         if sample is not None and due and not sample.is_there(run.step, output_dir):
             sample.try_write(run, output_dir)  # killed between its step file and this
+        if heard is not None and run.step == 0:
+            heard.write(output_dir)
         finished = fit(run, metrics, on_checkpoint=on_checkpoint, on_best=on_best, should_stop=stop, on_step=on_step)
+    if trackers is not None:
+        trackers.close()
     if not finished:
         if world.is_main:
             folder.stopped(run, training.steps)
@@ -210,6 +235,7 @@ def _train(
     if len(val_clips) and run.best_step < run.step:
         log.info("validation was best at step %d (%.4f)%s", run.best_step, run.best_val_loss,
                  f": {BEST}{folder.suffixes[0]}" if folder.best_is_there(run) else "")
+    write_outcome(run, clips, config, metrics, plan, About(final, told, settings_text(settings)))
     has_best = len(val_clips) and run.best_step and folder.best_is_there(run)
     losses = zip(*metrics.series("val_loss"), strict=True)
     return TrainingResult(final, None, run.step, tuple((int(step), loss) for step, loss in losses),

@@ -1,9 +1,11 @@
-"""One HTML page about a training run that opens from disk: players, spectrograms, loss curves, numbers, all inside it.
+"""HTML pages that open from disk, with everything inside: players, spectrograms, curves, numbers.
+
+The one builder for the pages of training, comparison, evaluation and the quickstart.
 
     page = Page("A new sound", "20 clips, 400 steps")
     page.cards([("recognised", "0 of 3 → 3 of 3", "")])
     page.section("Listen", "What the model makes of new videos.")
-    page.sounds("gong_001", [ReportSound("before", "heard as: bell", video, sound, rate)], event_times=[0.8, 2.1])
+    page.sounds("gong_001", [ReportSound("before", "heard as: bell", video_file, sound, rate)], event_times=[0.8, 2.1])
     page.write(path)
 """
 
@@ -35,20 +37,24 @@ _STYLE = """
 }
 body { margin: 0 auto; padding: 2.5rem 1.5rem 4rem; max-width: 72rem; background: var(--back); color: var(--text);
        font: 16px/1.5 system-ui, sans-serif; }
+body, figcaption { overflow-wrap: anywhere; }
 h1 { font-size: 2rem; margin: 0; line-height: 1.2; }
 h2 { font-size: 1.3rem; margin: 3rem 0 .3rem; }
 h3 { font-size: 1rem; margin: 1.8rem 0 .5rem; font-weight: 600; }
 p { margin: .3rem 0 .8rem; color: var(--soft); max-width: 46rem; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: 1rem; margin: 1.8rem 0; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(13rem, 100%), 1fr)); gap: 1rem;
+         margin: 1.8rem 0; }
 .card { background: var(--card); border-radius: .6rem; padding: 1rem 1.2rem; }
 .card .what { color: var(--soft); font-size: .85rem; }
+.good { color: var(--good); }
 .card .value { font-size: 1.45rem; font-weight: 650; margin: .15rem 0; }
-.sounds { display: grid; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); gap: 1rem; }
+.sounds { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(18rem, 100%), 1fr)); gap: 1rem; }
 figure { margin: 0; background: var(--card); border-radius: .6rem; overflow: hidden; }
 figure video, figure img, figure audio { display: block; width: 100%; }
 figure video { background: #000; max-height: 17rem; object-fit: contain; }
 figcaption { padding: .6rem .9rem .8rem; font-size: .9rem; color: var(--soft); }
 figcaption b { color: var(--text); font-size: 1rem; }
+.scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .95rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .35rem 1.2rem .35rem 0; border-bottom: 1px solid var(--line); }
 th { color: var(--soft); font-weight: 500; }
@@ -58,7 +64,15 @@ pre { background: var(--card); border-radius: .6rem; padding: 1rem 1.2rem; font-
 """
 
 _MIME = {".mp4": "video/mp4", ".m4v": "video/mp4", ".mov": "video/quicktime", ".mkv": "video/x-matroska",
-         ".flac": "audio/flac", ".wav": "audio/wav", ".png": "image/png"}
+         ".flac": "audio/flac", ".wav": "audio/wav", ".mp3": "audio/mpeg", ".png": "image/png"}
+
+
+@dataclass(frozen=True)
+class Media:
+    """A sound or a video in the bytes of its file, and their MIME type."""
+
+    content: bytes
+    mime: str
 
 
 @dataclass(frozen=True)
@@ -67,13 +81,13 @@ class ReportSound:
 
     Attributes:
         label: what it is, e.g. "before". note: one line about it.
-        media: the file that is played, a video or a sound.
+        media: what is played, a video or a sound: a file, or its content.
         waveform: (samples,) of its spectrogram. rate: samples per second.
     """
 
     label: str
     note: str
-    media: Path
+    media: Path | Media
     waveform: np.ndarray
     rate: int
 
@@ -106,7 +120,8 @@ class Page:
         """Add a table."""
         head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
         body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>\n" for row in rows)
-        self._parts.append(f"<table>\n<tr>{head}</tr>\n{body}</table>")
+        first = f"<tr>{head}</tr>\n" if any(header) else ""
+        self._parts.append(f'<div class="scroll"><table>\n{first}{body}</table></div>')
 
     def sounds(self, heading: str, sounds: Sequence[ReportSound], event_times: Sequence[float] = ()) -> None:
         """Add the sounds of one clip side by side, each with its player and its spectrogram.
@@ -151,12 +166,14 @@ def data_uri(content: bytes, mime: str) -> str:
     return f"data:{mime};base64,{base64.b64encode(content).decode('ascii')}"
 
 
-def _player(path: Path) -> str:
-    suffix = path.suffix.lower()
-    if suffix not in _MIME:
-        raise UserError(f"{path}: a page cannot play it, expected one of {', '.join(_MIME)}")
-    kind = "audio" if _MIME[suffix].startswith("audio") else "video"
-    return f'<{kind} controls preload="metadata" src="{data_uri(path.read_bytes(), _MIME[suffix])}"></{kind}>'
+def _player(media: Path | Media) -> str:
+    if isinstance(media, Path):
+        suffix = media.suffix.lower()
+        if suffix not in _MIME:
+            raise UserError(f"{media}: a page cannot play it, expected one of {', '.join(_MIME)}")
+        media = Media(media.read_bytes(), _MIME[suffix])
+    kind = "audio" if media.mime.startswith("audio") else "video"
+    return f'<{kind} controls preload="metadata" src="{data_uri(media.content, media.mime)}"></{kind}>'
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -189,7 +206,25 @@ def loss_png(metrics: MetricsFile) -> bytes | None:
     return _png(figure)
 
 
+def curves_png(curves: Sequence[tuple[str, Sequence[float], Sequence[float]]], what: str) -> bytes:
+    """Return a PNG of (label, steps, values) each as a line over the steps; ``what`` names the vertical axis."""
+    figure = new_figure(8, 2.8)
+    axes = figure.subplots()
+    for label, steps, values in curves:
+        axes.plot(steps, values, marker="o", markersize=3, linewidth=1.5, label=label)
+    axes.set_xlabel("optimiser step")
+    axes.set_ylabel(what)
+    axes.locator_params(axis="x", integer=True)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=8, ncols=2)
+    return _png(figure)
+
+
 def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
+    """Return the figure as a PNG of 64 colours, a third of the bytes; spectrograms and curves look the same."""
+    from PIL import Image
+
+    drawn, buffer = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=120)
+    Image.open(drawn).convert("RGB").quantize(64).save(buffer, format="png", optimize=True)
     return buffer.getvalue()

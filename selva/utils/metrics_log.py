@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class MetricsFile:
         self._rewrite = False  # the file holds other rows than the first ones
         self._warned = False
         self._tensorboard = None
+        self.listener: Callable[[Sequence[dict[str, Any]]], None] | None = None  # gets all rows that are appended
         if path is not None and path.exists():
             for line in path.read_bytes().splitlines():
                 try:
@@ -58,6 +59,8 @@ class MetricsFile:
     def append(self, rows: Sequence[dict[str, Any]]) -> None:
         self.rows.extend(rows)
         self._unwritten += len(rows)
+        if self.listener is not None:
+            self.listener(rows)
         if self._tensorboard is not None:
             try:
                 for row in rows:

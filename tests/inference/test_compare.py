@@ -164,7 +164,7 @@ def test_figures_tell_the_settings_apart(tmp_path):
     clips = [clip_of(tmp_path, "a", {0: shifted, 1: true}, seeds=(1, 2)), clip_of(tmp_path, "b", {0: shifted, 1: true})]
     setups = [AdapterSetup("base", []), AdapterSetup("dog", [], [(Path("dog.pt"), 0.5)])]
     paths = compare.write_comparison(tmp_path / "out", clips, setups, tmp_path / "refs")
-    assert [path.name for path in paths] == ["comparison.json", "comparison.png"]
+    assert [path.name for path in paths] == ["comparison.json", "comparison.png", "comparison.html"]
     content = json.loads(paths[0].read_text())
     base, dog = (setting["mean"] for setting in content["settings"])
     assert base["onset_f1"] == 0 and dog["onset_f1"] == 1
@@ -189,7 +189,8 @@ def test_a_sheet_has_a_row_per_clip_and_a_column_per_setting(tmp_path, monkeypat
     clips.append(BatchClip("failed", SoundRequest(prompt="x"), [], problem="broken"))
     setups = [AdapterSetup("low", []), AdapterSetup("high", [])]
     sheets = compare.write_comparison(tmp_path / "out", clips, setups, None)[1:]
-    assert [path.name for path in sheets] == ["comparison.png", "comparison_2.png"]
+    assert [path.name for path in sheets] == ["comparison.png", "comparison_2.png", "comparison.html"]
+    assert sheets.pop().read_text(encoding="utf-8").count("<audio") == 6
     heights, widths = zip(*(read_png(path).shape[:2] for path in sheets), strict=True)
     assert heights[0] - heights[1] == pytest.approx(compare.CELL_HEIGHT_IN * 100, abs=1) and widths[0] == widths[1]
 

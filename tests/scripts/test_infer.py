@@ -549,7 +549,7 @@ def test_a_comparison_is_what_single_runs_make(two_clips, tmp_path, adapter, cap
                 "half": ["--adapter", adapter, "--strength", "0.5"]}
     assert set(map(str, printed)) == {
         *(f"{label}/knock_{n}.{suffix}" for label in settings for n in (0, 5) for suffix in ("flac", "mp4")),
-        "comparison.png", "comparison.json",
+        "comparison.png", "comparison.json", "comparison.html",
     }
     for label, more in settings.items():
         assert run(two_clips, "--prompt", "x", "--clip_features", "use", *more, "--audio_only", "--output",

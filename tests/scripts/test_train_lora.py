@@ -60,7 +60,7 @@ def test_a_run_writes_everything_it_promises(feature_dir, tmp_path, capsys):
     written = {p.name for p in out.iterdir()}
     assert written == {
         "adapter_step00002.pt", "adapter_step00004.pt", "adapter_best.pt", "adapter_final.pt", "meta.json",
-        "metrics.jsonl", "config.yaml", "loss_raw.png", "loss_smoothed.png",
+        "metrics.jsonl", "config.yaml", "loss_raw.png", "loss_smoothed.png", "report.html", "README.md",
         "sample_step00002.wav", "sample_step00002.png", "sample_step00004.wav", "sample_step00004.png",
     } - ({"adapter_best.pt"} - written)
     stdout, stderr = capsys.readouterr()

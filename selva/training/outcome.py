@@ -1,0 +1,105 @@
+"""End of a run: the verdict, the page about the run, and the model card, none of which can spoil what was trained."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from selva.data.dataset import ClipDataset
+from selva.models.variants import get_variant
+from selva.training.config import RunConfig
+from selva.training.memorisation import spread
+from selva.training.model_card import card_text, write_card
+from selva.training.report import PAGE_FILE, run_page
+from selva.training.run import TrainingRun
+from selva.training.verdict import PLANS, Verdict, VerdictPlan, log_verdict, plan_verdict, reach_verdict
+from selva.utils.files import atomic_write_text
+from selva.utils.metrics_log import MetricsFile
+from selva.weights.find import check_weights
+
+log = logging.getLogger(__name__)
+
+VERDICT_FILE = "verdict.json"
+PROMPTS_READ = 200  # clips whose prompts are looked at
+
+
+@dataclass(frozen=True)
+class About:
+    """Content of the page beside the numbers of the run: the final adapter, lines about the data, settings as YAML."""
+
+    adapter: Path
+    data: list[str]
+    settings: str
+
+
+def decide_on_verdict(config: RunConfig, num_clips: int) -> VerdictPlan | None:
+    """Return the plan of the verdict, None if there will be none; say which and why."""
+    if not config.verdict:
+        return None
+    try:
+        check_weights(config.model.variant, config.model.selva_dir, ("vocoder",))
+    except FileNotFoundError as error:
+        log.warning("no verdict at the end, which needs the vocoder: %s", str(error).split("\n")[0])
+        return None
+    recomputes = config.grad_checkpointing or config.checkpoint_blocks is not None
+    plan = plan_verdict(config.training, num_clips, config.verdict_share, recomputes)
+    if plan is None:
+        log.info("no verdict at the end: even from %d clips it would take more than %.0f %% of this short training; "
+                 "--verdict_share 100 makes one all the same", PLANS[-1][0], 100 * config.verdict_share)
+        return None
+    log.info("at the end a verdict from %d clips and 5 foreign prompts in %d solver steps, about %.1f %% of the "
+             "training; --no_verdict leaves it out", plan.num_clips, plan.num_steps, 100 * plan.share)
+    return plan
+
+
+def write_outcome(
+    run: TrainingRun, clips: ClipDataset, config: RunConfig, metrics: MetricsFile, plan: VerdictPlan | None,
+    about: About,
+) -> None:
+    """Judge the run, and write ``verdict.json``, ``README.md`` and ``report.html`` beside the final adapter.
+
+    Whatever goes wrong here is said, and everything else is written: the adapter is there already.
+    """
+    run.feed.wait()  # nothing else reads the clips from now on
+    folder, variant = about.adapter.parent, get_variant(config.model.variant)
+    prompts = _prompts(clips)
+    meta: dict[str, Any] = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    verdict: Verdict | None = None
+    if plan is not None:
+        row = next((row for row in reversed(metrics.rows) if "val_loss" in row), None)
+        row = row if row is not None and row["step"] == run.step else None
+        verdict = _tried("no verdict", lambda: reach_verdict(run, clips, config, plan, variant, row))
+    if verdict is not None:
+        judged = verdict
+        log_verdict(judged, sum(metrics.series("sec_per_step")[1]))
+        text = json.dumps({"step": run.step, **judged.to_json()}, indent=2) + "\n"
+        _tried(f"no {VERDICT_FILE}", lambda: atomic_write_text(folder / VERDICT_FILE, text))
+    _tried("no model card", lambda: write_card(folder, card_text(about.adapter, meta, prompts, verdict)))
+
+    def write_page() -> None:
+        page = run_page(run, config, metrics, verdict, prompts, about.adapter, about.data, about.settings)
+        page.write(folder / PAGE_FILE)
+        log.info("%s: the page about this run, to be opened in a browser", folder / PAGE_FILE)
+
+    _tried(f"no {PAGE_FILE}", write_page)
+
+
+def _prompts(clips: ClipDataset) -> list[str]:
+    """Return the prompts of the clips, the most frequent first; of a large set, those of evenly spread clips."""
+    found = Counter(clips.clip(i).prompt for i in spread(len(clips), PROMPTS_READ))
+    return [prompt for prompt, _ in found.most_common() if prompt]
+
+
+def _tried(what: str, make: Callable[[], Any]) -> Any:
+    """Return the result of ``make``; None after an error, which is said: the result of the training is safe."""
+    try:
+        return make()
+    except Exception as error:  # whatever it is: the adapter is written, and so is the rest
+        log.warning("%s: %s", what, str(error).strip().split("\n")[0] or type(error).__name__)
+        log.debug("the error itself", exc_info=error)
+        return None

@@ -1,0 +1,106 @@
+"""train_lora.py to the end of a run: the verdict, the page, the model card, and what is heard meanwhile."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import soundfile
+import yaml
+from script_args import TINY
+
+import train_lora
+from selva.training import outcome, verdict
+
+QUICK = [*TINY, "--steps", "4", "--batch_size", "2", "--warmup_steps", "1", "--save_every", "4", "--val_every", "2",
+         "--rank", "2", "--log_every", "1", "--precision", "fp32", "--no_preview"]
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch):
+    monkeypatch.setattr(verdict, "PLANS", ((1, 2),))
+    monkeypatch.setattr(verdict, "NUM_FOREIGN", 2)
+
+
+def train(data: Path, out: Path, *more: str) -> int:
+    return train_lora.main(["--data_dir", str(data), "--output_dir", str(out), *QUICK, *more])
+
+
+def test_a_run_ends_with_a_verdict_a_page_and_a_card(feature_dir, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train(feature_dir, out, "--verdict_share", "1000", "--lr", "1e-2") == 0
+    stdout, stderr = capsys.readouterr()
+    assert stdout.strip() == str(out / "adapter_final.pt")
+    assert "at the end a verdict from 1 clips and 5 foreign" in stderr
+    line = next(line for line in stderr.splitlines() if "verdict: " in line)
+    assert "1 held-out clips moved" in line and "foreign prompts moved" in line
+    content = json.loads((out / "verdict.json").read_text())
+    assert content["verdict"] in line and content["step"] == 4 and content["moved_db"] > 0
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert page.count("<audio") == 3 + 2 * 2 and page.count("data:audio/mpeg") == 7
+    for words in ("a knock", content["verdict"], "Held-out loss by noise level", "by heart", "batch_size: 2",
+                  "6 clips, ", "PyTorch", "python infer.py"):
+        assert words in page
+    assert len(page) < 5_000_000 and "http" not in re.sub(r"base64,[^\"]+", "", page)
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert yaml.safe_load(card.split("---")[1])["tags"][0] == "lora" and "verdict: " in card
+    rows = [json.loads(row) for row in (out / "metrics.jsonl").read_text().splitlines()]
+    watched = [row for row in rows if "val_loss" in row]
+    assert [row["step"] for row in watched] == [0, 2, 4] and all("member_auc" in row for row in watched)
+    assert watched[0]["velocity_change"] == 0 < watched[2]["velocity_change"]
+
+
+def test_a_short_run_has_no_verdict_and_says_so(feature_dir, tmp_path, capsys):
+    assert train(feature_dir, tmp_path / "short") == 0
+    assert "no verdict at the end" in capsys.readouterr().err
+    assert not (tmp_path / "short" / "verdict.json").exists() and (tmp_path / "short" / "report.html").exists()
+    assert train(feature_dir, tmp_path / "off", "--no_verdict", "--verdict_share", "1000") == 0
+    assert "verdict" not in capsys.readouterr().err
+
+
+def test_a_verdict_that_fails_spoils_nothing(feature_dir, tmp_path, capsys, monkeypatch):
+    def broken(*args):
+        raise RuntimeError("out of everything")
+
+    monkeypatch.setattr(outcome, "reach_verdict", broken)
+    assert train(feature_dir, tmp_path / "run", "--verdict_share", "1000") == 0
+    assert "no verdict: out of everything" in capsys.readouterr().err
+    assert {"adapter_final.pt", "report.html", "README.md"} <= {path.name for path in (tmp_path / "run").iterdir()}
+
+
+def test_sounds_of_a_table_at_every_checkpoint_and_figures_between(feature_dir, tmp_path, capsys):
+    features = sorted(feature_dir.glob("*.npz"))[0]
+    table = tmp_path / "sounds.csv"
+    table.write_text(f"name,prompt,features,seed,strength,guidance\nfull,a knock,{features},7,,\n"
+                     f"off,a knock,{features},7,0,\nhalf,rain,,7,0.5,0\n")
+    out = tmp_path / "run"
+    assert train(feature_dir, out, "--sample_prompts", str(table), "--eval_every", "2", "--lr", "1e-1",
+                 "--duration", "2") == 0
+    written = {path.name for path in (out / "sample_prompts").iterdir()}
+    assert written == {f"{name}_step0000{step}.wav" for name in ("full", "off", "half") for step in (0, 4)}
+
+    def sound(name):
+        return soundfile.read(out / "sample_prompts" / name)[0]
+
+    assert (sound("full_step00000.wav") == sound("off_step00000.wav")).all()  # the base model
+    assert (sound("off_step00000.wav") == sound("off_step00004.wav")).all()
+    assert (sound("full_step00004.wav") != sound("off_step00004.wav")).any()
+    rows = [json.loads(row) for row in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "eval_lsd_db" in row] == [2, 4]
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("prompt,volume\na,1\n", "has the columns prompt, volume"),
+    ("prompt,seed\na,x\n", "line 2: seed is 'x', expected a number"),
+    ("prompt,features\n,missing.npz\n", "line 2: missing.npz: no such file"),
+    ("prompt,seed\n,1\n", "line 2: neither a prompt nor features"),
+    ("name,prompt\na,x\na,y\n", "line 3: the name 'a' is used twice"),
+    ("name,prompt\n../a,x\n", "line 2: the name '../a' cannot name a file"),
+    ("prompt\n", "it has no rows"),
+])
+def test_a_table_that_cannot_be_meant_is_refused_before_anything_is_read(feature_dir, tmp_path, capsys, text, words):
+    (tmp_path / "sounds.csv").write_text(text)
+    assert train(feature_dir, tmp_path / "run", "--sample_prompts", str(tmp_path / "sounds.csv")) == 1
+    assert words in capsys.readouterr().err and not (tmp_path / "run").exists()
