@@ -19,8 +19,8 @@ from selva.utils.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from selva.lora.config import LoRAConfig
-    from selva.lora.inject import InjectReport, inject_lora
     from selva.lora.formats import from_foreign, from_kohya, from_mmaudio_lora, from_peft, to_kohya, to_peft
+    from selva.lora.inject import InjectReport, inject_lora
     from selva.lora.merge import Adapter, merge_adapter
     from selva.lora.tools import (
         combine_adapters,

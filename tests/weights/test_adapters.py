@@ -141,7 +141,7 @@ def test_a_folder_that_is_none_of_peft(tmp_path):
     with pytest.raises(UserError, match="expected the settings of PEFT"):
         open_adapter(tmp_path / "p")
     (tmp_path / "p" / "adapter_config.json").unlink()
-    with pytest.raises(UserError, match="without adapter_config.json beside it"):
+    with pytest.raises(UserError, match=r"without adapter_config\.json beside it"):
         open_adapter(tmp_path / "p")
 
 
@@ -156,7 +156,7 @@ def test_baking_is_the_merged_model_and_is_read_back(tmp_path):
     with pytest.raises(UserError, match="needed: give --selva_dir"):
         bake("small_16k", None, [(adapter, 1.0)], tmp_path)
     torch.save({key: value for key, value in baked.items() if "attn.qkv" not in key}, tmp_path / "half.pth")
-    with pytest.raises(UserError, match="not a generator of tiny_16k: .* is missing"):
+    with pytest.raises(UserError, match=r"not a generator of tiny_16k: .* is missing"):
         generator_tensors(tmp_path / "half.pth", "tiny_16k")
 
 
