@@ -52,7 +52,8 @@ def build_parser() -> cli.ArgumentParser:
     group.add_argument("--fold", action="store_true", help="take scales that differ between layers into the matrices "
                        "even where that rounds them")
     group.add_argument("--tuned", type=Path, help="extract: the fine-tuned generator, a file or a folder of weights")
-    group.add_argument("--base", type=Path, help="extract: the generator that it was tuned from")
+    group.add_argument("--base", type=Path, help="extract: the generator that it was tuned from; bake: a "
+                       "generator of your own to bake into")
     group.add_argument("--layers", action="store_true", help="info and diff: a line for every layer")
     group = parser.add_argument_group("base model")
     group.add_argument("--variant", choices=tuple(VARIANTS), help="base model, where the adapters do not say it")
@@ -180,10 +181,8 @@ def bake(args: argparse.Namespace) -> int:
     if len(variants) != 1:
         raise UsageError(f"bake needs one base model, got {sorted(variants) or 'none'}; give --variant")
     variant = variants.pop()
-    path, _ = bake_into(variant, args.selva_dir, pairs, output_of(args))
-    log.info("this is the generator alone: " + (
-        f"{variant} always uses the one inside the package, so infer.py will not read it" if VARIANTS[variant].packaged
-        else f"copy or link the other files of {variant} beside it, and give --selva_dir {args.output}"))
+    path, _ = bake_into(variant, args.selva_dir, pairs, output_of(args), args.base)
+    log.info("to use it: --variant %s --generator %s", variant, path)
     print(path)
     return 0
 

@@ -191,7 +191,11 @@ def _common_meta(adapters: Sequence[Adapter]) -> dict[str, Any]:
                             "one adapter cannot be both")
         if values:
             meta[key] = next(iter(values.values()))
-    return meta
+    own = [adapter.meta.get("generator") for adapter in adapters]  # a base model of the user's own
+    if len({(mark or {}).get("mark") for mark in own}) > 1:
+        raise UserError(f"these adapters were trained on different base models: "
+                        f"{', '.join((mark or {}).get('name', 'that of the variant') for mark in own)}")
+    return meta if own[0] is None else meta | {"generator": own[0]}
 
 
 # -- relative to the base model ----------------------------------------------------------------------------------------

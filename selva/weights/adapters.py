@@ -78,9 +78,13 @@ def generator_tensors(source: Path | None, variant: str) -> dict[str, Tensor]:
 
 
 def bake(
-    variant: str, selva_dir: Path | None, adapters: Iterable[tuple[Adapter, float]], output: Path
+    variant: str, selva_dir: Path | None, adapters: Iterable[tuple[Adapter, float]], output: Path,
+    base: Path | None = None,
 ) -> tuple[Path, Generator]:
     """Write the generator with (adapter, strength) pairs merged, under its published name and with its published keys.
+
+    Args:
+        base: file of a generator of the user's own, in place of that of the variant.
 
     Returns:
         The path, and the generator itself.
@@ -88,18 +92,16 @@ def bake(
     Raises:
         UserError: an adapter does not fit, or the output is the folder of the base model.
     """
-    known, files = get_variant(variant), get_variant(variant).weight_files("generator")
-    original: Mapping[str, Tensor] = {}
-    path = output / asset_name(variant, "generator")
-    if files:
+    known, files, source = get_variant(variant), get_variant(variant).weight_files("generator"), base
+    path = local_path(files[0], output, default_layout(output)) if files else output / asset_name(variant, "generator")
+    if source is None and files:
         if selva_dir is None:
             raise UserError(f"the weights of {variant} are needed: give --selva_dir")
-        source = find_weights(known, selva_dir, ("generator",))["generator"][0]
-        path = local_path(files[0], output, default_layout(output))
-        if path.exists() and path.samefile(source):
-            raise UserError(f"{path}: is the base model itself; name another --output")
-        original = read_checkpoint(source)
-    generator = load_generator(variant, selva_dir)
+        (source,) = find_weights(known, selva_dir, ("generator",))["generator"]
+    if source is not None and path.exists() and path.samefile(source):
+        raise UserError(f"{path}: is the base model itself; name another --output")
+    original = {} if source is None else read_checkpoint(source)
+    generator = load_generator(variant, selva_dir, file=base)
     merge_adapters(generator, adapters)
     state = generator.state_dict()
     names = original or state
