@@ -56,7 +56,7 @@ def singular_factors(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def rank_for(s: Tensor, rank: int | None, energy: float | None) -> int:
-    """Return how many of the singular values ``s`` to keep: at most ``rank``, at least ``energy`` of their squares."""
+    """Return the number of singular values to keep: at most ``rank``, with at least ``energy`` of the squares of ``s``."""
     count = max(1, int((s > SMALLEST * s[:1]).sum())) if len(s) else 0
     if energy is not None and float(s.square().sum()) > 0:
         share = s.square().cumsum(0) / s.square().sum()
@@ -311,7 +311,7 @@ class LayerDifference:
 
 
 def compare_adapters(first: Adapter, second: Adapter) -> dict[str, LayerDifference]:
-    """Return how far the updates of two adapters are apart, layer by layer; a layer that one lacks counts as zero.
+    """Return the distance of the updates of two adapters, layer by layer; a layer that one lacks counts as zero.
 
     Raises:
         UserError: an adapter with DoRA or changed base weights, or layers whose shapes differ.

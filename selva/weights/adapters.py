@@ -255,7 +255,7 @@ def _is_same(adapter: Adapter, written: Adapter, name: str) -> bool:
 
 
 def adapter_problems(adapter: Adapter, variant: str) -> list[str]:
-    """Return what keeps an adapter from being used with a variant: layers it does not have, other sizes, its meta."""
+    """Return the obstacles to using an adapter with a variant: layers it does not have, other sizes, its meta."""
     shapes, problems = layer_shapes(variant), adapter.problems()
     named = adapter.meta.get("variant")
     if named is not None and named != variant:
