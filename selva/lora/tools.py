@@ -56,7 +56,7 @@ def singular_factors(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def rank_for(s: Tensor, rank: int | None, energy: float | None) -> int:
-    """Return the number of singular values to keep: at most ``rank``, with at least ``energy`` of the squares of ``s``."""
+    """Return the number of singular values to keep: at most ``rank``, with at least ``energy`` of the squares."""
     count = max(1, int((s > SMALLEST * s[:1]).sum())) if len(s) else 0
     if energy is not None and float(s.square().sum()) > 0:
         share = s.square().cumsum(0) / s.square().sum()

@@ -3,8 +3,8 @@
     sweep.yaml --read_sweep--> runs --run_sweep--> <output_dir>/<run>/ ... --> sweep.tsv, sweep.html
 
 A run is a folder as ``train_lora.py`` writes it, with ``sweep_run.json`` in it: its settings, and in the end its
-figures. So a sweep that was stopped goes on: finished runs are read, begun ones are resumed. Several processes share the runs
-through the locks of the folders.
+figures. So a sweep that was stopped goes on: finished runs are read, begun ones are resumed. Several processes share
+the runs through the locks of the folders.
 """
 
 from __future__ import annotations
