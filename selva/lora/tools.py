@@ -332,7 +332,7 @@ def compare_adapters(first: Adapter, second: Adapter) -> dict[str, LayerDifferen
         cosine = inner / (norms[0] * norms[1]) if all(norms) else 0.0
         gap = float(singular_factors(a, b)[1].norm())
         # What is left of two equal updates is rounding, and would read like a difference.
-        result[name] = LayerDifference(*norms, gap if gap > SMALLEST * max(norms) else 0.0, cosine)
+        result[name] = LayerDifference(norms[0], norms[1], gap if gap > SMALLEST * max(norms) else 0.0, cosine)
     return result
 
 

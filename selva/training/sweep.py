@@ -103,7 +103,7 @@ def read_sweep(path: Path) -> tuple[Path, list[SweepRun]]:
 
 
 def _setups(path: Path, kind: str, content: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return what each setup changes of the base."""
+    """Return the changes of the base that each setup makes."""
     if not kind:
         return [{}]
     values = content[kind]
@@ -162,7 +162,7 @@ class RunResult:
 
     @property
     def score(self) -> float:
-        """What runs are ranked by, lower is better: held-out loss, without held-out clips the training loss."""
+        """The figure that decides the rank, lower is better: held-out loss, or without such clips the training loss."""
         return self.figures.get("val_loss", self.figures.get("train_loss", math.inf)) if not self.problem else math.inf
 
 

@@ -164,9 +164,11 @@ def _open(path: Path, variant: str | None, fold: bool) -> Adapter:
             raise FileNotFoundError(f"{path}: a folder without {' or '.join(PEFT_TENSORS)}; expected "
                                     "the file of an adapter, or a folder of PEFT")
         path = found
+    content: Mapping[str, Any]
     content, meta = read_safetensors(path) if path.suffix == ".safetensors" else (read_torch(path), {})
-    if isinstance(content.get("state_dict"), Mapping):
-        content, meta = content["state_dict"], content.get("meta") or {}
+    inner: Any = content.get("state_dict")
+    if isinstance(inner, Mapping):
+        content, meta = inner, content.get("meta") or {}
     config = _read_peft_config(folder / PEFT_CONFIG)
     own = meta if isinstance(meta, Mapping) else {}
     kept = {key: value for key, value in own.items() if key not in ("format", "native_target")}
