@@ -57,11 +57,11 @@ def test_a_sweep_is_the_same_as_single_runs_and_goes_on_where_it_was_killed(feat
     # Killed in the middle of the second run, and then between its end and the note of it.
     real, calls = sweep.train, []
 
-    def train(*arguments):
+    def train(*arguments, **more):
         calls.append(arguments)
         if len(calls) == 2:
             monkeypatch.setattr(TrainingRun, "train_step", raising_at(2))
-        return real(*arguments)
+        return real(*arguments, **more)
 
     again = put_sweep(tmp_path, feature_dir, "again", grid=grid)
     monkeypatch.setattr(sweep, "train", train)
@@ -103,10 +103,10 @@ def test_a_failed_run_does_not_end_a_sweep_and_is_tried_again(feature_dir, tmp_p
     path = put_sweep(tmp_path, feature_dir, runs=[{"lr": 0.001}, {"lr": 0.002}])
     real = sweep.train
 
-    def train(config, *arguments):
+    def train(config, *arguments, **more):
         if config.training.lr == 0.001:
             raise RuntimeError("the device is gone")
-        return real(config, *arguments)
+        return real(config, *arguments, **more)
 
     monkeypatch.setattr(sweep, "train", train)
     assert script.main([str(path)]) == cli.EXIT_FAILED
@@ -118,7 +118,7 @@ def test_a_failed_run_does_not_end_a_sweep_and_is_tried_again(feature_dir, tmp_p
 
 
 def test_mistakes_are_told_before_anything_is_trained(feature_dir, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(sweep, "train", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(sweep, "train", lambda *_, **more: pytest.fail("trained"))
     path = put_sweep(tmp_path, feature_dir, runs=[{"lr": 0.001}, {"lrr": 1}])
     assert script.main([str(path)]) == cli.EXIT_FAILED
     assert "lrr=1,seed=42: unknown settings lrr; known are" in caplog.text
