@@ -40,6 +40,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = cli.config_from(RunConfig, args)
     needs = (*NEEDS, *(["vocoder"] if config.preview or config.sample_prompts or config.eval_every else []))
     check_weights(config.model.variant, config.model.selva_dir, config.model.needs(needs))
+    if config.validate_only:
+        from selva.training.suggest import advice, free_gpu_memory
+
+        for line in advice(config, free_gpu_memory()):
+            print(line)
+        print("the settings can be trained with")
+        return 0
     from selva.training.train import train  # PyTorch takes seconds to import; mistakes were told before
 
     result = train(config, cli.saved_settings(args))

@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
               "--true", work / "new", "--title", f"tiny_16k learns a new sound: {args.sound}", "--commands",
               steps.notes, "--output", out / "report.html", note=False)
     steps.say("done")
-    print(f"Open {out / 'report.html'} in a browser; {work / 'run' / 'report.html'} is the page of the training itself.")
+    print(f"Open {out / 'report.html'} in a browser; {work / 'run' / 'report.html'} is about the training alone.")
     return 0
 
 

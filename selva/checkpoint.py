@@ -42,6 +42,7 @@ from torch import Tensor, nn
 
 from selva.lora.config import MAX_PROBLEMS, LoRAConfig
 from selva.lora.foreign import foreign_format
+from selva.lora.formats import alpha_for, is_power_of_two
 from selva.lora.merge import FACTOR_SUFFIXES, MAGNITUDE_SUFFIX, Adapter, padded_to_one_rank
 from selva.lora.state import adapter_tensors, lora_state_dict
 from selva.utils.errors import UserError
@@ -89,6 +90,8 @@ def save_adapter(
     source: nn.Module | Mapping[str, Tensor],
     meta: Mapping[str, Any],
     state: Mapping[str, Tensor] | None = None,
+    *,
+    keep_scale: bool = False,
 ) -> dict[str, Any]:
     """Write an adapter for inference and return its meta as written.
 
@@ -99,6 +102,7 @@ def save_adapter(
         meta: plain values to store: ``variant``, ``steps``, ``target`` (known already from a model) and whatever else
             should travel along. ``rank``, ``alpha``, ``use_rslora`` and ``init_mode`` are set to match the tensors.
         state: with a model: factors to write instead of its current ones, see ``lora.state.adapter_tensors``.
+        keep_scale: with tensors: leave a scale that would round B in the meta, as alpha, instead of folding it into B.
 
     Raises:
         ValueError: an unknown suffix, tensors that are no adapter, or a meta with something else than plain values.
@@ -106,11 +110,14 @@ def save_adapter(
     path = Path(path)
     if path.suffix not in (*TORCH_SUFFIXES, ".safetensors"):
         raise UserError(f"{path}: adapters are written as .pt or .safetensors, not {path.suffix or 'without suffix'}")
+    scale = 1.0
     if isinstance(source, nn.Module):
         tensors, meta = adapter_tensors(source, state), _meta_of_model(source, meta)
     else:
-        tensors, meta = _folded(Adapter(source, meta, source=str(path)))
-    tensors, meta = _for_file(tensors, meta, path)
+        adapter = Adapter(source, meta, source=str(path))
+        scale = _scale_to_keep(adapter) if keep_scale else 1.0
+        tensors, meta = _folded(adapter, fold=scale == 1.0)
+    tensors, meta = _for_file(tensors, meta, path, scale)
     with atomic_path(path) as temporary:
         if path.suffix == ".safetensors":
             header = {"format": "pt", "meta": json.dumps(meta, allow_nan=False)}
@@ -175,8 +182,14 @@ def _meta_of_model(model: nn.Module, meta: Mapping[str, Any]) -> dict[str, Any]:
     return {**meta, "target": list(cfg.targets), "lora_dropout": cfg.dropout, "lora_config": cfg.to_dict()}
 
 
-def _folded(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return tensors of one rank with the scale of the meta folded into B."""
+def _scale_to_keep(adapter: Adapter) -> float:
+    """Return the scale that all layers share if a multiplication by it rounds B, otherwise 1."""
+    scales = {adapter.scale(name) for name in adapter.layer_names()} if not adapter.problems() else set()
+    return scales.pop() if len(scales) == 1 and not all(map(is_power_of_two, scales)) else 1.0
+
+
+def _folded(adapter: Adapter, fold: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return tensors of one rank, with the scale of the meta folded into B where ``fold`` is given."""
     if problems := adapter.problems():
         raise UserError(f"{adapter.source}: {listed(problems, MAX_PROBLEMS)}")
     if adapter.is_pissa:
@@ -186,14 +199,14 @@ def _folded(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, Any]]:
     pairs = {}
     for name in adapter.layer_names():
         a, b = adapter.factors(name)
-        pairs[name] = a.float(), b.float() * adapter.scale(name)
+        pairs[name] = a.float(), b.float() * adapter.scale(name) if fold else b.float()
     magnitudes = {key: value for key, value in adapter.tensors.items() if key.endswith(MAGNITUDE_SUFFIX)}
     # Without targets the full names are: each ends with itself.
     return {**padded_to_one_rank(pairs), **magnitudes}, {"target": adapter.layer_names(), **adapter.meta}
 
 
 def _for_file(
-    tensors: Mapping[str, Tensor], meta: Mapping[str, Any], path: Path
+    tensors: Mapping[str, Tensor], meta: Mapping[str, Any], path: Path, scale: float = 1.0
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return tensors and meta as they go into a file; tensors already in that form are passed through, not copied."""
     if not tensors:
@@ -201,10 +214,10 @@ def _for_file(
     tensors = {key: value.detach().to("cpu", torch.float32).contiguous() for key, value in tensors.items()}
     rank = next(value.shape[0] for key, value in tensors.items() if key.endswith(".lora_A"))
     meta = {
-        **meta, "rank": rank, "alpha": float(rank), "target": list(meta["target"]), "use_rslora": False,
+        **meta, "rank": rank, "alpha": alpha_for(scale, rank), "target": list(meta["target"]), "use_rslora": False,
         "init_mode": "standard",
     }
-    if reason := _why_native(tensors):
+    if reason := why_native(tensors):
         meta = {**meta, "format": NATIVE_FORMAT, "target": [reason], "native_target": meta["target"]}
     else:
         meta = {key: value for key, value in meta.items() if key != "format"}
@@ -212,7 +225,7 @@ def _for_file(
     return tensors, meta
 
 
-def _why_native(tensors: Mapping[str, Tensor]) -> str:
+def why_native(tensors: Mapping[str, Tensor]) -> str:
     """Return the reason why ComfyUI-SelVA cannot apply ``tensors``, and what it could apply; "" if it can."""
     causes, remedies = [], []
     if any(value.dim() == 3 for value in tensors.values()):

@@ -7,7 +7,7 @@ Source: Lipman et al., arXiv:2210.02747; MMAudio, arXiv:2412.15322.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -131,6 +131,18 @@ EVALUATIONS_PER_STEP = {"euler": 1, "midpoint": 2, "heun": 2}
 WHOLE_INTERVAL = (0.0, 1.0)
 
 
+def check_interval(name: str, times: Sequence[float]) -> tuple[float, float]:
+    """Return two times as a tuple; settings files give lists.
+
+    Raises:
+        UserError: they are not two times 0 <= start < end <= 1; ``name`` is that of the setting.
+    """
+    bounds = tuple(times)
+    if len(bounds) != 2 or not 0.0 <= bounds[0] < bounds[1] <= 1.0:
+        raise UserError(f"{name} is {bounds}, expected two times 0 <= start < end <= 1")
+    return bounds[0], bounds[1]
+
+
 @dataclass(frozen=True)
 class SamplingConfig:
     """Settings of sampling; the defaults are those of the MMAudio and SelVA demos.
@@ -159,10 +171,7 @@ class SamplingConfig:
             raise UserError(f"cfg_strength is {self.cfg_strength}, expected a finite number")
         if self.solver not in SOLVERS:
             raise UserError(f"unknown solver {self.solver!r}, expected one of {', '.join(SOLVERS)}")
-        bounds = tuple(self.cfg_interval)  # settings files give lists
-        if len(bounds) != 2 or not 0.0 <= bounds[0] < bounds[1] <= 1.0:
-            raise UserError(f"cfg_interval is {bounds}, expected two times 0 <= start < end <= 1")
-        object.__setattr__(self, "cfg_interval", bounds)
+        object.__setattr__(self, "cfg_interval", check_interval("cfg_interval", self.cfg_interval))
 
     @property
     def num_evaluations(self) -> int:

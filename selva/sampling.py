@@ -6,8 +6,9 @@ sound on every device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -80,6 +81,48 @@ def sampling_graphs(choice: str, device: torch.device) -> SamplingGraphs:
 NO_GRAPHS = SamplingGraphs()
 
 
+class TimedWeights(Protocol):
+    """Weights that differ between times: those of a generator with its adapters, and without them."""
+
+    times: tuple[float, float]
+
+    def use(self, active: bool) -> None:
+        """Put the weights of the times inside the interval in place, or those of the times outside."""
+        ...
+
+
+def timed_velocity(timed: TimedWeights | None, make: Callable[[], flow.Velocity]) -> flow.Velocity:
+    """Return ``fn(t, x)`` that runs with the weights of its time; that of ``make`` where ``timed`` is None.
+
+    Args:
+        make: returns the velocity for the weights that are in place, conditions included, which may depend on them.
+    """
+    if timed is None:
+        return make()
+    timed.use(False)
+    outside = make()
+    timed.use(True)
+    inside = make()
+    start, end = timed.times[0] - TIME_TOLERANCE, timed.times[1] + TIME_TOLERANCE
+
+    def velocity(t: Tensor, x: Tensor) -> Tensor:
+        active = start <= t.item() <= end
+        timed.use(active)
+        return (inside if active else outside)(t, x)
+
+    return velocity
+
+
+@contextmanager
+def restored(timed: TimedWeights | None) -> Iterator[None]:
+    """Put the weights of inside the interval back at the end, whatever happens."""
+    try:
+        yield
+    finally:
+        if timed is not None:
+            timed.use(True)
+
+
 def guided_velocity(
     generator: Generator,
     conditions: Conditions,
@@ -150,6 +193,7 @@ def sample_latents(
     precision: torch.dtype = torch.float32,
     on_step: Callable[[int], None] | None = None,
     graphs: SamplingGraphs = NO_GRAPHS,
+    timed: TimedWeights | None = None,
 ) -> Tensor:
     """Return (B, N, C) float32 latents as the VAE decodes them.
 
@@ -159,16 +203,24 @@ def sample_latents(
         negative_text: (1 or B, 77, text_dim) text features to guide away from; None is the empty text.
         precision: autocast dtype of the network; the state, the time and the guidance are float32.
         on_step: called with the number of steps done.
-        graphs: record the passes of the network, and use the graphs of earlier sounds.
+        graphs: record the passes of the network, and use the graphs of earlier sounds; not with ``timed``.
+        timed: exchanges the generator's weights on the way; those of inside its interval are in place in the end.
     """
     config = config or SamplingConfig()
     device = clip_f.device
     noise = draw_noise(generator, seeds).to(device)
     with torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32):
-        conditions = generator.preprocess_conditions(clip_f, sync_f, text_f)
-        empty = generator.empty_conditions(len(seeds), negative_text)
-        velocity = guided_velocity(generator, conditions, empty, config.cfg_strength, config.cfg_interval, graphs)
-        latents = flow.SOLVERS[config.solver](velocity, noise, config.num_steps, on_step)
+        graphs = NO_GRAPHS if timed is not None else graphs  # a graph would go on reading the weights of its making
+
+        def make() -> flow.Velocity:
+            conditions = generator.preprocess_conditions(clip_f, sync_f, text_f)
+            empty = generator.empty_conditions(len(seeds), negative_text)
+            return guided_velocity(generator, conditions, empty, config.cfg_strength, config.cfg_interval,
+                                   graphs)
+
+        with restored(timed):
+            velocity = timed_velocity(timed, make)
+            latents = flow.SOLVERS[config.solver](velocity, noise, config.num_steps, on_step)
     return generator.unnormalize(latents)
 
 

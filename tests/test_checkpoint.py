@@ -350,11 +350,12 @@ def test_a_missing_file(tmp_path):
     [
         ([1, 2], "holds a list"),
         ({"base_model.model.l.lora_A.weight": torch.ones(2, 3), "base_model.model.l.lora_B.weight": torch.ones(3, 2)},
-         "format of PEFT.*adapter_config.json; docs/inference.md"),
+         "format of PEFT.*adapter_config.json; python scripts/adapter.py convert"),
         ({"state_dict": {"l.lora_A.default.weight": torch.ones(2, 3)}, "meta": {}}, "format of PEFT"),
         ({"lora_weights": {"l": {"lora_A": torch.ones(2, 3), "lora_B": torch.ones(3, 2)}},
-          "lora_config": {"l": {"rank": 2, "alpha": 4.0}}, "metadata": {}}, "MMAudio-Lora.*docs/inference.md"),
-        ({"l.lora_down.weight": torch.ones(2, 3), "l.lora_up.weight": torch.ones(3, 2)}, "kohya or diffusers"),
+          "lora_config": {"l": {"rank": 2, "alpha": 4.0}}, "metadata": {}}, "MMAudio-Lora.*adapter.py convert"),
+        ({"l.lora_down.weight": torch.ones(2, 3), "l.lora_up.weight": torch.ones(3, 2)},
+         "kohya or diffusers.*adapter.py convert"),
         ({"weight": torch.ones(2)}, "not an adapter.*found: weight"),
         ({}, "not an adapter"),
         ({"state_dict": [1], "meta": {}}, "must be dictionaries"),
@@ -378,31 +379,6 @@ def test_a_file_that_is_no_sound_adapter(tmp_path, content, message):
     torch.save(content, path)
     with pytest.raises(ValueError, match=rf"(?s)odd\.pt.*{message}"):
         load_adapter(path)
-
-
-def test_the_lines_of_the_guide_convert_foreign_adapters(base, tmp_path, monkeypatch):
-    """docs/inference.md: what to do with files of PEFT and MMAudio-Lora."""
-    guide = (Path(__file__).parents[1] / "docs" / "inference.md").read_text(encoding="utf-8")
-    (lines,) = (block.split("```")[0] for block in guide.split("```python\n")[1:] if "# PEFT" in block.split("```")[0])
-    monkeypatch.chdir(tmp_path)
-    linear = {name: layer for name, layer in base.named_modules() if name.endswith("attn.qkv")}
-    factors = {name: (torch.randn(2, layer.in_features), torch.randn(layer.out_features, 2))
-               for name, layer in linear.items()}
-    assert factors
-    (tmp_path / "peft").mkdir()
-    safetensors.torch.save_file(
-        {f"base_model.model.{name}.lora_{key}.weight": value
-         for name, pair in factors.items() for key, value in zip("AB", pair, strict=True)},
-        tmp_path / "peft" / "adapter_model.safetensors")
-    (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps({"lora_alpha": 4, "use_rslora": True}))
-    layers = {name: {"lora_A": a, "lora_B": b} for name, (a, b) in factors.items()}
-    torch.save({"lora_weights": layers, "lora_config": {name: {"rank": 2, "alpha": 6.0} for name in layers},
-                "metadata": {}}, tmp_path / "lora.pt")
-    exec(compile(lines, "docs/inference.md", "exec"), {})
-    for file, scale in (("from_peft.pt", 4 / 2**0.5), ("from_mmaudio_lora.pt", 3.0)):
-        adapter = load_adapter(tmp_path / file)
-        for name, (a, b) in factors.items():
-            torch.testing.assert_close(adapter.update(name, linear[name].weight.detach()), scale * b @ a)
 
 
 def test_safetensors_with_a_broken_meta(tmp_path):

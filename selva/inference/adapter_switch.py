@@ -9,13 +9,20 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from selva.checkpoint import load_adapter
+from selva.flow import WHOLE_INTERVAL
 from selva.lora.merge import MERGED_ATTRIBUTE, Adapter, merge_adapters
+from selva.lora.tools import restricted
 from selva.models.generator import Generator, cast_frozen_
+from selva.models.variants import Variant
 from selva.sampling import NO_GRAPHS, SamplingGraphs
+from selva.utils.errors import UserError
 from selva.weights.find import generator_change
 
 log = logging.getLogger(__name__)
 
+PathLike = str | Path
+AdapterSpec = PathLike | Adapter | tuple[PathLike | Adapter, float]
 AdapterPairs = Sequence[tuple[Adapter, float]]
 
 
@@ -24,6 +31,65 @@ def warn_of_other_generators(adapters: AdapterPairs, generator: Path | None) -> 
     for adapter, _ in adapters:
         if change := generator_change(adapter.meta, generator):
             log.warning("%s was trained on %s and is used with %s (--generator)", adapter.source, *change)
+
+
+def load_adapters(
+    specs: Iterable[AdapterSpec], variant: Variant, layers: Sequence[str] = ()
+) -> list[tuple[Adapter, float]]:
+    """Return (adapter, strength) pairs from files or adapters, each with or without a strength (default 1).
+
+    Args:
+        layers: patterns of the layers to keep, see :func:`selva.lora.tools.restricted`; all if there are none.
+
+    Raises:
+        ValueError: an adapter says that it was trained for another variant, or is none, or has no layer of a pattern.
+    """
+    pairs = []
+    for spec in specs:
+        source, strength = spec if isinstance(spec, tuple) else (spec, 1.0)
+        adapter = source if isinstance(source, Adapter) else load_adapter(source)
+        trained_for = adapter.meta.get("variant")
+        if trained_for is not None and trained_for != variant.name:
+            raise UserError(f"{adapter.source if source is adapter else source}: was trained for variant "
+                             f"{trained_for}, not {variant.name}; use --variant {trained_for}")
+        pairs.append((restricted(adapter, layers), float(strength)))
+    return pairs
+
+
+def uses_clip_features(choice: str, variant: Variant, adapters: AdapterPairs) -> bool:
+    """Return True where CLIP frame features are passed: as asked for, as the adapters were trained, or as released.
+
+    Adapters of ComfyUI-SelVA do not say; that trainer always passes them. An adapter at strength 0 has no say, so that
+    it is the same as no adapter.
+
+    Raises:
+        ValueError: two adapters were trained differently, and nothing was asked for.
+    """
+    if choice != "auto":
+        return choice == "use"
+    trained = {adapter.meta.get("clip_features", "use") for adapter, strength in adapters if strength != 0}
+    if len(trained) > 1:
+        raise UserError("the adapters were trained with different --clip_features; choose one")
+    return trained.pop() == "use" if trained else variant.family == "mmaudio"
+
+
+class TimedAdapters:
+    """Weights of a generator with and without its adapters, for adapters that act in a part of the path only.
+
+    Args:
+        weights: (parameter, its values with the adapters, its values without them).
+        times: the adapters act from the first to the second of these times, both included.
+    """
+
+    def __init__(self, weights: Sequence[tuple[nn.Parameter, Tensor, Tensor]], times: tuple[float, float]) -> None:
+        self.times, self._weights, self._active = times, weights, True
+
+    def use(self, active: bool) -> None:
+        """Let the adapters act, or not; exchanges references, so nothing is copied or rounded."""
+        if active != self._active:
+            for parameter, with_adapters, without in self._weights:
+                parameter.data = with_adapters if active else without
+            self._active = active
 
 
 class AdapterSwitch:
@@ -76,6 +142,28 @@ class AdapterSwitch:
         cast_frozen_(generator, self._dtype)
         self.generator, self._base, self._merged = generator.to(self._device), base, names
         return self.generator
+
+    def set_for(
+        self, adapters: AdapterPairs, times: tuple[float, float]
+    ) -> tuple[Generator, TimedAdapters | None]:
+        """Return the generator for adapters that act at ``times``, and what exchanges its weights on the way.
+
+        Outside of the interval the weights are those of the base model, bit for bit. None for the whole interval. The
+        weights of the layers that change are on the device twice meanwhile.
+
+        Raises:
+            ValueError: as :meth:`set`.
+        """
+        names = {name for adapter, strength in adapters if strength != 0 for name in adapter.layer_names()}
+        if times == WHOLE_INTERVAL or not names:
+            return self.set(adapters), None
+        self._kept |= names
+        layers = dict(self.set(()).named_modules())
+        base = {name: {key: p.detach().clone() for key, p in _own(layers[name])} for name in names if name in layers}
+        generator = self.set(adapters)
+        layers = dict(generator.named_modules())
+        return generator, TimedAdapters(
+            [(p, p.data, base[name][key]) for name in sorted(names) for key, p in _own(layers[name])], times)
 
     @torch.no_grad()
     def _exchange(self, generator: Generator, adapters: AdapterPairs, names: set[str]) -> None:

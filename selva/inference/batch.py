@@ -20,6 +20,7 @@ from torch import Tensor
 from selva.audio.loudness import TRUE_PEAK_LIMIT_DB
 from selva.extraction.manifest import DONE, FAILED, INCOMPLETE_FILE, MANIFEST_FILE, PENDING
 from selva.extraction.reader import CLIP_ERRORS
+from selva.flow import WHOLE_INTERVAL
 from selva.inference.adapter_switch import AdapterPairs
 from selva.inference.engine import COMPUTE_ERRORS, SoundGenerator
 from selva.inference.outputs import SoundFiles, model_identity, request_identity, sound_fingerprint
@@ -38,11 +39,18 @@ PART_SEC = 0.1  # a video longer than the sound by more is used in part
 
 @dataclass(frozen=True)
 class AdapterSetup:
-    """The adapters that sounds are made with, and their files; ``label`` names them in a comparison."""
+    """The adapters that sounds are made with, and their files; ``label`` names them in a comparison.
+
+    Attributes:
+        adapters: with the layers only in which they are to act, which ``layers`` asked for.
+        times: they act from the first to the second; 0 is noise, 1 is sound.
+    """
 
     label: str
     adapters: AdapterPairs
     specs: Sequence[tuple[Path, float]] = ()
+    times: tuple[float, float] = WHOLE_INTERVAL
+    layers: tuple[str, ...] = ()
 
 
 def common_clip_features(choice: str, setups: Sequence[AdapterSetup]) -> str:
@@ -118,7 +126,7 @@ class SoundBatch:
         self.models = []  # identity of the model in every setup
         self.needs_clip = False
         for setup in setups:
-            generator.set_adapters(setup.adapters)
+            generator.set_adapters(setup.adapters, setup.times)
             self.models.append(model_identity(generator))
             self.needs_clip |= generator.uses_clip
 
@@ -186,7 +194,7 @@ class SoundBatch:
             for setup, group, count in zip(self.setups, groups, batches, strict=True):
                 if not group:
                     continue
-                generator.set_adapters(setup.adapters)
+                generator.set_adapters(setup.adapters, setup.times)
                 latents.update(self._sample_group(
                     group, lambda step, done=done, label=setup.label: progress.update(done + step, label)
                 ))

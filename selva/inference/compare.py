@@ -1,9 +1,11 @@
 """Comparison of adapters and strengths on the same clips and seeds: one sheet of spectrograms, and figures.
 
-    adapters.txt        # path strength [label]; quote what has spaces; paths as given, or relative to this file
+    adapters.txt        # path strength [label] [times=LO-HI] [layers=PATTERN,...]; quote what has spaces; paths as
+                        # given, or relative to this file
                         base
                         runs/dog/adapter_final.pt 0.5
                         runs/dog/adapter_final.pt 1.0  "dog, full"
+                        runs/dog/adapter_final.pt 1.0  "dog, early"  times=0-0.5
 
     comparison.png      a row per clip and seed, a column per setup; the recorded sound first where there is one
     comparison.html     the sounds themselves with players, in one page
@@ -29,6 +31,7 @@ import numpy as np
 from torch import Tensor
 
 from selva.audio.metrics import compare_sounds
+from selva.flow import WHOLE_INTERVAL, check_interval
 from selva.inference.batch import AdapterSetup, BatchClip
 from selva.inference.compare_page import comparison_page
 from selva.inference.request import SoundRequest
@@ -67,14 +70,18 @@ SHOWN = (
 
 @dataclass(frozen=True)
 class CompareLine:
-    """One setup: its name, and (file, strength) of its adapters, none for the base model."""
+    """One setup: its name, (file, strength) of its adapters, none for the base model, and where they act."""
 
     label: str
     adapters: tuple[tuple[Path, float], ...]
+    times: tuple[float, float] = WHOLE_INTERVAL
+    layers: tuple[str, ...] = ()
 
 
 def read_compare_list(path: Path) -> list[CompareLine]:
-    """Return the setups in a list of lines ``path strength [label]`` or ``base``; # begins a comment.
+    """Return the setups in a list of lines ``path strength [label] [times=LO-HI] [layers=PATTERN,...]`` or ``base``.
+
+    ``#`` begins a comment.
 
     Labels, which become folders, default to the name of the file (of a training run's, with its folder) and the
     strength.
@@ -113,8 +120,12 @@ def _words(text: str) -> list[str]:
 def _compare_line(words: list[str], folder: Path) -> CompareLine:
     if words == [BASE_LABEL]:
         return CompareLine(BASE_LABEL, ())
+    line = " ".join(words)
+    options = dict(word.split("=", 1) for word in words[2:] if word.startswith(("times=", "layers=")))
+    words = words[:2] + [word for word in words[2:] if not word.startswith(("times=", "layers="))]
     if not 2 <= len(words) <= 3:
-        raise UserError(f"{' '.join(words)!r} is not `base`, nor `path strength [label]`; quote what has spaces")
+        raise UserError(f"{line!r} is not `base`, nor `path strength [label] [times=LO-HI] [layers=PATTERN,...]`; "
+                        "quote what has spaces")
     path = Path(words[0])
     candidates = (written_path(words[0], start) for start in (Path(), folder))
     found = next((candidate for candidate in candidates if candidate.is_file()), None)
@@ -126,10 +137,20 @@ def _compare_line(words: list[str], folder: Path) -> CompareLine:
         strength = math.nan
     if not math.isfinite(strength):
         raise UserError(f"the strength is {words[1]!r}, expected a number")
-    label = words[2] if len(words) == 3 else f"{_short_name(found)} {strength:g}"
+    times, layers = _times(options.get("times", "0-1")), tuple(filter(None, options.get("layers", "").split(",")))
+    where = "".join(f" {re.sub(r'[^A-Za-z0-9.,_-]', '_', value)}" for value in options.values())
+    label = words[2] if len(words) == 3 else f"{_short_name(found)} {strength:g}{where}"
     if re.search(r'[/\\:*?"<>|\0]', label) or label.startswith(".") or not label.strip():
         raise UserError(f"the label {label!r} cannot name a folder")
-    return CompareLine(label, ((found, strength),))
+    return CompareLine(label, ((found, strength),), times, layers)
+
+
+def _times(text: str) -> tuple[float, float]:
+    try:
+        start, end = map(float, text.split("-"))
+    except ValueError as error:
+        raise UserError(f"times={text}: expected two times such as times=0-0.7") from error
+    return check_interval("times", (start, end))
 
 
 def _short_name(path: Path) -> str:
@@ -207,7 +228,8 @@ def write_comparison(
         log.info("%s", line)
     content = {
         "settings": [
-            {"label": setup.label, "adapters": [[str(path), s] for path, s in setup.specs], "mean": mean}
+            {"label": setup.label, "adapters": [[str(path), s] for path, s in setup.specs],
+             "times": list(setup.times), "layers": list(setup.layers), "mean": mean}
             for setup, mean in zip(setups, means, strict=True)
         ],
         "sounds": [

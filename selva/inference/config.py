@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from selva.audio.config import DEFAULT_TARGETS, LOUDNESS_METHODS
-from selva.flow import SamplingConfig
+from selva.flow import WHOLE_INTERVAL, SamplingConfig, check_interval
 from selva.inputs.suffixes import AUDIO_SUFFIXES, OUTPUT_AUDIO_SUFFIXES, OUTPUT_VIDEO_SUFFIXES, VIDEO_SUFFIXES
 from selva.inputs.table import unsafe_id
 from selva.media.mask_settings import MaskOptions
@@ -68,6 +68,12 @@ class InferenceConfig:
                                   group=ADAPTERS, repeat=True, metavar="FILE")
     strength: list[float] = setting([], "strength of the adapter at the same position (default 1; 0 is the base model)",
                                     group=ADAPTERS, repeat=True)
+    times: tuple[float, float] = setting(
+        WHOLE_INTERVAL, "the adapters act only between these times; 0 is noise, 1 is sound", group=ADAPTERS, nargs=2,
+        metavar=("LO", "HI"), default_text="0 1")
+    layers: tuple[str, ...] = setting(
+        (), "the adapters act only in their layers whose names end so, or are like this: attn.qkv 'joint_blocks.*'",
+        group=ADAPTERS, nargs="+", metavar="PATTERN", default_text="all")
     clip_features: str = setting(
         "auto", "give the model CLIP features of the pictures (use), or the empty ones. auto: as the adapter was "
         "trained; without an adapter as the official release, empty for SelVA and use for MMAudio", group=ADAPTERS,
@@ -96,6 +102,7 @@ class InferenceConfig:
     def __post_init__(self) -> None:
         if problems := list(self._problems()):
             raise UserError("; ".join(problems))
+        object.__setattr__(self, "times", check_interval("--times", self.times))
 
     @property
     def weight_parts(self) -> tuple[str, ...]:
@@ -127,6 +134,9 @@ class InferenceConfig:
             (len(self.strength) > len(self.adapter),
              f"{len(self.strength)} --strength for {len(self.adapter)} --adapter"),
             (self.compare and self.adapter, "with --compare the adapters stand in its list, not in --adapter"),
+            (not self.adapter and (tuple(self.times) != WHOLE_INTERVAL or self.layers),
+             "--times and --layers belong to --adapter; with --compare they stand in its list, as times=LO-HI and "
+             "layers=PATTERN"),
             (self.reference and not self.compare, "--reference belongs to --compare"),
             (suffix in KNOWN_SUFFIXES and suffix not in SUFFIXES and not self.output.is_dir(),
              f"--output {self.output}: {suffix} is not written; expected a name ending in {', '.join(SUFFIXES)}, or a "

@@ -20,12 +20,19 @@ import torch
 from torch import Tensor
 
 from selva.audio.loudness import normalize_loudness
-from selva.checkpoint import load_adapter
 from selva.extraction.extractor import FeatureExtractor
 from selva.extraction.reader import CLIP_ERRORS
 from selva.features import FeatureBundle, load_features
-from selva.flow import SamplingConfig
-from selva.inference.adapter_switch import AdapterPairs, AdapterSwitch, warn_of_other_generators
+from selva.flow import WHOLE_INTERVAL, SamplingConfig, check_interval
+from selva.inference.adapter_switch import (
+    AdapterSpec,
+    AdapterSwitch,
+    PathLike,
+    TimedAdapters,
+    load_adapters,
+    uses_clip_features,
+    warn_of_other_generators,
+)
 from selva.inference.config import CLIP_FEATURE_CHOICES, DEFAULT_BATCH_SIZE, OFFLOAD_CHOICES, WHOLE_VIDEO_SEC
 from selva.inference.long_sampling import sample_long
 from selva.inference.request import Sound, SoundConditions, SoundRequest, check_widths
@@ -35,7 +42,7 @@ from selva.models.generator import Generator
 from selva.models.mel_inversion import MelInversion
 from selva.models.prompt_length import warn_of_cut_prompts
 from selva.models.vae import VAE
-from selva.models.variants import Variant, features_problem, get_variant
+from selva.models.variants import features_problem, get_variant
 from selva.models.vocoder import Vocoder
 from selva.sampling import decode_latents, sample_latents, sampling_graphs
 from selva.sequence import DEFAULT_DURATION_SEC, SequenceConfig, sequence_config
@@ -52,49 +59,7 @@ COMPUTE_ERRORS = (RuntimeError, MemoryError)  # what can go wrong with one item 
 DECODER_CHUNK_SEC = 8.0  # of longer sounds the vocoder makes this much at once
 
 
-PathLike = str | Path
-AdapterSpec = PathLike | Adapter | tuple[PathLike | Adapter, float]
 OnError = Callable[[int, Exception], None]
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# adapters
-# ---------------------------------------------------------------------------------------------------------------
-
-
-def load_adapters(specs: Iterable[AdapterSpec], variant: Variant) -> list[tuple[Adapter, float]]:
-    """Return (adapter, strength) pairs from files or adapters, each with or without a strength (default 1).
-
-    Raises:
-        ValueError: an adapter says that it was trained for another variant, or is none.
-    """
-    pairs = []
-    for spec in specs:
-        source, strength = spec if isinstance(spec, tuple) else (spec, 1.0)
-        adapter = source if isinstance(source, Adapter) else load_adapter(source)
-        trained_for = adapter.meta.get("variant")
-        if trained_for is not None and trained_for != variant.name:
-            raise UserError(f"{adapter.source if source is adapter else source}: was trained for variant "
-                             f"{trained_for}, not {variant.name}; use --variant {trained_for}")
-        pairs.append((adapter, float(strength)))
-    return pairs
-
-
-def uses_clip_features(choice: str, variant: Variant, adapters: AdapterPairs) -> bool:
-    """Return True where CLIP frame features are passed: as asked for, as the adapters were trained, or as released.
-
-    Adapters of ComfyUI-SelVA do not say; that trainer always passes them. An adapter at strength 0 has no say, so that
-    it is the same as no adapter.
-
-    Raises:
-        ValueError: two adapters were trained differently, and nothing was asked for.
-    """
-    if choice != "auto":
-        return choice == "use"
-    trained = {adapter.meta.get("clip_features", "use") for adapter, strength in adapters if strength != 0}
-    if len(trained) > 1:
-        raise UserError("the adapters were trained with different --clip_features; choose one")
-    return trained.pop() == "use" if trained else variant.family == "mmaudio"
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -108,6 +73,8 @@ class SoundGenerator:
     Args:
         variant: a name from :data:`selva.models.variants.VARIANTS`. selva_dir: where its weights are; not for tiny_16k.
         adapters: files or adapters, or pairs of one and a strength; :meth:`set_adapters` exchanges them.
+        adapter_times: they act from the first to the second of these times only; 0 is noise, 1 is sound.
+        adapter_layers: they act in these of their layers only, see :func:`selva.lora.tools.restricted`.
         clip_features: "use" or "empty" CLIP features of the pictures; "auto" as the adapters were trained.
         sampling: steps, solver, guidance. long: go through more than 8 s in overlapping windows.
         normalize, target: the level of the sounds, see :func:`selva.audio.loudness.normalize_loudness`.
@@ -127,6 +94,8 @@ class SoundGenerator:
         selva_dir: PathLike | None = None,
         adapters: Iterable[AdapterSpec] = (),
         *,
+        adapter_times: tuple[float, float] = WHOLE_INTERVAL,
+        adapter_layers: Sequence[str] = (),
         clip_features: str = "auto",
         sampling: SamplingConfig | None = None,
         long: bool = False,
@@ -157,13 +126,21 @@ class SoundGenerator:
         self._switch = AdapterSwitch(self._load_generator, self.precision, self.device, graphs)
         self._decoders: tuple[VAE, Vocoder | MelInversion] | None = None
         self._stage, self.times = "", StageTimes()
-        self.set_adapters(adapters)
+        self.set_adapters(adapters, adapter_times, adapter_layers)
 
-    def set_adapters(self, adapters: Iterable[AdapterSpec]) -> None:
-        """Use these adapters from now on, and no others; the weights change when the next sound is sampled."""
-        pairs = load_adapters(adapters, self.variant)
+    def set_adapters(
+        self, adapters: Iterable[AdapterSpec], times: tuple[float, float] = WHOLE_INTERVAL, layers: Sequence[str] = ()
+    ) -> None:
+        """Use these adapters from now on, and no others; the weights change when the next sound is sampled.
+
+        Args:
+            times, layers: where they act, see ``adapter_times`` and ``adapter_layers``.
+        """
+        times = check_interval("times", times)
+        pairs = load_adapters(adapters, self.variant, layers)
         warn_of_other_generators(pairs, self.own_generator)
-        self.uses_clip, self.adapters = uses_clip_features(self.clip_features, self.variant, pairs), pairs
+        self.uses_clip = uses_clip_features(self.clip_features, self.variant, pairs)
+        self.adapters, self.adapter_times = pairs, times
 
     def expect_adapters(self, adapters: Iterable[Adapter]) -> None:
         """Announce the adapters of later calls of :meth:`set_adapters`, which saves reading the weights again."""
@@ -321,13 +298,14 @@ class SoundGenerator:
         """
         self.enter(GENERATOR)
         with self.times.stage("loading the generator"):
-            generator = self._switch.set(self.adapters)
+            generator, timed = self._switch.set_for(self.adapters, self.adapter_times)
         latents: dict[int, Tensor] = {}
         with self.times.stage("sampling"):
             for number, batch in enumerate(self.batches(conditions)):
                 before = number * self.sampling.num_steps
                 step = None if on_step is None else lambda done, before=before: on_step(before + done)
-                rows = self._sample_batch(generator, [conditions[i] for i in batch], [seeds[i] for i in batch], step)
+                rows = self._sample_batch(generator, [conditions[i] for i in batch], [seeds[i] for i in batch], step,
+                                          timed)
                 latents.update(zip(batch, rows, strict=True))
         return [latents[index] for index in range(len(conditions))]
 
@@ -341,7 +319,7 @@ class SoundGenerator:
 
     def _sample_batch(
         self, generator: Generator, items: Sequence[SoundConditions], seeds: Sequence[int],
-        on_step: Callable[[int], None] | None,
+        on_step: Callable[[int], None] | None, timed: TimedAdapters | None,
     ) -> list[Tensor]:
         sequence = items[0].sequence
         generator.set_sequence(sequence.latent_seq_len, sequence.clip_seq_len, sequence.sync_seq_len)
@@ -364,7 +342,7 @@ class SoundGenerator:
         negative = None
         if any(item.negative is not None for item in items):
             negative = stacked([item.negative for item in items], empty_text)
-        more = {"negative_text": negative, "precision": self.precision, "on_step": on_step}
+        more = {"negative_text": negative, "precision": self.precision, "on_step": on_step, "timed": timed}
         if self.long:
             more |= {"mode": self.variant.mode, "duration_sec": sequence.duration_sec}
         latents = (sample_long if self.long else sample_latents)(*arguments, **more, graphs=self._switch.graphs)

@@ -21,7 +21,16 @@ from torch import Tensor
 from selva import flow
 from selva.flow import SamplingConfig
 from selva.models.generator import Generator
-from selva.sampling import NO_GRAPHS, SamplingGraphs, draw_noise, guided_velocity, sample_latents
+from selva.sampling import (
+    NO_GRAPHS,
+    SamplingGraphs,
+    TimedWeights,
+    draw_noise,
+    guided_velocity,
+    restored,
+    sample_latents,
+    timed_velocity,
+)
 from selva.sequence import (
     DEFAULT_DURATION_SEC,
     LATENT_DOWNSAMPLE,
@@ -153,6 +162,7 @@ def sample_long(
     precision: torch.dtype = torch.float32,
     on_step: Callable[[int], None] | None = None,
     graphs: SamplingGraphs = NO_GRAPHS,
+    timed: TimedWeights | None = None,
 ) -> Tensor:
     """Return (B, N, C) float32 latents of any duration, as the VAE decodes them.
 
@@ -166,7 +176,7 @@ def sample_long(
         seeds: one seed per item. The noise belongs to the place in the clip, whatever the windows are.
         mode: "16k" or "44k". window_sec, overlap_sec: see :func:`window_grid`.
         windows_per_pass: windows, times items, that go through the network at once; more take more memory.
-        negative_text, precision, on_step, graphs: as for sample_latents.
+        negative_text, precision, on_step, graphs, timed: as for sample_latents.
 
     Raises:
         ValueError: features of other lengths or not one per seed, or see :func:`window_grid`.
@@ -182,15 +192,22 @@ def sample_long(
     if len(grid.segments) == 1:
         with _set_to(generator, grid.whole):
             return sample_latents(generator, clip_f, sync_f, text_f, seeds, config, negative_text=negative_text,
-                                  precision=precision, on_step=on_step, graphs=graphs)
+                                  precision=precision, on_step=on_step, graphs=graphs,
+                                  timed=timed)
     device = text_f.device
     noise = draw_noise(generator, seeds, grid.whole.latent_seq_len).to(device)
     enabled = precision != torch.float32
     with _set_to(generator, grid.window), torch.autocast(device.type, dtype=precision, enabled=enabled):
-        passes = _window_passes(
-            generator, grid, clip_f, sync_f, text_f, negative_text, config, windows_per_pass, graphs)
-        velocity = blended_velocity(passes, grid, device)
-        latents = flow.SOLVERS[config.solver](velocity, noise, config.num_steps, on_step)
+        graphs = NO_GRAPHS if timed is not None else graphs  # a graph would go on reading the weights of its making
+
+        def make() -> flow.Velocity:
+            passes = _window_passes(
+                generator, grid, clip_f, sync_f, text_f, negative_text, config, windows_per_pass, graphs)
+            return blended_velocity(passes, grid, device)
+
+        with restored(timed):
+            velocity = timed_velocity(timed, make)
+            latents = flow.SOLVERS[config.solver](velocity, noise, config.num_steps, on_step)
     return generator.unnormalize(latents)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from selva.extraction.reader import CLIP_ERRORS
 from selva.features import FeatureBundle
+from selva.flow import WHOLE_INTERVAL
 from selva.inference.engine import SoundGenerator
 from selva.inference.request import Sound, SoundRequest
 from selva.inputs.file_names import alike, problem_here, tells_case_apart
@@ -122,12 +123,15 @@ def model_identity(generator: SoundGenerator) -> dict[str, Any]:
 
     Batch size, device and memory settings are left out: they change the rounding at most.
     """
+    acting = [(adapter, strength) for adapter, strength in generator.adapters if strength != 0]
+    timed = acting and generator.adapter_times != WHOLE_INTERVAL
     return {
         "versions": [__version__, INFERENCE_VERSION],
         "variant": generator.variant.name,
         "weights": _weight_sizes(generator),
         "precision": str(generator.precision),
-        "adapters": [[adapter_hash(adapter), strength] for adapter, strength in generator.adapters if strength != 0],
+        "adapters": [[adapter_hash(adapter), strength] for adapter, strength in acting],
+        **({"adapter_times": generator.adapter_times} if timed else {}),
         "uses_clip": generator.uses_clip,
         "sampling": asdict(generator.sampling),
         "long": generator.long,

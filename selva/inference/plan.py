@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from selva.flow import WHOLE_INTERVAL
 from selva.inference.batch import AdapterSetup, BatchClip, Variation
 from selva.inference.compare import read_compare_list
 from selva.inference.config import WHOLE_VIDEO_SEC, InferenceConfig
@@ -118,12 +119,22 @@ def adapter_setups(config: InferenceConfig) -> list[AdapterSetup]:
     variant = get_variant(config.model.variant)
     if config.compare:
         lines = read_compare_list(config.compare)
-        return [AdapterSetup(line.label, load_adapters(line.adapters, variant), line.adapters) for line in lines]
+        return [
+            AdapterSetup(line.label, load_adapters(line.adapters, variant, line.layers), line.adapters, line.times,
+                         line.layers)
+            for line in lines
+        ]
     strengths = config.strength + [1.0] * (len(config.adapter) - len(config.strength))
     specs = tuple(zip(config.adapter, strengths, strict=True))
     for path, strength in specs:
         log.info("adapter %s at strength %g", path, strength)
-    return [AdapterSetup("", load_adapters(specs, variant), specs)]
+    adapters = load_adapters(specs, variant, config.layers)
+    if config.layers:
+        log.info("the adapters act in %s", ", ".join(f"{len(adapter.layer_names())} layers of {path}"
+                                                     for (path, _), (adapter, _) in zip(specs, adapters, strict=True)))
+    if config.times != WHOLE_INTERVAL:
+        log.info("the adapters act from %g to %g on the way from noise (0) to sound (1)", *config.times)
+    return [AdapterSetup("", adapters, specs, config.times, tuple(config.layers))]
 
 
 def plan_clip(
@@ -156,6 +167,7 @@ def variation_settings(
         "start": request.start_sec, "mask": request.mask.path if request.mask else None,
         "duration": None if request.duration_sec == WHOLE_VIDEO_SEC else request.duration_sec,
         "adapter": [path for path, _ in setup.specs], "strength": [strength for _, strength in setup.specs],
+        "times": list(setup.times), "layers": list(setup.layers) or None,
         "compare": None, "reference": None, "overwrite": False, "num_variations": 1, "output": output,
     }
     return values_of(config) | own

@@ -192,6 +192,8 @@ class RunConfig:
     init_from: Path | None = setting(
         None, "start a new run at a finished adapter, with a fresh optimiser and on any data", group=DATA,
         metavar="ADAPTER")
+    validate_only: bool = setting(False, "check the settings, the weight files and the clips, suggest other settings "
+                                  "for this data and this machine, and neither train nor write", group=DATA)
     dry_run: bool = setting(False, "say what batch fits a GPU, check everything, try two steps, estimate time, and "
                             "write nothing", group=DATA)
     skip_invalid: bool = setting(False, "train without the clips that cannot be used, instead of stopping to name them",

@@ -36,13 +36,14 @@ from selva.data.mixture import repeats_of
 from selva.data.source import DataSource
 from selva.data.summary import memmap_lines, summarise
 from selva.lora.inject import check_ranks, inject_lora
-from selva.models.generator import cast_frozen_
+from selva.models.generator import Generator, cast_frozen_
 from selva.models.variants import get_variant
 from selva.training.compiling import compile_blocks_
 from selva.training.config import RunConfig
 from selva.training.prior_preservation import with_preserved
 from selva.training.run import TrainingRun, divided_by_clip, graph_problem
 from selva.training.set_aside import final_of
+from selva.training.shared import SharedParts
 from selva.utils.device import dtype_of, peak_memory_bytes
 from selva.utils.distributed import World
 from selva.utils.errors import UserError
@@ -193,16 +194,21 @@ def check_resumable(saved: TrainingState, config: RunConfig, num_processes: int 
 
 
 def load_clips(
-    config: RunConfig, data_dir: Path, device: torch.device, world: World, told: list[str] | None = None
+    config: RunConfig, data_dir: Path, device: torch.device, world: World, told: list[str] | None = None,
+    shared: SharedParts | None = None,
 ) -> ClipDataset:
     """Return the clips of a data folder, encoded; every clip that cannot be used is named.
 
     Args:
-        told: gets the lines about the data that the log gets.
+        told: gets the lines about the data that the log gets; not those of clips that are shared.
+        shared: of earlier runs, whose clips are taken if they are the same.
 
     Raises:
         ValueError: no clip can be used, or some cannot and ``--skip_invalid`` is not given.
     """
+    key = (data_dir.resolve(), config.model, config.duration, config.normalize_audio, config.skip_invalid)
+    if shared is not None:
+        return shared.clips(key, lambda: load_clips(config, data_dir, device, world, told))
     with world.main_first(f"reading {data_dir}"):  # rank 0 has noted all hashes when the others look
         clips, problems = open_clip_dataset(
             data_dir, get_variant(config.model.variant), config.model.selva_dir,
@@ -241,6 +247,7 @@ def load_clips(
 def load_split(
     config: RunConfig, device: torch.device, world: World, saved: TrainingState | None = None,
     told: list[str] | None = None,
+    shared: SharedParts | None = None,
 ) -> tuple[ClipDataset, ClipDataset]:
     """Return (training, held-out) clips, as ``--val_dir`` or ``--val_fraction`` divides them.
 
@@ -249,9 +256,10 @@ def load_split(
     Args:
         saved: the state that is continued; the clips of a run that version 0.1.0 began are divided as it did.
         told: gets the lines about the data that the log gets.
+        shared: see :func:`load_clips`.
     """
     sources = config.sources
-    sets = [load_clips(config, source.path, device, world, told) for source in sources]
+    sets = [load_clips(config, source.path, device, world, told, shared) for source in sources]
     if len(sets) > 1:  # the same name may be in several
         sets = [PrefixedDataset(one, f"{source.path.name}/") for one, source in zip(sets, sources, strict=True)]
     clips = functools.reduce(ConcatDataset, sets)
@@ -260,7 +268,7 @@ def load_split(
     if config.val_dir is None:
         clips, val_clips = split_validation(clips, config.val_fraction, config.training.seed, by_origin=not as_before)
     else:
-        val_clips = load_clips(config, config.val_dir, device, world, told)
+        val_clips = load_clips(config, config.val_dir, device, world, told, shared)
     log.info("%s to train on, %d held out%s", counted(len(clips), "clip"), len(val_clips),
              "" if len(val_clips) else ": overfitting will not be seen")
     _report_origins(config, clips, val_clips)
@@ -317,23 +325,38 @@ def _report_origins(config: RunConfig, clips: ClipDataset, val_clips: ClipDatase
 
 
 def build_run(
-    config: RunConfig, clips: tuple[ClipDataset, ClipDataset], device: torch.device, world: World
+    config: RunConfig, clips: tuple[ClipDataset, ClipDataset], device: torch.device, world: World,
+    shared: SharedParts | None = None,
 ) -> TrainingRun:
-    """Return the base model with a fresh adapter and everything that trains it."""
+    """Return the base model with a fresh adapter and everything that trains it.
+
+    Args:
+        shared: of earlier runs, whose base model and sounds to preserve are taken if they are the same.
+    """
+    shared = shared or SharedParts()
     model, training, precision = config.model, config.training, dtype_of(config.precision)
-    generator = load_generator(model.variant, model.selva_dir, file=model.generator)
-    cast_frozen_(generator, precision)
+
+    def load() -> Generator:
+        base = load_generator(model.variant, model.selva_dir, file=model.generator)
+        cast_frozen_(base, precision)
+        return base.to(device)
+
+    own_base = config.compile  # compiled blocks are not given on
+    generator = load() if own_base else shared.generator((model, precision, device), load)
     check_ranks(generator, config.lora)
-    generator.to(device)
     if config.preserve:  # before there is an adapter, which would cost time in every layer and add nothing yet
-        text_features = load_clip_text(model.variant, model.selva_dir, device).encode(config.preserve)
-        clips = (
-            with_preserved(
+
+        def make() -> ClipDataset:
+            text_features = load_clip_text(model.variant, model.selva_dir, device).encode(config.preserve)
+            return with_preserved(
                 generator, clips[0], config.preserve, text_features, config.preserve_share, seed=training.seed,
                 precision=precision, use_clip_features=training.clip_features == "use",
-            ),
-            clips[1],
-        )
+            )
+
+        key = (model, precision, tuple(config.preserve), config.preserve_share, training.seed, training.clip_features,
+               tuple(map(str, config.data_dir)) if isinstance(config.data_dir, list | tuple) else str(config.data_dir),
+               config.duration, config.normalize_audio, tuple(clips[0].ids))
+        clips = shared.preserved(key, make), clips[1]
     report = inject_lora(generator, config.lora, torch.Generator().manual_seed(training.seed))
     generator.gradient_checkpointing = config.checkpoint_blocks or config.grad_checkpointing
     if config.compile:

@@ -36,6 +36,7 @@ from selva.training.setup import (
     load_start,
     patience_has_ended,
 )
+from selva.training.shared import SharedParts
 from selva.training.stopping import StopRequest
 from selva.training.trackers import Trackers
 from selva.utils.device import peak_memory_bytes, resolve_device, resolve_precision
@@ -85,12 +86,14 @@ def train(
     config: RunConfig,
     settings: Mapping[str, Any] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
+    shared: SharedParts | None = None,
 ) -> TrainingResult:
     """Train an adapter as ``config`` says, under ``torchrun`` together with the other processes.
 
     Args:
         settings: for ``config.yaml``, by the names of the flags; those of ``config`` if None.
         should_stop: asked after every step whether to save and stop, as a signal asks; the run can be resumed.
+        shared: what earlier runs of this process have loaded, and this one leaves to later ones.
 
     Raises:
         UsageError: there is no such device.
@@ -116,7 +119,7 @@ def train(
     try:
         with join_world(device) as world, _locked(config, world):
             try:
-                return _train(config, settings, device, world, should_stop)
+                return _train(config, settings, device, world, should_stop, shared)
             except NotSaved as error:  # only rank 0 knows; the others leave as they do after a whole run
                 not_saved = error
         raise not_saved
@@ -133,7 +136,7 @@ def _locked(config: RunConfig, world: World) -> AbstractContextManager[object]:
 
 def _train(
     config: RunConfig, settings: Mapping[str, Any], device: torch.device, world: World,
-    should_stop: Callable[[], bool],
+    should_stop: Callable[[], bool], shared: SharedParts | None,
 ) -> TrainingResult:
     training, output_dir = config.training, config.output_dir
     # 1. the old state and the data, before the base model is read
@@ -149,11 +152,11 @@ def _train(
     start = load_start(config) if saved is None else None
     asked = read_sample_prompts(config.sample_prompts, training.seed) if config.sample_prompts else []
     told: list[str] = []
-    clips, val_clips = load_split(config, device, world, saved, told)
+    clips, val_clips = load_split(config, device, world, saved, told, shared)
     plan = decide_on_verdict(config, len(val_clips) or len(clips)) if world.is_main else None
 
     # 2. the model, and everything with a state; then the old state
-    run = build_run(config, (clips, val_clips), device, world)
+    run = build_run(config, (clips, val_clips), device, world, shared)
     if saved is not None:
         run.restore(saved)
     if start is not None:

@@ -44,6 +44,13 @@ def process_environment(rank: int, size: int, port: int) -> dict[str, str]:
             "MASTER_PORT": str(port)}
 
 
+def work_alone() -> tuple[int, int]:
+    """Return (rank, world size), and let this process work by itself from now on, on its own GPU, as if alone."""
+    own = rank(), world_size()
+    os.environ.update({"RANK": "0", "WORLD_SIZE": "1"})
+    return own
+
+
 def launch_id() -> str:
     """Return a text that processes started together share and that an earlier launch did not have; "" for one alone."""
     if world_size() == 1:

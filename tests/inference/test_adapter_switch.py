@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny_adapter import make_adapter
 
+from selva.flow import WHOLE_INTERVAL
 from selva.inference.adapter_switch import AdapterSwitch
 from selva.lora.merge import Adapter
 from selva.weights.load import load_generator
@@ -56,3 +57,27 @@ def test_an_adapter_that_does_not_fit_leaves_the_base_model():
     with pytest.raises(ValueError, match=r"bad\.pt"):
         switch.set([(bad, 1.0)])
     assert all(map(torch.equal, switch.set([]).parameters(), load_generator("tiny_16k").parameters()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_of_both_sides_of_an_interval_are_those_of_fresh_models(dtype):
+    adapter, other = make_adapter(1, ("attn.qkv", "linear1")), make_adapter(2)
+
+    def fresh(setting):
+        return AdapterSwitch(lambda: load_generator("tiny_16k"), dtype, torch.device("cpu")).set(setting).state_dict()
+
+    def assert_equal(state, expected):
+        assert all(torch.equal(state[key], value) for key, value in expected.items())
+
+    with_adapter, base, of_other = fresh([(adapter, 0.7)]), fresh([]), fresh([(other, 1.0)])
+    switch = AdapterSwitch(lambda: load_generator("tiny_16k"), dtype, torch.device("cpu"))
+    for _ in range(2):
+        generator, timed = switch.set_for([(adapter, 0.7)], (0.2, 0.7))
+        assert_equal(generator.state_dict(), with_adapter)
+        for active, expected in ((False, base), (True, with_adapter), (False, base)):
+            timed.use(active)
+            assert_equal(generator.state_dict(), expected)
+        timed.use(True)
+        assert_equal(switch.set([(other, 1.0)]).state_dict(), of_other)  # and nothing is left of it
+    assert switch.set_for([(adapter, 0.7)], WHOLE_INTERVAL)[1] is None
+    assert switch.set_for([(adapter, 0.0)], (0.2, 0.7))[1] is None

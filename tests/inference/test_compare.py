@@ -50,10 +50,21 @@ def test_the_list_names_files_strengths_and_labels(tmp_path):
     ]
 
 
+def test_the_list_says_where_adapters_act(tmp_path):
+    (tmp_path / "dog.pt").touch()
+    (tmp_path / "list.txt").write_text("dog.pt 1\ndog.pt 1 times=0-0.7\ndog.pt 1 early times=0-0.5 layers=a.*,qkv\n")
+    lines = read_compare_list(tmp_path / "list.txt")
+    assert [line.label for line in lines] == ["dog 1", "dog 1 0-0.7", "early"]
+    assert [line.times for line in lines] == [(0.0, 1.0), (0.0, 0.7), (0.0, 0.5)]
+    assert [line.layers for line in lines] == [(), (), ("a.*", "qkv")]
+
+
 @pytest.mark.parametrize(
     "text, message",
     [
         ("", "it is empty"),
+        ("dog.pt 1 times=0.7", "line 1: times=0.7: expected two times"),
+        ("dog.pt 1 times=0.7-0.2", "line 1: times is .0.7, 0.2., expected two times 0 <= start < end"),
         ("# nothing\n", "it is empty"),
         ("nowhere.pt 1", "line 1: nowhere.pt: no such file"),
         ("base\ndog.pt", "line 2: 'dog.pt' is not `base`"),

@@ -259,3 +259,74 @@ def test_the_lines_of_the_documents_work(document, tmp_path, monkeypatch):
     exec(compile(code, document, "exec"), {})
     written = re.findall(r'save\("([^"]+)"\)', code)
     assert written and all(Path(name).stat().st_size > 0 for name in written)
+
+
+# -- where and when adapters act ---------------------------------------------------------------------------------------
+
+
+def latents_of(path: Path, times=(0.0, 1.0), layers=(), adapters=None, **more) -> torch.Tensor:
+    generator = tiny(adapters=[make_adapter()] if adapters is None else adapters, adapter_times=times,
+                     adapter_layers=layers, clip_features="use", **more)
+    return generator.sample(generator.encode([SoundRequest(features=path)]), [7])[0]
+
+
+def test_adapters_act_at_their_times_only(bundles):
+    """Three Euler steps begin at 0, 1/3 and 2/3: to the last bit the whole, nothing, and neither of them."""
+    whole, base = latents_of(bundles[0]), latents_of(bundles[0], adapters=[])
+    assert torch.equal(latents_of(bundles[0], (0.0, 0.7)), whole)
+    assert torch.equal(latents_of(bundles[0], (0.7, 1.0)), base)
+    early, late = latents_of(bundles[0], (0.0, 0.4)), latents_of(bundles[0], (0.4, 1.0))
+    assert len({tuple(x.flatten().tolist()) for x in (whole, base, early, late)}) == 4
+
+
+def test_an_interval_changes_over_to_the_base_model_on_the_way(bundles):
+    """The first step of the one model, the others of the other, made by hand."""
+    from selva.sampling import draw_noise, guided_velocity
+
+    found, velocities = latents_of(bundles[0], (0.0, 0.2)), []
+    for adapters in ([make_adapter()], []):
+        generator = tiny(adapters=adapters, clip_features="use")
+        (item,) = generator.encode([SoundRequest(features=bundles[0])])
+        model = generator._switch.set(generator.adapters)
+        model.set_sequence(item.sequence.latent_seq_len, item.sequence.clip_seq_len, item.sequence.sync_seq_len)
+        with torch.no_grad():
+            conditions = model.preprocess_conditions(item.clip_f, item.sync_f, item.text_f)
+            velocities.append(guided_velocity(model, conditions, model.empty_conditions(1), 4.5))
+    x = draw_noise(model, [7])
+    with torch.no_grad():
+        for step, fn in enumerate([velocities[0], velocities[1], velocities[1]]):
+            grid = torch.linspace(0, 1, 4)
+            x = x + (grid[step + 1] - grid[step]) * fn(grid[step], x)
+        torch.testing.assert_close(found, model.unnormalize(x)[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("solver", ["midpoint", "heun"])
+def test_other_solvers_know_the_times(bundles, solver):
+    sampling = SamplingConfig(num_steps=2, solver=solver)
+    assert torch.equal(latents_of(bundles[0], (0.0, 0.999999), sampling=sampling),
+                       latents_of(bundles[0], sampling=sampling))
+
+
+def test_long_sounds_know_the_times(tmp_path):
+    long = put_features(tmp_path / "long.npz", 9.0)
+    whole, base = latents_of(long, long=True), latents_of(long, adapters=[], long=True)
+    assert torch.equal(latents_of(long, (0.7, 1.0), long=True), base)
+    part = latents_of(long, (0.0, 0.4), long=True)
+    assert not torch.equal(part, whole) and not torch.equal(part, base)
+
+
+def test_adapters_act_in_their_layers_only(bundles):
+    adapter = make_adapter()
+    names = adapter.layer_names()
+    assert torch.equal(latents_of(bundles[0], layers=["*"]), latents_of(bundles[0]))
+    part = Adapter({key: value for key, value in adapter.tensors.items() if key.startswith("joint_blocks.")},
+                   adapter.meta)
+    assert 0 < len(part.layer_names()) < len(names)
+    assert torch.equal(latents_of(bundles[0], layers=["joint_blocks.*"]), latents_of(bundles[0], adapters=[part]))
+    with pytest.raises(ValueError, match="none of its layers fits ffn"):
+        latents_of(bundles[0], layers=["ffn"])
+
+
+def test_times_out_of_range_are_refused():
+    with pytest.raises(ValueError, match=r"times is \(0\.7, 0\.2\)"):
+        tiny(adapter_times=(0.7, 0.2))

@@ -1,0 +1,179 @@
+"""Settings that suit a data folder and a machine, each with its reason; behind ``scripts/suggest_config.py``.
+
+Rules of thumb: those of the presets in configs/ by the number of clips, and the memory of a step as it is computed by
+:mod:`selva.training.memory`. A start, not a measurement of this data.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from selva.data.folder import FolderClip, scan_folder
+from selva.data.memmap.reader import is_memmap
+from selva.lora.config import LoRAConfig
+from selva.models.variants import VARIANTS
+from selva.sequence import DEFAULT_DURATION_SEC
+from selva.training.config import RunConfig, TrainConfig
+from selva.training.memory import largest_batch, step_memory, usable_bytes
+from selva.utils.errors import UserError
+from selva.utils.settings import settings_text, values_of
+from selva.utils.text import listed
+
+FEW, MANY = 20, 100  # clips, below and from which the presets few_clips and long_run are meant
+HELD_OUT_FROM = 5  # clips; below, nothing is held out
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """One setting of ``train_lora.py`` and the reason for its value."""
+
+    name: str
+    value: Any
+    reason: str
+
+
+def suggest(data_dir: Path, variant: str | None, gpu_bytes: int | None) -> list[Suggestion]:
+    """Return settings for the clips of a folder on a machine.
+
+    Args:
+        variant: None takes the one that the features were made for.
+        gpu_bytes: free memory of the GPU; None for a training on the CPU.
+
+    Raises:
+        UserError: the folder has no usable clip, or its features do not say one variant.
+    """
+    scan = scan_folder(data_dir)
+    clips, left_out = scan.clips, f", {len(scan.skipped)} files cannot be used" if scan.skipped else ""
+    if not clips:
+        raise UserError(f"{data_dir}: no clip can be trained on; extract_features.py makes .npz + sound pairs")
+    extracted_for = sorted({clip.extracted_for for clip in clips if clip.extracted_for})
+    if variant is None and len(extracted_for) != 1:
+        found = listed(extracted_for) or "no variant that they name"
+        raise UserError(f"{data_dir}: its features were made for {found}; give the --variant to train")
+    chosen = variant or extracted_for[0]
+    if chosen not in VARIANTS:
+        raise UserError(f"{data_dir}: its features are for {chosen}, which is no variant here; give --variant")
+    why = "as asked for" if variant else "the features were made for it"
+    seconds = sum(clip.duration_sec for clip in clips)
+    found = [Suggestion("data_dir", [str(data_dir)], f"{len(clips)} usable clips, {seconds:.0f} s in all{left_out}"),
+             Suggestion("variant", chosen, why)]
+    found += _by_number(len(clips))
+    settings = {one.name: one.value for one in found}
+    return found + _by_machine(chosen, settings, gpu_bytes, clips)
+
+
+def _by_number(count: int) -> list[Suggestion]:
+    """Return the settings that follow from the number of clips."""
+    few, many = count < FEW, count >= MANY
+    why = f"{count} clips: " + (
+        f"below {FEW} a small adapter learns them by heart later (configs/few_clips.yaml)" if few
+        else f"from {MANY} on there is more to learn (configs/long_run.yaml)" if many
+        else f"between {FEW} and {MANY} the default suits")
+    default = TrainConfig()
+    steps = 1500 if few else 10_000 if many else default.steps
+    found = [Suggestion("rank", 8 if few else 32 if many else LoRAConfig.rank, why),
+             Suggestion("steps", steps, why),
+             Suggestion("warmup_steps", steps // 20, "a twentieth of the steps"),
+             Suggestion("save_every", max(1, steps // 4), "four checkpoints, each with a sample to listen to")]
+    if few:
+        found += [Suggestion("lr", 5e-5, "few clips are learned by heart quickly; half the default rate"),
+                  Suggestion("lora_dropout", 0.1, "the same")]
+    if many:
+        found += [Suggestion("lr_schedule", "cosine", "a long run gains from a falling rate"),
+                  Suggestion("ema_decay", 0.999, "an average over the steps wanders less")]
+    if count < HELD_OUT_FROM:
+        return [*found, Suggestion("val_fraction", 0.0, f"fewer than {HELD_OUT_FROM} clips: all are needed to train, "
+                                                        "and overfitting will not be seen; listen to the samples")]
+    fraction = 0.15 if few else 0.1
+    return [*found,
+            Suggestion("val_fraction", fraction, f"{max(1, round(fraction * count))} of {count} clips are held out"),
+            Suggestion("val_every", 50 if few else 100, "often enough to see when it begins to learn by heart"),
+            Suggestion("patience", 8, "ends the run after so many validations without a better one")]
+
+
+def _by_machine(
+    variant: str, settings: dict[str, Any], gpu_bytes: int | None, clips: list[FolderClip]
+) -> list[Suggestion]:
+    """Return batch, accumulation and checkpointing for the memory that is there; updates of 4 clips in any case."""
+    wanted = min(TrainConfig.batch_size, len(clips))
+    if gpu_bytes is None:
+        return [Suggestion("batch_size", wanted, "no GPU here: the number of clips per update that suits most")]
+    longest = min(DEFAULT_DURATION_SEC, max(clip.duration_sec for clip in clips))
+
+    def most(checkpointing: bool) -> int:
+        training = TrainConfig()
+        peaks = {size: step_memory(
+            variant, LoRAConfig(rank=settings["rank"]), dataclasses.replace(training, batch_size=size), torch.bfloat16,
+            duration_sec=longest, num_clips=len(clips), checkpoint_blocks=checkpointing).peak for size in (1, 4)}
+        return largest_batch(peaks, usable_bytes(gpu_bytes))
+
+    return fitting(wanted, most, gpu_bytes, longest)
+
+
+def fitting(wanted: int, most: Callable[[bool], int], gpu_bytes: int, longest: float) -> list[Suggestion]:
+    """Return the settings with which updates of ``wanted`` clips fit into memory, the quickest first.
+
+    Args:
+        most: returns the largest batch, without and with checkpointing.
+
+    Raises:
+        UserError: not even one clip fits.
+    """
+    where = f"{gpu_bytes / GIB:.1f} GiB, clips of {longest:g} s"
+    plain = most(False)
+    if plain >= wanted:
+        return [Suggestion("batch_size", wanted, f"fits into {where}, which has room for {plain}")]
+    recomputed = most(True)
+    if not recomputed:
+        raise UserError(f"not even one clip fits into {where}; take a smaller --variant, or a CPU")
+    batch = max(plain, min(recomputed, wanted))
+    found = [Suggestion("batch_size", batch, f"more do not fit into {where}")]
+    if batch < wanted:
+        found.append(Suggestion("grad_accum", -(-wanted // batch), f"so an update is of {wanted} clips or more"))
+    if batch > plain:
+        found.append(Suggestion("grad_checkpointing", True, f"without it {plain or 'no'} clips fit: less memory for "
+                                                            "more time"))
+    return found
+
+
+def advice(config: RunConfig, gpu_bytes: int | None) -> list[str]:
+    """Return a line for every setting of a run that is not the suggested one, for each of its data folders.
+
+    Raises:
+        UserError: a folder has no usable clip, or files that cannot be used while ``skip_invalid`` is not given.
+    """
+    values, lines = values_of(config), []
+    for source in config.sources:
+        if is_memmap(source.path):
+            lines.append(f"{source.path}: a packed data set; no suggestions for its number of rows")
+            continue
+        skipped = scan_folder(source.path).skipped
+        if skipped and not config.skip_invalid:
+            raise UserError(f"{source.path}: {len(skipped)} files cannot be used: "
+                            f"{listed([f'{path.name}: {reason}' for path, reason in skipped])}; repair or remove them, "
+                            "or give --skip_invalid")
+        for one in suggest(source.path, config.model.variant, gpu_bytes):
+            if one.name != "data_dir" and values[one.name] != one.value:
+                lines.append(f"{one.name} is {values[one.name]}, suggested {one.value}: {one.reason}")
+    return list(dict.fromkeys(lines))
+
+
+def free_gpu_memory() -> int | None:
+    """Return the free bytes of the GPU; None without one."""
+    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
+
+
+def as_yaml(suggestions: list[Suggestion]) -> str:
+    """Return a settings file with the reason behind every line."""
+    lines = []
+    for one in suggestions:
+        first, *rest = settings_text({one.name: one.value}).rstrip("\n").split("\n")
+        lines += [f"{first}  # {one.reason}", *rest]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,94 @@
+"""scripts/adapter.py: every subcommand once, and mistakes in one line each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_adapter import make_adapter
+
+from scripts import adapter as script
+from selva import cli
+from selva.checkpoint import load_adapter, save_adapter
+from selva.lora.merge import merge_adapters
+from selva.weights.adapters import generator_tensors
+from selva.weights.load import load_generator
+
+
+@pytest.fixture
+def files(tmp_path) -> tuple[Path, Path]:
+    paths = tmp_path / "a.pt", tmp_path / "b.pt"
+    for seed, path in enumerate(paths):
+        made = make_adapter(seed)
+        save_adapter(path, made.tensors, made.meta)
+    return paths
+
+
+def run(*arguments) -> int:
+    return script.main([str(a) for a in arguments])
+
+
+def test_look_at_them(files, capsys):
+    assert run("info", *files, "--layers") == 0
+    text = capsys.readouterr().out
+    assert "base model: tiny_16k" in text and "ComfyUI-SelVA: yes, as .pt" in text
+    assert "attn.qkv\trank 2\tused 2" in text
+    assert run("diff", files[0], files[0]) == 0
+    assert "difference 0," in (line := capsys.readouterr().out) and "cosine 1.0000" in line
+    assert run("diff", *files) == 0
+    assert "cosine 1.0000" not in capsys.readouterr().out
+    assert run("check", *files, "--variant", "tiny_16k") == 0
+    assert run("check", files[0], "--variant", "small_16k") == cli.EXIT_FAILED
+
+
+def test_convert_to_every_format_and_back(files, tmp_path):
+    steps = [("peft", "p"), ("kohya", "k.safetensors"), ("comfyui", "c.pt"), ("selva", "s.safetensors")]
+    source = files[0]
+    for to, name in steps:
+        assert run("convert", source, "--to", to, "--output", tmp_path / name) == 0
+        source = tmp_path / name
+    before, after = load_adapter(files[0]), load_adapter(source)
+    assert all(torch.equal(after.tensors[key], value) for key, value in before.tensors.items())
+    assert after.meta["variant"] == "tiny_16k"
+
+
+def test_merge_resize_soup_bake_and_extract(files, tmp_path, capsys):
+    a, b = files
+    assert run("merge", f"{a}:0.8", f"{b}:0.5", "--output", tmp_path / "both.pt") == 0
+    assert load_adapter(tmp_path / "both.pt").meta["rank"] == 4
+    assert run("merge", a, b, "--rank", "1", "--output", tmp_path / "small.pt") == 0
+    assert "energy kept 0." in capsys.readouterr().out
+    assert run("resize", a, "--energy", "0.5", "--output", tmp_path / "cut.pt") == 0
+    assert load_adapter(tmp_path / "cut.pt").meta["rank"] == 1
+    assert run("soup", a, b, "--output", tmp_path / "soup.pt") == 0
+    assert run("bake", f"{a}:0.8", f"{b}:0.5", "--output", tmp_path / "baked") == 0
+    tuned = tmp_path / "baked" / "tiny_16k_generator.safetensors"
+    assert run("extract", "--tuned", tuned, "--variant", "tiny_16k", "--rank", "4", "--output", tmp_path / "x.pt") == 0
+    merged = load_generator("tiny_16k")
+    merge_adapters(merged, [(load_adapter(tmp_path / "x.pt"), 1.0)])
+    baked = generator_tensors(tuned, "tiny_16k")
+    for key, value in merged.state_dict().items():
+        torch.testing.assert_close(value, baked[key], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["merge", "A", "B"], 2, "give --output"),
+        (["merge", "--output", "x.pt"], 2, "merge takes at least 1 adapter, got 0"),
+        (["diff", "A"], 2, "diff takes 2 adapters, got 1"),
+        (["resize", "A", "--output", "x.pt"], 2, "takes --rank or --energy"),
+        (["convert", "A", "--output", "B"], 2, "is there already"),
+        (["check", "A"], 2, "check takes the --variant"),
+        (["info", "no.pt"], 1, "no.pt: no such file"),
+        (["extract", "--variant", "tiny_16k"], 2, "extract takes --tuned"),
+        (["merge", "A:x", "--output", "x.pt"], 1, "the strength is 'x'"),
+    ],
+)
+def test_mistakes_are_one_line(files, arguments, code, message, caplog, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    named = {"A": str(files[0]), "B": str(files[1]), "A:x": f"{files[0]}:x"}
+    assert run(*(named.get(a, a) for a in arguments)) == code
+    (record,) = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert message in record.getMessage() and "\n" not in record.getMessage()

@@ -1,0 +1,59 @@
+"""scripts/suggest_config.py: a settings file that train_lora.py takes as it is."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+from script_args import TINY
+
+import train_lora
+from scripts import suggest_config
+from selva import cli
+from selva.training.config import RunConfig
+
+
+def test_the_file_is_one_that_training_takes(feature_dir, tmp_path, capsys):
+    file = tmp_path / "dog.yaml"
+    assert suggest_config.main([str(feature_dir), "--gpu_memory", "0", "--output", str(file)]) == 0
+    args = train_lora.build_parser().parse_args(["--config", str(file)])
+    config = cli.config_from(RunConfig, args)
+    assert config.model.variant == "tiny_16k" and config.lora.rank == 8 and config.training.patience == 8
+    lines = [line for line in file.read_text(encoding="utf-8").splitlines() if not line.startswith("-")]
+    assert lines and all("  # " in line for line in lines)
+    assert suggest_config.main([str(feature_dir), "--gpu_memory", "0", "--output", str(file)]) == cli.EXIT_USAGE
+    capsys.readouterr()
+    assert suggest_config.main([str(feature_dir), "--gpu_memory", "24"]) == 0  # a step is computed, without a GPU
+    assert "batch_size: 4  # fits into 24.0 GiB" in capsys.readouterr().out
+
+
+def test_settings_are_validated_without_training(feature_dir, tmp_path, capsys):
+    """Also those of an old run, with other data."""
+    out = tmp_path / "out"
+    flags = ["--data_dir", str(feature_dir), "--output_dir", str(out), *TINY]
+    assert train_lora.main([*flags, "--validate_only", "--rank", "16"]) == 0
+    text = capsys.readouterr().out
+    assert "rank is 16, suggested 8: 6 clips" in text and text.endswith("can be trained with\n") and not out.exists()
+    quick = ["--steps", "2", "--batch_size", "2", "--rank", "2", "--no_preview", "--warmup_steps", "0"]
+    assert train_lora.main([*flags, *quick]) == 0
+    new = shutil.copytree(feature_dir, tmp_path / "new")
+    reused = ["--config", str(out / "config.yaml"), "--data_dir", str(new), "--output_dir", str(tmp_path / "second")]
+    assert train_lora.main([*reused, "--validate_only"]) == 0
+    assert train_lora.main(reused) == 0
+    meta = json.loads((tmp_path / "second" / "meta.json").read_text(encoding="utf-8"))
+    assert (meta["rank"], meta["steps"]) == (2, 2)
+
+
+def test_clips_that_cannot_be_used_are_found_by_it(feature_dir, tmp_path, caplog):
+    (tmp_path / "empty").mkdir()
+    assert train_lora.main(["--data_dir", str(tmp_path / "empty"), *TINY, "--validate_only"]) == cli.EXIT_FAILED
+    assert "no clip can be trained on" in caplog.text
+    (feature_dir / "bad.npz").write_bytes(b"nothing")
+    shutil.copy(next(feature_dir.glob("*.wav"), None) or next(feature_dir.glob("*.flac")), feature_dir / "bad.wav")
+    assert train_lora.main(["--data_dir", str(feature_dir), *TINY, "--validate_only"]) == cli.EXIT_FAILED
+    assert "1 files cannot be used: bad.npz" in caplog.text
+
+
+def test_an_empty_folder_is_said(tmp_path, caplog):
+    assert suggest_config.main([str(tmp_path)]) == cli.EXIT_FAILED
+    assert "no clip can be trained on" in caplog.text

@@ -1,0 +1,74 @@
+"""selva.training.sweep: the file of a sweep, and ranking."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from selva.training.sweep import RunResult, SweepRun, ranked, read_sweep, table_rows
+
+
+def put(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def names(path: Path, text: str) -> list[str]:
+    return [run.name for run in read_sweep(put(path / "s.yaml", f"output_dir: out\n{text}"))[1]]
+
+
+def test_a_grid_is_every_combination_with_every_seed(tmp_path):
+    found = names(tmp_path, "seeds: 2\ngrid: {lr: [1e-4, 0.001], rank: [4]}\nbase: {variant: tiny_16k}")
+    assert found == ["lr=1e-4,rank=4,seed=42", "lr=1e-4,rank=4,seed=43", "lr=0.001,rank=4,seed=42",
+                     "lr=0.001,rank=4,seed=43"]
+    _, runs = read_sweep(tmp_path / "s.yaml")
+    assert runs[1].settings == {"variant": "tiny_16k", "lr": "1e-4", "rank": 4, "seed": 43}
+
+
+def test_variations_are_one_at_a_time_and_lists_as_they_are(tmp_path):
+    assert names(tmp_path, "vary: {lr: [1, 2], target: [[attn, linear1:4]]}") == [
+        "base,seed=42", "lr=1,seed=42", "lr=2,seed=42", "target=attn+linear1_4,seed=42"]
+    assert names(tmp_path, "seeds: [7]\nruns: [{rank: 2}, {rank: 4, lr: 1}]") == ["rank=2,seed=7", "rank=4,lr=1,seed=7"]
+    assert names(tmp_path, "seeds: 2") == ["base,seed=42", "base,seed=43"]
+
+
+def test_a_base_may_be_the_settings_of_an_old_run(tmp_path):
+    put(tmp_path / "config.yaml", "rank: 8\noutput_dir: old\nseed: 5\nresume: null\ncheckpoint_blocks: null\n")
+    _, runs = read_sweep(put(tmp_path / "s.yaml", "output_dir: out\nbase: config.yaml\nruns: [{lr: 1}]"))
+    assert runs[0].settings == {"rank": 8, "lr": 1, "seed": 42}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("grid: {lr: [1]}\nruns: [{lr: 1}]\noutput_dir: o", "give one of grid, vary and runs, found grid and runs"),
+        ("output_dir: o", "found none"),
+        ("grid: {lr: [1]}", "output_dir is None"),
+        ("gird: {lr: [1]}\noutput_dir: o", "unknown keys gird"),
+        ("grid: {lr: 1}\noutput_dir: o", "expected a list of values"),
+        ("grid: {seed: [1]}\noutput_dir: o", "seed cannot be varied"),
+        ("runs: [{lr: 1}, {lr: 1}]\noutput_dir: o", "there twice: lr=1,seed=42"),
+        ("runs: [{lr: 1}]\nseeds: x\noutput_dir: o", "seeds is 'x'"),
+        ("runs: [{lr: 1}]\nseeds: 0\noutput_dir: o", "seeds is 0"),
+        ("- 1", "holds a list"),
+        ("a: [", "cannot be read as YAML"),
+    ],
+)
+def test_wrong_files_are_explained(tmp_path, text, message):
+    with pytest.raises(ValueError, match=rf"s\.yaml.*{message}"):
+        read_sweep(put(tmp_path / "s.yaml", text))
+
+
+def result(setup: str, seed: int, loss: float = 0.0, problem: str = "") -> RunResult:
+    figures = {} if problem else {"val_loss": loss, "best_step": 20, "steps": 40, "train_loss": 0.5}
+    return RunResult(SweepRun(setup, seed, {}), Path("out"), problem, figures)
+
+
+def test_setups_are_ranked_by_their_mean_and_failures_come_last():
+    scores = ranked([result("a", 1, 2.0), result("a", 2, 4.0), result("b", 1, 1.0), result("b", 2, 3.0),
+                     result("c", 1, 0.1), result("c", 2, problem="out of memory")])
+    assert [(one.setup, one.mean) for one in scores] == [("b", 2.0), ("a", 3.0), ("c", 0.1)]
+    assert scores[0].best.run.seed == 1 and scores[0].spread == pytest.approx(2**0.5)
+    rows = table_rows(scores)
+    assert rows[1][:4] == ["1", "b", "2", "2.0000"] and rows[3][-1] == "seed 2: out of memory"

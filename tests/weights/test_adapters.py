@@ -1,0 +1,185 @@
+"""selva.weights.adapters: files of every format, what base models say about them, and baking."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from tiny_adapter import make_adapter
+from torch import Tensor, nn
+
+from selva.checkpoint import load_adapter, save_adapter
+from selva.lora.merge import Adapter, merge_adapter
+from selva.utils.errors import UserError
+from selva.weights.adapters import (
+    FORMATS,
+    adapter_problems,
+    bake,
+    generator_tensors,
+    layer_shapes,
+    open_adapter,
+    parse_strength,
+    write_adapter,
+)
+from selva.weights.load import load_generator
+
+NAMES = {"selva": "a.pt", "comfyui": "c.pt", "peft": "peft", "kohya": "k.safetensors"}
+
+
+def odd_scale(**more) -> Adapter:
+    """An adapter whose scale of 5/2 would round B; both trainers of this model write such files."""
+    plain = make_adapter(**more)
+    return Adapter(plain.tensors, {**plain.meta, "alpha": 5.0}, "odd.pt")
+
+
+@pytest.mark.parametrize("to", FORMATS)
+@pytest.mark.parametrize("second", FORMATS)
+def test_there_and_back_to_the_last_bit(to, second, tmp_path):
+    adapter = odd_scale()
+    first = open_adapter(write_adapter(adapter, tmp_path / NAMES[to], to))
+    found = open_adapter(write_adapter(first, tmp_path / f"2{NAMES[second]}", second))
+    assert sorted(found.layer_names()) == sorted(adapter.layer_names())
+    assert {key: found.meta[key] for key in adapter.meta if key != "alpha"} | {"alpha": 5.0} == adapter.meta
+    for name in adapter.layer_names():
+        weight = torch.zeros(layer_shapes("tiny_16k")[name])
+        assert torch.equal(found.update(name, weight), adapter.update(name, weight)), name
+
+
+class WrappedLinear(nn.Module):
+    def __init__(self, linear: nn.Linear, rank: int, scale: float) -> None:
+        super().__init__()
+        self.linear, self.scale = linear, scale
+        self.lora_A = nn.Parameter(torch.randn(rank, linear.in_features))
+        self.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) + self.scale * (x @ self.lora_A.T) @ self.lora_B.T
+
+
+def load_by_the_rules_of_comfyui(generator: nn.Module, path, knows_rslora: bool) -> list[str]:
+    """Load a file as ComfyUI-SelVA does; return the keys that it would leave out without a word.
+
+    One rank and one scale from the meta for all linear layers whose names end with a target, then a loose load.
+    """
+    content = torch.load(path, weights_only=True)
+    state, meta = content["state_dict"], content["meta"]
+    rank = meta.get("rank", 16)
+    alpha = meta.get("alpha", float(rank))
+    scale = alpha / (rank**0.5 if knows_rslora and meta.get("use_rslora", False) else rank)
+    for name, module in list(generator.named_modules()):
+        if isinstance(module, nn.Linear) and any(name.endswith(t) for t in meta.get("target", ["attn.qkv"])):
+            parent, _, child = name.rpartition(".")
+            setattr(generator.get_submodule(parent), child, WrappedLinear(module, rank, scale))
+    return generator.load_state_dict(state, strict=False).unexpected_keys
+
+
+@pytest.mark.parametrize("knows_rslora", [True, False])
+@pytest.mark.parametrize("targets", [("attn.qkv",), ("attn.qkv", "text_block.linear1")])
+def test_comfyui_selva_computes_what_the_merged_model_does(tmp_path, knows_rslora, targets):
+    adapter = odd_scale(targets=targets)
+    rslora = Adapter(adapter.tensors, {**adapter.meta, "use_rslora": True}, "rslora.pt")  # scale 5 / sqrt(2)
+    base = load_generator("tiny_16k")
+    merged, wrapped = copy.deepcopy(base), copy.deepcopy(base)
+    merge_adapter(merged, rslora)
+    unexpected = load_by_the_rules_of_comfyui(wrapped, write_adapter(rslora, tmp_path / "a.pt", "comfyui"),
+                                              knows_rslora)
+    assert not unexpected
+    name = adapter.layer_names()[-1]
+    x = torch.randn(3, adapter.factors(name)[0].shape[1])
+    layers = [model.get_submodule(name) for model in (base, merged, wrapped)]
+    plain, expected, found = (layer(x) for layer in layers)
+    assert (found - expected).abs().max() < 1e-4 * (expected - plain).abs().max()
+
+
+def test_what_comfyui_cannot_apply_is_refused(tmp_path):
+    dora = make_adapter(dora=True)
+    with pytest.raises(UserError, match="DoRA magnitudes, which ComfyUI-SelVA cannot apply"):
+        write_adapter(dora, tmp_path / "a.pt", "comfyui")
+    with pytest.raises(UserError, match="changes convolutions"):
+        write_adapter(make_adapter(targets=("latent_block.linear1",)), tmp_path / "a.pt", "comfyui")
+    again = open_adapter(write_adapter(dora, tmp_path / "peft", "peft"))
+    for key, value in dora.tensors.items():
+        assert torch.equal(again.tensors[key], value), key
+
+
+@pytest.mark.parametrize("to, name, message", [
+    ("comfyui", "a.safetensors", "the format comfyui is written as .pt"), ("kohya", "a.pt", "written as .safetensors"),
+    ("peft", "a.pt", "is a folder"), ("selva", "a", "written as .pt or"),
+])
+def test_endings(to, name, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        write_adapter(make_adapter(), tmp_path / name, to)
+
+
+def test_files_of_others_get_the_variant_that_is_given(tmp_path):
+    adapter = make_adapter()
+    layers = {name: dict(zip(("lora_A", "lora_B"), adapter.factors(name), strict=True))
+              for name in adapter.layer_names()}
+    torch.save({"lora_weights": layers, "lora_config": {name: {"alpha": 6.0} for name in layers}, "metadata": {}},
+               tmp_path / "mm.pt")
+    found = open_adapter(tmp_path / "mm.pt", "tiny_16k")
+    assert found.meta["variant"] == "tiny_16k" and found.scale(adapter.layer_names()[0]) == 3.0
+    with pytest.raises(UserError, match="trained for variant tiny_16k, not small_16k"):
+        open_adapter(save_to(tmp_path / "a.pt", adapter), "small_16k")
+
+
+def save_to(path, adapter: Adapter):
+    save_adapter(path, adapter.tensors, adapter.meta)
+    return path
+
+
+def test_a_folder_that_is_none_of_peft(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"without adapter_model\.safetensors"):
+        open_adapter(tmp_path)
+    write_adapter(make_adapter(), tmp_path / "p", "peft")
+    (tmp_path / "p" / "adapter_config.json").write_text("{", encoding="utf-8")
+    with pytest.raises(UserError, match=r"adapter_config\.json: not readable as JSON"):
+        open_adapter(tmp_path / "p")
+    (tmp_path / "p" / "adapter_config.json").write_text(json.dumps([1]), encoding="utf-8")
+    with pytest.raises(UserError, match="expected the settings of PEFT"):
+        open_adapter(tmp_path / "p")
+    (tmp_path / "p" / "adapter_config.json").unlink()
+    with pytest.raises(UserError, match=r"without adapter_config\.json beside it"):
+        open_adapter(tmp_path / "p")
+
+
+def test_baking_is_the_merged_model_and_is_read_back(tmp_path):
+    adapter, merged = odd_scale(targets=("attn.qkv", "latent_block.linear1")), load_generator("tiny_16k")
+    merge_adapter(merged, adapter, 0.7)
+    path, _ = bake("tiny_16k", None, [(adapter, 0.7)], tmp_path)
+    baked, base = generator_tensors(path, "tiny_16k"), load_generator("tiny_16k").state_dict()
+    for key, value in merged.state_dict().items():
+        assert torch.equal(baked[key], value), key
+    assert any(not torch.equal(baked[key], base[key]) for key in baked)
+    with pytest.raises(UserError, match="needed: give --selva_dir"):
+        bake("small_16k", None, [(adapter, 1.0)], tmp_path)
+    torch.save({key: value for key, value in baked.items() if "attn.qkv" not in key}, tmp_path / "half.pth")
+    with pytest.raises(UserError, match=r"not a generator of tiny_16k: .* is missing"):
+        generator_tensors(tmp_path / "half.pth", "tiny_16k")
+
+
+def test_what_does_not_fit_a_variant_is_named():
+    adapter = make_adapter()
+    assert adapter_problems(adapter, "tiny_16k") == []
+    problems = adapter_problems(adapter, "large_44k")
+    assert problems[0] == "was trained for variant tiny_16k" and any("is for a weight of" in p for p in problems)
+    renamed = Adapter({"nowhere." + key: value for key, value in adapter.tensors.items()}, {})
+    assert adapter_problems(renamed, "tiny_16k")[0].startswith("tiny_16k has no layer nowhere.")
+
+
+def test_strengths_behind_a_colon(tmp_path):
+    assert parse_strength("dog.pt:0.5")[1] == 0.5 and parse_strength("dog.pt")[1] == 1.0
+    (tmp_path / "a:1").write_text("", encoding="utf-8")
+    assert parse_strength(str(tmp_path / "a:1")) == (tmp_path / "a:1", 1.0)
+    with pytest.raises(UserError, match="the strength is 'loud'"):
+        parse_strength("dog.pt:loud")
+
+
+def test_an_odd_scale_stays_in_the_meta_only_where_that_is_asked_for(tmp_path):
+    adapter = odd_scale()
+    save_adapter(tmp_path / "kept.pt", adapter.tensors, adapter.meta, keep_scale=True)
+    save_adapter(tmp_path / "folded.pt", adapter.tensors, adapter.meta)
+    assert load_adapter(tmp_path / "kept.pt").meta["alpha"] == 5.0
+    assert load_adapter(tmp_path / "folded.pt").meta["alpha"] == 2.0
