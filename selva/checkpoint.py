@@ -44,6 +44,7 @@ from selva.lora.config import MAX_PROBLEMS, LoRAConfig
 from selva.lora.foreign import foreign_format
 from selva.lora.formats import alpha_for, is_power_of_two
 from selva.lora.merge import FACTOR_SUFFIXES, MAGNITUDE_SUFFIX, Adapter, padded_to_one_rank
+from selva.lora.published import published_targets
 from selva.lora.state import adapter_tensors, lora_state_dict
 from selva.utils.errors import UserError
 from selva.utils.files import atomic_path
@@ -426,7 +427,7 @@ def check_same_settings(saved: TrainingState, cfg: LoRAConfig) -> None:
     """
     before, now = LoRAConfig.from_meta(saved.meta), cfg
     if saved.is_published:
-        before = replace(before, targets=_targets_there(before.targets, saved))
+        before = replace(before, targets=published_targets(before.targets, saved.lora))
     pairs = {
         "rank": (before.rank, now.rank),
         "scale": ([before.scale(r) for r in sorted(before.ranks())], [now.scale(r) for r in sorted(now.ranks())]),
@@ -442,10 +443,3 @@ def check_same_settings(saved: TrainingState, cfg: LoRAConfig) -> None:
             f"{saved.path}: {what}cannot resume with other adapter settings: {'; '.join(different)}. "
             f"Use the same settings ({before.flags()}), or start a new run"
         )
-
-
-def _targets_there(targets: tuple[str, ...], saved: TrainingState) -> tuple[str, ...]:
-    """Return endings for the layers of a published file alone: its targets reach convolutions here, which it skips."""
-    layers = [key.removesuffix(".lora_A") for key in saved.lora if key.endswith(".lora_A")]
-    longer = {t: [".".join(n.split(".")[-t.count(".") - 2 :]) for n in layers if n.endswith(t)] for t in targets}
-    return tuple(dict.fromkeys(e for t in targets for e in ((t,) if t.endswith("attn.qkv") else longer[t])))

@@ -21,7 +21,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, TypeVar
 
-from selva import __version__
 from selva.inputs.file_names import expand_pattern
 from selva.utils import torchrun
 from selva.utils.device import PRECISIONS, is_out_of_memory
@@ -30,6 +29,7 @@ from selva.utils.files import atomic_write_text
 from selva.utils.logging import results_on_stdout, setup_logging
 from selva.utils.settings import Setting, Synonyms, build, settings_of, settings_text
 from selva.utils.suggestions import did_you_mean, nearest
+from selva.utils.version import __version__
 from selva.weights.config import GENERAL, ModelConfig
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ A, B, their gradients and the optimiser's state are the same in both. A0 and B0 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -87,3 +87,14 @@ def _is_own_bias(layer: LoRALayer, bias: Tensor | None) -> bool:
     own = layer.bias.detach().float().cpu()
     largest = float(own.abs().max())
     return own.shape == bias.shape and torch.allclose(own, bias.float(), rtol=2.0**-7, atol=2.0**-7 * largest)
+
+
+def published_targets(targets: tuple[str, ...], factors: Iterable[str]) -> tuple[str, ...]:
+    """Return endings for the layers of a published file alone: its targets reach convolutions here, which it skips.
+
+    Args:
+        targets: as the file names them. factors: names of the tensors of its adapter.
+    """
+    layers = [key.removesuffix(".lora_A") for key in factors if key.endswith(".lora_A")]
+    longer = {t: [".".join(n.split(".")[-t.count(".") - 2 :]) for n in layers if n.endswith(t)] for t in targets}
+    return tuple(dict.fromkeys(e for t in targets for e in ((t,) if t.endswith("attn.qkv") else longer[t])))

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-from selva import __version__
 from selva.evaluation.page_sound import page_sound
 from selva.media import read_audio
 from selva.training.config import RunConfig
@@ -19,6 +18,7 @@ from selva.utils.device import peak_memory_bytes
 from selva.utils.html_report import Page, curves_png, loss_png
 from selva.utils.metrics_log import MetricsFile
 from selva.utils.text import clock, listed
+from selva.utils.version import __version__
 
 PAGE_FILE = "report.html"
 MOST_SAMPLES = 3  # of those made while training
