@@ -27,7 +27,7 @@ MODULES = sorted(
     for package in ("selva", "toyworld") for path in (ROOT / package).rglob("*.py")
 )
 SCRIPTS = sorted(path for folder in (".", "scripts", "benchmarks") for path in (ROOT / folder).glob("*.py")
-                 if path.name != "setup.py")
+                 if path.name not in ("setup.py", "__init__.py"))
 
 # Before anything of ours is imported. A module that is there already, such as fcntl, would be found without the hook.
 TAKE_AWAY = """
@@ -45,7 +45,7 @@ for name in Away.names:
     sys.modules.pop(name, None)
 for owner, names in ((os, ("fork", "forkpty", "sched_getaffinity", "sched_setaffinity", "getuid", "geteuid", "statvfs",
                            "posix_fallocate", "killpg", "getpgid", "setsid")),
-                     (signal, ("SIGHUP", "SIGKILL", "SIGALRM", "SIGUSR1", "setitimer", "pthread_sigmask"))):
+                     (signal, ("SIGHUP", "SIGALRM", "SIGUSR1", "setitimer", "pthread_sigmask"))):
     for name in names:
         if hasattr(owner, name):
             delattr(owner, name)
@@ -83,7 +83,9 @@ def run_without(code: str) -> None:
 
 
 def test_all_modules_import_where_there_is_only_python():
+    """SIGKILL is left to PyTorch, which asks sys.platform for it and not the module; we do not use it."""
     assert len(MODULES) > 100
+    assert not [path for path in (ROOT / "selva").rglob("*.py") if "signal.SIGKILL" in path.read_text("utf-8")]
     run_without(IMPORT.format(modules=MODULES))
 
 

@@ -82,14 +82,14 @@ def test_everything_odd_is_named(tmp_path):
     summary = summary_of(data)
     warnings = "\n".join(summary.warnings())
     for text in (
-        "the same sound in a, b", "the same video in e, f", "1 clips: mostly silence: c", "1 clips: clipped sound: d",
-        "1 clips: quieter than -50 LUFS, so its noise floor is trained too: e", "below the 16000 Hz of the model",
+        "the same sound in a, b", "the same video in e, f", "1 clip: mostly silence: c", "1 clip: clipped sound: d",
+        "1 clip: quieter than -50 LUFS, so its noise floor is trained too: e", "below the 16000 Hz of the model",
         "the name of the folder is used: c", "longer than 8 s, trained on in windows: g",
     ):
         assert text in warnings
     assert len(summary.warnings()) == 8
     text = "\n".join(summary.lines())
-    assert "7 clips, 15 s in all, trained at 1 to 8 s, 1 files left out" in text
+    assert "7 clips, 15 s in all, trained at 1 to 8 s, 1 file left out" in text
     assert "'a knock' x 6 (from features), 'knocks' x 1 (from folder)" in text
     assert max(map(len, summary.lines())) < 120
     stored = json.loads(summary.to_json())
@@ -113,4 +113,4 @@ def test_clean_data_give_no_warnings_and_are_measured_once(tmp_path, monkeypatch
 def test_nothing_usable(tmp_path):
     put_sound(tmp_path / "lonely.wav", noise(1))
     summary = summary_of(tmp_path)
-    assert summary.lines() == ["no usable clips, 1 files left out"] and summary.warnings() == []
+    assert summary.lines() == ["no usable clips, 1 file left out"] and summary.warnings() == []

@@ -20,5 +20,5 @@ def test_clips_of_a_memmap_have_prompts_that_mmaudio_can_read(tmp_path, written,
         return [job.prompt for job in work_list(config)]
 
     assert prompts("memmap") == ["a bell", "gongs"]
-    assert f"take the folder's name, 'gongs', as their prompt: y ({written!r})" in caplog.text
+    assert f"the folder's name, 'gongs', is the prompt: 1 of 2 clips: y ({written!r})" in caplog.text
     assert prompts("npz") == ["a bell", written]

@@ -126,7 +126,7 @@ def test_a_label_that_mmaudio_cannot_read_becomes_the_name_of_the_folder(tmp_pat
     (source / "prompts.txt").write_text("c.npz: NaN\n")
     assert convert(source, tmp_path / "data") == 0
     assert (tmp_path / "data.tsv").read_text() == "id\tlabel\na\ta knock\nb\tdogs\nc\tdogs\n"
-    assert "take the folder's name, 'dogs', as their prompt: b ('null'), c ('NaN')" in caplog.text
+    assert "the folder's name, 'dogs', is the prompt: 2 of 3 clips: b ('null'), c ('NaN')" in caplog.text
     text = FeatureExtractor(TINY, None, torch.device("cpu")).text_features("dogs")
     assert torch.equal(MemmapDataset(tmp_path / "data", TINY).clip(1).text_f, text[0])  # not those of "null"
     put_clip(source, "NA", 8.0, "a cat")

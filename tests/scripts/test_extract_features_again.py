@@ -50,7 +50,8 @@ def whole(clip_dir, tmp_path_factory) -> dict[str, bytes]:
 
 
 def test_every_clip_is_in_the_manifest_and_a_second_run_changes_nothing(clip_dir, tmp_path, whole, capsys):
-    assert set(whole) == {f"knock_{i}{end}" for i in range(6) for end in (".npz", ".flac")} | {"manifest.jsonl"}
+    tables = {"manifest.jsonl", "clips.csv"}
+    assert set(whole) == {f"knock_{i}{end}" for i in range(6) for end in (".npz", ".flac")} | tables
     assert extract(clip_dir, tmp_path, "--workers", "2") == 0
     assert contents(tmp_path) == whole  # workers or none
     capsys.readouterr()
@@ -64,7 +65,7 @@ def test_every_clip_is_in_the_manifest_and_a_second_run_changes_nothing(clip_dir
 
 def test_parts_make_the_whole(clip_dir, tmp_path, whole, capsys):
     assert extract(clip_dir, tmp_path, "--workers", "0", "--shard", "2/2") == 0
-    assert "complete when the parts 1 are" in capsys.readouterr().err
+    assert "complete when part 1 is too" in capsys.readouterr().err
     assert len(list(tmp_path.glob("*.npz"))) == 3 and not (tmp_path / "manifest.jsonl").exists()
     assert extract(clip_dir, tmp_path, "--workers", "0", "--shard", "1/2") == 0
     assert contents(tmp_path) == whole
@@ -204,7 +205,7 @@ def test_the_sound_can_be_copied_as_it_is(clip_dir, tmp_path, capsys):
     assert extract(clip_dir / "knock_5.mp4", tmp_path / "aac", "--audio", "copy") == 1
     assert "its sound is aac, which cannot be copied" in capsys.readouterr().err
     assert extract(clip_dir / "knock_5.mp4", tmp_path / "none", "--audio", "none") == 0
-    assert sorted(contents(tmp_path / "none")) == ["knock_5.npz", "manifest.jsonl"]
+    assert sorted(contents(tmp_path / "none")) == ["clips.csv", "knock_5.npz", "manifest.jsonl"]
 
 
 def test_windows_names_and_previews(clip_dir, tmp_path):

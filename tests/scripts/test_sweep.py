@@ -121,7 +121,7 @@ def test_mistakes_are_told_before_anything_is_trained(feature_dir, tmp_path, mon
     monkeypatch.setattr(sweep, "train", lambda *_, **more: pytest.fail("trained"))
     path = put_sweep(tmp_path, feature_dir, runs=[{"lr": 0.001}, {"lrr": 1}])
     assert script.main([str(path)]) == cli.EXIT_FAILED
-    assert "lrr=1,seed=42: unknown settings lrr; known are" in caplog.text
+    assert "lrr=1,seed=42: unknown settings lrr; did you mean lr?" in caplog.text
     path = put_sweep(tmp_path, feature_dir, runs=[{"rank": 0}])
     assert script.main([str(path)]) != 0
     assert "rank must be at least 1" in caplog.text

@@ -85,9 +85,10 @@ def test_spectrograms_show_sound_and_marks(tmp_path):
         return np.asarray(Image.open(io.BytesIO(spectrogram_png(sound, 16_000, marks))).convert("RGB")).astype(int)
 
     silent = pixels(np.zeros(16_000))
-    tone = pixels(np.sin(2 * np.pi * 2000 / 16_000 * np.arange(16_000)))
-    rows = np.abs(tone - silent).sum(axis=(1, 2))
-    assert rows.argmax() > 0.5 * len(rows)  # 2 of 8 kHz lies in the lower half
+    for hz, is_low in ((300, True), (4000, False)):  # on a mel axis
+        tone = pixels(np.sin(2 * np.pi * hz / 16_000 * np.arange(16_000)))
+        rows = np.abs(tone - silent).sum(axis=(1, 2))
+        assert bool(rows.argmax() > 0.5 * len(rows)) is is_low
     assert np.abs(pixels(np.zeros(16_000), [0.5]) - silent).max() > 100
 
 
