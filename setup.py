@@ -22,9 +22,10 @@ setup(
     py_modules=["selva_lora"],
     scripts=["partition_clips.py", "extract_features.py", "train_lora.py", "infer.py", "scripts/download_weights.py"],
     install_requires=[
-        # torchaudio's newest release refuses a torch built for another CUDA version, so the two move together.
+        # torchaudio is built for one torch: its newest release refuses another CUDA version, and the 2.11.1 of package
+        # indexes, for which there is no torch 2.11.1, cannot be loaded beside 2.11.0. So the two move together.
         "torch>=2.5,<2.12",
-        "torchaudio>=2.5,<2.12",
+        "torchaudio>=2.5,<2.12,!=2.11.1",
         "torchvision>=0.20,<0.27",  # the exact uint8 picture resize of the reference
         "numpy>=1.26",
         "einops>=0.8",
