@@ -64,7 +64,7 @@ def test_the_scripts_and_the_tests_of_a_gpu(gpu, tmp_path):
     assert "skipped" in parts["tests"]["rows"][1]["note"]
 
 
-@pytest.mark.slow
+@pytest.mark.gpu  # compiling for a CPU takes many minutes, and is not what users of this page wait for
 def test_compiled_steps(gpu, tmp_path):
     assert gpu.main([*SMALL, "--only", "compiled", "--out", str(tmp_path), "--limit", "2000"]) == 0
     (row,) = figures_in(tmp_path)["parts"]["compiled"]["rows"]
