@@ -110,7 +110,7 @@ def guarded(setup: Setup, what: str, rows: Rows) -> Rows:
         yield from rows
     except OutOfTime:
         raise
-    except Exception as error:
+    except Exception as error:  # becomes a row of the results, with its place; the other parts still run
         log.debug("%s", what, exc_info=True)
         where = traceback.extract_tb(error.__traceback__)[-1]
         reason = f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"

@@ -412,7 +412,7 @@ def entry_point(main: Main) -> Main:
             log.error("what helps, in order of effect: when training, --grad_checkpointing; a smaller --batch_size, "
                       "with more --grad_accum when training; --precision bf16; a smaller --variant")
             return EXIT_FAILED
-        except Exception:
+        except Exception:  # nothing is dropped: it is said whose mistake it is, and raised again
             log.error(_DEFECT)
             raise
         finally:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,23 +21,26 @@ log = logging.getLogger(__name__)
 PROJECT = "selva-lora"
 
 
-class Tracker:
+class Tracker(ABC):
     """One place that gets numbers, sounds and pictures."""
 
     name = ""
 
+    @abstractmethod
     def numbers(self, values: Mapping[str, float], step: int) -> None:
-        raise NotImplementedError
+        """Take the numbers of a step."""
 
+    @abstractmethod
     def sound(self, name: str, waveform: np.ndarray, rate: int, step: int) -> None:
         """Take a sound (samples,)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def picture(self, name: str, path: Path, step: int) -> None:
-        raise NotImplementedError
+        """Take a picture, a PNG file."""
 
+    @abstractmethod
     def close(self) -> None:
-        raise NotImplementedError
+        """Have everything written."""
 
 
 class TensorBoardTracker(Tracker):
