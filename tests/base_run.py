@@ -7,12 +7,11 @@ import math
 from pathlib import Path
 
 import torch
-from small_run import SMALL, make_clips
+from small_run import make_base, make_clips
 
 from selva.data.dataset import ListDataset
 from selva.data.mixture import MixedClips
 from selva.data.source import DataSource
-from selva.models.generator import Generator
 from selva.training.base.config import BaseTrainConfig
 from selva.training.base.run import BaseRun
 from selva.training.objective import ALONE
@@ -24,17 +23,6 @@ CONFIG = BaseTrainConfig(
     precision="fp32", sample_every=0, hold_out=0,
     adam_eps=1e-6,  # 1e-8 would make whole updates of the rounding errors of tiny gradients
 )
-
-
-def make_generator() -> Generator:
-    """Return a small generator with seeded weights, of which none is zero."""
-    torch.manual_seed(1)
-    model = Generator(SMALL)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.1)
-        model.latent_std.fill_(1.5)
-    return model
 
 
 def make_sets() -> tuple[MixedClips, ListDataset]:
@@ -53,4 +41,4 @@ def make_sets() -> tuple[MixedClips, ListDataset]:
 def make_run(config: BaseTrainConfig = CONFIG, world: World = ALONE, dtype: torch.dtype = torch.float32) -> BaseRun:
     """Return a fresh run of the small generator on the made-up sets."""
     clips, val_clips = make_sets()
-    return BaseRun(make_generator(), clips, val_clips, config, dtype, world)
+    return BaseRun(make_base(), clips, val_clips, config, dtype, world)

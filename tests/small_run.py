@@ -40,13 +40,20 @@ def make_clips(count: int = 5, seconds: float = 1.0) -> list[TrainingClip]:
     ]
 
 
-def make_generator(lora: LoRAConfig | None = None, dtype: torch.dtype = torch.float32) -> Generator:
+def make_base() -> Generator:
+    """Return a small generator with seeded weights, of which none is zero."""
     torch.manual_seed(1)
     model = Generator(SMALL)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.1)
         model.latent_std.fill_(1.5)
+    return model
+
+
+def make_generator(lora: LoRAConfig | None = None, dtype: torch.dtype = torch.float32) -> Generator:
+    """Return the small generator with an adapter."""
+    model = make_base()
     cast_frozen_(model, dtype)
     inject_lora(model, lora or LoRAConfig(rank=2, dropout=0.1), torch.Generator().manual_seed(0))
     return model

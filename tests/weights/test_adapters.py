@@ -7,8 +7,8 @@ import json
 
 import pytest
 import torch
+from comfyui_loader import wrap_as_comfyui_
 from tiny_adapter import make_adapter
-from torch import Tensor, nn
 
 from selva.checkpoint import load_adapter, save_adapter
 from selva.lora.merge import Adapter, merge_adapter
@@ -47,34 +47,6 @@ def test_there_and_back_to_the_last_bit(to, second, tmp_path):
         assert torch.equal(found.update(name, weight), adapter.update(name, weight)), name
 
 
-class WrappedLinear(nn.Module):
-    def __init__(self, linear: nn.Linear, rank: int, scale: float) -> None:
-        super().__init__()
-        self.linear, self.scale = linear, scale
-        self.lora_A = nn.Parameter(torch.randn(rank, linear.in_features))
-        self.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x) + self.scale * (x @ self.lora_A.T) @ self.lora_B.T
-
-
-def load_by_the_rules_of_comfyui(generator: nn.Module, path, knows_rslora: bool) -> list[str]:
-    """Load a file as ComfyUI-SelVA does; return the keys that it would leave out without a word.
-
-    One rank and one scale from the meta for all linear layers whose names end with a target, then a loose load.
-    """
-    content = torch.load(path, weights_only=True)
-    state, meta = content["state_dict"], content["meta"]
-    rank = meta.get("rank", 16)
-    alpha = meta.get("alpha", float(rank))
-    scale = alpha / (rank**0.5 if knows_rslora and meta.get("use_rslora", False) else rank)
-    for name, module in list(generator.named_modules()):
-        if isinstance(module, nn.Linear) and any(name.endswith(t) for t in meta.get("target", ["attn.qkv"])):
-            parent, _, child = name.rpartition(".")
-            setattr(generator.get_submodule(parent), child, WrappedLinear(module, rank, scale))
-    return generator.load_state_dict(state, strict=False).unexpected_keys
-
-
 @pytest.mark.parametrize("knows_rslora", [True, False])
 @pytest.mark.parametrize("targets", [("attn.qkv",), ("attn.qkv", "text_block.linear1")])
 def test_comfyui_selva_computes_what_the_merged_model_does(tmp_path, knows_rslora, targets):
@@ -83,7 +55,7 @@ def test_comfyui_selva_computes_what_the_merged_model_does(tmp_path, knows_rslor
     base = load_generator("tiny_16k")
     merged, wrapped = copy.deepcopy(base), copy.deepcopy(base)
     merge_adapter(merged, rslora)
-    unexpected = load_by_the_rules_of_comfyui(wrapped, write_adapter(rslora, tmp_path / "a.pt", "comfyui"),
+    unexpected = wrap_as_comfyui_(wrapped, write_adapter(rslora, tmp_path / "a.pt", "comfyui"),
                                               knows_rslora)
     assert not unexpected
     name = adapter.layer_names()[-1]

@@ -9,9 +9,9 @@ from pathlib import Path
 import base_run
 import pytest
 import torch
-from base_run import CONFIG, make_generator, make_run, make_sets
+from base_run import CONFIG, make_run, make_sets
 from golden_case import GOLDEN
-from small_run import SMALL
+from small_run import SMALL, make_base
 
 from selva.data.dataset import Batch
 from selva.models.config import GeneratorConfig
@@ -169,7 +169,7 @@ def test_blocks_that_are_computed_again_change_nothing():
 
 def test_a_pattern_that_matches_nothing_is_refused():
     with pytest.raises(UserError, match="--trainable fussed"):
-        choose_trainable_(make_generator(), ["*", "fussed_blocks.*"])
+        choose_trainable_(make_base(), ["*", "fussed_blocks.*"])
 
 
 def test_epsilon_follows_the_precision():
