@@ -6,8 +6,8 @@ import dataclasses
 import math
 from pathlib import Path
 
-import base_run
 import pytest
+import small_run
 import torch
 from base_run import CONFIG, make_run, make_sets
 from golden_case import GOLDEN
@@ -155,7 +155,7 @@ def test_patterns_choose_what_is_trained():
 
 def test_the_second_version_can_be_trained(monkeypatch):
     """MMAudio's own trainer cannot."""
-    monkeypatch.setattr(base_run, "SMALL", dataclasses.replace(SMALL, v2=True))
+    monkeypatch.setattr(small_run, "SMALL", dataclasses.replace(SMALL, v2=True))
     run = make_run()
     before = run.parameters["t_embed.mlp.0.weight"].detach().clone()
     assert all(map(math.isfinite, losses(run, 2))) and len(run.trained) == len(run.parameters) - 3
