@@ -17,7 +17,7 @@ from selva.training.verdict import HeardClip, Verdict
 from selva.utils.device import peak_memory_bytes
 from selva.utils.html_report import Page, curves_png, loss_png
 from selva.utils.metrics_log import MetricsFile
-from selva.utils.text import clock, listed
+from selva.utils.text import clock, counted, listed
 from selva.utils.version import __version__
 
 PAGE_FILE = "report.html"
@@ -139,7 +139,7 @@ def _environment(run: TrainingRun) -> list[tuple[str, str]]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {platform.machine()}"
     return [
         ("SelVA LoRA", __version__), ("Python", platform.python_version()), ("PyTorch", torch.__version__),
-        ("system", platform.platform()), ("device", f"{name}, {torch.get_num_threads()} threads on the CPU"),
+        ("system", platform.platform()), ("device", f"{name}, {counted(torch.get_num_threads(), 'thread')} on the CPU"),
         ("processes", str(run.world.size)), ("precision", str(run.precision).removeprefix("torch.")),
         ("peak memory", f"{peak_memory_bytes(device) / 2**30:.2f} GiB"),
     ]

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from selva.checkpoint import load_newest_checkpoint
+from selva.evaluation.page_sound import page_sound
 from selva.media import read_audio
 from selva.training.config import RunConfig
 from selva.training.setup import finished_adapter
@@ -27,7 +28,7 @@ from selva.training.shared import SharedParts
 from selva.training.train import TrainingResult, train
 from selva.utils.errors import UserError
 from selva.utils.files import atomic_write_text
-from selva.utils.html_report import Page, ReportSound
+from selva.utils.html_report import Page
 from selva.utils.lock import FolderInUse
 from selva.utils.metrics_log import MetricsFile, smoothed
 from selva.utils.text import listed
@@ -281,7 +282,7 @@ class SetupScore:
     setup: str
     results: tuple[RunResult, ...]
     mean: float
-    spread: float
+    spread: float  # nan of a single run
 
     @property
     def best(self) -> RunResult:
@@ -295,7 +296,7 @@ def ranked(results: Sequence[RunResult]) -> list[SetupScore]:
         own = tuple(result for result in results if result.run.setup == setup)
         done = [result.score for result in own if math.isfinite(result.score)]
         mean = sum(done) / len(done) if done else math.inf
-        spread = math.sqrt(sum((s - mean) ** 2 for s in done) / (len(done) - 1)) if len(done) > 1 else 0.0
+        spread = math.sqrt(sum((s - mean) ** 2 for s in done) / (len(done) - 1)) if len(done) > 1 else math.nan
         scores.append(SetupScore(setup, own, mean, spread))
     return sorted(scores, key=lambda one: (sum(bool(r.problem) for r in one.results), one.mean))
 
@@ -323,7 +324,7 @@ def write_results(output_dir: Path, results: Sequence[RunResult]) -> list[Path]:
     atomic_write_text(output_dir / TABLE_FILE, "".join("\t".join(row) + "\n" for row in rows))
     held_out = all("val_loss" in result.figures for result in results if not result.problem)
     done = sum(not result.problem for result in results)
-    page = Page(output_dir.name, f"{done} of {len(results)} runs, ranked by the loss "
+    page = Page(f"Sweep: {output_dir.name}", f"{done} of {len(results)} runs, ranked by the loss "
                 + ("on held-out clips" if held_out else "of training: nothing is held out"))
     page.section("Ranking", "Lower is better. A difference smaller than the spread between seeds says nothing.")
     page.table(rows[0], rows[1:])
@@ -333,8 +334,7 @@ def write_results(output_dir: Path, results: Sequence[RunResult]) -> list[Path]:
             for result in one.results:
                 if result.run.seed == seed and (sample := _last_sample(result.folder)) is not None:
                     waveform, rate = read_audio(sample)
-                    sounds.append(ReportSound(one.setup, f"loss {_number(result.score)}", sample,
-                                              waveform.mean(dim=0).numpy(), rate))
+                    sounds.append(page_sound(one.setup, f"loss {_number(result.score)}", waveform.mean(dim=0), rate))
         if sounds:
             page.section(f"Sounds, seed {seed}", "The last sample of every run: one clip, one noise.")
             page.sounds(f"seed {seed}", sounds)

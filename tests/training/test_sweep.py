@@ -71,4 +71,5 @@ def test_setups_are_ranked_by_their_mean_and_failures_come_last():
     assert [(one.setup, one.mean) for one in scores] == [("b", 2.0), ("a", 3.0), ("c", 0.1)]
     assert scores[0].best.run.seed == 1 and scores[0].spread == pytest.approx(2**0.5)
     rows = table_rows(scores)
+    assert rows[3][4] == "-"  # one run tells no spread
     assert rows[1][:4] == ["1", "b", "2", "2.0000"] and rows[3][-1] == "seed 2: out of memory"
