@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from selva.media.container import PathLike
+from selva.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -22,10 +23,10 @@ _CHUNK_LINE = re.compile(r"^\s*(data|SSND|Data Size|BODY)\s*:\s*(\d+)(?: \(shoul
 _FORM_LINE = re.compile(r"^\s*(riff|Riff size)\s*:\s*(\d+) \(should be (\d+)\)\s*$", re.MULTILINE)
 
 
-def cut_error(path: PathLike, reached_sec: float, promised_sec: float | None = None) -> ValueError:
+def cut_error(path: PathLike, reached_sec: float, promised_sec: float | None = None) -> UserError:
     """Return the error about a file that ends too early."""
     promise = "" if promised_sec is None else f" of {promised_sec:.2f} s"
-    return ValueError(f"{path}: ends after {reached_sec:.2f} s{promise}: cut short or damaged, copy it again")
+    return UserError(f"{path}: ends after {reached_sec:.2f} s{promise}: cut short or damaged, copy it again")
 
 
 def promised_frames(file: Any) -> int:
