@@ -45,6 +45,7 @@ from selva.partition.config import PartitionConfig
 from selva.partition.segments import read_segments
 from selva.partition.windows import read_captions, read_clips
 from selva.training.config import RunConfig
+from selva.utils.errors import UserError
 from selva.utils.files import atomic_write_text
 
 MEMORY_BYTES = 8 << 30  # of addresses; a worker whose resident memory passes FAIR_BYTES is reported
@@ -211,7 +212,7 @@ def outcome(name: str, path: Path) -> tuple[str, str]:
     for read in readers_of(name):
         try:
             read(path)
-        except (ValueError, OSError) as error:
+        except (UserError, OSError) as error:  # another ValueError would end a script in a traceback
             said.append(f"{type(error).__name__}: {error}")
         except Exception:  # whatever it is, it is what the campaign looks for
             return "traceback", traceback.format_exc()
