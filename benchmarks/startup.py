@@ -92,7 +92,7 @@ def start_ours(args, times: StageTimes) -> Callable[[], dict[str, Tensor]]:
         clip, generator = clips[0].clip(0), without_update(run.generator)
         features = [x[None].to(device) for x in (clip.clip_f, clip.sync_f, clip.text_f)]
         noise, t = check_point(clip.mean, device)
-        with torch.no_grad(), torch.autocast(device.type, dtype=run.precision, enabled=run.precision != torch.float32):
+        with torch.no_grad(), run.generator.computing_in(run.precision):
             velocity = generator.predict_flow(noise, t, generator.preprocess_conditions(*features))
         return {"latents": clip.mean, "text": clip.text_f, "velocity": velocity}
 

@@ -209,7 +209,7 @@ def sample_latents(
     config = config or SamplingConfig()
     device = clip_f.device
     noise = draw_noise(generator, seeds).to(device)
-    with torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32):
+    with generator.computing_in(precision):
         graphs = NO_GRAPHS if timed is not None else graphs  # a graph would go on reading the weights of its making
 
         def make() -> flow.Velocity:

@@ -13,7 +13,7 @@ from selva.inputs.suffixes import AUDIO_SUFFIXES, OUTPUT_AUDIO_SUFFIXES, OUTPUT_
 from selva.inputs.table import unsafe_id
 from selva.media.mask_settings import MaskOptions
 from selva.sequence import DEFAULT_DURATION_SEC, SHORTEST_SEC
-from selva.utils.device import GRAPH_CHOICES, PRECISION_CHOICES, PRECISION_HELP
+from selva.utils.device import BASE_DTYPE_CHOICES, BASE_DTYPE_HELP, GRAPH_CHOICES, PRECISION_CHOICES, PRECISION_HELP
 from selva.utils.errors import UserError
 from selva.utils.settings import setting
 from selva.weights.config import GENERAL, GeneratorModelConfig
@@ -96,6 +96,7 @@ class InferenceConfig:
     cuda_graph: str = setting(
         "auto", "on NVIDIA GPUs, start each pass of the generator as a whole instead of kernel by kernel. auto: where "
         "that is possible; on: an error where it is not", group=SAMPLING, choices=GRAPH_CHOICES)
+    base_dtype: str = setting("auto", BASE_DTYPE_HELP, group=SAMPLING, choices=BASE_DTYPE_CHOICES)
     seed: int = setting(42, "seed of everything random", group=GENERAL)
     precision: str = setting("auto", PRECISION_HELP, group=GENERAL, choices=PRECISION_CHOICES)
 

@@ -46,7 +46,15 @@ from selva.models.variants import features_problem, get_variant
 from selva.models.vocoder import Vocoder
 from selva.sampling import decode_latents, sample_latents, sampling_graphs
 from selva.sequence import DEFAULT_DURATION_SEC, SequenceConfig, sequence_config
-from selva.utils.device import GRAPH_CHOICES, PRECISION_CHOICES, dtype_of, resolve_device, resolve_precision
+from selva.utils.device import (
+    BASE_DTYPE_CHOICES,
+    GRAPH_CHOICES,
+    PRECISION_CHOICES,
+    dtype_of,
+    resolve_device,
+    resolve_precision,
+    stored_dtype,
+)
 from selva.utils.errors import UserError
 from selva.utils.progress import StageTimes
 from selva.weights.find import check_weights
@@ -78,6 +86,7 @@ class SoundGenerator:
         clip_features: "use" or "empty" CLIP features of the pictures; "auto" as the adapters were trained.
         sampling: steps, solver, guidance. long: go through more than 8 s in overlapping windows.
         normalize, target: the level of the sounds, see :func:`selva.audio.loudness.normalize_loudness`.
+        precision: to compute in. base_dtype: "bf16" stores the generator's matrices in half the memory of float32.
         batch_size: sounds that go through the generator at once.
         offload: "none" keeps every network once it is loaded; "auto" frees each before the next one is loaded.
         generator: file of a generator of your own, in place of that of the variant.
@@ -103,6 +112,7 @@ class SoundGenerator:
         target: float | None = None,
         device: str = "auto",
         precision: str = "auto",
+        base_dtype: str = "auto",
         batch_size: int = DEFAULT_BATCH_SIZE,
         offload: str = "none",
         generator: PathLike | None = None,
@@ -110,6 +120,7 @@ class SoundGenerator:
     ) -> None:
         for what, value, choices in (("clip_features", clip_features, CLIP_FEATURE_CHOICES),
                                      ("precision", precision, PRECISION_CHOICES),
+                                     ("base_dtype", base_dtype, BASE_DTYPE_CHOICES),
                                      ("offload", offload, OFFLOAD_CHOICES), ("cuda_graph", cuda_graph, GRAPH_CHOICES)):
             if value not in choices:
                 raise UserError(f"{what} is {value!r}, expected one of {', '.join(choices)}")
@@ -117,13 +128,14 @@ class SoundGenerator:
         self.device = resolve_device(device)
         self.precision_name = resolve_precision(precision, self.device)
         self.precision = dtype_of(self.precision_name)
+        self.stored = stored_dtype(base_dtype, self.precision_name)
         self.sampling, self.long, self.batch_size = sampling or SamplingConfig(), long, batch_size
         self.own_generator = None if generator is None else Path(generator)
         self.normalize, self.target, self.clip_features, self.offload = normalize, target, clip_features, offload
         # Features are float32 as those that the base models and adapters were trained on.
         self.extractor = FeatureExtractor(self.variant, self.selva_dir, self.device)
         graphs = sampling_graphs(cuda_graph, self.device)
-        self._switch = AdapterSwitch(self._load_generator, self.precision, self.device, graphs)
+        self._switch = AdapterSwitch(self._load_generator, self.stored, self.device, graphs)
         self._decoders: tuple[VAE, Vocoder | MelInversion] | None = None
         self._stage, self.times = "", StageTimes()
         self.set_adapters(adapters, adapter_times, adapter_layers)

@@ -196,8 +196,7 @@ def sample_long(
                                   timed=timed)
     device = text_f.device
     noise = draw_noise(generator, seeds, grid.whole.latent_seq_len).to(device)
-    enabled = precision != torch.float32
-    with _set_to(generator, grid.window), torch.autocast(device.type, dtype=precision, enabled=enabled):
+    with _set_to(generator, grid.window), generator.computing_in(precision):
         graphs = NO_GRAPHS if timed is not None else graphs  # a graph would go on reading the weights of its making
 
         def make() -> flow.Velocity:

@@ -130,6 +130,7 @@ def model_identity(generator: SoundGenerator) -> dict[str, Any]:
         "variant": generator.variant.name,
         "weights": _weight_sizes(generator),
         "precision": str(generator.precision),
+        **({"stored": str(generator.stored)} if generator.stored != generator.precision else {}),
         "adapters": [[adapter_hash(adapter), strength] for adapter, strength in acting],
         **({"adapter_times": generator.adapter_times} if timed else {}),
         "uses_clip": generator.uses_clip,

@@ -36,7 +36,7 @@ def generate(config: InferenceConfig, announce: Callable[[Path], None] = lambda 
     generator = SoundGenerator(
         config.model.variant, config.model.selva_dir, clip_features=config.clip_features, sampling=config.sampling,
         long=config.long, normalize=config.normalize, target=config.target, device=config.model.device,
-        precision=config.precision, batch_size=config.batch_size, offload=config.offload,
+        precision=config.precision, base_dtype=config.base_dtype, batch_size=config.batch_size, offload=config.offload,
         generator=config.model.generator, cuda_graph=config.cuda_graph,
     )
     config = dataclasses.replace(config, precision=generator.precision_name)  # for the settings beside the sounds

@@ -137,10 +137,11 @@ class TimestepEmbedder(nn.Module):
         """Return the (frequency_dim / 2,) frequencies."""
         return time_frequencies(self.frequency_dim // 2, self.scale, device)
 
-    def forward(self, t: Tensor) -> Tensor:
+    def forward(self, t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the embedding of (B,) times; the layers are given cosines and sines in ``dtype``, or in their own."""
         angle = t.float()[:, None] * self.frequencies(t.device)
         embedding = torch.cat((angle.cos(), angle.sin()), dim=-1)  # (B, frequency_dim) float32
-        return self.mlp(embedding.to(self.mlp.get_parameter("0.weight").dtype))
+        return self.mlp(embedding.to(dtype or self.mlp.get_parameter("0.weight").dtype))
 
 
 @functools.lru_cache(maxsize=64)

@@ -11,6 +11,7 @@ revision behind ``large_44k_v2``: other activations, and a time embedding that s
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,7 @@ from selva.models.blocks import (
     rotary_table,
 )
 from selva.models.config import GeneratorConfig
+from selva.models.widening import HALF_TYPES, Widening, computing_in
 from selva.sequence import SYNC_TOKENS_PER_SEGMENT
 from selva.utils.errors import UserError
 
@@ -231,7 +233,7 @@ class Generator(nn.Module):
         x = self.audio_input_proj(latent)  # (B, N, D)
         clip, text = conditions.clip_f, conditions.text_f
         pooled = self.global_cond_mlp(conditions.clip_f_c + conditions.text_f_c)
-        global_c = (self.t_embed(t) + pooled)[:, None]  # (B, 1, D)
+        global_c = (self.t_embed(t, pooled.dtype) + pooled)[:, None]  # (B, 1, D)
         extended_c = global_c + conditions.sync_f  # (B, N, D)
         for i, block in enumerate(self.joint_blocks):
             x, clip, text = self._run(
@@ -267,8 +269,22 @@ class Generator(nn.Module):
         """Return ``block(*args)``, computed again in the backward pass where :attr:`gradient_checkpointing` says so."""
         recomputed = self.gradient_checkpointing is True or index < self.gradient_checkpointing
         if recomputed and torch.is_grad_enabled():
-            return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=self.recompute_randomly)
+            return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=self.recompute_randomly,
+                              context_fn=self._contexts)
         return block(*args)
+
+    def _contexts(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        """Return the contexts of a block's two forward passes: autocast comes back by itself in the second."""
+        return nullcontext(), Widening() if self.matrix_dtype in HALF_TYPES else nullcontext()
+
+    @property
+    def matrix_dtype(self) -> torch.dtype:
+        """Type in which the matrices are stored, see :func:`cast_frozen_`."""
+        return self.clip_cond_proj.weight.dtype
+
+    def computing_in(self, precision: torch.dtype) -> AbstractContextManager[Any]:
+        """Return the context in which the network computes in ``precision``, whatever its matrices are stored in."""
+        return computing_in(precision, self.matrix_dtype, self.latent_mean.device.type)
 
     @staticmethod
     def _check_tokens(what: str, x: Tensor, expected: int) -> None:

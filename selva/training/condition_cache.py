@@ -105,7 +105,7 @@ class ConditionCache:
         # One clip at a time, whatever batch it comes in: its bits must not depend on its neighbours.
         read, device = self.clips.clip(*window), self.generator.latent_mean.device
         clip, padding = collate([read]).to(device), None if read.padding is None else read.padding.to(device)
-        with self._autocast():
+        with self.generator.computing_in(self.precision):
             conditions = self.generator.preprocess_conditions(clip.clip_f, clip.sync_f, clip.text_f)
         self._known[window] = clip.mean, clip.std, clip.has_video, conditions, padding
         return self._known[window]
@@ -113,10 +113,6 @@ class ConditionCache:
     @torch.no_grad()
     def _empty_conditions(self, lengths: Lengths) -> Conditions:
         if lengths not in self._empty:
-            with self._autocast():
+            with self.generator.computing_in(self.precision):
                 self._empty[lengths] = self.generator.empty_conditions(1)
         return self._empty[lengths]
-
-    def _autocast(self) -> torch.autocast:
-        device_type = self.generator.latent_mean.device.type
-        return torch.autocast(device_type, dtype=self.precision, enabled=self.precision != torch.float32)

@@ -12,7 +12,7 @@ from selva.audio.config import AUDIO_NORMALIZATIONS, Normalize
 from selva.data.source import DataSource, missing_folders, parse_sources
 from selva.lora.config import LoRAConfig
 from selva.sequence import DEFAULT_DURATION_SEC
-from selva.utils.device import GRAPH_CHOICES, PRECISION_CHOICES, PRECISION_HELP
+from selva.utils.device import BASE_DTYPE_CHOICES, BASE_DTYPE_HELP, GRAPH_CHOICES, PRECISION_CHOICES, PRECISION_HELP
 from selva.utils.errors import UserError
 from selva.utils.settings import required, setting
 from selva.weights.config import GENERAL, GeneratorModelConfig
@@ -241,6 +241,7 @@ class RunConfig:
     cuda_graph: str = setting(
         "auto", "on NVIDIA GPUs, start each training step as a whole instead of kernel by kernel. auto: where that is "
         "possible, otherwise the log says why not; on: an error where it is not", group=MEMORY, choices=GRAPH_CHOICES)
+    base_dtype: str = setting("auto", BASE_DTYPE_HELP, group=MEMORY, choices=BASE_DTYPE_CHOICES)
     precision: str = setting("auto", PRECISION_HELP, group=GENERAL, choices=PRECISION_CHOICES,
                              aliases=("mixed_precision",), synonyms={"no": "fp32"})
 
@@ -254,6 +255,8 @@ class RunConfig:
                      if name not in TRACKERS]
         if self.sample_prompts is not None and not self.sample_prompts.is_file():
             problems.append(f"--sample_prompts {self.sample_prompts}: no such file")
+        if self.compile and self.base_dtype != "auto":
+            problems.append(f"--compile does not go together with --base_dtype {self.base_dtype}; leave out either")
         if not self.verdict_share > 0:
             problems.append(f"verdict_share is {self.verdict_share}, expected more than 0; --no_verdict leaves it out")
         if not 0 < self.preserve_share < 1:

@@ -40,7 +40,7 @@ from selva.training.config import RunConfig, TrainConfig
 from selva.training.objective import VALIDATION_TIMES, held_out_losses
 from selva.training.prior_preservation import mixture
 from selva.training.run import TrainingRun
-from selva.utils.device import dtype_of, standing_for_gpu
+from selva.utils.device import dtype_of, standing_for_gpu, stored_dtype
 
 log = logging.getLogger(__name__)
 
@@ -119,6 +119,7 @@ def step_memory(
     training: TrainConfig,
     precision: torch.dtype,
     *,
+    stored: torch.dtype | None = None,
     duration_sec: float = DEFAULT_DURATION_SEC,
     checkpoint_blocks: bool | int = False,
     num_clips: int = 1,
@@ -128,7 +129,7 @@ def step_memory(
     """Return the memory of a training step, and of a validation, on an NVIDIA GPU.
 
     Args:
-        precision: of the frozen matrices and of autocast.
+        precision: of autocast. stored: of the frozen matrices, if they are in another type.
         duration_sec: length of every clip. num_clips: in the data set; their conditions stay on the device as far as
             the cache takes them.
         checkpoint_blocks: :attr:`Generator.gradient_checkpointing`.
@@ -141,7 +142,7 @@ def step_memory(
     live = live or LiveStorages()
     with torch.device("meta"):
         without_numbers = build_generator(variant)
-    cast_frozen_(without_numbers, precision)
+    cast_frozen_(without_numbers, stored or precision)
     inject_lora(without_numbers, lora, torch.Generator())
     clips = _Clips(get_variant(variant), duration_sec, num_clips)
     windows = [ClipWindow(i % num_clips, 0) for i in range(training.batch_size)]
@@ -196,7 +197,7 @@ def log_step_memory(config: RunConfig, asked_precision: str, device: torch.devic
     def measure(batch_size: int) -> StepMemory:
         return step_memory(
             variant.name, config.lora, dataclasses.replace(config.training, batch_size=batch_size), dtype_of(precision),
-            duration_sec=config.duration, num_clips=num_clips,
+            stored=stored_dtype(config.base_dtype, precision), duration_sec=config.duration, num_clips=num_clips,
             checkpoint_blocks=config.checkpoint_blocks or config.grad_checkpointing, validates=config.val_fraction > 0,
         )
 

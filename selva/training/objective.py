@@ -103,7 +103,7 @@ def predicted_velocity(
 
     drop_video = drop_video | ~batch.has_video
     drop_clip = torch.ones_like(drop_video) if config.clip_features == "empty" else drop_video
-    with torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32):
+    with generator.computing_in(precision):
         if isinstance(batch, CachedBatch):
             conditions = batch.with_dropped(drop_clip, drop_video, drop_text)
         else:

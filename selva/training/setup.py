@@ -44,7 +44,7 @@ from selva.training.prior_preservation import with_preserved
 from selva.training.run import TrainingRun, divided_by_clip, graph_problem
 from selva.training.set_aside import final_of
 from selva.training.shared import SharedParts
-from selva.utils.device import dtype_of, peak_memory_bytes
+from selva.utils.device import dtype_of, peak_memory_bytes, stored_dtype
 from selva.utils.distributed import World
 from selva.utils.errors import UserError
 from selva.utils.graph import graphed_calls
@@ -73,6 +73,7 @@ def adapter_meta(config: RunConfig, num_clips: int, num_processes: int = 1) -> d
                          for name, value in dataclasses.asdict(training).items()},
         "normalize_audio": config.normalize_audio,
         "precision": config.precision,
+        **({"base_dtype": config.base_dtype} if config.base_dtype != "auto" else {}),
         "preserve": list(config.preserve),
         "preserve_share": config.preserve_share,
         "generator": generator_mark(config.model.generator),
@@ -335,14 +336,15 @@ def build_run(
     """
     shared = shared or SharedParts()
     model, training, precision = config.model, config.training, dtype_of(config.precision)
+    stored = stored_dtype(config.base_dtype, config.precision)
 
     def load() -> Generator:
         base = load_generator(model.variant, model.selva_dir, file=model.generator)
-        cast_frozen_(base, precision)
+        cast_frozen_(base, stored)
         return base.to(device)
 
     own_base = config.compile  # compiled blocks are not given on
-    generator = load() if own_base else shared.generator((model, precision, device), load)
+    generator = load() if own_base else shared.generator((model, stored, device), load)
     check_ranks(generator, config.lora)
     if config.preserve:  # before there is an adapter, which would cost time in every layer and add nothing yet
 
@@ -353,7 +355,8 @@ def build_run(
                 precision=precision, use_clip_features=training.clip_features == "use",
             )
 
-        key = (model, precision, tuple(config.preserve), config.preserve_share, training.seed, training.clip_features,
+        key = (model, stored, precision, tuple(config.preserve), config.preserve_share, training.seed,
+               training.clip_features,
                tuple(map(str, config.data_dir)) if isinstance(config.data_dir, list | tuple) else str(config.data_dir),
                config.duration, config.normalize_audio, tuple(clips[0].ids))
         clips = shared.preserved(key, make), clips[1]

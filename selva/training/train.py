@@ -149,6 +149,9 @@ def _train(
                 return TrainingResult(adapter if world.is_main else None, steps=saved.step)
         if (before := saved.meta.get("precision", config.precision)) != config.precision:
             log.warning("%s: was trained in %s so far and goes on in %s", saved.path, before, config.precision)
+        if (before := saved.meta.get("base_dtype", "auto")) != config.base_dtype:
+            log.warning("%s: was trained with --base_dtype %s so far and goes on with %s", saved.path, before,
+                        config.base_dtype)
     start = load_start(config) if saved is None else None
     asked = read_sample_prompts(config.sample_prompts, training.seed) if config.sample_prompts else []
     told: list[str] = []

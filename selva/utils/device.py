@@ -25,6 +25,9 @@ PRECISIONS = ("bf16", "fp16", "fp32")
 PRECISION_CHOICES = ("auto", *PRECISIONS)
 PRECISION_HELP = ("number format of the networks; auto: bf16 where the device multiplies it natively, fp16 on older "
                   "NVIDIA GPUs, fp32 elsewhere")
+BASE_DTYPE_CHOICES = ("auto", "bf16")
+BASE_DTYPE_HELP = ("how the base model's matrices lie in memory; bf16: half the memory where the precision is fp32, "
+                   "each matrix is made float32 only while it multiplies; auto: in the precision")
 GRAPH_CHOICES = ("auto", "on", "off")
 
 # Of MPS and drivers, Linux, Windows, which raise a plain RuntimeError.
@@ -103,6 +106,11 @@ def dtype_of(precision: str) -> torch.dtype:
     if precision not in PRECISIONS:
         raise UserError(f"precision is {precision!r}, expected one of {', '.join(PRECISIONS)}")
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+
+
+def stored_dtype(base_dtype: str, precision: str) -> torch.dtype:
+    """Return the type to store frozen matrices in, of one of ``BASE_DTYPE_CHOICES`` and a resolved precision."""
+    return dtype_of(precision if base_dtype == "auto" else base_dtype)
 
 
 def resolve_precision(name: str, device: torch.device) -> str:
