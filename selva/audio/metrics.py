@@ -34,6 +34,8 @@ NUM_MELS = 80
 NUM_CEPSTRA = 13  # 1 to 13; the 0th is the level
 MEL_RANGE_HZ = (30.0, 8000.0)
 
+LOUD_RANGE_DB = 40.0  # below its loudest frame, a frame has no part in what a sound is like on the whole
+
 # -- onsets -----------------------------------------------------------------------------------------------------------
 ONSET_FRAME_SEC = 0.032
 ONSET_STEP_SEC = 0.004
@@ -225,6 +227,22 @@ def _mel_bands(num_bins: int, rate: int, bands: int, low_hz: float, high_hz: flo
     from torchaudio.functional import melscale_fbanks
 
     return melscale_fbanks(num_bins, low_hz, high_hz, bands, rate).double()  # (bins, bands), triangles of height 1
+
+
+def long_term_spectrum(waveform: Tensor, rate: int) -> Tensor | None:
+    """Return (80,) float64 levels in dB of the mel bands over a whole sound, None if it is silent.
+
+    The mean power of the frames that are within 40 dB of the loudest, less the mean over bands: neither the gain nor
+    when things happen matters. Bands and frames as for :func:`mel_cepstral_distortion`.
+    """
+    if rms_db(waveform) < SILENCE_DB:
+        return None
+    low, high = MEL_RANGE_HZ
+    to_mel = _mel_bands(_frame_size(rate, FRAME_SEC) // 2 + 1, rate, NUM_MELS, low, min(high, rate / 2))
+    power = torch.cat([power @ to_mel for power in _power_blocks(waveform, rate, FRAME_SEC)])  # (frames, bands)
+    loudness = power.sum(dim=1)
+    level = _level_db(power[loudness >= loudness.max() * 10 ** (-LOUD_RANGE_DB / 10)].mean(dim=0))
+    return level - level.mean()
 
 
 # ---------------------------------------------------------------------------------------------------------------

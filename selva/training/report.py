@@ -65,7 +65,8 @@ def _cards(
         if f.nearer_db is not None and f.moved_db is not None:
             cards.append(("nearer to the recordings", f"{f.nearer_db:+.1f} dB", f"moved by {f.moved_db:.1f} dB in all"))
         if f.foreign_moved_db is not None:
-            cards.append(("foreign prompts moved", f"{f.foreign_moved_db:.1f} dB", "less is better"))
+            drawn = "" if f.foreign_drawn is None else f"; {max(0.0, 100 * f.foreign_drawn):.0f} % of the way to yours"
+            cards.append(("foreign prompts moved", f"{f.foreign_moved_db:.1f} dB", f"less is better{drawn}"))
     _, losses = metrics.series("val_loss")
     if losses:
         cards.append(("held-out loss", f"{losses[0]:.3f} → {losses[-1]:.3f}",
