@@ -64,7 +64,7 @@ def open_media(path: PathLike) -> Iterator[Any]:
     check_file(path)
     try:
         # Absolute, because FFmpeg takes a relative name like "pipe:1.mp4" for a protocol.
-        container = av.open(os.path.abspath(path), metadata_errors="replace")
+        container = av.open(os.path.abspath(path), metadata_errors="replace", options=_open_options(path))
     except av.error.FFmpegError as error:
         raise UserError(f"{path}: cannot be read as video or audio ({error.strerror})") from error
     with container:
@@ -75,6 +75,17 @@ def open_media(path: PathLike) -> Iterator[Any]:
                 raise
             # Errors of libraries behind FFmpeg, which Python has no name for, and no batch expects.
             raise UserError(f"{path}: cannot be decoded ({error.strerror})") from error
+
+
+def _open_options(path: PathLike) -> dict[str, str]:
+    """Return what FFmpeg has to be told: to read the sound of a long WAV to its end, where its header counts none.
+
+    Recorders fill in the size of an RF64 (or BW64) file last. Without it, FFmpeg finds nothing.
+    """
+    with open(path, "rb") as file:
+        head = file.read(36)
+    is_unfinished = head[:4] in (b"RF64", b"BW64") and head[12:16] == b"ds64" and not any(head[28:36])
+    return {"ignore_length": "1"} if is_unfinished else {}
 
 
 # -- streams ----------------------------------------------------------------------------------------------------------
