@@ -293,7 +293,7 @@ def _check_ids(clips: Iterable[tuple[str, Path]]) -> None:
     for id_, path in clips:
         reason = unsafe_id(id_)
         if reason:
-            problems.append(f"{path}: its clip would be called {id_!r}, {reason}")
+            problems.append(f"{path}: its clip would be called {id_!r}, {reason}; rename it, or name all with --name")
         elif id_ in owner:
             problems.append(f"{owner[id_]} and {path} would both become {id_}.npz; rename one of them")
         owner.setdefault(id_, path)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -325,12 +326,12 @@ def check_step(path: PathLike, last: Fraction | None, time: Fraction, start: Fra
 
 
 def read_packets(path: PathLike, container: Any, stream: Any) -> Iterator[Any]:
-    """Yield the packets of ``stream`` in file order."""
+    """Yield the packets of ``stream`` in file order; an empty one of pictures shows the one before it again."""
     import av.error
 
     try:
         for packet in container.demux(stream):
-            if packet.size:  # the last one is empty and only flushes decoders
+            if packet.size or _shows_again(packet):  # the last one is empty and only flushes decoders
                 yield packet
     except av.error.FFmpegError as error:
         raise UserError(f"{path}: damaged, cannot be read to its end ({error.strerror})") from error
@@ -351,9 +352,9 @@ def decode_frames(
     following: Fraction | None = None
     sought = seek and start > 0 and seek_before(container, stream, zero)
     try:
-        for frame in container.decode(stream):
-            if frame.pts is not None:
-                time = frame.pts * frame.time_base - zero
+        for stamp, frame in _shown_pictures(container, stream):
+            if stamp is not None:
+                time = stamp - zero
             elif following is not None:
                 time = following
             elif sought:
@@ -373,6 +374,29 @@ def decode_frames(
     if sought:  # Some containers only guess where a key frame or a time stamp lies; read those from the start.
         with open_media(path) as whole:
             yield from decode_frames(path, whole, whole.streams[stream.index], start, seek=False)
+
+
+def _shows_again(packet: Any) -> bool:
+    """Return True for a packet without content that has a time: of pictures that stand still, as in Theora."""
+    return not packet.size and packet.pts is not None and packet.stream.type == "video"
+
+
+def _shown_pictures(container: Any, stream: Any) -> Iterator[tuple[Fraction | None, Any]]:
+    """Yield (time stamp in exact seconds, picture) as they are shown, repeated ones as often as the file repeats them."""
+    again: deque[Fraction] = deque()  # decoders may be some packets behind
+    last = None
+    for packet in container.demux(stream):
+        if _shows_again(packet):  # no decoder takes it
+            again.append(packet.pts * packet.time_base)
+            continue
+        for frame in packet.decode():
+            stamp = None if frame.pts is None else frame.pts * frame.time_base
+            while again and last is not None and stamp is not None and again[0] < stamp:
+                yield again.popleft(), last
+            yield stamp, frame
+            last = frame
+    if last is not None:
+        yield from ((stamp, last) for stamp in again)
 
 
 def _following(time: Fraction, frame: Any, stream: Any) -> Fraction | None:
