@@ -23,6 +23,7 @@ from selva.extraction.convert import Conversion, LatentDecoder, folder_to_memmap
 from selva.extraction.extractor import FeatureExtractor
 from selva.models.variants import get_variant
 from selva.utils.device import resolve_device
+from selva.utils.files import real_path
 from selva.utils.progress import Progress
 from selva.weights.find import check_weights
 
@@ -107,7 +108,7 @@ def to_folder(args: argparse.Namespace) -> int:
 @cli.entry_point
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    if args.source.resolve() == args.target.resolve():
+    if real_path(args.source) == real_path(args.target):
         raise cli.UsageError(f"{args.source}: is source and target at once; choose another target")
     if is_memmap(args.source):
         return to_folder(args)

@@ -17,7 +17,14 @@ from torch import Tensor
 
 from selva.features import FeatureBundle, load_features
 from selva.inputs.file_names import same_name
-from selva.inputs.prompts import PROMPTS_FILE, PromptSource, choose_prompt, read_prompts
+from selva.inputs.media_files import by_name, say_not_searched, visible_files
+from selva.inputs.prompts import (
+    PROMPTS_FILE,
+    PromptSource,
+    choose_prompt,
+    read_prompts,
+    warn_of_other_spelling,
+)
 from selva.inputs.suffixes import AUDIO_SUFFIXES
 from selva.utils.errors import UserError
 from selva.utils.text import counted, listed
@@ -91,15 +98,13 @@ def scan_folder(data_dir: PathLike) -> FolderScan:
     if not data_dir.is_dir():
         raise UserError(f"{data_dir}: is a file, expected a folder with .npz files and their sound")
     # Hidden files are nobody's clips: macOS leaves "._dog.npz" on foreign disks.
-    visible = (path for path in data_dir.iterdir() if path.is_file() and not path.name.startswith("."))
-    files = sorted(visible, key=lambda path: path.name)
+    files = sorted((path for path in visible_files(data_dir) if path.is_file()), key=lambda path: path.name)
     features = [path for path in files if path.suffix == ".npz"]
-    sounds: dict[str, list[Path]] = {}
-    for path in files:
-        if path.suffix.lower() in AUDIO_SUFFIXES:
-            sounds.setdefault(same_name(path.stem), []).append(path)
+    sounds = by_name(files, AUDIO_SUFFIXES)
 
+    say_not_searched(data_dir, (".npz",))
     names = [path.name for path in features]
+    warn_of_other_spelling(data_dir)
     prompts = read_prompts(data_dir / PROMPTS_FILE, names) if (data_dir / PROMPTS_FILE).is_file() else {}
     unused_keys = sorted(set(prompts) - set(map(same_name, names)))
     if unused_keys:
@@ -150,6 +155,18 @@ def _warn_of_leftovers(data_dir: Path, names: Sequence[str]) -> None:
             log.warning("%d of %s %s (%s), but left by earlier runs and used: %s; extract_features.py "
                         "--prune removes them", len(others), counted(len(names), "clip"), why, data_dir / MANIFEST_FILE,
                         listed(others))
+
+
+def sound_beside(features: Path) -> Path | None:
+    """Return the sound that training takes for a feature file, None if there is none; says which others there are."""
+    paths = by_name(visible_files(features.parent), AUDIO_SUFFIXES).get(same_name(features.stem))
+    if not paths:
+        return None
+    try:
+        extracted = (load_features(features).origin or {}).get("sound", "")
+    except (ValueError, OSError):
+        extracted = ""  # what is wrong with the features is said where they are used
+    return _choose_sound(paths, extracted)
 
 
 def _describe(path: Path, sound: Path, prompt: str, source: PromptSource, bundle: FeatureBundle) -> FolderClip:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from selva.utils.errors import UserError
+from selva.utils.files import real_path
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,9 @@ def parse_sources(texts: Iterable[str]) -> list[DataSource]:
     sources = [DataSource.parse(str(text)) for text in texts]
     seen: set[Path] = set()
     for source in sources:
-        if source.path.resolve() in seen:
+        if real_path(source.path) in seen:
             raise UserError(f"{source.path}: is given twice; a weight does the same: {source.path}:2")
-        seen.add(source.path.resolve())
+        seen.add(real_path(source.path))
     return sources
 
 

@@ -14,9 +14,12 @@ from torch import Tensor
 from selva.audio.loudness import integrated_loudness
 from selva.audio.metrics import compare_sounds, spectral_shape
 from selva.audio.silence import silent_share
-from selva.inputs.delimited import find_delimiter, read_text_table
+from selva.inputs.delimited import find_delimiter, read_text_table, refuse_long_rows
+from selva.inputs.file_names import same_name
+from selva.inputs.media_files import by_name, say_choice, say_not_taken, visible_files
 from selva.inputs.suffixes import AUDIO_SUFFIXES, VIDEO_SUFFIXES
 from selva.media import prepare_audio, read_audio
+from selva.media.audio import cancellation, mean_power
 from selva.utils.errors import UserError
 from selva.utils.text import listed
 
@@ -53,15 +56,15 @@ def sounds_in(folder: Path) -> dict[str, Path]:
     return found
 
 
-def _by_name(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
+def _by_name(folder: Path, suffixes: tuple[str, ...], say: bool = True) -> dict[str, Path]:
     if not folder.is_dir():
         raise FileNotFoundError(2, "no such folder", str(folder))
-    files = [p for p in folder.iterdir() if p.suffix.lower() in suffixes and not p.name.startswith(".") and p.is_file()]
-    files.sort(key=lambda path: (path.stem, suffixes.index(path.suffix.lower()), path.name))
-    found: dict[str, Path] = {}
-    for path in files:
-        found.setdefault(path.stem, path)
-    return found
+    files = list(visible_files(folder))
+    found = by_name(files, suffixes)
+    if found and say:
+        say_not_taken(folder, files, suffixes)
+        say_choice(folder, found.values())
+    return {name: found[name][0] for name in sorted(found)}
 
 
 def find_pairs(generated: Path, reference: Path, videos: Path | None, captions: Path | None) -> list[SoundPair]:
@@ -82,7 +85,7 @@ def find_pairs(generated: Path, reference: Path, videos: Path | None, captions: 
         if alone:
             log.warning("%s: %d of %d sounds have no partner in %s and are left out: %s", folder, len(alone),
                         len(of_folder), other, listed(alone))
-    pictures = _by_name(videos if videos is not None else reference, VIDEO_SUFFIXES)
+    pictures = _by_name(videos if videos is not None else reference, VIDEO_SUFFIXES, say=videos is not None)
     texts = read_captions(captions) if captions is not None else {}
     without = [name for name in names if captions is not None and name not in texts]
     if without:
@@ -93,27 +96,42 @@ def find_pairs(generated: Path, reference: Path, videos: Path | None, captions: 
 def read_captions(path: Path) -> dict[str, str]:
     """Return {name: caption} of a table with the columns ``id`` or ``name``, and ``caption``, ``prompt`` or ``label``.
 
+    Names are as :func:`same_name` has them; of several captions of one name the last counts, and a warning says so.
+
     Raises:
-        UserError: not such a table.
+        UserError: not such a table, or a row with more cells than columns.
     """
     table = read_text_table(path, find_delimiter(path), (), "a table with the columns id and caption")
     key = next((column for column in ("id", "name") if column in table.columns), None)
     text = next((column for column in ("caption", "prompt", "label") if column in table.columns), None)
     if key is None or text is None:
         raise UserError(f"{path}: has the columns {', '.join(table.columns)}; expected id (or name) and caption")
-    return {str(cells[key]): str(cells[text]) for _, cells in table.rows if cells.get(key) and cells.get(text)}
+    refuse_long_rows(path, table)
+    captions: dict[str, str] = {}
+    changed = set()
+    for _, cells in table.rows:
+        name, caption = same_name((cells[key] or "").strip()), (cells[text] or "").strip()
+        if name and caption:
+            if captions.setdefault(name, caption) != caption:
+                changed.add(name)
+            captions[name] = caption
+    if changed:
+        log.warning("%s: several captions, of which the last counts: %s", path, listed(sorted(changed)))
+    return captions
 
 
 def read_mono(path: Path) -> tuple[Tensor, int]:
     """Return (samples,) float32 mean of the channels and the rate of a file.
 
     Raises:
-        UserError: no sound, damaged, or values that are not finite.
+        UserError: no sound, damaged, values that are not finite, or channels that cancel each other.
     """
     waveform, rate = read_audio(path)
     mono = waveform.mean(dim=0)
     if not torch.isfinite(mono).all():
         raise UserError(f"{path}: the sound has values that are not finite (NaN or infinite)")
+    if reason := cancellation(mean_power(waveform), mean_power(mono)):
+        raise UserError(f"{path}: {reason}")
     return mono, rate
 
 

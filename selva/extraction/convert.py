@@ -44,7 +44,7 @@ from selva.models.variants import Variant, features_problem
 from selva.sampling import decode_latents
 from selva.sequence import DEFAULT_DURATION_SEC, sequence_config
 from selva.utils.errors import UserError
-from selva.utils.files import PARTIAL_PREFIX, source_hash
+from selva.utils.files import PARTIAL_PREFIX, real_path, source_hash
 from selva.utils.text import listed
 from selva.weights.find import encoders_identity, weights_identity
 from selva.weights.load import load_vae, load_vocoder
@@ -118,7 +118,7 @@ def plan_folder(source: Path) -> tuple[list[ConversionJob], list[Conversion]]:
     if not clips:
         reason = f"; {problems[0].problem}" if problems else ""
         raise UserError(f"{source}: no clips in it, expected .npz files with their sound beside them{reason}")
-    labels = labels_or_fallback(((clip.id, clip.prompt) for clip in clips), source.resolve().name)
+    labels = labels_or_fallback(((clip.id, clip.prompt) for clip in clips), real_path(source).name)
     clips = [clip if clip.prompt == label else replace(clip, prompt=label, has_text=False)
              for clip, label in zip(clips, labels, strict=True)]
     return sorted(clips, key=lambda clip: clip.features_path.name), problems

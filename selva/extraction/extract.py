@@ -25,7 +25,7 @@ from selva.models.prompt_length import warn_of_cut_prompts
 from selva.models.variants import Variant, get_variant
 from selva.utils.device import dtype_of, resolve_device
 from selva.utils.errors import UsageError
-from selva.utils.files import atomic_write_text
+from selva.utils.files import atomic_write_text, real_path
 from selva.utils.progress import StageTimes
 from selva.utils.settings import settings_text, values_of
 from selva.utils.text import clock, counted, listed
@@ -85,7 +85,7 @@ def work_list(config: ExtractionConfig) -> list[ClipJob]:
         config.masks.of_clip(job.mask)  # says what is wrong with them
     if config.format == "memmap":
         rows = [(job.id, job.prompt) for job in jobs]
-        labels = labels_or_fallback(rows, config.output_dir.resolve().name)
+        labels = labels_or_fallback(rows, real_path(config.output_dir).name)
         return [replace(job, prompt=label) for job, label in zip(jobs, labels, strict=True)]
     without = sum(not job.prompt for job in jobs)
     if without:

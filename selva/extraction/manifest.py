@@ -27,7 +27,7 @@ from filelock import Timeout
 
 from selva.utils import torchrun
 from selva.utils.errors import UserError
-from selva.utils.files import atomic_write_text, json_lines
+from selva.utils.files import atomic_write_text, json_lines, real_path
 from selva.utils.lock import file_lock
 
 log = logging.getLogger(__name__)
@@ -240,7 +240,7 @@ def _hash(content: Any) -> str:
 
 def _place(source: str) -> str:
     """Return the one name of a file, however it was given; a source that is no file is its own name."""
-    return str(Path(source).resolve()) if os.path.exists(source) or os.path.basename(source) != source else source
+    return str(real_path(source)) if os.path.exists(source) or os.path.basename(source) != source else source
 
 
 def _traits(places: Sequence[tuple[str, str, float | None]], settings: Any) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from selva.inputs.jobs import ClipJob
 from selva.inputs.suffixes import AUDIO_SUFFIXES
 from selva.media import read_audio
 from selva.utils.errors import UserError
-from selva.utils.files import flush_folder, json_lines, source_hash
+from selva.utils.files import flush_folder, json_lines, real_path, source_hash
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class PairFolder:
         for name in (MANIFEST_FILE, INCOMPLETE_FILE):
             for row in json_lines(folder / name):
                 if row.get("status") == DONE and isinstance(row.get("source"), str):
-                    self.sources[row["id"]] = str(Path(row["source"]).resolve())
+                    self.sources[row["id"]] = str(real_path(row["source"]))
         for row in json_lines(self.ledger):
             if isinstance(row.get("id"), str):
                 self.sources[row["id"]] = str(row.get("source", ""))
@@ -103,7 +103,7 @@ class PairFolder:
         if settings["source_sha256"] == sha256:
             return  # the video may have been moved
         known = self.sources.get(job.id)
-        if known != str(job.path.resolve()):
+        if known != str(real_path(job.path)):
             holds = known or f"another {settings.get('source', 'video')}"
             raise UserError(f"{job.path}: {path} holds {holds}, another video; give each its own name (--name, or a "
                              f"table with ids), choose another --output_dir, {OVERWRITE_ADVICE}")
@@ -263,7 +263,7 @@ class PairFolder:
         flush_folder(self.folder)
 
     def _note(self, job: ClipJob, sound: StagedSound) -> None:
-        row = {"id": job.id, "source": str(job.path.resolve()), "sound": sound.file, "sha256": sound.sha256}
+        row = {"id": job.id, "source": str(real_path(job.path)), "sound": sound.file, "sha256": sound.sha256}
         if sound.path is None and self.sources.get(job.id) == row["source"] and (
             not sound.file or sound.sha256 in self.sounds.get(sound.file, ())
         ):

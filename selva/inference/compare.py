@@ -31,12 +31,14 @@ import numpy as np
 from torch import Tensor
 
 from selva.audio.metrics import compare_sounds
+from selva.data.folder import sound_beside
 from selva.flow import WHOLE_INTERVAL, check_interval
 from selva.inference.batch import AdapterSetup, BatchClip
 from selva.inference.compare_page import comparison_page
 from selva.inference.request import SoundRequest
-from selva.inputs.file_names import written_path
-from selva.inputs.suffixes import OUTPUT_AUDIO_SUFFIXES
+from selva.inputs.file_names import same_name, written_path
+from selva.inputs.media_files import by_name, say_choice, visible_files
+from selva.inputs.suffixes import AUDIO_SUFFIXES, VIDEO_SUFFIXES
 from selva.media import prepare_audio, probe, read_audio
 from selva.utils.errors import UserError
 from selva.utils.files import atomic_write_text
@@ -50,6 +52,7 @@ log = logging.getLogger(__name__)
 BASE_LABEL = "base"
 SHEET_FILE, FIGURES_FILE, PAGE_FILE = "comparison.png", "comparison.json", "comparison.html"
 ROWS_PER_SHEET = 16
+REFERENCE_SUFFIXES = (*AUDIO_SUFFIXES, *VIDEO_SUFFIXES)
 
 # Figures in the table and on the sheet: key of compare_sounds, heading, format.
 SHOWN = (
@@ -166,8 +169,9 @@ def _short_name(path: Path) -> str:
 
 def check_reference_dir(folder: Path) -> None:
     """Raise a ValueError if ``folder`` holds no sound to compare with."""
-    if not folder.is_dir() or not any(path.suffix.lower() in OUTPUT_AUDIO_SUFFIXES for path in folder.iterdir()):
-        raise UserError(f"--reference {folder}: expected a folder with {' or '.join(OUTPUT_AUDIO_SUFFIXES)}")
+    if not folder.is_dir() or not any(path.suffix.lower() in REFERENCE_SUFFIXES for path in visible_files(folder)):
+        raise UserError(f"--reference {folder}: expected a folder with sounds or videos "
+                        f"({' '.join(REFERENCE_SUFFIXES)})")
 
 
 def reference_sound(
@@ -176,21 +180,26 @@ def reference_sound(
     """Return (samples,) of the sound that was recorded with a clip, None if there is none.
 
     From ``folder`` if one is given (a sound that begins with the clip), else from the video itself or from beside the
-    features. A recording that ends early is followed by silence.
+    features, where it is the one that training takes. A recording that ends early is followed by silence.
     """
     path, start_sec = None, 0.0
-    beside = request.features if isinstance(request.features, Path) else None
-    stem = folder / name if folder is not None else beside.with_suffix("") if beside is not None else None
-    if stem is not None:
-        path = next((p for s in OUTPUT_AUDIO_SUFFIXES if (p := stem.with_name(stem.name + s)).is_file()), None)
-    elif request.video is not None and "audio" in probe(request.video).streams:
-        path, start_sec = request.video, request.start_sec
-    if path is None:
-        return None
+    if folder is not None:
+        paths = by_name(visible_files(folder), REFERENCE_SUFFIXES).get(same_name(name), [])
+        path = paths[0] if paths else None
+        if path is None:
+            log.warning("%s: not compared with a recorded sound, as --reference %s has none of this name", name, folder)
+        else:
+            say_choice(folder, [paths])
+    elif isinstance(request.features, Path):
+        path = sound_beside(request.features)
     try:
+        if folder is None and request.video is not None and "audio" in probe(request.video).streams:
+            path, start_sec = request.video, request.start_sec
+        if path is None:
+            return None
         waveform, source_rate = read_audio(path, start_sec, duration_sec)
         return prepare_audio(waveform, source_rate, rate, round(duration_sec * rate), normalize="none", pad=True)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         log.warning("%s: not compared with its recorded sound: %s", name, error)
         return None
 

@@ -28,9 +28,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from selva.inputs.file_names import FolderNames, same_name
+from selva.inputs.media_files import say_not_taken, visible_files
 from selva.inputs.names import numbered_names
 from selva.inputs.pairing import pair_recordings
-from selva.inputs.prompts import PROMPTS_FILE, read_prompts, read_sidecar
+from selva.inputs.prompts import PROMPTS_FILE, read_prompts, read_sidecar, warn_of_other_spelling
 from selva.inputs.suffixes import VIDEO_SUFFIXES
 from selva.inputs.table import TABLE_SUFFIXES, TableRow, read_clip_table, unsafe_id
 from selva.media import MASK_SUFFIXES, video_length
@@ -188,15 +189,16 @@ def _rows_of(path: Path, recursive: bool, video_dir: Path | None) -> list[TableR
 def find_videos(folder: PathLike, recursive: bool = False) -> list[Path]:
     """Return the videos of a folder in the order of their paths; hidden files and folders are left out.
 
+    Files of unknown kinds, and subfolders with videos that are not searched, are named in a warning.
+
     Raises:
         ValueError: there is none.
     """
-    found: list[Path] = []
-    for parent, folders, files in os.walk(folder):
-        # Hidden files are nobody's videos: macOS leaves "._dog.mp4" on foreign disks.
-        folders[:] = [name for name in folders if recursive and not name.startswith(".")]
-        found += [Path(parent, f) for f in files if not f.startswith(".") and f.lower().endswith(VIDEO_SUFFIXES)]
-    if not found:
+    files = list(visible_files(folder, recursive))
+    found = [path for path in files if path.suffix.lower() in VIDEO_SUFFIXES]
+    if found:
+        say_not_taken(folder, files, VIDEO_SUFFIXES, recursive)
+    else:
         where = "this folder and its subfolders" if recursive else "this folder (its subfolders were not searched)"
         raise UserError(f"{folder}: no videos in {where}; looked for {' '.join(VIDEO_SUFFIXES)}")
     return sorted(found, key=lambda path: path.parts)
@@ -291,7 +293,7 @@ def _check_ids(clips: Iterable[tuple[str, Path]]) -> None:
     for id_, path in clips:
         reason = unsafe_id(id_)
         if reason:
-            problems.append(f"{path}: its clip would be called {id_!r}, {reason}")
+            problems.append(f"{path}: its clip would be called {id_!r}, {reason}; rename it, or name all with --name")
         elif id_ in owner:
             problems.append(f"{owner[id_]} and {path} would both become {id_}.npz; rename one of them")
         owner.setdefault(id_, path)
@@ -303,6 +305,8 @@ def _check_ids(clips: Iterable[tuple[str, Path]]) -> None:
 
 
 def _point_to_lists(inputs: list[Path]) -> None:
+    for item in inputs:
+        warn_of_other_spelling(item)
     found = [str(item / PROMPTS_FILE) for item in inputs if (item / PROMPTS_FILE).is_file()]
     if found:
         log.warning("not used: %s; give it with --prompts", listed(found))

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from selva.inputs.file_names import same_name
+from selva.inputs.media_files import say_not_taken, visible_files
 from selva.inputs.suffixes import AUDIO_SUFFIXES
 from selva.utils.errors import UserError
 from selva.utils.text import counted, listed
@@ -35,8 +36,9 @@ def pair_recordings(folder: Path | None, videos: Sequence[tuple[str, Path]]) -> 
         return {}
     if not folder.is_dir():
         raise FileNotFoundError(f"--audio_dir {folder}: no such folder")
-    recordings = sorted(path for path in folder.rglob("*")
-                        if path.suffix.lower() in AUDIO_SUFFIXES and not path.name.startswith(".") and path.is_file())
+    files = list(visible_files(folder, recursive=True))
+    recordings = sorted(path for path in files if path.suffix.lower() in AUDIO_SUFFIXES and path.is_file())
+    say_not_taken(folder, files, AUDIO_SUFFIXES, recursive=True)
     by_name: dict[str, list[Path]] = {}
     for path in recordings:
         relative = path.relative_to(folder).with_suffix("")

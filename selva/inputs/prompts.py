@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from selva.inputs.file_names import same_name
+from selva.utils.files import real_path
 from selva.utils.text import listed, read_text, text_lines
 
 log = logging.getLogger(__name__)
@@ -72,6 +73,14 @@ def read_prompts(path: PathLike, names: Iterable[str] = ()) -> dict[str, str]:
     return {**stems, **full_names}  # the published reader knows full names only, so they win
 
 
+def warn_of_other_spelling(folder: Path) -> None:
+    """Say where a list of prompts is called like ``Prompts.txt``: only some systems take that for prompts.txt."""
+    if not folder.is_dir() or (folder / PROMPTS_FILE).exists():
+        return
+    if others := sorted(name for name in os.listdir(folder) if name.casefold() == PROMPTS_FILE):
+        log.warning("%s: not read, as it is not called %s; rename it", folder / others[0], PROMPTS_FILE)
+
+
 def read_sidecar(path: PathLike) -> str:
     """Return the prompt in a text file: all of it as one line, "" if it is empty.
 
@@ -87,4 +96,4 @@ def choose_prompt(written: str | None, extracted: str, data_dir: Path) -> tuple[
         return written, "prompts.txt"
     if extracted:
         return extracted, "features"
-    return data_dir.resolve().name, "folder"
+    return real_path(data_dir).name, "folder"

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from selva.inputs.delimited import Cells, find_delimiter, read_text_table
 from selva.inputs.file_names import FolderNames, from_windows, problem_here, same_name
+from selva.inputs.media_files import by_name, visible_files
 from selva.sequence import SHORTEST_SEC
 from selva.utils.errors import UserError
 from selva.utils.text import listed
@@ -99,7 +100,7 @@ class _RowReader:
         self.names = FolderNames()
         self.problems: list[str] = []
         self.lines: dict[str, int] = {}  # id -> line
-        self.videos: dict[str, Path] | None = None  # `same_name` of the stem -> video, listed when first needed
+        self.videos: dict[str, list[Path]] | None = None  # `same_name` of the stem -> videos, listed when first needed
 
     def check_columns(self, columns: list[str]) -> None:
         twice = sorted({column for column in columns if columns.count(column) > 1 and column in COLUMNS})
@@ -157,8 +158,9 @@ class _RowReader:
     def _find(self, id_: str) -> Path:
         """Return the video of an id; where there is none, the name that it would have."""
         if self.videos is None:
-            self.videos = {}
-            files = [p for p in self.folder.iterdir() if p.suffix.lower() in self.video_suffixes]
-            for file in sorted(files, key=lambda p: (self.video_suffixes.index(p.suffix.lower()), p.name)):
-                self.videos.setdefault(same_name(file.stem), file)
-        return self.videos.get(same_name(id_), self.folder / f"{id_}{self.video_suffixes[0]}")
+            self.videos = by_name(visible_files(self.folder), self.video_suffixes)
+        found = self.videos.get(same_name(id_), [self.folder / f"{id_}{self.video_suffixes[0]}"])
+        if len(found) > 1:
+            log.warning("%s, line %d: id %r is the name of several videos; taken: %s, not %s; a column path can say "
+                        "which", self.path, self.line, id_, found[0].name, ", ".join(path.name for path in found[1:]))
+        return found[0]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -64,7 +65,7 @@ def open_media(path: PathLike) -> Iterator[Any]:
     check_file(path)
     try:
         # Absolute, because FFmpeg takes a relative name like "pipe:1.mp4" for a protocol.
-        container = av.open(os.path.abspath(path), metadata_errors="replace")
+        container = av.open(os.path.abspath(path), metadata_errors="replace", options=_open_options(path))
     except av.error.FFmpegError as error:
         raise UserError(f"{path}: cannot be read as video or audio ({error.strerror})") from error
     with container:
@@ -75,6 +76,17 @@ def open_media(path: PathLike) -> Iterator[Any]:
                 raise
             # Errors of libraries behind FFmpeg, which Python has no name for, and no batch expects.
             raise UserError(f"{path}: cannot be decoded ({error.strerror})") from error
+
+
+def _open_options(path: PathLike) -> dict[str, str]:
+    """Return what FFmpeg has to be told: to read the sound of a long WAV to its end, where its header counts none.
+
+    Recorders fill in the size of an RF64 (or BW64) file last. Without it, FFmpeg finds nothing.
+    """
+    with open(path, "rb") as file:
+        head = file.read(36)
+    is_unfinished = head[:4] in (b"RF64", b"BW64") and head[12:16] == b"ds64" and not any(head[28:36])
+    return {"ignore_length": "1"} if is_unfinished else {}
 
 
 # -- streams ----------------------------------------------------------------------------------------------------------
@@ -314,12 +326,12 @@ def check_step(path: PathLike, last: Fraction | None, time: Fraction, start: Fra
 
 
 def read_packets(path: PathLike, container: Any, stream: Any) -> Iterator[Any]:
-    """Yield the packets of ``stream`` in file order."""
+    """Yield the packets of ``stream`` in file order; an empty one of pictures shows the one before it again."""
     import av.error
 
     try:
         for packet in container.demux(stream):
-            if packet.size:  # the last one is empty and only flushes decoders
+            if packet.size or _shows_again(packet):  # the last one is empty and only flushes decoders
                 yield packet
     except av.error.FFmpegError as error:
         raise UserError(f"{path}: damaged, cannot be read to its end ({error.strerror})") from error
@@ -340,9 +352,9 @@ def decode_frames(
     following: Fraction | None = None
     sought = seek and start > 0 and seek_before(container, stream, zero)
     try:
-        for frame in container.decode(stream):
-            if frame.pts is not None:
-                time = frame.pts * frame.time_base - zero
+        for stamp, frame in _shown_pictures(container, stream):
+            if stamp is not None:
+                time = stamp - zero
             elif following is not None:
                 time = following
             elif sought:
@@ -362,6 +374,29 @@ def decode_frames(
     if sought:  # Some containers only guess where a key frame or a time stamp lies; read those from the start.
         with open_media(path) as whole:
             yield from decode_frames(path, whole, whole.streams[stream.index], start, seek=False)
+
+
+def _shows_again(packet: Any) -> bool:
+    """Return True for a packet without content that has a time: of pictures that stand still, as in Theora."""
+    return not packet.size and packet.pts is not None and packet.stream.type == "video"
+
+
+def _shown_pictures(container: Any, stream: Any) -> Iterator[tuple[Fraction | None, Any]]:
+    """Yield (time stamp in exact seconds, picture) as they are shown, repeated ones as often as the file repeats them."""
+    again: deque[Fraction] = deque()  # decoders may be some packets behind
+    last = None
+    for packet in container.demux(stream):
+        if _shows_again(packet):  # no decoder takes it
+            again.append(packet.pts * packet.time_base)
+            continue
+        for frame in packet.decode():
+            stamp = None if frame.pts is None else frame.pts * frame.time_base
+            while again and last is not None and stamp is not None and again[0] < stamp:
+                yield again.popleft(), last
+            yield stamp, frame
+            last = frame
+    if last is not None:
+        yield from ((stamp, last) for stamp in again)
 
 
 def _following(time: Fraction, frame: Any, stream: Any) -> Fraction | None:

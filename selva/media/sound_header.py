@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ _ADTS_HEADER = 7  # bytes
 # Sizes that stand for "unknown" in files written to a pipe: 0xFFFFFFFF (FFmpeg), 0x7FFFF000 (SoX), less some header.
 _UNKNOWN_SIZES = (0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)
 _UNKNOWN_SLACK = 8192
+_UNCOUNTED_BYTES = 16_384  # after the last chunk of a file, that are too many for some program's own remarks
 _CHUNK_LINE = re.compile(r"^\s*(data|SSND|Data Size|BODY)\s*:\s*(\d+)(?: \(should be (\d+)\))?\s*$", re.MULTILINE)
 _FORM_LINE = re.compile(r"^\s*(riff|Riff size)\s*:\s*(\d+) \(should be (\d+)\)\s*$", re.MULTILINE)
 
@@ -46,6 +48,38 @@ def promised_frames(file: Any) -> int:
         if frames - file.frames > ROUNDING_SEC * file.samplerate:
             return frames
     return file.frames
+
+
+@lru_cache(maxsize=4096)  # said once per file, however often it is opened
+def warn_of_uncounted(path: str) -> None:
+    """Say if a WAV or an AIFF goes on after the sound that its header counts: that part is never read.
+
+    So do files of recorders that lost power, and files that were joined byte by byte.
+    """
+    uncounted, counted = _bytes_after_sound(path)
+    if uncounted > _UNCOUNTED_BYTES:
+        log.warning("%s: goes on after the sound that its header counts, by %.0f %% of it, which is not read; its "
+                    "header was not finished, or several files were joined: repair it", path, 100 * uncounted / counted)
+
+
+def _bytes_after_sound(path: str) -> tuple[int, int]:
+    """Return how many bytes after the sound of a WAV or an AIFF are in no chunk, and how many its sound has."""
+    with Path(path).open("rb") as file:
+        size, at, num_sound = file.seek(0, 2), 12, 0
+        file.seek(0)
+        form = file.read(4)
+        while form in (b"RIFF", b"FORM") and at + 8 <= size:
+            file.seek(at)
+            name, length = file.read(4), int.from_bytes(file.read(4), "little" if form == b"RIFF" else "big")
+            is_chunk = all(32 <= letter < 127 for letter in name) and name not in (b"RIFF", b"FORM")
+            if not is_chunk or at + 8 + length > size:
+                file.seek(at)
+                is_padding = not any(file.read(4096))
+                return (0 if is_padding or not num_sound else size - at), num_sound
+            if name in (b"data", b"SSND"):
+                num_sound += length
+            at += 8 + length + length % 2
+    return 0, num_sound
 
 
 def is_length_of_mp3_guessed(path: PathLike, stream: Any, rate: int) -> bool:

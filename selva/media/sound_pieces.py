@@ -16,7 +16,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from selva.media.container import PathLike, check_file, has_pictures, open_media
-from selva.media.sound_header import ROUNDING_SEC, check_ogg_end, cut_error, is_chained_ogg, promised_frames
+from selva.media.sound_header import (
+    ROUNDING_SEC,
+    check_ogg_end,
+    cut_error,
+    is_chained_ogg,
+    promised_frames,
+    warn_of_uncounted,
+)
 from selva.media.sound_stream import SoundStream
 from selva.utils.errors import UserError
 
@@ -105,6 +112,7 @@ def _open_counted(path: PathLike) -> Any | None:
     suffix = Path(path).suffix.lower()
     if suffix == ".raw":  # soundfile asks for rate and channels
         raise UserError(f"{path}: raw samples do not say their rate, channels and format; convert it to .wav")
+    warn_of_uncounted(os.fspath(path))
     if suffix == ".mp3":  # libsndfile guesses its length, and complains on stderr
         return None
     try:

@@ -10,6 +10,7 @@ from pathlib import Path
 from selva.audio.config import SILENCE_DB
 from selva.partition.windows import MAX_WINDOWS, WINDOW_SEC
 from selva.utils.errors import UserError
+from selva.utils.files import real_path
 from selva.utils.settings import required, setting
 
 INPUT, CUTTING, SILENCE = "input and output", "where to cut", "silence"
@@ -128,7 +129,7 @@ class PartitionConfig:
              f"{' and '.join(self.cutting.of_segments)}: of segments, which --segments gives"),
             (self.segments and self.cutting.max_segments is not None,
              "--max_segments: belongs to windows; with --segments all of these are taken"),
-            (self.write_audio is not None and self.write_audio.resolve() == self.data_dir.resolve(),
+            (self.write_audio is not None and real_path(self.write_audio) == real_path(self.data_dir),
              f"--write_audio {self.write_audio}: is the folder of the recordings; the clips would be taken for "
              "recordings next time"),
         )

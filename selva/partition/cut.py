@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from selva.audio.silence import MOSTLY_SILENT, SilenceMap, find_silence
+from selva.inputs.media_files import say_not_taken, visible_files
 from selva.inputs.suffixes import AUDIO_SUFFIXES, VIDEO_SUFFIXES
 from selva.media import audio_length, read_audio, write_audio
 from selva.media.audio import warn_of_cancellation
@@ -77,13 +78,16 @@ def collect_recordings(data_dir: Path) -> tuple[list[Path], list[LeftOut]]:
     recordings: dict[str, Path] = {}
     left_out: list[LeftOut] = []
     videos: list[Path] = []
-    for path in sorted(data_dir.iterdir(), key=lambda path: path.name):
-        if path.name.startswith(".") or not path.is_file():
-            continue
+    files = sorted(visible_files(data_dir), key=lambda path: path.name)
+    say_not_taken(data_dir, files, AUDIO_SUFFIXES)
+    for path in files:
         suffix = path.suffix.lower()
         if suffix in VIDEO_SUFFIXES:
             videos.append(path)
         if suffix not in AUDIO_SUFFIXES:
+            continue
+        if not path.is_file():
+            left_out.append(LeftOut(path, "leads to no file", failed=True))
             continue
         other = recordings.setdefault(path.stem, path)
         if other is not path:

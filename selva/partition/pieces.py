@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 
 from selva.media import read_audio
-from selva.utils.files import source_hash
+from selva.utils.files import real_path, source_hash
 
 log = logging.getLogger(__name__)
 
@@ -20,7 +20,7 @@ class WrittenPieces:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.journal = folder.resolve().with_name(f".{folder.resolve().name}.pieces.jsonl")
+        self.journal = real_path(folder).with_name(f".{real_path(folder).name}.pieces.jsonl")
         self._hashes: dict[str, str] = {}
         lines = self.journal.read_bytes().splitlines() if self.journal.is_file() else []
         for line in lines:

@@ -32,7 +32,7 @@ from selva.partition.windows import (
     write_clips,
 )
 from selva.utils.errors import UsageError, UserError
-from selva.utils.files import atomic_write_text, source_hash
+from selva.utils.files import atomic_write_text, real_path, source_hash
 from selva.utils.progress import Progress
 from selva.utils.settings import settings_text, values_of
 from selva.utils.text import counted, listed, text_lines
@@ -153,9 +153,9 @@ def check_targets(config: PartitionConfig, part: str) -> None:
     """
     targets = [config.output_dir / f"{name}{part}.tsv" for name in TABLES]
     known = written_tables(config.output_dir / f"clips{part}_config.yaml")
-    inputs = {path.resolve() for path in (config.captions, *(config.segments or [])) if path is not None}
+    inputs = {real_path(path) for path in (config.captions, *(config.segments or [])) if path is not None}
     ours = (config.output_dir / f"clips{part}_config.yaml").is_file()
-    theirs = [str(path) for path in targets if path.resolve() in inputs or (path.exists() and not ours)]
+    theirs = [str(path) for path in targets if real_path(path) in inputs or (path.exists() and not ours)]
     if theirs:
         raise FileExistsError(f"{listed(theirs)}: would be written anew, and is an input or not of an earlier run of "
                               "partition_clips.py; choose another --output_dir, or move it away")

@@ -28,7 +28,7 @@ from selva.training.power_ema import PowerEMA
 from selva.training.run import TrainingRun
 from selva.training.set_aside import final_of, move_later_aside, move_old_run_aside, step_in_adapter
 from selva.utils.errors import UserError
-from selva.utils.files import PARTIAL_PREFIX, atomic_write_text, why_not_written
+from selva.utils.files import PARTIAL_PREFIX, atomic_write_text, real_path, why_not_written
 from selva.utils.metrics_log import MetricsFile
 from selva.utils.plots import plot_losses
 
@@ -73,7 +73,7 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         for remains in self.path.glob(f"{PARTIAL_PREFIX}*"):  # of a killed run; the lock says that none is alive
             shutil.rmtree(remains, ignore_errors=True)
-        resumed = saved is not None and saved.path.resolve().parent == self.path.resolve()
+        resumed = saved is not None and real_path(saved.path).parent == real_path(self.path)
         if saved is not None and resumed:
             move_later_aside(self.path, saved.step)
             self.newest_saved, self._opened_at = saved.path, saved.step
@@ -280,7 +280,7 @@ def check_disk_space(folder: Path, checkpoint_bytes: int, num_checkpoints: int, 
     Raises:
         ValueError: there is less room than one checkpoint needs.
     """
-    existing = next(p for p in (folder, *folder.resolve().parents) if p.exists())
+    existing = next(p for p in (folder, *real_path(folder).parents) if p.exists())
     free, each = shutil.disk_usage(existing).free, checkpoint_bytes + SAMPLE_BYTES
     if free < each:
         raise UserError(f"{folder}: {free / 2**20:.0f} MiB are free, one checkpoint needs {each / 2**20:.0f} MiB; "

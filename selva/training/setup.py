@@ -47,6 +47,7 @@ from selva.training.shared import SharedParts
 from selva.utils.device import dtype_of, peak_memory_bytes, stored_dtype
 from selva.utils.distributed import World
 from selva.utils.errors import UserError
+from selva.utils.files import real_path
 from selva.utils.graph import graphed_calls
 from selva.utils.text import clock, counted, listed
 from selva.weights.find import generator_change, generator_mark
@@ -207,7 +208,7 @@ def load_clips(
     Raises:
         ValueError: no clip can be used, or some cannot and ``--skip_invalid`` is not given.
     """
-    key = (data_dir.resolve(), config.model, config.duration, config.normalize_audio, config.skip_invalid)
+    key = (real_path(data_dir), config.model, config.duration, config.normalize_audio, config.skip_invalid)
     if shared is not None:
         return shared.clips(key, lambda: load_clips(config, data_dir, device, world, told))
     with world.main_first(f"reading {data_dir}"):  # rank 0 has noted all hashes when the others look

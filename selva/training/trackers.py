@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from selva.utils.errors import UserError
+from selva.utils.files import real_path
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ class LoggingTracker(Tracker):
         self.name, self.module = name, _import(name, name)
         config = {key: str(value) if isinstance(value, Path) else value for key, value in settings.items()}
         place = {"dir": str(folder)} if name == "wandb" else {}
-        self.module.init(project=PROJECT, name=folder.resolve().name, config=config, **place)
+        self.module.init(project=PROJECT, name=real_path(folder).name, config=config, **place)
 
     def numbers(self, values: Mapping[str, float], step: int) -> None:
         self.module.log(dict(values), step=step)

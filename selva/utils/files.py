@@ -115,6 +115,11 @@ def flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def real_path(path: str | os.PathLike[str]) -> Path:
+    """Return the absolute path without links; other than ``Path.resolve``, a link that leads to itself ends nothing."""
+    return Path(os.path.realpath(path))
+
+
 def source_hash(path: Path) -> str:
     """Return the SHA-256 of a file's whole content, as 64 hexadecimal digits."""
     with open(path, "rb") as file:

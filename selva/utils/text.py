@@ -27,15 +27,20 @@ def counted(number: int, noun: str, plural: str = "") -> str:
 
 
 def read_text(path: Path) -> str:
-    """Return the text of a file that people write: UTF-8, or UTF-16 that begins with a byte order mark.
+    """Return the text of a file that people write: UTF-8, or UTF-16 or UTF-32 that begins with a byte order mark.
 
     Raises:
-        ValueError: it is neither; names the line, and what to do.
+        ValueError: it is none of these; names the line, and what to do.
     """
     content = path.read_bytes()
-    wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    encodings = (  # UTF-32 first: its mark begins with that of UTF-16
+        ("utf-32", (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)), ("utf-16", (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)),
+    )
+    encoding = next((name for name, marks in encodings if content.startswith(marks)), "utf-8-sig")
+    if encoding == "utf-8-sig" and 0 in content[:4]:
+        raise UserError(f"{path}: is UTF-16 or UTF-32 text without a byte order mark, or no text; save it as UTF-8")
     try:
-        return content.decode("utf-16" if wide else "utf-8-sig")
+        return content.decode(encoding)
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         raise UserError(f"{path}, line {line}: is not UTF-8 text; save it as UTF-8 (Notepad: Save as, Encoding UTF-8; "

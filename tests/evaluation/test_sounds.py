@@ -32,6 +32,41 @@ def test_captions_come_from_any_table_of_clips(folders, tmp_path, caplog):
         sounds.read_captions(tmp_path / "wrong.tsv")
 
 
+def test_names_are_compared_in_one_form(folders, tmp_path):
+    generated, reference = folders
+    for name, folder in (("e\u0301cho.wav", generated), ("\u00e9cho.wav", reference)):
+        soundfile.write(folder / name, strikes([1.0], 300), RATE)
+    (tmp_path / "captions.tsv").write_text("id\tcaption\ne\u0301cho\ta hall\n", encoding="utf-8")
+    found = {pair.name: pair for pair in sounds.find_pairs(generated, reference, None, tmp_path / "captions.tsv")}
+    assert found["\u00e9cho"].caption == "a hall"
+
+
+def test_several_files_of_one_name_are_said(folders, caplog):
+    generated, reference = folders
+    soundfile.write(generated / "a.wav", strikes([1.0], 300), RATE)
+    (generated / "b.mp4").touch()  # the video of b.flac, which is no choice
+    (generated / "c.xyz").touch()
+    sounds.find_pairs(generated, reference, None, None)
+    assert f"{generated}: several files of one name; taken: a.wav, not a.flac\n" in caplog.text
+    assert "of no known kind: c.xyz;" in caplog.text
+
+
+def test_captions_are_not_cut_and_not_guessed(tmp_path, caplog):
+    (tmp_path / "c.csv").write_text("id,caption\na,a bell, far away\n")
+    with pytest.raises(UserError, match="line 2: more cells than columns"):
+        sounds.read_captions(tmp_path / "c.csv")
+    (tmp_path / "c.csv").write_text("id,caption\na,a bell\na,a dog\nb,x\nb,x\n")
+    assert sounds.read_captions(tmp_path / "c.csv") == {"a": "a dog", "b": "x"}
+    assert "several captions, of which the last counts: a\n" in caplog.text
+
+
+def test_channels_that_cancel_each_other_are_refused(tmp_path):
+    left = strikes([1.0], 300)
+    soundfile.write(tmp_path / "a.wav", np.stack([left, -left], axis=1), RATE, subtype="FLOAT")
+    with pytest.raises(UserError, match=r"a\.wav: its channels cancel each other"):
+        sounds.read_mono(tmp_path / "a.wav")
+
+
 def test_figures_of_equal_shifted_and_quieter_sounds():
     sound = torch.from_numpy(strikes([1.0, 2.5, 4.0], 600))
     equal = sounds.pair_figures(sound, sound, RATE)

@@ -142,6 +142,33 @@ def test_the_recorded_sound_begins_with_the_clip_and_has_its_length_and_rate(tmp
     assert sound[8200:].abs().max() == 0  # after the end of the recording
 
 
+@pytest.mark.parametrize("name", ["a.ogg", "a.WAV", "a.mp3", "a.aiff"])
+def test_a_recorded_sound_of_any_kind_is_found(tmp_path, name):
+    soundfile.write(tmp_path / name, tone(level=0.5, seconds=1.0), RATE)
+    for request, folder in ((SoundRequest(features=tmp_path / "a.npz"), None), (SoundRequest(prompt="a"), tmp_path)):
+        found = reference_sound("a", request, folder, 1.0, RATE)
+        assert found is not None and found.abs().max().item() == pytest.approx(0.5, abs=0.1)
+    check_reference_dir(tmp_path)
+
+
+def test_a_clip_without_a_recorded_sound_in_the_folder_is_said(tmp_path, caplog):
+    put_sound(tmp_path / "a.wav", tone(level=0.5, seconds=1.0), RATE)
+    soundfile.write(tmp_path / "a.flac", tone(level=0.5, seconds=1.0), RATE)
+    assert reference_sound("b", SoundRequest(prompt="b"), tmp_path, 1.0, RATE) is None
+    assert f"b: not compared with a recorded sound, as --reference {tmp_path} has none of this name" in caplog.text
+    assert reference_sound("a", SoundRequest(prompt="a"), tmp_path, 1.0, RATE) is not None
+    assert "taken: a.wav, not a.flac" in caplog.text
+
+
+def test_a_recorded_sound_that_is_gone_ends_nothing(tmp_path, caplog):
+    try:
+        (tmp_path / "a.wav").symlink_to(tmp_path / "nothing.wav")
+    except OSError:
+        pytest.skip("this system allows no links")
+    assert reference_sound("a", SoundRequest(prompt="a"), tmp_path, 1.0, RATE) is None
+    assert "a: not compared with its recorded sound: " in caplog.text
+
+
 def test_a_silent_recording_is_said_and_not_compared_with(tmp_path, caplog):
     put_sound(tmp_path / "a.wav", np.zeros(RATE, np.float32), RATE)
     assert reference_sound("a", SoundRequest(prompt="x"), tmp_path, 1.0, RATE) is None
@@ -149,7 +176,7 @@ def test_a_silent_recording_is_said_and_not_compared_with(tmp_path, caplog):
 
 
 def test_a_reference_folder_without_sounds_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"expected a folder with \.flac or \.wav"):
+    with pytest.raises(ValueError, match=r"expected a folder with sounds or videos \(\.wav "):
         check_reference_dir(tmp_path)
 
 

@@ -143,6 +143,16 @@ def test_bad_rows_are_named(row, tmp_path):
         collect_jobs([table])
 
 
+def test_an_id_with_several_videos_is_not_guessed_without_a_word(tmp_path, caplog):
+    touch(tmp_path / "dog.mov", tmp_path / "dog.MP4", tmp_path / "cat.mp4")
+    table = write_table(tmp_path / "t.tsv", "id\tpath", "dog\t", "cat\t")
+    assert [job.path.name for job in collect_jobs([table])] == ["dog.MP4", "cat.mp4"]
+    assert "line 2: id 'dog' is the name of several videos; taken: dog.MP4, not dog.mov; a column path" in caplog.text
+    caplog.clear()
+    table = write_table(tmp_path / "t.tsv", "id\tpath", "dog\tdog.mov", "cat\t")
+    assert [job.path.name for job in collect_jobs([table])] == ["dog.mov", "cat.mp4"] and not caplog.text
+
+
 def test_all_problems_of_a_table_come_together(tmp_path):
     table = write_table(tmp_path / "clips.tsv", "id\tstart\tpath", "a\t0\t", "../b\tx\t", "a\t1\t", "c\t0\tv\0.mp4")
     with pytest.raises(ValueError) as error:

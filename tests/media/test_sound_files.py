@@ -209,6 +209,44 @@ def test_a_wav_from_a_pipe_promises_nothing(size, tmp_path):
     check_length(tmp_path / "a.wav", 2.0, 0)
 
 
+@pytest.mark.parametrize("kind", ["RF64", "BW64"])
+def test_an_rf64_whose_size_was_never_filled_in_is_read_to_its_end(kind, tmp_path):
+    """So FFmpeg writes it into a pipe, and a recorder that loses power leaves it."""
+    samples = np.frombuffer((noise(1.0).T * 32767).astype("<i2").tobytes(), dtype=np.uint8).tobytes()
+    fmt = b"fmt " + (16).to_bytes(4, "little") + np.array([1, 1, RATE & 0xFFFF, RATE >> 16, (2 * RATE) & 0xFFFF,
+                                                          (2 * RATE) >> 16, 2, 16], dtype="<u2").tobytes()
+    head = kind.encode() + b"\xff" * 4 + b"WAVEds64" + (28).to_bytes(4, "little") + bytes(28) + fmt
+    (tmp_path / "long.wav").write_bytes(head + b"data" + b"\xff" * 4 + samples)
+    waveform, rate = read_audio(tmp_path / "long.wav")
+    assert (waveform.shape[1], rate) == (len(samples) // 2, RATE)
+    assert audio_length(tmp_path / "long.wav") == (len(samples) // 2, RATE)
+
+
+@pytest.mark.parametrize("kind", ["half counted", "joined", "joined aiff"])
+def test_sound_that_a_header_does_not_count_is_said(kind, tmp_path, caplog):
+    path = tmp_path / ("a.aiff" if "aiff" in kind else "a.wav")
+    soundfile.write(path, noise(2.0).T, RATE, subtype="PCM_16")
+    content = bytearray(path.read_bytes())
+    if kind == "half counted":
+        at = content.find(b"data") + 4
+        content[at : at + 4] = (int.from_bytes(content[at : at + 4], "little") // 2).to_bytes(4, "little")
+    else:
+        content = content * 2
+    path.write_bytes(content)
+    read_audio(path)
+    assert f"{path}: goes on after the sound that its header counts, by 100 % of it, which is not read" in caplog.text
+
+
+@pytest.mark.parametrize("rest", [b"LIST" + (20_000).to_bytes(4, "little") + bytes(20_000), bytes(100_000),
+                                  b"\xff" * 5000])
+def test_remarks_and_padding_after_a_sound_are_no_sound(rest, tmp_path, caplog):
+    soundfile.write(tmp_path / "a.wav", noise(2.0).T, RATE, subtype="PCM_16")
+    with open(tmp_path / "a.wav", "ab") as file:
+        file.write(rest)
+    read_audio(tmp_path / "a.wav")
+    assert not caplog.text
+
+
 @pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
 def test_an_ogg_that_ends_within_a_page_was_cut_short(subtype, tmp_path, caplog):
     data = ogg(noise(4.0), subtype)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from selva.utils.text import clock, counted
+from selva.utils.errors import UserError
+from selva.utils.text import clock, counted, read_text
 
 
 @pytest.mark.parametrize("seconds, text", [(0.4, "0 s"), (59.6, "1:00 min"), (200, "3:20 min"), (3725, "1:02:05 h")])
@@ -15,3 +16,17 @@ def test_clock(seconds, text):
 def test_one_thing_has_no_plural():
     assert [counted(number, "clip") for number in (0, 1, 2)] == ["0 clips", "1 clip", "2 clips"]
     assert counted(2, "video or sound", "videos or sounds") == "2 videos or sounds"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_texts_with_a_byte_order_mark_are_read(encoding, tmp_path):
+    (tmp_path / "prompts.txt").write_bytes("hund.npz: ein Köter\n".encode(encoding))
+    assert read_text(tmp_path / "prompts.txt") == "hund.npz: ein Köter\n"
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+def test_wide_text_without_a_mark_is_no_utf_8(encoding, tmp_path):
+    """It decodes, with a zero after each letter, and no name in it is ever found."""
+    (tmp_path / "prompts.txt").write_bytes("dog.npz: a dog\n".encode(encoding))
+    with pytest.raises(UserError, match=r"prompts\.txt: is UTF-16 or UTF-32 text without a byte order mark"):
+        read_text(tmp_path / "prompts.txt")

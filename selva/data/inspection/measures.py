@@ -28,6 +28,7 @@ from selva.data.plan import plan_windows
 from selva.data.summary import QUIET_LUFS, SoundStats, measure_waveform
 from selva.features import load_features
 from selva.inputs.file_names import same_name
+from selva.inputs.media_files import say_choice, say_not_taken, visible_files
 from selva.inputs.prompts import PROMPTS_FILE, read_prompts, read_sidecar
 from selva.inputs.suffixes import AUDIO_SUFFIXES, VIDEO_SUFFIXES
 from selva.media import read_audio
@@ -201,13 +202,18 @@ def _sounds_in(folder: Path, recursive: bool) -> dict[str, Path]:
     """
     found: dict[str, Path] = {}
     order = (*AUDIO_SUFFIXES, *VIDEO_SUFFIXES)
-    for path in sorted(folder.rglob("*") if recursive else folder.iterdir(), key=lambda path: path.parts):
-        parts = path.relative_to(folder).with_suffix("").parts
-        if any(part.startswith(".") for part in parts) or path.suffix.lower() not in order or not path.is_file():
-            continue
-        other = found.setdefault("_".join(parts), path)
-        found["_".join(parts)] = min(other, path, key=lambda p: order.index(p.suffix.lower()))
-    return {id_: found[id_] for id_ in sorted(found)}
+    files = sorted(visible_files(folder, recursive), key=lambda path: path.parts)
+    several: dict[str, list[Path]] = {}
+    for path in files:
+        if path.suffix.lower() in order:
+            several.setdefault("_".join(path.relative_to(folder).with_suffix("").parts), []).append(path)
+    for id_, paths in sorted(several.items()):
+        paths.sort(key=lambda path: order.index(path.suffix.lower()))
+        found[id_] = paths[0]
+    if found:
+        say_not_taken(folder, files, order, recursive)
+        say_choice(folder, several.values())
+    return found
 
 
 # -- pairs and sounds --------------------------------------------------------------------------------------------------

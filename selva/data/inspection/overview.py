@@ -22,7 +22,7 @@ from selva.inputs.suffixes import VIDEO_SUFFIXES
 from selva.media import probe, read_audio, read_video
 from selva.sequence import CLIP_FPS, SHORTEST_SEC
 from selva.utils.errors import UserError
-from selva.utils.files import atomic_path, json_lines, source_hash
+from selva.utils.files import atomic_path, json_lines, real_path, source_hash
 from selva.utils.plots import BLUE, GREY, INK, RED, new_figure
 from selva.utils.spectrogram import draw_levels, mel_levels
 
@@ -88,7 +88,7 @@ def write_overview(inspection: Inspection, path: Path, video_dir: Path | None, m
 
 def _headline(inspection: Inspection, shown: int) -> str:
     some = "" if shown == len(inspection.clips) else f" ({shown} of them shown)"
-    return f"{Path(inspection.folder).resolve().name}: {summary(inspection)}{some}"
+    return f"{real_path(inspection.folder).name}: {summary(inspection)}{some}"
 
 
 def find_videos(inspection: Inspection, video_dir: Path | None, clips: Sequence[int] | None = None) -> dict[str, Found]:

@@ -30,7 +30,7 @@ from typing import Any
 from selva.data.memmap.journal import Entry, RowJournal, entry_line, replay
 from selva.data.memmap.reader import META_FILE, partial_path, table_path
 from selva.utils.errors import UserError
-from selva.utils.files import atomic_write_text, flush_file, flush_folder
+from selva.utils.files import atomic_write_text, flush_file, flush_folder, real_path
 from selva.utils.text import counted
 
 log = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class SetFiles:
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.folder = Path(folder).resolve()
+        self.folder = real_path(folder)
         self.table = table_path(self.folder)
         self.record = self.folder.with_name(f"{self.folder.name}.{SEAL_FILE}")
         self.partial = partial_path(self.folder)

@@ -29,6 +29,7 @@ from selva.inputs.delimited import read_text_table, refuse_long_rows
 from selva.models.variants import Variant
 from selva.sequence import sequence_config
 from selva.utils.errors import UserError
+from selva.utils.files import real_path
 
 log = logging.getLogger(__name__)
 
@@ -70,19 +71,19 @@ def row_shapes(variant: Variant, video: bool) -> dict[str, tuple[int, int]]:
 
 def table_path(folder: Path) -> Path:
     """Return the table that belongs to a memmap: beside the folder, with its name."""
-    folder = folder.resolve()
+    folder = real_path(folder)
     return folder.parent / f"{folder.name}.tsv"
 
 
 def manifest_path(folder: Path) -> Path:
     """Return the manifest that an extraction has left beside a memmap; those of other programs have none."""
-    folder = folder.resolve()
+    folder = real_path(folder)
     return folder.parent / f"{folder.name}.manifest.jsonl"
 
 
 def partial_path(folder: Path) -> Path:
     """Return the folder of a memmap while it is being written: beside its own."""
-    folder = folder.resolve()
+    folder = real_path(folder)
     return folder.parent / f"{folder.name}.partial"
 
 

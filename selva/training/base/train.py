@@ -36,7 +36,7 @@ from selva.training.stopping import StopRequest
 from selva.utils.device import dtype_of, peak_memory_bytes, resolve_device, resolve_precision
 from selva.utils.distributed import World, join_world
 from selva.utils.errors import UsageError
-from selva.utils.files import atomic_write_text, check_can_write, why_not_written
+from selva.utils.files import atomic_write_text, check_can_write, real_path, why_not_written
 from selva.utils.lock import FolderLock
 from selva.utils.metrics_log import MetricsFile
 from selva.utils.plots import plot_losses
@@ -114,7 +114,7 @@ def _train(config: BaseTrainConfig, settings: Mapping[str, Any], device: torch.d
     if config.dry_run:
         _estimate(run)
         return BaseResult()
-    in_place = saved is not None and saved.resolve().parent == (config.output_dir / CHECKPOINTS).resolve()
+    in_place = saved is not None and real_path(saved).parent == real_path(config.output_dir / CHECKPOINTS)
     return _Training(run, settings).go(resumed=in_place)
 
 
