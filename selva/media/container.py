@@ -30,6 +30,7 @@ _GUESSED_FORMATS = ("mpeg", "aac", "ac3", "eac3", "dts", "dtshd", "truehd", "mlp
 MAX_PAUSE_SEC = 30  # a screen recording has no pictures while nothing moves; beyond this, time stamps are wrong
 _MAX_STEP_BACK_SEC = 1  # frames of a damaged file may be out of order; further back, another recording begins
 _LEAST_BYTES_PER_SEC = 500  # a header that promises a longer file than that is not believed
+_ASF_FILE_PROPERTIES = bytes.fromhex("A1DCAB8C47A9CF118EE400C00C205365")
 TRUNCATION_SEC = 0.5  # a stream that ends this much before the end in its header was cut short
 
 
@@ -270,9 +271,13 @@ def declared_end(container: Any, stream: Any) -> float | None:
     if container.format.name in _GUESSED_FORMATS:
         return None
     origin_sec = float(time_origin(container))
+    if container.format.name == "asf" and (end_sec := _end_of_cut_asf(container.name)) is not None:
+        return end_sec - origin_sec
     if stream.duration is not None:
         begin = Fraction(0) if _duration_is_end(container, stream) else stream_start(stream)
-        return float(begin + stream.duration * stream.time_base) - origin_sec
+        # Of an AVI without its index, which stands at the end, FFmpeg counts what is there; its header counts frames.
+        units = max(stream.duration, stream.frames) if container.format.name == "avi" else stream.duration
+        return float(begin + units * stream.time_base) - origin_sec
     if "DURATION" in stream.metadata:  # Matroska, "00:00:09.000000000"
         try:
             hours, minutes, seconds = stream.metadata["DURATION"].split(":")
@@ -288,6 +293,29 @@ def declared_end(container: Any, stream: Any) -> float | None:
     return None
 
 
+def _end_of_cut_asf(path: str) -> float | None:
+    """Return the seconds that the header of an ASF (.wmv, .wma) promises; None if the file is as long as it says."""
+    with open(path, "rb") as file:
+        head = file.read(65_536)
+    at = head.find(_ASF_FILE_PROPERTIES)
+    if at < 0 or len(head) < at + 92:
+        return None
+    size, duration, preroll, flags = (int.from_bytes(head[at + start : at + start + count], "little")
+                                      for start, count in ((40, 8), (64, 8), (80, 8), (88, 4)))
+    is_whole = flags & 1 or size <= os.path.getsize(path)  # a live stream never says
+    return None if is_whole else duration / 10_000_000 - preroll / 1000
+
+
+def warn_of_uncertain_end(path: PathLike, container: Any, reached_sec: float) -> None:
+    """Say if a stream ends before its FLV says: no error, as live recordings note anything, and one may be shorter."""
+    if container.format.name != "flv" or not container.duration:
+        return
+    promised_sec = container.duration / 1_000_000
+    if reached_sec < promised_sec - TRUNCATION_SEC:
+        log.warning("%s: ends after %.2f s, its header says %.2f s; it may have been cut short", path, reached_sec,
+                    promised_sec)
+
+
 def _duration_is_end(container: Any, stream: Any) -> bool:
     """Return True where lengths count from time stamp 0: in ASF, and in MP4 in fragments, whose index has no frames."""
     return container.format.name == "asf" or (container.format.name.startswith("mov,") and not stream.frames)
@@ -299,6 +327,8 @@ def check_not_truncated(
     """Raise if the header promises more in the wanted range than the ``reached_sec`` that could be decoded of it."""
     declared = declared_end(container, stream)
     if declared is None:
+        if duration_sec is None or start_sec + reached_sec < start_sec + duration_sec - TRUNCATION_SEC:
+            warn_of_uncertain_end(path, container, start_sec + reached_sec)
         return
     end_sec = declared if duration_sec is None else min(declared, start_sec + duration_sec)
     if start_sec + reached_sec < end_sec - TRUNCATION_SEC:

@@ -23,6 +23,7 @@ from selva.media.container import (
     open_media,
     seek_before,
     time_origin,
+    warn_of_uncertain_end,
 )
 from selva.media.sound_header import check_last_packet, check_ogg_end, cut_error, is_length_of_mp3_guessed
 from selva.utils.errors import UserError
@@ -288,7 +289,9 @@ class SoundStream:
         if container.format.name == "ogg":
             check_ogg_end(self.path, reached_sec)
         declared_sec = declared_end(container, stream)
-        if declared_sec is not None:
+        if declared_sec is None:
+            warn_of_uncertain_end(self.path, container, reached_sec)
+        else:
             declared_sec += float(time_origin(container) - (self._zero or 0))
             if reached_sec < declared_sec - TRUNCATION_SEC:
                 raise cut_error(self.path, reached_sec, declared_sec)

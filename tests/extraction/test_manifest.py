@@ -11,6 +11,7 @@ import pytest
 
 from selva.extraction import manifest
 from selva.extraction.manifest import ManifestWriter, Shard, read_manifest
+from selva.utils.files import real_path
 
 ROWS = [(name, f"{name}.mp4", 0.0) for name in "abcde"]
 
@@ -190,3 +191,16 @@ def test_file_systems_that_cannot_lock_files(tmp_path, monkeypatch, caplog):
         writer_for(tmp_path)
     assert "this file system cannot lock files" in caplog.text
     assert do_share(tmp_path, 0, 1).complete
+
+
+def test_a_link_that_leads_to_itself_ends_nothing(tmp_path):
+    """``Path.resolve`` raises a RuntimeError for it, which no caller expects."""
+    try:
+        (tmp_path / "loop.mp4").symlink_to(tmp_path / "loop.mp4")
+    except OSError:
+        pytest.skip("this system allows no links")
+    rows = [("loop", str(tmp_path / "loop.mp4"), 0.0)]
+    with ManifestWriter(tmp_path / "manifest.jsonl", tmp_path / ".extract", rows, "s", Shard()) as writer:
+        writer.record(0, "failed", "no such file")
+        assert writer.finish().complete
+    assert real_path(tmp_path / "loop.mp4").name == "loop.mp4"

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from make_media import clicks, make_video, picture_of
 
-from selva.media import audio_blocks, audio_length, copied_audio_suffix, extract_audio, probe, read_audio
+from selva.media import audio_blocks, audio_length, copied_audio_suffix, extract_audio, probe, read_audio, read_video
 
 RATE = 16_000
 READERS = {
@@ -339,3 +339,23 @@ def with_empty_packet(data, index):
             checksum = (checksum << 1 ^ (0x04C11DB7 if checksum & 0x80000000 else 0)) & 0xFFFFFFFF
     page[22:26] = struct.pack("<I", checksum)
     return data[:start] + bytes(page) + data[end:]
+
+
+@pytest.mark.parametrize("name, codec, sound_codec", [("a.wmv", "wmv2", "mp3"), ("a.avi", "mpeg4", "mp2"),
+                                                      ("a.flv", "flv1", "mp3")])
+def test_a_video_whose_header_alone_knows_its_end_was_cut_short(name, codec, sound_codec, tmp_path, caplog):
+    """FFmpeg drops what the headers of such files promise, once they are shorter than they say."""
+    path = make_video(tmp_path / name, 6.0, sound=clicks([1.0], 6.0, 44_100), rate=44_100, codec=codec,
+                      audio_codec=sound_codec)
+    read_audio(path)
+    read_video(path, 6.0)
+    assert not caplog.text
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * 0.6)])
+    if name == "a.flv":  # of which nobody knows how true it is
+        read_audio(path)
+        assert "its header says 6.0" in caplog.text and "it may have been cut short" in caplog.text
+        return
+    with pytest.raises(ValueError, match=r"ends after \d\.\d\d s of [56]\.\d\d s: cut short or damaged"):
+        read_audio(path)
+    with pytest.raises(ValueError, match="cut short or damaged|damaged after"):
+        read_video(path, 6.0)
