@@ -412,7 +412,7 @@ def _shows_again(packet: Any) -> bool:
 
 
 def _shown_pictures(container: Any, stream: Any) -> Iterator[tuple[Fraction | None, Any]]:
-    """Yield (time stamp in exact seconds, picture) as they are shown, repeated ones as often as the file repeats them."""
+    """Yield (time stamp in exact seconds, picture) as they are shown, each as often as the file repeats it."""
     again: deque[Fraction] = deque()  # decoders may be some packets behind
     last = None
     for packet in container.demux(stream):

@@ -357,5 +357,5 @@ def test_a_video_whose_header_alone_knows_its_end_was_cut_short(name, codec, sou
         return
     with pytest.raises(ValueError, match=r"ends after \d\.\d\d s of [56]\.\d\d s: cut short or damaged"):
         read_audio(path)
-    with pytest.raises(ValueError, match="cut short or damaged|damaged after"):
+    with pytest.raises(ValueError, match=r"cut short or damaged|damaged after"):
         read_video(path, 6.0)
