@@ -112,7 +112,7 @@ def _checked_rows(
 ) -> Iterator[tuple[int, Cells]]:
     several = []
     for first, last, cells in rows:
-        if not cells:
+        if not any(cell.strip() for cell in cells):  # spreadsheets write rows of delimiters alone
             continue
         if last > first:
             _check_one_row(path, cells, (first, last), len(columns), delimiter)

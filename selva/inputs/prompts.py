@@ -65,6 +65,8 @@ def read_prompts(path: PathLike, names: Iterable[str] = ()) -> dict[str, str]:
         if kind.get(name, prompt) != prompt:
             again.append(key)
         kind[name] = prompt
+    if twice := sorted(name for name, prompt in full_names.items() if stems.get(name, prompt) != prompt):
+        log.warning("%s: several prompts, of which the one of the name with .npz counts: %s", path, listed(twice))
     if no_colon:
         log.warning("%s: not read, as there is no colon in it, expected `name.npz: prompt`: line %s",
                     path, listed(no_colon))

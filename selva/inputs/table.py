@@ -106,7 +106,7 @@ class _RowReader:
         twice = sorted({column for column in columns if columns.count(column) > 1 and column in COLUMNS})
         if twice:
             raise UserError(f"{self.path}: column {', '.join(twice)} is there more than once")
-        unknown = [str(column) for column in columns if column not in COLUMNS]
+        unknown = [str(column) for column in columns if column not in COLUMNS and column]
         if unknown:
             log.warning("%s: columns not used: %s (known are %s)", self.path, ", ".join(unknown), ", ".join(COLUMNS))
 

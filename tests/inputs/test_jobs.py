@@ -125,7 +125,7 @@ BAD_ROWS = {
     "a\\b\t\t\t": "line 2: .*not a path",
     "..\t\t\t": "line 2: .*hidden",
     "a\x07b\t\t\t": "line 2: .*control characters",
-    "\t\t\t": "line 2: .*the id is empty",
+    "\t5\t\t": "line 2: .*the id is empty",
     "a\t-1\t\t": "line 2: start is '-1', expected seconds, 0 or more",
     "a\tsoon\t\t": "line 2: start is 'soon'",
     "a\tnan\t\t": "line 2: start is 'nan'",
@@ -141,6 +141,13 @@ def test_bad_rows_are_named(row, tmp_path):
     table = write_table(tmp_path / "clips.tsv", "id\tstart\tduration\tpath", row)
     with pytest.raises(ValueError, match=rf"clips\.tsv: {BAD_ROWS[row]}"):
         collect_jobs([table])
+
+
+def test_rows_and_columns_that_a_spreadsheet_leaves_empty_are_none(tmp_path, caplog):
+    touch(tmp_path / "a.mp4", tmp_path / "b.mp4")
+    table = write_table(tmp_path / "t.csv", "id;prompt;;", "a;x;;", ";;;", "b;y;;", ";  ;;")
+    assert [(job.id, job.prompt) for job in collect_jobs([table])] == [("a", "x"), ("b", "y")]
+    assert "columns not used" not in caplog.text
 
 
 def test_an_id_with_several_videos_is_not_guessed_without_a_word(tmp_path, caplog):

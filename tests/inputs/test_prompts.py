@@ -96,3 +96,9 @@ def test_a_manifest_nested_too_deeply_is_named(tmp_path):
     (tmp_path / "manifest.jsonl").write_text("[" * 100_000)
     with pytest.raises(ValueError, match=r"manifest\.jsonl: line 1 is not JSON"):
         read_manifest(tmp_path / "manifest.jsonl")
+
+
+def test_a_name_with_and_without_its_ending_is_one(tmp_path, caplog):
+    (tmp_path / "prompts.txt").write_text("a.npz: one\na: two\nb: same\nb.npz: same\n")
+    assert read_prompts(tmp_path / "prompts.txt") == {"a.npz": "one", "b.npz": "same"}
+    assert "of which the one of the name with .npz counts: a.npz\n" in caplog.text
