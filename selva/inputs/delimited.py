@@ -67,7 +67,9 @@ def read_text_table(path: Path, delimiter: str, required: Sequence[str], expecte
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     lines = _rows_of(path, csv.reader(io.StringIO(read_text(path), newline=""), delimiter=delimiter, strict=True))
-    columns = [name.strip().lower() for name in next(lines, (0, 0, []))[2]]
+    columns = _names_in(next(lines, None))
+    if columns and columns[0] == "sep=" and not any(columns[1:]):  # the first line tells Excel the delimiter
+        columns = _names_in(next(lines, None))
     _check_columns(path, columns, required, expected)
     return TextTable(columns, list(_checked_rows(path, lines, columns, delimiter)))
 
@@ -81,6 +83,10 @@ def refuse_long_rows(path: Path, table: TextTable) -> None:
     if lines := [str(line) for line, cells in table.rows if None in cells]:
         raise UserError(f"{path}, line {listed(lines)}: more cells than columns; put a text with a delimiter in it "
                          "between quotation marks")
+
+
+def _names_in(row: tuple[int, int, list[str]] | None) -> list[str]:
+    return [] if row is None else [name.strip().lower() for name in row[2]]
 
 
 def _check_columns(path: Path, columns: Sequence[str], required: Collection[str], expected: str) -> None:

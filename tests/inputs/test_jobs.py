@@ -150,6 +150,16 @@ def test_rows_and_columns_that_a_spreadsheet_leaves_empty_are_none(tmp_path, cap
     assert "columns not used" not in caplog.text
 
 
+@pytest.mark.parametrize("sign", [";", ",", "\t"])
+def test_a_first_line_that_tells_excel_the_delimiter_is_no_header(sign, tmp_path):
+    touch(tmp_path / "a.mp4")
+    table = write_table(tmp_path / "t.csv", f"sep={sign}", f"id{sign}prompt", f"a{sign}x")
+    assert [(job.id, job.prompt) for job in collect_jobs([table])] == [("a", "x")]
+    table = write_table(tmp_path / "t.csv", f"sep={sign}", f"id{sign}start", f"a{sign}soon")
+    with pytest.raises(ValueError, match="line 3: start is 'soon'"):
+        collect_jobs([table])
+
+
 def test_an_id_with_several_videos_is_not_guessed_without_a_word(tmp_path, caplog):
     touch(tmp_path / "dog.mov", tmp_path / "dog.MP4", tmp_path / "cat.mp4")
     table = write_table(tmp_path / "t.tsv", "id\tpath", "dog\t", "cat\t")
