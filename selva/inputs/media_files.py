@@ -1,4 +1,4 @@
-"""Files in folders: which are sounds and videos, and a word about those that are taken for neither."""
+"""Files in folders: sounds, videos, links and subfolders, and a word about those that are not taken."""
 
 from __future__ import annotations
 

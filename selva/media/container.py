@@ -80,7 +80,7 @@ def open_media(path: PathLike) -> Iterator[Any]:
 
 
 def _open_options(path: PathLike) -> dict[str, str]:
-    """Return what FFmpeg has to be told: to read the sound of a long WAV to its end, where its header counts none.
+    """Return options for FFmpeg: to read the sound of a long WAV to its end, where its header counts none.
 
     Recorders fill in the size of an RF64 (or BW64) file last. Without it, FFmpeg finds nothing.
     """

@@ -63,7 +63,7 @@ def warn_of_uncounted(path: str) -> None:
 
 
 def _bytes_after_sound(path: str) -> tuple[int, int]:
-    """Return how many bytes after the sound of a WAV or an AIFF are in no chunk, and how many its sound has."""
+    """Return the bytes after the sound of a WAV or an AIFF that are in no chunk, and those of its sound."""
     with Path(path).open("rb") as file:
         size, at, num_sound = file.seek(0, 2), 12, 0
         file.seek(0)
