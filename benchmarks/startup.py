@@ -45,8 +45,9 @@ from selva.models.generator import Generator
 from selva.models.variants import Variant, get_variant
 from selva.models.zoo import build_generator, build_mel, build_vae
 from selva.sequence import sequence_config
+from selva.training.clips import load_split
 from selva.training.config import RunConfig, TrainConfig
-from selva.training.setup import build_run, load_split
+from selva.training.setup import build_run
 from selva.utils.device import dtype_of, peak_memory_bytes, resolve_device
 from selva.utils.distributed import World
 from selva.utils.progress import StageTimes

@@ -28,9 +28,10 @@ from torch import Tensor
 
 import selva_lora  # noqa: F401 -- ends here if another selva would be imported
 from selva import cli, flow
-from selva.data.dataset import ClipDataset, split_validation
+from selva.data.dataset import ClipDataset
 from selva.data.folder_dataset import load_clip_dataset
 from selva.data.latents import encode_latents, load_waveform
+from selva.data.split import split_validation
 from selva.lora.config import LoRAConfig
 from selva.lora.inject import inject_lora
 from selva.lora.state import lora_parameters

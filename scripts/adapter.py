@@ -129,8 +129,8 @@ def info(args: argparse.Namespace) -> int:
         norms = [n.norm for n in numbers.values()]
         print(f"  rank {meta.get('rank')}, of which {min(used)} to {max(used)} directions change something; "
               f"update norms {min(norms):.3g} to {max(norms):.3g}")
-        trained = {key: meta[key] for key in ("steps", "num_clips", "clip_features", "preserve", "init_from",
-                                              "merged_from", "resized_from") if meta.get(key)}
+        trained = {key: meta[key] for key in ("steps", "num_clips", "prompt_prefix", "clip_features", "preserve",
+                                              "init_from", "merged_from", "resized_from") if meta.get(key)}
         print("  trained: " + (", ".join(f"{key} {value}" for key, value in trained.items()) or "not said"))
         for line in where_it_loads(adapter):
             print(f"  {line}")

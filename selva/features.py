@@ -81,6 +81,12 @@ class FeatureBundle:
     settings: dict[str, Any] | None = None
     origin: dict[str, Any] | None = None
 
+    @property
+    def other_prompts(self) -> tuple[str, ...]:
+        """Further prompts that the clip was extracted with, which other programs do not see; () if there are none."""
+        found = (self.settings or {}).get("other_prompts")
+        return tuple(one for one in found if isinstance(one, str)) if isinstance(found, list) else ()
+
     def __post_init__(self) -> None:
         for name in ("clip_features", "sync_features", *OPTIONAL_TENSORS):
             value = getattr(self, name)

@@ -9,8 +9,9 @@ import torch
 from fake_cuda import CUDA, HostWaited, backward, fake_cuda, needs_cuda_build, on_device
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
-from selva.data.dataset import ClipWindow, ListDataset, TrainingClip
+from selva.data.dataset import ListDataset, TrainingClip
 from selva.data.latents import encode_latents
+from selva.data.order import ClipWindow
 from selva.flow import SOLVERS, SamplingConfig
 from selva.inference.long_sampling import sample_long
 from selva.lora.config import LoRAConfig

@@ -54,10 +54,11 @@ class DataCache:
         data_dir: whose cache; a read-only one is read from and left as it is.
         enabled: False keeps everything in the temporary folder, which :meth:`remove_temporary` deletes, or the end of
             the process.
+        name: of the cache's folder in it.
     """
 
-    def __init__(self, data_dir: Path, enabled: bool = True) -> None:
-        self.folder = data_dir / CACHE_FOLDER if enabled else None
+    def __init__(self, data_dir: Path, enabled: bool = True, name: str = CACHE_FOLDER) -> None:
+        self.folder = data_dir / name if enabled else None
         self._temporary: TemporaryFolder | None = None
         self._memory: dict[str, dict[str, Tensor]] = {}  # file name -> entry that fits nowhere else
         _open_caches.add(self)

@@ -10,7 +10,7 @@ import json
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -22,7 +22,7 @@ from selva.inputs.prompts import (
     PROMPTS_FILE,
     PromptSource,
     choose_prompt,
-    read_prompts,
+    read_all_prompts,
     warn_of_other_spelling,
 )
 from selva.inputs.suffixes import AUDIO_SUFFIXES
@@ -51,6 +51,7 @@ class FolderClip:
         text_shape: (77, width) of the text features of ``extracted_prompt``; None if the file holds none.
         features_hash: of the values of both features; equal for two copies of a video.
         source_sha256: of the video file that the clip is a part of; "" if the feature file does not say.
+        other_prompts: further prompts from the same place, of which training draws one at each use.
     """
 
     id: str
@@ -66,6 +67,7 @@ class FolderClip:
     text_shape: tuple[int, int] | None
     features_hash: str
     source_sha256: str = ""
+    other_prompts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,8 @@ def scan_folder(data_dir: PathLike) -> FolderScan:
     """Return the clips of ``data_dir`` (not of its subfolders) and the files that had to be left out.
 
     A clip is ``X.npz`` with ``X.wav``, or another of ``AUDIO_SUFFIXES``, beside it; of several, the one that was
-    extracted with the features. Its prompt is that of ``prompts.txt``, else the one it was extracted with, else the
-    name of the folder. Every feature file is read and checked; sounds are only looked for.
+    extracted with the features. Its prompt is that of ``prompts.txt`` (the last line of its name), else the one it was
+    extracted with, else the name of the folder. Every feature file is read and checked; sounds are only looked for.
 
     Raises:
         FileNotFoundError: no such folder.
@@ -105,7 +107,7 @@ def scan_folder(data_dir: PathLike) -> FolderScan:
     say_not_searched(data_dir, (".npz",))
     names = [path.name for path in features]
     warn_of_other_spelling(data_dir)
-    prompts = read_prompts(data_dir / PROMPTS_FILE, names) if (data_dir / PROMPTS_FILE).is_file() else {}
+    prompts = read_all_prompts(data_dir / PROMPTS_FILE, names) if (data_dir / PROMPTS_FILE).is_file() else {}
     unused_keys = sorted(set(prompts) - set(map(same_name, names)))
     if unused_keys:
         log.warning("%s: no such feature file: %s", data_dir / PROMPTS_FILE, ", ".join(unused_keys))
@@ -122,8 +124,10 @@ def scan_folder(data_dir: PathLike) -> FolderScan:
             skipped.append((path, str(error).removeprefix(f"{path}: ")))
             continue
         sound = _choose_sound(sounds[same_name(path.stem)], (bundle.origin or {}).get("sound", ""))
-        prompt, source = choose_prompt(prompts.get(same_name(path.name)), bundle.prompt, data_dir)
-        clips.append(_describe(path, sound, prompt, source, bundle))
+        *others, listed_last = prompts.get(same_name(path.name)) or (None,)
+        prompt, source = choose_prompt(listed_last, bundle.prompt, data_dir)
+        others = others if source == "prompts.txt" else bundle.other_prompts if source == "features" else ()
+        clips.append(replace(_describe(path, sound, prompt, source, bundle), other_prompts=tuple(others)))
 
     stems = {same_name(path.stem) for path in features}
     for stem, paths in sounds.items():

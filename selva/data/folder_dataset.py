@@ -28,6 +28,7 @@ from selva.data.latents import FRONT_END, encode_latents, load_windows, silence_
 from selva.data.memmap.reader import MemmapDataset, is_memmap
 from selva.data.padding import Padding
 from selva.data.plan import PlannedClip, Problems, plan_clips
+from selva.data.texts import TextFeatures, weights_mark
 from selva.features import load_features
 from selva.inputs.suffixes import AUDIO_SUFFIXES
 from selva.models.prompt_length import warn_of_cut_prompts
@@ -37,8 +38,7 @@ from selva.sequence import DEFAULT_DURATION_SEC, SYNC_TOKENS_PER_SEGMENT, first_
 from selva.utils.errors import UserError
 from selva.utils.progress import Progress
 from selva.utils.text import counted, listed
-from selva.weights.find import content_mark, find_weights, packaged_identity
-from selva.weights.load import load_clip_text, load_vae
+from selva.weights.load import load_vae
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ class FolderDataset(ClipDataset):
         self.scan, self.clips, self.cache, self.variant = scan, list(clips), cache, variant
         self.selva_dir = selva_dir
         self.normalize_audio: Normalize = normalize_audio
-        self._weights: dict[str, Any] = {}  # part -> identity of its weights
+        self.texts = TextFeatures(cache, variant, selva_dir)
         self._latents_hashes: dict[Path, str] = {}  # sound file -> hash of the latents of all its windows
         self._silence: Tensor | None = None  # (C,) latent of silence, where a clip is padded
         self._recent = functools.lru_cache(maxsize=RECENT_WINDOWS)(self._read_clip)
@@ -180,7 +180,7 @@ class FolderDataset(ClipDataset):
         if self._has_own_text(clip.files):
             text_f = None if bundle.text_features is None else bundle.text_features[0]
         else:
-            text_f = self._text(clip.files.prompt)
+            text_f = self.texts.find(clip.files.prompt)
         if (len(clip_f), len(sync_f)) != self.lengths(index)[1:] or latents is None or text_f is None:
             raise UserError(f"{clip.files.features_path}: it or the cache of its folder was changed since the start; "
                              "leave both alone while training, and start again")
@@ -232,19 +232,7 @@ class FolderDataset(ClipDataset):
         warn_of_cut_prompts(((clip.id, clip.prompt) for clip in clips), self.variant.clip)
         if self.variant.family == "selva":
             _warn_of_other_prompts(clips)
-        prompts = sorted({clip.prompt for clip in clips if not self._has_own_text(clip)})
-        missing = [prompt for prompt in prompts if self._text(prompt) is None]
-        if not missing:
-            return
-        with self.cache.building():
-            missing = [prompt for prompt in missing if self._text(prompt) is None]  # another process may have been here
-            if not missing:
-                return
-            log.info("encoding %s", counted(len(missing), "prompt"))
-            encoder = load_clip_text(self.variant.name, self.selva_dir, device)
-            for prompt in missing:
-                (features,) = encoder.encode([prompt]).cpu()
-                self.cache.save("texts", self._text_settings(prompt), {"text_features": features})
+        self.texts.encode({clip.prompt for clip in clips if not self._has_own_text(clip)}, device)
 
     def _encode_sounds(self, device: torch.device) -> Problems:
         """Encode the windows that the cache lacks, after another process that encodes the same folder.
@@ -284,7 +272,7 @@ class FolderDataset(ClipDataset):
     def _silence_latent(self, device: torch.device) -> Tensor:
         """Return (C,) the latent of digital silence, from the cache where that has it."""
         settings = {"audio": "digital silence", "mode": self.variant.mode, "front_end": FRONT_END,
-                    "vae": self._identity("vae")}
+                    "vae": self._vae_mark}
         found = (self.cache.load("latents", settings) or {}).get("mean")
         if found is None or found.shape != (self.variant.generator.latent_dim,):
             vae = load_vae(self.variant.name, self.selva_dir, device, encoder_only=True)
@@ -313,18 +301,9 @@ class FolderDataset(ClipDataset):
         self._latents_hashes[clip.files.audio_path] = _hash_of_latents(found)
         return True
 
-    def _text(self, prompt: str) -> Tensor | None:
-        """Return (77, text_dim) from the cache, or None."""
-        features = (self.cache.load("texts", self._text_settings(prompt)) or {}).get("text_features")
-        return features if features is not None and features.shape == self._text_shape else None
-
-    @property
-    def _text_shape(self) -> tuple[int, int]:
-        return self.variant.generator.text_seq_len, self.variant.generator.text_dim
-
     def _has_own_text(self, clip: FolderClip) -> bool:
         """Return True where the feature file holds the text features of the prompt that is trained with."""
-        return clip.text_shape == self._text_shape and clip.extracted_prompt == clip.prompt
+        return clip.text_shape == self.texts.shape and clip.extracted_prompt == clip.prompt
 
     def _latent_settings(self, clip: PlannedClip, window: int) -> Settings:
         return {
@@ -334,21 +313,12 @@ class FolderDataset(ClipDataset):
             "mode": self.variant.mode,
             "normalize": self.normalize_audio,
             "front_end": FRONT_END,
-            "vae": self._identity("vae"),
+            "vae": self._vae_mark,
         }
 
-    def _text_settings(self, prompt: str) -> Settings:
-        return {"prompt": prompt, "clip": self._identity("clip_text")}
-
-    def _identity(self, part: str) -> Any:
-        """Return the identity of the weights of a part, which other weights do not share; looked up once per run."""
-        if part not in self._weights:
-            if self.variant.packaged:
-                self._weights[part] = [self.variant.name, packaged_identity(self.variant.name)]
-            else:
-                paths = find_weights(self.variant, self.selva_dir, (part,))[part]
-                self._weights[part] = ["published", *([path.name, content_mark(path)] for path in paths)]
-        return self._weights[part]
+    @functools.cached_property
+    def _vae_mark(self) -> Any:
+        return weights_mark(self.variant, self.selva_dir, "vae")
 
 
 def _hash_of_latents(windows: Sequence[dict[str, Tensor]]) -> str:

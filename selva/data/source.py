@@ -56,6 +56,16 @@ def parse_sources(texts: Iterable[str]) -> list[DataSource]:
     return sources
 
 
+def short_names(paths: Sequence[Path]) -> list[str]:
+    """Return a different name for every folder: its last part, or as many of its last parts as tell it from others."""
+    parts = [real_path(path).parts for path in paths]
+    for length in range(1, max(map(len, parts), default=1) + 1):
+        names = ["/".join(one[-length:]) for one in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in paths]  # one folder twice
+
+
 def missing_folders(flag: str, sources: Sequence[DataSource]) -> list[str]:
     """Return a sentence for every source that is no folder."""
     return [f"{flag} {source.path}: no such folder" for source in sources if not source.path.is_dir()]

@@ -104,6 +104,9 @@ def plan_folder(source: Path) -> tuple[list[ConversionJob], list[Conversion]]:
                    clip.text_shape is not None and clip.extracted_prompt == clip.prompt)
         for clip in scan.clips
     ]
+    if several := [clip.id for clip in scan.clips if clip.other_prompts]:
+        log.warning("%s: several prompts, of which a row of a memmap holds the last only; to train with all of them, "
+                    "put a list of them beside the memmap, named as it with .prompts.txt behind", listed(several))
     names = [path.name for path, _ in scan.skipped]
     prompts = read_prompts(source / PROMPTS_FILE, names) if (source / PROMPTS_FILE).is_file() else {}
     problems = []

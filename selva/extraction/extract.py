@@ -10,6 +10,7 @@ from pathlib import Path
 
 from selva.data.latents import FRONT_END
 from selva.data.memmap.labels import labels_or_fallback
+from selva.data.memmap.reader import row_prompts_path
 from selva.extraction.audio_set import AudioSetExtractor, plan_audio_set, run_sounds
 from selva.extraction.clip_table import TABLE_FILE, ClipOrigin, write_clip_table
 from selva.extraction.config import ExtractionConfig
@@ -84,9 +85,13 @@ def work_list(config: ExtractionConfig) -> list[ClipJob]:
     for job in jobs:
         config.masks.of_clip(job.mask)  # says what is wrong with them
     if config.format == "memmap":
+        if several := [job.id for job in jobs if job.other_prompts]:
+            log.warning("a row of a memmap holds one prompt, so the others of %s are not in it; to train with them, "
+                        "put a list of all prompts beside it, as %s: %s", counted(len(several), "clip"),
+                        row_prompts_path(config.output_dir), listed(several))
         rows = [(job.id, job.prompt) for job in jobs]
         labels = labels_or_fallback(rows, real_path(config.output_dir).name)
-        return [replace(job, prompt=label) for job, label in zip(jobs, labels, strict=True)]
+        return [replace(job, prompt=label, other_prompts=()) for job, label in zip(jobs, labels, strict=True)]
     without = sum(not job.prompt for job in jobs)
     if without:
         log.warning("no prompt for %d of %s: such sounds can later only be asked for without words, and the video "

@@ -233,6 +233,8 @@ class ClipReader(Dataset[ReadClip]):
             job.path, _file_hash(job.path), job.prompt, job.start_sec, job.duration_sec, encoders_identity(variant),
             options.precision, described,
         )
+        if job.other_prompts and not options.is_memmap:  # a row has one
+            settings["other_prompts"] = list(job.other_prompts)
         if job.sound is not None:
             settings["sound_sha256"] = _file_hash(job.sound)
         if options.latents:

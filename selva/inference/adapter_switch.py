@@ -17,6 +17,7 @@ from selva.models.generator import Generator, cast_frozen_
 from selva.models.variants import Variant
 from selva.sampling import NO_GRAPHS, SamplingGraphs
 from selva.utils.errors import UserError
+from selva.utils.text import listed
 from selva.weights.find import generator_change
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,24 @@ def warn_of_other_generators(adapters: AdapterPairs, generator: Path | None) -> 
     for adapter, _ in adapters:
         if change := generator_change(adapter.meta, generator):
             log.warning("%s was trained on %s and is used with %s (--generator)", adapter.source, *change)
+
+
+def warn_of_missing_prefixes(adapters: AdapterPairs, prompts: Iterable[str], told: set[str]) -> None:
+    """Warn of prompts without the words that all prompts of an adapter's training began with.
+
+    Args:
+        told: prompts that were looked at before, to which these are added.
+    """
+    prompts = [prompt for prompt in dict.fromkeys(prompts) if prompt not in told]
+    told.update(prompts)
+    for adapter, strength in adapters:
+        prefixes = adapter.meta.get("prompt_prefix")
+        if strength == 0 or not isinstance(prefixes, list) or not prefixes or not all(prefixes):
+            continue  # sets without a prefix have taught it other prompts too
+        without = [prompt for prompt in prompts if not prompt.startswith(tuple(map(str, prefixes)))]
+        if without:
+            log.warning("%s was trained with prompts that begin with %s, these do not, so it may hardly act: %s",
+                        adapter.source, " or ".join(map(repr, prefixes)), listed([repr(one) for one in without], 5))
 
 
 def load_adapters(

@@ -31,6 +31,7 @@ from selva.inference.adapter_switch import (
     TimedAdapters,
     load_adapters,
     uses_clip_features,
+    warn_of_missing_prefixes,
     warn_of_other_generators,
 )
 from selva.inference.config import CLIP_FEATURE_CHOICES, DEFAULT_BATCH_SIZE, OFFLOAD_CHOICES, WHOLE_VIDEO_SEC
@@ -153,6 +154,7 @@ class SoundGenerator:
         warn_of_other_generators(pairs, self.own_generator)
         self.uses_clip = uses_clip_features(self.clip_features, self.variant, pairs)
         self.adapters, self.adapter_times = pairs, times
+        self._told_prompts: set[str] = set()  # whose words have been compared with those of the adapters' training
 
     def expect_adapters(self, adapters: Iterable[Adapter]) -> None:
         """Announce the adapters of later calls of :meth:`set_adapters`, which saves reading the weights again."""
@@ -311,6 +313,7 @@ class SoundGenerator:
         self.enter(GENERATOR)
         with self.times.stage("loading the generator"):
             generator, timed = self._switch.set_for(self.adapters, self.adapter_times)
+        warn_of_missing_prefixes(self.adapters, (one.prompt for one in conditions), self._told_prompts)
         latents: dict[int, Tensor] = {}
         with self.times.stage("sampling"):
             for number, batch in enumerate(self.batches(conditions)):

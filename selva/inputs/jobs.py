@@ -31,7 +31,7 @@ from selva.inputs.file_names import FolderNames, same_name
 from selva.inputs.media_files import say_not_taken, visible_files
 from selva.inputs.names import numbered_names
 from selva.inputs.pairing import pair_recordings
-from selva.inputs.prompts import PROMPTS_FILE, read_prompts, read_sidecar, warn_of_other_spelling
+from selva.inputs.prompts import PROMPTS_FILE, read_all_prompts, read_sidecar, warn_of_other_spelling
 from selva.inputs.suffixes import VIDEO_SUFFIXES
 from selva.inputs.table import TABLE_SUFFIXES, TableRow, read_clip_table, unsafe_id
 from selva.media import MASK_SUFFIXES, video_length
@@ -61,6 +61,7 @@ class ClipJob:
         sound: a recording to be used instead of the sound in the video, both beginning at the same moment.
         prompt_from: where the prompt comes from, for information; "" if there is none.
         is_beginning: nobody has chosen this stretch, it is simply the beginning of the video.
+        other_prompts: further prompts, where a list or a text file has several lines; training draws one at each use.
     """
 
     id: str
@@ -73,6 +74,7 @@ class ClipJob:
     sound: Path | None = None
     prompt_from: str = field(default="", compare=False)
     is_beginning: bool = field(default=False, compare=False)
+    other_prompts: tuple[str, ...] = ()
 
 
 def collect_jobs(
@@ -149,10 +151,11 @@ def collect_jobs(
     sounds = pair_recordings(None if audio_dir is None else Path(audio_dir), [(row.id, row.path) for row in rows])
     jobs = []
     for row, id_, start, length in clips:
-        text, prompt_from = texts.of(row, id_)
+        (*others, text), prompt_from = texts.of(row, id_)
         jobs.append(ClipJob(
             id_, row.path, start, length, text, row.label, row.mask or masks.of(row, id_), sounds.get(row.id),
             prompt_from, not windows and start == 0 and row.duration_sec is None and length == DEFAULT_DURATION_SEC,
+            tuple(others),
         ))
     masks.report(len(jobs))
     texts.report()
@@ -317,32 +320,35 @@ class _Prompts:
 
     def __init__(self, path: PathLike | None, for_all: str, folders: FolderNames, names: Iterable[str]) -> None:
         self.path, self.for_all, self.folders = path, for_all.strip(), folders
-        self.written = read_prompts(path, names) if path is not None else {}
+        self.written = read_all_prompts(path, names) if path is not None else {}
         self.used: set[str] = set()
         self.labelled = 0
-        self.sidecars: dict[Path, str] = {}  # the windows of a video share one
+        self.several: list[str] = []  # clips
+        self.sidecars: dict[Path, tuple[str, ...]] = {}  # the windows of a video share one
 
-    def of(self, row: TableRow, id_: str) -> tuple[str, str]:
-        """Return the prompt of a clip and where it comes from."""
-        written = ""
+    def of(self, row: TableRow, id_: str) -> tuple[tuple[str, ...], str]:
+        """Return the prompts of a clip, at least one, the last of which is its own; and where they come from."""
+        written: tuple[str, ...] = ()
         for stem in (row.id, id_):  # the clip's own id wins over that of its whole video
             key = same_name(f"{stem}.npz")
             if key in self.written:
                 self.used.add(key)
                 written = self.written[key]
-        sources = ((row.prompt, "table"), (written, str(self.path and Path(self.path).name)),
-                   (self._sidecar(row.path), "text file beside the video"), (self.for_all, "--prompt"))
-        for text, source in sources:
-            if text:
-                return text, source
+        sources = (((row.prompt,), "table"), (written, str(self.path and Path(self.path).name)),
+                   (self._sidecar(row.path), "text file beside the video"), ((self.for_all,), "--prompt"))
+        for texts, source in sources:
+            if any(texts):
+                if len(texts) > 1:
+                    self.several.append(id_)
+                return texts, source
         self.labelled += bool(row.label)
-        return row.label, "label" if row.label else ""
+        return (row.label,), "label" if row.label else ""
 
-    def _sidecar(self, video: Path) -> str:
+    def _sidecar(self, video: Path) -> tuple[str, ...]:
         path = video.with_suffix(".txt")
         if path not in self.sidecars:
             file = None if path.name == PROMPTS_FILE else self.folders.find(path)
-            self.sidecars[path] = read_sidecar(file) if file is not None and file.is_file() else ""
+            self.sidecars[path] = read_sidecar(file) if file is not None and file.is_file() else ()
         return self.sidecars[path]
 
     def report(self) -> None:
@@ -352,6 +358,10 @@ class _Prompts:
                      listed(unused))
         elif unused:
             log.warning("%s: no clip for %s", self.path, listed(unused))
+        if self.several:
+            log.info("%s several prompts (several lines of a name, or in a text file), of which the last is used here; "
+                     "training draws one of them at each use: %s",
+                     counted(len(self.several), "clip has", "clips have"), listed(self.several))
         if self.labelled:
             log.info("%s their label as their prompt", counted(self.labelled, "clip takes", "clips take"))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -21,12 +21,19 @@ PROMPTS_FILE = "prompts.txt"
 
 
 def read_prompts(path: PathLike, names: Iterable[str] = ()) -> dict[str, str]:
-    """Return the prompts of a ``prompts.txt``: {name of the feature file, with .npz, as `same_name` has it: prompt}.
+    """Return the prompt of every name in a ``prompts.txt``, the last one of several; see :func:`read_all_prompts`."""
+    return {name: prompts[-1] for name, prompts in read_all_prompts(path, names).items()}
+
+
+def read_all_prompts(path: PathLike, names: Iterable[str] = ()) -> dict[str, tuple[str, ...]]:
+    """Return all prompts of a ``prompts.txt``: {name of the feature file, with .npz, as `same_name` has it: prompts}.
 
     One ``name.npz: prompt`` per line, split at the first colon; the ``.npz`` may be left out. Lines end with LF, CR LF
     or CR and with nothing else. Empty lines and comments are left out: a comment is ``#`` followed by a space, or by
-    what is not one of ``names``. Lines without a colon and names without a prompt are left out with a warning. The last
-    line of a name counts. Names are only ever compared with those of files in the folder, never opened.
+    what is not one of ``names``. Lines without a colon and names without a prompt are left out with a warning. Several
+    lines of a name are several prompts, in their order: the last one is the prompt of the clip, as the published reader
+    has it, and training draws one of them at each use. Names are only ever compared with those of files in the folder,
+    never opened.
 
     Args:
         names: of files, with or without .npz, for which a line that begins with ``#`` may be meant.
@@ -39,9 +46,9 @@ def read_prompts(path: PathLike, names: Iterable[str] = ()) -> dict[str, str]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     marked = {same_name(name.removesuffix(".npz")) for name in names if name.startswith("#")}
-    full_names: dict[str, str] = {}
-    stems: dict[str, str] = {}
-    no_colon, again = [], []
+    full_names: dict[str, list[str]] = {}
+    stems: dict[str, list[str]] = {}
+    no_colon = []
     for number, line in enumerate(text_lines(read_text(path)), 1):
         line = line.strip()
         if not line:
@@ -62,17 +69,14 @@ def read_prompts(path: PathLike, names: Iterable[str] = ()) -> dict[str, str]:
             log.warning("%s: no prompt after %r", path, key)
             continue
         kind, name = (full_names, key) if key.endswith(".npz") else (stems, f"{key}.npz")
-        if kind.get(name, prompt) != prompt:
-            again.append(key)
-        kind[name] = prompt
-    if twice := sorted(name for name, prompt in full_names.items() if stems.get(name, prompt) != prompt):
-        log.warning("%s: several prompts, of which the one of the name with .npz counts: %s", path, listed(twice))
+        kind.setdefault(name, []).append(prompt)
+    if twice := sorted(name for name, prompts in full_names.items() if set(stems.get(name, prompts)) != set(prompts)):
+        log.warning("%s: several prompts, of which those of the name with .npz count: %s", path, listed(twice))
     if no_colon:
         log.warning("%s: not read, as there is no colon in it, expected `name.npz: prompt`: line %s",
                     path, listed(no_colon))
-    if again:
-        log.warning("%s: several prompts, of which the last counts: %s", path, listed(again))
-    return {**stems, **full_names}  # the published reader knows full names only, so they win
+    found = {**stems, **full_names}  # the published reader knows full names only, so they win
+    return {name: _each_once(prompts) for name, prompts in found.items()}
 
 
 def warn_of_other_spelling(folder: Path) -> None:
@@ -83,13 +87,19 @@ def warn_of_other_spelling(folder: Path) -> None:
         log.warning("%s: not read, as it is not called %s; rename it", folder / others[0], PROMPTS_FILE)
 
 
-def read_sidecar(path: PathLike) -> str:
-    """Return the prompt in a text file: all of it as one line, "" if it is empty.
+def read_sidecar(path: PathLike) -> tuple[str, ...]:
+    """Return the prompts in a text file, one per line, the last of which is that of the clip; none if it is empty.
 
     Raises:
         ValueError: it is neither UTF-8 nor UTF-16 text.
     """
-    return " ".join(read_text(Path(path)).split())
+    lines = (" ".join(line.split()) for line in text_lines(read_text(Path(path))))
+    return _each_once([line for line in lines if line])
+
+
+def _each_once(prompts: Sequence[str]) -> tuple[str, ...]:
+    """Return the different prompts, each at the place of its last line."""
+    return tuple(dict.fromkeys(reversed(prompts)))[::-1]
 
 
 def choose_prompt(written: str | None, extracted: str, data_dir: Path) -> tuple[str, PromptSource]:

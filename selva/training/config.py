@@ -25,6 +25,7 @@ EMA_KINDS = ("exponential", "power")
 MAX_SIGMA_REL = 0.288  # of an average over all steps with equal weights
 ADAPTER_FORMATS = {"pt": (".pt",), "safetensors": (".safetensors",), "both": (".pt", ".safetensors")}
 PADDED_LOSSES = ("masked", "full")
+BALANCES = ("clips", "sets")
 
 DATA = "data and output"
 OPTIMISATION = "optimisation (a step is one update, whatever --grad_accum is)"
@@ -43,7 +44,7 @@ class ObjectiveConfig:
     logit_normal_sigma: float = setting(1.0, "spread of logit_normal", group=OBJECTIVE)
     curriculum_switch: float = setting(0.6, "fraction of all steps at which curriculum switches", group=OBJECTIVE)
     null_prob: float = setting(0.1, "how often the video, and separately the text, is replaced by the empty condition",
-                               group=OBJECTIVE)
+                               group=OBJECTIVE, similar=("caption_dropout_rate", "caption_dropout", "text_dropout"))
     latent: str = setting("sample", "draw each target from the VAE posterior, or take its mode", group=OBJECTIVE,
                           choices=LATENT_MODES)
     clip_features: str = setting(
@@ -185,6 +186,13 @@ class RunConfig:
         "folders of .npz + sound pairs, or MMAudio memmaps; of several, each may have a weight that says how often its "
         "clips are used: voices noises:3", group=DATA, nargs="+", metavar="DIR[:WEIGHT]",
         similar=("train_data_dir", "dataset_dir", "dataset"))
+    balance: str = setting("clips", "what the weights of --data_dir compare: clips, each of which is used as often as "
+                           "its weight says; or sets, which are used equally often in all, or as their weights say, "
+                           "however many clips they have", group=DATA, choices=BALANCES)
+    prompt_prefix: tuple[str, ...] = setting(
+        (), "words before every prompt, such as a trigger word: one text for all data sets, or one for each in their "
+        'order ("" for none)', group=DATA, nargs="*", metavar="TEXT", similar=("trigger_word", "caption_prefix",
+                                                                            "class_tokens", "instance_prompt"))
     output_dir: Path = setting(Path("lora_output"), "folder of this run, whose files have fixed names", group=DATA,
                                similar=("output_name", "logging_dir"))
     resume: str | None = setting(None, "continue from a step file; auto takes the newest of the output folder, if any",
@@ -209,7 +217,8 @@ class RunConfig:
     training: TrainConfig = field(default_factory=TrainConfig)
     val_fraction: float = setting(0.1, "share of the clips held out to see overfitting; none below five clips",
                                   group=EVALUATION)
-    val_dir: Path | None = setting(None, "hold out the clips of this folder instead", group=EVALUATION)
+    val_dir: tuple[Path, ...] = setting((), "hold out the clips of these folders instead", group=EVALUATION, nargs="*",
+                                        metavar="DIR")
     val_clips: int = setting(100, "held-out clips that a validation computes, always the same; 0: all of them",
                              group=EVALUATION)
     keep_last: int = setting(0, "step files to keep; 0: all of them", group=EVALUATION)
@@ -248,7 +257,9 @@ class RunConfig:
     def __post_init__(self) -> None:
         if isinstance(self.data_dir, str | Path):
             object.__setattr__(self, "data_dir", [str(self.data_dir)])
-        problems = []
+        folders = [self.val_dir] if isinstance(self.val_dir, str | Path) else self.val_dir or ()
+        object.__setattr__(self, "val_dir", tuple(map(Path, folders)))
+        problems = choice_problems(self, {"balance": BALANCES})
         if not 0 <= self.val_fraction < 1:
             problems.append(f"val_fraction is {self.val_fraction}, expected 0 to below 1")
         problems += [f"--report_to {name!r}, expected some of {', '.join(TRACKERS)}" for name in self.report_to
@@ -268,7 +279,8 @@ class RunConfig:
             problems += missing_folders("--data_dir", self.sources)
         except UserError as error:
             problems.append(str(error))
-        problems += missing_folders("--val_dir", [DataSource(self.val_dir)] if self.val_dir else [])
+        problems += missing_folders("--val_dir", [DataSource(folder) for folder in self.val_dir])
+        problems += self._prefix_problems()
         if self.resume not in (None, "auto") and not Path(self.resume).is_file():
             problems.append(f"--resume {self.resume}: no such file")
         if self.adapter_format not in ADAPTER_FORMATS:
@@ -285,6 +297,21 @@ class RunConfig:
                 problems.append(f"--init_from {self.init_from}: no such file")
         if problems:
             raise UserError("; ".join(problems))
+
+    def _prefix_problems(self) -> list[str]:
+        given, sets, held_out = len(self.prompt_prefix), len(self.data_dir), len(self.val_dir)
+        if given > 1 and given != sets:
+            return [f"prompt_prefix has {given} texts and data_dir {sets} sets; give one text for all of them, or one "
+                    "for each"]
+        if given > 1 and held_out and held_out != sets:
+            return [f"prompt_prefix has a text for each of {sets} data sets and val_dir {held_out} folders; give a "
+                    "val_dir for each set too, in the same order, or one prefix for all"]
+        return []
+
+    def prefixes(self, number: int) -> list[str]:
+        """Return the prefix of the prompts of each of ``number`` sets: those to train on, or those held out."""
+        given = list(self.prompt_prefix) or [""]
+        return given if len(given) > 1 else given * number
 
     @property
     def sources(self) -> list[DataSource]:

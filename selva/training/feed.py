@@ -1,7 +1,7 @@
 """Batches of features for a GPU: from a set that lies in its memory, or read ahead and pinned.
 
 Only for sets whose projected conditions are not cached (:mod:`selva.training.condition_cache`). Neither way changes a
-number: a batch is what :meth:`selva.data.dataset.BucketBatchSampler.load` returns.
+number: a batch is what :meth:`selva.data.order.BucketBatchSampler.load` returns.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Protocol
 
 import torch
 
-from selva.data.dataset import Batch, BucketBatchSampler, ClipDataset, ClipWindow
+from selva.data.dataset import Batch, ClipDataset
+from selva.data.order import BucketBatchSampler, ClipWindow
 from selva.data.padding import Padding, join_paddings
 from selva.models.config import GeneratorConfig
 from selva.utils.graph import leaves, with_leaves
@@ -54,13 +55,14 @@ class Resident:
 
     def __init__(self, batches: BucketBatchSampler, device: torch.device) -> None:
         self.batches, self.device = batches, device
-        self._known: dict[ClipWindow, Batch] = {}
+        self._known: dict[tuple[tuple[int, int], int, int], Batch] = {}  # (clip, window, prompt)
 
     def load(self, windows: Sequence[ClipWindow]) -> Batch:
-        for window in windows:
-            if window not in self._known:
-                self._known[window] = self.batches.load([window]).to(self.device)
-        return joined([self._known[window] for window in windows])
+        keys = [(self.batches.clips.key(use.index), use.window, use.prompt) for use in windows]
+        for key, use in zip(keys, windows, strict=True):
+            if key not in self._known:
+                self._known[key] = self.batches.load([use]).to(self.device)
+        return joined([self._known[key] for key in keys])
 
     def wait(self) -> None:
         pass
@@ -125,11 +127,14 @@ def make_feed(
 
 
 def features_bytes(clips: ClipDataset, config: GeneratorConfig) -> int:
-    """Return the size of a set in float32, all windows of all clips."""
-    total = 0
+    """Return the size of a set in float32, all windows of all clips with each of their prompts."""
+    total, counted = 0, set()
     for index in range(len(clips)):
+        if (key := clips.key(index)) in counted:  # used several times, and kept once
+            continue
+        counted.add(key)
         latent_len, clip_len, sync_len = clips.lengths(index)
         numbers = (2 * latent_len * config.latent_dim + clip_len * config.clip_dim + sync_len * config.sync_dim
                    + config.text_seq_len * config.text_dim)
-        total += 4 * numbers * clips.num_windows(index)
+        total += 4 * numbers * clips.num_windows(index) * clips.num_prompts(index)
     return total

@@ -17,7 +17,7 @@ from selva.training.schedule import Schedule, learning_rate
 from selva.utils.device import peak_memory_bytes
 from selva.utils.distributed import World
 from selva.utils.errors import UserError
-from selva.utils.metrics_log import MetricsFile, smoothed
+from selva.utils.metrics_log import SET_LOSS, MetricsFile, smoothed
 from selva.utils.progress import Progress
 from selva.utils.text import clock
 
@@ -108,11 +108,12 @@ def fit(
     config = run.config
     run.generator.train()
     if len(run.val_clips) and run.step == 0:
-        metrics.append([run.validate()])  # where the base model stands
+        row = run.validate()  # where the base model stands
+        metrics.append([row])
         if not math.isfinite(run.best_val_loss):
             raise UserError("the loss of the held-out clips is not finite before the first step; features of another "
                              "model, or values beyond --precision: look at the data summary, or use --precision fp32")
-        log.info("step 0: validation loss %.4f", run.best_val_loss)
+        log.info("step 0: validation loss %.4f%s", run.best_val_loss, _set_losses(row))
     if patience_ended(run):
         return True
     recent: list[tuple[Tensor, Tensor]] = []
@@ -145,8 +146,8 @@ def fit(
             if validating:
                 row = run.validate()
                 metrics.append([row])
-                log.info("step %d: validation loss %.4f (best %.4f at step %d)", run.step, row["val_loss"],
-                         run.best_val_loss, run.best_step)
+                log.info("step %d: validation loss %.4f (best %.4f at step %d)%s", run.step, row["val_loss"],
+                         run.best_val_loss, run.best_step, _set_losses(row))
                 if run.best_step == run.step:
                     on_best(run)
                 since = time.monotonic()
@@ -178,6 +179,12 @@ def _log_line(run: Run, metrics: MetricsFile, rows: Sequence[dict[str, Any]], se
         f"grad norm {row['grad_norm']:.3f}, {seconds:.2f} s/step, {clock(seconds_left)} left, "
         f"{peak_memory_bytes(run.device) / 2**30:.2f} GiB"
     )
+
+
+def _set_losses(row: dict[str, Any]) -> str:
+    """Return the losses of each data set in a row of a validation, as the end of a line; "" for a single set."""
+    found = [f"{key.removeprefix(SET_LOSS)} {value:.4f}" for key, value in row.items() if key.startswith(SET_LOSS)]
+    return f"; {', '.join(found)}" if found else ""
 
 
 def _warn_of_overfitting(run: Run, metrics: MetricsFile) -> None:

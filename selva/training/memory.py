@@ -25,9 +25,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from selva.data.dataset import ClipDataset, ClipWindow, Lengths, TrainingClip
+from selva.data.dataset import ClipDataset, Lengths, TrainingClip
 from selva.data.memmap.reader import MemmapDataset, is_memmap
-from selva.data.mixture import repeats_of
+from selva.data.mixture import repeats_of, visits_of_sets
+from selva.data.order import ClipWindow
 from selva.lora.config import LoRAConfig
 from selva.lora.inject import inject_lora
 from selva.models.blocks import forget_tables
@@ -188,8 +189,9 @@ def log_step_memory(config: RunConfig, asked_precision: str, device: torch.devic
     """
     on_gpu, variant = device.type == "cuda", get_variant(config.model.variant)
     precision = "bf16" if asked_precision == "auto" and not on_gpu else config.precision
-    num_clips = max(1, sum(_num_clips(source.path, variant) * repeats for source, repeats in zip(
-        config.sources, repeats_of([source.weight for source in config.sources]), strict=True)))
+    sizes, weights = zip(*((max(1, _num_clips(one.path, variant)), one.weight) for one in config.sources), strict=True)
+    times = visits_of_sets(sizes, weights) if config.balance == "sets" else repeats_of(weights)
+    num_clips = sum(size * count for size, count in zip(sizes, times, strict=True))
     if config.preserve:
         repeats, preserved = mixture(num_clips, len(config.preserve), config.preserve_share)
         num_clips = repeats * num_clips + preserved

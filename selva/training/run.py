@@ -15,7 +15,8 @@ from torch.amp.grad_scaler import GradScaler
 
 from selva.checkpoint import Adapter, TrainingState
 from selva.data.content import content_changes, content_state, joined
-from selva.data.dataset import Batch, BucketBatchSampler, ClipDataset, ClipWindow
+from selva.data.dataset import Batch, ClipDataset
+from selva.data.order import BucketBatchSampler, ClipWindow
 from selva.lora.layers import lora_layers
 from selva.lora.published import continued_state
 from selva.lora.state import (
@@ -41,12 +42,13 @@ from selva.utils.device import FUSED_DEVICES
 from selva.utils.distributed import World
 from selva.utils.errors import UserError
 from selva.utils.graph import GraphedCalls
+from selva.utils.metrics_log import SET_LOSS
 
 log = logging.getLogger(__name__)
 
 # Ways of this version that a step file records. A run that was begun in another way goes on in that one.
-WAYS = {"split": "by origin", "dropout": "by step"}
-WAYS_BEFORE = {"split": "by clip", "dropout": "by random state"}  # of version 0.1.0, which recorded none
+WAYS = {"split": "by set", "dropout": "by step", "prompts": "one of all"}
+WAYS_BEFORE = {"split": "by clip", "dropout": "by random state", "prompts": "the last"}  # where none is recorded
 
 
 def dropout_seed(seed: int, rank: int, step: int) -> int:
@@ -67,9 +69,9 @@ def finite_step_(optimizer: torch.optim.Optimizer, norm: Tensor, fused: bool) ->
         optimizer.step()
 
 
-def divided_by_clip(saved: TrainingState) -> bool:
-    """Return True if the clips of a run were divided one by one, as version 0.1.0 did, not by their videos."""
-    return bool(saved.extra) and {**WAYS_BEFORE, **saved.extra.get("ways", {})}["split"] == WAYS_BEFORE["split"]
+def ways_of(saved: TrainingState) -> dict[str, str]:
+    """Return the ways of a run that is continued; those of this version for one of another program's."""
+    return {**WAYS_BEFORE, **saved.extra.get("ways", {})} if saved.extra else dict(WAYS)
 
 
 def has_dropout(generator: Generator) -> bool:
@@ -88,6 +90,11 @@ def graph_problem(generator: Generator, world: World = ALONE) -> str | None:
     if generator.gradient_checkpointing and has_dropout(generator):
         return "a recomputed block would have to repeat its dropout, whose random state a graph cannot read"
     return None
+
+
+def _sets_of(clips: ClipDataset) -> list[str]:
+    """Return the name of the data set of every clip."""
+    return [clips.source(index) for index in range(len(clips))]
 
 
 class TrainingRun:
@@ -154,6 +161,7 @@ class TrainingRun:
             self.ema = EMA(named_factors(generator), config.ema_decay)
         self.ways = dict(WAYS)
         self.content = {"clips": content_state(self.batches.clips), "held_out": content_state(val_clips)}
+        self.held_out_sets = _sets_of(val_clips)
         self.watch: Watch | None = None  # of what is learned by heart; a process that writes no metrics has none
         self.step = 0  # optimiser updates done
         self.best_step, self.best_val_loss, self.worse_in_a_row = 0, math.inf, 0
@@ -267,7 +275,23 @@ class TrainingRun:
         self.worse_in_a_row += 1
         if loss < self.best_val_loss:
             self.best_step, self.best_val_loss, self.worse_in_a_row = self.step, loss, 0
-        return {"step": self.step, "val_loss": loss, "val_loss_bins": bins, **watched}
+        return {"step": self.step, "val_loss": loss, "val_loss_bins": bins, **self._loss_per_set(each), **watched}
+
+    def _loss_per_set(self, each: Sequence[Tensor]) -> dict[str, float]:
+        """Return the mean loss of the held-out clips of every set, by the names of metrics; nothing for one set.
+
+        Args:
+            each: (bins,) losses of this process's held-out clips.
+        """
+        names = list(dict.fromkeys(self.held_out_sets))
+        if len(names) < 2:
+            return {}
+        sums = torch.zeros(len(names), device=self.device)
+        for number, losses in enumerate(each):
+            sums[names.index(self.held_out_sets[number * self.world.size + self.world.rank])] += losses.mean()
+        sums = self.world.sum_(sums).tolist()
+        return {f"{SET_LOSS}{name}": total / self.held_out_sets.count(name)
+                for name, total in zip(names, sums, strict=True)}
 
     def checkpoint_bytes(self) -> int:
         """Return the approximate size of a step file: factors, exported, of the best step, two moments, average."""
@@ -339,7 +363,7 @@ class TrainingRun:
                 self.ema.start_at(lora)
             self._report_recipe_there(saved)
             return
-        self.ways = {**WAYS_BEFORE, **saved.extra.get("ways", {})}
+        self.ways = ways_of(saved)
         if self.world.size > 1:  # a random state can be that of one process only
             self.ways["dropout"] = WAYS["dropout"]
         # Only fp16 scales its loss; a run that went on in bf16 or fp32 until now starts with the first scale.

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import logging
 import math
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,34 +20,20 @@ from selva.checkpoint import (
     load_checkpoint,
     load_newest_checkpoint,
 )
-from selva.data.dataset import (
-    ClipDataset,
-    ConcatDataset,
-    PrefixedDataset,
-    Subset,
-    origin_groups,
-    split_validation,
-)
-from selva.data.folder_dataset import FolderDataset, open_clip_dataset
-from selva.data.memmap.reader import MemmapDataset
-from selva.data.mixture import repeats_of
-from selva.data.source import DataSource
-from selva.data.summary import memmap_lines, summarise
+from selva.data.dataset import ClipDataset
 from selva.lora.inject import check_ranks, inject_lora
 from selva.models.generator import Generator, cast_frozen_
-from selva.models.variants import get_variant
 from selva.training.compiling import compile_blocks_
 from selva.training.config import RunConfig
 from selva.training.prior_preservation import with_preserved
-from selva.training.run import TrainingRun, divided_by_clip, graph_problem
+from selva.training.run import TrainingRun, graph_problem
 from selva.training.set_aside import final_of
 from selva.training.shared import SharedParts
 from selva.utils.device import dtype_of, peak_memory_bytes, stored_dtype
 from selva.utils.distributed import World
 from selva.utils.errors import UserError
-from selva.utils.files import real_path
 from selva.utils.graph import graphed_calls
-from selva.utils.text import clock, counted, listed
+from selva.utils.text import clock, counted
 from selva.weights.find import generator_change, generator_mark
 from selva.weights.load import load_clip_text, load_generator
 
@@ -77,10 +61,20 @@ def adapter_meta(config: RunConfig, num_clips: int, num_processes: int = 1) -> d
         **({"base_dtype": config.base_dtype} if config.base_dtype != "auto" else {}),
         "preserve": list(config.preserve),
         "preserve_share": config.preserve_share,
+        **_meta_of_sets(config),
         "generator": generator_mark(config.model.generator),
         **({"init_from": config.init_from.name} if config.init_from else {}),
         **({"processes": num_processes} if num_processes > 1 else {}),
     }
+
+
+def _meta_of_sets(config: RunConfig) -> dict[str, Any]:
+    """Return the metadata about prefixes, weights and their meaning; nothing about a plain data set."""
+    prefixes = [prefix.strip() for prefix in config.prefixes(len(config.sources))]
+    weights = [source.weight for source in config.sources]
+    several = len(weights) > 1
+    return {**({"prompt_prefix": prefixes} if any(prefixes) else {}),
+            **({"data_weights": weights, "balance": config.balance} if several else {})}
 
 
 # -- resuming ----------------------------------------------------------------------------------------------------------
@@ -176,6 +170,10 @@ def check_resumable(saved: TrainingState, config: RunConfig, num_processes: int 
     for name, now in (("variant", config.model.variant), ("normalize_audio", config.normalize_audio),
                       ("preserve", list(config.preserve)), ("preserve_share", config.preserve_share)):
         pairs[name] = (saved.meta.get(name, now), now)
+    sets = _meta_of_sets(config)
+    pairs["prompt_prefix"] = (saved.meta.get("prompt_prefix", []), sets.get("prompt_prefix", []))
+    if saved.meta.get("data_weights") and "data_weights" in sets:  # of an earlier version they are not known
+        pairs |= {name: (saved.meta[name], sets[name]) for name in ("data_weights", "balance")}
     if change := generator_change(saved.meta, config.model.generator):
         pairs["generator"] = change
     different = [f"{name} was {was!r} and is {now!r} now" for name, (was, now) in pairs.items() if was != now]
@@ -190,137 +188,6 @@ def check_resumable(saved: TrainingState, config: RunConfig, num_processes: int 
                         f"{name} was {old} and is {new}" for name, old, new in zip(
                             ("number of processes", "--batch_size", "--grad_accum"), was, now, strict=True)
                         if old != new))
-
-
-# -- data --------------------------------------------------------------------------------------------------------------
-
-
-def load_clips(
-    config: RunConfig, data_dir: Path, device: torch.device, world: World, told: list[str] | None = None,
-    shared: SharedParts | None = None,
-) -> ClipDataset:
-    """Return the clips of a data folder, encoded; every clip that cannot be used is named.
-
-    Args:
-        told: gets the lines about the data that the log gets; not those of clips that are shared.
-        shared: of earlier runs, whose clips are taken if they are the same.
-
-    Raises:
-        ValueError: no clip can be used, or some cannot and ``--skip_invalid`` is not given.
-    """
-    key = (real_path(data_dir), config.model, config.duration, config.normalize_audio, config.skip_invalid)
-    if shared is not None:
-        return shared.clips(key, lambda: load_clips(config, data_dir, device, world, told))
-    with world.main_first(f"reading {data_dir}"):  # rank 0 has noted all hashes when the others look
-        clips, problems = open_clip_dataset(
-            data_dir, get_variant(config.model.variant), config.model.selva_dir,
-            max_duration_sec=config.duration, normalize_audio=config.normalize_audio, use_cache=not config.dry_run,
-        )
-    if isinstance(clips, FolderDataset):
-        if world.size > 1:
-            with world.at_once(f"encoding {data_dir}"):
-                clips.encode_share(world.rank, world.size, device)
-        with world.main_first(f"encoding {data_dir}"):  # what is left: texts, and what cannot be encoded
-            problems += clips.prepare(device)
-    for path, reason in problems:
-        log.error("%s", reason if str(path) in reason else f"{path}: {reason}")
-    if world.is_main and isinstance(clips, FolderDataset) and len(clips):
-        summary = summarise(clips, problems)
-        for line in summary.lines():
-            log.info("%s", line)
-        for line in summary.warnings():
-            log.warning("%s", line)
-        if told is not None:
-            told += [str(data_dir), *summary.lines(), *(f"warning: {line}" for line in summary.warnings())]
-    if world.is_main and isinstance(clips, MemmapDataset) and len(clips):
-        lines = memmap_lines(clips)
-        for line in lines:
-            log.info("%s", line)
-        if told is not None:
-            told += [str(data_dir), *lines]
-    if not len(clips):
-        raise UserError(f"{data_dir}: no clip can be trained on; extract_features.py makes .npz + sound pairs")
-    if problems and not config.skip_invalid:
-        raise UserError(f"{data_dir}: {counted(len(problems), 'file')} cannot be used, see above; repair or remove "
-                        "what is named there, or give --skip_invalid to train without it")
-    return clips
-
-
-def load_split(
-    config: RunConfig, device: torch.device, world: World, saved: TrainingState | None = None,
-    told: list[str] | None = None,
-    shared: SharedParts | None = None,
-) -> tuple[ClipDataset, ClipDataset]:
-    """Return (training, held-out) clips, as ``--val_dir`` or ``--val_fraction`` divides them.
-
-    Of more than ``--val_clips`` held-out clips a seeded choice is returned, the same in every run on the same data.
-
-    Args:
-        saved: the state that is continued; the clips of a run that version 0.1.0 began are divided as it did.
-        told: gets the lines about the data that the log gets.
-        shared: see :func:`load_clips`.
-    """
-    sources = config.sources
-    sets = [load_clips(config, source.path, device, world, told, shared) for source in sources]
-    if len(sets) > 1:  # the same name may be in several
-        sets = [PrefixedDataset(one, f"{source.path.name}/") for one, source in zip(sets, sources, strict=True)]
-    clips = functools.reduce(ConcatDataset, sets)
-    set_of = [number for number, one in enumerate(sets) for _ in range(len(one))]
-    as_before = saved is not None and divided_by_clip(saved)
-    if config.val_dir is None:
-        clips, val_clips = split_validation(clips, config.val_fraction, config.training.seed, by_origin=not as_before)
-    else:
-        val_clips = load_clips(config, config.val_dir, device, world, told, shared)
-    log.info("%s to train on, %d held out%s", counted(len(clips), "clip"), len(val_clips),
-             "" if len(val_clips) else ": overfitting will not be seen")
-    _report_origins(config, clips, val_clips)
-    most = config.val_clips
-    if most and len(val_clips) > most and not as_before:
-        order: list[int] = torch.randperm(
-            len(val_clips), generator=torch.Generator().manual_seed(config.training.seed)).tolist()
-        log.info("validation is on %d of the %d held-out clips, always the same; --val_clips 0 takes all",
-                 most, len(val_clips))
-        val_clips = val_clips.subset(sorted(order[:most]))
-    return _weighted(clips, sources, set_of), val_clips
-
-
-def _weighted(clips: ClipDataset, sources: Sequence[DataSource], set_of: Sequence[int]) -> ClipDataset:
-    """Return the clips to train on, each as often in an epoch as the weight of its set says.
-
-    Args:
-        set_of: number of the set, for every clip of all sets, held out or not.
-    """
-    repeats = repeats_of([source.weight for source in sources])
-    if max(repeats) == 1:
-        return clips
-    indices = clips.indices if isinstance(clips, Subset) else range(len(clips))
-    times = [repeats[set_of[index]] for index in indices]
-    for number, source in enumerate(sources):
-        own = [count for index, count in zip(indices, times, strict=True) if set_of[index] == number]
-        log.info("%s: %d clips to train on, %d times each, %.0f %% of an epoch", source.path, len(own), repeats[number],
-                 100 * sum(own) / sum(times))
-    return clips.subset(place for place, count in enumerate(times) for _ in range(count))
-
-
-def _report_origins(config: RunConfig, clips: ClipDataset, val_clips: ClipDataset) -> None:
-    """Say which clips stay together in a split, and name held-out ones whose video or sound is trained on."""
-    count = len(clips)
-    groups = origin_groups(ConcatDataset(clips, val_clips))
-    if config.val_dir is None and config.val_fraction > 0 and len(groups) > len(set(groups)):
-        log.info("%d clips are of %d videos or sounds; what is of one video, or has the same sound, is held out "
-                 "together or not at all", len(groups), len(set(groups)))
-        if not len(val_clips) and count >= 5:
-            log.warning("nothing is held out: every video or sound has more than half of the clips; give clips of "
-                        "another one with --val_dir")
-    nameless = sum(not any(origin.startswith("source ") for origin in clips.origins(i)) for i in range(count))
-    if config.val_dir is None and len(val_clips) and nameless:
-        log.info("%d of %d clips to train on do not say which video they are of, so a held-out clip may be of the same "
-                 "one", nameless, count)
-    trained = set(groups[:count])
-    leaked = [name for name, group in zip(val_clips.ids, groups[count:], strict=True) if group in trained]
-    if leaked:
-        log.warning("%d held-out clips are of a video or a sound that is trained on too, so the validation loss looks "
-                    "better than it is: %s", len(leaked), listed(leaked, NAMED))
 
 
 # -- model -------------------------------------------------------------------------------------------------------------
@@ -359,7 +226,7 @@ def build_run(
         key = (model, stored, precision, tuple(config.preserve), config.preserve_share, training.seed,
                training.clip_features,
                tuple(map(str, config.data_dir)) if isinstance(config.data_dir, list | tuple) else str(config.data_dir),
-               config.duration, config.normalize_audio, tuple(clips[0].ids))
+               config.duration, config.normalize_audio, tuple(config.prompt_prefix), tuple(clips[0].ids))
         clips = shared.preserved(key, make), clips[1]
     report = inject_lora(generator, config.lora, torch.Generator().manual_seed(training.seed))
     generator.gradient_checkpointing = config.checkpoint_blocks or config.grad_checkpointing

@@ -15,6 +15,7 @@ import torch
 
 from selva.data.cache import remove_temporary_caches
 from selva.models.variants import get_variant
+from selva.training.clips import load_split, num_distinct
 from selva.training.compiling import prepare_to_compile
 from selva.training.config import RunConfig
 from selva.training.loop import fit
@@ -32,7 +33,6 @@ from selva.training.setup import (
     estimate,
     find_resume,
     finished_adapter,
-    load_split,
     load_start,
     patience_has_ended,
 )
@@ -169,9 +169,10 @@ def _train(
         return TrainingResult()
 
     # 3. the output folder
-    meta = adapter_meta(config, len(clips), world.size)
+    num_clips = num_distinct(clips)
+    meta = adapter_meta(config, num_clips, world.size)
     folder = RunFolder(output_dir, meta, config.keep_last,
-                       f"{config.model.variant}, {len(clips)} clips, rank {config.lora.rank}", config.adapter_format)
+                       f"{config.model.variant}, {num_clips} clips, rank {config.lora.rank}", config.adapter_format)
     metrics, sample, trackers, heard, evaluation = MetricsFile(), None, None, None, None
     if world.is_main:
         num_checkpoints = min(-(-training.steps // training.save_every), config.keep_last or training.steps)

@@ -14,6 +14,8 @@ from selva.utils.files import append_whole, atomic_write_text, why_not_written
 
 log = logging.getLogger(__name__)
 
+SET_LOSS = "val_loss/"  # before the name of a data set: the loss of its held-out clips
+
 
 class MetricsFile:
     """``metrics.jsonl``: one JSON object per line, each with a ``step``; appended to, and cut back when resuming.
@@ -104,6 +106,11 @@ class MetricsFile:
         except ImportError as error:
             raise UserError(f"--tensorboard: {error}; install it with `pip install tensorboard`") from error
         self._tensorboard = SummaryWriter(str(folder), purge_step=purge_step)
+
+    def set_losses(self) -> dict[str, tuple[list[int], list[float]]]:
+        """Return the series of the losses of each data set's held-out clips, by its name; {} where there is one set."""
+        keys = dict.fromkeys(key for row in self.rows for key in row if key.startswith(SET_LOSS))
+        return {key.removeprefix(SET_LOSS): self.series(key) for key in keys}
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
         """Return the steps and the values of the rows that have a finite ``key``."""

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 # What is trained on, what is held out or wrong, what is beside the point, and text: the same in all pictures.
 BLUE, RED, GREY, INK = "#2b6cb0", "#b3261e", "#5f6368", "#202124"
+OF_SETS = ("#e07b39", "#7b3fa0", "#2e8b57", "#b0892b", "#c2185b")  # single data sets, which are held out too
+MOST_SETS = 5  # whose curves can be told apart, those that end highest
 
 def new_figure(width_in: float, height_in: float) -> Figure:
     """Return a matplotlib figure that needs no display and registers nowhere; 100 dots per inch."""
@@ -67,6 +69,11 @@ def draw_losses(axes: Any, metrics: MetricsFile, *, raw: bool) -> None:
         axes.plot(val_steps, val_losses, color=RED, marker="o", markersize=3, label="loss of held-out clips")
         best = val_steps[min(range(len(val_losses)), key=val_losses.__getitem__)]
         axes.axvline(best, color=RED, linewidth=0.8, linestyle=":", label=f"best: step {best}")
+    of_sets = [(name, *series) for name, series in metrics.set_losses().items() if series[1]]
+    of_sets.sort(key=lambda one: -one[2][-1])
+    for color, (name, steps_of_set, values) in zip(OF_SETS, of_sets[:MOST_SETS], strict=False):
+        axes.plot(steps_of_set, values, color=color, linestyle="--", linewidth=1.2, marker="o", markersize=2,
+                  label=f"held out: {name.lstrip('_')}")
     axes.set_xlabel("optimiser step", fontsize=9)
     axes.locator_params(axis="x", integer=True)
     axes.set_ylabel("loss (mean squared error of the velocity)", fontsize=9)

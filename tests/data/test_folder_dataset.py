@@ -16,13 +16,13 @@ import soundfile
 import torch
 from make_data import TINY, noise, put_clip, put_sound
 
-from selva.data import folder_dataset
-from selva.data.cache import CACHE_FOLDER, DataCache
-from selva.data.dataset import origin_groups
-from selva.data.folder import FolderClip, FolderScan
+from selva.data import folder_dataset, texts
+from selva.data.cache import CACHE_FOLDER
+from selva.data.folder import FolderClip
 from selva.data.folder_dataset import FolderDataset, first_clip_frame, load_clip_dataset, open_clip_dataset
 from selva.data.latents import encode_latents, load_waveform
 from selva.data.plan import plan_windows
+from selva.data.split import origin_groups
 from selva.features import FeatureBundle, load_features, save_features
 from selva.models.variants import get_variant
 from selva.models.zoo import build_mel
@@ -54,8 +54,8 @@ def encoders(monkeypatch):
         encoder.encode = count("texts", encoder.encode)
         return encoder
 
-    load_clip_text = folder_dataset.load_clip_text
-    monkeypatch.setattr(folder_dataset, "load_clip_text", count("clip_text", load_text))
+    load_clip_text = texts.load_clip_text
+    monkeypatch.setattr(texts, "load_clip_text", count("clip_text", load_text))
     monkeypatch.setattr(folder_dataset, "load_vae", count("vae", folder_dataset.load_vae))
     monkeypatch.setattr(folder_dataset, "encode_latents", count("sounds", encode_latents))
 
@@ -263,7 +263,7 @@ def test_a_second_run_loads_no_encoder(tmp_path, encoders, monkeypatch):
         raise AssertionError("an encoder was loaded")
 
     monkeypatch.setattr(folder_dataset, "load_vae", forbidden)
-    monkeypatch.setattr(folder_dataset, "load_clip_text", forbidden)
+    monkeypatch.setattr(texts, "load_clip_text", forbidden)
     monkeypatch.setattr("selva.data.latents.read_audio", forbidden)
     second, problems = load(tmp_path)
     assert problems == [] and second.ids == first.ids == ["a", "b", "c"]
@@ -293,7 +293,7 @@ STALE = {
     "prompt": (change_prompt, {}, {"clip_text": 1, "texts": 1}),
     "level": (lambda f, m: None, {"normalize_audio": "none"}, {"vae": 1, "sounds": 2}),
     "length": (lambda f, m: None, {"max_duration_sec": 0.8}, {"vae": 1, "sounds": 2}),
-    "weights": (lambda f, m: m.setattr(folder_dataset, "packaged_identity", lambda variant: "x"), {},
+    "weights": (lambda f, m: m.setattr(texts, "packaged_identity", lambda variant: "x"), {},
                 {"vae": 1, "clip_text": 1, "sounds": 2, "texts": 1}),
     "front end (pitfall A1)": (lambda f, m: m.setattr(folder_dataset, "FRONT_END", "htk"), {}, {"vae": 1, "sounds": 2}),
     "damaged": (damage_cache, {}, {"vae": 1, "clip_text": 1, "sounds": 2, "texts": 1}),
@@ -317,11 +317,10 @@ def test_what_has_changed_is_encoded_again_and_nothing_else(tmp_path, encoders, 
 def test_published_weights_are_known_by_their_content(tmp_path, monkeypatch):
     """Others of the same name and size make other latents; a copy of the same ones does not."""
     paths = {"vae": tmp_path / "v1-16.pth", "clip_text": tmp_path / "open_clip_model.safetensors"}
-    monkeypatch.setattr(folder_dataset, "find_weights", lambda variant, folder, needs: {n: (paths[n],) for n in needs})
+    monkeypatch.setattr(texts, "find_weights", lambda variant, folder, needs: {n: (paths[n],) for n in needs})
 
     def identity():
-        scan, cache = FolderScan([], []), DataCache(tmp_path)
-        return FolderDataset(scan, [], cache, get_variant("small_16k"), tmp_path, "peak")._identity("vae")
+        return texts.weights_mark(get_variant("small_16k"), tmp_path, "vae")
 
     paths["vae"].write_bytes(b"12345")
     first = identity()

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from selva.data.memmap.reader import row_shapes
-from selva.data.mixture import Mixture, repeats_of, seed_of
-from selva.data.source import DataSource, parse_sources
+from selva.data.mixture import Mixture, repeats_of, seed_of, visits_of_sets
+from selva.data.source import DataSource, parse_sources, short_names
 from selva.models.variants import get_variant
 from selva.utils.errors import UserError
 
@@ -90,6 +90,36 @@ def test_weights_without_a_common_measure_are_refused():
         repeats_of([0.001, 1])
 
 
+@pytest.mark.parametrize("sizes, weights, expected", [
+    ([6, 20], [1, 1], [10, 3]), ([20, 20], [1, 1], [1, 1]), ([5, 5], [1, 3], [1, 3]), ([10, 5], [2, 1], [1, 1]),
+    ([7], [3], [1]), ([4, 1000], [1, 1], [250, 1]),
+])
+def test_sets_are_used_equally_often_however_many_clips_they_have(sizes, weights, expected):
+    assert visits_of_sets(sizes, weights) == expected
+
+
+@pytest.mark.parametrize("sizes, weights", [([97, 89, 83, 79], [1, 1, 1, 1]), ([7, 900, 23], [0.3, 1, 5])])
+def test_shares_of_sets_are_right_within_a_hundredth(sizes, weights):
+    draws = [size * count for size, count in zip(sizes, visits_of_sets(sizes, weights), strict=True)]
+    shares = [draw / sum(draws) for draw in draws]
+    assert shares == pytest.approx([weight / sum(weights) for weight in weights], rel=0.02)
+    assert sum(draws) < 100_000
+
+
+def test_sets_that_cannot_be_used_equally_often_are_refused():
+    with pytest.raises(UserError, match="sets of 3, 0 clips"):
+        visits_of_sets([3, 0], [1, 1])
+    with pytest.raises(UserError, match=r"an epoch of 60,000,000 uses, expected at most 10,000,000"):
+        visits_of_sets([1, 5_000_000, 1], [1, 1, 10])
+
+
+@pytest.mark.parametrize("paths, expected", [
+    (["x/dog", "x/door"], ["dog", "door"]), (["x/clips", "y/clips"], ["x/clips", "y/clips"]), (["a"], ["a"]),
+])
+def test_names_of_sets_tell_them_apart(paths, expected):
+    assert short_names([Path(path) for path in paths]) == expected
+
+
 @pytest.mark.parametrize("text, path, weight", [
     ("sets/vgg", "sets/vgg", 1), ("sets/vgg:5", "sets/vgg", 5), ("sets/vgg:0.5", "sets/vgg", 0.5),
     ("C:\\sets", "C:\\sets", 1), ("a:b:2", "a:b", 2),
@@ -120,7 +150,7 @@ from pathlib import Path
 from selva.data.memmap.reader import MemmapDataset
 from selva.data.memmap.reader import row_shapes
 from selva.data.mixture import MixedClips
-from selva.data.source import DataSource
+from selva.data.source import DataSource, short_names
 from selva.models.variants import get_variant
 from selva.training.base.stream import BatchStream
 from selva.training.config import TrainConfig

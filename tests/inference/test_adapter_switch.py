@@ -7,7 +7,7 @@ import torch
 from tiny_adapter import make_adapter
 
 from selva.flow import WHOLE_INTERVAL
-from selva.inference.adapter_switch import AdapterSwitch
+from selva.inference.adapter_switch import AdapterSwitch, warn_of_missing_prefixes
 from selva.lora.merge import Adapter
 from selva.weights.load import load_generator
 
@@ -81,3 +81,17 @@ def test_weights_of_both_sides_of_an_interval_are_those_of_fresh_models(dtype):
         assert_equal(switch.set([(other, 1.0)]).state_dict(), of_other)  # and nothing is left of it
     assert switch.set_for([(adapter, 0.7)], WHOLE_INTERVAL)[1] is None
     assert switch.set_for([(adapter, 0.0)], (0.2, 0.7))[1] is None
+
+
+def test_prompts_without_the_words_of_the_training_are_named(caplog):
+    one, two, mixed = make_adapter(1), make_adapter(2), make_adapter(3)
+    one.meta["prompt_prefix"], two.meta["prompt_prefix"] = ["sks", "dog:"], ["sks"]
+    mixed.meta["prompt_prefix"] = ["sks", ""]
+    told: set[str] = set()
+    warn_of_missing_prefixes([(one, 1.0), (two, 0.0), (mixed, 1.0), (make_adapter(4), 1.0)],
+                             ["a bark", "sks a bark", "dog: a bark", "a bark"], told)
+    assert caplog.text.count("may hardly act") == 1 and caplog.text.count("'a bark'") == 1
+    assert "prompts that begin with 'sks' or 'dog:'" in caplog.text
+    caplog.clear()
+    warn_of_missing_prefixes([(one, 1.0)], ["a bark"], told)
+    assert not caplog.text

@@ -234,7 +234,7 @@ def test_the_more_specific_prompt_wins(tmp_path, caplog):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a.npz: list\nb.npz: list\nghost.npz: nobody\n")
     for stem in "abc":
-        (tmp_path / f"{stem}.txt").write_text("\ufeffbeside\n  the video\n", encoding="utf-8")
+        (tmp_path / f"{stem}.txt").write_text("\ufeff  beside \t the video\n", encoding="utf-8")
     (tmp_path / "f.txt").write_text("\n")
     table = write_table(tmp_path / "t.tsv", "id\tlabel\tprompt", "a\tlabel\ttable", *(f"{s}\tlabel\t" for s in "bcdef"))
     with caplog.at_level(logging.INFO):

@@ -12,7 +12,7 @@ from selva.data.folder import scan_folder
 from selva.extraction.audio_set import plan_audio_set
 from selva.extraction.manifest import read_manifest
 from selva.inputs.jobs import collect_jobs
-from selva.inputs.prompts import read_prompts
+from selva.inputs.prompts import read_all_prompts, read_prompts, read_sidecar
 from selva.partition.segments import read_segments
 from selva.partition.windows import Window, caption_of, read_captions
 from tests.make_data import put_clip
@@ -45,8 +45,31 @@ def test_what_is_left_out_of_a_list_is_said(tmp_path, caplog):
     (tmp_path / "p.txt").write_text("a dog barks\na: one\nb:\na: two\na: two\n")
     with caplog.at_level(logging.WARNING):
         assert read_prompts(tmp_path / "p.txt") == {"a.npz": "two"}
-    for words in ("no colon in it, expected `name.npz: prompt`: line 1", "no prompt after 'b'", "last counts: a"):
+    for words in ("no colon in it, expected `name.npz: prompt`: line 1", "no prompt after 'b'"):
         assert words in caplog.text
+
+
+def test_several_lines_of_a_name_are_several_prompts_the_last_of_which_is_its_own(tmp_path):
+    (tmp_path / "p.txt").write_text("a: one\nb.npz: x\na: two\na: three\na: two\nb: stem\n")
+    found = read_all_prompts(tmp_path / "p.txt")
+    assert found == {"a.npz": ("one", "three", "two"), "b.npz": ("x",)}
+    assert read_prompts(tmp_path / "p.txt") == {"a.npz": "two", "b.npz": "x"}
+    (tmp_path / "a.txt").write_text("\ufeff a dog  barks\r\n\nbarking\n\n", encoding="utf-8")
+    assert read_sidecar(tmp_path / "a.txt") == ("a dog barks", "barking")
+    (tmp_path / "a.txt").write_text(" \n\n")
+    assert read_sidecar(tmp_path / "a.txt") == ()
+
+
+def test_clips_keep_their_other_prompts(tmp_path, caplog):
+    for stem in ("a", "b", "c"):
+        (tmp_path / f"{stem}.mp4").touch()
+    (tmp_path / "p.txt").write_text("a: one\na: two\na: three\nb: only\n")
+    (tmp_path / "c.txt").write_text("beside\nbelow\n")
+    with caplog.at_level(logging.INFO):
+        jobs = collect_jobs([tmp_path], prompts=tmp_path / "p.txt")
+    assert [(job.prompt, job.other_prompts) for job in jobs] == [
+        ("three", ("one", "two")), ("only", ()), ("below", ("beside",))]
+    assert "2 clips have several prompts" in caplog.text and "a, c" in caplog.text
 
 
 @pytest.mark.parametrize(("on_disk", "written"), FORMS)
@@ -101,4 +124,4 @@ def test_a_manifest_nested_too_deeply_is_named(tmp_path):
 def test_a_name_with_and_without_its_ending_is_one(tmp_path, caplog):
     (tmp_path / "prompts.txt").write_text("a.npz: one\na: two\nb: same\nb.npz: same\n")
     assert read_prompts(tmp_path / "prompts.txt") == {"a.npz": "one", "b.npz": "same"}
-    assert "of which the one of the name with .npz counts: a.npz\n" in caplog.text
+    assert "of which those of the name with .npz count: a.npz\n" in caplog.text

@@ -232,6 +232,9 @@ def test_an_edited_list_of_prompts_is_converted_again(tmp_path, caplog):
     assert convert(source, tmp_path / "data") == 0
     (source / "prompts.txt").write_text("b.npz: a gong\n")
     assert convert(source, tmp_path / "data") == 0 and "1 converted, 2 already current" in caplog.text
+    assert "several prompts" not in caplog.text
+    (source / "prompts.txt").write_text("b.npz: struck\nb.npz: a gong\n")
+    assert convert(source, tmp_path / "data") == 0 and "b: several prompts, of which a row of a memmap" in caplog.text
     assert MemmapDataset(tmp_path / "data", TINY).prompts == ["a knock", "a gong", "a dog"]
 
 

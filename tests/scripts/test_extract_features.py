@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 import soundfile
@@ -11,6 +13,7 @@ from make_media import make_video
 from script_args import TINY
 
 import extract_features
+from selva.data.folder import scan_folder
 from selva.extraction.manifest import read_manifest
 from selva.features import load_features
 from selva.inputs.delimited import read_text_table
@@ -226,3 +229,28 @@ def test_levels_are_said_in_one_line(tmp_path, capsys):
     assert extract_features.main(run) == 0
     lines = [line for line in capsys.readouterr().err.splitlines() if "full scale" in line or "scaled" in line]
     assert len(lines) == 1 and "3 sounds went beyond full scale when decoded, by up to" in lines[0]
+
+
+def test_other_prompts_travel_with_the_features_and_leave_those_alone(clip_dir, tmp_path, capsys):
+    """Other programs read the one prompt as before; a changed list is extracted again."""
+    for number in (4, 5):
+        shutil.copy(clip_dir / f"knock_{number}.mp4", tmp_path)
+    (tmp_path / "knock_5.txt").write_text("rap\ntap\na knock\n")
+    run = [str(tmp_path), "--output_dir", str(tmp_path / "features"), *TINY]
+    assert extract_features.main([*run, "--prompt", "a knock"]) == 0
+    assert "1 clip has several prompts" in capsys.readouterr().err
+    bundle = load_features(tmp_path / "features" / "knock_5.npz")
+    assert bundle.prompt == "a knock" and bundle.other_prompts == ("rap", "tap")
+    assert load_features(tmp_path / "features" / "knock_4.npz").other_prompts == ()
+    with np.load(tmp_path / "features" / "knock_5.npz", allow_pickle=False) as data:
+        assert str(data["prompt"]) == "a knock" and "other_prompts" not in data.files
+    (clip,) = (clip for clip in scan_folder(tmp_path / "features").clips if clip.id == "knock_5")
+    assert (clip.prompt, clip.other_prompts) == ("a knock", ("rap", "tap"))
+    (tmp_path / "knock_5.txt").write_text("rap\na knock\n")
+    assert extract_features.main([*run, "--prompt", "a knock"]) == 0
+    assert capsys.readouterr().out.split() == [str(tmp_path / "features" / "knock_5.npz")]
+    assert torch.equal(load_features(tmp_path / "features" / "knock_5.npz").sync_features, bundle.sync_features)
+    rows = [str(tmp_path), "--output_dir", str(tmp_path / "rows"), "--format", "memmap", "--prompt", "a knock", *TINY]
+    assert extract_features.main(rows) in (0, 1)  # clips of 2 s are no rows of 8 s
+    err = capsys.readouterr().err
+    assert f"as {(tmp_path / 'rows.prompts.txt').resolve()}: knock_5" in err

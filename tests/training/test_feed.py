@@ -8,8 +8,10 @@ import threading
 import pytest
 import torch
 from small_run import CONFIG, SMALL, make_clips, make_generator
+from windowed_set import WordySet
 
-from selva.data.dataset import BucketBatchSampler, ListDataset
+from selva.data.dataset import ListDataset
+from selva.data.order import BucketBatchSampler
 from selva.data.padding import Padding
 from selva.lora.config import LoRAConfig
 from selva.lora.state import lora_state_dict
@@ -73,6 +75,26 @@ def test_a_resident_set_is_read_once():
     for _ in range(20):
         feed.load(batches.draw())
     assert sorted(batches.clips.reads) == sorted(batches.clips.ids)
+
+
+def test_a_clip_that_is_used_several_times_stays_once():
+    base = make_batches().clips
+    batches = BucketBatchSampler(base.subset([0, 1, 2, 0, 0]), 2, seed=3)
+    feed = Resident(batches, CPU)
+    for _ in range(10):
+        feed.load(batches.draw())
+    assert sorted(base.reads) == sorted(base.ids[:3])
+    assert features_bytes(batches.clips, SMALL) == features_bytes(base.subset([0, 1, 2]), SMALL)
+
+
+def test_prompts_are_counted_and_kept_apart():
+    clips = WordySet([3, 1])
+    batches = BucketBatchSampler(clips, 2, seed=3)
+    feed, found = Resident(batches, CPU), set()
+    for _ in range(20):
+        found |= set(feed.load(batches.draw()).text_f[:, 0, 0].tolist())
+    assert found == {0, 1, 2, 100}  # three of the first clip, one of the second
+    assert features_bytes(clips, SMALL) == 2 * features_bytes(WordySet([1, 1]), SMALL)
 
 
 def test_the_next_batch_is_read_beside_the_training():

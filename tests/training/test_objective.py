@@ -10,7 +10,8 @@ from small_run import CONFIG, make_clips, make_generator, make_run
 from torch import Tensor
 
 from selva import flow
-from selva.data.dataset import ClipWindow, ListDataset, TrainingClip, collate
+from selva.data.dataset import ListDataset, TrainingClip, collate
+from selva.data.order import ClipWindow
 from selva.data.padding import Padding
 from selva.lora.config import LoRAConfig
 from selva.lora.state import lora_parameters

@@ -10,7 +10,8 @@ import torch
 from small_run import CONFIG, make_clips, make_generator, make_run, spoil_latents
 
 from selva.checkpoint import check_same_settings, load_adapter, load_checkpoint, save_adapter, save_checkpoint
-from selva.data.dataset import ClipWindow, ListDataset
+from selva.data.dataset import ConcatDataset, ListDataset, NamedDataset
+from selva.data.order import ClipWindow
 from selva.lora.config import LoRAConfig
 from selva.lora.inject import inject_lora, principal_factors, remove_lora
 from selva.lora.state import load_lora_state_, lora_state_dict, named_factors
@@ -388,6 +389,18 @@ def test_a_run_starts_at_a_finished_adapter(tmp_path):
     trained = lora_state_dict(first.generator)
     assert all(torch.equal(value, trained[key]) for key, value in lora_state_dict(second.generator).items())
     assert all(torch.equal(value, trained[key]) for key, value in second.ema.average.items())
+
+
+def test_every_set_has_a_validation_loss_of_its_own():
+    clips = make_clips(5)
+    sets = ConcatDataset(NamedDataset(ListDataset(clips[:1]), "gong"), NamedDataset(ListDataset(clips[1:4]), "laser"))
+    row = TrainingRun(make_generator(), ListDataset(clips), sets, CONFIG, torch.float32).validate()
+    alone = [TrainingRun(make_generator(), ListDataset(clips), sets.subset(part), CONFIG, torch.float32).validate()
+             for part in ([0], [1, 2, 3])]
+    assert row["val_loss/gong"] == pytest.approx(alone[0]["val_loss"], rel=1e-5)
+    assert row["val_loss/laser"] == pytest.approx(alone[1]["val_loss"], rel=1e-5)
+    assert row["val_loss"] == pytest.approx((row["val_loss/gong"] + 3 * row["val_loss/laser"]) / 4, rel=1e-5)
+    assert not any(key.startswith("val_loss/") for one in alone for key in one)
 
 
 def test_a_new_rate_takes_effect_when_resuming(tmp_path):

@@ -42,3 +42,17 @@ def test_raw_losses_do_not_hide_the_curves(tmp_path):
     pale, smooth = axes.get_lines()
     assert pale.get_alpha() < 0.5 and pale.get_zorder() <= smooth.get_zorder()
     assert smooth.get_label() == "training loss, smoothed" and axes.get_xlabel() and "loss" in axes.get_ylabel()
+
+
+def test_single_sets_have_curves_of_their_own(tmp_path):
+    metrics = MetricsFile(tmp_path / "metrics.jsonl")
+    metrics.append([{"step": i, "loss": 1.0, "lr": 1e-4} for i in range(1, 9)])
+    metrics.append([{"step": 4, "val_loss": 0.5, "val_loss/gong": 0.4, "val_loss/_laser": 0.6}])
+    assert metrics.set_losses() == {"gong": ([4], [0.4]), "_laser": ([4], [0.6])}
+    axes = new_figure(8, 4).subplots()
+    draw_losses(axes, metrics, raw=True)
+    of_sets = {line.get_label(): list(line.get_ydata()) for line in axes.get_lines()[4:]}
+    assert of_sets == {"held out: laser": [0.6], "held out: gong": [0.4]}
+    metrics.append([{"step": 6, **{f"val_loss/set {i}": i for i in range(20)}}])
+    draw_losses(axes := new_figure(8, 4).subplots(), metrics, raw=True)
+    assert len(axes.get_lines()) == 9 and axes.get_lines()[-1].get_label() == "held out: set 15"

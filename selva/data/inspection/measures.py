@@ -225,7 +225,7 @@ def _inspect_sound(
     note = path.with_suffix(".txt")
     report = ClipReport(id=id_, path=str(path), prompt=prompts.get(same_name(f"{id_}.npz"), ""))
     if not report.prompt and note.is_file() and note.name != PROMPTS_FILE:
-        report.prompt = read_sidecar(note)
+        report.prompt = "".join(read_sidecar(note)[-1:])
     _measure_sound(report, path, variant, fingerprints)
     if report.sound is not None:
         report.duration_sec = report.sound.duration_sec

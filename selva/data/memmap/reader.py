@@ -81,6 +81,12 @@ def manifest_path(folder: Path) -> Path:
     return folder.parent / f"{folder.name}.manifest.jsonl"
 
 
+def row_prompts_path(folder: Path) -> Path:
+    """Return the list of prompts (``id: prompt``) that may lie beside a memmap, with several for a row, say."""
+    folder = real_path(folder)
+    return folder.parent / f"{folder.name}.prompts.txt"
+
+
 def partial_path(folder: Path) -> Path:
     """Return the folder of a memmap while it is being written: beside its own."""
     folder = real_path(folder)

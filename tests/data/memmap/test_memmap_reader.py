@@ -16,9 +16,10 @@ import torch
 from golden_case import GOLDEN
 from make_data import TINY, put_memmap
 
-from selva.data.dataset import BucketBatchSampler, origin_groups
 from selva.data.folder_dataset import load_clip_dataset
 from selva.data.memmap.reader import MemmapDataset, is_memmap
+from selva.data.order import BucketBatchSampler
+from selva.data.split import origin_groups
 from selva.models.variants import get_variant
 
 
