@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 # What is trained on, what is held out or wrong, what is beside the point, and text: the same in all pictures.
 BLUE, RED, GREY, INK = "#2b6cb0", "#b3261e", "#5f6368", "#202124"
 OF_SETS = ("#e07b39", "#7b3fa0", "#2e8b57", "#b0892b", "#c2185b")  # single data sets, which are held out too
+LEGEND_COLUMNS = 5
 MOST_SETS = 5  # whose curves can be told apart, those that end highest
 
 def new_figure(width_in: float, height_in: float) -> Figure:
@@ -47,12 +48,13 @@ def plot_losses(metrics: MetricsFile, folder: Path, title: str) -> None:
         lr_axes.set_ylim(bottom=0)
         lr_axes.tick_params(labelsize=8)
         draw_losses(axes, metrics, raw=raw)
-        axes.set_title(title, pad=24, fontsize=10, parse_math=False)
         handles = [*axes.get_lines(), *lr_axes.get_lines()]
         handles = [handle for handle in handles if not str(handle.get_label()).startswith("_")]
+        rows = -(-len(handles) // LEGEND_COLUMNS)
+        axes.set_title(title, pad=10 + 14 * rows, fontsize=10, parse_math=False)
         # Above the axes, where no curve can run behind it.
         axes.legend(handles, [str(handle.get_label()) for handle in handles], loc="lower center",
-                    bbox_to_anchor=(0.5, 1), ncols=5, fontsize=8, frameon=False)
+                    bbox_to_anchor=(0.5, 1), ncols=LEGEND_COLUMNS, fontsize=8, frameon=False)
         save_figure(figure, folder / name)
 
 
