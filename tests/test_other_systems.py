@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--variant", "tiny_16k", "--device", "cpu"]
 MODULES = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-    for package in ("selva", "toyworld") for path in (ROOT / package).rglob("*.py")
+    for package in ("selva", "toyworld", "comfyui") for path in (ROOT / package).rglob("*.py")
 )
 SCRIPTS = sorted(path for folder in (".", "scripts", "benchmarks") for path in (ROOT / folder).glob("*.py")
                  if path.name not in ("setup.py", "__init__.py"))
