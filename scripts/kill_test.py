@@ -6,7 +6,8 @@ All runs have the same settings. Each is ended with SIGKILL a few times, while i
 a sample or goes back to an older step, and at last at its end, each time followed by `--resume auto`. A kill counts
 for the part that it fell into, as the log and half-written files show afterwards; kills while loading do not count.
 
-Exit code 0 if nothing is lost: adapters, metrics and samples equal those of an undisturbed run bit for bit; else 1.
+Exit code 0 if nothing is lost: adapters, metrics, samples and verdict equal those of an undisturbed run bit for bit;
+else 1.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def train_command(args, output_dir: Path, processes: int, resume: str | Path = "
         "--steps", args.steps, "--save_every", args.save_every, "--val_every", VAL_EVERY, "--log_every", 1,
         "--batch_size", max(1, 2 // processes), "--rank", 4, "--warmup_steps", 5, "--lora_dropout", 0.1,
         "--ema_decay", 0.9, "--lr_schedule", "cosine", "--seed", args.seed, "--device", args.device,
-        "--precision", args.precision, "--resume", resume,
+        "--precision", args.precision, "--resume", resume, "--verdict_share", 1e6,  # so that the end has all its parts
     ]
     if args.selva_dir:
         command += ["--selva_dir", args.selva_dir]
@@ -180,10 +181,11 @@ def differences(whole: Path, killed: Path) -> list[str]:
         one, two = (load_adapter(p).tensors if p.exists() else {} for p in (path, other))
         if one.keys() != two.keys() or not all(torch.equal(one[key], two[key]) for key in one):
             found.append(path.name)
-    found += [path.name for path in sorted(whole.glob("sample_*"))
+    found += [path.name for path in sorted((*whole.glob("sample_*"), whole / "verdict.json"))
               if not (killed / path.name).exists()
-              or (path.suffix == ".wav" and path.read_bytes() != (killed / path.name).read_bytes())]
-    found += [name for name in ("meta.json", "config.yaml", "loss_raw.png") if not (killed / name).exists()]
+              or (path.suffix in (".wav", ".json") and path.read_bytes() != (killed / path.name).read_bytes())]
+    found += [name for name in ("meta.json", "config.yaml", "loss_raw.png", "report.html", "README.md")
+              if not (killed / name).exists()]
     rows = [[{key: value for key, value in json.loads(line).items() if key != "sec_per_step"}
              for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
             for folder in (whole, killed)]

@@ -105,6 +105,47 @@ def test_the_hook_takes_away_what_it_names():
         run_without("os.fork")
 
 
+EVERYTHING = """
+import infer, extract_features, train_lora
+from scripts import adapter, evaluate, sweep, train_base
+from selva.utils.lock import FolderLock
+
+tiny, data = ["--variant", "tiny_16k", "--device", "cpu"], ["--data_dir", "features"]
+steps = ["--steps", "2", "--batch_size", "2", "--warmup_steps", "0", "--save_every", "1", "--val_every", "1"]
+clips, base = ["videos", "--prompt", "a click", *tiny], [
+    "--data", "memmap/set", *tiny, "--sample_every", "0", "--hold_out", "0", "--output_dir", "base", *steps]
+for name, script, arguments in (
+    ("features", extract_features, [*clips, "--output_dir", "features"]),
+    ("set", extract_features, [*clips, "--output_dir", "memmap/set", "--format", "memmap", "--duration", "1"]),
+    ("adapter", train_lora, [*data, *tiny, *steps, "--output_dir", "run"]),
+    ("resume", train_lora, [*data, *tiny, *steps, "--steps", "3", "--output_dir", "run", "--resume", "auto"]),
+    ("sweep", sweep, ["sweep.yaml"]),
+    ("check", adapter, ["check", "run/adapter_final.pt", *tiny[:2]]),
+    ("convert", adapter, ["convert", "run/adapter_final.pt", "--to", "peft", "--output", "peft"]),
+    ("base", train_base, base),
+    ("base resume", train_base, [*base, "--steps", "3", "--resume", "auto"]),
+    ("sound", infer, [*clips, "--output", "out", "--num_steps", "1", "--adapter", "run/adapter_final.pt"]),
+    ("figures", evaluate, ["--generated", "out", "--reference", "features", "--output_dir", "figures", *tiny[2:]]),
+):
+    code = script.main(arguments)
+    assert code == 0, name
+"""
+
+
+@pytest.mark.slow
+def test_everything_runs_where_there_is_only_python(tmp_path):
+    """From videos to figures, the newer parts included; not only their import."""
+    for number in range(3):
+        make_video(tmp_path / "videos" / f"{number}.mp4", 1.2, size=(96, 64), sound=clicks([0.4 + 0.1 * number], 1.3))
+    (tmp_path / "sweep.yaml").write_text(
+        "output_dir: sweep\nbase:\n  {data_dir: [features], variant: tiny_16k, device: cpu, steps: 1, batch_size: 2, "
+        "warmup_steps: 0, preview: false}\ngrid: {lr: [1.0e-3, 1.0e-4]}\n", encoding="utf-8")
+    run_without(f"os.chdir({str(tmp_path)!r})\n{EVERYTHING}")
+    for made in ("run/adapter_final_001.pt", "peft", "base/export/tiny_16k_last.pth", "sweep/sweep.html",
+                 "figures/evaluation.json", "out/0.mp4"):
+        assert (tmp_path / made).exists(), made
+
+
 NAMES = [
     "a b  c", "Tür & Töne (1)", "tu\u0308r", "100 % 'dog' #2 [x] {y} $HOME ~", "犬の声", "-dog", "a.b.c", "n" * 200,
 ]
