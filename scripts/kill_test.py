@@ -6,8 +6,7 @@ All runs have the same settings. Each is ended with SIGKILL a few times, while i
 a sample or goes back to an older step, and at last at its end, each time followed by `--resume auto`. A kill counts
 for the part that it fell into, as the log and half-written files show afterwards; kills while loading do not count.
 
-Exit code 0 if nothing is lost: adapters, metrics, samples and verdict equal those of an undisturbed run bit for bit;
-else 1.
+Exit code 0 if nothing is lost: adapters, metrics, samples and verdict equal an undisturbed run's bit for bit; else 1.
 """
 
 from __future__ import annotations
@@ -181,11 +180,10 @@ def differences(whole: Path, killed: Path) -> list[str]:
         one, two = (load_adapter(p).tensors if p.exists() else {} for p in (path, other))
         if one.keys() != two.keys() or not all(torch.equal(one[key], two[key]) for key in one):
             found.append(path.name)
-    found += [path.name for path in sorted((*whole.glob("sample_*"), whole / "verdict.json"))
-              if not (killed / path.name).exists()
-              or (path.suffix in (".wav", ".json") and path.read_bytes() != (killed / path.name).read_bytes())]
-    found += [name for name in ("meta.json", "config.yaml", "loss_raw.png", "report.html", "README.md")
-              if not (killed / name).exists()]
+    for path in sorted(path for path in whole.iterdir() if path.suffix != ".pt"):
+        other, same = killed / path.name, path.suffix == ".wav" or path.name == "verdict.json"
+        if not other.exists() or (same and path.read_bytes() != other.read_bytes()):
+            found.append(path.name)
     rows = [[{key: value for key, value in json.loads(line).items() if key != "sec_per_step"}
              for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
             for folder in (whole, killed)]
