@@ -153,7 +153,7 @@ def wait_for(part: str, run: Run, folder: Path, rng: random.Random, steps: int) 
     if part == "rewind":
         return run.until(lambda: len(list(folder.glob("previous_*"))) > asides) and _later(run, rng, 0.03)
     if part == "end":
-        return run.until(lambda: run.count(f"adapter_step{steps:05d}.pt") > 0) and _later(run, rng, 1.0)
+        return run.until(lambda: run.count(f"adapter_step{steps:05d}.pt") > 0) and _later(run, rng, 3.0)
     if not run.until(lambda: run.step() > 0):
         return False
     if part == "training":
@@ -206,10 +206,10 @@ def kill_a_run(args, folder: Path, processes: int, wanted: int, rng: random.Rand
         if not run.kill() or not met:
             log.info("%s: not in %s any more, does not count (step %d)", folder.name, part, run.step())
             continue
-        part = fell_into(part, run, bool(writing & unfinished(folder)))  # what is still there was not finished
+        part = fell_into(part, run, bool(writing & unfinished(folder)))  # what is still there is not finished
         counted[part] += part != "loading"
-        log.info("%s, %d process%s: killed in %s at step %d; newest step file %s", folder.name, processes,
-                 "es" * (processes > 1), part, run.step(), max(steps_in(folder), default="none"))
+        log.info("%s, processes %d: killed in %s at step %d; newest step file %s", folder.name, processes, part,
+                 run.step(), max(steps_in(folder), default="none"))
     return counted
 
 
@@ -233,8 +233,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.info("undisturbed run of %d process(es): done", processes)
     rng, counted, wrong, number = random.Random(args.seed), collections.Counter(), [], 0
     while counted.total() < args.kills:
-        processes = args.processes[number % len(args.processes)]
-        number += 1
+        processes, number = args.processes[number % len(args.processes)], number + 1
         folder = args.work_dir / f"killed_{number:03d}"
         counted += kill_a_run(args, folder, processes, min(share, args.kills - counted.total()), rng)
         finish(args, folder, processes)
