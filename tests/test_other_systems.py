@@ -135,6 +135,7 @@ for name, script, arguments in (
 @pytest.mark.slow
 def test_everything_runs_where_there_is_only_python(tmp_path):
     """From videos to figures, the newer parts included; not only their import."""
+    (tmp_path / "videos").mkdir()
     for number in range(3):
         make_video(tmp_path / "videos" / f"{number}.mp4", 1.2, size=(96, 64), sound=clicks([0.4 + 0.1 * number], 1.3))
     (tmp_path / "sweep.yaml").write_text(
