@@ -21,7 +21,7 @@ from collections.abc import Sequence
 
 import selva_lora  # noqa: F401 -- ends here if another selva would be imported
 from selva import cli
-from selva.training.config import RunConfig
+from selva.training.config import RunConfig, check_settings_of_old_run
 from selva.weights.find import check_weights
 
 NEEDS = ("generator", "vae", "clip_text")
@@ -38,6 +38,8 @@ def build_parser() -> cli.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     config = cli.config_from(RunConfig, args)
+    if not (config.validate_only or config.dry_run):
+        check_settings_of_old_run(args.config, config.output_dir, config.resume)
     needs = (*NEEDS, *(["vocoder"] if config.preview or config.sample_prompts or config.eval_every else []))
     check_weights(config.model.variant, config.model.selva_dir, config.model.needs(needs))
     if config.validate_only:

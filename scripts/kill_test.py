@@ -6,7 +6,7 @@ All runs have the same settings. Each is ended with SIGKILL a few times, while i
 a sample or goes back to an older step, and at last at its end, each time followed by `--resume auto`. A kill counts
 for the part that it fell into, as the log and half-written files show afterwards; kills while loading do not count.
 
-Exit code 0 if nothing is lost: adapters, metrics and samples equal those of an undisturbed run bit for bit; else 1.
+Exit code 0 if nothing is lost: adapters, metrics, samples and verdict equal an undisturbed run's bit for bit; else 1.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def train_command(args, output_dir: Path, processes: int, resume: str | Path = "
         "--steps", args.steps, "--save_every", args.save_every, "--val_every", VAL_EVERY, "--log_every", 1,
         "--batch_size", max(1, 2 // processes), "--rank", 4, "--warmup_steps", 5, "--lora_dropout", 0.1,
         "--ema_decay", 0.9, "--lr_schedule", "cosine", "--seed", args.seed, "--device", args.device,
-        "--precision", args.precision, "--resume", resume,
+        "--precision", args.precision, "--resume", resume, "--verdict_share", 1e6,  # so that the end has all its parts
     ]
     if args.selva_dir:
         command += ["--selva_dir", args.selva_dir]
@@ -153,7 +153,7 @@ def wait_for(part: str, run: Run, folder: Path, rng: random.Random, steps: int) 
     if part == "rewind":
         return run.until(lambda: len(list(folder.glob("previous_*"))) > asides) and _later(run, rng, 0.03)
     if part == "end":
-        return run.until(lambda: run.count(f"adapter_step{steps:05d}.pt") > 0) and _later(run, rng, 1.0)
+        return run.until(lambda: run.count(f"adapter_step{steps:05d}.pt") > 0) and _later(run, rng, 3.0)
     if not run.until(lambda: run.step() > 0):
         return False
     if part == "training":
@@ -180,10 +180,10 @@ def differences(whole: Path, killed: Path) -> list[str]:
         one, two = (load_adapter(p).tensors if p.exists() else {} for p in (path, other))
         if one.keys() != two.keys() or not all(torch.equal(one[key], two[key]) for key in one):
             found.append(path.name)
-    found += [path.name for path in sorted(whole.glob("sample_*"))
-              if not (killed / path.name).exists()
-              or (path.suffix == ".wav" and path.read_bytes() != (killed / path.name).read_bytes())]
-    found += [name for name in ("meta.json", "config.yaml", "loss_raw.png") if not (killed / name).exists()]
+    for path in sorted(path for path in whole.iterdir() if path.suffix != ".pt"):
+        other, same = killed / path.name, path.suffix == ".wav" or path.name == "verdict.json"
+        if not other.exists() or (same and path.read_bytes() != other.read_bytes()):
+            found.append(path.name)
     rows = [[{key: value for key, value in json.loads(line).items() if key != "sec_per_step"}
              for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
             for folder in (whole, killed)]
@@ -206,10 +206,10 @@ def kill_a_run(args, folder: Path, processes: int, wanted: int, rng: random.Rand
         if not run.kill() or not met:
             log.info("%s: not in %s any more, does not count (step %d)", folder.name, part, run.step())
             continue
-        part = fell_into(part, run, bool(writing & unfinished(folder)))  # what is still there was not finished
+        part = fell_into(part, run, bool(writing & unfinished(folder)))  # what is still there is not finished
         counted[part] += part != "loading"
-        log.info("%s, %d process%s: killed in %s at step %d; newest step file %s", folder.name, processes,
-                 "es" * (processes > 1), part, run.step(), max(steps_in(folder), default="none"))
+        log.info("%s, processes %d: killed in %s at step %d; newest step file %s", folder.name, processes, part,
+                 run.step(), max(steps_in(folder), default="none"))
     return counted
 
 
@@ -233,8 +233,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.info("undisturbed run of %d process(es): done", processes)
     rng, counted, wrong, number = random.Random(args.seed), collections.Counter(), [], 0
     while counted.total() < args.kills:
-        processes = args.processes[number % len(args.processes)]
-        number += 1
+        processes, number = args.processes[number % len(args.processes)], number + 1
         folder = args.work_dir / f"killed_{number:03d}"
         counted += kill_a_run(args, folder, processes, min(share, args.kills - counted.total()), rng)
         finish(args, folder, processes)

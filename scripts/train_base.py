@@ -27,6 +27,7 @@ from pathlib import Path
 import selva_lora  # noqa: F401 -- ends here if another selva would be imported
 from selva import cli
 from selva.training.base.config import BaseTrainConfig
+from selva.training.config import check_settings_of_old_run
 from selva.weights.find import check_weights
 
 
@@ -69,6 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run_example(given)
     args = build_parser().parse_args(argv)
     config = cli.config_from(BaseTrainConfig, args)
+    if not config.dry_run:
+        check_settings_of_old_run(args.config, config.output_dir, config.resume)
     check_weights(config.model.variant, config.model.selva_dir, needed_weights(config))
     from selva.training.base.train import train_base  # PyTorch takes seconds to import; mistakes were told before
 

@@ -1,4 +1,4 @@
-"""The loader of ComfyUI-SelVA, from the published facts about it: leniency included."""
+"""The loader of ComfyUI-SelVA and its resume, from the published facts about them: leniency included."""
 
 from __future__ import annotations
 
@@ -57,3 +57,23 @@ def load_as_comfyui(base: nn.Module, path: Path, strength: float = 1.0, knows_rs
             if isinstance(module, WrappedLinear):
                 module.lora_B *= strength
     return model
+
+
+def resume_as_comfyui(base: nn.Module, path: Path, lora_plus: bool = False) -> int:
+    """Return the step after which its trainer would continue a step file, whose settings it takes as its own.
+
+    In the order of the published keys: tensors (loosely), optimiser, schedule, step.
+
+    Args:
+        lora_plus: A and B are groups of their own.
+    """
+    model = copy.deepcopy(base)
+    wrap_as_comfyui_(model, path)
+    layers = [module for module in model.modules() if isinstance(module, WrappedLinear)]
+    a, b = [layer.lora_A for layer in layers], [layer.lora_B for layer in layers]
+    optimizer = torch.optim.AdamW([{"params": a}, {"params": b}] if lora_plus else [*a, *b])
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    optimizer.load_state_dict(content["optimizer"])
+    schedule.load_state_dict(content["scheduler"])
+    return content["step"]

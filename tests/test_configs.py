@@ -35,6 +35,33 @@ def test_preset(path, tmp_path):
         assert getattr(args, name) == value, name
 
 
+def test_no_preset_for_cards_overrides_the_precision_of_the_card(tmp_path):
+    """A card of before 2020 computes in fp16; bf16 in a preset would make it slow."""
+    args = train_lora.build_parser().parse_args(["--config", str(ALL[0].with_name("low_memory.yaml")), "--data_dir",
+                                                 str(tmp_path)])
+    assert args.precision == "auto" and args.grad_checkpointing
+
+
+@pytest.mark.parametrize("script, data, where", [
+    (train_lora, "--data_dir", ""), (train_lora, "--data_dir", "previous_001"), (train_base, "--data", ""),
+])
+def test_settings_of_an_old_run_start_no_run_in_its_folder(tmp_path, capsys, script, data, where):
+    """They name its folder; who gives other data means a new run."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    settings = old / where / "config.yaml"
+    settings.parent.mkdir(parents=True)
+    new.mkdir()
+    settings.write_text(f"{data[2:]}: [{old}]\noutput_dir: {old}\nvariant: tiny_16k\n", encoding="utf-8")
+    before = sorted(tmp_path.rglob("*"))
+    given = ["--config", str(settings), data, str(new)]
+    assert script.main(given) == cli.EXIT_USAGE
+    assert f"is of the run in {old}, where a new run would be written too; give another" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+    for allowed in (["--output_dir", str(tmp_path / "other")], ["--resume", "auto"], ["--dry_run"]):
+        script.main([*given, *allowed])  # fails for want of clips
+        assert "is of the run in" not in capsys.readouterr().err
+
+
 def test_there_are_presets():
     assert {"first_try", "few_clips", "low_memory", "long_run", "base_recipe"} <= {p.stem for p in PRESETS}
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoint_toy import CONFIGS, LINEAR, META, NATIVE, Toy, make_input, make_toy, trained
-from comfyui_loader import load_as_comfyui
+from comfyui_loader import load_as_comfyui, resume_as_comfyui
 from lora_toy import assert_same_change
 from torch import Tensor, nn
 
@@ -113,6 +113,22 @@ def test_comfyui_cannot_continue_a_step_file_and_says_why(base, x, tmp_path, sch
     torch.save({**there, "optimizer": saved.optimizer}, tmp_path / "earlier.pt")  # as earlier versions wrote it
     assert load_checkpoint(tmp_path / "earlier.pt").optimizer.keys() == saved.optimizer.keys()
     assert load_checkpoint(tmp_path / "earlier.pt").optimizer["state"]
+
+
+@pytest.mark.parametrize("lora_plus", [False, True])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_no_step_file_of_ours_is_continued_there(base, x, tmp_path, name, lora_plus):
+    """Whatever its settings are, and however its optimiser groups the parameters."""
+    model, optimizer, schedule = run = make_run(base, name)
+    train(run, x, 2)
+    path = tmp_path / step_file_name(2)
+    save_checkpoint(path, model, META, step=2, optimizer=optimizer.state_dict(), scheduler=schedule.state_dict())
+    with pytest.raises((ValueError, RuntimeError)):
+        resume_as_comfyui(base, path, lora_plus)
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    if name == "qkv":  # the settings that both have: there its own file would go on
+        torch.save({**content, "optimizer": content["optimizer_state"]}, path)
+        assert not lora_plus or resume_as_comfyui(base, path, lora_plus) == 2
 
 
 def published_step(model: nn.Module, path: Path, **meta: object) -> dict[str, object]:

@@ -36,7 +36,7 @@ from selva.inference.adapter_switch import (
 )
 from selva.inference.config import CLIP_FEATURE_CHOICES, DEFAULT_BATCH_SIZE, OFFLOAD_CHOICES, WHOLE_VIDEO_SEC
 from selva.inference.long_sampling import sample_long
-from selva.inference.request import Sound, SoundConditions, SoundRequest, check_widths
+from selva.inference.request import Sound, SoundConditions, SoundRequest, check_widths, warn_of_shorter
 from selva.lora.merge import Adapter
 from selva.media import MaskSettings, VideoFrames
 from selva.models.generator import Generator
@@ -195,6 +195,8 @@ class SoundGenerator:
             MaskSettings(Path(mask)) if isinstance(mask, str | Path) else mask,
         )
         conditions = [one for one in self.encode([request]) if one is not None]  # an error is raised, not left out
+        if video is not None:
+            warn_of_shorter([(str(video), duration_sec, conditions[0].sequence.duration_sec)])
         return self.decode(conditions, self.sample(conditions, [seed], on_step))[0]
 
     # -- stage 1: encoders ---------------------------------------------------------------------------------------------
@@ -225,6 +227,8 @@ class SoundGenerator:
 
         drafts = [attempt(index, self._opened, request) for index, request in enumerate(requests)]
         usable = [draft for draft in drafts if draft is not None]
+        warn_of_shorter((draft.request.source, draft.request.duration_sec, draft.duration_sec) for draft in usable
+                        if draft.request.features is not None)
         self._encode_texts(usable)
         self._encode_pictures([draft for draft in usable if draft.frames is not None], use_clip_features)
         return [draft and attempt(index, self._conditions, draft) for index, draft in enumerate(drafts)]

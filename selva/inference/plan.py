@@ -14,7 +14,7 @@ from selva.inference.compare import read_compare_list
 from selva.inference.config import WHOLE_VIDEO_SEC, InferenceConfig
 from selva.inference.engine import load_adapters
 from selva.inference.outputs import name_problem, shared_names, sound_files
-from selva.inference.request import SoundRequest
+from selva.inference.request import SoundRequest, warn_of_shorter
 from selva.inputs.jobs import ClipJob, collect_jobs
 from selva.inputs.suffixes import AUDIO_SUFFIXES
 from selva.media.container import video_length
@@ -59,7 +59,7 @@ def _requests_by_source(config: InferenceConfig) -> dict[str, SoundRequest]:
         )
     except (ValueError, OSError) as error:
         raise UsageError(str(error)) from error
-    warn_of_long_videos(config, jobs)
+    warn_of_lengths(config, jobs)
     # Words typed for a video that was named itself are meant; a folder's or a table's own prompts go first.
     named = {path for path in config.videos if path.is_file()}
     prompts = {job.id: config.prompt if config.prompt and job.path in named else job.prompt for job in jobs}
@@ -92,23 +92,29 @@ def feature_requests(config: InferenceConfig) -> dict[str, SoundRequest]:
     return requests
 
 
-def warn_of_long_videos(config: InferenceConfig, jobs: Sequence[ClipJob]) -> None:
-    """Log a warning that names the videos of which only the beginning gets sound, as nothing else was asked for."""
-    if config.long:
-        return
-    if config.duration is not None:
-        if config.duration > DEFAULT_DURATION_SEC:
-            log.info("%g s in one pass; the models were trained on %g s, and --long goes on in windows of that",
-                     config.duration, DEFAULT_DURATION_SEC)
-        return
-    longer = []
+def warn_of_lengths(config: InferenceConfig, jobs: Sequence[ClipJob]) -> None:
+    """Log warnings that name videos shorter than what was asked for, and those of which only the beginning gets sound.
+
+    The second only where nobody asked for a length.
+    """
+    asked = config.duration
+    if asked is not None and asked > DEFAULT_DURATION_SEC and not config.long:
+        log.info("%g s in one pass; the models were trained on %g s, and --long goes on in windows of that",
+                 asked, DEFAULT_DURATION_SEC)
+    lengths, longer = [], []
     for job in jobs:
+        is_asked = asked is not None or job.duration_sec not in (DEFAULT_DURATION_SEC, WHOLE_VIDEO_SEC)  # by a table
+        if config.long and not is_asked:
+            continue
         try:
             seconds = video_length(job.path) - job.start_sec
         except (ValueError, OSError):
             continue  # it will fail by name
-        if job.duration_sec == DEFAULT_DURATION_SEC and seconds > DEFAULT_DURATION_SEC + 0.5:
+        if is_asked and seconds > 0:  # else it will fail
+            lengths.append((job.id, job.duration_sec, seconds))
+        elif seconds > DEFAULT_DURATION_SEC + 0.5:
             longer.append(f"{job.path.name} ({seconds:.1f} s)")
+    warn_of_shorter(lengths)
     if longer:
         log.warning("sound is made for the first %g s only of %s; --long goes through the whole video",
                     DEFAULT_DURATION_SEC, listed(longer))

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +19,11 @@ from selva.media import MaskSettings, mux_video, write_audio
 from selva.models.variants import Variant
 from selva.sequence import SequenceConfig
 from selva.utils.errors import UserError
+from selva.utils.text import listed
+
+log = logging.getLogger(__name__)
+
+SHORTER_SEC = 0.1  # so much less sound than was asked for needs no word: two pictures or so
 
 
 @dataclass(frozen=True)
@@ -110,6 +117,19 @@ class Sound:
         else:
             mux_video(self.video, self.waveform, self.rate, path, self.start_sec, self.duration_sec)
         return path
+
+
+def warn_of_shorter(lengths: Iterable[tuple[str, float | None, float]]) -> None:
+    """Log a warning that names what is shorter than the length that was asked for.
+
+    Args:
+        lengths: name, seconds that were asked for (None: nobody asked), seconds that video or features have.
+    """
+    shorter = [f"{name} ({found:.4g} instead of {asked:g} s)" for name, asked, found in lengths
+               if asked is not None and found < asked - SHORTER_SEC]
+    if shorter:
+        log.warning("video or features end before the length that was asked for, and the sound with them: %s",
+                    listed(shorter))
 
 
 def check_widths(conditions: SoundConditions, variant: Variant) -> None:

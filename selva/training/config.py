@@ -13,7 +13,7 @@ from selva.data.source import DataSource, missing_folders, parse_sources
 from selva.lora.config import LoRAConfig
 from selva.sequence import DEFAULT_DURATION_SEC
 from selva.utils.device import BASE_DTYPE_CHOICES, BASE_DTYPE_HELP, GRAPH_CHOICES, PRECISION_CHOICES, PRECISION_HELP
-from selva.utils.errors import UserError
+from selva.utils.errors import UsageError, UserError
 from selva.utils.settings import required, setting
 from selva.weights.config import GENERAL, GeneratorModelConfig
 
@@ -93,6 +93,20 @@ def milestone_problems(milestones: Sequence[float], factor: float) -> list[str]:
     if not 0 < factor < 1:
         problems.append(f"lr_factor is {factor}, expected more than 0 and less than 1")
     return problems
+
+
+def check_settings_of_old_run(settings_file: Path | None, output_dir: Path, resume: str | None) -> None:
+    """Raise a UsageError if a new run would be written over the old one whose settings file it starts from.
+
+    An old run's ``config.yaml`` holds its ``output_dir``; who changes ``--data_dir`` alone means a new run.
+
+    Args:
+        settings_file: that ``--config`` names.
+    """
+    if settings_file is None or resume is not None or output_dir.resolve() not in settings_file.resolve().parents:
+        return
+    raise UsageError(f"--config {settings_file}: is of the run in {output_dir}, where a new run would be written too; "
+                     "give another --output_dir, or continue that run with --resume auto")
 
 
 def choice_problems(config: object, choices: dict[str, Sequence[str]]) -> list[str]:

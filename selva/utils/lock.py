@@ -162,8 +162,8 @@ def _lock(descriptor: int) -> bool:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         return False
-    except OSError as error:  # a file system without locks
-        log.warning("this file system has no locks (%s): do not start another process in the same folder", error)
+    except (OSError, ImportError) as error:  # a file system without locks, or a Python without the module for them
+        log.warning("there are no locks here (%s): do not start another process in the same folder", error)
     return True
 
 

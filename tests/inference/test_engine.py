@@ -155,6 +155,17 @@ def test_long_means_all_of_a_video(tmp_path):
     assert tiny().encode(request)[0].sequence.duration_sec == 8.0
 
 
+def test_what_is_shorter_than_was_asked_for_is_named(bundles, tmp_path, caplog):
+    video = make_video(tmp_path / "a.mp4", 1.6)
+    for source, name in (({"features": str(bundles[0])}, bundles[0]), ({"video": video, "prompt": "x"}, video)):
+        tiny().generate(**source)
+        tiny().generate(**source, duration_sec=1.0)
+        assert "the length that was asked for" not in caplog.text
+        seconds = tiny().generate(**source, duration_sec=8.0).duration_sec
+        assert f"and the sound with them: {name} ({seconds:g} instead of 8 s)" in caplog.text
+        caplog.clear()
+
+
 def test_the_level_is_brought_to_the_target(bundles):
     plain = tiny().generate(features=bundles[0])
     loud = tiny(normalize="rms", target=-30.0).generate(features=bundles[0])

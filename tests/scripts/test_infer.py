@@ -81,11 +81,13 @@ def test_features_give_what_the_video_gives(clip_dir, feature_dir, tmp_path, pre
 
 
 @pytest.mark.parametrize("duration, samples", [("8", 32_000), ("1", 16_000)])
-def test_features_are_cut_but_never_stretched(feature_dir, tmp_path, duration, samples):
+def test_features_are_cut_but_never_stretched(feature_dir, tmp_path, capsys, duration, samples):
     """Pitfall B8: latent frames, CLIP frames and sync tokens follow from one duration, here at most 2 s."""
     path = tmp_path / "sound.wav"
     assert run("--features", feature_dir / "knock_0.npz", "--duration", duration, "--output", path) == 0
     assert soundfile.info(path).frames == samples
+    said = "end before the length that was asked for, and the sound with them: " in (log := capsys.readouterr().err)
+    assert said is (duration == "8") is ("knock_0.npz (2 instead of 8 s)" in log)
 
 
 def test_without_an_adapter_selva_is_given_no_clip_features(feature_dir, tmp_path):

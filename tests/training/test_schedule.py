@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 from small_run import CONFIG
@@ -59,6 +60,20 @@ def test_a_multistep_that_never_falls_is_told(steps, warmup, told):
     falls = len({round(learning_rate(k, config), 6) for k in range(warmup, steps)}) - 1
     assert {None: 2, "falls only once": 1, "never falls": 0}[told] == falls
     assert schedule_problem(dataclasses.replace(config, lr_schedule="cosine")) is None
+
+
+def test_the_warm_up_that_is_advised_is_one_that_helps():
+    """Also for a few steps only, where there may be none."""
+    advised = 0
+    for steps in range(1, 40):
+        for warmup in range(0, 12):
+            config = TrainConfig(steps=steps, warmup_steps=warmup, lr_schedule="multistep")
+            found = re.search(r"--warmup_steps below (-?\d+)", schedule_problem(config) or "")
+            if found:
+                advised += 1
+                assert int(found[1]) > 0
+                assert schedule_problem(dataclasses.replace(config, warmup_steps=int(found[1]) - 1)) is None
+    assert advised > 100
 
 
 def test_rates_of_mmaudio(golden):

@@ -19,7 +19,7 @@ import threading
 import warnings
 from collections.abc import Mapping
 from concurrent.futures import Future
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import torch
@@ -222,8 +222,7 @@ def _one_process_is_meant() -> None:
 
 
 _ALLOWED = {
-    ("collections", "OrderedDict"), ("torch", "Size"), ("torch.serialization", "_get_layout"), ("pathlib", "PosixPath"),
-    ("pathlib", "WindowsPath"), ("pathlib._local", "PosixPath"), ("pathlib._local", "WindowsPath"),
+    ("collections", "OrderedDict"), ("torch", "Size"), ("torch.serialization", "_get_layout"),
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     *(("torch.distributed.checkpoint.metadata", name) for name in (
         "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
@@ -231,10 +230,16 @@ _ALLOWED = {
 }
 
 
+# The path of a checkpoint stands in it; one of another system cannot be made here, nor is it asked for.
+_PATHS = {"PosixPath": PurePosixPath, "WindowsPath": PureWindowsPath}
+
+
 class _Unpickler(pickle.Unpickler):
     """Reader of ``.metadata`` that makes descriptions of tensors and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
+        if module in ("pathlib", "pathlib._local") and name in _PATHS:
+            return _PATHS[name]
         if (module, name) in _ALLOWED:
             return super().find_class(module, name)
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):

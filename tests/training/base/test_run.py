@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+import pathlib
 from pathlib import Path
 
 import pytest
@@ -282,6 +284,24 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path):
     with pytest.raises(UserError, match="never loaded"):
         load_(make_run(), path)
     assert not (tmp_path / "executed").exists()
+
+
+def test_a_checkpoint_of_another_system_goes_on(tmp_path):
+    import pickle
+
+    class Elsewhere:
+        def __reduce__(self):
+            return (pathlib.WindowsPath if os.name == "posix" else pathlib.PosixPath, ("runs", "step_00000001"))
+
+    run = make_run()
+    losses(run, 1)
+    path = save(run, tmp_path)
+    metadata = pickle.loads((path / ".metadata").read_bytes())
+    metadata.storage_meta.checkpoint_id = Elsewhere()
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+    other = make_run()
+    load_(other, path)
+    assert other.step == 1 and all(torch.equal(value, other.tensors()[name]) for name, value in run.tensors().items())
 
 
 def test_a_checkpoint_of_another_choice_of_weights_is_refused(tmp_path):
