@@ -70,20 +70,21 @@ class SoundJob:
     problem: str = ""
 
 
-def plan_audio_set(clips: Path, captions: Path, data_dir: Path) -> list[SoundJob]:
+def plan_audio_set(clips: Path, captions: Path, data_dir: Path, recursive: bool = False) -> list[SoundJob]:
     """Return a job for every clip of a table, in its order.
 
     Args:
         clips: ``clips.tsv`` of ``partition_clips.py``.
         captions: a table of captions, whose ids are names of recordings or ids of clips.
         data_dir: the recordings; of two with one name, FLAC goes before WAV and WAV before the others.
+        recursive: take its subfolders too, as ``partition_clips.py --recursive`` does.
 
     Raises:
         FileNotFoundError: a table or the folder does not exist.
         ValueError: a table is none, an id comes twice, or not a single clip has both a recording and a caption.
     """
     windows, texts = read_clips(clips), read_captions(captions)
-    paths = {same_name(path.stem): path for path in collect_recordings(data_dir)[0]}
+    paths = {same_name(name): path for name, path in collect_recordings(data_dir, recursive)[0].items()}
     if twice := [clip_id for clip_id, count in Counter(window.id for window in windows).items() if count > 1]:
         raise UserError(f"{clips}: {listed(twice)} come more than once, every clip needs an id of its own")
     try:

@@ -19,7 +19,7 @@ INPUT, CLIPS, RUNNING = "input and output", "clips", "running"
 SOUND_ONLY = "sound without pictures (always a memmap)"
 ENCODER_PARTS = ("clip_text", "clip_image", "t5", "video_encoder")
 # Settings without a meaning for sound without pictures.
-VIDEO_ONLY = ("recursive", "video_dir", "audio", "audio_dir", "latents", "name", "preview", "overwrite", "prune",
+VIDEO_ONLY = ("video_dir", "audio", "audio_dir", "latents", "name", "preview", "overwrite", "prune",
               "prompt", "prompts", "start", "windows", "overlap")
 
 
@@ -30,7 +30,7 @@ class ExtractionConfig:
     inputs: list[Path] = setting(
         [], "videos, folders of videos, or tables (.tsv, .csv) with the columns id and, as you like, path, start, "
         "duration, prompt, label or caption, mask", group=INPUT, positional=True, nargs="*", metavar="INPUT")
-    recursive: bool = setting(False, "take the subfolders of folders too", group=INPUT)
+    recursive: bool = setting(False, "take the subfolders of folders too, those of --recordings included", group=INPUT)
     video_dir: Path | None = setting(None, "folder of a table's videos, if not the table's own", group=INPUT,
                                      metavar="DIR")
     output_dir: Path = required("folder for the features; with --format memmap the data set itself, with its table "
@@ -68,8 +68,8 @@ class ExtractionConfig:
         None, "folder of the recordings that are listed in INPUT, a clips.tsv of partition_clips.py", group=SOUND_ONLY,
         metavar="DIR")
     captions: Path | None = setting(
-        None, "table with the columns id (name of a recording, or id of a clip) and caption", group=SOUND_ONLY,
-        metavar="FILE")
+        None, "table with the columns id (name of a recording, or id of a clip) and caption, or a metadata.csv like "
+        "LJSpeech's", group=SOUND_ONLY, metavar="FILE")
     workers: int | None = setting(
         None, "processes that read videos ahead of the encoders; 0 reads in the main process; by default what the "
         "cores of this machine allow", group=RUNNING)

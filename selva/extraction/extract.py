@@ -225,7 +225,7 @@ def _extract_sounds(
 ) -> bool:
     """Make a set of sound without pictures; return True where a clip failed."""
     assert config.captions is not None and config.recordings is not None
-    jobs = plan_audio_set(config.inputs[0], config.captions, config.recordings)
+    jobs = plan_audio_set(config.inputs[0], config.captions, config.recordings, config.recursive)
     check_weights(extractor.variant.name, config.model.selva_dir, config.weight_parts)
     rows: list[ManifestRow] = [(job.window.id, str(job.path or job.window.name), None) for job in jobs]
     workers = config.workers if config.workers is not None else default_workers(len(jobs))

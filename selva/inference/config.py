@@ -98,7 +98,7 @@ class InferenceConfig:
         "that is possible; on: an error where it is not", group=SAMPLING, choices=GRAPH_CHOICES)
     base_dtype: str = setting("auto", BASE_DTYPE_HELP, group=SAMPLING, choices=BASE_DTYPE_CHOICES)
     seed: int = setting(42, "seed of everything random", group=GENERAL)
-    precision: str = setting("auto", PRECISION_HELP, group=GENERAL, choices=PRECISION_CHOICES)
+    precision: str = setting("auto", PRECISION_HELP, group=GENERAL, choices=PRECISION_CHOICES, shared=True)
 
     def __post_init__(self) -> None:
         if problems := list(self._problems()):

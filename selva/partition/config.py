@@ -85,19 +85,21 @@ class CuttingConfig:
 class PartitionConfig:
     """Settings of one call of ``partition_clips.py``: recordings, cutting, tables."""
 
-    data_dir: Path = required("folder of recordings (subfolders are not read)", group=INPUT)
+    data_dir: Path = required("folder of recordings", group=INPUT)
+    recursive: bool = setting(False, "take its subfolders too; a/b/rain.flac is called a_b_rain", group=INPUT)
     output_dir: Path = required("where clips.tsv goes", group=INPUT)
     write_audio: Path | None = setting(
         None, "also write every clip as DIR/<id>.flac (24 bits, rate, level and channels of the recording), and its "
         "caption as DIR/<id>.txt; what is there already is not written again", group=INPUT, metavar="DIR")
     cutting: CuttingConfig = field(default_factory=CuttingConfig)
     segments: list[Path] | None = setting(
-        None, "cut here instead of in windows: tables (.tsv, .csv) with the columns name, start, end in seconds, and "
-        "optionally id and text; or .json files as whisper writes them, each named as its recording. The text becomes "
-        "the caption", group=CUTTING, nargs="+", metavar="FILE")
+        None, "cut here instead of in windows. Tables (.tsv, .csv) with the columns name, start, end in seconds, and "
+        "optionally id and text; .json files as whisper writes them, each called like its recording, or a folder of "
+        "them; or a metadata.csv like LJSpeech's, whose recordings are taken whole. The text becomes the caption",
+        group=CUTTING, nargs="+", metavar="FILE")
     captions: Path | None = setting(
-        None, "table with the columns id (name of the recording) and caption; without it, or where it says nothing, "
-        "<name>.txt beside a recording is its caption", group=CAPTIONS, metavar="FILE")
+        None, "table with the columns id (name of the recording) and caption, or a metadata.csv like LJSpeech's; where "
+        "it says nothing, <name>.txt beside a recording is its caption", group=CAPTIONS, metavar="FILE")
     val_fraction: float = setting(0.0, "share of the recordings whose clips go into clips_val.tsv instead; chosen by "
                                   "--seed", group=CAPTIONS, metavar="F")
     val_below_sec: float = setting(
@@ -132,5 +134,9 @@ class PartitionConfig:
             (self.write_audio is not None and real_path(self.write_audio) == real_path(self.data_dir),
              f"--write_audio {self.write_audio}: is the folder of the recordings; the clips would be taken for "
              "recordings next time"),
+            (self.write_audio is not None and self.recursive
+             and self.data_dir.resolve() in self.write_audio.resolve().parents,
+             f"--write_audio {self.write_audio}: lies in the folder of the recordings, whose subfolders --recursive "
+             "takes; the clips would be taken for recordings next time"),
         )
         yield from (message for wrong, message in rules if wrong)

@@ -252,7 +252,7 @@ class RunConfig:
         "possible, otherwise the log says why not; on: an error where it is not", group=MEMORY, choices=GRAPH_CHOICES)
     base_dtype: str = setting("auto", BASE_DTYPE_HELP, group=MEMORY, choices=BASE_DTYPE_CHOICES)
     precision: str = setting("auto", PRECISION_HELP, group=GENERAL, choices=PRECISION_CHOICES,
-                             aliases=("mixed_precision",), synonyms={"no": "fp32"})
+                             aliases=("mixed_precision",), synonyms={"no": "fp32"}, shared=True)
 
     def __post_init__(self) -> None:
         if isinstance(self.data_dir, str | Path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import pytest
 
@@ -10,7 +11,7 @@ from selva.inputs.jobs import collect_jobs
 from selva.partition.segments import read_segments
 from selva.partition.windows import read_captions, read_clips
 
-NAMES = ("siren", "bell", "dog", "rain")
+NAMES = {name: Path(f"{name}.wav") for name in ("siren", "bell", "dog", "rain")}
 
 
 def captions(path):

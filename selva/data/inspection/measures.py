@@ -7,6 +7,7 @@ memmap of MMAudio. One clip is in memory at a time; of the others only the finge
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -37,6 +38,8 @@ from selva.models.variants import VARIANTS, Variant, get_variant
 from selva.sequence import DEFAULT_DURATION_SEC, SAMPLING_RATES
 from selva.utils.errors import UserError
 from selva.utils.progress import Progress
+
+log = logging.getLogger(__name__)
 
 NORM_TOLERANCE = 0.02  # half precision moves a norm of 1 by less
 OFFSET = 0.01  # mean of a sound, of full scale
@@ -183,6 +186,9 @@ def inspect(folder: Path, variant: Variant | None = None, recursive: bool = Fals
         scan = scan_folder(folder)
         kind, left_out = "pairs", [(str(path), reason) for path, reason in scan.skipped]
         steps = [partial(_inspect_pair, clip, variant, fingerprints) for clip in scan.clips]
+    if recursive and kind != "sounds":
+        log.warning("--recursive: %s is %s, of which subfolders are never a part; they are left out", folder,
+                    "a memmap" if kind == "memmap" else "a folder of features")
     if not steps and not left_out:
         deeper = "" if recursive else "; --recursive looks into its subfolders for sounds and videos too"
         raise UserError(f"{folder}: holds neither features (.npz) nor sounds ({', '.join(AUDIO_SUFFIXES)}), videos or "

@@ -104,7 +104,7 @@ class BaseTrainConfig(ObjectiveConfig):
     prefetch: int = setting(4, "batches that are read ahead", group=MEMORY, at_least_one=True)
     readers: int = setting(2, "threads that read them, in every process", group=MEMORY, at_least_one=True)
     precision: str = setting("auto", "number format of the networks; weights, their updates and averages are always "
-                             "float32", group=GENERAL, choices=PRECISIONS)
+                             "float32", group=GENERAL, choices=PRECISIONS, shared=True)
 
     def __post_init__(self) -> None:
         problems = least_problems(self, {
