@@ -220,9 +220,9 @@ class FolderDataset(ClipDataset):
         if padded := [clip for clip in self.clips if clip.is_padded]:
             self._silence = self._silence_latent(device)
             log.warning(
-                "%d of %d clips have less sound than their features cover, and are padded with silence (of which "
-                "--padded_loss decides whether it is trained on): %s; check that each has the sound of its own video",
-                len(padded), len(self.clips),
+                "less sound than features, so padded with silence (--padded_loss: whether that is trained on): %d of "
+                "%s: %s; check that each has the sound of its own video",
+                len(padded), counted(len(self.clips), "clip"),
                 listed([f"{c.files.id} ({c.sound_sec:.2f} of {c.files.duration_sec:.2f} s)" for c in padded], NAMED),
             )
         return problems
@@ -333,7 +333,7 @@ def _warn_of_other_prompts(clips: Sequence[FolderClip]) -> None:
     others = [clip for clip in clips if clip.prompt != clip.extracted_prompt]
     if others:
         log.warning(
-            "extracted with another prompt than now: %d of %s, for example %s: %r, "
-            "extracted with %r; better extract again", len(others), counted(len(clips), "clip"), others[0].id,
+            "extracted with another prompt than now: %d of %s, for example %s: %r, extracted with %r; better extract "
+            "again", len(others), counted(len(clips), "clip"), others[0].id,
             others[0].prompt, others[0].extracted_prompt,
         )

@@ -21,6 +21,7 @@ from torch import Tensor
 from selva.data.dataset import ClipDataset, TrainingClip
 from selva.data.source import DataSource
 from selva.utils.errors import UserError
+from selva.utils.text import counted
 
 MOST_PARTS = 20  # a weight counts in so many parts of one
 
@@ -64,8 +65,8 @@ class Mixture:
         for number, (size, count) in enumerate(zip(self.sizes, self.counts, strict=True)):
             if not count:
                 name = names[number] if names else f"set {number}"
-                raise UserError(f"{name}: has {size} clips and the weight {self.weights[number]:g}, which is no clip "
-                                "in an epoch; expected at least one")
+                raise UserError(f"{name}: has {counted(size, 'clip')} and the weight {self.weights[number]:g}, which "
+                                "is no clip in an epoch; expected at least one")
         self.size = sum(self.counts)  # of an epoch
         self._orders: dict[int, Tensor] = {}  # of two epochs: threads that read ahead may be in the next one already
         self._making = threading.Lock()
@@ -169,6 +170,6 @@ class MixedClips:
         """Return a line for every set, for the log."""
         total = self.mixture.size
         return [
-            f"{source.path}: {len(clips):,} clips, weight {source.weight:g}, {count / total:.1%} of an epoch"
+            f"{source.path}: {counted(len(clips), 'clip')}, weight {source.weight:g}, {count / total:.1%} of an epoch"
             for source, clips, count in zip(self.sources, self.sets, self.mixture.counts, strict=True)
         ]

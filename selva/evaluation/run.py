@@ -250,7 +250,7 @@ def _remark(result: Evaluation) -> None:
          "lengths differ; the common beginning was compared"),
     ):
         if names:
-            result.remarks.append(f"{len(names)} of {len(result.pairs)} pairs: {text}: {listed(names)}")
+            result.remarks.append(f"{len(names)} of {counted(len(result.pairs), 'pair')}: {text}: {listed(names)}")
     problems: dict[str, list[str]] = {}
     for pair, figures in result.pairs:
         if "desync_problem" in figures:

@@ -164,7 +164,7 @@ def report(summary: Summary, outcome: Outcome | None, manifest: Path, shard: Sha
                  f"{listed(list(map(str, outcome.unfinished)))} {'is' if len(outcome.unfinished) == 1 else 'are'}")
     else:
         if shard.count > 1:
-            log.info("all %d parts together: %s, of which %d failed and %d were left out", shard.count,
+            log.info("all %s together: %s, of which %d failed and %d were left out", counted(shard.count, "part"),
                      counted(sum(outcome.totals.values()), "clip"), outcome.totals.get(FAILED, 0),
                      outcome.totals.get(SKIPPED, 0))
         log.info("what became of every clip: %s", manifest)

@@ -22,7 +22,7 @@ from selva.models.variants import get_variant
 from selva.sequence import DEFAULT_DURATION_SEC
 from selva.utils.errors import UsageError
 from selva.utils.settings import values_of
-from selva.utils.text import listed
+from selva.utils.text import counted, listed
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def collect_requests(config: InferenceConfig) -> dict[str, SoundRequest]:
     if config.name is None:
         return requests
     if len(requests) > 1:
-        raise UsageError(f"--name {config.name}: is one name, but there are {len(requests)} clips")
+        raise UsageError(f"--name {config.name}: is one name, but there are {counted(len(requests), 'clip')}")
     return dict(zip([config.name], requests.values(), strict=True))
 
 
@@ -130,7 +130,7 @@ def adapter_setups(config: InferenceConfig) -> list[AdapterSetup]:
         log.info("adapter %s at strength %g", path, strength)
     adapters = load_adapters(specs, variant, config.layers)
     if config.layers:
-        log.info("the adapters act in %s", ", ".join(f"{len(adapter.layer_names())} layers of {path}"
+        log.info("the adapters act in %s", ", ".join(f"{counted(len(adapter.layer_names()), 'layer')} of {path}"
                                                      for (path, _), (adapter, _) in zip(specs, adapters, strict=True)))
     if config.times != WHOLE_INTERVAL:
         log.info("the adapters act from %g to %g on the way from noise (0) to sound (1)", *config.times)
@@ -176,7 +176,8 @@ def variation_settings(
 def check_names(config: InferenceConfig, clips: Sequence[BatchClip]) -> None:
     """Raise a UsageError if two sounds would be written to one file, or one over somebody else's."""
     if config.output_is_file and len(clips) > 1:
-        raise UsageError(f"--output {config.output}: is one file, but there are {len(clips)} clips; name a folder")
+        raise UsageError(f"--output {config.output}: is one file, but there are {counted(len(clips), 'clip')}; name a "
+                         "folder")
     files = [variation.files for clip in clips for variation in clip.variations]
     if problem := name_problem(files):
         raise UsageError(f"{problem}; rename the clip, or name one file with --output")

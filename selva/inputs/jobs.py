@@ -233,7 +233,7 @@ def _warn_of_missing(rows: list[TableRow], folders: FolderNames) -> None:
     videos = [str(row.path) for row in rows if not exists(row.path)]
     masks = sorted({str(row.mask) for row in rows if row.mask is not None and not exists(row.mask)})
     if len(videos) == len(rows):
-        raise FileNotFoundError(f"none of the {len(rows)} videos exists; looked for {listed(videos)}")
+        raise FileNotFoundError(f"none of the {counted(len(rows), 'video')} exists; looked for {listed(videos)}")
     for kind, missing in (("videos", videos), ("masks", masks)):
         if missing:
             log.warning("missing %s, whose clips will fail: %s", kind, listed(missing))
@@ -416,5 +416,5 @@ class _Masks:
         if self.without == num_clips and num_clips:
             raise UserError(f"{self.path}: no mask for any clip; masks are named like the clips, e.g. dog_01.png")
         if self.without:
-            log.warning("%s: no mask for %d of %d clips, which show the whole picture",
-                        self.path, self.without, num_clips)
+            log.warning("%s: no mask for %d of %s, which show the whole picture",
+                        self.path, self.without, counted(num_clips, "clip"))

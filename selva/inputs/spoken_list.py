@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from selva.utils.errors import UserError
-from selva.utils.text import listed, read_text, text_lines
+from selva.utils.text import counted, listed, read_text, text_lines
 
 BAR = "|"
 
@@ -38,7 +38,7 @@ def read_spoken_list(path: Path) -> dict[int, tuple[str, str]]:
             continue
         id_, *texts = (part.strip() for part in line.split(BAR))
         if not id_ or not 1 <= len(texts) <= 2:
-            problems.append(f"line {number} has {len(texts) + 1} parts")
+            problems.append(f"line {number} has {counted(len(texts) + 1, 'part')}")
         elif lines.setdefault(id_, number) != number:
             problems.append(f"line {number}: {id_!r} was given in line {lines[id_]} already")
         else:

@@ -27,6 +27,7 @@ from selva.media.container import (
 )
 from selva.media.sound_header import check_last_packet, check_ogg_end, cut_error, is_length_of_mp3_guessed
 from selva.utils.errors import UserError
+from selva.utils.text import counted
 
 log = logging.getLogger(__name__)
 
@@ -270,12 +271,12 @@ class SoundStream:
                         self.path, self.gap / self.rate)
         if self.lost == 0:
             if self._num_failed and self._first_sample == 0:
-                log.warning("%s: %d of %d packets of its sound cannot be decoded (%s), nothing else is missing",
-                            self.path, self._num_failed, self._num_packets, self._error)
+                log.warning("%s: %d of %s of its sound cannot be decoded (%s), nothing else is missing",
+                            self.path, self._num_failed, counted(self._num_packets, "packet"), self._error)
             return
         share = self.lost / max(1, self._num_before + self._filled - self._first_sample)
-        what = (f"{self.lost / self.rate:.2f} s ({share:.0%}) of its sound cannot be decoded "
-                f"({self._num_failed} of {self._num_packets} packets: {self._error})")
+        what = (f"{self.lost / self.rate:.2f} s ({share:.0%}) of its sound cannot be decoded ({self._num_failed} of "
+                f"{counted(self._num_packets, 'packet')}: {self._error})")
         if share > MAX_LOST_SHARE:
             raise UserError(f"{self.path}: damaged, {what}, expected at most {MAX_LOST_SHARE:.0%}; copy it again")
         log.warning("%s: %s; silence is in its place", self.path, what)

@@ -28,7 +28,7 @@ from selva.partition.windows import WINDOW_SEC, Window, partition, write_table
 from selva.sequence import SHORTEST_SEC
 from selva.utils.errors import UserError
 from selva.utils.files import atomic_write_text
-from selva.utils.text import listed
+from selva.utils.text import counted, listed
 
 log = logging.getLogger(__name__)
 
@@ -286,7 +286,8 @@ def hold_out(names: Collection[str], fraction: float, seed: int) -> set[str]:
     if not 0 < fraction < 1:
         raise UserError(f"the share of recordings to validate on is {fraction}, expected more than 0 and less than 1")
     if len(names) < 2:
-        raise UserError(f"{len(names)} recordings cannot be split into training and validation, expected at least 2")
+        raise UserError(f"{counted(len(names), 'recording')} cannot be split into training and validation, expected at "
+                        "least 2")
     ranked = sorted(names, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
     return set(ranked[: min(len(names) - 1, max(1, round(fraction * len(names))))])
 
@@ -319,7 +320,8 @@ def write_piece(
         raise UserError(f"{recording}: ends after {reached_sec:.2f} s, but its header promises at least "
                          f"{window.end_sample / rate:.2f} s; convert it")
     if len(waveform) > FLAC_CHANNELS:
-        raise UserError(f"{recording}: has {len(waveform)} channels, but .flac holds {FLAC_CHANNELS}; convert it")
+        raise UserError(f"{recording}: has {counted(len(waveform), 'channel')}, but .flac holds {FLAC_CHANNELS}; "
+                        "convert it")
     if not torch.isfinite(waveform).all():
         raise UserError(f"{recording}: has values that are not finite (NaN or infinite)")
     if (peak := waveform.abs().max().item()) > 1:

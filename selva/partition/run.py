@@ -79,8 +79,8 @@ def partition_recordings(config: PartitionConfig) -> tuple[list[Path], bool]:
     short = short_clips(cut.windows, chosen, captions_of(cut.windows, of_clips, of_names), config)
     val = {window for window in cut.windows if window.name in held_out} | short
     if len(val) == len(cut.windows):
-        raise UserError(f"all {len(val)} clips would be held out for validation; lower --val_below_sec or "
-                        "--val_below_text")
+        raise UserError(f"no clip would be left to train on: {counted(len(val), 'clip')} held out for validation; "
+                        "lower --val_below_sec or --val_below_text")
     # First, as it says that the tables are ours; and again with their hashes.
     settings, text = config.output_dir / f"clips{part}_config.yaml", settings_text(values_of(config))
     atomic_write_text(settings, text)
@@ -103,13 +103,14 @@ def merge_all(segments: dict[str, list[Segment]], gap_sec: float) -> dict[str, l
     """Return segments with close ones in one, and name those that a clip of a model cannot hold."""
     merged = {name: merge_segments(given, gap_sec) for name, given in segments.items()}
     before, after = (sum(map(len, each.values())) for each in (segments, merged))
-    log.info("%d segments became %d with --merge_gap_sec %g", before, after, gap_sec)
+    log.info("%s became %d with --merge_gap_sec %g", counted(before, "segment"), after, gap_sec)
     given_sec = {s.id: s.end_sec - s.start_sec for given in segments.values() for s in given}
     long = [f"{s.id} ({s.end_sec - s.start_sec:.2f} s)" for given in merged.values() for s in given
             if s.end_sec - s.start_sec > max(WINDOW_SEC, given_sec[s.id])]
     if long:
-        log.warning("%d merged segments are longer than the %g s of a clip: %s; a set of sound alone takes the first "
-                    "8 s of each, a folder of pairs windows of it", len(long), WINDOW_SEC, listed(long))
+        log.warning("%s longer than the %g s of a clip: %s; a set of sound alone takes the first 8 s of each, a folder "
+                    "of pairs windows of it", counted(len(long), "merged segment is", "merged segments are"),
+                    WINDOW_SEC, listed(long))
     return merged
 
 
@@ -135,8 +136,8 @@ def choose_part(recordings: Mapping[str, Path], config: PartitionConfig) -> tupl
     chosen = dict(list(recordings.items())[config.start : end])
     if not chosen:
         raise UsageError(
-            f"--start {config.start} --end {config.end}: no recording in this range, "
-            f"{config.data_dir} has {len(recordings)} (0 ... {len(recordings) - 1})"
+            f"--start {config.start} --end {config.end}: no recording in this range, {config.data_dir} has "
+            f"{len(recordings)} (0 ... {len(recordings) - 1})"
         )
     whole = config.start == 0 and config.end == -1
     return chosen, "" if whole else f"_{config.start}_{end}"

@@ -78,7 +78,8 @@ def read_segments(paths: Sequence[Path], recordings: Mapping[str, Path]) -> dict
     for name, segments in by_name.items():
         by_name[name] = [s if s.id else replace(s, id=f"{name}_{index}") for index, s in enumerate(segments)]
     counts = Counter(segment.id for segments in by_name.values() for segment in segments)
-    problems += [f"{count} segments are called {id_!r}" for id_, count in counts.items() if count > 1]
+    problems += [f"{counted(count, 'segment is', 'segments are')} called {id_!r}" for id_,
+                 count in counts.items() if count > 1]
     if problems:
         raise UserError(listed(problems, separator="; "))
     if not by_name:
@@ -179,8 +180,8 @@ def _read_whisper(path: Path, recordings: Mapping[str, Path], problems: list[str
         raise UserError(f'{path}: has no list "segments", expected what whisper writes')
     name = _owner_of(path, recordings)
     if name is None:
-        problems.append(f"{path}: there is no recording called {path.stem!r}; "
-                        "give the file the name of the recording that it belongs to")
+        problems.append(f"{path}: there is no recording called {path.stem!r}; give the file the name of the recording "
+                        "that it belongs to")
         return
     for index, item in enumerate(found):
         if not isinstance(item, dict):

@@ -124,8 +124,9 @@ def patience_has_ended(saved: TrainingState, config: RunConfig) -> bool:
     best, patience = saved.extra.get("best", {}), config.training.patience
     if not 0 < patience <= best.get("worse_in_a_row", 0) or saved.step >= config.training.steps:
         return False
-    log.warning("%s: the run stopped here, after %d validations without a better one than step %d (--patience %d); "
-                "nothing is trained. To go on, use --patience 0 or a larger one", saved.path, best["worse_in_a_row"],
+    log.warning("%s: the run stopped here, after %s without a better one than step %d (--patience %d); "
+                "nothing is trained. To go on, use --patience 0 or a larger one", saved.path,
+                counted(best["worse_in_a_row"], "validation"),
                 best["step"], patience)
     return True
 
@@ -248,5 +249,6 @@ def estimate(run: TrainingRun) -> None:
     started = time.monotonic()
     run.train_step()
     seconds = time.monotonic() - started
-    log.info("dry run: %.2f s/step, about %s for %d steps; peak memory %.2f GiB; nothing was written", seconds,
-             clock(seconds * run.config.steps), run.config.steps, peak_memory_bytes(run.device) / 2**30)
+    log.info("dry run: %.2f s/step, about %s for %s; peak memory %.2f GiB; nothing was written", seconds,
+             clock(seconds * run.config.steps), counted(run.config.steps, "step"),
+             peak_memory_bytes(run.device) / 2**30)

@@ -45,7 +45,7 @@ from selva.utils.files import check_can_write
 from selva.utils.lock import FolderLock
 from selva.utils.metrics_log import MetricsFile
 from selva.utils.settings import settings_text, values_of
-from selva.utils.text import clock
+from selva.utils.text import clock, counted
 from selva.utils.torchrun import is_main_process
 
 log = logging.getLogger(__name__)

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from selva.utils.settings import Synonyms
 from selva.utils.suggestions import did_you_mean, nearest
+from selva.utils.text import counted
 
 FOLDER_FILE = "selva.yaml"  # in the working folder: the settings that all scripts share
 # Values that are no YAML for all their looks, such as the date 2024-13-45, stop PyYAML's constructors in these ways.
@@ -113,8 +114,8 @@ class SettingsFile:
     def _texts(self, action: argparse.Action, value: Any) -> list:
         values = value if isinstance(value, list) else [value]
         if not all(isinstance(v, str) for v in values):
-            self.fail(f"{action.dest} is {_short(value)}, expected a text or a list of texts; "
-                      "put what looks like a number, a date, yes or no between quotation marks")
+            self.fail(f"{action.dest} is {_short(value)}, expected a text or a list of texts; put what looks like a "
+                      "number, a date, yes or no between quotation marks")
         try:
             return [action.type(v) if callable(action.type) else v for v in values]
         except (ValueError, argparse.ArgumentTypeError) as error:
@@ -128,8 +129,9 @@ class SettingsFile:
         """
         values, texts = (x if isinstance(x, list) else [x] for x in (value, written))
         if any(v is None or isinstance(v, list | dict | set | bytes) for v in values):
-            self.fail(f"{action.dest} is {_short(value)}, expected a single value or a list of "
-                      "single values" + (", none of them empty" if None in values else ""))
+            self.fail(f"{action.dest} is {_short(value)}, "
+                      "expected a single value or a list of single values"
+                      + (", none of them empty" if None in values else ""))
         if action.nargs == 0 or not (action.type in (None, str, Path) or isinstance(action.type, Synonyms)):
             return
         for v, text in zip(values, texts, strict=False):
@@ -150,6 +152,6 @@ class SettingsFile:
         if action.nargs in ("+", "*") or len(values) == action.nargs:
             return [flag, *map(str, values)]
         if len(values) != 1 or isinstance(values[0], dict) or action.nargs is not None:
-            expected = "a single value" if action.nargs is None else f"{action.nargs} values"
+            expected = "a single value" if action.nargs is None else counted(action.nargs, "value")
             self.fail(f"{action.dest} is {_short(value)}, expected {expected}")
         return [f"{flag}={values[0]}"]

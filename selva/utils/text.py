@@ -22,8 +22,8 @@ def clock(seconds: float) -> str:
 
 
 def counted(number: int, noun: str, plural: str = "") -> str:
-    """Return "1 clip", "3 clips"; the plural is with an s unless given."""
-    return f"{number} {noun if number == 1 else plural or noun + 's'}"
+    """Return "1 clip", "3 clips", "20,000 clips"; the plural is with an s unless given."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
 def read_text(path: Path) -> str:

@@ -356,7 +356,7 @@ def test_an_error_of_a_library_is_a_failure_of_its_clip(two_clips, tmp_path, cap
     assert "the library failed" in captured.err and "Traceback" not in captured.err
     made = [Path(path).stem for path in captured.out.split()]
     if where == "sample alone":
-        assert made == ["knock_0", "knock_5"] and "2 sounds cannot be sampled together" in captured.err
+        assert made == ["knock_0", "knock_5"] and "2 sounds cannot be generated together" in captured.err
     else:
         assert made == ["knock_0"] and "knock_5: the library failed" in captured.err
         assert [row["status"] for row in manifest(tmp_path / "o").values()] == ["done", "failed"]

@@ -265,7 +265,7 @@ def test_merged_moved_and_trimmed_segments_are_what_is_written(tmp_path, capsys)
     assert (out / "sound" / "talk_0.txt").read_text() == "a long sentence and more of it\n"
     err = capsys.readouterr().err
     assert "4 segments became 3" in err
-    assert "1 merged segments are longer than the 8.1 s of a clip: talk_0 (9.50 s)" in err
+    assert "1 merged segment is longer than the 8.1 s of a clip: talk_0 (9.50 s)" in err
 
 
 def test_short_clips_are_held_out(tmp_path, capsys):
@@ -285,7 +285,7 @@ def test_short_clips_are_held_out(tmp_path, capsys):
     assert parts("--val_below_text", "3", "--val_below_sec", "2") == [["0", "1"], ["2", "3"]]
     assert "2 clips are held out because they or their captions are short" in capsys.readouterr().err
     assert main([*arguments, "--output_dir", str(tmp_path / "out"), "--val_below_sec", "10"]) == 1
-    assert "all 4 clips would be held out for validation" in capsys.readouterr().err
+    assert "no clip would be left to train on: 4 clips held out for validation" in capsys.readouterr().err
 
 
 def test_pieces_that_cannot_be_read_leave_the_table(recordings, tmp_path, capsys):

@@ -38,6 +38,7 @@ from selva.models.variants import VARIANTS, Variant, get_variant
 from selva.sequence import DEFAULT_DURATION_SEC, SAMPLING_RATES
 from selva.utils.errors import UserError
 from selva.utils.progress import Progress
+from selva.utils.text import counted
 
 log = logging.getLogger(__name__)
 
@@ -294,7 +295,7 @@ def _sound_notes(sound: SoundStats, waveform: Tensor, mono: Tensor, variant: Var
     if sound.silent_share > MOSTLY_SILENT:
         yield f"{100 * sound.silent_share:.0f} % of it is silent (below {SILENCE_DB:g} dB)"
     if sound.clipped_samples:
-        yield f"it is clipped: {sound.clipped_samples} samples are cut off at full scale"
+        yield f"it is clipped: {counted(sound.clipped_samples, 'sample is', 'samples are')} cut off at full scale"
     if sound.loudness_lufs is not None and sound.loudness_lufs < QUIET_LUFS:
         yield f"it is very quiet ({sound.loudness_lufs:.1f} LUFS), so its noise floor is trained too"
     if variant is not None and sound.rate < SAMPLING_RATES[variant.mode]:
@@ -317,8 +318,8 @@ def _measure_features(
     report.clip_norm, report.sync_norm = (norms.min().item(), norms.max().item()), sync_norms.mean().item()
     for name, rows in (("CLIP", norms), ("sync", sync_norms)):
         if zeros := int((rows == 0).sum()):
-            report.notes.append(f"{zeros} of {len(rows)} rows of its {name} features are zero, which no picture gives: "
-                                "they were padded; extract it again")
+            report.notes.append(f"{zeros} of {counted(len(rows), 'row')} of its {name} features all zero, which no "
+                                "picture gives: padding; extract it again")
     seen = norms[norms > 0]
     if len(seen) and (seen - 1).abs().max() > NORM_TOLERANCE:
         report.notes.append(f"its CLIP features have norms from {seen.min():.3f} to {seen.max():.3f}, expected 1: "
