@@ -47,9 +47,9 @@ def build_parser() -> cli.ArgumentParser:
     group.add_argument("--output", type=Path, help="file to write; a folder for --to peft and for bake")
     group.add_argument("--overwrite", action="store_true", help="replace the output if it is there")
     group.add_argument("--to", choices=FORMATS, default="selva", help="format of the output")
-    group.add_argument("--rank", type=cli.positive_int, help="keep so many directions of every layer")
-    group.add_argument("--energy", type=float, help="keep this share of every update, e.g. 0.99, in as few directions "
-                       "as it takes")
+    group.add_argument("--rank", type=cli.positive_int, help="rank to keep in every layer")
+    group.add_argument("--energy", type=float, help="keep this share of every update, e.g. 0.99, with the lowest rank "
+                                                    "that does")
     group.add_argument("--fold", action="store_true", help="take scales that differ between layers into the matrices "
                        "even where that rounds them")
     group.add_argument("--tuned", type=Path, help="extract: the fine-tuned generator, a file or a folder of weights")

@@ -70,7 +70,7 @@ def export(runner: StageRunner, folder: Path) -> list[Path]:
     parts = runner.published()
     size = sum(tensor.nbytes for tensors in parts.values() for tensor in tensors.values())
     if size > LARGEST_PACKAGE:
-        raise UserError(f"the weights take {counted(size, 'byte')}, expected at most {LARGEST_PACKAGE:,}")
+        raise UserError(f"the weights take {counted(size, 'byte', grouped=True)}, expected at most {LARGEST_PACKAGE:,}")
     paths = [folder / asset_name(runner.variant.name, part) for part in parts]
     for path, tensors in zip(paths, parts.values(), strict=True):
         with atomic_path(path) as temporary:

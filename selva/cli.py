@@ -179,7 +179,7 @@ class ArgumentParser(argparse.ArgumentParser):
             if action.choices is not None and value not in action.choices:
                 self.error(f"the environment variable {variable} is {value!r}, expected one of "
                            f"{', '.join(map(str, action.choices))}")
-            log.info("--%s %s, as the environment variable %s says", name, value, variable)
+            log.info("--%s %s, from the environment variable %s", name, value, variable)
             arguments.append(f"--{name}={value}")
         return arguments
 

@@ -410,7 +410,7 @@ def test_patterns_are_expanded_as_a_shell_would(tmp_path, capsys):
     args = result.parse_args([str(tmp_path / "?.mp4"), str(tmp_path / "take[1].mp4"), "--video", str(tmp_path / "b*")])
     assert [path.name for path in args.inputs] == ["a.mp4", "b.mp4", "take[1].mp4"]
     assert [path.name for path in args.video] == ["b.mp4"]
-    assert "no file fits" in usage_error(capsys, result, str(tmp_path / "*.mov"))
+    assert "no file matches" in usage_error(capsys, result, str(tmp_path / "*.mov"))
 
 
 def test_help_shows_defaults_of_0_and_no_empty_ones(capsys):

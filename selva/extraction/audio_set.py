@@ -95,7 +95,7 @@ def plan_audio_set(clips: Path, captions: Path, data_dir: Path, recursive: bool 
     for window in windows:
         path, caption, problem = paths.get(same_name(window.name)), found.get(window.id, ""), ""
         if path is None:
-            problem = f"{data_dir}: there is no recording {window.name}.flac, .wav or of another kind in it"
+            problem = f"{data_dir}: no recording called {window.name} (.flac, .wav or another kind) in this folder"
         elif is_missing_there(caption):
             found_there = f" but {caption!r}, which MMAudio takes for none" if caption else ""
             problem = f"{captions}: has no caption for {window.name}{found_there}"
@@ -104,7 +104,8 @@ def plan_audio_set(clips: Path, captions: Path, data_dir: Path, recursive: bool 
     # A table of captions serves the training and the held-out clips; those of the other part are no mistake.
     others = {name for name in set(texts) - known if name in paths or name.rpartition("_")[0] in paths}
     if others:
-        log.info("%s: %s of recordings in %s that are not in %s", captions, counted(len(others), "caption"), data_dir,
+        log.info("%s: %s not needed: for recordings in %s that are not in %s",
+                 captions, counted(len(others), "caption"), data_dir,
                  clips.name)
     if unused := sorted(set(texts) - known - others):
         log.warning("%s: no clip for %s", captions, listed(unused))
@@ -148,7 +149,8 @@ def read_windows(
     results: list[Tensor | str] = []
     for window, kept in zip(windows, pieces, strict=True):
         if window.end_sample > position:
-            results.append(f"{path}: ends with sample {position}, but the clip ends with {window.end_sample}; cut anew")
+            results.append(f"{path}: has {counted(position, 'sample')}, but the clip ends at {window.end_sample}; run "
+                           "partition_clips.py again")
             continue
         sound = torch.cat(kept)
         if normalize == "peak":

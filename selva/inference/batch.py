@@ -66,7 +66,7 @@ def common_clip_features(choice: str, setups: Sequence[AdapterSetup]) -> str:
     trained = {adapter.meta.get("clip_features", "use") for adapter in adapters}
     if len(trained) == 1:
         return trained.pop()
-    log.warning("the adapters were trained with different --clip_features; each is heard with its own")
+    log.warning("the adapters were trained with different --clip_features; each is used with its own")
     return choice
 
 

@@ -98,7 +98,8 @@ def warn_of_long_videos(config: InferenceConfig, jobs: Sequence[ClipJob]) -> Non
         return
     if config.duration is not None:
         if config.duration > DEFAULT_DURATION_SEC:
-            log.info("%g s in one pass; the models were trained on %g s, and --long goes on in windows of that",
+            log.info("%g s are generated in one pass, but the models were trained on %g s; --long works in windows of "
+                     "that length",
                      config.duration, DEFAULT_DURATION_SEC)
         return
     longer = []
@@ -110,7 +111,7 @@ def warn_of_long_videos(config: InferenceConfig, jobs: Sequence[ClipJob]) -> Non
         if job.duration_sec == DEFAULT_DURATION_SEC and seconds > DEFAULT_DURATION_SEC + 0.5:
             longer.append(f"{job.path.name} ({seconds:.1f} s)")
     if longer:
-        log.warning("sound is made for the first %g s only of %s; --long goes through the whole video",
+        log.warning("only the first %g s get sound in %s; --long makes it for the whole length",
                     DEFAULT_DURATION_SEC, listed(longer))
 
 
@@ -188,8 +189,8 @@ def check_names(config: InferenceConfig, clips: Sequence[BatchClip]) -> None:
         return  # that very file is meant
     foreign = [str(path) for clip in clips for variation in clip.variations for path in variation.files.foreign()]
     if foreign:
-        raise UsageError(f"{listed(foreign)}: there already, and not made by infer.py, which would have left a "
-                             ".yaml beside it; name another --output, or replace it with --overwrite")
+        raise UsageError(f"{listed(foreign)}: there already, and not made by infer.py (no .yaml beside it); name "
+                         "another --output, or replace it with --overwrite")
 
 
 def check_targets(config: InferenceConfig, clips: Sequence[BatchClip]) -> None:
@@ -210,8 +211,8 @@ def check_targets(config: InferenceConfig, clips: Sequence[BatchClip]) -> None:
         problems.append(f"{listed(replaced)}: would be replaced, but is itself an input of this run; name another "
                         "--output, or leave videos out with --audio_only")
     if trained:
-        problems.append(f"{listed(trained)}: has features beside it, so it is, or would become, the sound that they "
-                        "are trained with; name another --output")
+        problems.append(f"{listed(trained)}: lies beside features of its name, so training would take it for their "
+                        "sound; name another --output")
     if problems:
         raise UsageError("; ".join(problems))
 

@@ -129,5 +129,5 @@ def expand_pattern(path: Path) -> list[Path]:
     if not glob.has_magic(text) or os.path.lexists(text):  # names may hold brackets
         return [path]
     if not (found := sorted(glob.glob(text, recursive=True))):
-        raise UserError(f"no file fits {text}")
+        raise UserError(f"no file matches {text}")
     return [Path(one) for one in found]

@@ -312,7 +312,7 @@ def _point_to_lists(inputs: list[Path]) -> None:
         warn_of_other_spelling(item)
     found = [str(item / PROMPTS_FILE) for item in inputs if (item / PROMPTS_FILE).is_file()]
     if found:
-        log.warning("not used: %s; give it with --prompts", listed(found))
+        log.warning("found but not used: %s; to use it, give it with --prompts", listed(found))
 
 
 class _Prompts:
@@ -354,7 +354,8 @@ class _Prompts:
     def report(self) -> None:
         unused = sorted(set(self.written) - self.used)
         if unused and self.used:  # one list often serves the training and the held-out clips
-            log.info("%s: %s of no clip here: %s", self.path, counted(len(unused), "prompt is", "prompts are"),
+            log.info("%s: %s for clips that are not in this run: %s",
+                     self.path, counted(len(unused), "prompt is", "prompts are"),
                      listed(unused))
         elif unused:
             log.warning("%s: no clip for %s", self.path, listed(unused))

@@ -64,8 +64,8 @@ def read_all_prompts(path: PathLike, names: Iterable[str] = ()) -> dict[str, tup
             if not colon or key.removesuffix(".npz") not in marked:
                 continue
             if line[1:2].isspace():
-                log.warning("%s, line %d: a comment, as # and a space begin one, although a file is called %r; "
-                            "rename the file", path, number, key)
+                log.warning("%s, line %d: taken for a comment, because it begins with # and a space, although a file "
+                            "is called %r; rename the file", path, number, key)
                 continue
         if not colon:
             no_colon.append(str(number))

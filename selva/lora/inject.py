@@ -64,7 +64,7 @@ class InjectReport:
         dora = " with DoRA" if self.config.dora else ""
         skipped = f", {counted(len(self.skipped), 'matching module')} skipped" if self.skipped else ""
         adapted = f"{counted(len(kinds), 'layer')} adapted{dora} ({counts})"
-        return f"{adapted}, {counted(self.num_parameters, 'trainable parameter')}{skipped}"
+        return f"{adapted}, {counted(self.num_parameters, 'trainable parameter', grouped=True)}{skipped}"
 
     @property
     def notice(self) -> list[str]:

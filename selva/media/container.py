@@ -113,7 +113,7 @@ def video_stream(container: Any, path: PathLike) -> Any:
         if can_decode(stream):
             return stream
     if pictures:
-        raise UserError(f"{path}: its pictures are of a codec that is not known here; convert it to H.264")
+        raise UserError(f"{path}: its video codec is not supported; convert it to H.264")
     found = ", ".join(stream.type for stream in container.streams) or "no streams"
     raise UserError(f"{path}: has no video stream (found: {found})")
 
@@ -129,7 +129,7 @@ def audio_stream(container: Any, path: PathLike) -> Any:
             _say_track(str(path), tracks.index(best) + 1, len(tracks), _is_default(best))
         return best
     if tracks:
-        raise UserError(f"{path}: its sound is of a codec that is not known here; convert it to AAC or WAV")
+        raise UserError(f"{path}: its audio codec is not supported; convert it to AAC or WAV")
     found = ", ".join(stream.type for stream in container.streams) or "no streams"
     raise UserError(f"{path}: has no audio stream (found: {found})")
 

@@ -33,22 +33,22 @@ class CuttingConfig:
     """
 
     min_length_sec: float | None = setting(
-        None, f"leave out shorter recordings (default: {WINDOW_SEC}, as published; below it, recordings between the "
-        "two become one clip each), or shorter segments (default: 0.64)", group=CUTTING)
+        None, f"leave out shorter recordings (default: {WINDOW_SEC}; a smaller value makes one clip of each recording "
+        f"between it and {WINDOW_SEC} s), or shorter segments (default: 0.64)", group=CUTTING)
     max_segments: int | None = setting(None, f"windows of one recording (default: {MAX_WINDOWS}, as published)",
                                        group=CUTTING, metavar="N", at_least_one=True)
     merge_gap_sec: float | None = setting(
-        None, "given segments with less than this between them become one, and so do those that overlap; their texts "
-        "are joined, the id is that of the first", group=CUTTING, metavar="SEC")
+        None, "join segments that overlap or have less than this between them; their texts are joined, the first id is "
+        "kept", group=CUTTING, metavar="SEC")
     slice_start_offset: float = setting(
-        0.0, "move the beginning of every given segment by so many seconds: negative takes in what is before it, "
-        "positive cuts it off; after merging", group=CUTTING, metavar="SEC")
+        0.0, "move the start of every segment, after merging: negative starts earlier, positive later",
+        group=CUTTING, metavar="SEC")
     slice_end_offset: float = setting(
-        0.0, "the same for the end: negative cuts it off, positive takes in what comes after it", group=CUTTING,
+        0.0, "move the end of every segment: negative ends earlier, positive later", group=CUTTING,
         metavar="SEC")
     skip_silence: bool = setting(
-        False, "move windows that are more than half silent to the least silent free place; leave out those without "
-        "one, and silent --segments. Decodes every recording", group=SILENCE)
+        False, "move windows that are more than half silent to the least silent free place; drop those without one, "
+        "and silent --segments. Decodes every recording", group=SILENCE)
     trim_silence: bool = setting(
         False, "cut off the silence at both ends of every clip, in steps of 50 ms; what is shorter than 0.64 s then "
         "(of --segments: than --min_length_sec) is left out. Decodes every recording", group=SILENCE)
@@ -100,13 +100,14 @@ class PartitionConfig:
     captions: Path | None = setting(
         None, "table with the columns id (name of the recording) and caption, or a metadata.csv like LJSpeech's; where "
         "it says nothing, <name>.txt beside a recording is its caption", group=CAPTIONS, metavar="FILE")
-    val_fraction: float = setting(0.0, "share of the recordings whose clips go into clips_val.tsv instead; chosen by "
-                                  "--seed", group=CAPTIONS, metavar="F")
+    val_fraction: float = setting(0.0, "share of the recordings to hold out: their clips go into clips_val.tsv "
+                                       "instead; chosen by --seed", group=CAPTIONS, metavar="F")
     val_below_sec: float = setting(
-        0.0, "clips shorter than this go into clips_val.tsv too, whatever their recording", group=CAPTIONS,
+        0.0, "clips shorter than this go into clips_val.tsv too", group=CAPTIONS,
         metavar="SEC")
     val_below_text: int = setting(
-        0, "so do clips whose caption has fewer characters than this; without a caption it has none", group=CAPTIONS,
+        0, "clips whose caption has fewer characters than this, or that have none, go into clips_val.tsv too",
+        group=CAPTIONS,
         metavar="N")
     start: int = setting(0, "index of the first recording, sorted by file name", group=PART)
     end: int = setting(-1, "index after the last recording, -1 for all; with --start or --end the table is called "

@@ -67,7 +67,7 @@ def partition_recordings(config: PartitionConfig) -> tuple[list[Path], bool]:
                             f"replace the other: {listed([' and '.join(pair) for pair in together])}; rename one")
         write_pieces(cut, chosen, captions_of(cut.windows, of_clips, of_names), config.write_audio)
         if not part and (old := forgotten_pieces(config.write_audio, cut.windows)):
-            log.warning("%s: of no clip of this run: %s; remove them if they are of an earlier one",
+            log.warning("%s: sounds that are no clip of this run: %s; delete them if they are from an earlier one",
                         config.write_audio, listed(old))
     report_left_out(cut.left_out, config.output_dir / f"left_out{part}.tsv")
     if not cut.windows:
@@ -158,13 +158,13 @@ def check_targets(config: PartitionConfig, part: str) -> None:
     ours = (config.output_dir / f"clips{part}_config.yaml").is_file()
     theirs = [str(path) for path in targets if real_path(path) in inputs or (path.exists() and not ours)]
     if theirs:
-        raise FileExistsError(f"{listed(theirs)}: would be written anew, and is an input or not of an earlier run of "
+        raise FileExistsError(f"{listed(theirs)}: would be overwritten, but is an input, or was not written by "
                               "partition_clips.py; choose another --output_dir, or move it away")
     edited = [str(path) for path in targets
               if path.exists() and known.get(path.name, "") not in ("", source_hash(path))]
     if edited:
         raise FileExistsError(f"{listed(edited)}: has been edited since partition_clips.py wrote it, and would be "
-                              "written anew; choose another --output_dir, or move it away")
+                              "overwritten; choose another --output_dir, or move it away")
 
 
 TABLE_LINE = "# written: "  # of a table, in the settings beside them
@@ -260,6 +260,7 @@ def write_tables(
         if old.exists():
             kept = old.with_name(f"{old.name}.bak")
             old.replace(kept)
-            log.warning("%s is now called %s: it is of an earlier run, and this one has none", old, kept.name)
+            log.warning("%s is now called %s: it is from an earlier run, and this one makes no such table",
+                        old, kept.name)
     write_left_out(config.output_dir / f"left_out{part}.tsv", cut.left_out, config.data_dir)
     return written

@@ -106,8 +106,8 @@ class RunFolder:
                 for path in self._best_files():
                     self._try(path, lambda path=path, it=adapter: save_adapter(path, it.tensors, it.meta))
                 return
-        log.warning("%s: the adapter of step %d, the best so far (%.4f), is not there; it comes with the next better "
-                    "one", self._best_files()[0], run.best_step, run.best_val_loss)
+        log.warning("%s: the best adapter so far, of step %d (%.4f), is missing; the next better one is written again",
+                    self._best_files()[0], run.best_step, run.best_val_loss)
 
     def write_settings(self, text: str) -> None:
         """Write ``config.yaml``."""

@@ -31,8 +31,8 @@ class GeneratorModelConfig(ModelConfig):
     """The base model, where its generator may be the user's own: for everything that runs the generator."""
 
     generator: Path | None = setting(
-        None, "a generator of your own in place of that of --variant, .pth or .safetensors with the published names: "
-        "as scripts/train_base.py and scripts/make_ema.py write, or MMAudio's trainer", group=MODEL, metavar="FILE",
+        None, "a generator of your own instead of that of --variant: .pth or .safetensors from scripts/train_base.py, "
+        "scripts/make_ema.py or MMAudio's trainer", group=MODEL, metavar="FILE",
         shared=True)
 
     def __post_init__(self) -> None:

@@ -48,9 +48,9 @@ def write(path, read, texts):
 
 @pytest.mark.parametrize("read", READERS)
 @pytest.mark.parametrize(("texts", "message"), [
-    (['"loud siren', "a bell", "a dog", "rain"], "after line 1 there is no row"),
-    (["a siren", '"loud" bell', "a dog", "rain"], "after line 2 there is no row"),
-    (["a siren", "a bell", '"a dog', "rain"], "after line 3 there is no row"),
+    (['"loud siren', "a bell", "a dog", "rain"], "after line 1 no row can be read"),
+    (["a siren", '"loud" bell', "a dog", "rain"], "after line 2 no row can be read"),
+    (["a siren", "a bell", '"a dog', "rain"], "after line 3 no row can be read"),
     (['"loud siren', 'a bell"', "a dog", "rain"], "lines 2 to 3 would be one row"),
     (['"loud siren', "a bell", "a dog", 'rain"'], "lines 2 to 5 would be one row"),
 ])

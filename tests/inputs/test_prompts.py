@@ -37,7 +37,7 @@ def test_a_name_may_begin_with_a_comment_sign(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         jobs = collect_jobs([tmp_path], prompts=tmp_path / "p.txt", prompt="for all")
     assert {job.id: job.prompt for job in jobs} == {"#2 dog": "a dog", "# 3 dog": "for all", "#4": "a cow"}
-    assert "p.txt, line 2: a comment" in caplog.text and "rename the file" in caplog.text
+    assert "p.txt, line 2: taken for a comment" in caplog.text and "rename the file" in caplog.text
     assert caplog.text.count("WARNING") == 1
 
 

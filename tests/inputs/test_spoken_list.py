@@ -31,6 +31,6 @@ def test_all_that_is_unclear_is_named_with_its_line(tmp_path):
     (tmp_path / "metadata.csv").write_text("a|one\nb\na|two\n|three\nc|1|2|3\n")
     with pytest.raises(ValueError) as caught:
         read_spoken_list(tmp_path / "metadata.csv")
-    for text in ("metadata.csv: line 2 has 1 parts", "line 3: 'a' was given in line 1 already", "line 4 has 2 parts",
+    for text in ("metadata.csv: line 2 has 1 part;", "line 3: 'a' was given in line 1 already", "line 4 has 2 parts",
                  "line 5 has 4 parts", "expected `id|text`"):
         assert text in str(caught.value)

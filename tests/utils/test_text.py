@@ -19,7 +19,7 @@ def test_clock(seconds, text):
 
 def test_one_thing_has_no_plural():
     assert [counted(number, "clip") for number in (0, 1, 2)] == ["0 clips", "1 clip", "2 clips"]
-    assert counted(20_000, "clip") == "20,000 clips"
+    assert (counted(20_000, "clip"), counted(20_000, "clip", grouped=True)) == ("20000 clips", "20,000 clips")
     assert counted(2, "video or sound", "videos or sounds") == "2 videos or sounds"
 
 

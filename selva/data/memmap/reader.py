@@ -165,7 +165,8 @@ class MemmapDataset(ClipDataset):
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            log.warning("%s: cannot be read (%s), so rows of one video may be held out and trained on", path, error)
+            log.warning("%s: cannot be read (%s), so some rows of a video may be trained on while others are held out",
+                        path, error)
             return {}
 
     def lengths(self, index: int) -> Lengths:
