@@ -170,7 +170,7 @@ class MixedClips:
         """Return a line for every set, for the log."""
         total = self.mixture.size
         return [
-            f"{source.path}: {counted(len(clips), 'clip', grouped=True)}, weight {source.weight:g}, {count / total:.1%} "
-            "of an epoch"
+            f"{source.path}: {counted(len(clips), 'clip', grouped=True)}, weight {source.weight:g}, "
+            f"{count / total:.1%} of an epoch"
             for source, clips, count in zip(self.sources, self.sets, self.mixture.counts, strict=True)
         ]

@@ -286,7 +286,7 @@ def test_no_sound_of_older_latents_stays(tmp_path, caplog, flags):
     if flags:
         assert sound.read_bytes() != old
     else:
-        assert not sound.exists() and "id_0.flac: removed, it was decoded from latents" in caplog.text
+        assert not sound.exists() and "id_0.flac: removed: it was decoded from earlier latents" in caplog.text
 
 
 def test_files_of_rows_that_are_gone_are_named(tmp_path, caplog):
@@ -294,7 +294,7 @@ def test_files_of_rows_that_are_gone_are_named(tmp_path, caplog):
     convert(tmp_path / "data", tmp_path / "clips")
     (tmp_path / "data.tsv").write_text('id\tlabel\nid_0\tsays "0"\nnew\tx\n')
     convert(tmp_path / "data", tmp_path / "clips")
-    assert "id_1.npz: of no row of data any more" in caplog.text
+    assert "id_1.npz: no longer in data" in caplog.text
 
 
 def test_rows_that_cannot_be_converted_are_named(tmp_path, caplog):

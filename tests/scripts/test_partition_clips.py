@@ -297,7 +297,7 @@ def test_pieces_that_cannot_be_read_leave_the_table(recordings, tmp_path, capsys
     assert kept == {"a_0", "d_0", "d_1"} == {p.stem for p in (tmp_path / "sound").glob("*.flac")}
     assert "b.flac" in (tmp_path / "out" / "left_out.tsv").read_text() and "1 unreadable" in capsys.readouterr().err
     assert main([*arguments, "--max_segments", "1"]) == 1
-    assert "of no clip of this run: d_1.flac" in capsys.readouterr().err
+    assert "sounds that are no clip of this run: d_1.flac" in capsys.readouterr().err
 
 
 def test_everything_wrong_with_the_arguments_is_said_at_once(recordings, tmp_path, capsys):
