@@ -96,7 +96,7 @@ def test_rows_hold_padded_sound_and_say_so(tmp_path, caplog):
     put_clip(source, "knock", 8.0, sound=np.ones(32_000, np.float32) * 0.1)
     assert convert(source, tmp_path / "data") == 0
     warned = [line for line in caplog.messages if "the rest of its row is silence" in line]
-    assert len(warned) == 1 and f"{source}/knock.wav: 2.00 s of sound for features of 8 s" in warned[0]
+    assert len(warned) == 1 and f"{source}/knock.wav: only 2.00 s of sound for features of 8 s" in warned[0]
     sound = load_waveform(source / "knock.wav", sequence_config("16k"), "peak")
     assert not sound[32_000:].any()
     mean, _ = encode_latents(sound[None], build_mel("16k"), load_vae("tiny_16k", None, "cpu"))
