@@ -136,7 +136,7 @@ class PartitionConfig:
              f"--write_audio {self.write_audio}: is the folder of the recordings; the clips would be taken for "
              "recordings next time"),
             (self.write_audio is not None and self.recursive
-             and self.data_dir.resolve() in self.write_audio.resolve().parents,
+             and real_path(self.data_dir) in real_path(self.write_audio).parents,
              f"--write_audio {self.write_audio}: lies in the folder of the recordings, whose subfolders --recursive "
              "takes; the clips would be taken for recordings next time"),
         )

@@ -152,6 +152,6 @@ class SettingsFile:
         if action.nargs in ("+", "*") or len(values) == action.nargs:
             return [flag, *map(str, values)]
         if len(values) != 1 or isinstance(values[0], dict) or action.nargs is not None:
-            expected = "a single value" if action.nargs is None else counted(action.nargs, "value")
+            expected = counted(action.nargs, "value") if isinstance(action.nargs, int) else "a single value"
             self.fail(f"{action.dest} is {_short(value)}, expected {expected}")
         return [f"{flag}={values[0]}"]

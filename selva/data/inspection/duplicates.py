@@ -138,7 +138,7 @@ def fine_fingerprint(waveform: Tensor, rate: int) -> Tensor:
 
 
 def waveform_correlation(one: Tensor, other: Tensor) -> float:
-    """Return how much two :func:`fine_fingerprint` correlate at the best shift, 0 to 1, whatever their signs."""
+    """Return the correlation of two :func:`fine_fingerprint` at the best shift, 0 to 1, whatever their signs."""
     size = one.shape[1] + other.shape[1]
     product = torch.fft.rfft(one, size) * torch.fft.rfft(other, size).conj()
     most = min(round((LARGEST_SHIFT_SEC + HOP_SEC) * FINE_RATE), one.shape[1] - 1, other.shape[1] - 1)
