@@ -34,7 +34,7 @@ class InferenceConfig:
 
     inputs: list[Path] = setting(
         [], "videos, folders of videos, or tables (.tsv, .csv) with the columns id, and optionally prompt, path, "
-        "start, duration, mask", group=INPUT, positional=True, nargs="*", metavar="INPUT")
+            "start, duration, mask", group=INPUT, positional=True, nargs="*", metavar="INPUT")
     video: list[Path] = setting([], "a video; may be given several times", group=INPUT, repeat=True, metavar="FILE")
     features: list[Path] = setting(
         [], "features from extract_features.py instead: an .npz or a folder of them; may be given several times",

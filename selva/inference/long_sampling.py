@@ -214,7 +214,8 @@ def sample_long(
 def _check_features(whole: SequenceConfig, clip_f: Tensor, sync_f: Tensor, text_f: Tensor, num_items: int) -> None:
     batches = [len(clip_f), len(sync_f), len(text_f)]
     if batches != [num_items] * 3:
-        raise UserError(f"clip, sync and text features are of {batches} sounds, expected {num_items}, one per seed")
+        raise UserError(f"clip, sync and text features are for {batches} of the seeds, expected {num_items}, one per "
+                        "seed")
     for what, features, expected in (
         ("clip features", clip_f, whole.clip_seq_len), ("sync features", sync_f, whole.sync_seq_len)
     ):

@@ -15,6 +15,7 @@ from selva.sequence import DEFAULT_DURATION_SEC
 from selva.utils.device import BASE_DTYPE_CHOICES, BASE_DTYPE_HELP, GRAPH_CHOICES, PRECISION_CHOICES, PRECISION_HELP
 from selva.utils.errors import UserError
 from selva.utils.settings import required, setting
+from selva.utils.text import counted
 from selva.weights.config import GENERAL, GeneratorModelConfig
 
 LATENT_MODES = ("sample", "mode")
@@ -212,8 +213,8 @@ class RunConfig:
                               "ones stay as they are", group=DATA)
     normalize_audio: Normalize = setting("peak", "peak: 0.95 of full scale, as the base models were trained; none: as "
                                    "recorded", group=DATA, choices=AUDIO_NORMALIZATIONS)
-    adapter_format: str = setting("pt", "format of the best and the final adapter; ComfyUI-SelVA reads .pt only. Step "
-                                        "files are always .pt", group=DATA, choices=tuple(ADAPTER_FORMATS))
+    adapter_format: str = setting("pt", "format format of the best and the final adapter; ComfyUI-SelVA reads .pt "
+                                        "only. Step files are always .pt", group=DATA, choices=tuple(ADAPTER_FORMATS))
     model: GeneratorModelConfig = field(default_factory=GeneratorModelConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     training: TrainConfig = field(default_factory=TrainConfig)
@@ -221,7 +222,7 @@ class RunConfig:
                                   group=EVALUATION)
     val_dir: tuple[Path, ...] = setting((), "hold out the clips of these folders instead", group=EVALUATION, nargs="*",
                                         metavar="DIR")
-    val_clips: int = setting(100, "held-out clips that a validation computes, always the same; 0: all of them",
+    val_clips: int = setting(100, "number of held-out clips in a validation, always the same ones; 0: all of them",
                              group=EVALUATION)
     keep_last: int = setting(0, "step files to keep; 0: all of them", group=EVALUATION)
     tensorboard: bool = setting(False, "write the curves for TensorBoard too", group=EVALUATION)
@@ -303,10 +304,12 @@ class RunConfig:
     def _prefix_problems(self) -> list[str]:
         given, sets, held_out = len(self.prompt_prefix), len(self.data_dir), len(self.val_dir)
         if given > 1 and given != sets:
-            return [f"prompt_prefix has {given} texts and data_dir {sets} sets; give one text for all of them, or one "
+            return [f"prompt_prefix has {counted(given, 'text')} and data_dir {counted(sets, 'set')}; give one text "
+                    "for all of them, or one "
                     "for each"]
         if given > 1 and held_out and held_out != sets:
-            return [f"prompt_prefix has a text for each of {sets} data sets and val_dir {held_out} folders; give a "
+            return [f"prompt_prefix has a text for each of {counted(sets, 'data set')} and val_dir "
+                    f"{counted(held_out, 'folder')}; give a "
                     "val_dir for each set too, in the same order, or one prefix for all"]
         return []
 
