@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         for line in advice(config, free_gpu_memory()):
             print(line)
-        print("the settings can be trained with")
+        print("these settings can be trained with")
         return 0
     from selva.training.train import train  # PyTorch takes seconds to import; mistakes were told before
 

@@ -38,6 +38,7 @@ from selva.models.textsynch import TextSynch
 from selva.models.variants import Variant
 from selva.models.zoo import build_mel, build_vae, build_video_encoder
 from selva.utils.errors import UserError
+from selva.utils.text import counted
 from selva.weights.find import find_weights
 from toyworld import CLASSES, make_scene
 
@@ -81,7 +82,7 @@ def startup(bench: Bench, sizes: Sizes) -> Iterator[Result]:
                 f"{clock(median(starts['plain'], 'imports'))} and {clock(median(starts[cache], 'imports'))}"
             )
             yield Result(
-                f"start-up, {cache} cache", f"{count} clips", plain_sec, ours_sec, ours_sec / plain_sec,
+                f"start-up, {cache} cache", counted(count, "clip"), plain_sec, ours_sec, ours_sec / plain_sec,
                 plain_mib=median(starts["plain"], "mib"), ours_mib=median(starts[cache], "mib"), error=error,
                 tolerance=TOLERANCE[bench.dtype], note=note, amount=count, unit="clips",
             )
@@ -184,7 +185,7 @@ def texts(bench: Bench, variant: Variant, clip: nn.Module) -> Result:
         return torch.cat([plain_text_features(clip, row).cpu() for row in tokens])
 
     return bench.compare(
-        "extraction: text", f"{len(prompts)} clips, {len(PROMPTS)} prompts", plain, ours,
+        "extraction: text", f"{counted(len(prompts), 'clip')}, {counted(len(PROMPTS), 'prompt')}", plain, ours,
         tolerance=TOLERANCE[torch.float32], dtype=torch.float32,
     )
 

@@ -32,7 +32,7 @@ from selva.extraction.manifest import DONE, FAILED, SKIPPED, read_manifest
 from selva.media import write_video
 from selva.partition.windows import write_table
 from selva.utils.errors import UserError
-from selva.utils.text import clock
+from selva.utils.text import clock, counted
 
 EXTRACT = Path(__file__).resolve().parents[1] / "extract_features.py"
 SECONDS, FPS, SIZE, RATE = 8, 8, 64, 16_000
@@ -195,14 +195,14 @@ def main(argv: Sequence[str] | None = None) -> int:
               f"of a worker {run.worker_memory:.2f} GiB", flush=True)
     kills, code = killed_run(*extraction("killed", args.clips), args.kills, runs["one"].seconds,
                              random.Random(args.seed))
-    print(f"killed  {args.clips:6} clips, {kills} times, exit code {code} in the end")
+    print(f"killed  {args.clips:6} clips, {counted(kills, 'time')}, exit code {code} in the end")
 
     equal = {name: contents(folders[name]) == contents(folders["one"]) for name in ("two", "killed")}
     check_manifest(folders["one"] / "set", args)
     growth = runs["one"].memory / runs["few"].memory - 1
     for name, same in equal.items():
         print(f"{name}: {'equal byte for byte' if same else 'DIFFERENT'}")
-    print(f"peak memory of {args.clips} clips against {args.few}: {growth:+.1%}")
+    print(f"peak memory of {counted(args.clips, 'clip')} against {args.few}: {growth:+.1%}")
     codes = {run.code for run in runs.values()} | {code}
     passed = all(equal.values()) and abs(growth) <= MEMORY_TOLERANCE and codes == {cli.EXIT_FAILED}
     print("passed" if passed else "FAILED")

@@ -26,6 +26,7 @@ from selva.models.vocoder import Vocoder
 from selva.models.zoo import build_mel, build_vae, build_video_encoder, build_vocoder
 from selva.training.config import TrainConfig
 from selva.training.run import TrainingRun
+from selva.utils.text import counted
 
 SECONDS = 1.0
 EXACT, TF32 = 1e-4, 1e-2  # relative errors: of float32, and of convolutions whose inputs have the 10 bits of TF32
@@ -144,8 +145,8 @@ def training(setup: Setup) -> Rows:
             end = lora_state_dict(run.generator)
             results.append((losses, torch.cat([(end[key] - start[key]).flatten() for key in end])))
     (cpu_losses, cpu_change), (losses, change) = results
-    yield Row("losses, against the CPU", f"{steps} steps", relative_error(losses, cpu_losses), "", LOSSES_DIFFER)
-    yield Row("change of the adapter, against the CPU", f"{steps} steps", relative_error(change, cpu_change), "",
+    yield Row("losses, against the CPU", counted(steps, "step"), relative_error(losses, cpu_losses), "", LOSSES_DIFFER)
+    yield Row("change of the adapter, against the CPU", counted(steps, "step"), relative_error(change, cpu_change), "",
               CHANGES_DIFFER)
 
 

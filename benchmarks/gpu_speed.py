@@ -155,7 +155,7 @@ def _sampling_rows(setup: Setup, variant: Variant) -> Iterator[Row]:
     cast_frozen_(generator, setup.bench.dtype)
     set_lengths(generator, variant, duration)
     given = features_of(random_clips(variant, 1, duration), setup.device)
-    size = f"{duration:g} s, {count} guided steps"
+    size = f"{duration:g} s, guided steps: {count}"
     eager = median_of(setup, lambda: sound(setup, generator, given, NO_GRAPHS, count))
     yield Row(f"{variant.name}, sampling, eager", size, eager, "s")
     if setup.device.type == "cuda":
@@ -185,10 +185,10 @@ def _encoder_rows(setup: Setup) -> Iterator[Row]:
     mask = torch.ones(1, 6, dtype=torch.bool, device=setup.device)
     with torch.no_grad():
         seconds = median_of(setup, lambda: encoder.encode(frames, words, mask, segment_batch=8))
-        yield Row("video encoder, fp32", f"{count} frames", seconds, "s")
+        yield Row("video encoder, fp32", f"frames: {count}", seconds, "s")
         clip, count = filled(build_clip(variant.clip), setup.device), setup.pick(64, 2)
         pixels = torch.rand(count, 3, *2 * [variant.clip_image_size], device=setup.device)
-        yield Row("CLIP, fp32", f"{count} frames", median_of(setup, lambda: clip.encode_image(pixels)), "s")
+        yield Row("CLIP, fp32", f"frames: {count}", median_of(setup, lambda: clip.encode_image(pixels)), "s")
 
 
 # -- how it is measured ------------------------------------------------------------------------------------------------

@@ -41,6 +41,7 @@ from selva.sampling import draw_noise, sample_latents
 from selva.sequence import sequence_config
 from selva.training.config import TrainConfig
 from selva.training.run import TrainingRun
+from selva.utils.text import counted
 
 RANK, TARGET, STEPS = 16, "attn.qkv", 25
 DURATION_SEC = 8.0
@@ -278,9 +279,10 @@ def memmap_reading(bench: Bench, sizes: Sizes) -> Iterator[Result]:
             error = relative_error(clips.clip(order[-1]).sync_f, clip.sync_f)
             del clips
         yield Result(
-            "memmap row", f"of {rows} rows", None, seconds / len(order), ours_mib=rise, error=error, tolerance=0.0,
-            note=f"{len(order)} rows in random order, {len(order) / seconds:.0f} rows/s; the memory is the system's "
-                 "cache, which it may take back", amount=rows, unit="rows",
+            "memmap row", f"of {counted(rows, 'row')}", None, seconds / len(order), ours_mib=rise, error=error,
+            tolerance=0.0,
+            note=f"{counted(len(order), 'row')} in random order, {len(order) / seconds:.0f} rows/s; the memory is the "
+                 "system's cache, which it may take back", amount=rows, unit="rows",
         )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from selva.utils.document import begin_mark, marked_block
-from selva.utils.text import clock
+from selva.utils.text import clock, counted
 
 PARTS = ("base", "selection", "adaptation", "guidance")  # in the order of the document
 BEGIN_MARK = begin_mark("benchmarks/tiny_quality.py")
@@ -41,7 +41,8 @@ def base_text(part: dict[str, Any]) -> str:
         for name, row in part["classes"].items()
     ]
     return (
-        f"## Timing and class\n\n{part['scenes']} scenes with one object, seeds never used in training. Timing is the "
+        f"## Timing and class\n\n{counted(part['scenes'], 'scene')} with one object, seeds never used in training. "
+        "Timing is the "
         "F1 of onsets within ±80 ms of the true events; class is the share that a classifier fitted on true sound "
         "recognises (goals: 0.75 and 85 %).\n\n"
         + table(("sound", "timing F1", "class recognised"), rows) + "\n"
@@ -51,7 +52,8 @@ def base_text(part: dict[str, Any]) -> str:
 
 def selection_text(part: dict[str, Any]) -> str:
     return (
-        f"## Selection\n\n{part['scenes']} scenes with two objects, each generated twice, naming one and then the "
+        f"## Selection\n\n{counted(part['scenes'], 'scene')} with two objects, each generated twice, naming one and "
+        "then the "
         "other (goal: F1 to the named one at least 0.3 above).\n\n"
         + table(("F1 to the named object", "F1 to the other", "difference", "class of the named recognised"),
                 [(f"{part['f1_named']:.2f}", f"{part['f1_other']:.2f}", f"{part['difference']:.2f}",
@@ -88,10 +90,12 @@ def guidance_text(part: dict[str, Any]) -> str:
         for what, row in part["negative"].items()
     ]
     return (
-        f"## Guidance and negative prompts\n\n{part['scenes']} scenes with one object; the margin is by how much "
+        f"## Guidance and negative prompts\n\n{counted(part['scenes'], 'scene')} with one object; the margin is by how "
+        "much "
         "the right class beats the next one in log probability.\n\n"
         + table(("cfg_strength", "timing F1", "class recognised", "margin"), rows)
-        + f"\n{part['negative_scenes']} scenes with two objects, no prompt, and a negative prompt that names one of "
+        + f"\n{counted(part['negative_scenes'], 'scene')} with two objects, no prompt, and a negative prompt that "
+          "names one of "
         "them:\n\n"
         + table(("negative prompt", "events of the avoided heard", "events of the other heard",
                  "sounds like the avoided"), negative)

@@ -45,6 +45,7 @@ from selva.training.run import TrainingRun
 from selva.utils.device import resolve_device
 from selva.utils.errors import UserError
 from selva.utils.progress import Progress
+from selva.utils.text import counted
 from selva.weights.load import load_generator, load_vae
 
 log = logging.getLogger("selva.train_quality")
@@ -205,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for seed in range(args.seed, args.seed + args.seeds):
             clips, held_out = split_validation(every, args.val_fraction, seed)
             if not len(held_out):
-                raise UserError(f"{args.data_dir}: {len(every)} clips are too few to hold some out")
+                raise UserError(f"{args.data_dir}: {counted(len(every), 'clip')}, too few to hold some out")
             config = TrainConfig(steps=args.steps, lr=args.lr, batch_size=args.batch_size, seed=seed)
             for way in ("published", "ours"):
                 generator = load_generator(variant.name, args.selva_dir)
@@ -223,7 +224,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                     if step % args.eval_every == 0 or step == args.steps:
                         row = judge(judged_copy(generator, args, variant), held_out, seed)
                         results.append({"seed": seed, "way": way, "step": step, **row})
-                        log.info("seed %d, %s, %d updates: cond %.4f, null %.4f", seed, way, step, row["cond"],
+                        log.info("seed %d, %s, %s: cond %.4f, null %.4f", seed, way, counted(step, "update"),
+                                 row["cond"],
                                  row["null"])
     write_results(args.output, cli.saved_settings(args), results)
     print(markdown(results))

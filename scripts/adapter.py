@@ -28,6 +28,7 @@ import selva_lora  # noqa: F401 -- ends here if another selva would be imported
 from selva import cli
 from selva.models.variants import VARIANTS
 from selva.utils.errors import UsageError, UserError
+from selva.utils.text import counted
 
 if TYPE_CHECKING:
     from selva.lora.merge import Adapter
@@ -46,9 +47,9 @@ def build_parser() -> cli.ArgumentParser:
     group.add_argument("--output", type=Path, help="file to write; a folder for --to peft and for bake")
     group.add_argument("--overwrite", action="store_true", help="replace the output if it is there")
     group.add_argument("--to", choices=FORMATS, default="selva", help="format of the output")
-    group.add_argument("--rank", type=cli.positive_int, help="keep so many directions of every layer")
-    group.add_argument("--energy", type=float, help="keep this share of every update, e.g. 0.99, in as few directions "
-                       "as it takes")
+    group.add_argument("--rank", type=cli.positive_int, help="rank to keep in every layer")
+    group.add_argument("--energy", type=float, help="keep this share of every update, e.g. 0.99, with the lowest rank "
+                                                    "that does")
     group.add_argument("--fold", action="store_true", help="take scales that differ between layers into the matrices "
                        "even where that rounds them")
     group.add_argument("--tuned", type=Path, help="extract: the fine-tuned generator, a file or a folder of weights")
@@ -123,11 +124,11 @@ def info(args: argparse.Namespace) -> int:
             ("PiSSA as published", adapter.is_pissa),
             ("DoRA", any(key.endswith(".lora_magnitude") for key in adapter.tensors)),
             ("convolutions", any(value.dim() == 3 for value in adapter.tensors.values()))) if is_so]
-        print(f"{text}: LoRA{' with ' + ' and '.join(kinds) if kinds else ''} on {len(numbers)} layers")
+        print(f"{text}: LoRA{' with ' + ' and '.join(kinds) if kinds else ''} on {counted(len(numbers), 'layer')}")
         print(f"  base model: {meta.get('variant', 'not said')}")
         used = [n.used_rank for n in numbers.values()]
         norms = [n.norm for n in numbers.values()]
-        print(f"  rank {meta.get('rank')}, of which {min(used)} to {max(used)} directions change something; "
+        print(f"  rank {meta.get('rank')}, directions that change something: {min(used)} to {max(used)}; "
               f"update norms {min(norms):.3g} to {max(norms):.3g}")
         trained = {key: meta[key] for key in ("steps", "num_clips", "prompt_prefix", "clip_features", "preserve",
                                               "init_from", "merged_from", "resized_from") if meta.get(key)}
@@ -206,13 +207,14 @@ def diff(args: argparse.Namespace) -> int:
     first, second = (opened(args, Path(text), plain=True) for text in need_files(args, 2, 2))
     rows = compare_adapters(first, second)
     for name, row in rows.items() if args.layers else ():
-        print(f"{name}\tnorms {row.norm_a:.4g} {row.norm_b:.4g}\tdifference {row.difference:.4g}\t"
-              f"cosine {row.cosine:.4f}")
+        print(f"{name}\tnorms {row.norm_a:.4g} {row.norm_b:.4g}\tdifference {row.difference:.4g}\tcosine "
+              f"{row.cosine:.4f}")
     norm_a, norm_b, gap = (math.hypot(*(getattr(row, key) for row in rows.values()))
                            for key in ("norm_a", "norm_b", "difference"))
     inner = sum(row.cosine * row.norm_a * row.norm_b for row in rows.values())
     cosine = inner / (norm_a * norm_b) if norm_a and norm_b else 0.0
-    print(f"all {len(rows)} layers: norms {norm_a:.4g} {norm_b:.4g}, difference {gap:.4g}, cosine {cosine:.4f}")
+    print(f"all {counted(len(rows), 'layer')}: norms {norm_a:.4g} {norm_b:.4g}, difference {gap:.4g}, cosine "
+          f"{cosine:.4f}")
     return 0
 
 

@@ -35,7 +35,7 @@ def build_parser() -> cli.ArgumentParser:
     group = parser.add_argument_group("input and output")
     group.add_argument("source", type=Path, metavar="SOURCE", help="folder of .npz files and sounds, or a memmap")
     group.add_argument("target", type=Path, metavar="TARGET",
-                       help="folder to write; what is current in it is left as it is")
+                       help="folder to write; clips that are already there are kept")
     group = parser.add_argument_group("sound")
     group.add_argument("--normalize_audio", choices=("peak", "none"), default="peak",
                        help="folder to memmap: level before the sound is encoded; peak as the base was trained")

@@ -85,7 +85,7 @@ def hub_problem(file: WeightFile, path: Path, remote: str | None = None) -> str:
         return ""
     size, etag = path.stat().st_size, str(metadata.etag)
     if metadata.size is not None and size != metadata.size:
-        return f"has {size} bytes, on the Hub {metadata.size}"
+        return f"has {counted(size, 'byte')}, on the Hub {metadata.size}"
     found = {64: lambda: source_hash(path), 40: lambda: _git_hash(path)}.get(len(etag), lambda: etag)()
     return "" if found == etag else f"has the hash {found[:12]}..., on the Hub {etag[:12]}..."
 

@@ -33,6 +33,7 @@ import numpy as np
 import selva_lora  # noqa: F401 -- ends here if another selva would be imported
 from selva import cli
 from selva.utils.progress import Progress
+from selva.utils.text import counted
 
 log = logging.getLogger("selva.fuzz")
 
@@ -307,7 +308,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             work.mkdir()
             counts = run([chosen[n % len(chosen)] for n in range(count)], good, work, args.seed, args.keep / kind,
                          args.workers, args.limit_sec)
-            print(f"{kind}: {count} files, " + ", ".join(f"{counts[outcome]} {outcome}" for outcome in OUTCOMES))
+            print(f"{kind}: {counted(count, 'file')}, " + ", ".join(f"{counts[outcome]} "
+                                                                    f"{outcome}" for outcome in OUTCOMES))
             failed += count - counts["ok"] - counts["refused"]
     return cli.EXIT_FAILED if failed else 0
 

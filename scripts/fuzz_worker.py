@@ -194,8 +194,8 @@ READERS: dict[str, list[Callable]] = {
     "clips.tsv": [lambda path: read_clip_table(path, VIDEO_SUFFIXES)],
     "clips.csv": [lambda path: read_clip_table(path, VIDEO_SUFFIXES)],
     "captions.tsv": [read_captions], "windows.tsv": [read_clips],
-    "segments.csv": [lambda path: read_segments([path], ["rain", "dog"])],
-    "whisper.json": [lambda path: read_segments([path], ["whisper"])], "prompts.txt": [read_prompts, read_folder],
+    "segments.csv": [lambda path: read_segments([path], {"rain": path, "dog": path})],
+    "whisper.json": [lambda path: read_segments([path], {"whisper": path})], "prompts.txt": [read_prompts, read_folder],
     "note.txt": [read_sidecar], "settings.yaml": [read_settings], "manifest.jsonl": [read_manifest],
 }
 

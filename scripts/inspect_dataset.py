@@ -29,7 +29,7 @@ log = logging.getLogger("selva.inspect_dataset")
 def build_parser() -> cli.ArgumentParser:
     parser = cli.ArgumentParser(__doc__)
     parser.add_argument("data_dir", type=Path, nargs="*", metavar="DIR", help="the data set")
-    parser.add_argument("--recursive", action="store_true", help="of sounds and videos without features: take the "
+    parser.add_argument("--recursive", action="store_true", help="sounds and videos without features: take the "
                                                                  "subfolders too")
     parser.add_argument("--variant", choices=VARIANTS, metavar="NAME",
                         help="model that is to be trained, one of " + ", ".join(VARIANTS) + "; by default the one that "
@@ -41,8 +41,7 @@ def build_parser() -> cli.ArgumentParser:
     group.add_argument("--png_clips", type=cli.positive_int, default=24, metavar="N",
                        help="clips in the picture; remarkable ones first, then others spread evenly")
     group.add_argument("--videos", type=Path, metavar="DIR2",
-                       help="folder of the videos that the features are of, for the frames; by default those beside "
-                            "the features, or none")
+                       help="folder of the videos, to draw their frames (default: videos beside the features)")
     parser.add_common(seed=False, device=False)
     return parser
 

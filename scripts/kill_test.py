@@ -241,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         wrong += [f"{folder.name}/{name}" for name in different]
         log.info("%s: %s", folder.name, "DIFFERENT: " + ", ".join(different) if different else "equal bit for bit")
     kinds = ", ".join(f"{counted[part]} in {part}" for part in (*PARTS, *LAST_PARTS))
-    print(f"{counted.total()} kills that count ({kinds}), {number} runs: "
+    print(f"kills that count: {counted.total()} ({kinds}), runs: {number}: "
           + ("DIFFERENT: " + ", ".join(wrong) if wrong else "nothing lost, equal bit for bit"))
     return cli.EXIT_FAILED if wrong else 0
 

@@ -36,6 +36,8 @@ def build_parser() -> cli.ArgumentParser:
     group.add_argument("--out", type=Path, help="folder for the clips")
     group.add_argument("--sound", metavar="NAME", default=DEFAULT_SOUND, help="what is seen and heard; see --list")
     group.add_argument("--list", action="store_true", help="print the sounds there are, and end")
+    group.add_argument("--overview", type=Path, metavar="FILE.png",
+                       help="draw everything that there is to see into one picture, and end")
     group.add_argument("--count", type=cli.positive_int, default=6, help="how many")
     group.add_argument("--duration", type=float, default=8.0, help="seconds each")
     group.add_argument("--objects", type=int, choices=(1, 2), default=1,
@@ -96,6 +98,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     if args.list:
         print(list_sounds())
+        return 0
+    if args.overview is not None:
+        from toyworld.overview import write_overview
+
+        write_overview(args.overview)
+        print(args.overview)
         return 0
     check_arguments(args)
     sound, prompts, events = get_class(args.sound).name, [], []

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import selva_lora  # noqa: F401 -- ends here if another selva would be imported
 from selva import cli
+from selva.utils.text import counted
 
 log = logging.getLogger("selva.make_ema")
 
@@ -43,8 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from selva.training.synthesis import make_average  # PyTorch takes seconds to import; mistakes were told before
 
     made = make_average(args.run_dir, args.sigma_rel, args.output, args.step)
-    log.info("%s: %s of width %g at step %d, from %d of %d snapshots, %.1e away from one that was tracked", made.path,
-             "adapter" if made.adapter else "generator", args.sigma_rel, made.step, made.used, made.found, made.error)
+    log.info("%s: %s of width %g at step %d, from %d of %s, %.1e away from one that was tracked", made.path,
+             "adapter" if made.adapter else "generator", args.sigma_rel, made.step, made.used,
+             counted(made.found, "snapshot"), made.error)
     if made.error > TOO_FAR:
         log.warning("this width and step are far from the snapshots: %.0f %% of the noise of single steps differ from "
                     "a tracked average; take a width between those of the tracks, or a step near a snapshot",

@@ -19,6 +19,7 @@ from pathlib import Path
 import selva_lora  # noqa: F401 -- ends here if another selva would be imported
 from selva import cli
 from selva.utils.errors import UserError
+from selva.utils.text import counted
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -79,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options += ["--steps", "30", "--batch_size", "4", "--save_every", "30", "--val_every", "15", "--log_every", "5",
                     "--preserve", "a bell rings"]
 
-    steps.say(f"1 of 5: {clips} short videos of something the model does not know: {args.sound}")
+    steps.say(f"1 of 5: {counted(clips, 'short video')} of something the model does not know: {args.sound}")
     steps.run("scripts/make_demo_clips.py", "--sound", args.sound, "--count", clips, "--out", work / "clips")
     steps.say("2 of 5: extract what the model sees and hears")
     steps.run("extract_features.py", work / "clips", "--output_dir", work / "features", "--prompts",

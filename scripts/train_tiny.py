@@ -31,6 +31,7 @@ from selva import cli
 from selva.utils.device import resolve_device
 from selva.utils.errors import UserError
 from selva.utils.files import atomic_path
+from selva.utils.text import counted
 from selva.weights.find import asset_name
 from toyworld.training.stages import STAGES, Recipe, StageRunner
 
@@ -69,12 +70,12 @@ def export(runner: StageRunner, folder: Path) -> list[Path]:
     parts = runner.published()
     size = sum(tensor.nbytes for tensors in parts.values() for tensor in tensors.values())
     if size > LARGEST_PACKAGE:
-        raise UserError(f"the weights take {size:,} bytes, expected at most {LARGEST_PACKAGE:,}")
+        raise UserError(f"the weights take {counted(size, 'byte', grouped=True)}, expected at most {LARGEST_PACKAGE:,}")
     paths = [folder / asset_name(runner.variant.name, part) for part in parts]
     for path, tensors in zip(paths, parts.values(), strict=True):
         with atomic_path(path) as temporary:
             save_file(tensors, temporary)
-    log.info("%.1f MB in %d files", size / 1e6, len(paths))
+    log.info("%.1f MB in %s", size / 1e6, counted(len(paths), "file"))
     return paths
 
 

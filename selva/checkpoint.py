@@ -195,7 +195,7 @@ def _folded(adapter: Adapter, fold: bool = True) -> tuple[dict[str, Tensor], dic
         raise UserError(f"{adapter.source}: {listed(problems, MAX_PROBLEMS)}")
     if adapter.is_pissa:
         raise UserError(
-            f"{adapter.source}: these tensors replace base weights (PiSSA), which an adapter file of ours does not hold"
+            f"{adapter.source}: holds changed base weights (PiSSA), which our adapter files cannot store"
         )
     pairs = {}
     for name in adapter.layer_names():
@@ -415,7 +415,7 @@ def load_newest_checkpoint(folder: str | os.PathLike[str]) -> TrainingState | No
         try:
             return load_checkpoint(files[step])
         except (ValueError, OSError) as error:
-            log.warning("passing over a step file: %s", error)
+            log.warning("step file skipped: %s", error)
     return None
 
 
@@ -436,7 +436,7 @@ def check_same_settings(saved: TrainingState, cfg: LoRAConfig) -> None:
         "target_ranks": (dict(before.target_ranks or {}), dict(now.target_ranks or {})),
         "dora": (before.dora, now.dora),
     }
-    different = [f"{name} is {was} there and {is_} now" for name, (was, is_) in pairs.items() if was != is_]
+    different = [f"{name} was {was} and is {is_} now" for name, (was, is_) in pairs.items() if was != is_]
     if different:
         what = "a step file of ComfyUI-SelVA; " if saved.is_published else ""
         raise UserError(

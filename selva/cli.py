@@ -13,11 +13,10 @@ import copy
 import functools
 import logging
 import os
-import reprlib
 import signal
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, TypeVar
 
@@ -28,26 +27,19 @@ from selva.utils.errors import Terminated, UsageError, UserError
 from selva.utils.files import atomic_write_text
 from selva.utils.logging import results_on_stdout, setup_logging
 from selva.utils.settings import Setting, Synonyms, build, settings_of, settings_text
+from selva.utils.settings_file import FOLDER_FILE, SettingsFile
 from selva.utils.suggestions import did_you_mean, nearest
 from selva.utils.version import __version__
-from selva.weights.config import GENERAL, ModelConfig
+from selva.weights.config import GENERAL, SHARED, ModelConfig
 
 log = logging.getLogger(__name__)
 
 Config = TypeVar("Config")
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 130, 143
-# Values that are no YAML for all their looks, such as the date 2024-13-45, stop PyYAML's constructors in these ways.
-_YAML_VALUE_ERRORS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
 _DEFECT = "this is a defect of this program, not a mistake of yours; please report it with the lines below"
-_REPR = reprlib.Repr()
-_REPR.maxlevel = 2  # a few lines of YAML with aliases can stand for more text than fits into memory
-NOT_SAVED = ("config", "debug")  # arguments that say how to run, not what to do
-
-
-def _short(value: Any) -> str:
-    """Return a value of a settings file for a message, in 100 characters or so."""
-    return _REPR.repr(value)
+LEAVE_FOLDER_FILE = frozenset(("--no_settings_file", "-h", "--help", "--version"))
+NOT_SAVED = ("config", "no_settings_file", "debug")  # arguments that say how to run, not what to do
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -81,6 +73,7 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
         self.elsewhere: dict[str, str] = {}  # names of other programs -> the similar setting
         self.environment: dict[str, str] = {}  # name of a setting -> the variable that gives its default
+        self.shared: set[str] = set()  # settings that a selva.yaml in the working folder gives
 
     def add_settings(self, config: type) -> None:
         """Add a flag for every setting of a dataclass, see :mod:`selva.utils.settings`, under its group's heading."""
@@ -92,6 +85,8 @@ class ArgumentParser(argparse.ArgumentParser):
         self.elsewhere |= dict.fromkeys(setting.info.similar, setting.name)
         if setting.info.environment:
             self.environment[setting.name] = setting.info.environment
+        if setting.info.shared:
+            self.shared.add(setting.name)
 
     def add_common(self, precision: str | None = None, *, seed: bool = True, device: bool = True) -> None:
         """Add the options that all scripts share; those that the settings of a script hold already are left out.
@@ -111,6 +106,10 @@ class ArgumentParser(argparse.ArgumentParser):
         if precision is not None:
             group.add_argument("--precision", choices=PRECISIONS, default=precision,
                                help="number format of the networks")
+        if self.shared:
+            group.add_argument("--no_settings_file", action="store_true",
+                               help=f"ignore {FOLDER_FILE} in this folder, which otherwise gives the defaults of "
+                                    + ", ".join(f"--{name}" for name in SHARED if name in self.shared))
         group.add_argument("--debug", action="store_true", help="show debug messages and the traceback of an error")
         self._action_groups.sort(key=lambda listed: listed is group)  # last in --help
         group.add_argument("--version", action="version", version=f"selva-lora {__version__}")
@@ -138,8 +137,14 @@ class ArgumentParser(argparse.ArgumentParser):
             path = first.parse_known_args(given)[0].config
         except argparse.ArgumentError as error:
             self.error(str(error))
-        from_file, positionals = self._arguments_from(path, given) if path else ([], {})
-        parsed = super().parse_args(self._from_environment(from_file + given) + from_file + given, namespace)
+        from_file, positionals = [], {}
+        if path:
+            from_file, positionals = self._arguments_of(SettingsFile(path, f"--config {path}", self.error), given)
+        # What is said more closely wins: this call, its settings file, the environment, the file of the folder.
+        arguments = from_file + given
+        arguments = self._from_environment(arguments) + arguments
+        arguments = self._from_folder(arguments) + arguments
+        parsed = super().parse_args(arguments, namespace)
         for name, values in positionals.items():
             if not getattr(parsed, name):  # declared with nargs="*", so that a file may give them
                 setattr(parsed, name, values)
@@ -174,7 +179,7 @@ class ArgumentParser(argparse.ArgumentParser):
             if action.choices is not None and value not in action.choices:
                 self.error(f"the environment variable {variable} is {value!r}, expected one of "
                            f"{', '.join(map(str, action.choices))}")
-            log.info("--%s %s, as the environment variable %s says", name, value, variable)
+            log.info("--%s %s, from the environment variable %s", name, value, variable)
             arguments.append(f"--{name}={value}")
         return arguments
 
@@ -195,96 +200,29 @@ class ArgumentParser(argparse.ArgumentParser):
         name, equals, value = argument.partition("=")
         return "--" + name[2:].replace("-", "_") + equals + value
 
-    def _arguments_from(self, path: Path, given: Sequence[str]) -> tuple[list[str], dict[str, list]]:
-        """Return the settings of a YAML file as command-line arguments, to stand before the real ones.
-
-        Positional arguments have no place before others; they come back separately, with their values converted.
-        """
-        import yaml
-
-        try:
-            text = path.read_bytes().decode("utf-8-sig")
-            settings, written = yaml.safe_load(text) or {}, yaml.load(text, yaml.BaseLoader)
-        except RecursionError:
-            self.error(f"--config {path}: cannot be read as YAML: it is nested too deeply")
-        except (OSError, yaml.YAMLError, *_YAML_VALUE_ERRORS) as error:
-            self.error(f"--config {path}: cannot be read as YAML: {' '.join(str(error).split())}")
-        if not isinstance(settings, dict):
-            self.error(f"--config {path}: holds a {type(settings).__name__}, expected lines like `steps: 2000`")
+    def _arguments_of(self, settings: SettingsFile, given: Sequence[str]) -> tuple[list[str], dict[str, list]]:
+        """Return the settings of a file as arguments, to stand before the real ones; positional ones separately."""
         flags = {a.dest: a for a in self._actions if a.dest not in ("help", "version", *NOT_SAVED)}
         flags |= {o[2:]: a for a in flags.values() for o in a.option_strings if not o.startswith("--no_")}
-        unknown = [str(key) for key in settings if str(key).replace("-", "_") not in flags]
-        if unknown:
-            hints = (f"{key}{did_you_mean(nearest(key, flags, self.elsewhere))}" for key in unknown)
-            self.error(f"--config {path}: unknown settings {'; '.join(hints)}")
-        self._check_given_once(settings, flags, path)
-        arguments: list[str] = []
-        positionals: dict[str, list] = {}
-        for key, value in settings.items():
-            action = flags[str(key).replace("-", "_")]
-            if not action.option_strings:
-                if value is not None:
-                    positionals[action.dest] = self._texts(action, value, path)
-                continue
-            collects = isinstance(action, argparse._AppendAction)  # the command line replaces, it does not add
-            if value is None or (collects and any(o in given for o in action.option_strings)):
-                continue
-            self._check_values(action, value, written.get(key), path)
-            arguments += self._as_arguments(action, value, path)
-        return arguments, positionals
+        return settings.arguments(flags, self.elsewhere, given)
 
-    def _check_given_once(self, settings: Mapping[Any, Any], flags: Mapping[str, argparse.Action], path: Path) -> None:
-        """End with an error if a setting is there under two of its names."""
-        names: dict[str, str] = {}
-        for key in map(str, settings):
-            first = names.setdefault(flags[key.replace("-", "_")].dest, key)
-            if first != key:
-                self.error(f"--config {path}: {first} and {key} are the same setting; give one of them")
-
-    def _texts(self, action: argparse.Action, value: Any, path: Path) -> list:
-        values = value if isinstance(value, list) else [value]
-        if not all(isinstance(v, str) for v in values):
-            self.error(f"--config {path}: {action.dest} is {_short(value)}, expected a text or a list of texts; "
-                       "put what looks like a number, a date, yes or no between quotation marks")
-        try:
-            return [action.type(v) if callable(action.type) else v for v in values]
-        except (ValueError, argparse.ArgumentTypeError) as error:
-            self.error(f"--config {path}: {action.dest} is {_short(value)}: {error}")
-
-    def _check_values(self, action: argparse.Action, value: Any, written: Any, path: Path) -> None:
-        """End with an error if a value is no text, number or list of these, or if YAML made another text of it.
-
-        Args:
-            written: the same as texts, as they stand in the file.
-        """
-        values, texts = (x if isinstance(x, list) else [x] for x in (value, written))
-        if any(v is None or isinstance(v, list | dict | set | bytes) for v in values):
-            self.error(f"--config {path}: {action.dest} is {_short(value)}, expected a single value or a list of "
-                       "single values" + (", none of them empty" if None in values else ""))
-        if action.nargs == 0 or not (action.type in (None, str, Path) or isinstance(action.type, Synonyms)):
-            return
-        for v, text in zip(values, texts, strict=False):
-            if not isinstance(v, str) and isinstance(text, str) and str(v) != text:  # 0777 is 511, and 1:30 is 90
-                self.error(f"--config {path}: {action.dest} is {text}, which YAML reads as {v}; put it between "
-                           "quotation marks")
-
-    def _as_arguments(self, action: argparse.Action, value: Any, path: Path) -> list[str]:
-        flag = action.option_strings[0]
-        if action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction):
-            if not isinstance(value, bool):
-                self.error(f"--config {path}: {action.dest} is {_short(value)}, expected true or false")
-            if isinstance(action, argparse.BooleanOptionalAction):
-                return [flag if value else "--no_" + flag[2:]]
-            return [flag] if value else []
-        values = value if isinstance(value, list) else [value]
-        if isinstance(action, argparse._AppendAction):
-            return [f"{flag}={v}" for v in values]
-        if action.nargs in ("+", "*") or len(values) == action.nargs:
-            return [flag, *map(str, values)]
-        if len(values) != 1 or isinstance(values[0], dict) or action.nargs is not None:
-            expected = "a single value" if action.nargs is None else f"{action.nargs} values"
-            self.error(f"--config {path}: {action.dest} is {_short(value)}, expected {expected}")
-        return [f"{flag}={values[0]}"]
+    def _from_folder(self, given: Sequence[str]) -> list[str]:
+        """Return arguments for the settings in the `selva.yaml` of the working folder that are not given otherwise."""
+        if not self.shared or not Path(FOLDER_FILE).is_file() or not LEAVE_FOLDER_FILE.isdisjoint(given):
+            return []
+        path = Path(FOLDER_FILE).resolve()
+        settings = SettingsFile(path, f"{path}, which is read because it lies in this folder (--no_settings_file "
+                                "ignores it)", self.error)
+        settings.check_names(SHARED, self.elsewhere)
+        names = {name: self._option_string_actions[f"--{name}"] for name in self.shared}
+        others = {name for name, action in names.items()
+                  if any(a.partition("=")[0] in action.option_strings for a in given)}
+        settings.keep(self.shared - others)
+        settings.check_choices(names)
+        arguments = self._arguments_of(settings, given)[0]
+        if arguments:
+            log.info("%s: %s; --no_settings_file ignores this file", path, " ".join(arguments))
+        return arguments
 
 
 class BooleanFlag(argparse.BooleanOptionalAction):

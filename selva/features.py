@@ -39,6 +39,7 @@ from torch import Tensor
 from selva.sequence import CLIP_FPS, SYNC_TOKENS_PER_SEGMENT
 from selva.utils.errors import UserError
 from selva.utils.files import atomic_path
+from selva.utils.text import counted
 
 TEXT_TOKENS = 77
 OPTIONAL_TENSORS = ("text_features", "latent_mean", "latent_std")
@@ -121,7 +122,7 @@ def _check_tensor(name: str, value: Tensor) -> None:
         raise UserError(f"{name} is {shape}, expected {expected}")
     num_bad = int((~torch.isfinite(value)).sum())
     if num_bad:
-        raise UserError(f"{name} has {num_bad} values that are not finite (NaN or infinite), expected none")
+        raise UserError(f"{name} has {counted(num_bad, 'value')} that are not finite (NaN or infinite), expected none")
 
 
 def save_features(path: PathLike, bundle: FeatureBundle) -> None:
@@ -219,7 +220,8 @@ MAX_ARRAY_BYTES = 1 << 30  # hours of features; a file of a few KiB can promise 
 def _check_sizes(file: zipfile.ZipFile, keys: Sequence[str]) -> None:
     for info in file.infolist():
         if info.filename.removesuffix(".npy") in keys and info.file_size > MAX_ARRAY_BYTES:
-            raise UserError(f"{info.filename} has {info.file_size} bytes, expected at most {MAX_ARRAY_BYTES}")
+            raise UserError(f"{info.filename} has {counted(info.file_size, 'byte')}, expected at most "
+                            f"{MAX_ARRAY_BYTES}")
 
 
 def _read_arrays(path: Path, keys: Sequence[str] | None = None) -> dict[str, np.ndarray]:

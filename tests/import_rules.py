@@ -192,12 +192,15 @@ def imported_scripts(tree: Tree) -> list[str]:
     ]
 
 
+PARSERS = ("selva.cli", "selva.utils.settings_file")
+
+
 def command_lines(tree: Tree) -> list[str]:
-    """Return uses of ``argparse`` outside scripts and selva/cli.py, and of selva.cli outside scripts."""
+    """Return uses of ``argparse`` outside scripts and what parses command lines, and of selva.cli outside scripts."""
     argparse = [
-        f"{found}; only scripts and selva/cli.py know argparse"
+        f"{found}; only scripts, selva/cli.py and its settings_file.py know argparse"
         for found in tree.foreign
-        if found.target == "argparse" and found.source != "selva.cli" and not is_script(found.source)
+        if found.target == "argparse" and found.source not in PARSERS and not is_script(found.source)
     ]
     return argparse + [
         f"{found}; only scripts know selva.cli"

@@ -319,6 +319,88 @@ def test_the_environment_gives_model_and_weights(tmp_path, monkeypatch, capsys):
         capsys, training_parser(), "--data_dir", "d")
 
 
+@pytest.fixture
+def folder_file(tmp_path, monkeypatch):
+    """Return a function that writes the `selva.yaml` of the folder that the test then runs in."""
+    for variable in ("SELVA_DIR", "SELVA_VARIANT"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.chdir(tmp_path)
+    return lambda text: (tmp_path / "selva.yaml").write_text(text, encoding="utf-8")
+
+
+def test_a_file_in_the_folder_gives_what_scripts_share_and_says_so(folder_file, caplog):
+    folder_file("variant: small_16k\nselva-dir: my weights\ndevice: cpu\nprecision: bf16\n")
+    with caplog.at_level("INFO"):
+        args = training_parser().parse_args(["--data_dir", "d"])
+    assert (args.variant, args.selva_dir, args.device, args.precision) == (
+        "small_16k", Path("my weights"), "cpu", "bf16")
+    assert "selva.yaml: --variant=small_16k --selva_dir=my weights --device=cpu --precision=bf16" in caplog.text
+    assert "no_settings_file" not in cli.saved_settings(args)
+    assert training_parser().parse_args(["--data_dir", "d", "--no_settings_file"]).variant == "large_44k"
+    folder_file("no YAML: [")
+    with pytest.raises(SystemExit) as stop:
+        training_parser().parse_args(["--help"])
+    assert stop.value.code == 0
+
+
+def test_what_is_said_more_closely_wins(folder_file, tmp_path, monkeypatch, caplog):
+    """Order: flag, --config, environment, selva.yaml."""
+    folder_file("variant: small_16k\ndevice: cpu\n")
+    parse = training_parser().parse_args
+    monkeypatch.setenv("SELVA_VARIANT", "medium_44k")
+    assert parse(["--data_dir", "d"]).variant == "medium_44k"
+    config = settings(tmp_path, "variant: tiny_16k\n")
+    assert parse(["--data_dir", "d", *config]).variant == "tiny_16k"
+    with caplog.at_level("INFO"):
+        args = parse(["--data_dir", "d", *config, "--variant", "large_44k"])
+    assert (args.variant, args.device) == ("large_44k", "cpu")
+    assert "selva.yaml: --device=cpu;" in caplog.text
+
+
+def test_a_script_takes_of_the_file_what_it_has(folder_file):
+    from selva.extraction.config import ExtractionConfig
+    from selva.partition.config import PartitionConfig
+
+    folder_file("generator: g.pth\nprecision: bf16\nvariant: tiny_16k\n")
+    extraction = cli.ArgumentParser("A script.")
+    extraction.add_settings(ExtractionConfig)
+    extraction.add_common()
+    args = extraction.parse_args(["--output_dir", "o"])
+    assert (args.variant, args.precision) == ("tiny_16k", "fp32")  # features are float32 unless the call says otherwise
+    cutting = cli.ArgumentParser("A script.")
+    cutting.add_settings(PartitionConfig)
+    cutting.add_common(device=False)
+    folder_file("no YAML: [")  # which a script without such settings does not read
+    assert cutting.parse_args(["--data_dir", "d", "--output_dir", "o"]).seed == 42
+    assert "--no_settings_file" in extraction.format_help() and "--no_settings_file" not in cutting.format_help()
+
+
+@pytest.mark.parametrize("text, message", [
+    ("varaint: tiny_16k", "unknown settings varaint; did you mean variant?"),
+    ("steps: 3", "unknown settings steps (it takes what scripts share: variant, selva_dir, generator, device, precis"),
+    ("variant: small", "variant is 'small', expected one of small_16k"),
+    ("variant: [", "cannot be read as YAML"),
+    ("- variant", "holds a list"),
+    ("selva_dir: 0777", "selva_dir is 0777, which YAML reads as 511"),
+])
+def test_mistakes_in_the_file_of_the_folder_name_it(folder_file, tmp_path, capsys, text, message):
+    folder_file(text)
+    said = usage_error(capsys, training_parser(), "--data_dir", "d")
+    assert message in said and f"{tmp_path / 'selva.yaml'}, which is read because it lies in this folder" in said
+
+
+def test_the_list_of_shared_settings_is_that_of_the_settings():
+    from selva.inference.config import InferenceConfig
+    from selva.training.base.config import BaseTrainConfig
+    from selva.training.config import RunConfig
+    from selva.utils.settings import settings_of
+    from selva.weights.config import SHARED
+
+    marked = {one.name for config in (RunConfig, InferenceConfig, BaseTrainConfig) for one in settings_of(config)
+              if one.info.shared}
+    assert marked == set(SHARED)
+
+
 def test_patterns_are_expanded_as_a_shell_would(tmp_path, capsys):
     for name in ("b.mp4", "a.mp4", "take[1].mp4"):
         (tmp_path / name).touch()
@@ -328,7 +410,7 @@ def test_patterns_are_expanded_as_a_shell_would(tmp_path, capsys):
     args = result.parse_args([str(tmp_path / "?.mp4"), str(tmp_path / "take[1].mp4"), "--video", str(tmp_path / "b*")])
     assert [path.name for path in args.inputs] == ["a.mp4", "b.mp4", "take[1].mp4"]
     assert [path.name for path in args.video] == ["b.mp4"]
-    assert "no file fits" in usage_error(capsys, result, str(tmp_path / "*.mov"))
+    assert "no file matches" in usage_error(capsys, result, str(tmp_path / "*.mov"))
 
 
 def test_help_shows_defaults_of_0_and_no_empty_ones(capsys):

@@ -77,7 +77,7 @@ def test_every_documented_command_is_understood(command, monkeypatch, capsys):
     except SystemExit as stop:
         error = capsys.readouterr().err
         shortened = ":" not in command.place and "arguments are required" in error  # between backticks
-        no_files = "no file fits" in error  # of a pattern, which is looked up at once
+        no_files = "no file matches" in error  # of a pattern, which is looked up at once
         if stop.code and not shortened and not no_files:
             pytest.fail(f"{command.place}: {command.script} {' '.join(given)}\n{error}")
 

@@ -171,7 +171,8 @@ def test_the_library_does_not_see_the_command_line(tmp_path):
         "selva/inference/engine.py": "from selva import cli\n", "toyworld/scene.py": "from selva.cli import main\n",
     })
     assert command_lines(tree) == [
-        "selva/inference/plan.py:1: selva.inference.plan imports argparse; only scripts and selva/cli.py know argparse",
+        "selva/inference/plan.py:1: selva.inference.plan imports argparse; only scripts, selva/cli.py and its "
+        "settings_file.py know argparse",
         "selva/inference/engine.py:1: selva.inference.engine imports selva.cli; only scripts know selva.cli",
         "toyworld/scene.py:1: toyworld.scene imports selva.cli; only scripts know selva.cli",
     ]

@@ -213,12 +213,12 @@ def test_an_adapter_for_inference_cannot_be_resumed(base, tmp_path):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        (LoRAConfig(rank=4, alpha=7.0, targets=LINEAR), "rank is 3 there and 4 now"),
-        (LoRAConfig(rank=3, alpha=6.0, targets=LINEAR), "scale is"),
-        (LoRAConfig(rank=3, alpha=7.0), "targets is"),
-        (LoRAConfig(rank=3, targets=LINEAR, init="pissa"), "init is standard there and pissa now"),
-        (LoRAConfig(rank=3, alpha=7.0, targets=LINEAR, target_ranks={"attn.qkv": 2}), "target_ranks is"),
-        (LoRAConfig(rank=3, alpha=7.0, targets=LINEAR, dora=True), "dora is False there and True now"),
+        (LoRAConfig(rank=4, alpha=7.0, targets=LINEAR), "rank was 3 and is 4 now"),
+        (LoRAConfig(rank=3, alpha=6.0, targets=LINEAR), "scale was"),
+        (LoRAConfig(rank=3, alpha=7.0), "targets was"),
+        (LoRAConfig(rank=3, targets=LINEAR, init="pissa"), "init was standard and is pissa now"),
+        (LoRAConfig(rank=3, alpha=7.0, targets=LINEAR, target_ranks={"attn.qkv": 2}), "target_ranks was"),
+        (LoRAConfig(rank=3, alpha=7.0, targets=LINEAR, dora=True), "dora was False and is True now"),
     ],
 )
 def test_resuming_with_other_settings_is_refused(base, tmp_path, changed, message):

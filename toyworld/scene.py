@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from selva.utils.errors import UserError
+from selva.utils.text import counted
 from toyworld import motion
 from toyworld.backdrop import Backdrop, camera_noise, draw_backdrop
 from toyworld.classes import CLASSES, SoundClass, get_class
@@ -181,7 +182,8 @@ def make_scene(
     if num_objects not in (1, 2):
         raise UserError(f"num_objects is {num_objects}, expected 1 or 2")
     if len(set(names)) < num_objects:
-        raise UserError(f"{num_objects} objects need as many different classes, got {', '.join(names) or 'none'}")
+        raise UserError(f"{counted(num_objects, 'object')}, expected as many different classes, got "
+                        f"{', '.join(names) or 'none'}")
     if not 1.5 <= duration_sec <= 600:
         raise UserError(f"duration is {duration_sec} s, expected 1.5 to 600")
     rng = np.random.default_rng([seed, 0])

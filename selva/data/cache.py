@@ -87,11 +87,11 @@ class DataCache:
                     stored = (file.metadata() or {}).get("settings")
                     tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
             except (SafetensorError, OSError, *READ_ERRORS) as error:
-                log.warning("%s: damaged (%s), made again", path, error)
+                log.warning("%s: this cache file is damaged (%s); it is computed again", path, error)
                 continue
             if stored == _canonical(settings) and all(bool(torch.isfinite(x).all()) for x in tensors.values()):
                 return tensors
-            log.warning("%s: does not hold what its name says, made again", path)
+            log.warning("%s: this cache file holds something else than its name says; it is computed again", path)
         return None
 
     def save(self, kind: str, settings: Settings, tensors: Mapping[str, Tensor]) -> None:
@@ -184,8 +184,8 @@ class DataCache:
                 return True
             except OSError as error:
                 self._writable_folder = None
-                log.warning("%s: cannot be written (%s); latents are kept in a temporary folder and will be made again "
-                            "in the next run", self.folder, why_not_written(error))
+                log.warning("%s: cannot be written (%s); the cache goes to a temporary folder, so the next run "
+                            "computes it again", self.folder, why_not_written(error))
         try:
             if self._temporary is None:
                 self._temporary = TemporaryFolder()
@@ -225,7 +225,7 @@ def remove_stale_folders() -> None:
                 files = [Path(root, name) for root, _, names in os.walk(folder) for name in names]
                 size = sum(path.stat().st_size for path in files)
             shutil.rmtree(folder)
-            log.info("removed %s (%.0f MB), which a killed run had left", folder, size / 1e6)
+            log.info("removed %s (%.0f MB), left behind by a killed run", folder, size / 1e6)
 
 
 # torchrun's processes leave without Python's own clean-up, see cli.leave.

@@ -2,9 +2,8 @@
 
     ClipDataset  clip i, window w -> latents (N, C), CLIP (T, ·), sync (S, ·), text (77, ·)
 
-A set knows the lengths of its clips without reading them, and reads a clip only when it is asked for, so memory does
-not grow with the number of clips. Clips keep their true length and are batched with clips of the same length: nothing
-is ever padded in feature space (pitfall B1).
+A set knows the lengths of its clips without reading them and reads a clip when asked, so memory does not grow with
+their number. Clips are batched with clips of the same length: nothing is padded in feature space (pitfall B1).
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ class TrainingClip:
     """One clip, or one window of a long one, as the generator is trained on it; float32, on the CPU, no batch axis.
 
     Attributes:
-        audio_path: the sound itself; None where only its latents are known.
+        audio_path: the sound; None where only its latents are known.
         mean, std: (N, C) VAE posterior of the sound.
         clip_f: (T, clip_dim). sync_f: (S, sync_dim). text_f: (77, text_dim).
         has_video: False for sound without pictures. ``clip_f`` and ``sync_f`` are then NaN, to be replaced by the

@@ -156,7 +156,7 @@ def _warn_of_leftovers(data_dir: Path, names: Sequence[str]) -> None:
         ([name for name in names if name not in done and name not in failed], "are not of the last extraction"),
     ):
         if others:
-            log.warning("%d of %s %s (%s), but left by earlier runs and used: %s; extract_features.py "
+            log.warning("%d of %s %s (%s), but still there from earlier runs, and used: %s; extract_features.py "
                         "--prune removes them", len(others), counted(len(names), "clip"), why, data_dir / MANIFEST_FILE,
                         listed(others))
 

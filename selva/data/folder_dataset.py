@@ -182,8 +182,8 @@ class FolderDataset(ClipDataset):
         else:
             text_f = self.texts.find(clip.files.prompt)
         if (len(clip_f), len(sync_f)) != self.lengths(index)[1:] or latents is None or text_f is None:
-            raise UserError(f"{clip.files.features_path}: it or the cache of its folder was changed since the start; "
-                             "leave both alone while training, and start again")
+            raise UserError(f"{clip.files.features_path}: this file or the cache of its folder was changed during the "
+                            "training; start again, and leave both alone meanwhile")
         return TrainingClip(
             id=clip.files.id, prompt=clip.files.prompt, audio_path=clip.files.audio_path, sequence=sequence,
             mean=latents["mean"], std=latents["std"], text_f=text_f,
@@ -220,9 +220,9 @@ class FolderDataset(ClipDataset):
         if padded := [clip for clip in self.clips if clip.is_padded]:
             self._silence = self._silence_latent(device)
             log.warning(
-                "%d of %d clips have less sound than their features cover, and are padded with silence (of which "
-                "--padded_loss decides whether it is trained on): %s; check that each has the sound of its own video",
-                len(padded), len(self.clips),
+                "%d of %s: the sound is shorter than the features and is padded with silence (--padded_loss decides "
+                "whether the silence is trained on): %s; check that each has the sound of its own video",
+                len(padded), counted(len(self.clips), "clip"),
                 listed([f"{c.files.id} ({c.sound_sec:.2f} of {c.files.duration_sec:.2f} s)" for c in padded], NAMED),
             )
         return problems
@@ -333,7 +333,7 @@ def _warn_of_other_prompts(clips: Sequence[FolderClip]) -> None:
     others = [clip for clip in clips if clip.prompt != clip.extracted_prompt]
     if others:
         log.warning(
-            "extracted with another prompt than now: %d of %s, for example %s: %r, "
-            "extracted with %r; better extract again", len(others), counted(len(clips), "clip"), others[0].id,
+            "extracted with another prompt than now: %d of %s, for example %s: %r, extracted with %r; better extract "
+            "again", len(others), counted(len(clips), "clip"), others[0].id,
             others[0].prompt, others[0].extracted_prompt,
         )

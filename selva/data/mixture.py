@@ -21,6 +21,7 @@ from torch import Tensor
 from selva.data.dataset import ClipDataset, TrainingClip
 from selva.data.source import DataSource
 from selva.utils.errors import UserError
+from selva.utils.text import counted
 
 MOST_PARTS = 20  # a weight counts in so many parts of one
 
@@ -64,8 +65,8 @@ class Mixture:
         for number, (size, count) in enumerate(zip(self.sizes, self.counts, strict=True)):
             if not count:
                 name = names[number] if names else f"set {number}"
-                raise UserError(f"{name}: has {size} clips and the weight {self.weights[number]:g}, which is no clip "
-                                "in an epoch; expected at least one")
+                raise UserError(f"{name}: has {counted(size, 'clip')} and the weight {self.weights[number]:g}, so an "
+                                "epoch would visit none of them; give a larger weight")
         self.size = sum(self.counts)  # of an epoch
         self._orders: dict[int, Tensor] = {}  # of two epochs: threads that read ahead may be in the next one already
         self._making = threading.Lock()
@@ -115,7 +116,7 @@ def repeats_of(weights: Sequence[float]) -> list[int]:
     """Return the visits of each set's clips in an epoch that is long enough for all weights: for 1 and 1.5, 2 and 3."""
     exact = [Fraction(weight).limit_denominator(MOST_PARTS) for weight in weights]
     if any(weight <= 0 for weight in exact):
-        raise UserError(f"the weights {list(weights)} are too different, expected at least 1/{MOST_PARTS}")
+        raise UserError(f"the weights are {list(weights)}, expected at least 1/{MOST_PARTS} each")
     together = math.lcm(*(weight.denominator for weight in exact))
     times = [int(weight * together) for weight in exact]
     return [time // math.gcd(*times) for time in times]
@@ -169,6 +170,7 @@ class MixedClips:
         """Return a line for every set, for the log."""
         total = self.mixture.size
         return [
-            f"{source.path}: {len(clips):,} clips, weight {source.weight:g}, {count / total:.1%} of an epoch"
+            f"{source.path}: {counted(len(clips), 'clip', grouped=True)}, weight {source.weight:g}, "
+            f"{count / total:.1%} of an epoch"
             for source, clips, count in zip(self.sources, self.sets, self.mixture.counts, strict=True)
         ]

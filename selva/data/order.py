@@ -16,6 +16,7 @@ import torch
 from selva.data.dataset import Batch, ClipDataset, Lengths, ListDataset, TrainingClip, collate
 from selva.data.mixture import seed_of
 from selva.utils.errors import UserError
+from selva.utils.text import counted
 
 
 class ShuffledIndices:
@@ -27,7 +28,7 @@ class ShuffledIndices:
 
     def __init__(self, num_items: int, seed: int) -> None:
         if num_items < 1:
-            raise UserError(f"cannot draw from {num_items} items, expected at least 1")
+            raise UserError(f"cannot draw from {counted(num_items, 'item')}, expected at least 1")
         self.num_items = num_items
         self._rng = torch.Generator().manual_seed(seed)
         self._remaining: deque[int] = deque()  # of the current epoch
@@ -51,7 +52,7 @@ class ShuffledIndices:
             ValueError: the state belongs to another number of items.
         """
         if state["num_items"] != self.num_items:
-            raise UserError(f"the stored order is over {state['num_items']} items, but there are {self.num_items} now")
+            raise UserError(f"the stored order is over {counted(state['num_items'], 'item')}, now {self.num_items}")
         self._remaining = deque(state["remaining"])
         self._rng.set_state(state["generator"].to("cpu", torch.uint8))
 

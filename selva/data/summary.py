@@ -149,7 +149,7 @@ def memmap_lines(clips: MemmapDataset) -> list[str]:
                 ("deviation", [float(stds[i].mean(dtype=np.float64)) for i in rows])]
     prompts = Counter(clips.prompts)
     shown = [f"{prompt!r} x {number}" for prompt, number in prompts.most_common()]
-    some = f" (of {count} rows, spread evenly)" if count < len(clips) else ""
+    some = f" (of {counted(count, 'row')}, spread evenly)" if count < len(clips) else ""
     return [
         f"{'':16}{'lowest':>9}{'median':>9}{'highest':>9}{some}",
         *(f"{name:16}{min(values):9.3f}{statistics.median(values):9.3f}{max(values):9.3f}"

@@ -189,7 +189,7 @@ def evaluate_caches(
         results |= _paired_scores(generated, reference, synchformer)
     missing = [key for key in RESULT_KEYS if key not in results]
     if missing:
-        log.info("without figures, since their features (or weights) are not there: %s", listed(missing))
+        log.info("not computed, because features or weights are missing: %s", listed(missing))
     return {key: results[key] for key in RESULT_KEYS if key in results}
 
 

@@ -38,4 +38,4 @@ class EvaluationConfig:
         None, "also write Synchformer's features as av-benchmark's cache folders: DIR/generated and DIR/reference",
         group=OUTPUT, metavar="DIR")
     device: str = setting("auto", "where the networks compute; auto takes a GPU if there is one", group=GENERAL,
-                          metavar="auto|cpu|cuda|mps")
+                          metavar="auto|cpu|cuda|mps", shared=True)

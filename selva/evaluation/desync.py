@@ -12,6 +12,7 @@ from torch import Tensor
 
 from selva.models.synchformer_av import OFFSETS, SEGMENTS_COMPARED, SynchformerAV
 from selva.utils.errors import UserError
+from selva.utils.text import counted
 
 LARGEST_OFFSET_SEC = 2.0
 PAIRS_AT_ONCE = 16
@@ -40,8 +41,8 @@ def decisions(network: SynchformerAV, visual: Tensor, audio: Tensor) -> np.ndarr
     """
     segments = min(visual.shape[1], audio.shape[1])
     if segments < SEGMENTS_COMPARED:
-        raise UserError(f"{segments} segments of 0.64 s (one every 0.32 s), expected at least {SEGMENTS_COMPARED}: "
-                        "DeSync needs 4.8 s")
+        raise UserError(f"{counted(segments, 'segment')} of 0.64 s (one every 0.32 s), expected at least "
+                        f"{SEGMENTS_COMPARED}: DeSync needs 4.8 s")
     device = network.vproj.weight.device
     found = []
     for first in range(0, len(visual), PAIRS_AT_ONCE):

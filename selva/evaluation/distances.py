@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from selva.utils.errors import UserError
+from selva.utils.text import counted
 
 Array: TypeAlias = NDArray[Any]
 
@@ -43,16 +44,16 @@ def _rows(features: Array, name: str, least: int) -> Array:
     if features.ndim != 2:
         raise UserError(f"{name} features are {features.shape}, expected (items, features)")
     if len(features) < least:
-        raise UserError(f"{len(features)} {name} items, expected at least {least}")
+        raise UserError(f"{name}: {counted(len(features), 'item')}, expected at least {least}")
     if not np.isfinite(features).all():
         bad = np.flatnonzero(~np.isfinite(features).all(axis=1))
-        raise UserError(f"{name} features of row {bad[0]} are not finite ({len(bad)} such rows)")
+        raise UserError(f"{name} features of row {bad[0]} are not finite ({counted(len(bad), 'such row')})")
     return features
 
 
 def _same_width(a: Array, b: Array) -> None:
     if a.shape[1] != b.shape[1]:
-        raise UserError(f"features of {a.shape[1]} and of {b.shape[1]} values; both sets need the same network")
+        raise UserError(f"features of different widths, {a.shape[1]} and {b.shape[1]}; both sets need the same network")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -93,8 +94,9 @@ def too_few_for_frechet(generated: Array, reference: Array) -> str | None:
     fewest, width = min(len(generated), len(reference)), generated.shape[1]
     if fewest > width:
         return None
-    return (f"{fewest} items for features of {width} values: a covariance needs more items than values, and the "
-            "distance of fewer falls with every item that is added; the kernel distance (KD) has no such bias")
+    return (f"{counted(fewest, 'item')} for features of {counted(width, 'value')}: a covariance needs more items than "
+            "values, and the distance of fewer falls with every item that is added; the kernel distance (KD) has no "
+            "such bias")
 
 
 def kernel_distance(

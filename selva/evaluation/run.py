@@ -91,7 +91,7 @@ def evaluate(config: EvaluationConfig) -> Evaluation:
                 log.warning("%s: left out: %s", pair.name, error)
             progress.update(number)
     if kept:
-        log.info("measured before: %d of %s", kept, counted(len(pairs), "pair"))
+        log.info("measured already in an earlier run: %d of %s", kept, counted(len(pairs), "pair"))
     if not records:
         raise UserError(f"no pair of {len(pairs)} could be compared; the first reason: {result.failed[0][1]}")
     networks.write_exports()
@@ -226,7 +226,7 @@ def _try(result: Evaluation, key: str, compute: Callable[[], Figure]) -> None:
 def _kernel(result: Evaluation, generated: np.ndarray, reference: np.ndarray) -> Figure:
     if len(generated) > KERNEL_ITEMS:
         chosen = np.sort(np.random.default_rng(intervals.SEED).permutation(len(generated))[:KERNEL_ITEMS])
-        remark = f"kernel distances are of {KERNEL_ITEMS} pairs drawn from all {len(generated)}"
+        remark = f"kernel distances are computed from {KERNEL_ITEMS} pairs, drawn at random from all {len(generated)}"
         if remark not in result.remarks:
             result.remarks.append(remark)
         generated, reference = generated[chosen], reference[chosen]
@@ -250,7 +250,7 @@ def _remark(result: Evaluation) -> None:
          "lengths differ; the common beginning was compared"),
     ):
         if names:
-            result.remarks.append(f"{len(names)} of {len(result.pairs)} pairs: {text}: {listed(names)}")
+            result.remarks.append(f"{len(names)} of {counted(len(result.pairs), 'pair')}: {text}: {listed(names)}")
     problems: dict[str, list[str]] = {}
     for pair, figures in result.pairs:
         if "desync_problem" in figures:

@@ -21,7 +21,7 @@ from selva.inputs.suffixes import AUDIO_SUFFIXES, VIDEO_SUFFIXES
 from selva.media import prepare_audio, read_audio
 from selva.media.audio import cancellation, mean_power
 from selva.utils.errors import UserError
-from selva.utils.text import listed
+from selva.utils.text import counted, listed
 
 log = logging.getLogger(__name__)
 
@@ -83,13 +83,14 @@ def find_pairs(generated: Path, reference: Path, videos: Path | None, captions: 
     for folder, of_folder, other in ((generated, ours, reference), (reference, theirs, generated)):
         alone = [name for name in of_folder if name not in names]
         if alone:
-            log.warning("%s: %d of %d sounds have no partner in %s and are left out: %s", folder, len(alone),
-                        len(of_folder), other, listed(alone))
+            log.warning("%s: left out, without a partner in %s: %d of %s: %s", folder, other, len(alone),
+                        counted(len(of_folder), "sound"), listed(alone))
     pictures = _by_name(videos if videos is not None else reference, VIDEO_SUFFIXES, say=videos is not None)
     texts = read_captions(captions) if captions is not None else {}
     without = [name for name in names if captions is not None and name not in texts]
     if without:
-        log.warning("%s: no caption for %d of %d sounds: %s", captions, len(without), len(names), listed(without))
+        log.warning("%s: no caption for %d of %s: %s", captions, len(without), counted(len(names), "sound"),
+                    listed(without))
     return [SoundPair(name, ours[name], theirs[name], pictures.get(name), texts.get(name)) for name in names]
 
 

@@ -70,20 +70,21 @@ class SoundJob:
     problem: str = ""
 
 
-def plan_audio_set(clips: Path, captions: Path, data_dir: Path) -> list[SoundJob]:
+def plan_audio_set(clips: Path, captions: Path, data_dir: Path, recursive: bool = False) -> list[SoundJob]:
     """Return a job for every clip of a table, in its order.
 
     Args:
         clips: ``clips.tsv`` of ``partition_clips.py``.
         captions: a table of captions, whose ids are names of recordings or ids of clips.
         data_dir: the recordings; of two with one name, FLAC goes before WAV and WAV before the others.
+        recursive: take its subfolders too, as ``partition_clips.py --recursive`` does.
 
     Raises:
         FileNotFoundError: a table or the folder does not exist.
         ValueError: a table is none, an id comes twice, or not a single clip has both a recording and a caption.
     """
     windows, texts = read_clips(clips), read_captions(captions)
-    paths = {same_name(path.stem): path for path in collect_recordings(data_dir)[0]}
+    paths = {same_name(name): path for name, path in collect_recordings(data_dir, recursive)[0].items()}
     if twice := [clip_id for clip_id, count in Counter(window.id for window in windows).items() if count > 1]:
         raise UserError(f"{clips}: {listed(twice)} come more than once, every clip needs an id of its own")
     try:
@@ -94,7 +95,7 @@ def plan_audio_set(clips: Path, captions: Path, data_dir: Path) -> list[SoundJob
     for window in windows:
         path, caption, problem = paths.get(same_name(window.name)), found.get(window.id, ""), ""
         if path is None:
-            problem = f"{data_dir}: there is no recording {window.name}.flac, .wav or of another kind in it"
+            problem = f"{data_dir}: no recording called {window.name} (.flac, .wav or another kind) in this folder"
         elif is_missing_there(caption):
             found_there = f" but {caption!r}, which MMAudio takes for none" if caption else ""
             problem = f"{captions}: has no caption for {window.name}{found_there}"
@@ -103,7 +104,8 @@ def plan_audio_set(clips: Path, captions: Path, data_dir: Path) -> list[SoundJob
     # A table of captions serves the training and the held-out clips; those of the other part are no mistake.
     others = {name for name in set(texts) - known if name in paths or name.rpartition("_")[0] in paths}
     if others:
-        log.info("%s: %s of recordings in %s that are not in %s", captions, counted(len(others), "caption"), data_dir,
+        log.info("%s: %s not needed: for recordings in %s that are not in %s",
+                 captions, counted(len(others), "caption"), data_dir,
                  clips.name)
     if unused := sorted(set(texts) - known - others):
         log.warning("%s: no clip for %s", captions, listed(unused))
@@ -147,7 +149,8 @@ def read_windows(
     results: list[Tensor | str] = []
     for window, kept in zip(windows, pieces, strict=True):
         if window.end_sample > position:
-            results.append(f"{path}: ends with sample {position}, but the clip ends with {window.end_sample}; cut anew")
+            results.append(f"{path}: has {counted(position, 'sample')}, but the clip ends at {window.end_sample}; run "
+                           "partition_clips.py again")
             continue
         sound = torch.cat(kept)
         if normalize == "peak":

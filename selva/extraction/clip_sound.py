@@ -65,7 +65,7 @@ def vae_waveform(job: ClipJob, seconds: float, lengths: SequenceConfig) -> tuple
     found, remark = waveform.shape[1] / rate, ""
     if found < seconds - MAX_AUDIO_SHORTFALL_SEC:
         remark = (f"{source}: has {found:.2f} s of sound from {job.start_sec:g} s, for features of {seconds:.2f} s; "
-                  f"its latents go on with silence (clip {job.id})")
+                  f"the rest of its latents is silence (clip {job.id})")
     try:
         prepared = prepare_audio(waveform, rate, lengths.sampling_rate, lengths.num_audio_frames, pad=True)
     except ValueError as error:

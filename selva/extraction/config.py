@@ -19,7 +19,7 @@ INPUT, CLIPS, RUNNING = "input and output", "clips", "running"
 SOUND_ONLY = "sound without pictures (always a memmap)"
 ENCODER_PARTS = ("clip_text", "clip_image", "t5", "video_encoder")
 # Settings without a meaning for sound without pictures.
-VIDEO_ONLY = ("recursive", "video_dir", "audio", "audio_dir", "latents", "name", "preview", "overwrite", "prune",
+VIDEO_ONLY = ("video_dir", "audio", "audio_dir", "latents", "name", "preview", "overwrite", "prune",
               "prompt", "prompts", "start", "windows", "overlap")
 
 
@@ -28,9 +28,9 @@ class ExtractionConfig:
     """Settings of one call of ``extract_features.py``: clips, encoders, output."""
 
     inputs: list[Path] = setting(
-        [], "videos, folders of videos, or tables (.tsv, .csv) with the columns id and, as you like, path, start, "
+        [], "videos, folders of videos, or tables (.tsv, .csv) with the columns id, and optionally path, start, "
         "duration, prompt, label or caption, mask", group=INPUT, positional=True, nargs="*", metavar="INPUT")
-    recursive: bool = setting(False, "take the subfolders of folders too", group=INPUT)
+    recursive: bool = setting(False, "take the subfolders of folders too, those of --recordings included", group=INPUT)
     video_dir: Path | None = setting(None, "folder of a table's videos, if not the table's own", group=INPUT,
                                      metavar="DIR")
     output_dir: Path = required("folder for the features; with --format memmap the data set itself, with its table "
@@ -46,15 +46,14 @@ class ExtractionConfig:
         "like its video, and begins when it does", group=INPUT, metavar="DIR")
     latents: bool = setting(False, "encode the sound with the VAE too and store mean and deviation in the .npz",
                             group=INPUT)
-    name: str | None = setting(None, "call the clips NAME_001, NAME_002 ... instead of by their files; a clip that has "
-                               "a number in the output folder keeps it", group=INPUT)
+    name: str | None = setting(None, "name the clips NAME_001, NAME_002 ... instead of after their files; clips that "
+                                     "are in the output folder already keep their numbers", group=INPUT)
     preview: Path | None = setting(None, "write a picture per clip that shows what each encoder saw", group=INPUT,
                                    metavar="DIR")
-    overwrite: bool = setting(False, "extract again even where features are current, and replace features and sounds "
-                              "that are not of this clip", group=INPUT)
-    prune: bool = setting(False, "delete what earlier runs made of clips that are no longer in the list, or that fail "
-                          "now", group=INPUT)
-    prompt: str = setting("", "what is to be heard, for all clips without a prompt of their own", group=CLIPS)
+    overwrite: bool = setting(False, "extract everything again, and replace files that are in the way", group=INPUT)
+    prune: bool = setting(False, "delete the output of earlier runs for clips that are no longer listed, or that fail "
+                                 "now", group=INPUT)
+    prompt: str = setting("", "what is to be heard: the prompt of all clips that have none of their own", group=CLIPS)
     prompts: Path | None = setting(None, "prompts.txt with lines `name.npz: prompt` that go before --prompt",
                                    group=CLIPS, metavar="FILE")
     start: float = setting(0.0, "seconds into the video where the clip begins", group=CLIPS)
@@ -65,17 +64,18 @@ class ExtractionConfig:
     overlap: float = setting(0.0, "seconds by which one of these windows overlaps the next", group=CLIPS)
     masks: MaskOptions = field(default_factory=MaskOptions)
     recordings: Path | None = setting(
-        None, "folder of the recordings that are listed in INPUT, a clips.tsv of partition_clips.py", group=SOUND_ONLY,
+        None, "folder of the recordings; INPUT is then a clips.tsv of partition_clips.py, which says how they are cut",
+        group=SOUND_ONLY,
         metavar="DIR")
     captions: Path | None = setting(
-        None, "table with the columns id (name of a recording, or id of a clip) and caption", group=SOUND_ONLY,
-        metavar="FILE")
+        None, "table with the columns id (name of a recording, or id of a clip) and caption, or a metadata.csv like "
+        "LJSpeech's", group=SOUND_ONLY, metavar="FILE")
     workers: int | None = setting(
-        None, "processes that read videos ahead of the encoders; 0 reads in the main process; by default what the "
-        "cores of this machine allow", group=RUNNING)
+        None, "processes that read videos while others are encoded; 0: read in the main process (default: by the "
+        "number of cores)", group=RUNNING)
     shard: str | None = setting(
-        None, "do every N-th clip only, counted from 1: one of N independent jobs, in any order, on any machines that "
-        "share the output folder. Under torchrun its processes share this part", group=RUNNING, metavar="I/N")
+        None, "extract only part I of N (I from 1): for N independent jobs, in any order, on any machines that share "
+        "the output folder. Under torchrun its processes share this part", group=RUNNING, metavar="I/N")
     strict: bool = setting(False, "stop at the first clip that fails", group=RUNNING)
     model: ModelConfig = field(default_factory=ModelConfig)
     seed: int = setting(42, "seed of everything random", group=GENERAL)

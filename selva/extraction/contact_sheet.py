@@ -15,6 +15,7 @@ from selva.media import VideoFrames
 from selva.sequence import CLIP_FPS, SYNC_FPS
 from selva.utils.errors import UserError
 from selva.utils.plots import new_figure, save_figure
+from selva.utils.text import counted
 
 PathLike = str | os.PathLike[str]
 
@@ -64,7 +65,7 @@ def write_contact_sheet(
             axis.set_yticks([])
             if column == 0:
                 size = f"{pictures.shape[-1]} x {pictures.shape[-2]}"
-                axis.set_title(f"{name}: {len(pictures)} pictures of {size}, {fps:g} per second", fontsize=8,
+                axis.set_title(f"{name}: {counted(len(pictures), 'picture')} of {size}, {fps:g} per second", fontsize=8,
                                loc="left")
     save_figure(figure, path, digest)
 

@@ -211,8 +211,8 @@ def _waveform(path: Path, variant: Variant, normalize: Normalize) -> Tensor:
         waveform = load_waveform(path, sequence_config(variant.mode), normalize)
         sequence, (num_samples, rate) = sequence_config(variant.mode), audio_length(path)
         if num_sound_frames(num_samples / rate, 0.0, sequence) < sequence.latent_seq_len:
-            log.warning("%s: %.2f s of sound for features of %g s; its row goes on with silence, which is trained on "
-                        "(a memmap has no lengths, a folder leaves the silence out of the loss)", path,
+            log.warning("%s: only %.2f s of sound for features of %g s; the rest of its row is silence and is trained "
+                        "on, as a memmap stores no lengths (a folder leaves the silence out of the loss)", path,
                         num_samples / rate, DEFAULT_DURATION_SEC)
         return waveform
     except ValueError as error:
@@ -281,7 +281,7 @@ def _warn_of_leftovers(target: Path, source: str, ids: Collection[str]) -> None:
             if bundle is not None and (bundle.settings or {}).get("converted_from") == source:
                 old.append(path.name)
     if old:
-        log.warning("%s: %s: of no row of %s any more; remove them if they are not to be trained on", target,
+        log.warning("%s: %s: no longer in %s; delete them unless you want to train on them", target,
                     listed(old), source)
 
 
@@ -319,8 +319,8 @@ def _write_clip(
         if found.get("decoded_from") == _tensor_hash(clip.mean) or is_current:
             settings |= {key: found[key] for key in ("decoder", "decoded_from", "decoded_sound_sha256") if key in found}
         else:
-            log.warning("%s: removed, it was decoded from latents that the row no longer has; --decode_audio makes it "
-                        "again", sound_path)
+            log.warning("%s: removed: it was decoded from earlier latents of this row; --decode_audio makes it again",
+                        sound_path)
             path.unlink()  # first, so that it never lies beside the sound of another row
             sound_path.unlink()
     if is_current:

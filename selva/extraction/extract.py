@@ -94,8 +94,8 @@ def work_list(config: ExtractionConfig) -> list[ClipJob]:
         return [replace(job, prompt=label, other_prompts=()) for job, label in zip(jobs, labels, strict=True)]
     without = sum(not job.prompt for job in jobs)
     if without:
-        log.warning("no prompt for %d of %s: such sounds can later only be asked for without words, and the video "
-                    "encoder cannot look for anything. Give --prompt or --prompts", without,
+        log.warning("no prompt for %d of %s: the model cannot connect these sounds with words. Give --prompt or "
+                    "--prompts", without,
                     counted(len(jobs), "clip"))
     return jobs
 
@@ -137,7 +137,7 @@ def list_clips(table: Path, state: Path, manifest: Path, origins: list[ClipOrigi
     """Write the table of the clips beside a complete manifest, and say where it is."""
     try:
         if write_clip_table(table, state, read_manifest(manifest), origins):
-            log.info("which clip is of which video: %s", table)
+            log.info("table of the clips, with their videos: %s", table)
     except OSError as error:  # the clips are there all the same
         log.warning("%s: cannot be written (%s)", table, error.strerror or error)
 
@@ -154,7 +154,7 @@ def report(summary: Summary, outcome: Outcome | None, manifest: Path, shard: Sha
                  counted(len(summary.scaled), "sound"), most, "was" if len(summary.scaled) == 1 else "were",
                  listed([name for _, name in sorted(summary.scaled, reverse=True)], 5))
     if summary.unused:
-        log.warning("of %s only the beginning is used; --windows makes clips of all of it: %s",
+        log.warning("only the beginning of %s is used; --windows makes clips of the whole length: %s",
                     counted(len(summary.unused), "longer video"), listed(summary.unused))
     if outcome is None:
         log.error("stopped at the first clip that failed (--strict)")
@@ -164,10 +164,10 @@ def report(summary: Summary, outcome: Outcome | None, manifest: Path, shard: Sha
                  f"{listed(list(map(str, outcome.unfinished)))} {'is' if len(outcome.unfinished) == 1 else 'are'}")
     else:
         if shard.count > 1:
-            log.info("all %d parts together: %s, of which %d failed and %d were left out", shard.count,
+            log.info("all %s together: %s, of which %d failed and %d were left out", counted(shard.count, "part"),
                      counted(sum(outcome.totals.values()), "clip"), outcome.totals.get(FAILED, 0),
                      outcome.totals.get(SKIPPED, 0))
-        log.info("what became of every clip: %s", manifest)
+        log.info("result of every clip: %s", manifest)
 
 
 def any_failed(summary: Summary, outcome: Outcome | None, shard: Shard) -> bool:
@@ -225,7 +225,7 @@ def _extract_sounds(
 ) -> bool:
     """Make a set of sound without pictures; return True where a clip failed."""
     assert config.captions is not None and config.recordings is not None
-    jobs = plan_audio_set(config.inputs[0], config.captions, config.recordings)
+    jobs = plan_audio_set(config.inputs[0], config.captions, config.recordings, config.recursive)
     check_weights(extractor.variant.name, config.model.selva_dir, config.weight_parts)
     rows: list[ManifestRow] = [(job.window.id, str(job.path or job.window.name), None) for job in jobs]
     workers = config.workers if config.workers is not None else default_workers(len(jobs))

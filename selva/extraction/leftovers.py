@@ -36,8 +36,8 @@ def report_leftovers(pairs: PairFolder, rows: Sequence[Row], prune: bool) -> Non
     kept = ", which --prune does not remove: features or sound are not by extract_features.py, or of an earlier version"
     advice = kept if prune else "; --prune removes them"
     if failed:
-        log.warning("%s failed or left out now, but still there from an earlier run, and trained on%s: %s",
+        log.warning("%s of an earlier run, failed or left out in this one, will be trained on%s: %s",
                     counted(len(failed), "clip"), advice, listed(failed))
     if unlisted:
-        log.warning("%s in %s not in this list, but there from earlier ones, and trained on%s: %s",
+        log.warning("%s of earlier runs in %s, not in this list, will be trained on%s: %s",
                     counted(len(unlisted), "clip"), pairs.folder, advice, listed(unlisted))

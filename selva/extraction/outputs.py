@@ -20,6 +20,7 @@ from selva.extraction.reader import STATE_FOLDER, ReadClip
 from selva.features import FeatureBundle
 from selva.inputs.jobs import ClipJob
 from selva.models.variants import Variant
+from selva.utils.text import counted
 
 log = logging.getLogger(__name__)
 
@@ -115,8 +116,8 @@ def publish(writer: MemmapWriter) -> bool:
     """Move a memmap into place if all of its rows are accounted for, else say how many are not; return True if so."""
     if writer.publish_if_complete():
         return True
-    log.info("%s: %d of %d rows wait for the parts that they belong to; until all parts have run, what was there "
-             "before stays as it is", writer.files.folder, writer.num_missing, len(writer.ids))
+    log.info("%s: %d of %s still to come from other parts of the work; until all parts have run, the data set of "
+             "before stays", writer.files.folder, writer.num_missing, counted(len(writer.ids), "row"))
     return False
 
 

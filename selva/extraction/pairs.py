@@ -156,11 +156,11 @@ class PairFolder:
         sha256 = source_hash(path)
         if origin.get("sound_sha256", sha256) == sha256:  # earlier versions did not note it
             others = [other.name for other in self._beside(job.id) if other.name != name]
-            return True, (f"{path}: training takes this sound, which was extracted, not {', '.join(others)} beside it"
+            return True, (f"{path}: training uses this extracted sound, not {', '.join(others)} beside it"
                           if others else "")
         if sha256 in self.sounds.get(name, ()):  # an extraction was killed between the two
             return False, ""
-        return True, f"{path}: is not the sound of {job.path} that was extracted, but one of your own; it is kept"
+        return True, f"{path}: is your own sound, not the one extracted from {job.path}; it is kept"
 
     # -- staging, in the process that reads ----------------------------------------------------------------------------
 
@@ -199,8 +199,8 @@ class PairFolder:
             ):
                 obsolete.append(other.name)
             elif overwrite:
-                log.warning("%s: lies beside the sound that is extracted, %s, which training takes; to train on your "
-                            "own, use --audio none", other, name)
+                log.warning("%s: lies beside the extracted sound, %s, which training uses; to train on your own, use "
+                            "--audio none", other, name)
             else:
                 staged.unlink(missing_ok=True)
                 raise UserError(f"{other}: is in the way of {name}, which training would take instead of it; keep it "
@@ -243,7 +243,7 @@ class PairFolder:
         """
         target, features = self.folder / sound.file, self.folder / f"{job.id}.npz"
         if sound.path is not None and (source_hash(target) if target.is_file() else "") != sound.replaces:
-            raise UserError(f"{target}: somebody has changed it meanwhile; run again")
+            raise UserError(f"{target}: another program changed it meanwhile; run again")
         prepared = self.waiting / features.name
         save_features(prepared, bundle)
         try:
@@ -257,7 +257,7 @@ class PairFolder:
         finally:
             prepared.unlink(missing_ok=True)
         for name in sound.obsolete:
-            log.info("%s: removed, it was the sound of an earlier extraction, as %s is now", self.folder / name,
+            log.info("%s: removed: the sound of an earlier extraction, now replaced by %s", self.folder / name,
                      sound.file)
             (self.folder / name).unlink(missing_ok=True)
         flush_folder(self.folder)

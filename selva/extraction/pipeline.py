@@ -23,6 +23,7 @@ from selva.extraction.reader import READY, ReadClip
 from selva.inputs.jobs import ClipJob
 from selva.utils.device import peak_memory_bytes
 from selva.utils.progress import Progress, StageTimes
+from selva.utils.text import counted
 
 log = logging.getLogger(__name__)
 
@@ -163,7 +164,7 @@ class Summary:
             lines.append(f"{name:22}{seconds:9.1f}{share:7.0%}{each:13.1f}")
         if self.reading:
             stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.reading.items())
-            where = f"in {len(self.worker_memory)} workers" if self.worker_memory else "in this process"
+            where = f"in {counted(len(self.worker_memory), 'worker')}" if self.worker_memory else "in this process"
             lines.append(f"reading, {where}: {stages}")
         workers = max(self.worker_memory.values(), default=0)
         memory = f"peak memory {self.memory / 2**30:.2f} GiB"

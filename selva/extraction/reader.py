@@ -364,7 +364,7 @@ def read_clips(reader: ClipReader, indices: Sequence[int], num_workers: int, deb
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
-            log.warning("a process that reads clips has died; reading the next ones singly to find out why")
+            log.warning("a process that reads videos has died; the next clips are read one by one to find the cause")
             suspects = indices[position : position + num_workers * (_AHEAD + 1)]
             for index in suspects:
                 position += 1

@@ -29,6 +29,7 @@ from selva.media import audio_length, video_length
 from selva.sequence import DEFAULT_DURATION_SEC
 from selva.utils.files import atomic_write_text
 from selva.utils.progress import Progress
+from selva.utils.text import counted
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ def common_clip_features(choice: str, setups: Sequence[AdapterSetup]) -> str:
     trained = {adapter.meta.get("clip_features", "use") for adapter in adapters}
     if len(trained) == 1:
         return trained.pop()
-    log.warning("the adapters were trained with different --clip_features; each is heard with its own")
+    log.warning("the adapters were trained with different --clip_features; each is used with its own")
     return choice
 
 
@@ -215,7 +216,7 @@ class SoundBatch:
         if len(group) == 1:
             group[0][0].problem = reason
             return {}
-        log.warning("%d sounds cannot be sampled together (%s); one by one now", len(group), reason)
+        log.warning("%s cannot be generated together (%s); one by one now", counted(len(group), "sound"), reason)
         latents: dict[int, Tensor] = {}
         for one in group:
             latents.update(self._sample_group([one], None))

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from selva.evaluation.page_sound import page_sound
 from selva.utils.html_report import Page, ReportSound
+from selva.utils.text import counted
 
 MOST_SOUNDS = 24  # with players on a page, which stays below 5 MB so
 
@@ -30,8 +31,8 @@ def comparison_page(
     each = max((len(sounds) + (recorded is not None) for _, _, recorded, sounds, _ in clips), default=1)
     shown = clips[: max(1, MOST_SOUNDS // each)]
     page.section("Listen", "" if len(shown) == len(clips) else
-                 f"The first {len(shown)} of {len(clips)} clips; the sounds of the others are in the folders beside "
-                 "this page.")
+                 f"The first {len(shown)} of {counted(len(clips), 'clip')}; the sounds of the others are in the "
+                 "folders beside this page.")
     for heading, rate, recorded, sounds, lines in shown:
         figures: list[ReportSound] = []
         if recorded is not None:

@@ -34,14 +34,14 @@ class InferenceConfig:
 
     inputs: list[Path] = setting(
         [], "videos, folders of videos, or tables (.tsv, .csv) with the columns id, and optionally prompt, path, "
-        "start, duration, mask", group=INPUT, positional=True, nargs="*", metavar="INPUT")
+            "start, duration, mask", group=INPUT, positional=True, nargs="*", metavar="INPUT")
     video: list[Path] = setting([], "a video; may be given several times", group=INPUT, repeat=True, metavar="FILE")
     features: list[Path] = setting(
         [], "features from extract_features.py instead: an .npz or a folder of them; may be given several times",
         group=INPUT, repeat=True, metavar="PATH")
     recursive: bool = setting(False, "take the subfolders of a folder too", group=INPUT)
-    prompt: str | None = setting(None, "what is to be heard (default with --features: their own prompt); alone, sound "
-                                 "is made from words only", group=INPUT)
+    prompt: str | None = setting(None, "the prompt: what is to be heard (default with --features: theirs); without a "
+                                       "video, sound is made from words only", group=INPUT)
     prompts: Path | None = setting(None, "prompts.txt with lines `name.npz: prompt`", group=INPUT, metavar="FILE")
     negative_prompt: str = setting("", "what is not to be heard", group=INPUT)
     start: float = setting(0.0, "seconds into the video where the sound begins", group=INPUT)
@@ -62,25 +62,26 @@ class InferenceConfig:
     target: float | None = setting(
         None, "that level (default " + ", ".join(f"{k} {v:g}" for k, v in DEFAULT_TARGETS.items()) + ")", group=OUTPUT,
         metavar="DB")
-    overwrite: bool = setting(False, "make again what is there already", group=OUTPUT)
+    overwrite: bool = setting(False, "generate again what is there already", group=OUTPUT)
     model: GeneratorModelConfig = field(default_factory=GeneratorModelConfig)
     adapter: list[Path] = setting([], "LoRA adapter, ours or one of ComfyUI-SelVA; may be given several times",
                                   group=ADAPTERS, repeat=True, metavar="FILE")
     strength: list[float] = setting([], "strength of the adapter at the same position (default 1; 0 is the base model)",
                                     group=ADAPTERS, repeat=True)
     times: tuple[float, float] = setting(
-        WHOLE_INTERVAL, "the adapters act only between these times; 0 is noise, 1 is sound", group=ADAPTERS, nargs=2,
+        WHOLE_INTERVAL, "use the adapters only between these times of sampling; 0 is noise, 1 is sound",
+        group=ADAPTERS, nargs=2,
         metavar=("LO", "HI"), default_text="0 1")
     layers: tuple[str, ...] = setting(
-        (), "the adapters act only in their layers whose names end so, or are like this: attn.qkv 'joint_blocks.*'",
+        (), "use the adapters only in layers whose names end in, or match, one of these: attn.qkv 'joint_blocks.*'",
         group=ADAPTERS, nargs="+", metavar="PATTERN", default_text="all")
     clip_features: str = setting(
         "auto", "give the model CLIP features of the pictures (use), or the empty ones. auto: as the adapter was "
         "trained; without an adapter as the official release, empty for SelVA and use for MMAudio", group=ADAPTERS,
         choices=CLIP_FEATURE_CHOICES)
     compare: Path | None = setting(
-        None, "the same clips and seeds with each line of this list: `path strength [label]`, or `base`; writes one "
-        "sheet of spectrograms and the figures", group=ADAPTERS, metavar="FILE")
+        None, "compare adapters: the same clips and seeds with each line of this list, `path strength [label]` or "
+        "`base`; writes a sheet of spectrograms and figures", group=ADAPTERS, metavar="FILE")
     reference: Path | None = setting(
         None, "with --compare: sounds named like the clips to compare with (default: the video's own sound, or the one "
         "beside the features)", group=ADAPTERS, metavar="DIR")
@@ -88,7 +89,7 @@ class InferenceConfig:
     num_variations: int = setting(
         1, "sounds per clip, with the seeds --seed to --seed + N - 1, called <name>_1 to <name>_N", group=SAMPLING,
         metavar="N", at_least_one=True)
-    batch_size: int = setting(DEFAULT_BATCH_SIZE, "sounds of equal length that are sampled at once", group=SAMPLING,
+    batch_size: int = setting(DEFAULT_BATCH_SIZE, "sounds of equal length that are generated together", group=SAMPLING,
                               at_least_one=True)
     offload: str = setting(
         "auto", "auto: load one network after the other and free it, which takes the least memory; none: keep all "
@@ -98,7 +99,7 @@ class InferenceConfig:
         "that is possible; on: an error where it is not", group=SAMPLING, choices=GRAPH_CHOICES)
     base_dtype: str = setting("auto", BASE_DTYPE_HELP, group=SAMPLING, choices=BASE_DTYPE_CHOICES)
     seed: int = setting(42, "seed of everything random", group=GENERAL)
-    precision: str = setting("auto", PRECISION_HELP, group=GENERAL, choices=PRECISION_CHOICES)
+    precision: str = setting("auto", PRECISION_HELP, group=GENERAL, choices=PRECISION_CHOICES, shared=True)
 
     def __post_init__(self) -> None:
         if problems := list(self._problems()):

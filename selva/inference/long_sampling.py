@@ -41,6 +41,7 @@ from selva.sequence import (
     sequence_config,
 )
 from selva.utils.errors import UserError
+from selva.utils.text import counted
 
 DEFAULT_OVERLAP_SEC = 2.0
 DEFAULT_WINDOWS_PER_PASS = 4
@@ -213,12 +214,13 @@ def sample_long(
 def _check_features(whole: SequenceConfig, clip_f: Tensor, sync_f: Tensor, text_f: Tensor, num_items: int) -> None:
     batches = [len(clip_f), len(sync_f), len(text_f)]
     if batches != [num_items] * 3:
-        raise UserError(f"clip, sync and text features of {batches} items, expected {num_items}, one per seed")
+        raise UserError(f"clip, sync and text features are for {batches} of the seeds, expected {num_items}, one per "
+                        "seed")
     for what, features, expected in (
         ("clip features", clip_f, whole.clip_seq_len), ("sync features", sync_f, whole.sync_seq_len)
     ):
         if features.shape[1] != expected:
-            raise UserError(f"{what} have {features.shape[1]} tokens, expected {expected} "
+            raise UserError(f"{what} have {counted(features.shape[1], 'token')}, expected {expected} "
                              f"for {whole.duration_sec:g} s")
 
 

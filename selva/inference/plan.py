@@ -22,7 +22,7 @@ from selva.models.variants import get_variant
 from selva.sequence import DEFAULT_DURATION_SEC
 from selva.utils.errors import UsageError
 from selva.utils.settings import values_of
-from selva.utils.text import listed
+from selva.utils.text import counted, listed
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def collect_requests(config: InferenceConfig) -> dict[str, SoundRequest]:
     if config.name is None:
         return requests
     if len(requests) > 1:
-        raise UsageError(f"--name {config.name}: is one name, but there are {len(requests)} clips")
+        raise UsageError(f"--name {config.name}: is one name, but there are {counted(len(requests), 'clip')}")
     return dict(zip([config.name], requests.values(), strict=True))
 
 
@@ -99,8 +99,8 @@ def warn_of_lengths(config: InferenceConfig, jobs: Sequence[ClipJob]) -> None:
     """
     asked = config.duration
     if asked is not None and asked > DEFAULT_DURATION_SEC and not config.long:
-        log.info("%g s in one pass; the models were trained on %g s, and --long goes on in windows of that",
-                 asked, DEFAULT_DURATION_SEC)
+        log.info("%g s are generated in one pass, but the models were trained on %g s; --long works in windows of that "
+                 "length", asked, DEFAULT_DURATION_SEC)
     lengths, longer = [], []
     for job in jobs:
         is_asked = asked is not None or job.duration_sec not in (DEFAULT_DURATION_SEC, WHOLE_VIDEO_SEC)  # by a table
@@ -116,7 +116,7 @@ def warn_of_lengths(config: InferenceConfig, jobs: Sequence[ClipJob]) -> None:
             longer.append(f"{job.path.name} ({seconds:.1f} s)")
     warn_of_shorter(lengths)
     if longer:
-        log.warning("sound is made for the first %g s only of %s; --long goes through the whole video",
+        log.warning("only the first %g s get sound in %s; --long makes it for the whole length",
                     DEFAULT_DURATION_SEC, listed(longer))
 
 
@@ -136,7 +136,7 @@ def adapter_setups(config: InferenceConfig) -> list[AdapterSetup]:
         log.info("adapter %s at strength %g", path, strength)
     adapters = load_adapters(specs, variant, config.layers)
     if config.layers:
-        log.info("the adapters act in %s", ", ".join(f"{len(adapter.layer_names())} layers of {path}"
+        log.info("the adapters act in %s", ", ".join(f"{counted(len(adapter.layer_names()), 'layer')} of {path}"
                                                      for (path, _), (adapter, _) in zip(specs, adapters, strict=True)))
     if config.times != WHOLE_INTERVAL:
         log.info("the adapters act from %g to %g on the way from noise (0) to sound (1)", *config.times)
@@ -182,7 +182,8 @@ def variation_settings(
 def check_names(config: InferenceConfig, clips: Sequence[BatchClip]) -> None:
     """Raise a UsageError if two sounds would be written to one file, or one over somebody else's."""
     if config.output_is_file and len(clips) > 1:
-        raise UsageError(f"--output {config.output}: is one file, but there are {len(clips)} clips; name a folder")
+        raise UsageError(f"--output {config.output}: is one file, but there are {counted(len(clips), 'clip')}; name a "
+                         "folder")
     files = [variation.files for clip in clips for variation in clip.variations]
     if problem := name_problem(files):
         raise UsageError(f"{problem}; rename the clip, or name one file with --output")
@@ -193,8 +194,8 @@ def check_names(config: InferenceConfig, clips: Sequence[BatchClip]) -> None:
         return  # that very file is meant
     foreign = [str(path) for clip in clips for variation in clip.variations for path in variation.files.foreign()]
     if foreign:
-        raise UsageError(f"{listed(foreign)}: there already, and not made by infer.py, which would have left a "
-                             ".yaml beside it; name another --output, or replace it with --overwrite")
+        raise UsageError(f"{listed(foreign)}: there already, and not made by infer.py (no .yaml beside it); name "
+                         "another --output, or replace it with --overwrite")
 
 
 def check_targets(config: InferenceConfig, clips: Sequence[BatchClip]) -> None:
@@ -215,8 +216,8 @@ def check_targets(config: InferenceConfig, clips: Sequence[BatchClip]) -> None:
         problems.append(f"{listed(replaced)}: would be replaced, but is itself an input of this run; name another "
                         "--output, or leave videos out with --audio_only")
     if trained:
-        problems.append(f"{listed(trained)}: has features beside it, so it is, or would become, the sound that they "
-                        "are trained with; name another --output")
+        problems.append(f"{listed(trained)}: lies beside features of its name, so training would take it for their "
+                        "sound; name another --output")
     if problems:
         raise UsageError("; ".join(problems))
 

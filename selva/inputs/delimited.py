@@ -106,7 +106,7 @@ def _rows_of(path: Path, table: Any) -> Iterator[tuple[int, int, list[str]]]:
         try:
             cells = next(table, None)
         except csv.Error as error:
-            raise UserError(f"{path}: after line {last} there is no row ({error}); {MARKS}") from error
+            raise UserError(f"{path}: after line {last} no row can be read ({error}); {MARKS}") from error
         if cells is None:
             return
         first, last = last + 1, table.line_num

@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path, PureWindowsPath
 
 from selva.utils.errors import UserError
+from selva.utils.text import counted
 
 ON_WINDOWS = os.name == "nt"
 MAX_NAME_BYTES = 255  # of a file name on all common file systems
@@ -45,7 +46,7 @@ def problem_here(name: str) -> str | None:
     if ON_WINDOWS and (reason := windows_problem(name)):
         return reason
     size = len(os.fsencode(name))
-    return f"the name has {size} bytes, expected at most {MAX_NAME_BYTES}" if size > MAX_NAME_BYTES else None
+    return f"the name has {counted(size, 'byte')}, expected at most {MAX_NAME_BYTES}" if size > MAX_NAME_BYTES else None
 
 
 def alike(names: Iterable[str]) -> list[tuple[str, str]]:
@@ -128,5 +129,5 @@ def expand_pattern(path: Path) -> list[Path]:
     if not glob.has_magic(text) or os.path.lexists(text):  # names may hold brackets
         return [path]
     if not (found := sorted(glob.glob(text, recursive=True))):
-        raise UserError(f"no file fits {text}")
+        raise UserError(f"no file matches {text}")
     return [Path(one) for one in found]

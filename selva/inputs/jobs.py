@@ -233,7 +233,7 @@ def _warn_of_missing(rows: list[TableRow], folders: FolderNames) -> None:
     videos = [str(row.path) for row in rows if not exists(row.path)]
     masks = sorted({str(row.mask) for row in rows if row.mask is not None and not exists(row.mask)})
     if len(videos) == len(rows):
-        raise FileNotFoundError(f"none of the {len(rows)} videos exists; looked for {listed(videos)}")
+        raise FileNotFoundError(f"none of the {counted(len(rows), 'video')} exists; looked for {listed(videos)}")
     for kind, missing in (("videos", videos), ("masks", masks)):
         if missing:
             log.warning("missing %s, whose clips will fail: %s", kind, listed(missing))
@@ -312,7 +312,7 @@ def _point_to_lists(inputs: list[Path]) -> None:
         warn_of_other_spelling(item)
     found = [str(item / PROMPTS_FILE) for item in inputs if (item / PROMPTS_FILE).is_file()]
     if found:
-        log.warning("not used: %s; give it with --prompts", listed(found))
+        log.warning("found but not used: %s; to use it, give it with --prompts", listed(found))
 
 
 class _Prompts:
@@ -354,7 +354,8 @@ class _Prompts:
     def report(self) -> None:
         unused = sorted(set(self.written) - self.used)
         if unused and self.used:  # one list often serves the training and the held-out clips
-            log.info("%s: %s of no clip here: %s", self.path, counted(len(unused), "prompt is", "prompts are"),
+            log.info("%s: %s for clips that are not in this run: %s",
+                     self.path, counted(len(unused), "prompt is", "prompts are"),
                      listed(unused))
         elif unused:
             log.warning("%s: no clip for %s", self.path, listed(unused))
@@ -416,5 +417,5 @@ class _Masks:
         if self.without == num_clips and num_clips:
             raise UserError(f"{self.path}: no mask for any clip; masks are named like the clips, e.g. dog_01.png")
         if self.without:
-            log.warning("%s: no mask for %d of %d clips, which show the whole picture",
-                        self.path, self.without, num_clips)
+            log.warning("%s: no mask for %d of %s, which show the whole picture",
+                        self.path, self.without, counted(num_clips, "clip"))

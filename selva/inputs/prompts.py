@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from selva.inputs.file_names import same_name
+from selva.inputs.spoken_list import is_spoken_list, read_spoken_list
 from selva.utils.files import real_path
 from selva.utils.text import listed, read_text, text_lines
 
@@ -28,7 +29,8 @@ def read_prompts(path: PathLike, names: Iterable[str] = ()) -> dict[str, str]:
 def read_all_prompts(path: PathLike, names: Iterable[str] = ()) -> dict[str, tuple[str, ...]]:
     """Return all prompts of a ``prompts.txt``: {name of the feature file, with .npz, as `same_name` has it: prompts}.
 
-    One ``name.npz: prompt`` per line, split at the first colon; the ``.npz`` may be left out. Lines end with LF, CR LF
+    A ``.csv`` may be a list as LJSpeech has it (``name|prompt``, see :mod:`selva.inputs.spoken_list`). Else there is
+    one ``name.npz: prompt`` per line, split at the first colon; the ``.npz`` may be left out. Lines end with LF, CR LF
     or CR and with nothing else. Empty lines and comments are left out: a comment is ``#`` followed by a space, or by
     what is not one of ``names``. Lines without a colon and names without a prompt are left out with a warning. Several
     lines of a name are several prompts, in their order: the last one is the prompt of the clip, as the published reader
@@ -45,6 +47,9 @@ def read_all_prompts(path: PathLike, names: Iterable[str] = ()) -> dict[str, tup
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
+    if path.suffix.lower() == ".csv" and is_spoken_list(path):
+        spoken = {same_name(name.removesuffix(".npz")): text for name, text in read_spoken_list(path).values() if text}
+        return {f"{name}.npz": text for name, text in spoken.items()}
     marked = {same_name(name.removesuffix(".npz")) for name in names if name.startswith("#")}
     full_names: dict[str, list[str]] = {}
     stems: dict[str, list[str]] = {}
@@ -59,8 +64,8 @@ def read_all_prompts(path: PathLike, names: Iterable[str] = ()) -> dict[str, tup
             if not colon or key.removesuffix(".npz") not in marked:
                 continue
             if line[1:2].isspace():
-                log.warning("%s, line %d: a comment, as # and a space begin one, although a file is called %r; "
-                            "rename the file", path, number, key)
+                log.warning("%s, line %d: taken for a comment, because it begins with # and a space, although a file "
+                            "is called %r; rename the file", path, number, key)
                 continue
         if not colon:
             no_colon.append(str(number))

@@ -56,8 +56,9 @@ class LoRAConfig:
                                   default_text="rank, scale 1", aliases=("network_alpha",),
                                   similar=("lora_alpha",))
     targets: tuple[str, ...] = setting(
-        ("attn.qkv",), "adapt the layers whose names end so, e.g. attn.qkv linear1:4, or a preset: "
-        f"{', '.join(PRESETS)}", group=ADAPTER, flag="target", nargs="+", metavar="SUFFIX[:RANK]",
+        ("attn.qkv",), "adapt the layers whose names end in one of these, such as attn.qkv, or linear1:4 for rank 4 "
+        f"there; or a preset: {', '.join(PRESETS)}",
+        group=ADAPTER, flag="target", nargs="+", metavar="SUFFIX[:RANK]",
         default_text="attn.qkv")
     dropout: float = setting(0.0, "dropout before the adapter", group=ADAPTER, flag="lora_dropout")
     rslora: bool = setting(False, "scale alpha / sqrt(rank), alpha 16 unless given", group=ADAPTER)

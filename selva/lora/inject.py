@@ -64,7 +64,7 @@ class InjectReport:
         dora = " with DoRA" if self.config.dora else ""
         skipped = f", {counted(len(self.skipped), 'matching module')} skipped" if self.skipped else ""
         adapted = f"{counted(len(kinds), 'layer')} adapted{dora} ({counts})"
-        return f"{adapted}, {self.num_parameters:,} trainable parameters{skipped}"
+        return f"{adapted}, {counted(self.num_parameters, 'trainable parameter', grouped=True)}{skipped}"
 
     @property
     def notice(self) -> list[str]:
@@ -76,7 +76,8 @@ class InjectReport:
         convolutions = sum(layer.kind == "conv1d" for layer in self.layers)
         causes, remedies = [], []
         if convolutions:
-            causes.append(f"{convolutions} of {len(self.layers)} adapted layers are convolutions")
+            causes.append(f"{convolutions} of {counted(len(self.layers), 'adapted layer')} "
+                          f"{'is a convolution' if convolutions == 1 else 'are convolutions'}")
             if targets := self.linear_targets():
                 remedies.append(f"with the targets {' '.join(targets)}")
         if self.config.dora:
@@ -143,7 +144,7 @@ def _match(model: nn.Module, targets: Sequence[str]) -> tuple[dict[str, Plain], 
         if not isinstance(module, nn.Linear | nn.Conv1d) or type(module) not in ADAPTED_CLASS:
             skipped.append((name, f"a {type(module).__name__}, neither nn.Linear nor nn.Conv1d"))
         elif isinstance(module, nn.Conv1d) and module.groups > 1:
-            skipped.append((name, f"a convolution in {module.groups} groups"))
+            skipped.append((name, f"a convolution in {counted(module.groups, 'group')}"))
         else:
             matches[name] = module
     idle = [target for target in targets if not any(name.endswith(target) for name in matches)]

@@ -17,6 +17,7 @@ from selva.media.container import PathLike, check_range
 from selva.media.sound_pieces import sound_length, sound_pieces
 from selva.utils.errors import UserError
 from selva.utils.files import atomic_path
+from selva.utils.text import counted
 
 if TYPE_CHECKING:
     from torchaudio.transforms import Resample
@@ -142,7 +143,7 @@ def prepare_audio(
     if len(mono) < num_samples:
         if not pad:
             raise UserError(
-                f"the sound has {len(mono)} samples ({len(mono) / target_rate:.3f} s at {target_rate} Hz), "
+                f"the sound has {counted(len(mono), 'sample')} ({len(mono) / target_rate:.3f} s at {target_rate} Hz), "
                 f"expected at least {num_samples} ({num_samples / target_rate:.3f} s); use longer sound or pad"
             )
         mono = torch.nn.functional.pad(mono, (0, num_samples - len(mono)))
@@ -222,7 +223,7 @@ def write_audio(path: PathLike, waveform: Tensor, rate: int) -> None:
         raise UserError(f"{path}: the sound to write is empty or has values that are not finite")
     num_clipped = int((samples.abs() > 1).sum())
     if num_clipped:
-        log.warning("%s: %d samples beyond full scale were clipped", path, num_clipped)
+        log.warning("%s: %s clipped at full scale", path, counted(num_clipped, "sample"))
     with atomic_path(path) as temporary:
         try:
             soundfile.write(
@@ -238,7 +239,8 @@ def write_audio(path: PathLike, waveform: Tensor, rate: int) -> None:
         except (RuntimeError, AssertionError) as error:  # LibsndfileError is a RuntimeError
             raise OSError(f"{path}: cannot be written ({str(error) or 'cut short'}); is the disk full?") from error
         if found != samples.shape[1]:
-            raise OSError(f"{path}: cannot be written ({found} of {samples.shape[1]} samples fit); is the disk full?")
+            raise OSError(f"{path}: cannot be written (only {found} of {counted(samples.shape[1], 'sample')}); is the "
+                          "disk full?")
 
 
 def extract_audio(

@@ -20,6 +20,7 @@ from typing import Any
 
 from selva.sequence import SHORTEST_SEC
 from selva.utils.errors import UserError
+from selva.utils.text import counted
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +113,7 @@ def video_stream(container: Any, path: PathLike) -> Any:
         if can_decode(stream):
             return stream
     if pictures:
-        raise UserError(f"{path}: its pictures are of a codec that is not known here; convert it to H.264")
+        raise UserError(f"{path}: its video codec is not supported; convert it to H.264")
     found = ", ".join(stream.type for stream in container.streams) or "no streams"
     raise UserError(f"{path}: has no video stream (found: {found})")
 
@@ -128,7 +129,7 @@ def audio_stream(container: Any, path: PathLike) -> Any:
             _say_track(str(path), tracks.index(best) + 1, len(tracks), _is_default(best))
         return best
     if tracks:
-        raise UserError(f"{path}: its sound is of a codec that is not known here; convert it to AAC or WAV")
+        raise UserError(f"{path}: its audio codec is not supported; convert it to AAC or WAV")
     found = ", ".join(stream.type for stream in container.streams) or "no streams"
     raise UserError(f"{path}: has no audio stream (found: {found})")
 
@@ -147,7 +148,7 @@ def _is_default(stream: Any) -> bool:
 @lru_cache(maxsize=4096)  # said once per file, however often it is opened
 def _say_track(path: str, number: int, count: int, is_default: bool) -> None:
     why = ", the default one" if is_default else ""
-    log.warning("%s: has %d sound tracks; number %d is taken%s", path, count, number, why)
+    log.warning("%s: has %s; number %d is taken%s", path, counted(count, "sound track"), number, why)
 
 
 def time_origin(container: Any) -> Fraction:
@@ -333,8 +334,8 @@ def check_not_truncated(
     end_sec = declared if duration_sec is None else min(declared, start_sec + duration_sec)
     if start_sec + reached_sec < end_sec - TRUNCATION_SEC:
         raise UserError(
-            f"{path}: ends after {start_sec + reached_sec:.2f} s of {declared:.2f} s: "
-            "cut short or damaged, copy it again"
+            f"{path}: ends after {start_sec + reached_sec:.2f} s of {declared:.2f} s: cut short or damaged, copy it "
+            "again"
         )
 
 

@@ -38,6 +38,7 @@ from selva.media.container import (
 from selva.media.mask_settings import IMAGE_SUFFIXES, MaskSettings
 from selva.media.pictures import frame_duration, steady, upright
 from selva.utils.errors import UserError
+from selva.utils.text import counted
 
 log = logging.getLogger(__name__)
 
@@ -230,8 +231,8 @@ def _array_source(
     times = times_of()
     if len(times) != len(array):
         raise UserError(
-            f"{path}: the mask is {array.shape}, {len(array)} frames, but {video_path} has {len(times)}; expected one "
-            "for each frame of the file, or a single (H, W)"
+            f"{path}: the mask is {array.shape}, {counted(len(array), 'frame')}, but {video_path} has {len(times)}; "
+            "expected one for each frame of the file, or a single (H, W)"
         )
     return _FromArray(array, scale, times)
 

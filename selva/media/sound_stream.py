@@ -27,6 +27,7 @@ from selva.media.container import (
 )
 from selva.media.sound_header import check_last_packet, check_ogg_end, cut_error, is_length_of_mp3_guessed
 from selva.utils.errors import UserError
+from selva.utils.text import counted
 
 log = logging.getLogger(__name__)
 
@@ -189,7 +190,7 @@ class SoundStream:
             if late_sec > min(max(MAX_GAP_SEC, length_sec), _MAX_LATE_SEC):
                 raise UserError(self._jump(self._filled / self.rate, stamp / self.rate))
             if self.start == 0 and -stamp > _MAX_LEAD_SEC * self.rate:
-                log.warning("%s: its sound begins %.2f s before its pictures; that part, which has none, is left out",
+                log.warning("%s: its sound begins %.2f s before its pictures; that part is left out",
                             self.path, -stamp / self.rate)
             self._position = stamp
             return
@@ -266,19 +267,19 @@ class SoundStream:
     def _judge_losses(self) -> None:
         """Raise if too much could not be decoded; otherwise say how much."""
         if self.gap:
-            log.warning("%s: its time stamps leave gaps of %.2f s; silence is in their place",
+            log.warning("%s: its time stamps leave gaps of %.2f s, which are filled with silence",
                         self.path, self.gap / self.rate)
         if self.lost == 0:
             if self._num_failed and self._first_sample == 0:
-                log.warning("%s: %d of %d packets of its sound cannot be decoded (%s), nothing else is missing",
-                            self.path, self._num_failed, self._num_packets, self._error)
+                log.warning("%s: %d of %s of its sound cannot be decoded (%s), nothing else is missing",
+                            self.path, self._num_failed, counted(self._num_packets, "packet"), self._error)
             return
         share = self.lost / max(1, self._num_before + self._filled - self._first_sample)
-        what = (f"{self.lost / self.rate:.2f} s ({share:.0%}) of its sound cannot be decoded "
-                f"({self._num_failed} of {self._num_packets} packets: {self._error})")
+        what = (f"{self.lost / self.rate:.2f} s ({share:.0%}) of its sound cannot be decoded ({self._num_failed} of "
+                f"{counted(self._num_packets, 'packet')}: {self._error})")
         if share > MAX_LOST_SHARE:
             raise UserError(f"{self.path}: damaged, {what}, expected at most {MAX_LOST_SHARE:.0%}; copy it again")
-        log.warning("%s: %s; silence is in its place", self.path, what)
+        log.warning("%s: %s; silence replaces it", self.path, what)
 
     def _check_end(self, container: Any, stream: Any) -> None:
         """Raise if a file whose last packet was read holds less than it promises."""

@@ -25,6 +25,7 @@ from selva.models.blocks import load_strict_
 from selva.models.config import ClipConfig, T5Config
 from selva.models.onednn import use_onednn_
 from selva.utils.errors import UserError
+from selva.utils.text import counted
 
 log = logging.getLogger(__name__)
 
@@ -151,8 +152,8 @@ class ClipImage(nn.Module):
         if frames.ndim != 4 or shape[0] < 1 or shape[1] != 3 or any(n // patch != size // patch for n in shape[2:]):
             smallest = size // patch * patch
             raise UserError(
-                f"frames are {shape}, expected (frames, 3, height, width) with sides of {smallest} to "
-                f"{smallest + patch - 1} pixels"
+                f"frames are {shape}, expected (frames, 3, height, width), height and width from {smallest} to "
+                f"{smallest + patch - 1}"
             )
         if frames.dtype != torch.uint8:
             low, high = frames.aminmax()
@@ -317,8 +318,8 @@ def _t5_tokenizer(
 
 def _say_cut(prompt: str, read: str, max_length: int) -> None:
     """Name a prompt that is too long for T5, which tells the video encoder what to look for."""
-    log.warning("the prompt that begins %r is longer than the %d tokens that the video encoder's T5 reads; what "
-                "follows %r is not read", prompt[:40], max_length, read[-40:])
+    log.warning("the prompt that begins %r is longer than the %s that the video encoder's T5 reads; what "
+                "follows %r is not read", prompt[:40], counted(max_length, "token"), read[-40:])
 
 
 def _pad(rows: list[list[int]]) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from selva.models.vae_stats import BAND_MEAN
 from selva.sequence import HOP_LENGTHS, SAMPLING_RATES, SYNC_SEGMENT_FRAMES
 from selva.utils.errors import UserError
+from selva.utils.text import counted
 
 # Of the vocoder.
 ACTIVATION_REACH = 5  # samples to either side that an anti-aliased activation looks at, both filters together
@@ -174,8 +175,8 @@ class VocoderConfig:
                 raise UserError(f"upsample kernel {kernel} at rate {rate}, expected the rate plus an even number")
         if self.initial_channels % 2 ** len(self.upsample_rates):
             raise UserError(
-                f"initial_channels is {self.initial_channels}, "
-                f"expected a multiple of {2 ** len(self.upsample_rates)} for {len(self.upsample_rates)} stages"
+                f"initial_channels is {self.initial_channels}, expected a multiple of {2 ** len(self.upsample_rates)} "
+                f"for {counted(len(self.upsample_rates), 'stage')}"
             )
 
     @property

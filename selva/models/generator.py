@@ -35,6 +35,7 @@ from selva.models.config import GeneratorConfig
 from selva.models.widening import HALF_TYPES, Widening, computing_in
 from selva.sequence import SYNC_TOKENS_PER_SEGMENT
 from selva.utils.errors import UserError
+from selva.utils.text import counted
 
 # Tables that old checkpoints carry although they are computed; they are dropped on loading.
 COMPUTED_KEYS = ("t_embed.freqs", "latent_rot", "clip_rot")
@@ -289,7 +290,7 @@ class Generator(nn.Module):
     @staticmethod
     def _check_tokens(what: str, x: Tensor, expected: int) -> None:
         if x.shape[1] != expected:
-            raise UserError(f"{what} have {x.shape[1]} tokens, expected {expected}; see set_sequence")
+            raise UserError(f"{what} have {counted(x.shape[1], 'token')}, expected {expected}; see set_sequence")
 
 
 def cast_frozen_(generator: Generator, dtype: torch.dtype) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from selva.models.config import MEL_CONFIGS, MelConfig
 from selva.utils.errors import UserError
+from selva.utils.text import counted
 
 MAGNITUDE_EPS = 1e-9  # inside the square root, so that its gradient is finite in silence
 MEL_FLOOR = 1e-5  # digital silence lands exactly here: -5 in log10, -11.51 in ln
@@ -106,7 +107,8 @@ class MelSpectrogram(nn.Module):
         cfg = self.config
         if waveform.ndim != 2 or waveform.shape[-1] < cfg.n_fft // 2:
             raise UserError(
-                f"waveform is {tuple(waveform.shape)}, expected (batch, samples) with at least {cfg.n_fft // 2} samples"
+                f"waveform is {tuple(waveform.shape)}, expected (batch, samples) with at least "
+                f"{counted(cfg.n_fft // 2, 'sample')}"
             )
         with torch.autocast(waveform.device.type, enabled=False):
             window, _ = _tables(cfg, waveform.device)

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterable
 
 from selva.models.config import ClipConfig
-from selva.utils.text import MAX_LISTED, listed
+from selva.utils.text import MAX_LISTED, counted, listed
 
 log = logging.getLogger(__name__)
 
@@ -45,8 +45,10 @@ def warn_of_cut_prompts(prompts: Iterable[tuple[str, str]], config: ClipConfig) 
         names.setdefault(prompt, []).append(name)
     cut = {prompt: read for prompt in names if (read := part_that_is_read(prompt, config)) is not None}
     for prompt, read in list(cut.items())[:MAX_LISTED]:
-        log.warning("%s: the prompt is longer than the %d tokens that the text encoder reads; what follows %r is not "
-                    "read", listed(names[prompt], _SHOWN_NAMES), config.context_length, read[-_SHOWN_LETTERS:])
+        log.warning("%s: the prompt is longer than the %s that the text encoder reads; what follows %r is not "
+                    "read", listed(names[prompt], _SHOWN_NAMES), counted(config.context_length, "token"),
+                    read[-_SHOWN_LETTERS:])
     if len(cut) > MAX_LISTED:
         rest = [name for prompt in list(cut)[MAX_LISTED:] for name in names[prompt]]
-        log.warning("%d more prompts are too long and are cut: of %s", len(cut) - MAX_LISTED, listed(rest))
+        log.warning("%s too long and cut: of %s", counted(len(cut) - MAX_LISTED, "more prompt is", "more prompts are"),
+                    listed(rest))

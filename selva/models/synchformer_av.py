@@ -23,6 +23,7 @@ from selva.models.config import VideoEncoderConfig
 from selva.models.onednn import use_onednn_
 from selva.models.synchformer import SpatialAggregation, Synchformer
 from selva.utils.errors import UserError
+from selva.utils.text import counted
 
 SAMPLE_RATE = 16000
 SEGMENT_SAMPLES, SEGMENT_STEP = 10240, 5120  # 0.64 s, 0.32 s apart, as the segments of the pictures
@@ -243,8 +244,8 @@ class SynchformerAV(Synchformer):
         """
         for name, features in (("visual", visual), ("audio", audio)):
             if features.shape[1] != SEGMENTS_COMPARED:
-                raise UserError(f"{name} features have {features.shape[1]} segments, expected {SEGMENTS_COMPARED} "
-                                "(4.8 s)")
+                raise UserError(f"{name} features have {counted(features.shape[1], 'segment')}, expected "
+                                f"{SEGMENTS_COMPARED} (4.8 s)")
         return self.transformer(self.vproj(visual).flatten(1, 2), self.aproj(audio).flatten(1, 2))
 
     def load_published(self, state_dict: Mapping[str, Tensor]) -> SynchformerAV:

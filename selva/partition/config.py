@@ -33,22 +33,22 @@ class CuttingConfig:
     """
 
     min_length_sec: float | None = setting(
-        None, f"leave out shorter recordings (default: {WINDOW_SEC}, as published; below it, recordings between the "
-        "two become one clip each), or shorter segments (default: 0.64)", group=CUTTING)
+        None, f"leave out shorter recordings (default: {WINDOW_SEC}; a smaller value makes one clip of each recording "
+        f"between it and {WINDOW_SEC} s), or shorter segments (default: 0.64)", group=CUTTING)
     max_segments: int | None = setting(None, f"windows of one recording (default: {MAX_WINDOWS}, as published)",
                                        group=CUTTING, metavar="N", at_least_one=True)
     merge_gap_sec: float | None = setting(
-        None, "given segments with less than this between them become one, and so do those that overlap; their texts "
-        "are joined, the id is that of the first", group=CUTTING, metavar="SEC")
+        None, "join segments that overlap or have less than this between them; their texts are joined, the first id is "
+        "kept", group=CUTTING, metavar="SEC")
     slice_start_offset: float = setting(
-        0.0, "move the beginning of every given segment by so many seconds: negative takes in what is before it, "
-        "positive cuts it off; after merging", group=CUTTING, metavar="SEC")
+        0.0, "move the start of every segment, after merging: negative starts earlier, positive later",
+        group=CUTTING, metavar="SEC")
     slice_end_offset: float = setting(
-        0.0, "the same for the end: negative cuts it off, positive takes in what comes after it", group=CUTTING,
+        0.0, "move the end of every segment: negative ends earlier, positive later", group=CUTTING,
         metavar="SEC")
     skip_silence: bool = setting(
-        False, "move windows that are more than half silent to the least silent free place; leave out those without "
-        "one, and silent --segments. Decodes every recording", group=SILENCE)
+        False, "move windows that are more than half silent to the least silent free place; drop those without one, "
+        "and silent --segments. Decodes every recording", group=SILENCE)
     trim_silence: bool = setting(
         False, "cut off the silence at both ends of every clip, in steps of 50 ms; what is shorter than 0.64 s then "
         "(of --segments: than --min_length_sec) is left out. Decodes every recording", group=SILENCE)
@@ -85,26 +85,29 @@ class CuttingConfig:
 class PartitionConfig:
     """Settings of one call of ``partition_clips.py``: recordings, cutting, tables."""
 
-    data_dir: Path = required("folder of recordings (subfolders are not read)", group=INPUT)
+    data_dir: Path = required("folder of recordings", group=INPUT)
+    recursive: bool = setting(False, "take its subfolders too; a/b/rain.flac is called a_b_rain", group=INPUT)
     output_dir: Path = required("where clips.tsv goes", group=INPUT)
     write_audio: Path | None = setting(
         None, "also write every clip as DIR/<id>.flac (24 bits, rate, level and channels of the recording), and its "
         "caption as DIR/<id>.txt; what is there already is not written again", group=INPUT, metavar="DIR")
     cutting: CuttingConfig = field(default_factory=CuttingConfig)
     segments: list[Path] | None = setting(
-        None, "cut here instead of in windows: tables (.tsv, .csv) with the columns name, start, end in seconds, and "
-        "optionally id and text; or .json files as whisper writes them, each named as its recording. The text becomes "
-        "the caption", group=CUTTING, nargs="+", metavar="FILE")
+        None, "cut here instead of in windows. Tables (.tsv, .csv) with the columns name, start, end in seconds, and "
+        "optionally id and text; .json files as whisper writes them, each called like its recording, or a folder of "
+        "them; or a metadata.csv like LJSpeech's, whose recordings are taken whole. The text becomes the caption",
+        group=CUTTING, nargs="+", metavar="FILE")
     captions: Path | None = setting(
-        None, "table with the columns id (name of the recording) and caption; without it, or where it says nothing, "
-        "<name>.txt beside a recording is its caption", group=CAPTIONS, metavar="FILE")
-    val_fraction: float = setting(0.0, "share of the recordings whose clips go into clips_val.tsv instead; chosen by "
-                                  "--seed", group=CAPTIONS, metavar="F")
+        None, "table with the columns id (name of the recording) and caption, or a metadata.csv like LJSpeech's; where "
+        "it says nothing, <name>.txt beside a recording is its caption", group=CAPTIONS, metavar="FILE")
+    val_fraction: float = setting(0.0, "share of the recordings to hold out: their clips go into clips_val.tsv "
+                                       "instead; chosen by --seed", group=CAPTIONS, metavar="F")
     val_below_sec: float = setting(
-        0.0, "clips shorter than this go into clips_val.tsv too, whatever their recording", group=CAPTIONS,
+        0.0, "clips shorter than this go into clips_val.tsv too", group=CAPTIONS,
         metavar="SEC")
     val_below_text: int = setting(
-        0, "so do clips whose caption has fewer characters than this; without a caption it has none", group=CAPTIONS,
+        0, "clips whose caption has fewer characters than this, or that have none, go into clips_val.tsv too",
+        group=CAPTIONS,
         metavar="N")
     start: int = setting(0, "index of the first recording, sorted by file name", group=PART)
     end: int = setting(-1, "index after the last recording, -1 for all; with --start or --end the table is called "
@@ -132,5 +135,9 @@ class PartitionConfig:
             (self.write_audio is not None and real_path(self.write_audio) == real_path(self.data_dir),
              f"--write_audio {self.write_audio}: is the folder of the recordings; the clips would be taken for "
              "recordings next time"),
+            (self.write_audio is not None and self.recursive
+             and real_path(self.data_dir) in real_path(self.write_audio).parents,
+             f"--write_audio {self.write_audio}: lies in the folder of the recordings, whose subfolders --recursive "
+             "takes; the clips would be taken for recordings next time"),
         )
         yield from (message for wrong, message in rules if wrong)

@@ -28,6 +28,7 @@ from selva.partition.windows import WINDOW_SEC, Window, partition, write_table
 from selva.sequence import SHORTEST_SEC
 from selva.utils.errors import UserError
 from selva.utils.files import atomic_write_text
+from selva.utils.text import counted, listed
 
 log = logging.getLogger(__name__)
 
@@ -57,49 +58,59 @@ class LeftOut:
         return f"{self.path}{clip}{times}: {self.reason}"
 
 
-def write_left_out(path: Path, items: Iterable[LeftOut]) -> None:
-    """Write what was left out as tab-separated text with a header, whole or not at all."""
+def write_left_out(path: Path, items: Iterable[LeftOut], data_dir: Path) -> None:
+    """Write what was left out as tab-separated text with a header and paths below ``data_dir``, whole or not at all."""
     def time(seconds: float | None) -> str:
         return "" if seconds is None else f"{seconds:.3f}"
 
-    rows = ((item.path.name, item.id, time(item.start_sec), time(item.end_sec), item.reason) for item in items)
+    rows = ((item.path.relative_to(data_dir).as_posix(), item.id, time(item.start_sec), time(item.end_sec), item.reason)
+            for item in items)
     write_table(path, LEFT_OUT_COLUMNS, rows)
 
 
-def collect_recordings(data_dir: Path) -> tuple[list[Path], list[LeftOut]]:
-    """Return the audio files of ``data_dir`` by name, and the files in it that might have been meant.
+def collect_recordings(data_dir: Path, recursive: bool = False) -> tuple[dict[str, Path], list[LeftOut]]:
+    """Return {name: recording} of ``data_dir`` in the order of the files, and the files that might have been meant.
+
+    Args:
+        recursive: take the subfolders too; ``a/b/dog.flac`` is called ``a_b_dog`` then, as videos are in extraction.
 
     Raises:
         FileNotFoundError: no such folder.
-        ValueError: there is no audio file in it.
+        ValueError: there is no audio file in it, or two in different folders would have the same name.
     """
     if not data_dir.is_dir():
         raise FileNotFoundError(f"{data_dir}: no such folder")
     recordings: dict[str, Path] = {}
     left_out: list[LeftOut] = []
-    videos: list[Path] = []
-    files = sorted(visible_files(data_dir), key=lambda path: path.name)
-    say_not_taken(data_dir, files, AUDIO_SUFFIXES)
+    videos: dict[str, Path] = {}
+    clashes: list[str] = []
+    files = sorted(visible_files(data_dir, recursive), key=lambda path: path.parts)
+    say_not_taken(data_dir, files, AUDIO_SUFFIXES, recursive)
     for path in files:
-        suffix = path.suffix.lower()
+        suffix, name = path.suffix.lower(), "_".join(path.relative_to(data_dir).with_suffix("").parts)
         if suffix in VIDEO_SUFFIXES:
-            videos.append(path)
+            videos[name] = path
         if suffix not in AUDIO_SUFFIXES:
             continue
         if not path.is_file():
             left_out.append(LeftOut(path, "leads to no file", failed=True))
             continue
-        other = recordings.setdefault(path.stem, path)
-        if other is not path:
+        other = recordings.setdefault(name, path)
+        if other.parent != path.parent:
+            clashes.append(f"{other} and {path} would both be called {name}")
+        elif other is not path:
             kept, left = sorted((other, path), key=_preference)
-            recordings[path.stem] = kept
-            left_out.append(LeftOut(left, f"{kept.name} has the same name and goes before it"))
+            recordings[name] = kept
+            left_out.append(LeftOut(left, f"{kept.name} has the same name and is used instead"))
+    if clashes:
+        raise UserError(f"{listed(clashes, separator='; ')}; rename one of them")
     if not recordings:
-        raise UserError(f"{data_dir}: no recordings in it, expected files like {', '.join(AUDIO_SUFFIXES)}")
+        deeper = "" if recursive else " (its subfolders were not searched; --recursive does)"
+        raise UserError(f"{data_dir}: no recordings in this folder{deeper}; looked for {' '.join(AUDIO_SUFFIXES)}")
     # A video beside a recording of its name is what the recording belongs to.
-    left_out += [LeftOut(path, "a video; extract_features.py cuts these")
-                 for path in videos if path.stem not in recordings]
-    return list(recordings.values()), left_out
+    left_out += [LeftOut(path, "a video; extract_features.py --windows cuts videos")
+                 for name, path in videos.items() if name not in recordings]
+    return recordings, left_out
 
 
 def _preference(path: Path) -> tuple[bool, int]:
@@ -112,7 +123,7 @@ def _preference(path: Path) -> tuple[bool, int]:
 
 
 def cut_recording(
-    path: Path, config: CuttingConfig, segments: Sequence[Segment] | None = None
+    path: Path, config: CuttingConfig, segments: Sequence[Segment] | None = None, name: str | None = None
 ) -> tuple[list[Window], list[LeftOut]]:
     """Return the clips of a recording, and the stretches of it that give none.
 
@@ -120,13 +131,15 @@ def cut_recording(
 
     Args:
         segments: where to cut; None for windows.
+        name: of the recording in the table; None for its stem.
     """
+    name = path.stem if name is None else name
     try:
         num_samples, rate = audio_length(path)
         if segments is None:
-            windows, left_out = _cut_windows(path, num_samples, rate, config)
+            windows, left_out = _cut_windows(path, name, num_samples, rate, config)
         else:
-            windows, left_out = _cut_segments(path, num_samples, rate, config, segments)
+            windows, left_out = _cut_segments(path, name, num_samples, rate, config, segments)
         if not (windows and (config.skip_silence or config.trim_silence)):
             return windows, left_out
         found = find_silence(path, config.silence_db)
@@ -171,10 +184,10 @@ def _trim(windows: list[Window], silence: SilenceMap, rate: int, config: Cutting
 
 
 def _cut_windows(
-    path: Path, num_samples: int, rate: int, config: CuttingConfig
+    path: Path, name: str, num_samples: int, rate: int, config: CuttingConfig
 ) -> tuple[list[Window], list[LeftOut]]:
     shortest = WINDOW_SEC if config.min_length_sec is None else config.min_length_sec
-    windows = partition(path.stem, num_samples, rate, shortest, config.max_windows)
+    windows = partition(name, num_samples, rate, shortest, config.max_windows)
     if windows:
         return windows, []
     wanted = "a clip takes" if config.min_length_sec is None else "expected at least"
@@ -185,7 +198,7 @@ def _cut_windows(
 
 
 def _cut_segments(
-    path: Path, num_samples: int, rate: int, config: CuttingConfig, segments: Sequence[Segment]
+    path: Path, name: str, num_samples: int, rate: int, config: CuttingConfig, segments: Sequence[Segment]
 ) -> tuple[list[Window], list[LeftOut]]:
     shortest = SHORTEST_SEC if config.min_length_sec is None else config.min_length_sec
     windows, left_out = [], []
@@ -211,7 +224,7 @@ def _cut_segments(
         elif end - start < max(1, shortest * rate):
             reason = f"{(end - start) / rate:.2f} s long, expected at least {shortest:g} s"
         else:
-            windows.append(Window(segment.id, path.stem, start, end))
+            windows.append(Window(segment.id, name, start, end))
             continue
         left_out.append(LeftOut(path, reason, given.id, given.start_sec, given.end_sec))
     return windows, left_out
@@ -273,7 +286,8 @@ def hold_out(names: Collection[str], fraction: float, seed: int) -> set[str]:
     if not 0 < fraction < 1:
         raise UserError(f"the share of recordings to validate on is {fraction}, expected more than 0 and less than 1")
     if len(names) < 2:
-        raise UserError(f"{len(names)} recordings cannot be split into training and validation, expected at least 2")
+        raise UserError(f"{counted(len(names), 'recording')} cannot be split into training and validation, expected at "
+                        "least 2")
     ranked = sorted(names, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
     return set(ranked[: min(len(names) - 1, max(1, round(fraction * len(names))))])
 
@@ -306,7 +320,8 @@ def write_piece(
         raise UserError(f"{recording}: ends after {reached_sec:.2f} s, but its header promises at least "
                          f"{window.end_sample / rate:.2f} s; convert it")
     if len(waveform) > FLAC_CHANNELS:
-        raise UserError(f"{recording}: has {len(waveform)} channels, but .flac holds {FLAC_CHANNELS}; convert it")
+        raise UserError(f"{recording}: has {counted(len(waveform), 'channel')}, but .flac holds {FLAC_CHANNELS}; "
+                        "convert it")
     if not torch.isfinite(waveform).all():
         raise UserError(f"{recording}: has values that are not finite (NaN or infinite)")
     if (peak := waveform.abs().max().item()) > 1:

@@ -40,8 +40,8 @@ class WrittenPieces:
             return
         known = self._hashes.get(path.name) if path.is_file() else None
         if known is None or (known != source_hash(path) and not (path.suffix == ".flac" and _is_damaged(path))):
-            raise FileExistsError(f"{path} holds something else and is not, or no longer, what partition_clips.py has "
-                                  "written; it is left as it is. Move it away, or choose another folder for the clips")
+            raise FileExistsError(f"{path}: partition_clips.py did not write it, or it was changed since; it is kept. "
+                                  "Move it away, or choose another folder for the clips")
 
     def add(self, path: Path) -> None:
         """Remember a file as it is now."""

@@ -49,9 +49,9 @@ def partition_recordings(config: PartitionConfig) -> tuple[list[Path], bool]:
         UsageError: no recording is in the range that was asked for.
         ValueError, FileNotFoundError: there are no recordings, no clips, or a table cannot be used.
     """
-    recordings, not_taken = collect_recordings(config.data_dir)
+    recordings, not_taken = collect_recordings(config.data_dir, config.recursive)
     chosen, part = choose_part(recordings, config)
-    segments = read_segments(config.segments, {path.stem for path in recordings}) if config.segments else None
+    segments = read_segments(config.segments, recordings) if config.segments else None
     if segments is not None and config.cutting.merge_gap_sec is not None:
         segments = merge_all(segments, config.cutting.merge_gap_sec)
     of_clips = {s.id: s.text for given in (segments or {}).values() for s in given if s.text}
@@ -67,7 +67,7 @@ def partition_recordings(config: PartitionConfig) -> tuple[list[Path], bool]:
                             f"replace the other: {listed([' and '.join(pair) for pair in together])}; rename one")
         write_pieces(cut, chosen, captions_of(cut.windows, of_clips, of_names), config.write_audio)
         if not part and (old := forgotten_pieces(config.write_audio, cut.windows)):
-            log.warning("%s: of no clip of this run: %s; remove them if they are of an earlier one",
+            log.warning("%s: sounds that are no clip of this run: %s; delete them if they are from an earlier one",
                         config.write_audio, listed(old))
     report_left_out(cut.left_out, config.output_dir / f"left_out{part}.tsv")
     if not cut.windows:
@@ -79,12 +79,12 @@ def partition_recordings(config: PartitionConfig) -> tuple[list[Path], bool]:
     short = short_clips(cut.windows, chosen, captions_of(cut.windows, of_clips, of_names), config)
     val = {window for window in cut.windows if window.name in held_out} | short
     if len(val) == len(cut.windows):
-        raise UserError(f"all {len(val)} clips would be held out for validation; lower --val_below_sec or "
-                        "--val_below_text")
+        raise UserError(f"no clip would be left to train on: {counted(len(val), 'clip')} held out for validation; "
+                        "lower --val_below_sec or --val_below_text")
     # First, as it says that the tables are ours; and again with their hashes.
     settings, text = config.output_dir / f"clips{part}_config.yaml", settings_text(values_of(config))
     atomic_write_text(settings, text)
-    tables = write_tables(cut, val, captions, config.output_dir, part)
+    tables = write_tables(cut, val, captions, config, part)
     present = [config.output_dir / f"{name}{part}.tsv" for name in TABLES]
     lines = [f"{TABLE_LINE}{source_hash(path)} {path.name}\n" for path in present if path.is_file()]
     atomic_write_text(settings, text + "".join(lines))
@@ -103,18 +103,19 @@ def merge_all(segments: dict[str, list[Segment]], gap_sec: float) -> dict[str, l
     """Return segments with close ones in one, and name those that a clip of a model cannot hold."""
     merged = {name: merge_segments(given, gap_sec) for name, given in segments.items()}
     before, after = (sum(map(len, each.values())) for each in (segments, merged))
-    log.info("%d segments became %d with --merge_gap_sec %g", before, after, gap_sec)
+    log.info("%s became %d with --merge_gap_sec %g", counted(before, "segment"), after, gap_sec)
     given_sec = {s.id: s.end_sec - s.start_sec for given in segments.values() for s in given}
     long = [f"{s.id} ({s.end_sec - s.start_sec:.2f} s)" for given in merged.values() for s in given
             if s.end_sec - s.start_sec > max(WINDOW_SEC, given_sec[s.id])]
     if long:
-        log.warning("%d merged segments are longer than the %g s of a clip: %s; a set of sound alone takes the first "
-                    "8 s of each, a folder of pairs windows of it", len(long), WINDOW_SEC, listed(long))
+        log.warning("%s longer than the %g s of a clip: %s; a set of sound alone takes the first 8 s of each, a folder "
+                    "of pairs windows of it", counted(len(long), "merged segment is", "merged segments are"),
+                    WINDOW_SEC, listed(long))
     return merged
 
 
 def short_clips(
-    windows: Sequence[Window], recordings: Sequence[Path], captions: Mapping[str, str], config: PartitionConfig
+    windows: Sequence[Window], recordings: Mapping[str, Path], captions: Mapping[str, str], config: PartitionConfig
 ) -> set[Window]:
     """Return the clips whose sound or caption is shorter than what is trained on.
 
@@ -124,19 +125,19 @@ def short_clips(
     short = {w for w in windows if len(captions.get(w.id, "")) < config.val_below_text}
     if config.val_below_sec:
         names = {window.name for window in windows}
-        rates = {path.stem: audio_length(path)[1] for path in recordings if path.stem in names}
+        rates = {name: audio_length(recordings[name])[1] for name in names}
         short |= {w for w in windows if w.end_sample - w.start_sample < config.val_below_sec * rates[w.name]}
     return short
 
 
-def choose_part(recordings: Sequence[Path], config: PartitionConfig) -> tuple[Sequence[Path], str]:
-    """Return the recordings of this process, and the ending of its tables' names after ``clips``."""
+def choose_part(recordings: Mapping[str, Path], config: PartitionConfig) -> tuple[dict[str, Path], str]:
+    """Return {name: recording} of this process, and the ending of its tables' names after ``clips``."""
     end = len(recordings) if config.end == -1 else min(config.end, len(recordings))
-    chosen = recordings[config.start : end]
+    chosen = dict(list(recordings.items())[config.start : end])
     if not chosen:
         raise UsageError(
-            f"--start {config.start} --end {config.end}: no recording in this range, "
-            f"{config.data_dir} has {len(recordings)} (0 ... {len(recordings) - 1})"
+            f"--start {config.start} --end {config.end}: no recording in this range, {config.data_dir} has "
+            f"{len(recordings)} (0 ... {len(recordings) - 1})"
         )
     whole = config.start == 0 and config.end == -1
     return chosen, "" if whole else f"_{config.start}_{end}"
@@ -157,13 +158,13 @@ def check_targets(config: PartitionConfig, part: str) -> None:
     ours = (config.output_dir / f"clips{part}_config.yaml").is_file()
     theirs = [str(path) for path in targets if real_path(path) in inputs or (path.exists() and not ours)]
     if theirs:
-        raise FileExistsError(f"{listed(theirs)}: would be written anew, and is an input or not of an earlier run of "
+        raise FileExistsError(f"{listed(theirs)}: would be overwritten, but is an input, or was not written by "
                               "partition_clips.py; choose another --output_dir, or move it away")
     edited = [str(path) for path in targets
               if path.exists() and known.get(path.name, "") not in ("", source_hash(path))]
     if edited:
         raise FileExistsError(f"{listed(edited)}: has been edited since partition_clips.py wrote it, and would be "
-                              "written anew; choose another --output_dir, or move it away")
+                              "overwritten; choose another --output_dir, or move it away")
 
 
 TABLE_LINE = "# written: "  # of a table, in the settings beside them
@@ -185,46 +186,45 @@ class Cut:
 
 
 def cut_all(
-    recordings: Sequence[Path], config: CuttingConfig, segments: dict[str, list[Segment]] | None
+    recordings: Mapping[str, Path], config: CuttingConfig, segments: dict[str, list[Segment]] | None
 ) -> Cut:
     """Return the clips of all recordings."""
     cut, decodes = Cut(), config.skip_silence or config.trim_silence
     with Progress(len(recordings), "finding silence" if decodes else "reading headers", "files") as bar:
-        for number, path in enumerate(recordings, 1):
-            given = None if segments is None else segments.get(path.stem, [])
-            windows, left_out = cut_recording(path, config, given)
+        for number, (name, path) in enumerate(recordings.items(), 1):
+            given = None if segments is None else segments.get(name, [])
+            windows, left_out = cut_recording(path, config, given, name)
             cut.windows += windows
             cut.left_out += left_out
             bar.update(number)
     return cut
 
 
-def find_captions(recordings: Sequence[Path], table: Path | None) -> dict[str, str]:
+def find_captions(recordings: Mapping[str, Path], table: Path | None) -> dict[str, str]:
     """Return {name: caption}: of the table, else of the text file beside a recording."""
     written = read_captions(table) if table else {}
-    unused = sorted(set(written) - {same_name(path.stem) for path in recordings})
+    unused = sorted(set(written) - {same_name(name) for name in recordings})
     if unused:
         log.warning("%s: no recording for %s", table, listed(unused))
     captions, names = {}, FolderNames()
-    for path in recordings:
+    for name, path in recordings.items():
         note = names.find(path.with_suffix(".txt"))
-        caption = written.get(same_name(path.stem)) or (read_sidecar(note) if note and note.is_file() else "")
+        caption = written.get(same_name(name)) or (read_sidecar(note) if note and note.is_file() else "")
         if caption:
-            captions[path.stem] = caption
+            captions[name] = caption
     return captions
 
 
-def write_pieces(cut: Cut, recordings: Sequence[Path], captions: dict[str, str], folder: Path) -> None:
+def write_pieces(cut: Cut, recordings: Mapping[str, Path], captions: dict[str, str], folder: Path) -> None:
     """Write the sound of every clip; clips whose sound cannot be read or written leave the table.
 
     Args:
         captions: {id of the clip: caption}.
     """
-    by_name = {path.stem: path for path in recordings}
     readable, pieces = [], WrittenPieces(folder)
     with Progress(len(cut.windows), "writing sound", "clips") as bar:
         for number, window in enumerate(cut.windows, 1):
-            recording = by_name[window.name]
+            recording = recordings[window.name]
             try:
                 write_piece(recording, window, folder, captions.get(window.id, ""), pieces)
                 readable.append(window)
@@ -243,9 +243,11 @@ def report_left_out(left_out: Sequence[LeftOut], table: Path) -> None:
         log.warning("... and %d more, see %s", len(left_out) - NAMED, table)
 
 
-def write_tables(cut: Cut, held_out: set[Window], captions: dict[str, str], output_dir: Path, part: str) -> list[Path]:
+def write_tables(
+    cut: Cut, held_out: set[Window], captions: dict[str, str], config: PartitionConfig, part: str
+) -> list[Path]:
     """Write all tables of a run and return those with clips and captions; remove those of an earlier run."""
-    train, val, texts = (output_dir / f"{name}{part}.tsv" for name in ("clips", "clips_val", "captions"))
+    train, val, texts = (config.output_dir / f"{name}{part}.tsv" for name in ("clips", "clips_val", "captions"))
     written = [train]
     write_clips(train, [window for window in cut.windows if window not in held_out])
     if held_out:
@@ -258,6 +260,7 @@ def write_tables(cut: Cut, held_out: set[Window], captions: dict[str, str], outp
         if old.exists():
             kept = old.with_name(f"{old.name}.bak")
             old.replace(kept)
-            log.warning("%s is now called %s: it is of an earlier run, and this one has none", old, kept.name)
-    write_left_out(output_dir / f"left_out{part}.tsv", cut.left_out)
+            log.warning("%s is now called %s: it is from an earlier run, and this one makes no such table",
+                        old, kept.name)
+    write_left_out(config.output_dir / f"left_out{part}.tsv", cut.left_out, config.data_dir)
     return written

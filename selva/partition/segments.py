@@ -1,8 +1,9 @@
-"""Segments of recordings that are given: a table of them, or the output of whisper.
+"""Segments of recordings that are given: a table of them, the output of whisper, or a list of whole recordings.
 
     segments.tsv (or .csv)   name       start    end      id         text           seconds; id and text are optional
                              talk_1     0.5      4.25     hello      a man says hello
     talk_1.json              {"segments": [{"start": 0.5, "end": 4.25, "text": " Hello."}, ...]}     of talk_1.flac
+    metadata.csv             LJ001-0001|Printing, in 1 sense|Printing, in one sense           all of LJ001-0001.wav
 """
 
 from __future__ import annotations
@@ -12,16 +13,18 @@ import json
 import logging
 import math
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from selva.inputs.delimited import find_delimiter, read_text_table
 from selva.inputs.file_names import same_name
+from selva.inputs.spoken_list import is_spoken_list, read_spoken_list
 from selva.inputs.table import unsafe_id
+from selva.media import audio_length
 from selva.utils.errors import UserError
-from selva.utils.text import listed, read_text
+from selva.utils.text import counted, listed, read_text
 
 log = logging.getLogger(__name__)
 
@@ -46,37 +49,57 @@ class Segment:
     text: str = ""
 
 
-def read_segments(paths: Sequence[Path], names: Iterable[str]) -> dict[str, list[Segment]]:
+def read_segments(paths: Sequence[Path], recordings: Mapping[str, Path]) -> dict[str, list[Segment]]:
     """Return {name: its segments in the order of the files}, each with an id that no other has.
 
     Args:
-        paths: tables (.tsv, .csv) and whisper's files (.json), in any mixture.
-        names: stems of the recordings. A whisper file belongs to the recording of the same stem, or to the only one.
+        paths: tables (.tsv, .csv), lists as LJSpeech has them and whisper's files (.json), in any mixture; of a folder
+            all whisper files in it and in its subfolders are taken.
+        recordings: {name: file}, see :func:`_owner_of` for which of them a whisper file is of.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: not such a file, or a segment that cannot be; lists all of them.
     """
-    names = {same_name(name): name for name in names}  # as compared: as written
+    names = {same_name(name): name for name in recordings}  # as compared: as written
     problems: list[str] = []
     by_name: dict[str, list[Segment]] = {}
-    for path in paths:
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file")
-        read = _read_whisper if path.suffix.lower() == ".json" else _read_rows
-        for place, segment in read(path, names, problems):
-            if problem := _problem_of(segment, names.values()):
+    for path in _files_of(paths):
+        if path.suffix.lower() == ".json":
+            found = _read_whisper(path, recordings, problems)
+        elif is_spoken_list(path):
+            found = _read_list(path, recordings)
+        else:
+            found = _read_rows(path, names, problems)
+        for place, segment in found:
+            if problem := _problem_of(segment, recordings):
                 problems.append(f"{path}, {place}: {problem}")
             by_name.setdefault(segment.name, []).append(segment)
     for name, segments in by_name.items():
         by_name[name] = [s if s.id else replace(s, id=f"{name}_{index}") for index, s in enumerate(segments)]
     counts = Counter(segment.id for segments in by_name.values() for segment in segments)
-    problems += [f"{count} segments are called {id_!r}" for id_, count in counts.items() if count > 1]
+    problems += [f"{counted(count, 'segment is', 'segments are')} called {id_!r}" for id_,
+                 count in counts.items() if count > 1]
     if problems:
         raise UserError(listed(problems, separator="; "))
     if not by_name:
         raise UserError(f"{listed([str(path) for path in paths])}: no segments in it")
     return by_name
+
+
+def _files_of(paths: Sequence[Path]) -> Iterator[Path]:
+    """Yield the files that are given, and in place of a folder the whisper files in it."""
+    for path in paths:
+        if path.is_dir():
+            found = sorted(file for file in path.rglob("*") if file.suffix.lower() == ".json" and file.is_file()
+                           and not any(part.startswith(".") for part in file.relative_to(path).parts))
+            if not found:
+                raise UserError(f"{path}: no .json files in this folder, expected what whisper writes")
+            yield from found
+        elif not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file")
+        else:
+            yield path
 
 
 def merge_segments(segments: Sequence[Segment], gap_sec: float) -> list[Segment]:
@@ -144,7 +167,7 @@ def _read_rows(path: Path, names: Mapping[str, str], problems: list[str]) -> Ite
         yield f"line {line}", Segment(name, _seconds(cells["start"]), _seconds(cells["end"]), cells.get("id", ""), text)
 
 
-def _read_whisper(path: Path, names: Mapping[str, str], problems: list[str]) -> Iterable[tuple[str, Segment]]:
+def _read_whisper(path: Path, recordings: Mapping[str, Path], problems: list[str]) -> Iterable[tuple[str, Segment]]:
     """Yield (place, segment) of a JSON file as whisper writes it."""
     try:
         content = json.loads(read_text(path))
@@ -155,16 +178,52 @@ def _read_whisper(path: Path, names: Mapping[str, str], problems: list[str]) -> 
     found = content.get("segments") if isinstance(content, dict) else None
     if not isinstance(found, list):
         raise UserError(f'{path}: has no list "segments", expected what whisper writes')
-    name = names.get(same_name(path.stem), path.stem)
-    if name not in names.values():
-        if len(names) != 1:
-            problems.append(f"{path}: there is no recording called {name!r}; "
-                            "give the file the name of the recording that it belongs to")
-            return
-        (name,) = names.values()
+    name = _owner_of(path, recordings)
+    if name is None:
+        problems.append(f"{path}: there is no recording called {path.stem!r}; give the file the name of the recording "
+                        "that it belongs to")
+        return
     for index, item in enumerate(found):
         if not isinstance(item, dict):
             problems.append(f"{path}, segment {index}: is no object with start and end")
             continue
         yield f"segment {index}", Segment(name, _seconds(item.get("start")), _seconds(item.get("end")),
                                           text=_words(item.get("text")))
+
+
+def _owner_of(path: Path, recordings: Mapping[str, Path]) -> str | None:
+    """Return the recording that a whisper file is of, None if it cannot be told.
+
+    The one beside it of the same stem; any of that name; without further endings, as in ``talk_1.en.json`` or
+    ``talk_1.wav.json``; the only one in its folder, as in ``talks/monday/whisper.json``; the only one at all.
+    """
+    beside = {same_name(file.stem): name for name, file in recordings.items() if file.parent == path.parent}
+    names = {same_name(name): name for name in recordings}
+    stem = path.stem
+    while stem:
+        for known in (beside, names):
+            if found := known.get(same_name(stem)):
+                return found
+        stem = stem.rpartition(".")[0]
+    only = list(beside.values()) or list(names.values())
+    if len(only) != 1:
+        return None
+    log.info("%s: taken as that of %s, the only recording%s", path, only[0], " in its folder" if beside else "")
+    return only[0]
+
+
+def _read_list(path: Path, recordings: Mapping[str, Path]) -> Iterator[tuple[str, Segment]]:
+    """Yield (line, segment) of a list as LJSpeech has it: every recording as a whole, by its own name."""
+    names, missing = {same_name(name): name for name in recordings}, []
+    for line, (id_, text) in read_spoken_list(path).items():
+        name = names.get(same_name(id_))
+        if name is None:
+            missing.append(id_)
+            continue
+        try:
+            num_samples, rate = audio_length(recordings[name])
+        except (ValueError, OSError):
+            continue  # cutting it says why
+        yield f"line {line}", Segment(name, 0.0, num_samples / rate, name, text)
+    if missing:
+        log.warning("%s: %s of no recording: %s", path, counted(len(missing), "line is", "lines are"), listed(missing))

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from selva.inputs.delimited import Cells, find_delimiter, read_text_table, refuse_long_rows
 from selva.inputs.file_names import same_name
+from selva.inputs.spoken_list import is_spoken_list, read_spoken_list
 from selva.utils.errors import UserError
 from selva.utils.files import atomic_write_text
 from selva.utils.text import listed
@@ -111,7 +112,8 @@ def write_captions(path: PathLike, captions: Mapping[str, str]) -> None:
 def read_captions(path: PathLike) -> dict[str, str]:
     """Return the captions of a table with the columns id and caption, see :func:`caption_of`; the last of an id counts.
 
-    Ids are as :func:`same_name` has them.
+    A list as LJSpeech has it, see :mod:`selva.inputs.spoken_list`, is such a table. Ids are as :func:`same_name` has
+    them.
 
     Raises:
         FileNotFoundError: no such file.
@@ -119,8 +121,13 @@ def read_captions(path: PathLike) -> dict[str, str]:
     """
     captions: dict[str, str] = {}
     changed = set()
-    for _, row in read_table(path, CAPTION_COLUMNS, "a table of captions"):
-        name, caption = same_name(row["id"] or ""), (row["caption"] or "").strip()
+    if Path(path).is_file() and is_spoken_list(Path(path)):
+        given = list(read_spoken_list(Path(path)).values())
+    else:
+        rows = read_table(path, CAPTION_COLUMNS, "a table of captions: id, caption")
+        given = [(row["id"] or "", (row["caption"] or "").strip()) for _, row in rows]
+    for id_, caption in given:
+        name = same_name(id_)
         if captions.setdefault(name, caption) != caption:
             changed.add(name)
         captions[name] = caption

@@ -124,8 +124,8 @@ def load_split(
     _report_origins(config, clips, val_clips)
     most = config.val_clips
     if most and len(val_clips) > most and ways["split"] != "by clip":
-        log.info("validation is on %d of the %d held-out clips, always the same; --val_clips 0 takes all",
-                 most, len(val_clips))
+        log.info("validation is on %d of the %s, always the same; --val_clips 0 takes all",
+                 most, counted(len(val_clips), "held-out clip"))
         val_clips = _fewer(val_clips, most, config.training.seed, by_set=ways["split"] == WAYS["split"])
     uses = _uses(config, sets, train, held_out)
     lines = _lines(config, uses)
@@ -269,17 +269,19 @@ def _report_origins(config: RunConfig, clips: ClipDataset, val_clips: ClipDatase
     count = len(clips)
     groups = origin_groups(ConcatDataset(clips, val_clips))
     if not config.val_dir and config.val_fraction > 0 and len(groups) > len(set(groups)):
-        log.info("%d clips are of %d videos or sounds; what is of one video, or has the same sound, is held out "
-                 "together or not at all", len(groups), len(set(groups)))
+        log.info("%s of %s; clips of one video, or with the same sound, are held out together",
+                 counted(len(groups), "clip is", "clips are"),
+                 counted(len(set(groups)), "video or sound", "videos or sounds"))
         if not len(val_clips) and count >= 5:
             log.warning("nothing is held out: every video or sound has more than half of the clips; give clips of "
                         "another one with --val_dir")
     nameless = sum(not any(origin.startswith("source ") for origin in clips.origins(i)) for i in range(count))
     if not config.val_dir and len(val_clips) and nameless:
-        log.info("%d of %d clips to train on do not say which video they are of, so a held-out clip may be of the same "
-                 "one", nameless, count)
+        log.info("%d of %s to train on: their video is not known, so a held-out clip may come from the same one",
+                 nameless,
+                 counted(count, "clip"))
     trained = set(groups[:count])
     leaked = [name for name, group in zip(val_clips.ids, groups[count:], strict=True) if group in trained]
     if leaked:
-        log.warning("%d held-out clips are of a video or a sound that is trained on too, so the validation loss looks "
-                    "better than it is: %s", len(leaked), listed(leaked, NAMED))
+        log.warning("%s of a video or a sound that is trained on too, so the validation loss looks better than it is: "
+                    "%s", counted(len(leaked), "held-out clip is", "held-out clips are"), listed(leaked, NAMED))

@@ -15,6 +15,7 @@ from selva.sequence import DEFAULT_DURATION_SEC
 from selva.utils.device import BASE_DTYPE_CHOICES, BASE_DTYPE_HELP, GRAPH_CHOICES, PRECISION_CHOICES, PRECISION_HELP
 from selva.utils.errors import UsageError, UserError
 from selva.utils.settings import required, setting
+from selva.utils.text import counted
 from selva.weights.config import GENERAL, GeneratorModelConfig
 
 LATENT_MODES = ("sample", "mode")
@@ -48,8 +49,8 @@ class ObjectiveConfig:
     latent: str = setting("sample", "draw each target from the VAE posterior, or take its mode", group=OBJECTIVE,
                           choices=LATENT_MODES)
     clip_features: str = setting(
-        "use", "pass CLIP frame features, or the empty ones as official SelVA does; stored in the adapter and followed "
-        "by infer.py", group=OBJECTIVE, choices=CLIP_FEATURE_MODES)
+        "use", "whether the model sees CLIP image features (use) or not (empty, as official SelVA); infer.py follows "
+        "what the adapter was trained with", group=OBJECTIVE, choices=CLIP_FEATURE_MODES)
     seed: int = setting(42, "seed of everything random", group=GENERAL)
     padded_loss: str = "masked"  # of rows of memmaps it is not known how much of them is padding
 
@@ -132,11 +133,12 @@ class TrainConfig(ObjectiveConfig):
                          similar=("epochs", "num_train_epochs", "max_train_epochs", "num_epochs", "iterations"))
     lr: float = setting(1e-4, "learning rate", group=OPTIMISATION, aliases=("learning_rate",),
                         similar=("unet_lr", "rate"))
-    warmup_steps: int = setting(100, "updates over which the rate rises", group=OPTIMISATION,
+    warmup_steps: int = setting(100, "warm-up: updates over which the learning rate rises", group=OPTIMISATION,
                                 aliases=("lr_warmup_steps",))
     lr_schedule: str = setting(
-        "constant", "what the rate does then: stays; falls to 0 in half a cosine; falls at --lr_milestones, as in "
-        "MMAudio; or falls to 0 --lr_cycles times", group=OPTIMISATION, choices=LR_SCHEDULES,
+        "constant", "learning rate after the warm-up. constant: stays; cosine: falls to 0; multistep: falls at "
+        "--lr_milestones, as in MMAudio; cosine_restarts: falls to 0 --lr_cycles times",
+        group=OPTIMISATION, choices=LR_SCHEDULES,
         similar=("lr_scheduler", "lr_scheduler_type"))
     lr_milestones: tuple[float, ...] = setting(
         (0.8, 0.9), MILESTONES_HELP, group=OPTIMISATION, nargs="+", metavar="WHEN", default_text="0.8 0.9, MMAudio's")
@@ -212,20 +214,21 @@ class RunConfig:
     resume: str | None = setting(None, "continue from a step file; auto takes the newest of the output folder, if any",
                                  group=DATA, metavar="FILE|auto", similar=("resume_from_checkpoint",))
     init_from: Path | None = setting(
-        None, "start a new run at a finished adapter, with a fresh optimiser and on any data", group=DATA,
+        None, "start a new run from a finished adapter, with a fresh optimiser and on any data", group=DATA,
         metavar="ADAPTER")
-    validate_only: bool = setting(False, "check the settings, the weight files and the clips, suggest other settings "
-                                  "for this data and this machine, and neither train nor write", group=DATA)
-    dry_run: bool = setting(False, "say what batch fits a GPU, check everything, try two steps, estimate time, and "
-                            "write nothing", group=DATA)
-    skip_invalid: bool = setting(False, "train without the clips that cannot be used, instead of stopping to name them",
+    validate_only: bool = setting(False, "check settings, weight files and clips, and suggest settings for this data "
+                                         "and machine; nothing is trained or written", group=DATA)
+    dry_run: bool = setting(False, "check everything, say which batch fits a GPU, run two steps and estimate the time; "
+                                   "nothing is written", group=DATA)
+    skip_invalid: bool = setting(False, "train without the clips that cannot be used (otherwise the run stops and "
+                                        "names them)",
                                  group=DATA)
     duration: float = setting(DEFAULT_DURATION_SEC, "longer clips are trained on in windows of this length; shorter "
                               "ones stay as they are", group=DATA)
     normalize_audio: Normalize = setting("peak", "peak: 0.95 of full scale, as the base models were trained; none: as "
                                    "recorded", group=DATA, choices=AUDIO_NORMALIZATIONS)
-    adapter_format: str = setting("pt", "of the best and the final adapter; ComfyUI-SelVA reads .pt only. Step files "
-                                  "are always .pt", group=DATA, choices=tuple(ADAPTER_FORMATS))
+    adapter_format: str = setting("pt", "format format of the best and the final adapter; ComfyUI-SelVA reads .pt "
+                                        "only. Step files are always .pt", group=DATA, choices=tuple(ADAPTER_FORMATS))
     model: GeneratorModelConfig = field(default_factory=GeneratorModelConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     training: TrainConfig = field(default_factory=TrainConfig)
@@ -233,7 +236,7 @@ class RunConfig:
                                   group=EVALUATION)
     val_dir: tuple[Path, ...] = setting((), "hold out the clips of these folders instead", group=EVALUATION, nargs="*",
                                         metavar="DIR")
-    val_clips: int = setting(100, "held-out clips that a validation computes, always the same; 0: all of them",
+    val_clips: int = setting(100, "number of held-out clips in a validation, always the same ones; 0: all of them",
                              group=EVALUATION)
     keep_last: int = setting(0, "step files to keep; 0: all of them", group=EVALUATION)
     tensorboard: bool = setting(False, "write the curves for TensorBoard too", group=EVALUATION)
@@ -253,7 +256,7 @@ class RunConfig:
         (), "prompts of sounds that the model knows and should keep; it then also trains on sounds that it has "
         "generated for them. Without them, the new sound may replace others", group=PRESERVATION, nargs="*",
         metavar="PROMPT")
-    preserve_share: float = setting(0.5, "share of these sounds in the training", group=PRESERVATION)
+    preserve_share: float = setting(0.5, "share of these sounds in every batch", group=PRESERVATION)
     grad_checkpointing: bool = setting(False, "recompute blocks in the backward pass: less memory for more time",
                                        group=MEMORY, aliases=("gradient_checkpointing",))
     checkpoint_blocks: int | None = setting(None, "recompute only the first N blocks, as few as the memory needs",
@@ -266,7 +269,7 @@ class RunConfig:
         "possible, otherwise the log says why not; on: an error where it is not", group=MEMORY, choices=GRAPH_CHOICES)
     base_dtype: str = setting("auto", BASE_DTYPE_HELP, group=MEMORY, choices=BASE_DTYPE_CHOICES)
     precision: str = setting("auto", PRECISION_HELP, group=GENERAL, choices=PRECISION_CHOICES,
-                             aliases=("mixed_precision",), synonyms={"no": "fp32"})
+                             aliases=("mixed_precision",), synonyms={"no": "fp32"}, shared=True)
 
     def __post_init__(self) -> None:
         if isinstance(self.data_dir, str | Path):
@@ -315,10 +318,12 @@ class RunConfig:
     def _prefix_problems(self) -> list[str]:
         given, sets, held_out = len(self.prompt_prefix), len(self.data_dir), len(self.val_dir)
         if given > 1 and given != sets:
-            return [f"prompt_prefix has {given} texts and data_dir {sets} sets; give one text for all of them, or one "
+            return [f"prompt_prefix has {counted(given, 'text')} and data_dir {counted(sets, 'set')}; give one text "
+                    "for all of them, or one "
                     "for each"]
         if given > 1 and held_out and held_out != sets:
-            return [f"prompt_prefix has a text for each of {sets} data sets and val_dir {held_out} folders; give a "
+            return [f"prompt_prefix has a text for each of {counted(sets, 'data set')} and val_dir "
+                    f"{counted(held_out, 'folder')}; give a "
                     "val_dir for each set too, in the same order, or one prefix for all"]
         return []
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from selva.training.power_ema import SIGMA_RELS, UNUSED, PowerEMA, synthesis_weights
 from selva.utils.errors import UserError
 from selva.utils.files import atomic_path, atomic_write_text
-from selva.utils.text import listed
+from selva.utils.text import counted, listed
 from selva.utils.torch_files import read_torch, write_torch
 
 FOLDER, TRACKS_FILE = "ema_ckpts", "tracks.json"
@@ -121,8 +121,8 @@ def find_snapshots(folder: Path) -> list[Snapshot]:
         except (ValueError, TypeError, LookupError) as error:
             raise UserError(f"{tracks}: damaged ({error}), expected {{\"sigma_rels\": [0.05, 0.1]}}") from error
     if (most := max(track for track, _, _ in files)) >= len(widths):
-        raise UserError(f"{place}: has snapshots of track {most} but {len(widths)} widths; expected {TRACKS_FILE} to "
-                        "name the width of every track")
+        raise UserError(f"{place}: has snapshots of track {most} but {counted(len(widths), 'width')}; expected "
+                        f"{TRACKS_FILE} to name the width of every track")
     found = [Snapshot(path, track, step, widths[track]) for track, step, path in files]
     return sorted(found, key=lambda one: (one.step, one.track))
 

@@ -19,7 +19,7 @@ from selva.utils.distributed import World
 from selva.utils.errors import UserError
 from selva.utils.metrics_log import SET_LOSS, MetricsFile, smoothed
 from selva.utils.progress import Progress
-from selva.utils.text import clock
+from selva.utils.text import clock, counted
 
 log = logging.getLogger(__name__)
 
@@ -158,7 +158,8 @@ def fit(
                 on_checkpoint(run)
                 since = time.monotonic()
             if impatient:
-                log.info("step %d: no better validation loss for %d validations, stopping", run.step, config.patience)
+                log.info("step %d: no better validation loss for %s, stopping", run.step,
+                         counted(config.patience, "validation"))
                 return True
             if stopping and not last:
                 return False
@@ -227,7 +228,7 @@ def _count_bad(rows: Sequence[dict[str, Any]], bad_steps: int) -> int:
         log.warning("step %d: loss %s, gradient not finite; the update was skipped", row["step"], row["loss"])
         if bad_steps >= MAX_BAD_STEPS:
             raise UserError(
-                f"no finite gradient in {bad_steps} steps up to step {row['step']}; the last checkpoint is intact. "
-                "Resume from it with a lower --lr, or with --precision bf16 or fp32"
+                f"no finite gradient in {counted(bad_steps, 'step')} up to step {row['step']}; the last checkpoint is "
+                "intact. Resume from it with a lower --lr, or with --precision bf16 or fp32"
             )
     return bad_steps

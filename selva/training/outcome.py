@@ -20,6 +20,7 @@ from selva.training.run import TrainingRun
 from selva.training.verdict import PLANS, Verdict, VerdictPlan, log_verdict, plan_verdict, reach_verdict
 from selva.utils.files import atomic_write_text
 from selva.utils.metrics_log import MetricsFile
+from selva.utils.text import counted
 from selva.weights.find import check_weights
 
 log = logging.getLogger(__name__)
@@ -49,11 +50,13 @@ def decide_on_verdict(config: RunConfig, num_clips: int) -> VerdictPlan | None:
     recomputes = config.grad_checkpointing or config.checkpoint_blocks is not None
     plan = plan_verdict(config.training, num_clips, config.verdict_share, recomputes)
     if plan is None:
-        log.info("no verdict at the end: even from %d clips it would take more than %.0f %% of this short training; "
-                 "--verdict_share 100 makes one all the same", PLANS[-1][0], 100 * config.verdict_share)
+        log.info("no verdict at the end: even from %s it would take more than %.0f %% of this short training; "
+                 "--verdict_share 100 makes one all the same", counted(PLANS[-1][0], "clip"),
+                 100 * config.verdict_share)
         return None
-    log.info("at the end a verdict from %d clips and 5 foreign prompts in %d solver steps, about %.1f %% of the "
-             "training; --no_verdict leaves it out", plan.num_clips, plan.num_steps, 100 * plan.share)
+    log.info("at the end a verdict from %s and 5 foreign prompts in %s, about %.1f %% of the training; --no_verdict "
+             "leaves it out", counted(plan.num_clips, "clip"),
+             counted(plan.num_steps, "solver step"), 100 * plan.share)
     return plan
 
 

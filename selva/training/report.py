@@ -34,7 +34,7 @@ def run_page(
         prompts: of the training clips. adapter: the final one. data: lines of the data summary. settings: YAML.
     """
     seconds = sum(metrics.series("sec_per_step")[1])
-    trained = f"{run.step} steps" + (f" in {clock(seconds)}" if seconds else "")
+    trained = counted(run.step, "step") + (f" in {clock(seconds)}" if seconds else "")
     page = Page(listed(prompts, 2) if prompts else adapter.parent.name,
                 f"{config.model.variant}, rank {config.lora.rank}, {trained}")
     page.cards(_cards(run, metrics, verdict, adapter))

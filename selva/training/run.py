@@ -384,7 +384,8 @@ class TrainingRun:
         is_power = stored is not None and stored.get("kind") == "power"
         if self.ema is None or stored is None or is_power != isinstance(self.ema, PowerEMA):
             if stored is not None:
-                log.warning("%s: holds %s average, which --ema or --ema_decay does not ask for any more; it ends here",
+                log.warning("%s: holds %s average, which the settings no longer ask for (--ema, --ema_decay); it ends "
+                            "here",
                             saved.path, "a power" if is_power else "an exponential")
             if self.ema is not None:
                 log.warning("%s: the average starts here, at step %d, from the adapter", saved.path, saved.step)
@@ -410,7 +411,7 @@ class TrainingRun:
         }
         different = [f"{name} {was}, now {now}" for name, (was, now) in pairs.items() if was is not None and was != now]
         if different:
-            log.warning("%s: was trained otherwise so far: %s", saved.path, "; ".join(different))
+            log.warning("%s: trained with other settings so far: %s", saved.path, "; ".join(different))
 
     def _check_content(self, saved: TrainingState) -> None:
         """Raise a ValueError that names every clip that is not what it was; a file of version 0.1.0 does not tell."""

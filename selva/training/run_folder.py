@@ -31,6 +31,7 @@ from selva.utils.errors import UserError
 from selva.utils.files import PARTIAL_PREFIX, atomic_write_text, real_path, why_not_written
 from selva.utils.metrics_log import MetricsFile
 from selva.utils.plots import plot_losses
+from selva.utils.text import counted
 
 log = logging.getLogger(__name__)
 
@@ -105,8 +106,8 @@ class RunFolder:
                 for path in self._best_files():
                     self._try(path, lambda path=path, it=adapter: save_adapter(path, it.tensors, it.meta))
                 return
-        log.warning("%s: the adapter of step %d, the best so far (%.4f), is not there; it comes with the next better "
-                    "one", self._best_files()[0], run.best_step, run.best_val_loss)
+        log.warning("%s: the best adapter so far, of step %d (%.4f), is missing; the next better one is written again",
+                    self._best_files()[0], run.best_step, run.best_val_loss)
 
     def write_settings(self, text: str) -> None:
         """Write ``config.yaml``."""
@@ -286,5 +287,6 @@ def check_disk_space(folder: Path, checkpoint_bytes: int, num_checkpoints: int, 
         raise UserError(f"{folder}: {free / 2**20:.0f} MiB are free, one checkpoint needs {each / 2**20:.0f} MiB; "
                          "make room or choose another --output_dir")
     if free < (needed := each * num_checkpoints + others_bytes):
-        log.warning("%s: %.1f GiB are free, the %d checkpoints of this run%s need %.1f GiB; --keep_last keeps fewer",
-                    folder, free / 2**30, num_checkpoints, " and its averages" if others_bytes else "", needed / 2**30)
+        log.warning("%s: %.1f GiB are free, the %s of this run%s need %.1f GiB; --keep_last keeps fewer",
+                    folder, free / 2**30, counted(num_checkpoints, "checkpoint"),
+                    " and its averages" if others_bytes else "", needed / 2**30)

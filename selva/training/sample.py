@@ -19,6 +19,7 @@ from selva.sampling import decode_latents, sample_latents
 from selva.training.run import TrainingRun
 from selva.utils.device import is_out_of_memory
 from selva.utils.plots import plot_spectrograms
+from selva.utils.text import counted
 from selva.weights.load import load_vae, load_vocoder
 
 log = logging.getLogger(__name__)
@@ -112,7 +113,7 @@ class TrainingSample:
             decode_on=torch.device("cpu") if self._decode_on_cpu else run.device)
         stem, rate = folder / f"sample_step{run.step:05d}", clip.sequence.sampling_rate
         write_audio(stem.with_suffix(".wav"), waveform, rate)
-        panels = [(f"generated, guidance {sampling.cfg_strength}, {sampling.num_steps} steps", waveform)]
+        panels = [(f"generated, guidance {sampling.cfg_strength}, {counted(sampling.num_steps, 'step')}", waveform)]
         if self.recorded is not None:
             panels.append(("recorded", self.recorded))
         plot_spectrograms(panels, rate, stem.with_suffix(".png"), f"step {run.step}: {self.name}, {clip.prompt!r}")

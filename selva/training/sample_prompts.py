@@ -40,6 +40,7 @@ from selva.training.memorisation import spread
 from selva.training.run import TrainingRun
 from selva.training.sample import clip_latents
 from selva.utils.errors import UserError
+from selva.utils.text import counted
 from selva.weights.load import load_clip_text, load_vae, load_vocoder
 
 log = logging.getLogger(__name__)
@@ -203,7 +204,7 @@ class SamplePrompts:
         except Exception as error:  # hours of training are worth more than a sound
             log.warning("no sounds of --sample_prompts at step %d: %s", step, str(error).split("\n")[0])
             return
-        log.info("step %d: %d sounds in %s", step, len(self.asked), target)
+        log.info("step %d: %s in %s", step, counted(len(self.asked), "sound"), target)
 
 
 def _clip(one: AskedSound, text_f: Tensor, variant: Variant, duration: float, run: TrainingRun) -> TrainingClip:

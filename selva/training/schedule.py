@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Protocol
 
+from selva.utils.text import counted
+
 
 class Schedule(Protocol):
     """The settings that the rate depends on."""
@@ -40,7 +42,7 @@ def schedule_problem(config: Schedule) -> str | None:
     if within == len(falls):
         return None
     at = " and ".join(map(str, falls))
-    how_often = ("never falls", "falls only once")[within] if within < 2 else f"falls only {within} times"
+    how_often = ("never falls", "falls only once")[within] if within < 2 else f"falls only {counted(within, 'time')}"
     room = config.steps - math.ceil(milestones(config)[-1])
     fewer = f"a --warmup_steps below {room}, " if room > 0 else ""
     return (f"multistep lowers the rate at steps {at}, counted after the warm-up of {config.warmup_steps} as MMAudio "

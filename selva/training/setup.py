@@ -128,8 +128,9 @@ def patience_has_ended(saved: TrainingState, config: RunConfig) -> bool:
     best, patience = saved.extra.get("best", {}), config.training.patience
     if not 0 < patience <= best.get("worse_in_a_row", 0) or saved.step >= config.training.steps:
         return False
-    log.warning("%s: the run stopped here, after %d validations without a better one than step %d (--patience %d); "
-                "nothing is trained. To go on, use --patience 0 or a larger one", saved.path, best["worse_in_a_row"],
+    log.warning("%s: the run stopped here, after %s without a better one than step %d (--patience %d); "
+                "nothing is trained. To go on, use --patience 0 or a larger one", saved.path,
+                counted(best["worse_in_a_row"], "validation"),
                 best["step"], patience)
     return True
 
@@ -190,8 +191,8 @@ def check_resumable(saved: TrainingState, config: RunConfig, num_processes: int 
     was = [saved.meta.get("processes", 1), *(before.get(name) for name in ("batch_size", "grad_accum"))]
     now = [num_processes, training.batch_size, training.grad_accum]
     if None not in was and math.prod(was) != math.prod(now):
-        log.warning("%s: an update was of %s so far and is of %d from here on (%s), so the run goes on otherwise than "
-                    "it would have", saved.path, counted(math.prod(was), "clip"), math.prod(now), "; ".join(
+        log.warning("%s: an update was made of %s and is now made of %d (%s), so the run will not go on as it would "
+                    "have", saved.path, counted(math.prod(was), "clip"), math.prod(now), "; ".join(
                         f"{name} was {old} and is {new}" for name, old, new in zip(
                             ("number of processes", "--batch_size", "--grad_accum"), was, now, strict=True)
                         if old != new))
@@ -255,5 +256,6 @@ def estimate(run: TrainingRun) -> None:
     started = time.monotonic()
     run.train_step()
     seconds = time.monotonic() - started
-    log.info("dry run: %.2f s/step, about %s for %d steps; peak memory %.2f GiB; nothing was written", seconds,
-             clock(seconds * run.config.steps), run.config.steps, peak_memory_bytes(run.device) / 2**30)
+    log.info("dry run: %.2f s/step, about %s for %s; peak memory %.2f GiB; nothing was written", seconds,
+             clock(seconds * run.config.steps), counted(run.config.steps, "step"),
+             peak_memory_bytes(run.device) / 2**30)

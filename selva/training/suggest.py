@@ -23,7 +23,7 @@ from selva.training.config import RunConfig, TrainConfig
 from selva.training.memory import largest_batch, step_memory, usable_bytes
 from selva.utils.errors import UserError
 from selva.utils.settings import settings_text, values_of
-from selva.utils.text import listed
+from selva.utils.text import counted, listed
 
 FEW, MANY = 20, 100  # clips, below and from which the presets few_clips and long_run are meant
 HELD_OUT_FROM = 5  # clips; below, nothing is held out
@@ -50,7 +50,7 @@ def suggest(data_dir: Path, variant: str | None, gpu_bytes: int | None) -> list[
         UserError: the folder has no usable clip, or its features do not say one variant.
     """
     scan = scan_folder(data_dir)
-    clips, left_out = scan.clips, f", {len(scan.skipped)} files cannot be used" if scan.skipped else ""
+    clips, left_out = scan.clips, f", {counted(len(scan.skipped), 'file')} cannot be used" if scan.skipped else ""
     if not clips:
         raise UserError(f"{data_dir}: no clip can be trained on; extract_features.py makes .npz + sound pairs")
     extracted_for = sorted({clip.extracted_for for clip in clips if clip.extracted_for})
@@ -62,7 +62,8 @@ def suggest(data_dir: Path, variant: str | None, gpu_bytes: int | None) -> list[
         raise UserError(f"{data_dir}: its features are for {chosen}, which is no variant here; give --variant")
     why = "as asked for" if variant else "the features were made for it"
     seconds = sum(clip.duration_sec for clip in clips)
-    found = [Suggestion("data_dir", [str(data_dir)], f"{len(clips)} usable clips, {seconds:.0f} s in all{left_out}"),
+    found = [Suggestion("data_dir", [str(data_dir)], f"{counted(len(clips), 'usable clip')}, {seconds:.0f} s in "
+                                                     f"all{left_out}"),
              Suggestion("variant", chosen, why)]
     found += _by_number(len(clips))
     settings = {one.name: one.value for one in found}
@@ -72,7 +73,7 @@ def suggest(data_dir: Path, variant: str | None, gpu_bytes: int | None) -> list[
 def _by_number(count: int) -> list[Suggestion]:
     """Return the settings that follow from the number of clips."""
     few, many = count < FEW, count >= MANY
-    why = f"{count} clips: " + (
+    why = f"{counted(count, 'clip')}: " + (
         f"below {FEW} a small adapter learns them by heart later (configs/few_clips.yaml)" if few
         else f"from {MANY} on there is more to learn (configs/long_run.yaml)" if many
         else f"between {FEW} and {MANY} the default suits")
@@ -93,7 +94,8 @@ def _by_number(count: int) -> list[Suggestion]:
                                                         "and overfitting will not be seen; listen to the samples")]
     fraction = 0.15 if few else 0.1
     return [*found,
-            Suggestion("val_fraction", fraction, f"{max(1, round(fraction * count))} of {count} clips are held out"),
+            Suggestion("val_fraction", fraction, f"{max(1, round(fraction * count))} of {counted(count, 'clip')} held "
+                                                 "out"),
             Suggestion("val_every", 50 if few else 100, "often enough to see when it begins to learn by heart"),
             Suggestion("patience", 8, "ends the run after so many validations without a better one")]
 
@@ -136,9 +138,10 @@ def fitting(wanted: int, most: Callable[[bool], int], gpu_bytes: int, longest: f
     batch = max(plain, min(recomputed, wanted))
     found = [Suggestion("batch_size", batch, f"more do not fit into {where}")]
     if batch < wanted:
-        found.append(Suggestion("grad_accum", -(-wanted // batch), f"so an update is of {wanted} clips or more"))
+        found.append(Suggestion("grad_accum", -(-wanted // batch), f"so an update is of {counted(wanted, 'clip')} or "
+                                                                   "more"))
     if batch > plain:
-        found.append(Suggestion("grad_checkpointing", True, f"without it {plain or 'no'} clips fit: less memory for "
+        found.append(Suggestion("grad_checkpointing", True, f"without it {plain} per batch at most: less memory for "
                                                             "more time"))
     return found
 
@@ -156,7 +159,7 @@ def advice(config: RunConfig, gpu_bytes: int | None) -> list[str]:
             continue
         skipped = scan_folder(source.path).skipped
         if skipped and not config.skip_invalid:
-            raise UserError(f"{source.path}: {len(skipped)} files cannot be used: "
+            raise UserError(f"{source.path}: {counted(len(skipped), 'file')} cannot be used: "
                             f"{listed([f'{path.name}: {reason}' for path, reason in skipped])}; repair or remove them, "
                             "or give --skip_invalid")
         for one in suggest(source.path, config.model.variant, gpu_bytes):

@@ -31,7 +31,7 @@ from selva.utils.files import atomic_write_text
 from selva.utils.html_report import Page
 from selva.utils.lock import FolderInUse
 from selva.utils.metrics_log import MetricsFile, smoothed
-from selva.utils.text import listed
+from selva.utils.text import counted, listed
 
 log = logging.getLogger(__name__)
 
@@ -324,7 +324,7 @@ def write_results(output_dir: Path, results: Sequence[RunResult]) -> list[Path]:
     atomic_write_text(output_dir / TABLE_FILE, "".join("\t".join(row) + "\n" for row in rows))
     held_out = all("val_loss" in result.figures for result in results if not result.problem)
     done = sum(not result.problem for result in results)
-    page = Page(f"Sweep: {output_dir.name}", f"{done} of {len(results)} runs, ranked by the loss "
+    page = Page(f"Sweep: {output_dir.name}", f"{done} of {counted(len(results), 'run')}, ranked by the loss "
                 + ("on held-out clips" if held_out else "of training: nothing is held out"))
     page.section("Ranking", "Lower is better. A difference smaller than the spread between seeds says nothing.")
     page.table(rows[0], rows[1:])

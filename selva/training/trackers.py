@@ -144,7 +144,8 @@ class Trackers:
                 call(tracker)
             except Exception as error:  # a lost connection, a full disk: the run is worth more
                 self._open.remove(tracker)
-                log.error("--report_to %s ends here: %s", tracker.name, str(error).split("\n")[0])
+                log.error("--report_to %s gets no more values after an error: %s",
+                          tracker.name, str(error).split("\n")[0])
 
 
 def _numbers(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:

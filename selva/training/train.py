@@ -45,7 +45,7 @@ from selva.utils.files import check_can_write
 from selva.utils.lock import FolderLock
 from selva.utils.metrics_log import MetricsFile
 from selva.utils.settings import settings_text, values_of
-from selva.utils.text import clock
+from selva.utils.text import clock, counted
 from selva.utils.torchrun import is_main_process
 
 log = logging.getLogger(__name__)
@@ -172,7 +172,8 @@ def _train(
     num_clips = num_distinct(clips)
     meta = adapter_meta(config, num_clips, world.size)
     folder = RunFolder(output_dir, meta, config.keep_last,
-                       f"{config.model.variant}, {num_clips} clips, rank {config.lora.rank}", config.adapter_format)
+                       f"{config.model.variant}, {counted(num_clips, 'clip')}, rank {config.lora.rank}",
+                       config.adapter_format)
     metrics, sample, trackers, heard, evaluation = MetricsFile(), None, None, None, None
     if world.is_main:
         num_checkpoints = min(-(-training.steps // training.save_every), config.keep_last or training.steps)

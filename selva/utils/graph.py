@@ -150,7 +150,7 @@ class GraphedCalls:
             return known.run(tensors)
         if known == 0 and len(self._known) >= MOST_GRAPHS:
             if not self._full:
-                log.info("%s: %d lengths or shapes run as CUDA graphs, further ones without", self.what, MOST_GRAPHS)
+                log.info("%s: only the first %d of its lengths or shapes run as CUDA graphs", self.what, MOST_GRAPHS)
             self._full = True
             return function(*arguments)
         if known < WARM_UPS:

@@ -84,7 +84,7 @@ class ResultStream:
         # Windows has no error of its own for it.
         if not isinstance(error, BrokenPipeError) and not (os.name == "nt" and error.errno == errno.EINVAL):
             raise error
-        log.info("nobody reads the output any more; the work goes on")
+        log.info("the reader of the output has gone (a closed pipe); the work goes on")
 
 
 @contextlib.contextmanager

@@ -47,6 +47,7 @@ class SettingInfo:
         similar: what other programs call something like this; named as a hint, and not accepted.
         synonyms: values of other trainers -> ours.
         environment: variable that gives the default on the command line.
+        shared: a `selva.yaml` in the working folder gives the default on the command line, for all scripts alike.
     """
 
     help: str
@@ -64,6 +65,7 @@ class SettingInfo:
     similar: tuple[str, ...] = ()
     synonyms: Mapping[str, str] = field(default_factory=dict)
     environment: str = ""
+    shared: bool = False
 
     @property
     def described(self) -> str:

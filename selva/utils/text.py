@@ -21,9 +21,9 @@ def clock(seconds: float) -> str:
     return f"{minutes}:{rest:02d} min" if minutes else f"{rest} s"
 
 
-def counted(number: int, noun: str, plural: str = "") -> str:
-    """Return "1 clip", "3 clips"; the plural is with an s unless given."""
-    return f"{number} {noun if number == 1 else plural or noun + 's'}"
+def counted(number: int, noun: str, plural: str = "", *, grouped: bool = False) -> str:
+    """Return "1 clip", "3 clips"; the plural is with an s unless given. ``grouped``: "49,232 parameters"."""
+    return f"{f'{number:,}' if grouped else number} {noun if number == 1 else plural or noun + 's'}"
 
 
 def read_text(path: Path) -> str:

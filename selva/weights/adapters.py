@@ -24,7 +24,7 @@ from selva.models.variants import get_variant
 from selva.models.zoo import build_generator
 from selva.utils.errors import UserError
 from selva.utils.files import atomic_path, atomic_write_text
-from selva.utils.text import listed
+from selva.utils.text import counted, listed
 from selva.utils.torch_files import read_safetensors, read_torch, write_safetensors, write_torch
 from selva.weights.find import asset_name, default_layout, find_weights, local_path
 from selva.weights.load import load_generator, read_checkpoint
@@ -278,7 +278,7 @@ def where_it_loads(adapter: Adapter) -> list[str]:
     native = why_native(adapter.tensors)
     residual = sum(key.endswith(RESIDUAL_SUFFIXES) for key in adapter.tensors)
     return [
-        "selva (infer.py): yes" + (f", with {residual} changed base tensors" if residual else ""),
+        "selva (infer.py): yes" + (f", with {counted(residual, 'changed base tensor')}" if residual else ""),
         "ComfyUI-SelVA: " + (f"no: {native}" if native else "yes, as .pt, by itself at strength 1 only" if relative
                              else "yes, as .pt"),
         f"PEFT: {f'no: {relative}' if relative else 'yes, after convert --to peft'}",

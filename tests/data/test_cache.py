@@ -265,7 +265,7 @@ def test_temporary_folders_of_killed_processes_are_deleted_at_the_next_start(tmp
             os.utime(folder, (0, 0))
         caplog.set_level(logging.INFO)
         DataCache(tmp_path, enabled=False)
-        assert len(list(tmp_path.glob("selva_cache_*"))) == 2 and caplog.text.count("which a killed run had left") == 1
+        assert len(list(tmp_path.glob("selva_cache_*"))) == 2 and caplog.text.count("left behind by a killed run") == 1
         processes[1].kill()
         processes[1].wait()
         DataCache(tmp_path, enabled=False)

@@ -178,7 +178,7 @@ def test_padded_clips_are_named_and_know_their_padding(tmp_path, caplog):
     put_clip(tmp_path, "short", 2.0, sound=noise(1.0, 22_050, seed=3), rate=22_050)
     clips, problems = load(tmp_path)
     assert not problems and clips.ids == ["full", "nearly", "short"]
-    assert "1 of 3 clips have less sound than their features cover" in caplog.text
+    assert "1 of 3 clips: the sound is shorter than the features" in caplog.text
     assert "short (1.00 of 2.00 s)" in caplog.text and "nearly" not in caplog.text
     assert clips.clip(0).padding is None and clips.clip(1).padding is None
     short = clips.clip(2)
@@ -435,7 +435,7 @@ def test_a_clip_that_changes_during_training_is_said_to(tmp_path):
     clips, _ = load(tmp_path)
     for path in (tmp_path / CACHE_FOLDER / "latents").iterdir():
         path.unlink()
-    with pytest.raises(ValueError, match=r"a\.npz: it or the cache of its folder was changed since the start"):
+    with pytest.raises(ValueError, match=r"a\.npz: this file or the cache of its folder was changed"):
         clips.clip(0)
 
 

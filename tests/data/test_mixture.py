@@ -86,7 +86,7 @@ def test_repeats(weights, repeats):
 
 
 def test_weights_without_a_common_measure_are_refused():
-    with pytest.raises(UserError, match="too different"):
+    with pytest.raises(UserError, match="expected at least 1/20 each"):
         repeats_of([0.001, 1])
 
 

@@ -142,7 +142,7 @@ def test_the_order_leaves_the_global_random_state_alone():
 
 def test_a_state_of_other_clips_is_refused():
     state = BucketBatchSampler([make_clip("a"), make_clip("b"), make_clip("c")], 2, 0).state_dict()
-    with pytest.raises(ValueError, match="over 3 items, but there are 2"):
+    with pytest.raises(ValueError, match="over 3 items, now 2"):
         BucketBatchSampler([make_clip("a"), make_clip("b")], 2, 0).load_state_dict(state)
     with pytest.raises(ValueError, match="over other clips"):
         BucketBatchSampler([make_clip("a"), make_clip("b"), make_clip("d")], 2, 0).load_state_dict(state)
@@ -255,7 +255,7 @@ def test_resuming_the_stream_continues_exactly(steps, tmp_path):
 
 
 def test_a_state_of_other_data_is_refused():
-    with pytest.raises(ValueError, match="over 10 items, but there are 9"):
+    with pytest.raises(ValueError, match="over 10 items, now 9"):
         ShuffledIndices(9, 0).load_state_dict(ShuffledIndices(10, 0).state_dict())
     with pytest.raises(ValueError, match="draw from 0 items"):
         ShuffledIndices(0, 0)

@@ -78,7 +78,7 @@ def test_what_is_missing_is_named_and_left_out(tmp_path, caplog):
     (tmp_path / "recordings" / "a.wav").unlink()
     jobs = plan_audio_set(*tables)
     assert [job.window.id for job in jobs] == ["a_0", "b_0", "c_0"]
-    assert "no recording a.flac" in jobs[0].problem and "no caption for b" in jobs[1].problem
+    assert "no recording called a (.flac" in jobs[0].problem and "no caption for b" in jobs[1].problem
     assert jobs[2].problem == "" and "no clip for typo" in caplog.text
     results, published = extract(tmp_path / "set", jobs)
     assert published and [(result.index, result.problem) for result in results] == [
@@ -159,7 +159,7 @@ def test_bad_windows_are_named_and_the_others_are_used(tmp_path):
     assert isinstance(good, torch.Tensor)
     assert "samples 220500 to 399105" in silent and "silent" in silent
     assert "7.900 s" in short and "expected at least 128000" in short
-    assert f"ends with sample {len(sound)}, but the clip ends with {windows[3].end_sample}" in beyond
+    assert f"has {len(sound)} samples, but the clip ends at {windows[3].end_sample}" in beyond
 
 
 @pytest.mark.parametrize(("spoil", "message"), [

@@ -69,7 +69,7 @@ def test_a_sound_put_beside_features_without_one_is_kept(two_videos, tmp_path, o
     path, content = own_sound("GOPR0001.flac")
     before = state(tmp_path / "out")
     assert extract(two_videos[0], tmp_path / "out") == 0  # the same features
-    assert "one of your own; it is kept" in capsys.readouterr().err
+    assert "is your own sound" in capsys.readouterr().err
     assert extract(two_videos[0], tmp_path / "out", "--prompt", "a cat") == 1
     assert f"{path}: is in the way" in capsys.readouterr().err and state(tmp_path / "out") == before
     assert extract(two_videos[0], tmp_path / "out", "--prompt", "a cat", "--audio", "none") == 0
@@ -80,7 +80,7 @@ def test_a_sound_that_replaced_the_extracted_one_is_kept(two_videos, tmp_path, o
     assert extract(two_videos[0], tmp_path / "out") == 0
     path, content = own_sound("GOPR0001.flac")
     assert extract(two_videos[0], tmp_path / "out") == 0
-    assert f"{path}: is not the sound" in capsys.readouterr().err and path.read_bytes() == content
+    assert f"{path}: is your own sound" in capsys.readouterr().err and path.read_bytes() == content
     assert extract(two_videos[0], tmp_path / "out", "--start", "1") == 1 and path.read_bytes() == content
 
 
@@ -91,10 +91,10 @@ def test_a_sound_of_another_kind_beside_it_is_refused(two_videos, tmp_path, own_
     assert path.read_bytes() == content and not list((tmp_path / "out").glob("*.npz"))
     assert not (tmp_path / "out" / "GOPR0001.flac").exists()
     assert extract(two_videos[0], tmp_path / "out", "--overwrite") == 0
-    assert f"{path}: lies beside the sound that is extracted" in capsys.readouterr().err
+    assert f"{path}: lies beside the extracted sound" in capsys.readouterr().err
     assert path.read_bytes() == content and (tmp_path / "out" / "GOPR0001.flac").exists()
     assert extract(two_videos[0], tmp_path / "out") == 0
-    assert "training takes this sound, which was extracted, not GOPR0001.wav" in capsys.readouterr().err
+    assert "training uses this extracted sound, not GOPR0001.wav" in capsys.readouterr().err
 
 
 # -- another video of the same name -----------------------------------------------------------------------------------
@@ -266,7 +266,8 @@ def test_pairs_that_the_list_did_not_make_are_named_and_pruned(three_clips, caps
     capsys.readouterr()
     assert extract(videos, out) == 1
     error = capsys.readouterr().err
-    assert "1 clip failed or left out now" in error and "trained on; --prune removes them: b" in error
+    assert "1 clip of an earlier run, failed or left out in this one" in error
+    assert "trained on; --prune removes them: b" in error
     assert "not in this list" in error and "trained on; --prune removes them: a" in error and len(state(out)) == 6
     assert extract(videos, out, "--prune") == 1
     assert "--prune: removed 2 clips, not in the list or failed: a, b" in capsys.readouterr().err

@@ -287,7 +287,7 @@ def test_lengths_steps_and_errors(generator):
         sample_long(generator, clip, sync[:, 8:], text, [1], STEPS, **settings)
     with pytest.raises(ValueError, match=r"clip features have 35 tokens, expected 36 for 4\.5 s"):
         sample_long(generator, clip[:, 1:], sync, text, [1], STEPS, **settings)
-    with pytest.raises(ValueError, match=r"of \[1, 1, 1\] items, expected 2, one per seed"):
+    with pytest.raises(ValueError, match=r"for \[1, 1, 1\] of the seeds, expected 2, one per seed"):
         sample_long(generator, clip, sync, text, [1, 2], STEPS, **settings)
     with pytest.raises(ValueError, match="windows_per_pass is 0"):
         sample_long(generator, clip, sync, text, [1], STEPS, **settings, windows_per_pass=0)

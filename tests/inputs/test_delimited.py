@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import pytest
 
@@ -10,7 +11,7 @@ from selva.inputs.jobs import collect_jobs
 from selva.partition.segments import read_segments
 from selva.partition.windows import read_captions, read_clips
 
-NAMES = ("siren", "bell", "dog", "rain")
+NAMES = {name: Path(f"{name}.wav") for name in ("siren", "bell", "dog", "rain")}
 
 
 def captions(path):
@@ -47,9 +48,9 @@ def write(path, read, texts):
 
 @pytest.mark.parametrize("read", READERS)
 @pytest.mark.parametrize(("texts", "message"), [
-    (['"loud siren', "a bell", "a dog", "rain"], "after line 1 there is no row"),
-    (["a siren", '"loud" bell', "a dog", "rain"], "after line 2 there is no row"),
-    (["a siren", "a bell", '"a dog', "rain"], "after line 3 there is no row"),
+    (['"loud siren', "a bell", "a dog", "rain"], "after line 1 no row can be read"),
+    (["a siren", '"loud" bell', "a dog", "rain"], "after line 2 no row can be read"),
+    (["a siren", "a bell", '"a dog', "rain"], "after line 3 no row can be read"),
     (['"loud siren', 'a bell"', "a dog", "rain"], "lines 2 to 3 would be one row"),
     (['"loud siren', "a bell", "a dog", 'rain"'], "lines 2 to 5 would be one row"),
 ])

@@ -204,7 +204,7 @@ def test_prompts_as_windows_writes_them(tmp_path, encoding):
         (b"", r"column id missing \(found: nothing"),
         (b"id\n", "has no rows"),
         (b"id\na\nb\xe4r\n", r"line 3: is not UTF-8 text; save it as UTF-8 \(Notepad"),
-        (b'id\tlabel\na\tb\nc\t"hello" he said\n', "after line 2 there is no row"),
+        (b'id\tlabel\na\tb\nc\t"hello" he said\n', "after line 2 no row can be read"),
         (b"id\tlabel\tLabel\na\tb\tc\n", "column label is there more than once"),
     ],
 )
@@ -240,7 +240,7 @@ def test_the_more_specific_prompt_wins(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         jobs = collect_jobs([table], prompts=prompts, prompt=" for all ")
     assert [job.prompt for job in jobs] == ["table", "list", "beside the video", "for all", "for all", "for all"]
-    assert "1 prompt is of no clip here: ghost.npz" in caplog.text and "a.npz" not in caplog.text
+    assert "1 prompt is for clips that are not in this run: ghost.npz" in caplog.text and "a.npz" not in caplog.text
     assert [job.prompt for job in collect_jobs([table])][3:] == ["label"] * 3
     assert collect_jobs(videos[4:])[0].prompt == ""
 
@@ -250,7 +250,7 @@ def test_a_list_of_prompts_that_lies_beside_the_videos_is_not_overlooked(tmp_pat
     (tmp_path / "prompts.txt").write_text("a.npz: a dog\n")
     with caplog.at_level(logging.WARNING):
         assert [job.prompt for job in collect_jobs([tmp_path])] == ["", ""]
-    assert f"not used: {tmp_path / 'prompts.txt'}; give it with --prompts" in caplog.text
+    assert f"found but not used: {tmp_path / 'prompts.txt'}; to use it, give it with --prompts" in caplog.text
     caplog.clear()
     assert [job.prompt for job in collect_jobs([tmp_path], prompts=tmp_path / "prompts.txt")] == ["a dog", ""]
     assert not caplog.text

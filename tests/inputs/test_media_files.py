@@ -65,7 +65,7 @@ def test_a_link_that_leads_nowhere_is_named(linked, tmp_path):
     touch(tmp_path / "r" / "rain.wav")
     (tmp_path / "r" / "wind.wav").symlink_to(tmp_path / "nothing.wav")
     recordings, left_out = collect_recordings(tmp_path / "r")
-    assert [path.name for path in recordings] == ["rain.wav"]
+    assert [path.name for path in recordings.values()] == ["rain.wav"]
     assert [(item.path.name, item.reason, item.failed) for item in left_out] == [
         ("wind.wav", "leads to no file", True)]
 
@@ -121,7 +121,7 @@ def test_more_kinds_of_recordings_are_taken_and_read(suffix, form, tmp_path):
 
     sound = clicks([0.25], 1.0)
     soundfile.write(tmp_path / f"rain{suffix}", sound.T, 16_000, format=form)
-    assert [path.name for path in collect_recordings(tmp_path)[0]] == [f"rain{suffix}"]
+    assert [path.name for path in collect_recordings(tmp_path)[0].values()] == [f"rain{suffix}"]
     waveform, rate = read_audio(tmp_path / f"rain{suffix}")
     assert (waveform.shape[1], rate) == (16_000, 16_000)
 

@@ -37,7 +37,7 @@ def test_a_name_may_begin_with_a_comment_sign(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         jobs = collect_jobs([tmp_path], prompts=tmp_path / "p.txt", prompt="for all")
     assert {job.id: job.prompt for job in jobs} == {"#2 dog": "a dog", "# 3 dog": "for all", "#4": "a cow"}
-    assert "p.txt, line 2: a comment" in caplog.text and "rename the file" in caplog.text
+    assert "p.txt, line 2: taken for a comment" in caplog.text and "rename the file" in caplog.text
     assert caplog.text.count("WARNING") == 1
 
 
@@ -101,7 +101,7 @@ def test_names_of_recordings_are_compared_in_one_form(tmp_path, on_disk, written
     (tmp_path / "c.tsv").write_text(f"id\tcaption\n{written}\ta dog\n", encoding="utf-8")
     assert caption_of(Window(f"{on_disk}_0", on_disk, 0, 1), read_captions(tmp_path / "c.tsv")) == "a dog"
     (tmp_path / "s.tsv").write_text(f"name\tstart\tend\n{written}\t0\t1\n", encoding="utf-8")
-    assert list(read_segments([tmp_path / "s.tsv"], {on_disk})) == [on_disk]
+    assert list(read_segments([tmp_path / "s.tsv"], {on_disk: tmp_path / "on_disk.wav"})) == [on_disk]
     (tmp_path / "r").mkdir()
     (tmp_path / "r" / f"{on_disk}.wav").touch()
     (tmp_path / "w.tsv").write_text(f"id\tname\tstart_sample\tend_sample\nx\t{written}\t0\t9\n", encoding="utf-8")

@@ -77,7 +77,7 @@ def test_the_notice_tells_what_is_skipped_and_what_would_load_elsewhere(model):
     skipped, refused = inject_lora(plain, LoRAConfig(targets=("attn.qkv", "linear1"))).notice
     assert skipped == "matched by a target but not adapted, being a convolution in 3 groups: blocks.0.linear1"
     assert refused == (
-        "ComfyUI-SelVA will refuse this adapter: 1 of 4 adapted layers are convolutions; "
+        "ComfyUI-SelVA will refuse this adapter: 1 of 4 adapted layers is a convolution; "
         "trained with the targets attn.qkv 1.linear1 it would load there"
     )
     only_convolutions = inject_lora(copy.deepcopy(model), LoRAConfig(targets=("ffn.0",))).notice

@@ -213,7 +213,7 @@ def test_written_sound_has_every_sample(suffix, tmp_path, caplog):
     assert not caplog.records
     write_audio(tmp_path / f"a{suffix}", waveform[0] * 2, 44_100)
     assert read_audio(tmp_path / f"a{suffix}")[0].abs().max() <= 1
-    assert "beyond full scale" in caplog.text
+    assert "clipped at full scale" in caplog.text
     assert [path.name for path in tmp_path.iterdir()] == [f"a{suffix}"]
 
 

@@ -151,7 +151,7 @@ def test_pictures_of_an_unknown_codec_are_named(tmp_path):
     for function in (lambda: read_video(path, 0.8), lambda: video_length(path), lambda: probe(path),
                      lambda: mux_video(path, torch.rand(1, 16_000), 16_000, tmp_path / "out.mp4"),
                      lambda: read_video(make_video(tmp_path / "w.mp4", 1.0), 0.8, mask=MaskSettings(path))):
-        with pytest.raises(ValueError, match=r"v\.mp4: its pictures are of a codec that is not known here"):
+        with pytest.raises(ValueError, match=r"v\.mp4: its video codec is not supported"):
             function()
 
 

@@ -132,7 +132,7 @@ def test_a_damaged_frame_of_a_flac_becomes_silence(at_share, tmp_path, caplog):
     data[at : at + 500] = np.random.default_rng(0).bytes(500)
     (tmp_path / "a.flac").write_bytes(data)
     whole, _ = read_audio(tmp_path / "a.flac")
-    assert "a.flac: damaged after" in caplog.text and "silence is in" in caplog.text
+    assert "a.flac: damaged after" in caplog.text and "silence" in caplog.text
     assert whole.shape == sound.shape and audio_length(tmp_path / "a.flac") == (4 * RATE, RATE)
     wrong = np.flatnonzero((whole.numpy() != np.round(sound * 32768) / 32768)[0])
     assert 0 < len(wrong) <= 4 * 4096 and np.ptp(wrong) < 4 * 4096

@@ -32,7 +32,8 @@ def test_a_file_of_the_user_is_not_replaced(arguments, tmp_path, capsys, name):
     before = own.read_bytes()
     assert main(arguments) == 1
     error = capsys.readouterr().err
-    assert own.read_bytes() == before and f"sound/{name} holds something else" in error and "Move it away" in error
+    assert own.read_bytes() == before and "Move it away" in error
+    assert f"sound/{name}: partition_clips.py did not write it" in error
     assert {path.name for path in (tmp_path / "sound").iterdir()} == {name, "siren_0.flac", "siren_0.txt"}
     assert "siren_0" in (tmp_path / "out" / "clips.tsv").read_text()
     assert "rain_0" not in (tmp_path / "out" / "clips.tsv").read_text()
@@ -46,7 +47,7 @@ def test_own_pieces_are_replaced_unless_somebody_changed_them(arguments, tmp_pat
     assert main(arguments) == 0 and (tmp_path / "sound" / "rain_0.txt").read_text() == "heavy rain\n"
     (tmp_path / "sound" / "rain_0.txt").write_text("my own words\n")
     assert main(arguments) == 1 and (tmp_path / "sound" / "rain_0.txt").read_text() == "my own words\n"
-    assert "rain_0.txt holds something else" in capsys.readouterr().err
+    assert "rain_0.txt: partition_clips.py did not write it" in capsys.readouterr().err
 
 
 def test_the_same_sound_is_taken_as_it_is(arguments, tmp_path):
@@ -59,7 +60,7 @@ def test_the_same_sound_is_taken_as_it_is(arguments, tmp_path):
 def test_tables_of_others_are_neither_replaced_nor_removed(arguments, tmp_path, capsys, name):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / name).write_text("id\tcaption\nrain\tmy words\n")
-    assert main(arguments) == 1 and f"{name}: would be written anew" in capsys.readouterr().err
+    assert main(arguments) == 1 and f"{name}: would be overwritten" in capsys.readouterr().err
     assert (tmp_path / "out" / name).read_text() == "id\tcaption\nrain\tmy words\n"
 
 

@@ -211,7 +211,7 @@ def test_the_unused_rest_of_a_long_video_is_said_at_the_end_and_in_the_manifest(
     out = tmp_path / "out"
     run = [str(tmp_path / "long.mp4"), "--output_dir", str(out), "--prompt", "x", "--audio", "none", *TINY]
     assert extract_features.main(run) == 0
-    assert "of 1 longer video only the beginning is used; --windows" in capsys.readouterr().err
+    assert "only the beginning of 1 longer video is used; --windows" in capsys.readouterr().err
     (row,) = read_manifest(out / "manifest.jsonl")
     assert row["reason"] == "2.0 s of 10.0 s unused"
     assert extract_features.main([*run, "--duration", "1"]) == 0 and "longer video" not in capsys.readouterr().err

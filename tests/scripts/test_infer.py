@@ -201,7 +201,7 @@ def test_long_videos(tmp_path, capsys, more, seconds, said):
     assert run("--video", video, "--prompt", "x", *more, "--output", tmp_path / "out") == 0
     assert soundfile.info(tmp_path / "out" / "long.flac").frames == round(seconds * 16_000)
     assert stream_ends(tmp_path / "out" / "long.mp4")["video"] == pytest.approx(seconds, abs=0.041)
-    assert ("sound is made for the first 8 s only of long.mp4 (9.0 s); --long" in capsys.readouterr().err) == said
+    assert ("only the first 8 s get sound in long.mp4 (9.0 s); --long" in capsys.readouterr().err) == said
 
 
 def test_masks_hide_what_is_not_to_be_heard(clip_dir, tmp_path):
@@ -358,7 +358,7 @@ def test_an_error_of_a_library_is_a_failure_of_its_clip(two_clips, tmp_path, cap
     assert "the library failed" in captured.err and "Traceback" not in captured.err
     made = [Path(path).stem for path in captured.out.split()]
     if where == "sample alone":
-        assert made == ["knock_0", "knock_5"] and "2 sounds cannot be sampled together" in captured.err
+        assert made == ["knock_0", "knock_5"] and "2 sounds cannot be generated together" in captured.err
     else:
         assert made == ["knock_0"] and "knock_5: the library failed" in captured.err
         assert [row["status"] for row in manifest(tmp_path / "o").values()] == ["done", "failed"]
@@ -409,7 +409,7 @@ def test_the_sound_that_features_are_trained_with_is_never_replaced(feature_dir,
     recorded = (feature_dir / "knock_0.flac").read_bytes()
     assert run("--features", feature_dir / "knock_0.npz", "--output", feature_dir / output, *more) == 2
     error = capsys.readouterr().err
-    assert "has features beside it" in error and "knock_0.npz" in error
+    assert "lies beside features of its name" in error and "knock_0.npz" in error
     assert (feature_dir / "knock_0.flac").read_bytes() == recorded and not (feature_dir / "knock_0.wav").exists()
 
 

@@ -10,6 +10,7 @@ import soundfile
 from make_media import make_video
 
 from partition_clips import main
+from selva.extraction.audio_set import plan_audio_set
 from selva.partition.windows import Window, read_captions, read_clips
 
 
@@ -89,7 +90,7 @@ def test_nothing_to_do_is_an_error_and_writes_nothing(tmp_path, capsys):
     assert "nowhere: no such folder" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
     assert main(["--data_dir", str(tmp_path / "empty"), *output]) == 1
-    assert "no recordings in it" in capsys.readouterr().err
+    assert "no recordings in this folder (its subfolders were not searched; --recur" in capsys.readouterr().err
     record(tmp_path / "short", "a.wav", 3)
     assert main(["--data_dir", str(tmp_path / "short"), *output]) == 1
     assert "none of 1 recording gives a clip of 8.1 s" in capsys.readouterr().err
@@ -125,8 +126,8 @@ def test_what_is_left_out_is_listed_with_the_reason(recordings, tmp_path, capsys
         ("a.wav", "", "0.000", "8.100"): silent,
         ("c.ogg", "", "", ""): "8.00 s long, a clip takes 8.1 s; --min_length_sec 8 takes it as it is",
         ("d.flac", "", "0.000", "8.100"): silent, ("d.flac", "", "8.900", "17.000"): silent,
-        ("film.mp4", "", "", ""): "a video; extract_features.py cuts these",
-        ("a.ogg", "", "", ""): "a.wav has the same name and goes before it",
+        ("film.mp4", "", "", ""): "a video; extract_features.py --windows cuts videos",
+        ("a.ogg", "", "", ""): "a.wav has the same name and is used instead",
     }
     assert capsys.readouterr().err.count("skipped") == 7
     assert {w.name for w in read_clips(tmp_path / "out" / "clips.tsv")} == {"b"}
@@ -264,7 +265,7 @@ def test_merged_moved_and_trimmed_segments_are_what_is_written(tmp_path, capsys)
     assert (out / "sound" / "talk_0.txt").read_text() == "a long sentence and more of it\n"
     err = capsys.readouterr().err
     assert "4 segments became 3" in err
-    assert "1 merged segments are longer than the 8.1 s of a clip: talk_0 (9.50 s)" in err
+    assert "1 merged segment is longer than the 8.1 s of a clip: talk_0 (9.50 s)" in err
 
 
 def test_short_clips_are_held_out(tmp_path, capsys):
@@ -284,7 +285,7 @@ def test_short_clips_are_held_out(tmp_path, capsys):
     assert parts("--val_below_text", "3", "--val_below_sec", "2") == [["0", "1"], ["2", "3"]]
     assert "2 clips are held out because they or their captions are short" in capsys.readouterr().err
     assert main([*arguments, "--output_dir", str(tmp_path / "out"), "--val_below_sec", "10"]) == 1
-    assert "all 4 clips would be held out for validation" in capsys.readouterr().err
+    assert "no clip would be left to train on: 4 clips held out for validation" in capsys.readouterr().err
 
 
 def test_pieces_that_cannot_be_read_leave_the_table(recordings, tmp_path, capsys):
@@ -296,7 +297,7 @@ def test_pieces_that_cannot_be_read_leave_the_table(recordings, tmp_path, capsys
     assert kept == {"a_0", "d_0", "d_1"} == {p.stem for p in (tmp_path / "sound").glob("*.flac")}
     assert "b.flac" in (tmp_path / "out" / "left_out.tsv").read_text() and "1 unreadable" in capsys.readouterr().err
     assert main([*arguments, "--max_segments", "1"]) == 1
-    assert "of no clip of this run: d_1.flac" in capsys.readouterr().err
+    assert "sounds that are no clip of this run: d_1.flac" in capsys.readouterr().err
 
 
 def test_everything_wrong_with_the_arguments_is_said_at_once(recordings, tmp_path, capsys):
@@ -315,3 +316,48 @@ def test_everything_wrong_with_the_arguments_is_said_at_once(recordings, tmp_pat
     for flag, value in (("--merge_gap_sec", "-1"), ("--slice_start_offset", "nan")):
         assert main(["--data_dir", str(recordings), "--output_dir", str(tmp_path), flag, value]) == 2
         assert f"{flag} is {float(value)}" in capsys.readouterr().err
+
+
+def test_subfolders_give_clips_whose_names_say_where_they_are_from(tmp_path, capsys):
+    for name in ("rain.flac", "monday/rain.flac", "monday/late/dog.wav", ".hidden/x.flac", "short/s.wav"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        record(tmp_path / "in", name, 1 if name.startswith("short") else 9)
+    (tmp_path / "in" / "monday" / "rain.txt").write_text("rain on Monday\n")
+    (tmp_path / "in" / "rain.txt").write_text("rain\n")
+    (tmp_path / "in" / "monday" / "late" / "dog.txt").write_text("a dog\n")
+    arguments = ["--data_dir", str(tmp_path / "in"), "--output_dir", str(tmp_path / "out"), "--recursive"]
+    assert main([*arguments, "--write_audio", str(tmp_path / "pieces")]) == 0
+    windows = read_clips(tmp_path / "out" / "clips.tsv")
+    assert [(w.id, w.name) for w in windows] == [
+        ("monday_late_dog_0", "monday_late_dog"), ("monday_rain_0", "monday_rain"), ("rain_0", "rain")]
+    assert "short/s.wav\t" in (tmp_path / "out" / "left_out.tsv").read_text()
+    assert (tmp_path / "pieces" / "monday_rain_0.txt").read_text() == "rain on Monday\n"
+    tables = tmp_path / "out" / "clips.tsv", tmp_path / "out" / "captions.tsv", tmp_path / "in"
+    jobs = plan_audio_set(*tables, recursive=True)
+    assert [(job.path, job.caption) for job in jobs] == [
+        (tmp_path / "in" / "monday" / "late" / "dog.wav", "a dog"),
+        (tmp_path / "in" / "monday" / "rain.flac", "rain on Monday"), (tmp_path / "in" / "rain.flac", "rain")]
+    assert [bool(job.problem) for job in plan_audio_set(*tables)] == [True, True, False]
+    capsys.readouterr()
+    assert main([*arguments, "--write_audio", str(tmp_path / "in" / "pieces")]) == 2
+    assert "lies in the folder of the recordings" in capsys.readouterr().err
+
+
+def test_two_recordings_that_would_have_one_name_are_refused(tmp_path, capsys):
+    for name in ("monday_rain.flac", "monday/rain.wav"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        record(tmp_path / "in", name, 9)
+    assert main(["--data_dir", str(tmp_path / "in"), "--output_dir", str(tmp_path / "out"), "--recursive"]) == 1
+    assert "would both be called monday_rain; rename one of them" in capsys.readouterr().err
+
+
+def test_a_list_of_spoken_sentences_gives_segments_or_captions(tmp_path, capsys):
+    for name in ("LJ-1.wav", "LJ-2.wav"):
+        record(tmp_path / "in", name, 3)
+    (tmp_path / "in" / "metadata.csv").write_text("LJ-1|in 1455|in fourteen fifty-five\nLJ-2|two|two\n")
+    arguments = ["--data_dir", str(tmp_path / "in"), "--output_dir", str(tmp_path / "out")]
+    for given in (["--segments"], ["--min_length_sec", "2", "--captions"]):
+        assert main([*arguments, *given, str(tmp_path / "in" / "metadata.csv")]) == 0
+        windows, texts = read_clips(tmp_path / "out" / "clips.tsv"), read_captions(tmp_path / "out" / "captions.tsv")
+        assert [(w.name, w.start_sample, w.end_sample) for w in windows] == [("LJ-1", 0, 24_000), ("LJ-2", 0, 24_000)]
+        assert texts == {"LJ-1": "in fourteen fifty-five", "LJ-2": "two"}

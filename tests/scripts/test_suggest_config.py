@@ -51,7 +51,7 @@ def test_clips_that_cannot_be_used_are_found_by_it(feature_dir, tmp_path, caplog
     (feature_dir / "bad.npz").write_bytes(b"nothing")
     shutil.copy(next(feature_dir.glob("*.wav"), None) or next(feature_dir.glob("*.flac")), feature_dir / "bad.wav")
     assert train_lora.main(["--data_dir", str(feature_dir), *TINY, "--validate_only"]) == cli.EXIT_FAILED
-    assert "1 files cannot be used: bad.npz" in caplog.text
+    assert "1 file cannot be used: bad.npz" in caplog.text
 
 
 def test_an_empty_folder_is_said(tmp_path, caplog):

@@ -207,7 +207,7 @@ def test_resuming_with_another_adapter_shape_is_refused(feature_dir, tmp_path, c
     out = tmp_path / "run"
     assert train(feature_dir, out, "--no_preview", "--steps", "2") == 0
     assert train(feature_dir, out, "--no_preview", "--resume", "auto", "--rank", "4") == 1
-    assert "rank is 2 there and 4 now" in capsys.readouterr().err
+    assert "rank was 2 and is 4 now" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143),
@@ -467,7 +467,7 @@ def test_short_sound_is_padded_named_and_left_out_of_the_loss(feature_dir, tmp_p
     losses = {}
     for name, flags in {"masked": (), "full": ("--padded_loss", "full")}.items():
         assert train(feature_dir, tmp_path / name, "--no_preview", *flags) == 0
-        assert "1 of 6 clips have less sound than their features cover" in (err := capsys.readouterr().err)
+        assert "1 of 6 clips: the sound is shorter than the features" in (err := capsys.readouterr().err)
         assert "knock_1 (0.62 of 2.00 s)" in err
         losses[name] = (tmp_path / name / "metrics.jsonl").read_text()
     assert losses["masked"] != losses["full"]

@@ -33,7 +33,7 @@ def test_a_run_ends_with_a_verdict_a_page_and_a_card(feature_dir, tmp_path, caps
     assert train(feature_dir, out, "--verdict_share", "1000", "--lr", "1e-2") == 0
     stdout, stderr = capsys.readouterr()
     assert stdout.strip() == str(out / "adapter_final.pt")
-    assert "at the end a verdict from 1 clips and 5 foreign" in stderr
+    assert "at the end a verdict from 1 clip and 5 foreign" in stderr
     line = next(line for line in stderr.splitlines() if "verdict: " in line)
     assert "1 held-out clips moved" in line and "foreign prompts moved" in line
     content = json.loads((out / "verdict.json").read_text())

@@ -56,7 +56,7 @@ def test_a_run_of_version_0_1_0_keeps_its_clips_and_says_what_is_wrong_with_them
     train, val = split(windows, state(tmp_path), val_clips=1, val_fraction=0.3)
     order = torch.randperm(12, generator=torch.Generator().manual_seed(42)).tolist()
     assert val.ids == [f"v{i // 3}_{i % 3}" for i in sorted(order[:4])] and len(train) == 8
-    assert "held-out clips are of a video or a sound that is trained on too" in caplog.text
+    assert "1 held-out clip is of a video or a sound that is trained on too" in caplog.text
     assert split(windows, state(tmp_path, ways=WAYS_BEFORE), val_fraction=0.3)[1].ids == val.ids
     assert split(windows, state(tmp_path, ways=WAYS), val_fraction=0.3)[1].ids != val.ids
 
@@ -73,7 +73,7 @@ def test_clips_of_a_video_in_another_folder_are_named(windows, tmp_path, caplog)
     put_clip(tmp_path / "other", "copied", seed=4, text=True)  # the sound of v1_1
     train, val = split(windows, val_dir=tmp_path / "other")
     assert (len(train), len(val)) == (12, 2)
-    assert "1 held-out clips are of a video or a sound that is trained on too" in caplog.text
+    assert "1 held-out clip is of a video or a sound that is trained on too" in caplog.text
     assert "better than it is: copied" in caplog.text
 
 
@@ -122,7 +122,7 @@ def test_clips_that_name_no_video_are_counted(tmp_path, caplog):
     for number in range(6):
         put_clip(tmp_path / "data", f"c{number}", seed=number, text=True)
     split(tmp_path / "data")
-    assert "5 of 5 clips to train on do not say which video they are of" in caplog.text
+    assert "5 of 5 clips to train on: their video is not known" in caplog.text
 
 
 def test_a_memmap_is_summed_up_as_folders_are(tmp_path, caplog):

@@ -28,7 +28,7 @@ def test_prefixes_are_one_for_all_or_one_for_each(folders):
     assert RunConfig(data_dir=folders, prompt_prefix=("a", "", "c")).prefixes(3) == ["a", "", "c"]
     with pytest.raises(UserError, match="prompt_prefix has 2 texts and data_dir 3 sets; give one text for all"):
         RunConfig(data_dir=folders, prompt_prefix=("a", "b"))
-    with pytest.raises(UserError, match="a text for each of 3 data sets and val_dir 1 folders"):
+    with pytest.raises(UserError, match="a text for each of 3 data sets and val_dir 1 folder"):
         RunConfig(data_dir=folders, prompt_prefix=("a", "b", "c"), val_dir=folders[0])
     with pytest.raises(UserError, match="balance is 'all', expected one of clips, sets"):
         RunConfig(data_dir=folders, balance="all")

@@ -12,7 +12,7 @@ from selva.weights.config import GeneratorModelConfig
 
 
 @pytest.mark.parametrize("before, now, told", [
-    ((4, 1, 2), (4, 1, 1), "an update was of 8 clips so far and is of 4 from here on (number of processes was 2 and"),
+    ((4, 1, 2), (4, 1, 1), "an update was made of 8 clips and is now made of 4 (number of processes was 2 and"),
     ((4, 1, 2), (8, 1, 1), ""),
     ((4, 2, 1), (4, 1, 1), "--grad_accum was 2 and is 1"),
     ((4, 1, 1), (4, 1, 1), ""),
@@ -27,7 +27,7 @@ def test_a_run_that_goes_on_with_other_updates_says_so(tmp_path, caplog, before,
     meta = {**adapter_meta(was, 10, before[2]), "rank": 16, "alpha": 16.0, "target": ["attn.qkv"]}
     saved = TrainingState(tmp_path / "adapter_step00001.pt", 1, {}, {}, None, meta)
     check_resumable(saved, config(now), now[2])
-    assert told in caplog.text and bool(told) == ("an update was of" in caplog.text)
+    assert told in caplog.text and bool(told) == ("an update was made of" in caplog.text)
 
 
 def saved_with(tmp_path, **options) -> TrainingState:

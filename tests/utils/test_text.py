@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
+
 import pytest
+from plain_counts import plural_counts
 
 from selva.utils.errors import UserError
 from selva.utils.text import clock, counted, read_text
@@ -15,6 +19,7 @@ def test_clock(seconds, text):
 
 def test_one_thing_has_no_plural():
     assert [counted(number, "clip") for number in (0, 1, 2)] == ["0 clips", "1 clip", "2 clips"]
+    assert (counted(20_000, "clip"), counted(20_000, "clip", grouped=True)) == ("20000 clips", "20,000 clips")
     assert counted(2, "video or sound", "videos or sounds") == "2 videos or sounds"
 
 
@@ -30,3 +35,32 @@ def test_wide_text_without_a_mark_is_no_utf_8(encoding, tmp_path):
     (tmp_path / "prompts.txt").write_bytes("dog.npz: a dog\n".encode(encoding))
     with pytest.raises(UserError, match=r"prompts\.txt: is UTF-16 or UTF-32 text without a byte order mark"):
         read_text(tmp_path / "prompts.txt")
+
+
+ROOT = Path(__file__).resolve().parents[2]
+PARTS = ("selva", "scripts", "benchmarks", "toyworld", "comfyui")
+
+
+def test_no_text_says_a_plural_after_any_number():
+    """`1 clips` is what comes of ``f"{len(clips)} clips"``; `counted` knows better."""
+    files = [*ROOT.glob("*.py"), *(path for part in PARTS for path in (ROOT / part).rglob("*.py"))]
+    assert len(files) > 200
+    found = [f"{path.relative_to(ROOT)}:{line}: {text!r}; see selva.utils.text.counted" for path in files
+             for line, text in plural_counts(ast.parse(path.read_text(encoding="utf-8")))]
+    assert not found, "\n".join(["", *found])
+
+
+@pytest.mark.parametrize("code", [
+    'f"{len(clips)} clips"', 'f"{self.count} of {total} usable clips in {folder}"', 'log.info("%d clips", 3)',
+    'f"{count:,} trainable parameters"', 'x = "all %(n)d files"', 'f"{max(1, n)} held-out clips are {name}"',
+])
+def test_such_texts_are_found(code):
+    assert [line for line, _ in plural_counts(ast.parse(code))] == [1]
+
+
+@pytest.mark.parametrize("code", [
+    'f"{MAX_CLIPS} clips"', 'f"{seconds:.1f} seconds"', "f\"{counted(n, 'clip')}\"", 'f"{name} clips"', '"8 clips"',
+    'f"{number} of the clips"', 'def f():\n    """%d clips."""', 'f"{path} has rows"', 'f"{text!r} clips"',
+])
+def test_other_texts_are_not(code):
+    assert list(plural_counts(ast.parse(code))) == []

@@ -23,6 +23,7 @@ from selva.training.ema import EMA
 from selva.utils.errors import UserError
 from selva.utils.files import atomic_path
 from selva.utils.progress import Progress
+from selva.utils.text import counted
 
 log = logging.getLogger(f"selva.{__name__}")  # below the logger that scripts set up
 
@@ -155,7 +156,7 @@ def _prepare(
     network.load_state_dict(state["network"])
     optimizer.load_state_dict(state["optimizer"])
     average.restore(state["average"])
-    log.info("%s: continues after %d of %d steps", folder.name, state["step"], config.steps)
+    log.info("%s: continues after %d of %s", folder.name, state["step"], counted(config.steps, "step"))
     return network, average, optimizer, state["step"]
 
 

@@ -6,7 +6,9 @@ memmap of MMAudio. One clip is in memory at a time; of the others only the finge
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -37,6 +39,9 @@ from selva.models.variants import VARIANTS, Variant, get_variant
 from selva.sequence import DEFAULT_DURATION_SEC, SAMPLING_RATES
 from selva.utils.errors import UserError
 from selva.utils.progress import Progress
+from selva.utils.text import counted
+
+log = logging.getLogger(__name__)
 
 NORM_TOLERANCE = 0.02  # half precision moves a norm of 1 by less
 OFFSET = 0.01  # mean of a sound, of full scale
@@ -91,6 +96,7 @@ class Inspection:
     Attributes:
         kind: "pairs", "sounds" or "memmap". left_out: (file, reason) of what looks like part of a clip and is none.
         compared: False if there are too many clips to look for near-duplicates; copies of a file are found anyway.
+        undecided: pairs of sounds that are alike in their levels, and too many to compare their waveforms.
     """
 
     folder: str
@@ -99,6 +105,7 @@ class Inspection:
     left_out: list[tuple[str, str]]
     alike: list[Likeness]
     compared: bool
+    undecided: int = 0
 
     @property
     def usable(self) -> bool:
@@ -112,6 +119,7 @@ class _Fingerprints:
     def __init__(self) -> None:
         self.fingerprints: dict[str, list[tuple[str, np.ndarray]]] = {"sound": [], "latents": []}
         self.videos: list[tuple[str, Tensor, np.ndarray]] = []  # id, mean CLIP features, motion
+        self.paths: list[Path] = []  # of the sounds that have a fingerprint
         self.hashes: dict[tuple[str, bytes], list[str]] = {}
         self.count = 0
 
@@ -125,8 +133,9 @@ class _Fingerprints:
         self.hashes.setdefault((what, digest), []).append(clip_id)
         return not self.full
 
-    def add_sound(self, clip_id: str, waveform: Tensor, rate: int) -> None:
+    def add_sound(self, clip_id: str, path: Path, waveform: Tensor, rate: int) -> None:
         if self.add(clip_id, "sound", waveform):
+            self.paths.append(path)
             self.fingerprints["sound"].append((clip_id, duplicates.sound_fingerprint(waveform, rate)))
 
     def add_latents(self, clip_id: str, mean: Tensor) -> None:
@@ -137,14 +146,24 @@ class _Fingerprints:
         if self.add(clip_id, "video", torch.cat([clip_f.flatten(), sync_f.flatten()])):
             self.videos.append((clip_id, clip_f.mean(dim=0), duplicates.motion_fingerprint(sync_f)))
 
-    def find(self) -> list[Likeness]:
-        """Return all groups; clips whose content is equal are one even where it has no pattern to compare."""
-        found = []
+    def find(self) -> tuple[list[Likeness], int]:
+        """Return all groups, and the number of pairs left undecided, see :class:`Inspection`.
+
+        Clips whose content is equal are one even where it has no pattern to compare.
+        """
+        found, undecided = [], 0
+        fine = functools.lru_cache(maxsize=128)(self._fine)  # 1 MB each
+
+        def closely(first: int, second: int) -> float:
+            return duplicates.waveform_correlation(fine(first), fine(second))
+
         if not self.full:
             for what, items in self.fingerprints.items():
                 hop_sec = duplicates.HOP_SEC if what == "sound" else DEFAULT_DURATION_SEC / max(
                     (len(values) for _, values in items), default=1)
-                groups = duplicates.same_sounds([values for _, values in items], hop_sec)
+                groups, open_pairs = duplicates.same_sounds(
+                    [values for _, values in items], hop_sec, closely if what == "sound" else None)
+                undecided += open_pairs
                 found += [Likeness(what, ids, score)
                           for ids, score in duplicates.named_groups(groups, [i for i, _ in items])]
             groups = duplicates.same_videos([v[1] for v in self.videos], [v[2] for v in self.videos])
@@ -153,7 +172,10 @@ class _Fingerprints:
         for (what, _), ids in self.hashes.items():
             if len(ids) > 1 and not any(group.what == what and set(ids) <= set(group.ids) for group in found):
                 found.append(Likeness(what, tuple(ids), 1.0))
-        return found
+        return found, undecided
+
+    def _fine(self, index: int) -> Tensor:
+        return duplicates.fine_fingerprint(*read_audio(self.paths[index], 0.0, duplicates.FINE_SEC))
 
 
 def inspect(folder: Path, variant: Variant | None = None, recursive: bool = False) -> Inspection:
@@ -183,6 +205,9 @@ def inspect(folder: Path, variant: Variant | None = None, recursive: bool = Fals
         scan = scan_folder(folder)
         kind, left_out = "pairs", [(str(path), reason) for path, reason in scan.skipped]
         steps = [partial(_inspect_pair, clip, variant, fingerprints) for clip in scan.clips]
+    if recursive and kind != "sounds":
+        log.warning("--recursive has no effect: %s is %s, and training never reads its subfolders", folder,
+                    "a memmap" if kind == "memmap" else "a folder of features")
     if not steps and not left_out:
         deeper = "" if recursive else "; --recursive looks into its subfolders for sounds and videos too"
         raise UserError(f"{folder}: holds neither features (.npz) nor sounds ({', '.join(AUDIO_SUFFIXES)}), videos or "
@@ -192,7 +217,8 @@ def inspect(folder: Path, variant: Variant | None = None, recursive: bool = Fals
         for fingerprints.count, measure in enumerate(steps, 1):
             clips.append(measure())
             progress.update(fingerprints.count)
-    return Inspection(str(folder), kind, clips, left_out, fingerprints.find(), not fingerprints.full)
+    alike, undecided = fingerprints.find()
+    return Inspection(str(folder), kind, clips, left_out, alike, not fingerprints.full, undecided)
 
 
 def _sounds_in(folder: Path, recursive: bool) -> dict[str, Path]:
@@ -252,8 +278,8 @@ def _inspect_pair(clip: FolderClip, variant: Variant | None, fingerprints: _Fing
         extra = report.sound.duration_sec - clip.duration_sec
         if extra < -MAX_AUDIO_SHORTFALL_SEC:
             report.notes.append(f"its sound lasts {report.sound.duration_sec:.2f} s, but its features cover "
-                                f"{clip.duration_sec:.2f} s: it is padded with silence, unless one of them belongs to "
-                                "another clip")
+                                f"{clip.duration_sec:.2f} s: it is padded with silence; or does one of them belong to "
+                                "another clip?")
         elif extra > LONGER_SEC:
             report.notes.append(f"its sound lasts {report.sound.duration_sec:.2f} s, but its features cover only the "
                                 f"first {clip.duration_sec:.2f} s")
@@ -280,7 +306,7 @@ def _measure_sound(report: ClipReport, path: Path, variant: Variant | None, fing
         report.problems.append("its sound is silent")
         return
     report.notes += _sound_notes(sound, waveform, mono, variant)
-    fingerprints.add_sound(report.id, waveform, rate)
+    fingerprints.add_sound(report.id, path, waveform, rate)
 
 
 def _sound_notes(sound: SoundStats, waveform: Tensor, mono: Tensor, variant: Variant | None) -> Iterator[str]:
@@ -288,7 +314,7 @@ def _sound_notes(sound: SoundStats, waveform: Tensor, mono: Tensor, variant: Var
     if sound.silent_share > MOSTLY_SILENT:
         yield f"{100 * sound.silent_share:.0f} % of it is silent (below {SILENCE_DB:g} dB)"
     if sound.clipped_samples:
-        yield f"it is clipped: {sound.clipped_samples} samples are cut off at full scale"
+        yield f"it is clipped: {counted(sound.clipped_samples, 'sample is', 'samples are')} cut off at full scale"
     if sound.loudness_lufs is not None and sound.loudness_lufs < QUIET_LUFS:
         yield f"it is very quiet ({sound.loudness_lufs:.1f} LUFS), so its noise floor is trained too"
     if variant is not None and sound.rate < SAMPLING_RATES[variant.mode]:
@@ -311,12 +337,12 @@ def _measure_features(
     report.clip_norm, report.sync_norm = (norms.min().item(), norms.max().item()), sync_norms.mean().item()
     for name, rows in (("CLIP", norms), ("sync", sync_norms)):
         if zeros := int((rows == 0).sum()):
-            report.notes.append(f"{zeros} of {len(rows)} rows of its {name} features are zero, which no picture gives: "
-                                "they were padded; extract it again")
+            report.notes.append(f"rows of zeros in its {name} features: {zeros} of {len(rows)}. They are padding; "
+                                "extract it again")
     seen = norms[norms > 0]
     if len(seen) and (seen - 1).abs().max() > NORM_TOLERANCE:
         report.notes.append(f"its CLIP features have norms from {seen.min():.3f} to {seen.max():.3f}, expected 1: "
-                            "they were not made as the base model's were")
+                            "another program made them; extract it again")
     if text_f is not None:
         report.text_norm = text_f.norm(dim=1).mean().item()
     fingerprints.add_video(report.id, clip_f, sync_f)
@@ -363,9 +389,10 @@ def _inspect_row(rows: MemmapDataset, index: int, fingerprints: _Fingerprints) -
     report.latent_std = row["std"].mean().item()
     report.text_norm = row["text_features"].norm(dim=1).mean().item()
     if (row["std"] <= 0).any():
-        report.problems.append("its std is not positive everywhere: no posterior of the VAE has such values")
+        report.problems.append("its std has values of 0 or below, which the VAE never gives; extract or convert it "
+                               "again")
     elif (row["mean"] == row["mean"][:1]).all():
-        report.problems.append("its latents never change: the row was never written, or is of digital silence")
+        report.problems.append("its latents never change: never written, or digital silence")
     if not row["text_features"].any():
         report.problems.append("its text features are all zero: the row was never written")
     if not report.prompt:

@@ -237,7 +237,7 @@ def frame_strip(path: Path, start_sec: float, seconds: float, shape: float) -> n
         video = read_video(path, min(seconds, _seconds_of(path, seconds, start_sec)), start_sec,
                            clip_size=2 * TILE_PIXELS, sync_size=16)
     except (ValueError, OSError) as error:
-        log.warning("no frames in the picture: %s", error)
+        log.warning("its video frames cannot be drawn: %s", error)
         return None
     frames = video.clip_frames.permute(0, 2, 3, 1).numpy()  # (T, H, W, 3), squares
     height, width = video.source_size

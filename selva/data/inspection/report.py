@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 
 from selva.data.inspection.measures import ClipReport, Inspection
-from selva.utils.text import clock, listed
+from selva.utils.text import clock, counted, listed
 
 WIDTH = 100
 ID_WIDTH = 20  # at least for long names
@@ -90,7 +90,10 @@ def sentences(inspection: Inspection) -> list[str]:
         how = "the same" if group.similarity > 0.9999 else f"nearly the same ({group.similarity:.3f})"
         lines.append(f"? {listed(group.ids, NAMED)}: {LIKENESS[group.what].format(how=how)}")
     if not inspection.compared:
-        lines.append("? too many clips to compare each two; only copies of the same content were looked for")
+        lines.append("? too many clips to compare every pair; only identical content was looked for")
+    if inspection.undecided:
+        lines.append(f"? {counted(inspection.undecided, 'more pair')} of sounds with the same loudness over time, too "
+                     "many to compare each closely")
     return lines
 
 

@@ -78,15 +78,15 @@ class SetFiles:
         if not self.record.is_file():
             for path in (self.folder, self.table):
                 if path.is_file() or (path.is_dir() and any(path.iterdir())):
-                    raise UserError(f"{path}: is in the way, it was not written together with {self.record.name}; "
-                                     "move it, or choose another folder")
+                    raise UserError(f"{path}: is in the way: it is no part of the data set of {self.record.name}; move "
+                                    "it, or choose another folder")
             return None
         record = _read_json(self.record)
         kept = [row for row, digest in enumerate(record["digests"]) if digest is not None]
         expected = {f"{key}.memmap": len(kept) * _row_bytes(s) for key, s in record["plan"]["shapes"].items()}
         sizes = {path.name: path.stat().st_size for path in self.folder.glob("*.memmap")}
         if sizes != expected or not (self.folder / META_FILE).is_file() or not self.table.is_file():
-            log.warning("%s: incomplete or damaged, made again", self.folder)
+            log.warning("%s: incomplete or damaged; written again", self.folder)
             return None
         entries = {row: Entry(digest) for row, digest in enumerate(record["digests"])}
         return Content(self.folder, record["plan"], entries, {row: slot for slot, row in enumerate(kept)})
@@ -150,7 +150,8 @@ class SetFiles:
         """
         kept = [row for row, digest in zip(plan["rows"], digests, strict=True) if digest is not None]
         if not kept:
-            raise UserError(f"{self.folder}: no usable clip among {len(digests)}, nothing was published")
+            raise UserError(f"{self.folder}: none of {counted(len(digests), 'clip')} could be used, so no data set was "
+                            "written")
         text = io.StringIO()
         table = csv.writer(text, delimiter="\t", lineterminator="\n")
         table.writerow(["id", plan["column"]])
@@ -233,14 +234,14 @@ def _carry_over(source: Content, plan: Plan, data: Path, entries: dict[int, Entr
                 file.seek(here * size)
                 file.write(old_file.read(size))
     if moves:
-        log.info("taken over from an earlier run: %s", counted(len(moves), "row"))
+        log.info("kept from an earlier run: %s", counted(len(moves), "row"))
 
 
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is not JSON ({error}); delete it with what lies beside it, or choose another folder"
+        raise UserError(f"{path}: is not JSON ({error}); delete it and the files beside it, or choose another folder"
                          ) from error
 
 

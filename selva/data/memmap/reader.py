@@ -30,6 +30,7 @@ from selva.models.variants import Variant
 from selva.sequence import sequence_config
 from selva.utils.errors import UserError
 from selva.utils.files import real_path
+from selva.utils.text import counted
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +116,8 @@ class MemmapDataset(ClipDataset):
         self.rows = {key: _map(folder / f"{key}.memmap", meta[key]) for key in keys}  # each (n, ·, ·)
         self._ids, self.prompts = _read_table(table_path(folder))
         if len(self._ids) != len(self.rows["mean"]):
-            raise UserError(f"{table_path(folder)}: has {len(self._ids)} rows, but the tensors in {folder} have "
+            raise UserError(f"{table_path(folder)}: has {counted(len(self._ids), 'row')}, but the tensors in {folder} "
+                            "have "
                              f"{len(self.rows['mean'])}; they belong to different extractions")
 
     @property
@@ -163,7 +165,8 @@ class MemmapDataset(ClipDataset):
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            log.warning("%s: cannot be read (%s), so rows of one video may be held out and trained on", path, error)
+            log.warning("%s: cannot be read (%s), so some rows of a video may be trained on while others are held out",
+                        path, error)
             return {}
 
     def lengths(self, index: int) -> Lengths:
@@ -246,7 +249,7 @@ def _map(path: Path, entry: dict[str, Any]) -> np.ndarray:
     shape = tuple(entry["shape"])
     found, expected = path.stat().st_size, math.prod(shape) * 4
     if found != expected:
-        raise UserError(f"{path}: has {found} bytes, expected {expected} for {shape}; copy it again")
+        raise UserError(f"{path}: has {counted(found, 'byte')}, expected {expected} for {shape}; copy it again")
     if expected == 0:
         return np.zeros(shape, np.float32)  # an empty file cannot be mapped
     return np.memmap(path, np.dtype("<f4"), mode="r", shape=shape)

@@ -43,6 +43,7 @@ from selva.data.memmap.reader import row_shapes
 from selva.models.variants import Variant
 from selva.utils.errors import UserError
 from selva.utils.lock import file_lock
+from selva.utils.text import counted
 
 # A line of the journal is written once the values of its row are on the disk, so it is true even after a power cut and
 # for another machine. Waiting for the disk at every row would cost more than making a few rows again.
@@ -172,7 +173,7 @@ class MemmapWriter:
         if tuple(value.shape) != self.shapes[key]:
             raise UserError(f"clip {self.ids[index]!r}: {key} is {tuple(value.shape)}, expected {self.shapes[key]}")
         if num_bad := int((~torch.isfinite(value)).sum()):
-            raise UserError(f"clip {self.ids[index]!r}: {key} has {num_bad} values that are not finite")
+            raise UserError(f"clip {self.ids[index]!r}: {key} has {counted(num_bad, 'value')} that are not finite")
         return value.numpy().astype("<f4", copy=False)
 
     def _claim(self, index: int) -> None:

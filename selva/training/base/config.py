@@ -66,8 +66,8 @@ class BaseTrainConfig(ObjectiveConfig):
         None, "rows of one forward pass of a process, as many as its memory takes; all of its share if not given",
         group=OPTIMISATION, metavar="N", at_least_one=True)
     lr: float = setting(1e-4, "learning rate", group=OPTIMISATION)
-    warmup_steps: int = setting(1000, "updates over which the rate rises", group=OPTIMISATION)
-    lr_schedule: str = setting("multistep", "what the rate does then; multistep lowers it at --lr_milestones",
+    warmup_steps: int = setting(1000, "warm-up: updates over which the learning rate rises", group=OPTIMISATION)
+    lr_schedule: str = setting("multistep", "learning rate after the warm-up; multistep lowers it at --lr_milestones",
                                group=OPTIMISATION, choices=LR_SCHEDULES)
     lr_milestones: tuple[float, ...] = setting(
         (0.8, 0.9), MILESTONES_HELP, group=OPTIMISATION, nargs="+", metavar="WHEN", default_text="0.8 0.9, MMAudio's")
@@ -104,7 +104,7 @@ class BaseTrainConfig(ObjectiveConfig):
     prefetch: int = setting(4, "batches that are read ahead", group=MEMORY, at_least_one=True)
     readers: int = setting(2, "threads that read them, in every process", group=MEMORY, at_least_one=True)
     precision: str = setting("auto", "number format of the networks; weights, their updates and averages are always "
-                             "float32", group=GENERAL, choices=PRECISIONS)
+                             "float32", group=GENERAL, choices=PRECISIONS, shared=True)
 
     def __post_init__(self) -> None:
         problems = least_problems(self, {

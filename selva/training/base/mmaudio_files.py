@@ -23,7 +23,7 @@ from selva.training.ema_snapshots import EXTRA_KEY, PREFIX, mmaudio_track
 from selva.training.power_ema import SIGMA_RELS
 from selva.utils.errors import UserError
 from selva.utils.files import atomic_path
-from selva.utils.text import listed
+from selva.utils.text import counted, listed
 from selva.utils.torch_files import read_torch, write_safetensors, write_torch
 
 log = logging.getLogger(__name__)
@@ -120,12 +120,12 @@ def read_checkpoint(path: Path) -> MMAudioState:
     if type(updates) is not int or updates < 0:
         raise UserError(f"{path}: scheduler/last_epoch is {updates!r}, expected the number of updates")
     if content["it"] not in (updates, updates - 1):
-        log.warning("%s: says step %s, but its scheduler has counted %d updates; going on from those", path,
-                    content["it"], updates)
+        log.warning("%s: says step %s, but its scheduler has counted %s; going on from those", path,
+                    content["it"], counted(updates, "update"))
     order = [name for name in weights if name not in CONSTANTS]  # as in the file, whatever ours is
     if len(numbers) != len(order):
-        raise UserError(f"{path}: the optimiser holds {len(numbers)} parameters, expected {len(order)}, all but "
-                        f"{listed(CONSTANTS, 5)}")
+        raise UserError(f"{path}: the optimiser holds {counted(len(numbers), 'parameter')}, expected {len(order)}, all "
+                        f"but {listed(CONSTANTS, 5)}")
     moments: dict[str, dict[str, Tensor]] = {moment: {} for moment in MOMENTS}
     for number, name in zip(numbers, order, strict=True):
         for moment in MOMENTS if number in stored else ():
@@ -173,8 +173,8 @@ def _tracks(
         except (LookupError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: ema lacks {error} of track {number}") from error
         if count != updates:
-            raise UserError(f"{path}: track {number} of ema has seen {count} updates, expected {updates}, as the "
-                            "scheduler has counted; the file was not written in one piece")
+            raise UserError(f"{path}: track {number} of ema has seen {counted(count, 'update')}, expected {updates}, "
+                            "as the scheduler has counted; the file was not written in one piece")
         if wrong := [name for name, x in track.items() if x.shape != weights[name].shape]:
             raise UserError(f"{path}: track {number} of ema has other shapes than the weights: {listed(wrong, 5)}")
         tracks.append(track)

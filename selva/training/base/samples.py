@@ -18,6 +18,7 @@ from selva.training.base.run import BaseRun
 from selva.training.sample import generate_sound
 from selva.utils.device import is_out_of_memory
 from selva.utils.plots import plot_spectrograms
+from selva.utils.text import counted
 from selva.weights.load import load_vae, load_vocoder
 
 log = logging.getLogger(__name__)
@@ -68,7 +69,7 @@ class BaseSamples:
         path = self.folder / f"step{run.step:08d}_{number:02d}.flac"
         write_audio(path, waveform, clip.sequence.sampling_rate)
         title = f"step {run.step}: {clip.id} (held out), {clip.prompt!r}"
-        panels = [(f"generated, guidance {sampling.cfg_strength}, {sampling.num_steps} steps", waveform),
+        panels = [(f"generated, guidance {sampling.cfg_strength}, {counted(sampling.num_steps, 'step')}", waveform),
                   ("recorded, as the VAE gives it back", self._recorded(clip, number, run.device))]
         plot_spectrograms(panels, clip.sequence.sampling_rate, path.with_suffix(".png"), title)
         log.info("sample: %s", path)

@@ -24,6 +24,7 @@ from selva.training.base.statistics import latent_statistics
 from selva.training.power_ema import SIGMA_RELS
 from selva.utils.distributed import World
 from selva.utils.errors import UserError
+from selva.utils.text import counted
 from selva.weights.load import load_clip_text, load_generator, read_checkpoint
 
 log = logging.getLogger(__name__)
@@ -90,7 +91,7 @@ def check_resumable(path: Path, numbers: dict[str, Any], config: BaseTrainConfig
                 if now.get(name) != was]
     before, sets = numbers["data"], data_state(clips)
     if len(before) != len(sets):
-        problems.append(f"there were {len(before)} data sets and are {len(sets)} now")
+        problems.append(f"there were {counted(len(before), 'data set')} and are {len(sets)} now")
     for was, one in zip(before, sets, strict=False):
         problems += [f"{one['path']}: {name} was {was[name]} and is {one[name]} now" for name in ("weight", "rows")
                      if was[name] != one[name]]
@@ -170,4 +171,4 @@ def go_on_from_mmaudio_(run: BaseRun, path: Path) -> None:
         **run.numbers(), "step": saved.updates, "updates": saved.updates,
         "place": saved.updates * run.config.batch_size, "ema": {"sigma_rels": widths, "step": saved.updates},
     })
-    log.info("%s: going on from MMAudio's training after %d updates", path, saved.updates)
+    log.info("%s: going on from MMAudio's training after %s", path, counted(saved.updates, "update"))

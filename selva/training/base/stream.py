@@ -23,6 +23,7 @@ from selva.training.config import ObjectiveConfig
 from selva.training.objective import NoiseSample, sample_noise
 from selva.utils.distributed import World
 from selva.utils.errors import UserError
+from selva.utils.text import counted
 
 Stacked = TypeVar("Stacked", Batch, NoiseSample)
 
@@ -64,8 +65,9 @@ def own_parts(batch_size: int, micro_batch_size: int | None, world: World) -> li
     largest = max(own.stop - own.start for own in per_process)
     count = -(-largest // (micro_batch_size or largest or 1)) if largest else 1
     if batch_size < world.size * count:
-        raise UserError(f"batch_size {batch_size} is for {world.size} processes with {count} forward passes each, "
-                        "expected at least one row for each of them; use a larger --batch_size or --micro_batch_size")
+        raise UserError(f"batch_size {batch_size} is for {counted(world.size, 'process', 'processes')} with "
+                        f"{counted(count, 'forward pass', 'forward passes')} each, expected at least one row for each "
+                        "of them; use a larger --batch_size or --micro_batch_size")
     own = per_process[world.rank]
     return [slice(own.start + s.start, own.start + s.stop) for s in split(own.stop - own.start, count)]
 

@@ -41,7 +41,7 @@ from selva.utils.lock import FolderLock
 from selva.utils.metrics_log import MetricsFile
 from selva.utils.plots import plot_losses
 from selva.utils.settings import settings_text, values_of
-from selva.utils.text import clock
+from selva.utils.text import clock, counted
 from selva.utils.watch import watched
 
 log = logging.getLogger(__name__)
@@ -126,9 +126,10 @@ def build_run(
     generator = start_generator(config, sets, device, world)
     run = BaseRun(generator, clips, val_clips, config, dtype_of(config.precision), world)
     trained, total = (sum(p.numel() for p in group.values()) for group in (run.trained, run.parameters))
-    log.info("%s: %s of %s parameters are trained; %d processes with %d rows of %d each, in %d forward passes%s",
-             config.model.variant, f"{trained:,}", f"{total:,}", world.size,
-             run.stream.parts[-1].stop - run.stream.parts[0].start, config.batch_size, len(run.stream.parts),
+    log.info("%s: %s of %s parameters are trained; %s with %s of %d each, in %s%s",
+             config.model.variant, f"{trained:,}", f"{total:,}", counted(world.size, "process", "processes"),
+             counted(run.stream.parts[-1].stop - run.stream.parts[0].start, "row"), config.batch_size,
+             counted(len(run.stream.parts), "forward pass", "forward passes"),
              ", which share the model" if run.objective.is_sharded else "")
     return run
 
@@ -141,8 +142,9 @@ def _estimate(run: BaseRun) -> None:
     seconds = time.monotonic() - started
     run.stream.close()
     checkpoint = sum(x.numel() * x.element_size() for x in run.tensors().values())
-    log.info("dry run: %.2f s/step, about %s for %d steps; peak memory %.2f GiB in each process; a checkpoint takes "
-             "%.2f GiB; nothing was written", seconds, clock(seconds * run.config.steps), run.config.steps,
+    log.info("dry run: %.2f s/step, about %s for %s; peak memory %.2f GiB in each process; a checkpoint takes "
+             "%.2f GiB; nothing was written", seconds, clock(seconds * run.config.steps),
+             counted(run.config.steps, "step"),
              peak_memory_bytes(run.device) / 2**30, checkpoint / 2**30)
 
 
@@ -272,5 +274,5 @@ def _move_aside(folder: Path, after: int | None) -> None:
         log.warning("%s held an earlier run; its files are now in %s (use --resume auto to continue a run)", folder,
                     aside)
     else:
-        log.warning("%s: going on from step %d; what was later (%d files and folders) is now in %s", folder, after,
-                    len(old), aside)
+        log.warning("%s: going on from step %d; what was later (%s and folders) is now in %s", folder, after,
+                    counted(len(old), "file"), aside)

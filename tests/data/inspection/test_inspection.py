@@ -116,7 +116,7 @@ def test_what_is_odd_is_named(tmp_path):
         "phase: its channels are out of phase", "offset: it has a constant offset of +0.0",
         "click: it has a click at its end",
         "unnamed: it has no prompt of its own; the name of the folder is used",
-        "padded: 6 of 16 rows of its CLIP features are zero", "low: it was recorded at 8000 Hz, below the 16000 Hz",
+        "padded: rows of zeros in its CLIP features: 6 of 16", "low: it was recorded at 8000 Hz, below the 16000 Hz",
         "scaled: its CLIP features have norms from 1.000 to 1.500, expected 1",
     ):
         assert f"? {line}" in text, line
@@ -194,10 +194,10 @@ def test_memmaps_are_inspected_row_by_row(tmp_path):
     text = said(inspect(tmp_path / "train"))
     assert text.splitlines()[:3] == [
         "! id_1: sync_features have values that are not finite (NaN or infinite)",
-        "! id_2: its latents never change: the row was never written, or is of digital silence",
-        "! id_3: its std is not positive everywhere: no posterior of the VAE has such values",
+        "! id_2: its latents never change: never written, or digital silence",
+        "! id_3: its std has values of 0 or below, which the VAE never gives; extract or convert it again",
     ]
-    assert "? id_4: 4 of 64 rows of its CLIP features are zero" in text
+    assert "? id_4: rows of zeros in its CLIP features: 4 of 64" in text
     maps["sync_features"][1, 5, 5] = 0
     maps["sync_features"].flush()
     assert "? id_0, id_1: the same sound; they count twice" in said(inspect(tmp_path / "train"))

@@ -110,7 +110,7 @@ def meta_change(change):
 
 BROKEN = {
     "no table": (lambda f: f.with_name("data.tsv").unlink(), "data.tsv: no such file"),
-    "short table": (lambda f: f.with_name("data.tsv").write_text("id\tlabel\na\tb\n"), "has 1 rows, but the tensors"),
+    "short table": (lambda f: f.with_name("data.tsv").write_text("id\tlabel\na\tb\n"), "has 1 row, but the tensors"),
     "wrong columns": (lambda f: f.with_name("data.tsv").write_text("name\tlabel\na\tb\n"),
                       "column id missing (found: name, label); expected id and"),
     "empty table": (lambda f: f.with_name("data.tsv").write_text(""), "column id missing (found: nothing)"),
