@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 from selva import flow
 from selva.audio.config import AUDIO_NORMALIZATIONS, Normalize
@@ -51,6 +52,7 @@ class ObjectiveConfig:
         "use", "pass CLIP frame features, or the empty ones as official SelVA does; stored in the adapter and followed "
         "by infer.py", group=OBJECTIVE, choices=CLIP_FEATURE_MODES)
     seed: int = setting(42, "seed of everything random", group=GENERAL)
+    validation_times: ClassVar[int] = 4  # per held-out clip, each in the middle of one of as many bins of [0, 1]
     padded_loss: str = "masked"  # of rows of memmaps it is not known how much of them is padding
 
     def problems(self) -> list[str]:
