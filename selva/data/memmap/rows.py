@@ -65,7 +65,7 @@ class RowFile:
     def _read(self, place: int, count: int) -> np.ndarray:
         """Return ``count`` values from value ``place`` on."""
         values = np.empty(count, VALUE)
-        rest, place = memoryview(values).cast("B"), place * VALUE.itemsize
+        rest, place = values.data.cast("B"), place * VALUE.itemsize
         while len(rest):
             done = self._read_into(rest, place)
             if not done:
