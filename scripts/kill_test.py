@@ -15,21 +15,24 @@ else 1.
 from __future__ import annotations
 
 import collections
+import importlib
 import json
 import logging
 import os
 import random
 import re
+import runpy
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -63,6 +66,9 @@ def build_parser() -> cli.ArgumentParser:
     group.add_argument("--save_every", type=cli.positive_int, default=5, help="steps between checkpoints")
     group.add_argument("--processes", type=cli.positive_int, nargs="+", default=[1, 2], metavar="N",
                        help="processes that share a run; several numbers take turns")
+    group.add_argument("--fork", action="store_true",
+                       help="start the runs as copies of this process, which has imported what they import: most of "
+                       "the time of a short run is that (not on Windows)")
     parser.add_model()
     parser.add_common(precision="fp32")
     return parser
@@ -72,6 +78,7 @@ class Trainer(ABC):
     """What the two training scripts differ in."""
 
     news: re.Pattern[str]  # lines that say what a run does next
+    module: str  # that imports what a run imports
 
     def command(self, args, output_dir: Path, processes: int, resume: str | Path = "auto") -> list[str]:
         command = [
@@ -113,6 +120,7 @@ class LoraTrainer(Trainer):
     """``train_lora.py``: validation, then a step file, then a sample."""
 
     news = re.compile(r"step \d+[/:]|saved .*adapter_step|sample: ")
+    module = "selva.training.train"
 
     def script(self, args, processes: int) -> list[object]:
         return [ROOT / "train_lora.py", "--data_dir", *args.data_dir, "--batch_size", max(1, 2 // processes), "--rank",
@@ -147,9 +155,10 @@ class BaseTrainer(Trainer):
     """``train_base.py``: validation, then a sample, then a checkpoint that is written beside the next steps."""
 
     news = re.compile(r"step \d+[/:,]|sample: ")
+    module = "selva.training.base.train"
 
     def script(self, args, processes: int) -> list[object]:
-        return [ROOT / "scripts" / "train_base.py", "--data", *args.data_dir, "--batch_size", 2, "--val_rows", 2,
+        return [ROOT / "scripts" / "train_base.py", "--data", *args.data_dir, "--batch_size", 2, "--val_rows", 1,
                 "--sample_every", SAMPLE_EVERY, "--samples", 1, "--ema_every", VAL_EVERY, "--keep_last", 3]
 
     def states(self, folder: Path) -> dict[int, Path]:
@@ -188,20 +197,74 @@ def same_tensors(one: Mapping[str, Any], two: Mapping[str, Any]) -> bool:
         for key, value in one.items())
 
 
-class Run:
-    """Processes that share a training, as torchrun would start them, and the log of the first one."""
+class Fork:
+    """A copy of this process that runs a script, with the part of ``subprocess.Popen`` that :class:`Run` needs."""
 
-    def __init__(self, command: list[str], processes: int) -> None:
+    def __init__(self, command: list[str], environment: dict[str, str], quiet: bool) -> None:
+        self.returncode: int | None = None
+        reading, writing = os.pipe()
+        self.pid = os.fork()
+        if not self.pid:
+            self._run(command, environment, -1 if quiet else writing)
+        os.close(writing)
+        self.stderr = os.fdopen(reading, encoding="utf-8", errors="replace")
+
+    def _run(self, command: list[str], environment: dict[str, str], writing: int) -> NoReturn:
+        code = cli.EXIT_FAILED
+        try:
+            nothing = os.open(os.devnull, os.O_RDWR)
+            for number, target in enumerate((nothing, nothing, nothing if writing < 0 else writing)):
+                os.dup2(target, number)
+            sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1, encoding="utf-8", closefd=False) for n in (1, 2))
+            os.environ.update(environment)
+            sys.argv = command[1:]
+            runpy.run_path(command[1], run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else cli.EXIT_FAILED
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            self._reap(os.WNOHANG)
+        return self.returncode
+
+    def wait(self) -> int:
+        while self.returncode is None:
+            self._reap(0)
+        return self.returncode
+
+    def kill(self) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
+
+    def _reap(self, options: int) -> None:
+        pid, status = os.waitpid(self.pid, options)
+        if pid:
+            self.returncode = os.waitstatus_to_exitcode(status)
+
+
+class Run:
+    """Processes that share a training, as torchrun would start them, and the log of the first one.
+
+    Args:
+        fork: as copies of this process; else as processes of their own.
+    """
+
+    def __init__(self, command: list[str], processes: int, fork: bool = False) -> None:
         self.lines: list[str] = []
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        self.processes = [
-            subprocess.Popen(
+        self.processes: list[subprocess.Popen[str] | Fork] = []
+        for rank in range(processes):
+            own = process_environment(rank, processes, port)
+            self.processes.append(Fork(command, own, quiet=rank > 0) if fork else subprocess.Popen(
                 command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL if rank else subprocess.PIPE, text=True,
-                env={**os.environ, **process_environment(rank, processes, port)})
-            for rank in range(processes)
-        ]
+                env={**os.environ, **own}))
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
@@ -310,7 +373,7 @@ def kill_a_run(args, folder: Path, processes: int, wanted: int, rng: random.Rand
             queue.append(part)
             part = "sample"
         resume = states[rng.choice(steps[:-1])] if part == "rewind" else "auto"
-        run = Run(trainer.command(args, folder, processes, resume), processes)
+        run = Run(trainer.command(args, folder, processes, resume), processes, args.fork)
         met = wait_for(part, run, folder, rng, args.steps, trainer)
         writing = unfinished(trainer.writes_to(folder))
         if not run.kill() or not met:
@@ -326,7 +389,7 @@ def kill_a_run(args, folder: Path, processes: int, wanted: int, rng: random.Rand
 
 def finish(args, folder: Path, processes: int) -> None:
     """Take a run to its end; a ValueError says that it does not get there."""
-    run = Run(TRAINERS[args.trainer].command(args, folder, processes), processes)
+    run = Run(TRAINERS[args.trainer].command(args, folder, processes), processes, args.fork)
     if run.wait() and not run.count("give a larger --steps"):  # the last kill came when everything was done
         raise UserError(f"{folder}: the run failed: {''.join(run.lines[-5:])}")
 
@@ -338,6 +401,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise cli.UsageError(f"--work_dir {args.work_dir}: is not empty")
     if args.steps < 4 * args.save_every:
         raise cli.UsageError(f"--steps {args.steps}: expected at least four times --save_every, to go back in")
+    if args.fork:
+        importlib.import_module(TRAINERS[args.trainer].module)
     share = -(-args.kills // len(args.processes))  # so that each number of processes has its turn
     for processes in args.processes:
         finish(args, args.work_dir / f"whole_{processes}", processes)

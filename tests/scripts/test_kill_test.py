@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import subprocess
 import sys
@@ -90,6 +91,18 @@ def test_a_run_that_has_ended_was_not_killed(tmp_path):
     assert not run.kill()
     run = Run([sys.executable, "-c", "import time; time.sleep(60)"], 1)
     assert run.kill() and isinstance(run.processes[0], subprocess.Popen)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_copy_of_this_process_is_a_run_like_any_other(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("import os, sys, time\nprint(f'step {sys.argv[1]}/9: rank', os.environ.get('RANK'), "
+                      "file=sys.stderr, flush=True)\nif sys.argv[1] == '3': sys.exit(5)\ntime.sleep(60)\n")
+    run = Run([sys.executable, str(script), "3"], 1, fork=True)
+    assert run.wait() == 5 and run.step() == 3 and run.is_over and not run.kill()
+    run = Run([sys.executable, str(script), "4"], 2, fork=True)
+    assert run.until(lambda: run.step() == 4) and run.count("rank 0") == 1 and run.count("rank 1") == 0
+    assert run.kill() and "RANK" not in os.environ
 
 
 def test_a_run_too_short_to_go_back_in_is_refused(tmp_path, capsys):
