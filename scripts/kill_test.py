@@ -323,7 +323,10 @@ def fell_into(part: str, run: Run, half_written: bool, trainer: Trainer = TRAINE
 def wait_for(
     part: str, run: Run, folder: Path, rng: random.Random, steps: int, trainer: Trainer = TRAINERS["lora"]
 ) -> bool:
-    """Wait until a run is in a certain part, and a random moment longer; False if it ended before."""
+    """Wait until a run is in a certain part, and a random moment longer; False if it ended before.
+
+    ``part`` may be "progress" too: until there is one more state to go on from.
+    """
     if part == "loading":
         time.sleep(rng.uniform(0.2, 2.0))
         return run.step() == 0 and not run.is_over
@@ -335,6 +338,9 @@ def wait_for(
         return run.until(lambda: any(map(saved.match, list(run.lines)))) and _later(run, rng, 1.0)
     if not run.until(lambda: run.step() > 0):
         return False
+    if part == "progress":
+        there = len(trainer.states(folder))
+        return run.until(lambda: len(trainer.states(folder)) > there) and _later(run, rng, 0.6)
     if part == "training":
         wanted = run.step() + rng.randint(0, 7)
         return run.until(lambda: run.step() >= wanted) and _later(run, rng, 0.05)
@@ -369,9 +375,9 @@ def kill_a_run(args, folder: Path, processes: int, wanted: int, rng: random.Rand
     while queue:
         part, states = queue.pop(), trainer.states(folder)
         steps = list(states)
-        if part == "rewind" and len(steps) < 2:  # after a sample there is one more
+        if part == "rewind" and len(steps) < 2:
             queue.append(part)
-            part = "sample"
+            part = "progress"
         resume = states[rng.choice(steps[:-1])] if part == "rewind" else "auto"
         run = Run(trainer.command(args, folder, processes, resume), processes, args.fork)
         met = wait_for(part, run, folder, rng, args.steps, trainer)
