@@ -38,7 +38,7 @@ from selva.utils.progress import Progress
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = 200  # rows that are drawn; the set repeats them
 SECONDS = 10.0  # of a measurement of the stream
-TABLE = ("what", "rows a second", "MB/s", "waiting", "set", "address space", "largest resident")
+TABLE = ("what", "rows a second", "MB/s", "CPU ms a row", "waiting", "set", "address space", "largest resident")
 
 
 def build_parser() -> cli.ArgumentParser:
@@ -113,14 +113,15 @@ def measure_stream(folder: Path, variant: str, readers: int, args: argparse.Name
     stream = BatchStream(clips, ObjectiveConfig(), batch_size=args.batch_size, steps=10**6, world=World(),
                          readers=readers)
     stream.draw()
-    started, batches = time.monotonic(), 0
+    started, worked, batches = time.monotonic(), time.process_time(), 0
     while time.monotonic() - started < SECONDS:
         stream.draw()
         batches += 1
     seconds = time.monotonic() - started
     stream.close()
+    cpu = 1000 * (time.process_time() - worked) / (batches * args.batch_size)
     rate = batches * args.batch_size / seconds
-    results.put({"rows_per_sec": rate, "limit_gib": limit, "peak_gib": of_process("VmHWM")})
+    results.put({"rows_per_sec": rate, "cpu_ms": cpu, "limit_gib": limit, "peak_gib": of_process("VmHWM")})
 
 
 def streamed(folder: Path, readers: int, args: argparse.Namespace) -> dict[str, Any]:
@@ -172,8 +173,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for row in results:
         waited = f"{row['wait_share']:.2%}" if "wait_share" in row else ""
         rate = row["rows_per_sec"]
-        print(f"| {row['what']} | {rate:,.0f} | {rate * row_bytes / 1e6:,.0f} | {waited} | {args.gib:.1f} GiB | "
-              f"{row['limit_gib']:.1f} GiB | {row['peak_gib']:.2f} GiB |")
+        cpu = f"{row['cpu_ms']:.2f}" if "cpu_ms" in row else ""
+        print(f"| {row['what']} | {rate:,.0f} | {rate * row_bytes / 1e6:,.0f} | {cpu} | {waited} | "
+              f"{args.gib:.1f} GiB | {row['limit_gib']:.1f} GiB | {row['peak_gib']:.2f} GiB |")
     write_results(args.output, vars(args), results)
     print(args.output)
     return 0

@@ -75,7 +75,7 @@ def build_parser() -> cli.ArgumentParser:
 
 
 class Trainer(ABC):
-    """What the two training scripts differ in."""
+    """The differences between the two training scripts."""
 
     news: re.Pattern[str]  # lines that say what a run does next
     module: str  # that imports what a run imports
@@ -97,11 +97,11 @@ class Trainer(ABC):
 
     @abstractmethod
     def states(self, folder: Path) -> dict[int, Path]:
-        """Return what a run can be resumed from, by step, in order."""
+        """Return the states that a run can be resumed from, by step, in order."""
 
     @abstractmethod
     def last_saved(self, steps: int) -> re.Pattern[str]:
-        """Return what the line of the log says that tells of the last state."""
+        """Return the beginning of the line of the log that tells of the last state."""
 
     @abstractmethod
     def writes_to(self, folder: Path) -> Path:
