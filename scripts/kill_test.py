@@ -380,9 +380,12 @@ def kill_a_run(args, folder: Path, processes: int, wanted: int, rng: random.Rand
             part = "progress"
         resume = states[rng.choice(steps[:-1])] if part == "rewind" else "auto"
         run = Run(trainer.command(args, folder, processes, resume), processes, args.fork)
-        met = wait_for(part, run, folder, rng, args.steps, trainer)
-        writing = unfinished(trainer.writes_to(folder))
-        if not run.kill() or not met:
+        try:
+            met = wait_for(part, run, folder, rng, args.steps, trainer)
+            writing = unfinished(trainer.writes_to(folder))
+        finally:
+            killed = run.kill()
+        if not killed or not met:
             log.info("%s: not in %s any more, does not count (step %d)", folder.name, part, run.step())
             continue
         # What is still there was not finished.
@@ -396,7 +399,11 @@ def kill_a_run(args, folder: Path, processes: int, wanted: int, rng: random.Rand
 def finish(args, folder: Path, processes: int) -> None:
     """Take a run to its end; a ValueError says that it does not get there."""
     run = Run(TRAINERS[args.trainer].command(args, folder, processes), processes, args.fork)
-    if run.wait() and not run.count("give a larger --steps"):  # the last kill came when everything was done
+    try:
+        code = run.wait()
+    finally:
+        run.kill()  # if this test is ended itself
+    if code and not run.count("give a larger --steps"):  # the last kill came when everything was done
         raise UserError(f"{folder}: the run failed: {''.join(run.lines[-5:])}")
 
 
