@@ -2,12 +2,14 @@
 
     python benchmarks/tiny_quality.py                          # everything; writes docs/tiny_model.md
     python benchmarks/tiny_quality.py --only base --count 2    # a quick look at part of it
+    python benchmarks/tiny_quality.py --only base --generator runs/mine/export/tiny_16k_ema.safetensors    # of your own
 
 base        timing and class of single sounds, beside the ceiling (true sound through VAE and vocoder) and the floors
             (the same sounds judged by other videos' events; a generator with random weights)
 selection   scenes with two objects: do onsets follow the one that the prompt names?
 adaptation  a class it was not trained on, taught by train_lora.py: recognised before and after, timing, what it knew
 guidance    the strength of guidance, and negative prompts
+finetuning  only if asked for: the same class taught to the whole generator by train_base.py, beside an adapter
 
 Figures go to a JSON file as soon as a part is done, and parts that are not measured again keep their figures. The
 tables in the document are made from that file. A part that fails its goal is still written as it is.
@@ -15,6 +17,7 @@ tables in the document are made from that file. A part that fails its goal is st
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import subprocess
@@ -22,11 +25,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from tiny_tables import BEGIN_MARK, PARTS, TITLE, figures_text
 
 import selva_lora  # noqa: F401 -- ends here if another selva would be imported
@@ -68,21 +73,33 @@ STRENGTHS = (0.0, 2.0, 4.5, 7.0)  # of guidance; 0 is none
 def build_parser() -> cli.ArgumentParser:
     parser = cli.ArgumentParser(__doc__)
     group = parser.add_argument_group("measurement")
-    group.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts to measure")
+    group.add_argument("--only", nargs="+", choices=PARTS, default=[part for part in PARTS if part != "finetuning"],
+                       help="parts to measure")
+    group.add_argument("--generator", type=Path, metavar="FILE",
+                       help="a generator of your own in place of the one that is shipped; the document is not touched "
+                       "then, unless --document is given")
     group.add_argument("--count", type=cli.positive_int, default=4, help="scenes per class and question")
     group.add_argument("--sounds", nargs="+", choices=list(UNSEEN), default=list(UNSEEN),
                        help="new classes of the adaptation")
     group.add_argument("--clips", type=cli.positive_int, default=20, help="clips that teach a new class")
     group.add_argument("--preset", type=Path, default=ROOT / "configs" / "tiny_new_sound.yaml",
                        help="settings of train_lora.py")
+    group.add_argument("--finetune", type=Path, default=ROOT / "configs" / "finetune_tiny.yaml", metavar="FILE",
+                       help="settings of train_base.py")
+    group.add_argument("--new_weight", type=float, default=1.0, metavar="X",
+                       help="how often an epoch of that visits the new clips")
+    group.add_argument("--old_data", nargs="*", default=[], metavar="DIR[:WEIGHT]",
+                       help="data sets beside the new clips while the whole generator is trained, so that it keeps "
+                       "what it knew; such as make_demo_sets.py makes")
     group.add_argument("--clip_features", choices=("use", "empty"), default="empty",
                        help="what the generator is given without an adapter; empty is the default of infer.py. An "
                        "adapter is judged, before and after, with what it was trained with")
     group.add_argument("--num_steps", type=cli.positive_int, default=SamplingConfig.num_steps, help="sampling steps")
     group.add_argument("--threads", type=int, default=0, help="threads of PyTorch; 0 leaves them")
-    group.add_argument("--output", type=Path, default=Path("tiny_quality.json"), help="figures; added to if it exists")
-    group.add_argument("--document", type=Path, default=ROOT / "docs" / "tiny_model.md",
-                       help="the tables between its two marks are replaced")
+    group.add_argument("--output", type=Path, help="figures; added to if it exists: tiny_quality.json, with "
+                       "--generator a file with its name")
+    group.add_argument("--document", type=Path, help="the tables between its two marks are replaced: "
+                       "docs/tiny_model.md, with --generator none")
     parser.add_common()
     return parser
 
@@ -102,7 +119,7 @@ class QualityBench:
         self.classifier: Classifier = fit_classifier()
 
     def generator(self) -> Generator:
-        return load_generator(VARIANT, None, self.device)
+        return load_generator(VARIANT, None, self.device, file=self.args.generator)
 
     def made(self, what: str, generator: Generator, encoded: Sequence, **options: Any) -> list[np.ndarray]:
         with Progress(len(encoded), what, "sounds") as progress:
@@ -222,43 +239,98 @@ def measure_adaptation(bench: QualityBench) -> dict[str, Any]:
     result = {}
     for number, name in enumerate(bench.args.sounds):
         with tempfile.TemporaryDirectory() as folder:
-            adapter, seconds = teach(name, Path(folder), bench.args)
-        maker = bench.maker
-        before_use, maker.clip_features = maker.clip_features, adapter.meta.get("clip_features", "use") == "use"
-        seed = MEASURE_SEED + 400_000
-        new = single_cases([name], 3 * bench.args.count, seed + 10_000 * number, DURATION_SEC)
-        known = single_cases(list(CLASSES), bench.args.count, seed + 100_000, DURATION_SEC)
-        encoded_new, encoded_known = bench.encoded(new), bench.encoded(known)
-        base, off, taught = bench.generator(), bench.generator(), bench.generator()
-        merge_adapter(off, adapter, 0.0)
-        merge_adapter(taught, adapter, 1.0)
-        first = encoded_new[:2]
-        same = torch.equal(maker.latents(base, first, DURATION_SEC), maker.latents(off, first, DURATION_SEC))
-        result[name] = {
-            "clips": bench.args.clips,
-            "training_seconds": seconds,
-            "before": bench.scores(bench.made(f"{name} before", base, encoded_new), new),
-            "after": bench.scores(bench.made(f"{name} after", taught, encoded_new), new),
-            "known_before": bench.scores(bench.made("known before", base, encoded_known), known),
-            "known_after": bench.scores(bench.made("known after", taught, encoded_known), known),
-            "strength_0_is_the_base_model": same,
-            "scenes": len(new), "known_scenes": len(known),
-        }
-        maker.clip_features = before_use
+            taught = teach_adapter(name, Path(folder), bench)
+        row = before_and_after(bench, number, name, taught)
+        row["strength_0_is_the_base_model"] = taught.adapter is not None and is_nothing_at_0(bench, taught.adapter)
+        result[name] = row
     return result
 
 
-def teach(name: str, folder: Path, args) -> tuple[Adapter, float]:
-    """Train an adapter on clips of a new class with the scripts that users have; return it and the seconds it took."""
-    clips, features, run = folder / "clips", folder / "features", folder / "run"
+def measure_finetuning(bench: QualityBench) -> dict[str, Any]:
+    """Return for every new class the scores of an adapter and of a whole generator that learned it."""
+    result = {}
+    for number, name in enumerate(bench.args.sounds):
+        for what, teach in (("adapter", teach_adapter), ("whole generator", teach_generator)):
+            with tempfile.TemporaryDirectory() as folder:
+                taught = teach(name, Path(folder), bench)
+            result[f"{name}, {what}"] = before_and_after(bench, number, name, taught)
+    return result
+
+
+@dataclass(frozen=True)
+class Taught:
+    """A generator that has learned a class: how long that took, and what is kept of it on the disk."""
+
+    generator: Generator
+    clip_features: bool
+    seconds: float
+    size_bytes: int
+    adapter: Adapter | None = None
+
+
+def before_and_after(bench: QualityBench, number: int, name: str, taught: Taught) -> dict[str, Any]:
+    """Return the scores of the class ``name``, the ``number``-th new one, and of the known ones."""
+    maker = bench.maker
+    before_use, maker.clip_features = maker.clip_features, taught.clip_features
+    seed = MEASURE_SEED + 400_000
+    new = single_cases([name], 3 * bench.args.count, seed + 10_000 * number, DURATION_SEC)
+    known = single_cases(list(CLASSES), bench.args.count, seed + 100_000, DURATION_SEC)
+    encoded_new, encoded_known, base = bench.encoded(new), bench.encoded(known), bench.generator()
+    row = {
+        "clips": bench.args.clips, "training_seconds": taught.seconds, "size_bytes": taught.size_bytes,
+        "before": bench.scores(bench.made(f"{name} before", base, encoded_new), new),
+        "after": bench.scores(bench.made(f"{name} after", taught.generator, encoded_new), new),
+        "known_before": bench.scores(bench.made("known before", base, encoded_known), known),
+        "known_after": bench.scores(bench.made("known after", taught.generator, encoded_known), known),
+        "scenes": len(new), "known_scenes": len(known),
+    }
+    maker.clip_features = before_use
+    return row
+
+
+def is_nothing_at_0(bench: QualityBench, adapter: Adapter) -> bool:
+    """Return True if an adapter of strength 0 leaves the base model, bit for bit."""
+    off, maker = bench.generator(), bench.maker
+    merge_adapter(off, adapter, 0.0)
+    first = bench.encoded(single_cases(list(CLASSES), 1, MEASURE_SEED + 500_000, DURATION_SEC)[:2])
+    return torch.equal(maker.latents(bench.generator(), first, DURATION_SEC), maker.latents(off, first, DURATION_SEC))
+
+
+def make_clips(name: str, folder: Path, args: argparse.Namespace, *format_flags: str) -> Path:
+    """Make clips of a new class and extract their features with the scripts that users have; return the features."""
+    clips, features = folder / "clips", folder / "features"
     _run("scripts/make_demo_clips.py", "--sound", name, "--count", args.clips, "--out", clips, "--seed", args.seed)
     _run("extract_features.py", clips, "--output_dir", features, "--prompts", clips / "prompts.txt",
-         "--variant", VARIANT, "--device", args.device)
+         "--variant", VARIANT, "--device", args.device, *format_flags)
+    return features
+
+
+def teach_adapter(name: str, folder: Path, bench: QualityBench) -> Taught:
+    """Train an adapter on clips of a new class with the scripts that users have."""
+    args = bench.args
+    features, run = make_clips(name, folder, args), folder / "run"
+    own = ["--generator", args.generator] if args.generator else []
     started = time.monotonic()
     _run("train_lora.py", "--config", args.preset, "--data_dir", features, "--output_dir", run, "--variant", VARIANT,
-         "--device", args.device, "--seed", args.seed)
-    seconds = time.monotonic() - started
-    return load_adapter(run / "adapter_final.pt"), seconds
+         "--device", args.device, "--seed", args.seed, *own)
+    seconds, path = time.monotonic() - started, run / "adapter_final.pt"
+    generator, adapter = bench.generator(), load_adapter(path)
+    merge_adapter(generator, adapter, 1.0)
+    return Taught(generator, adapter.meta.get("clip_features", "use") == "use", seconds, path.stat().st_size, adapter)
+
+
+def teach_generator(name: str, folder: Path, bench: QualityBench) -> Taught:
+    """Train the whole generator on clips of a new class, and on the old data that was given."""
+    args = bench.args
+    features, run = make_clips(name, folder, args, "--format", "memmap"), folder / "run"
+    started = time.monotonic()
+    _run("scripts/train_base.py", "--config", args.finetune, "--variant", VARIANT, "--device", args.device, "--seed",
+         args.seed, "--init", args.generator or "published", "--output_dir", run, "--data",
+         f"{features}:{args.new_weight:g}", *args.old_data)
+    seconds, path = time.monotonic() - started, run / "export" / f"{VARIANT}_ema.safetensors"
+    settings = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    generator = load_generator(VARIANT, None, bench.device, file=path)
+    return Taught(generator, settings["clip_features"] == "use", seconds, path.stat().st_size)
 
 
 def _run(script: str, *arguments: Any) -> None:
@@ -274,6 +346,7 @@ MEASURES: dict[str, Callable[[QualityBench], dict[str, Any]]] = {
     "selection": measure_selection,
     "adaptation": measure_adaptation,
     "guidance": measure_guidance,
+    "finetuning": measure_finetuning,
 }
 
 
@@ -282,6 +355,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     if args.threads > 0:
         torch.set_num_threads(args.threads)
+    own = args.generator
+    if args.output is None:
+        args.output = Path(f"tiny_quality_{own.stem}.json" if own else "tiny_quality.json")
+    if args.document is None and own is None:
+        args.document = ROOT / "docs" / "tiny_model.md"
+    if own is not None and not own.is_file():
+        raise cli.UsageError(f"--generator {own}: no such file")
     figures = json.loads(args.output.read_text(encoding="utf-8")) if args.output.is_file() else {}
     started, bench = time.monotonic(), QualityBench(args)
     log.info("classifier fitted in %s", clock(time.monotonic() - started))
@@ -290,10 +370,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         figures[name] = MEASURES[name](bench)
         log.info("%s measured in %s", name, clock(time.monotonic() - started))
         atomic_write_text(args.output, json.dumps(figures, indent=2) + "\n")
-    update_document(args.document, BEGIN_MARK, figures_text(figures), TITLE)
     print(figures_text(figures))
     print(args.output)
-    print(args.document)
+    if args.document is not None:
+        update_document(args.document, BEGIN_MARK, figures_text(figures), TITLE)
+        print(args.document)
     return 0
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from selva.utils.document import begin_mark, marked_block
 from selva.utils.text import clock, counted
 
-PARTS = ("base", "selection", "adaptation", "guidance")  # in the order of the document
+PARTS = ("base", "selection", "adaptation", "guidance", "finetuning")  # in the order of the document
 BEGIN_MARK = begin_mark("benchmarks/tiny_quality.py")
 TITLE = "# tiny_16k: what the built-in model can do"
 
@@ -102,7 +102,24 @@ def guidance_text(part: dict[str, Any]) -> str:
     )
 
 
-TEXTS = {"base": base_text, "selection": selection_text, "adaptation": adaptation_text, "guidance": guidance_text}
+def finetuning_text(part: dict[str, Any]) -> str:
+    rows = [
+        (name, clock(row["training_seconds"]), f"{row['size_bytes'] / 1e6:.1f} MB",
+         percent(row["before"]["class_accuracy"]), percent(row["after"]["class_accuracy"]),
+         f"{row['after']['timing_f1']:.2f}", percent(row["known_before"]["class_accuracy"]),
+         percent(row["known_after"]["class_accuracy"]), f"{row['known_after']['timing_f1']:.2f}")
+        for name, row in part.items()
+    ]
+    return (
+        "## An adapter, or the whole generator\n\nThe same clips of a new class, taught by `train_lora.py` and by "
+        "`scripts/train_base.py --init`; what is kept is the adapter, or a generator.\n\n"
+        + table(("class", "training", "kept", "recognised before", "after", "timing after", "known before",
+                 "known after", "timing of known after"), rows)
+    )
+
+
+TEXTS = {"base": base_text, "selection": selection_text, "adaptation": adaptation_text, "guidance": guidance_text,
+         "finetuning": finetuning_text}
 
 
 def figures_text(figures: dict[str, Any]) -> str:

@@ -10,26 +10,17 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
-from selva.extraction.config import ExtractionConfig
-from selva.extraction.extract import extract
 from selva.inference.config import InferenceConfig
 from selva.inference.run import generate
-from selva.media import write_audio
 from selva.utils.errors import UserError
-from selva.utils.files import atomic_write_text
 from selva.utils.torchrun import process_environment
 from selva.weights.config import GeneratorModelConfig, ModelConfig
-from toyworld.classes import CLASSES
-from toyworld.scene import make_scene
+from toyworld.sets import make_sets
 
 log = logging.getLogger(f"selva.{__name__}")  # below the logger that scripts set up
 
 VARIANT = "tiny_16k"
-RATE = 16_000  # samples per second
 VIDEOS, SOUNDS, PROCESSES = 6, 3, 2
-SOUND_SEC = 8.2  # a little longer than the windows that are cut out of recordings
 TRAINING = ("--steps", "6", "--batch_size", "4", "--warmup_steps", "2", "--lr_schedule", "constant", "--log_every", "2",
             "--save_every", "3", "--val_every", "3", "--sample_every", "6", "--samples", "1", "--ema_every", "3")
 
@@ -45,7 +36,7 @@ def run_example(folder: Path, script: Path, announce: Callable[[Path], None] = l
         UserError: a part of it failed; the log says what.
     """
     device = ModelConfig(variant=VARIANT, device="cpu")
-    sets = make_sets(folder, device)
+    sets = make_sets(folder, device, VIDEOS, SOUNDS)
     for path in sets:
         announce(path)
     run = folder / "run"
@@ -54,38 +45,10 @@ def run_example(folder: Path, script: Path, announce: Callable[[Path], None] = l
         announce(path)
     trained = run / "export" / f"{VARIANT}_ema.safetensors"
     generator = GeneratorModelConfig(variant=VARIANT, device="cpu", generator=trained)
-    settings = InferenceConfig(inputs=[folder / "clips" / "clip_000.mp4"], output=folder / "sound", normalize="peak",
-                               prompts=folder / "clips" / "prompts.txt", model=generator)
+    settings = InferenceConfig(inputs=[folder / "clips" / "clip_00000.mp4"], output=folder / "sound", normalize="peak",
+                               prompts=folder / "prompts.txt", model=generator)
     if generate(settings, announce):
         raise UserError(f"{folder}: no sound could be made with the trained generator")
-
-
-def make_sets(folder: Path, model: ModelConfig) -> list[Path]:
-    """Make clips of toy things and two data sets of them, video and sound only; return the sets."""
-    names, prompts, windows, captions = list(CLASSES), [], ["id\tname\tstart_sample\tend_sample"], ["id\tcaption"]
-    clips, sounds = folder / "clips", folder / "sounds"
-    for number in range(VIDEOS):
-        scene = make_scene(number, [names[number % len(names)]])
-        scene.write(clips / f"clip_{number:03d}.mp4")
-        prompts.append(f"clip_{number:03d}.npz: {CLASSES[names[number % len(names)]].description}")
-    for number in range(SOUNDS):
-        name = names[-1 - number % len(names)]
-        sound = make_scene(1000 + number, [name], duration_sec=SOUND_SEC).sound(RATE)
-        write_audio(sounds / f"sound_{number}.flac", torch.from_numpy(sound), RATE)
-        windows.append(f"sound_{number}_0\tsound_{number}\t0\t{int(RATE * 8.1)}")
-        captions.append(f"sound_{number}\t{CLASSES[name].description}")
-    atomic_write_text(clips / "prompts.txt", "\n".join(prompts) + "\n")
-    atomic_write_text(folder / "windows.tsv", "\n".join(windows) + "\n")
-    atomic_write_text(folder / "captions.tsv", "\n".join(captions) + "\n")
-    video, sound = folder / "sets" / "video", folder / "sets" / "sound"
-    failed = extract(ExtractionConfig(
-        inputs=[clips], output_dir=video, format="memmap", prompts=clips / "prompts.txt", workers=0, model=model))
-    failed |= extract(ExtractionConfig(
-        inputs=[folder / "windows.tsv"], output_dir=sound, format="memmap", recordings=sounds,
-        captions=folder / "captions.tsv", workers=0, model=model))
-    if failed:
-        raise UserError(f"{folder}: not every clip could be encoded, see above")
-    return [video, sound]
 
 
 def train(data: list[str], run: Path, script: Path) -> None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 from selva import flow
 from selva.audio.config import AUDIO_NORMALIZATIONS, Normalize
@@ -52,6 +53,7 @@ class ObjectiveConfig:
         "use", "whether the model sees CLIP image features (use) or not (empty, as official SelVA); infer.py follows "
         "what the adapter was trained with", group=OBJECTIVE, choices=CLIP_FEATURE_MODES)
     seed: int = setting(42, "seed of everything random", group=GENERAL)
+    validation_times: ClassVar[int] = 4  # per held-out clip, each in the middle of one of as many bins of [0, 1]
     padded_loss: str = "masked"  # of rows of memmaps it is not known how much of them is padding
 
     def problems(self) -> list[str]:

@@ -38,7 +38,7 @@ from selva.models.zoo import build_generator
 from selva.sequence import DEFAULT_DURATION_SEC, sequence_config
 from selva.training.condition_cache import cache_bytes
 from selva.training.config import RunConfig, TrainConfig
-from selva.training.objective import VALIDATION_TIMES, held_out_losses
+from selva.training.objective import held_out_losses
 from selva.training.prior_preservation import mixture
 from selva.training.run import TrainingRun
 from selva.utils.device import dtype_of, standing_for_gpu, stored_dtype
@@ -159,7 +159,7 @@ def step_memory(
         generator.train()
         _make_moments(run)
         run.train_step()
-        if validates and training.batch_size < VALIDATION_TIMES:  # a larger step takes more than a validation does
+        if validates and training.batch_size < training.validation_times:  # a larger step takes more than that
             with run.evaluated():
                 held_out_losses(generator, run.val_clips, training, precision)
         # Every clip that is not in the batch will be in the cache too, sooner or later.

@@ -22,7 +22,6 @@ from selva.training.config import ObjectiveConfig
 from selva.utils.device import to_device
 from selva.utils.distributed import World
 
-VALIDATION_TIMES = 4  # fixed times per held-out clip, one in the middle of each quarter of [0, 1]
 ALONE = World()
 
 
@@ -128,7 +127,7 @@ def validate(
     generator: Generator, clips: ClipDataset, config: ObjectiveConfig, precision: torch.dtype, world: World = ALONE,
     objective: Callable[[Batch, NoiseSample], Tensor] | None = None, each: list[Tensor] | None = None,
 ) -> list[float]:
-    """Return the mean held-out loss per time bin, ``VALIDATION_TIMES`` values from noise to data.
+    """Return the mean held-out loss per time bin, ``config.validation_times`` values from noise to data.
 
     Args:
         each: gets the (bins,) losses of every clip of this process.
@@ -155,7 +154,7 @@ def held_out_losses(
     compute = objective or (lambda batch, noise: flow_loss(generator, batch, noise, config, precision))
     was_training = generator.training
     generator.eval()
-    total = torch.zeros(VALIDATION_TIMES, device=generator.latent_mean.device)
+    total = torch.zeros(config.validation_times, device=generator.latent_mean.device)
     for first in range(0, len(clips), world.size):
         index = first + world.rank
         if index >= len(clips) and objective is None:
@@ -179,10 +178,11 @@ def clip_losses(
 
 
 def fixed_draw(generator: Generator, clip: TrainingClip, config: ObjectiveConfig) -> tuple[Batch, NoiseSample]:
-    """Return a clip at the ``VALIDATION_TIMES`` times of a validation, with its own noise, always the same."""
-    times = (torch.arange(VALIDATION_TIMES, dtype=torch.float32) + 0.5) / VALIDATION_TIMES
-    nothing = torch.zeros(VALIDATION_TIMES, dtype=torch.bool)
+    """Return a clip at the ``config.validation_times`` times of a validation, with its own noise, always the same."""
+    count = config.validation_times
+    times = (torch.arange(count, dtype=torch.float32) + 0.5) / count
+    nothing = torch.zeros(count, dtype=torch.bool)
     rng = torch.Generator().manual_seed(zlib.crc32(f"{config.seed}/{clip.id}".encode()))
-    batch = collate([clip] * VALIDATION_TIMES).to(generator.latent_mean.device)
+    batch = collate([clip] * count).to(generator.latent_mean.device)
     posterior, noise = (torch.randn(batch.mean.shape, generator=rng) for _ in range(2))
     return batch, NoiseSample(posterior, times, noise, nothing, nothing)

@@ -52,6 +52,35 @@ def test_parts_are_measured_and_kept(tmp_path, capsys):
     assert str(tmp_path / "model.md") in capsys.readouterr().out
 
 
+def test_a_generator_of_ones_own_is_measured_and_the_page_of_the_shipped_one_stays(tmp_path, monkeypatch, capsys):
+    from safetensors.torch import save_file
+
+    page = tiny_quality.ROOT / "docs" / "tiny_model.md"
+    before, own = page.read_bytes(), tmp_path / "mine.safetensors"
+    save_file(tiny_quality.random_generator(load_generator("tiny_16k")).state_dict(), own)
+    monkeypatch.chdir(tmp_path)
+    small = ["--only", "base", "--count", "1", "--num_steps", "1", "--device", "cpu"]
+    assert tiny_quality.main([*small, "--generator", str(own)]) == 0
+    base = json.loads((tmp_path / "tiny_quality_mine.json").read_text())["base"]
+    assert base["generated"] == base["random_weights"]  # which are the same weights, and the same noise
+    assert page.read_bytes() == before and "## Timing and class" in capsys.readouterr().out
+    assert tiny_quality.main([*small, "--generator", "nowhere.pth"]) == 2
+
+
+@pytest.mark.slow
+def test_a_whole_generator_is_taught_beside_an_adapter(tmp_path):
+    for name, text in {"lora": "steps: 2\nbatch_size: 2\npreview: false\n", "base": "steps: 2\nbatch_size: 2\n"
+                       "sample_every: 0\nclip_features: empty\nhold_out: 0\n"}.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+    assert run(tmp_path, "--only", "finetuning", "--sounds", "gong", "--clips", "2", "--preset",
+               str(tmp_path / "lora.yaml"), "--finetune", str(tmp_path / "base.yaml")) == 0
+    rows = json.loads((tmp_path / "figures.json").read_text())["finetuning"]
+    assert set(rows) == {"gong, adapter", "gong, whole generator"}
+    assert rows["gong, adapter"]["before"]["timing_f1"] >= 0 and rows["gong, whole generator"]["size_bytes"] > 10**7
+    assert rows["gong, adapter"]["size_bytes"] < rows["gong, whole generator"]["size_bytes"]
+    assert "| gong, whole generator |" in (tmp_path / "model.md").read_text()
+
+
 def test_the_random_generator_has_the_scale_but_not_the_weights_of_the_real_one():
     like = load_generator("tiny_16k")
     other = tiny_quality.random_generator(like)

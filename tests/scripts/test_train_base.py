@@ -50,13 +50,18 @@ def test_the_files_of_a_run(run):
     names = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
     assert names >= {
         "config.yaml", "metrics.jsonl", "loss_raw.png", "loss_smoothed.png", "export/tiny_16k_ema.safetensors",
-        "samples/step00000004_01.flac", "samples/step00000004_01.png", "samples/recorded_01.flac",
+        "samples/step_00000004/01.flac", "samples/step_00000004/01.png", "samples/recorded/01.flac",
+        "samples/captions.tsv",
         "checkpoints/step_00000002/run.json", "checkpoints/step_00000004/.metadata", "ema_ckpts/0.4.pt",
         "ema_ckpts/1.4.pt", "ema_ckpts/tracks.json",
     }
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == [2, 4]  # the mean of two steps each
-    assert [row["step"] for row in rows if "val_loss" in row] == [0, 4]
+    validations = [row for row in rows if "val_loss" in row]
+    assert [(row["step"], len(row["val_loss_bins"])) for row in validations] == [(0, 25), (4, 25)]
+    assert validations[1]["val_loss"] == pytest.approx(sum(validations[1]["val_loss_bins"]) / 25)
+    (heard,) = [row for row in rows if "eval_onset_f1" in row]
+    assert heard["step"] == 4 and heard["eval_log_spectral_distance_db"] > 0
     last = next(row for row in reversed(rows) if "loss" in row)
     assert last["seen_0"] + last["seen_1"] == 8 and 0 <= last["wait_share"] <= 1 and last["rows_per_sec"] > 0
     assert 0 < last["matmul_share"] < 1
@@ -122,7 +127,7 @@ def test_what_is_later_than_the_step_that_is_gone_on_from_is_moved_aside(run, se
     assert [path.name for path in all_checkpoints(folder / "checkpoints")] == ["step_00000002", "step_00000003"]
     aside = folder / "previous_001"
     assert (aside / "checkpoints" / "step_00000004" / ".metadata").is_file()
-    assert (aside / "samples" / "step00000004_01.flac").is_file() and (aside / "ema_ckpts" / "0.4.pt").is_file()
+    assert (aside / "samples" / "step_00000004" / "01.flac").is_file() and (aside / "ema_ckpts" / "0.4.pt").is_file()
     assert (folder / "ema_ckpts" / "0.2.pt").is_file() and not (folder / "ema_ckpts" / "0.4.pt").exists()
 
 
@@ -193,5 +198,5 @@ def test_an_adapter_is_trained_on_the_export(run, sets, tmp_path, caplog):
 def test_the_example(tmp_path, capsys):
     assert train_base.main(["--example", "--output_dir", str(tmp_path / "example")]) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert printed[-1].endswith("clip_000.mp4") and all(Path(line).exists() for line in printed)
+    assert printed[-1].endswith("clip_00000.mp4") and all(Path(line).exists() for line in printed)
     assert train_base.main(["--example", "--output_dir", str(tmp_path / "example")]) == 2

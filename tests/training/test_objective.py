@@ -16,7 +16,7 @@ from selva.data.padding import Padding
 from selva.lora.config import LoRAConfig
 from selva.lora.state import lora_parameters
 from selva.training.condition_cache import ConditionCache
-from selva.training.objective import VALIDATION_TIMES, flow_loss, sample_noise, validate
+from selva.training.objective import flow_loss, sample_noise, validate
 
 
 def test_loss_is_that_of_the_published_recipe():
@@ -128,7 +128,7 @@ def test_validation_is_repeatable_and_leaves_the_training_alone():
     run = make_run(val=2)
     state = torch.get_rng_state()
     bins = validate(run.generator, run.val_clips, run.config, torch.float32)
-    assert len(bins) == VALIDATION_TIMES and run.generator.training
+    assert len(bins) == run.config.validation_times == 4 and run.generator.training
     assert bins == validate(run.generator, run.val_clips, run.config, torch.float32)
     assert torch.equal(state, torch.get_rng_state())
     single = [validate(run.generator, run.val_clips.subset([i]), run.config, torch.float32) for i in range(2)]

@@ -381,7 +381,7 @@ def find_variant(folder: Path, wanted: Variant | None) -> MemmapDataset:
 def _inspect_row(rows: MemmapDataset, index: int, fingerprints: _Fingerprints) -> ClipReport:
     report = ClipReport(id=rows.ids[index], path=str(rows.folder), prompt=rows.prompts[index], prompt_source="table",
                         duration_sec=rows.sequence.duration_sec)
-    row = {key: torch.from_numpy(np.array(values[index])) for key, values in rows.rows.items()}  # each (tokens, ·)
+    row = {key: torch.from_numpy(values[index]) for key, values in rows.rows.items()}  # each (tokens, ·)
     if bad := [key for key, value in row.items() if not torch.isfinite(value).all()]:
         report.problems.append(f"{' and '.join(bad)} have values that are not finite (NaN or infinite)")
         return report

@@ -79,7 +79,7 @@ def write_overview(inspection: Inspection, path: Path, video_dir: Path | None, m
         cell = _Cell(figure, left, top, COLUMN_IN - 0.65, columns * COLUMN_IN, height_in)
         cell.title(report)
         if rows is not None:
-            cell.latents(np.array(rows["mean"][index]), report.duration_sec or 8.0)
+            cell.latents(rows["mean"][index], report.duration_sec or 8.0)
         else:
             cell.sound(report, strip, videos.get(report.id))
     with atomic_path(path) as temporary:

@@ -1,11 +1,11 @@
-"""Training data of MMAudio: a TensorDict memmap and its table of ids, mapped into memory and read row by row.
+"""Training data of MMAudio: a TensorDict memmap and its table of ids, read row by row.
 
     data/vgg-train/meta.json          name, shape and type of every tensor
     data/vgg-train/mean.memmap ...    raw float32 values: mean, std, text_features, clip_features, sync_features
     data/vgg-train.tsv                id and label (or caption) of every row
 
-Sets of sound without pictures lack the last two tensors. The files are mapped here by the shapes in ``meta.json``
-instead of through tensordict, whose format can also hold pickled objects: nothing in a data folder is ever executed.
+Sets of sound without pictures lack the last two tensors. The files are read here by the shapes in ``meta.json`` instead
+of through tensordict, whose format can also hold pickled objects: nothing in a data folder is ever executed.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from selva.data.dataset import ClipDataset, Lengths, TrainingClip
+from selva.data.memmap.rows import RowFile
 from selva.inputs.delimited import read_text_table, refuse_long_rows
 from selva.models.variants import Variant
 from selva.sequence import sequence_config
@@ -113,7 +113,7 @@ class MemmapDataset(ClipDataset):
         keys = tuple(row_shapes(variant, self.has_video))
         self.widths = {"clip": variant.generator.clip_dim, "sync": variant.generator.sync_dim}
         _check_meta(folder, meta, keys, row_shapes(variant, self.has_video), variant.name)
-        self.rows = {key: _map(folder / f"{key}.memmap", meta[key]) for key in keys}  # each (n, ·, ·)
+        self.rows = {key: _open(folder / f"{key}.memmap", meta[key]) for key in keys}  # each (n, ·, ·)
         self._ids, self.prompts = _read_table(table_path(folder))
         if len(self._ids) != len(self.rows["mean"]):
             raise UserError(f"{table_path(folder)}: has {counted(len(self._ids), 'row')}, but the tensors in {folder} "
@@ -142,7 +142,7 @@ class MemmapDataset(ClipDataset):
         digest = hashlib.blake2b(digest_size=16)
         for key in keys:
             middle = max(0, self.rows[key].shape[1] - SAMPLED_TOKENS) // 2
-            digest.update(np.ascontiguousarray(self.rows[key][index, middle : middle + SAMPLED_TOKENS]).data)
+            digest.update(self.rows[key][index, middle : middle + SAMPLED_TOKENS].data)
         return digest.hexdigest()
 
     @functools.cached_property
@@ -151,7 +151,7 @@ class MemmapDataset(ClipDataset):
         hashes = [self._sample(index, ("mean",)) for index in range(len(self))]
         counts = Counter(hashes)
         return [
-            hashlib.blake2b(np.ascontiguousarray(self.rows["mean"][index]).data, digest_size=16).hexdigest()
+            hashlib.blake2b(self.rows["mean"][index].data, digest_size=16).hexdigest()
             if counts[one] > 1 else one for index, one in enumerate(hashes)
         ]
 
@@ -177,7 +177,7 @@ class MemmapDataset(ClipDataset):
 
     def clip(self, index: int, window: int = 0) -> TrainingClip:
         assert window == 0, window
-        row = {key: torch.from_numpy(np.array(values[index])) for key, values in self.rows.items()}
+        row = {key: torch.from_numpy(values[index]) for key, values in self.rows.items()}
         bad = [key for key, value in row.items() if not _is_finite(value)]
         if bad:  # its update will be skipped
             log.warning("%s: row %d (%s) has values that are not finite in %s; extract it again, or leave it out",
@@ -242,17 +242,10 @@ def _check_meta(
         raise UserError(f"{folder / META_FILE}: {'; '.join(problems)}")
 
 
-def _map(path: Path, entry: dict[str, Any]) -> np.ndarray:
-    """Return the values of a file, mapped into memory: nothing is read yet, and never more than what is touched."""
+def _open(path: Path, entry: dict[str, Any]) -> RowFile:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file, although {META_FILE} names it; copy the folder again")
-    shape = tuple(entry["shape"])
-    found, expected = path.stat().st_size, math.prod(shape) * 4
-    if found != expected:
-        raise UserError(f"{path}: has {counted(found, 'byte')}, expected {expected} for {shape}; copy it again")
-    if expected == 0:
-        return np.zeros(shape, np.float32)  # an empty file cannot be mapped
-    return np.memmap(path, np.dtype("<f4"), mode="r", shape=shape)
+    return RowFile(path, tuple(entry["shape"]))
 
 
 def _read_table(path: Path) -> tuple[list[str], list[str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 from selva.data.source import DataSource, missing_folders, parse_sources
 from selva.training.config import (
@@ -77,6 +78,7 @@ class BaseTrainConfig(ObjectiveConfig):
     adam_eps: float | None = setting(None, "epsilon of AdamW", group=OPTIMISATION,
                                      default_text="1e-6 in bf16, 1e-8 in fp32")
     betas: tuple[float, float] = (0.9, 0.95)
+    validation_times: ClassVar[int] = 25  # MMAudio's bins: validations are rare here, and small beside the steps
     grad_clip: float = setting(1.0, "largest norm of the gradient of an update", group=OPTIMISATION)
     clip_features: str = setting("use", "train with CLIP frame features, or with the empty ones as official SelVA does",
                                  group=OBJECTIVE, choices=CLIP_FEATURE_MODES)
@@ -92,7 +94,14 @@ class BaseTrainConfig(ObjectiveConfig):
     sample_every: int = setting(20_000, "steps between sounds of held-out rows, made with the averaged weights; 0: "
                                 "none",
                                 group=EVALUATION)
-    samples: int = setting(4, "how many of them", group=EVALUATION, at_least_one=True)
+    samples: int = setting(4, "how many of them; the figures of scripts/evaluate.py for them are among the metrics",
+                           group=EVALUATION, at_least_one=True)
+    clap: Path | None = setting(
+        None, "folder of a CLAP model for transformers, as scripts/evaluate.py takes it: the samples are compared with "
+        "their prompts too", group=EVALUATION, metavar="DIR")
+    ast: Path | None = setting(
+        None, "folder of an audio spectrogram transformer, likewise: the classes that are heard in the samples are "
+        "compared with the recorded ones", group=EVALUATION, metavar="DIR")
     tensorboard: bool = setting(False, "write the curves for TensorBoard too", group=EVALUATION)
     patience: int = 0  # a base model is trained to its end
     shard: str = setting("none", "none: every process holds the model (DDP); fsdp2: they share weights, gradients and "
@@ -126,6 +135,8 @@ class BaseTrainConfig(ObjectiveConfig):
         except UserError as error:
             problems.append(str(error))
         problems += missing_folders("--val_data", [DataSource(Path(path)) for path in self.val_data])
+        problems += [f"--{name} {path}: no such folder" for name, path in (("clap", self.clap), ("ast", self.ast))
+                     if path is not None and not Path(path).is_dir()]
         if self.init not in (None, PUBLISHED) and not Path(self.init).is_file():
             problems.append(f"--init {self.init}: no such file")
         if self.resume not in (None, "auto") and not Path(self.resume).exists():

@@ -27,7 +27,7 @@ def latent_statistics(sets: Sequence[MemmapDataset]) -> tuple[Tensor, Tensor]:
         done = 0
         for one in chosen:
             for first in range(0, len(one), CHUNK):
-                values = np.asarray(one.rows["mean"][first : first + CHUNK], dtype=np.float64).reshape(-1, channels)
+                values = one.rows["mean"][first : first + CHUNK].astype(np.float64).reshape(-1, channels)
                 # Chan, Golub and LeVeque (1979): two parts are joined without losing digits to a large mean.
                 new, distance = count + len(values), values.mean(0) - mean
                 square += values.var(0) * len(values) + distance**2 * (count * len(values) / new)

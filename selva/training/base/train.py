@@ -216,8 +216,9 @@ class _Training:
         last = run.step == self.config.steps
         if run.step % self.snapshot_every == 0 or last:
             self._snapshot(run)
-        if self.samples is not None and (run.step % self.config.sample_every == 0 or last):
-            self.samples.write(run)
+        if (self.samples is not None and (run.step % self.config.sample_every == 0 or last)
+                and (row := self.samples.write(run))):
+            self.metrics.append([row])
 
     def _snapshot(self, run: BaseRun) -> None:
         """Write the averages as they stand, from which other widths are made. All processes come here together."""
