@@ -41,7 +41,7 @@ FORMAT = 1  # of the .json files; raised when they are made in another way
 
 @dataclass
 class Captioned:
-    """What became of the recordings.
+    """Outcome of a run, recording by recording.
 
     Attributes:
         paths: the files to go on with: .json files of speech, or the table of scores.
