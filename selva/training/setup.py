@@ -40,6 +40,7 @@ from selva.models.generator import Generator, cast_frozen_
 from selva.models.variants import get_variant
 from selva.training.compiling import compile_blocks_
 from selva.training.config import RunConfig
+from selva.training.outcome import missing_outcome
 from selva.training.prior_preservation import with_preserved
 from selva.training.run import TrainingRun, divided_by_clip, graph_problem
 from selva.training.set_aside import final_of
@@ -125,6 +126,12 @@ def finished_adapter(saved: TrainingState, output_dir: Path) -> Path | None:
     return next(path for path in (final.with_suffix(".pt"), final) if path.exists())
 
 
+def at_its_end(saved: TrainingState, config: RunConfig) -> UserError:
+    """Return the error of continuing a run that has done all its steps."""
+    return UserError(f"{saved.path}: is at step {saved.step} and --steps is {config.training.steps}; give a larger "
+                     "--steps")
+
+
 def patience_has_ended(saved: TrainingState, config: RunConfig) -> bool:
     """Return True, and say so, if the run had already stopped because its patience had ended."""
     best, patience = saved.extra.get("best", {}), config.training.patience
@@ -163,13 +170,13 @@ def check_resumable(saved: TrainingState, config: RunConfig, num_processes: int 
 
     An update of another number of clips is allowed, and said.
 
-    A run that was stopped between its last step and its final adapter is not at its end.
+    A run that was stopped between its last step and its final adapter, or before all of its verdict, its page and its
+    model card were written, is not at its end.
     """
     training = config.training
-    finished = finished_adapter(saved, config.output_dir) is not None
-    if saved.step > training.steps or (saved.step == training.steps and finished):
-        raise UserError(f"{saved.path}: is at step {saved.step} and --steps is {training.steps}; "
-                         "give a larger --steps")
+    final = finished_adapter(saved, config.output_dir) if saved.step == training.steps else None
+    if saved.step > training.steps or (final and not missing_outcome(final, saved.step, config.verdict)):
+        raise at_its_end(saved, config)
     check_same_settings(saved, config.lora)
     before = saved.meta.get("train_config", {})
     pairs = {name: (before[name], getattr(training, name)) for name in FIXED_SETTINGS if name in before}
