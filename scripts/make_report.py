@@ -1,4 +1,4 @@
-"""Write one HTML page about a training run: new videos with the sound before and after, loss curves, numbers.
+"""Write one HTML page about what a training run has changed: new videos with the sound before and after.
 
     python infer.py new/ --variant small_16k --selva_dir weights --prompt "a dog barking" --output before
     python infer.py new/ --variant small_16k --selva_dir weights --prompt "a dog barking" --output after \\
@@ -7,9 +7,7 @@
 
 Clips of one name in both folders are shown side by side; --true adds the videos with the sound that they really have.
 Where that folder holds an events.tsv of make_demo_clips.py, the page also says how well the onsets fit what happens
-(F1 within 80 ms), and the class that a classifier hears in it. The page needs no other file and no network. Prints its
-path, and the numbers on stderr.
-"""
+(XX"""
 
 from __future__ import annotations
 
@@ -24,15 +22,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 
 import selva_lora  # noqa: F401 -- ends here if another selva would be imported
 from selva import cli
 from selva.media import prepare_audio, read_audio
+from selva.training.outcome import VERDICT_FILE
+from selva.training.report import add_curves, add_settings, add_use, run_cards, trained, verdict_cards
+from selva.training.set_aside import step_in_adapter
 from selva.utils.errors import UserError
-from selva.utils.html_report import Page, ReportSound, loss_png
+from selva.utils.html_report import Page, ReportSound
 from selva.utils.metrics_log import MetricsFile
 from selva.utils.progress import Progress
-from selva.utils.text import clock
 from toyworld.judging import RATE, Classifier, fit_classifier, timing
 
 log = logging.getLogger("selva.make_report")
@@ -105,6 +106,13 @@ def read_events(folder: Path | None) -> dict[str, tuple[str, list[float]]]:
     return dict(times)
 
 
+def prompt_of(folder: Path, name: str) -> str:
+    """Return the prompt of a sound, which `infer.py` noted beside it; "" if it did not."""
+    path = folder / f"{name}.yaml"
+    noted = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return str(noted.get("prompt") or "") if isinstance(noted, dict) else ""
+
+
 def mono(path: Path) -> tuple[np.ndarray, int]:
     """Return (samples,) and the rate of the sound of a file, as it is."""
     waveform, rate = read_audio(path)
@@ -125,17 +133,39 @@ def judge(
     return f"heard as: {heard}; onset F1 {f1:.2f}"
 
 
-def run_facts(run: Path) -> tuple[dict, MetricsFile]:
-    """Return meta.json and the metrics of a training run."""
+def run_facts(run: Path) -> tuple[dict, MetricsFile, Path, dict | None]:
+    """Return meta.json, the metrics, the final adapter (which may be gone) and the verdict of a training run.
+
+    Raises:
+        FileNotFoundError: it is not the folder of a finished run.
+        UserError: its meta.json or its verdict.json is damaged.
+    """
     if not (run / "meta.json").is_file():
         raise FileNotFoundError(f"{run}/meta.json: no such file; --run is the --output_dir of train_lora.py")
-    return json.loads((run / "meta.json").read_text(encoding="utf-8")), MetricsFile(run / "metrics.jsonl")
+    meta, verdict = read_json(run / "meta.json"), None
+    finals = [path for path in sorted(run.glob("adapter_final*.*")) if step_in_adapter(path) == meta.get("step")]
+    if (run / VERDICT_FILE).is_file():
+        verdict = read_json(run / VERDICT_FILE)
+        if verdict.get("step") != meta.get("step"):
+            log.warning("%s: is of step %s, the run of step %s; left out", run / VERDICT_FILE, verdict.get("step"),
+                        meta.get("step"))
+            verdict = None
+    return meta, MetricsFile(run / "metrics.jsonl"), finals[-1] if finals else run / "adapter_final.pt", verdict
 
 
-def training_seconds(metrics: MetricsFile) -> float | None:
-    """Return the seconds of all steps; None if the run did not note them."""
-    _, seconds = metrics.series("sec_per_step")  # a row for every step
-    return sum(seconds) if seconds else None
+def read_json(path: Path) -> dict:
+    """Return the object in a file of a run.
+
+    Raises:
+        UserError: it holds none.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: damaged ({error})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__}, expected an object")
+    return content
 
 
 def summary(judged: dict[str, Judged], truths: dict[str, tuple[str, list[float]]]) -> list[tuple[str, str, str]]:
@@ -158,7 +188,7 @@ def summary(judged: dict[str, Judged], truths: dict[str, tuple[str, list[float]]
 @cli.entry_point
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    meta, metrics = run_facts(args.run)
+    meta, metrics, adapter, verdict = run_facts(args.run)
     names = clip_names(args.before, args.after)
     truths = {name: truth for name, truth in read_events(args.true).items() if name in names}
     classifier = fit_classifier(FIT_COUNT) if truths else None
@@ -177,20 +207,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows.append((name, sounds, truth[1] if truth else []))
             progress.update(number)
 
-    seconds, steps = training_seconds(metrics), metrics.series("loss")[0]
-    trained = f"{steps[-1] if steps else 0} steps" + (f" in {clock(seconds)}" if seconds else "")
-    page = Page(args.title, f"{meta.get('variant', 'a model')}, rank {meta.get('rank', '?')}, {trained}")
+    steps, variant = metrics.series("loss")[0], str(meta.get("variant", "a model"))
+    page = Page(args.title, f"{variant}, rank {meta.get('rank', '?')}, {trained(steps[-1] if steps else 0, metrics)}")
     cards = summary(judged, truths)
-    size = sum(path.stat().st_size for path in args.run.glob("adapter_final.pt"))
-    page.cards([*cards, ("training", trained, f"adapter of {size / 2**20:.1f} MB" if size else "")])
+    page.cards([*cards, *(verdict_cards(verdict) if verdict else []), *run_cards(metrics, adapter)])
     page.section("Listen", "New videos that the adapter was not trained on. "
                  + ("The green marks are the moments at which something happens in the picture." if truths else ""))
     for name, sounds, event_times in rows:
         page.sounds(name, sounds, event_times)
-    picture = loss_png(metrics)
-    if picture is not None:
-        page.section("Training", "How well the flow is predicted; lower is better.")
-        page.image(picture, "training and validation loss")
+    add_curves(page, metrics)
+    if adapter.is_file():
+        add_use(page, adapter, variant, prompt_of(args.after, names[0]))
+    if (args.run / "config.yaml").is_file():
+        add_settings(page, (args.run / "config.yaml").read_text(encoding="utf-8"))
     if args.commands is not None:
         page.section("How this was made")
         page.code(args.commands.read_text(encoding="utf-8").strip())

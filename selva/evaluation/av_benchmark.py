@@ -86,10 +86,14 @@ def read_cache(folder: Path, name: str, entry: str | None = None) -> Rows | None
 
 
 def write_cache(folder: Path, name: str, rows: Mapping[str, Tensor] | Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Write ``folder/name.pth`` as av-benchmark reads it: each clip a CPU float32 tensor with a storage of its own."""
+    """Write ``folder/name.pth`` as av-benchmark reads it: each clip a CPU float32 tensor with a storage of its own.
+
+    A tensor that is such a one already is not copied, so that rows on disk stay there until they are written.
+    """
     def own(value: Tensor | Mapping[str, Tensor]) -> Tensor | dict[str, Tensor]:
         if isinstance(value, Tensor):
-            return value.detach().float().cpu().contiguous().clone()
+            value = value.detach().float().cpu().contiguous()
+            return value if value.untyped_storage().nbytes() == value.nbytes else value.clone()
         return {key: own(inner) for key, inner in value.items()}  # pyright: ignore[reportReturnType]  -- two levels
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -9,11 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from selva.evaluation.intervals import Figure
-from selva.evaluation.page_sound import page_sound
+from selva.evaluation.page_sound import page_file
 from selva.evaluation.run import PAIRED, Evaluation
-from selva.evaluation.sounds import read_mono
 from selva.utils.files import atomic_write_text
-from selva.utils.html_report import Page, ReportSound
+from selva.utils.html_report import Page
 
 JSON_FILE, CSV_FILE, PAGE_FILE = "evaluation.json", "evaluation.csv", "evaluation.html"
 PLAYERS = 8  # pairs with players on the page: those with the largest distance, and as many with the smallest
@@ -138,15 +137,10 @@ def _page(evaluation: Evaluation) -> Page:
             if chosen:
                 page.section(heading)
             for pair, figures in chosen:
-                page.sounds(pair.name, [_sound("generated", pair.generated, _note(figures)),
-                                        _sound("recorded", pair.reference, pair.caption or "")])
+                page.sounds(pair.name, [page_file("generated", _note(figures), pair.generated),
+                                        page_file("recorded", pair.caption or "", pair.reference)])
     return page
 
 
 def _note(figures: dict) -> str:
     return f"LSD {figures['log_spectral_distance_db']:.1f} dB, onset F1 {figures['onset_f1']:.2f}"
-
-
-def _sound(label: str, path: Path, note: str) -> ReportSound:
-    sound, rate = read_mono(path)
-    return page_sound(label, note, sound, rate)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from selva.audio.metrics import SILENCE_DB
 from selva.evaluation import av_benchmark, distances, encoders, intervals
 from selva.evaluation.config import EvaluationConfig
 from selva.evaluation.desync import decisions
@@ -79,11 +81,10 @@ def evaluate(config: EvaluationConfig) -> Evaluation:
             try:
                 key = networks.key(pair)
                 record = store.done.get(key)
-                if record is None:
+                if record is None or networks.lacks_export(record):
                     record = store.add(key, *networks.measure(pair))
                 else:
                     kept += 1
-                    networks.export_again(pair)
                 records.append(record)
                 result.pairs.append((pair, record["figures"]))
             except (UserError, OSError) as error:
@@ -94,7 +95,7 @@ def evaluate(config: EvaluationConfig) -> Evaluation:
         log.info("measured already in an earlier run: %d of %s", kept, counted(len(pairs), "pair"))
     if not records:
         raise UserError(f"no pair of {len(pairs)} could be compared; the first reason: {result.failed[0][1]}")
-    networks.write_exports()
+    networks.write_exports(store, result.pairs, records)
     _summarise(result, records, store)
     _remark(result)
     return result
@@ -119,7 +120,6 @@ class _Networks:
         if config.export_av_benchmark is not None and self.synchformer is None:
             raise UserError("--export_av_benchmark writes Synchformer's features, which need --synchformer")
         self._identity = [FORMAT, *(_identity(path) for path in (config.synchformer, config.clap, config.ast))]
-        self._exports: dict[str, dict[str, Tensor]] = {"generated": {}, "reference": {}}
 
     def key(self, pair: SoundPair) -> str:
         """Return a text that changes with everything that the measurements of a pair depend on."""
@@ -148,10 +148,12 @@ class _Networks:
             figures["ast_kl"] = float(distances.kl_divergences(
                 features["astlogits_reference"][None], features["astlogits_generated"][None])[0])
         if self.synchformer is not None:
-            figures |= self._desync(self.synchformer, pair, sounds["generated"])
+            figures |= self._desync(self.synchformer, pair, sounds["generated"], features)
         return figures, features
 
-    def _desync(self, network: SynchformerAV, pair: SoundPair, sound: tuple[Tensor, int]) -> dict[str, Any]:
+    def _desync(
+        self, network: SynchformerAV, pair: SoundPair, sound: tuple[Tensor, int], features: dict[str, np.ndarray]
+    ) -> dict[str, Any]:
         if pair.video is None:
             return {"desync_problem": "no video of that name (--videos)"}
         mono = at_rate(*sound, SAMPLE_RATE)
@@ -160,26 +162,44 @@ class _Networks:
             return {"desync_problem": f"{seconds:.2f} s, DeSync needs {DESYNC_SEC:g} s"}
         visual = encoders.video_features(network, pair.video, seconds)
         audio = encoders.sync_audio_features(network, mono)
-        if self.config.export_av_benchmark is not None:
-            self._exports["generated"][pair.name], self._exports["reference"][pair.name] = audio, visual
         if len(visual) < SEGMENTS_COMPARED:
             return {"desync_problem": f"its video covers less than {DESYNC_SEC:g} s"}
+        if self.config.export_av_benchmark is not None:
+            # Clips of other lengths have other widths, so they are kinds of their own.
+            features |= {_export_kind(side, x.shape): x.flatten().numpy()
+                         for side, x in (("generated", audio), ("reference", visual))}
         found = decisions(network, visual[None], audio[None])[0]
         return {"desync_sec": float(found.mean())}
 
-    def export_again(self, pair: SoundPair) -> None:
-        """Compute the features that are to be exported of a pair that was measured before."""
-        if self.config.export_av_benchmark is not None and self.synchformer is not None:
-            self._desync(self.synchformer, pair, read_mono(pair.generated))
+    def lacks_export(self, record: Mapping[str, Any]) -> bool:
+        """Return True if features of a pair are to be exported that an earlier evaluation did not keep."""
+        return (self.config.export_av_benchmark is not None and "desync_problem" not in record["figures"]
+                and not _exports(record, "generated"))
 
-    def write_exports(self) -> None:
+    def write_exports(
+        self, store: PairStore, pairs: Sequence[tuple[SoundPair, Any]], records: Sequence[Mapping[str, Any]]
+    ) -> None:
         """Write Synchformer's features as av-benchmark's cache folders, if that was asked for."""
         folder = self.config.export_av_benchmark
         if folder is None:
             return
-        av_benchmark.write_cache(folder / "generated", av_benchmark.SYNC_AUDIO, self._exports["generated"])
-        av_benchmark.write_cache(folder / "reference", av_benchmark.SYNC_VIDEO, self._exports["reference"])
+        for side, name in (("generated", av_benchmark.SYNC_AUDIO), ("reference", av_benchmark.SYNC_VIDEO)):
+            av_benchmark.write_cache(folder / side, name, {
+                pair.name: torch.from_numpy(store.row(record, kind).reshape(shape))
+                for (pair, _), record in zip(pairs, records, strict=True)
+                for kind, shape in _exports(record, side)})
         log.info("av-benchmark's cache folders: %s, %s", folder / "generated", folder / "reference")
+
+
+def _export_kind(side: str, shape: Sequence[int]) -> str:
+    return "_".join(["sync", side, *map(str, shape)])
+
+
+def _exports(record: Mapping[str, Any], side: str) -> list[tuple[str, tuple[int, ...]]]:
+    """Return (kind, shape) of the features of a record that are exported for a side: one or none."""
+    begin = _export_kind(side, ()) + "_"
+    return [(kind, tuple(map(int, kind.removeprefix(begin).split("_")))) for kind in record["features"]
+            if kind.startswith(begin)]
 
 
 def _identity(path: Path | None) -> str:
@@ -244,6 +264,8 @@ def _remark(result: Evaluation) -> None:
 
     for names, text in (
         (named(lambda f: f["rms_db"] is None), "generated sound is digital silence"),
+        (named(lambda f: f["rms_db"] is not None and f["centroid_hz"] is None),
+         f"generated sound is below {SILENCE_DB:.0f} dB of full scale, and has no distances"),
         (named(lambda f: f["reference_lufs"] is None and f["stft_distance"] is None and f["rms_db"] is not None),
          "recording is silent"),
         (named(lambda f: abs(f["length_difference_sec"]) > LENGTHS_DIFFER_SEC),

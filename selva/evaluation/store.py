@@ -1,7 +1,7 @@
 """Results of single pairs on disk, so that a stopped evaluation goes on, and memory does not grow with the sounds.
 
     <output>/pairs.jsonl          one line per pair: names, content hashes, figures, rows of its features
-    <output>/features/<kind>.f32  (rows, width) float32, one row per sound, e.g. clap_generated
+    <output>/features/<kind>.f32  (rows, width) float32, one row per sound, e.g. clap_generated; one width per kind
 
 A line is written after its features; what a killed process left behind a file's last known row is written over.
 """
@@ -64,9 +64,15 @@ class PairStore:
         places = [record["features"].get(kind) for record in records]
         if not places or any(place is None for place in places):
             return None
-        width = places[0][1]
-        rows = np.memmap(self._features_path(kind), dtype="<f4", mode="r").reshape(-1, width)
-        return rows[[place[0] for place in places]]
+        return self._rows_of(kind, places[0][1])[[place[0] for place in places]]
+
+    def row(self, record: Mapping[str, Any], kind: str) -> np.ndarray:
+        """Return the (width,) float32 features of one record; they stay on disk until they are read."""
+        number, width = record["features"][kind]
+        return self._rows_of(kind, width)[number]
+
+    def _rows_of(self, kind: str, width: int) -> np.ndarray:
+        return np.memmap(self._features_path(kind), dtype="<f4", mode="c").reshape(-1, width)
 
     def _features_path(self, kind: str) -> Path:
         return self.folder / FEATURES_FOLDER / f"{kind}.f32"

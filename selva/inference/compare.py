@@ -263,7 +263,7 @@ def write_comparison(
 def _page(rows: Sequence[Row], setups: Sequence[AdapterSetup], means: Sequence[dict[str, float | None]]) -> Page:
     clips = [
         (f"{row.name}, seed {row.seed}" + (f": {row.prompt}" if row.prompt else ""), row.rate, row.reference,
-         row.sounds, {index: _caption(row, index) for index in row.sounds})
+         row.sounds, {index: _caption(row, index, ", ") for index in row.sounds})
         for row in rows
     ]
     return comparison_page([setup.label for setup in setups], clips, figures_cells(setups, means))
@@ -376,10 +376,10 @@ def _label_row(axes: Any, row: Row) -> None:
     axes.set_ylabel("\n".join(lines), fontsize=8, rotation=0, ha="right", va="center")
 
 
-def _caption(row: Row, index: int) -> str:
+def _caption(row: Row, index: int, between: str = "   ") -> str:
     """Return the text below a spectrogram: the figures only, as the axis shows the seconds."""
     figures = row.figures.get(index)
     if figures is None:
         return ""
     shown = [(figures.get(key), short) for key, short in CAPTION]
-    return "   ".join(short.format(value) for value, short in shown if value is not None)
+    return between.join(short.format(value) for value, short in shown if value is not None)

@@ -247,8 +247,8 @@ class RunConfig:
     tensorboard: bool = setting(False, "write the curves for TensorBoard too", group=EVALUATION)
     preview: bool = setting(True, "generate a sample at every checkpoint", group=EVALUATION)
     sample_prompts: Path | None = setting(
-        None, "table (.tsv, .csv) of sounds to make before the first step and at every checkpoint: prompt or "
-        "features (.npz), if wanted name, seed, strength, guidance", group=EVALUATION, metavar="FILE")
+        None, "table (.tsv, .csv) of sounds to make before the first step and at every checkpoint: prompt, "
+        "video or features (.npz), if wanted name, seed, strength, guidance", group=EVALUATION, metavar="FILE")
     eval_every: int = setting(0, "steps between evaluations of sounds made for up to four held-out clips, in figures "
                               "that need no networks; 0: none", group=EVALUATION)
     report_to: tuple[str, ...] = setting((), "where curves and samples go beside the output folder: tensorboard, "

@@ -14,9 +14,10 @@ from selva.data.dataset import ClipDataset
 from selva.models.variants import get_variant
 from selva.training.config import RunConfig
 from selva.training.memorisation import spread
-from selva.training.model_card import card_text, write_card
-from selva.training.report import PAGE_FILE, run_page
+from selva.training.model_card import CARD_FILE, card_text, write_card
+from selva.training.report import PAGE_FILE, page_mark, run_page
 from selva.training.run import TrainingRun
+from selva.training.set_aside import CARD_MARK
 from selva.training.verdict import PLANS, Verdict, VerdictPlan, log_verdict, plan_verdict, reach_verdict
 from selva.utils.files import atomic_write_text
 from selva.utils.metrics_log import MetricsFile
@@ -58,6 +59,33 @@ def decide_on_verdict(config: RunConfig, num_clips: int) -> VerdictPlan | None:
              "leaves it out", counted(plan.num_clips, "clip"),
              counted(plan.num_steps, "solver step"), 100 * plan.share)
     return plan
+
+
+def missing_outcome(final: Path, step: int, verdict: bool) -> list[str]:
+    """Return the names of the files of :func:`write_outcome` that a finished run lacks, as one killed at its end does.
+
+    Those that speak of another step are of a shorter run in this folder, and count as missing.
+
+    Args:
+        final: the final adapter. verdict: one is expected.
+    """
+    folder = final.parent
+    spoken_of = {
+        VERDICT_FILE: lambda text: json.loads(text).get("step") == step,
+        CARD_FILE: lambda text: CARD_MARK not in text or f"| file | {final.name} |" in text,  # or of the user's own
+        PAGE_FILE: lambda text: page_mark(final.name, step) in text,
+    }
+    missing = []
+    for name, speaks_of_it in spoken_of.items():
+        if name == VERDICT_FILE and not verdict:
+            continue
+        try:
+            there = speaks_of_it((folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError, AttributeError):  # not there, damaged, no object
+            there = False
+        if not there:
+            missing.append(name)
+    return missing
 
 
 def write_outcome(

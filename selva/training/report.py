@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from selva.evaluation.page_sound import page_sound
-from selva.media import read_audio
+from selva.evaluation.page_sound import page_file, page_sound
 from selva.training.config import RunConfig
 from selva.training.memorisation import spread
 from selva.training.model_card import use_command
@@ -33,45 +34,63 @@ def run_page(
     Args:
         prompts: of the training clips. adapter: the final one. data: lines of the data summary. settings: YAML.
     """
-    seconds = sum(metrics.series("sec_per_step")[1])
-    trained = counted(run.step, "step") + (f" in {clock(seconds)}" if seconds else "")
     page = Page(listed(prompts, 2) if prompts else adapter.parent.name,
-                f"{config.model.variant}, rank {config.lora.rank}, {trained}")
-    page.cards(_cards(run, metrics, verdict, adapter))
+                f"{config.model.variant}, rank {config.lora.rank}, {trained(run.step, metrics)}",
+                page_mark(adapter.name, run.step))
+    page.cards([*(verdict_cards(verdict.to_json()) if verdict is not None else []), *run_cards(metrics, adapter)])
     if verdict is not None:
         page.section("Verdict", f"{verdict.line().removeprefix('verdict: ')}. Rules of thumb: the sounds below decide.")
         _sounds(page, verdict)
-    _samples(page, metrics, adapter.parent)
-    _curves(page, metrics)
-    page.section("Use it")
-    page.code(use_command(str(adapter), config.model.variant, prompts[0] if prompts else ""))
+    add_samples(page, adapter.parent)
+    add_curves(page, metrics)
+    add_use(page, adapter, config.model.variant, prompts[0] if prompts else "")
     if data:
         page.section("Data")
         page.code("\n".join(data))
-    page.section("Settings", "config.yaml in the folder of the run, which --config reads back.")
-    page.code(settings.strip())
+    add_settings(page, settings)
     page.section("Environment")
     page.table(("", ""), _environment(run))
     return page
 
 
-def _cards(
-    run: TrainingRun, metrics: MetricsFile, verdict: Verdict | None, adapter: Path
-) -> list[tuple[str, str, str]]:
+# -- parts of the page of a run, which pages about a run in another folder need too -----------------------------------
+
+
+def page_mark(adapter: str, step: int) -> str:
+    """Return the words in the head of a page that say which adapter, by the name of its file, it is about."""
+    return f"{adapter}, step {step}"
+
+
+def trained(steps: int, metrics: MetricsFile) -> str:
+    """Return the length of a training in words, with its time if the metrics have it."""
+    seconds = sum(metrics.series("sec_per_step")[1])
+    return counted(steps, "step") + (f" in {clock(seconds)}" if seconds else "")
+
+
+def verdict_cards(verdict: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Return the cards of a verdict as ``verdict.json`` holds it."""
+    cards = [("verdict", str(verdict["verdict"]), verdict["advice"] and f"try {verdict['advice']}")]
+    if verdict["nearer_db"] is not None and verdict["moved_db"] is not None:
+        cards.append(("nearer to the recordings", f"{verdict['nearer_db']:+.1f} dB",
+                      f"moved by {verdict['moved_db']:.1f} dB in all"))
+    if verdict["foreign_moved_db"] is not None:
+        drawn = verdict.get("foreign_drawn")  # files of an earlier version have none
+        away = "" if drawn is None else f"; {max(0.0, 100 * drawn):.0f} % of the way to yours"
+        cards.append(("foreign prompts moved", f"{verdict['foreign_moved_db']:.1f} dB", f"less is better{away}"))
+    return cards
+
+
+def run_cards(metrics: MetricsFile, adapter: Path) -> list[tuple[str, str, str]]:
+    """Return the cards of the losses and the adapter of a run."""
+    steps, losses = metrics.series("val_loss")
     cards = []
-    if verdict is not None:
-        f = verdict.figures
-        cards.append(("verdict", verdict.word, verdict.advice and f"try {verdict.advice}"))
-        if f.nearer_db is not None and f.moved_db is not None:
-            cards.append(("nearer to the recordings", f"{f.nearer_db:+.1f} dB", f"moved by {f.moved_db:.1f} dB in all"))
-        if f.foreign_moved_db is not None:
-            drawn = "" if f.foreign_drawn is None else f"; {max(0.0, 100 * f.foreign_drawn):.0f} % of the way to yours"
-            cards.append(("foreign prompts moved", f"{f.foreign_moved_db:.1f} dB", f"less is better{drawn}"))
-    _, losses = metrics.series("val_loss")
     if losses:
+        best = min(range(len(losses)), key=losses.__getitem__)
         cards.append(("held-out loss", f"{losses[0]:.3f} → {losses[-1]:.3f}",
-                      f"best {run.best_val_loss:.3f} at step {run.best_step}"))
-    cards.append(("adapter", f"{adapter.stat().st_size / 2**20:.1f} MB", adapter.name))
+                      f"best {losses[best]:.3f} at step {steps[best]}"))
+    if adapter.is_file():
+        size = adapter.stat().st_size
+        cards.append(("adapter", f"{size / 2**20:.1f} MB" if size >= 1e5 else f"{size / 2**10:.0f} kB", adapter.name))
     return cards
 
 
@@ -94,7 +113,7 @@ def _heard(page: Page, heard: HeardClip) -> None:
     page.sounds(heard.name if heard.name == heard.prompt else f"{heard.name}: {heard.prompt}", sounds)
 
 
-def _samples(page: Page, metrics: MetricsFile, folder: Path) -> None:
+def add_samples(page: Page, folder: Path) -> None:
     """Add the samples of some checkpoints, first and last among them."""
     files = sorted(folder.glob("sample_step*.wav"))
     if not files:
@@ -102,13 +121,13 @@ def _samples(page: Page, metrics: MetricsFile, folder: Path) -> None:
     page.section("While training", "The same clip at some of the checkpoints, always from the same noise.")
     sounds = []
     for number in spread(len(files), MOST_SAMPLES):
-        waveform, rate = read_audio(files[number])
         step = int(files[number].stem.removeprefix("sample_step"))
-        sounds.append(page_sound(f"step {step}", files[number].name, waveform.mean(dim=0), rate))
+        sounds.append(page_file(f"step {step}", files[number].name, files[number]))
     page.sounds("samples", sounds)
 
 
-def _curves(page: Page, metrics: MetricsFile) -> None:
+def add_curves(page: Page, metrics: MetricsFile) -> None:
+    """Add the curves of a run: losses, held-out losses by noise level, what is learned by heart; those there are."""
     picture = loss_png(metrics)
     if picture is not None:
         page.section("Training", "How well the flow is predicted; lower is better.")
@@ -133,6 +152,18 @@ def _curves(page: Page, metrics: MetricsFile) -> None:
                      "all, 1: always).")
         page.image(curves_png([(label, steps, [100 * v for v in values]) for label, steps, values in drops],
                               "fall of the loss, %"), "fall of the loss of training and held-out clips")
+
+
+def add_use(page: Page, adapter: Path, variant: str, prompt: str) -> None:
+    """Add the command that makes sound with the adapter."""
+    page.section("Use it")
+    page.code(use_command(str(adapter), variant, prompt))
+
+
+def add_settings(page: Page, settings: str) -> None:
+    """Add the settings of a run, YAML."""
+    page.section("Settings", "config.yaml in the folder of the run, which --config reads back.")
+    page.code(settings.strip())
 
 
 def _environment(run: TrainingRun) -> list[tuple[str, str]]:

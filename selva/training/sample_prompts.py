@@ -1,11 +1,13 @@
 """Sounds that the user wants to hear while a run goes on, and figures of sounds made for held-out clips.
 
-    name    prompt          features         seed   strength   guidance
-    dog     a dog barks     new/dog.npz      7      1.0        4.5
-    rain    rain falls                       7      0.5        4.5
+    name    prompt          video         features         seed   strength   guidance
+    dog     a dog barks     new/dog.mp4                    7      1.0        4.5
+    cat     a cat meows                   new/cat.npz      7      1.0        4.5
+    rain    rain falls                                     7      0.5        4.5
 
-``features`` are made by ``extract_features.py``; without them a sound is made from the prompt alone. The sounds are
-those of the adapter as it stands, before the first step too, where it is the base model.
+``features`` are made by ``extract_features.py``, those of a ``video`` at the start of the run; without both a sound is
+made from the prompt alone. The sounds are those of the adapter as it stands, before the first step too, where it is the
+base model.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +28,10 @@ from torch import Tensor
 from selva.data.dataset import ClipDataset, TrainingClip
 from selva.data.latents import load_waveform
 from selva.evaluation.sounds import pair_figures
-from selva.features import load_features
+from selva.features import FeatureBundle, load_features
 from selva.flow import SamplingConfig
 from selva.inputs.delimited import find_delimiter, read_text_table, refuse_long_rows
+from selva.inputs.suffixes import VIDEO_SUFFIXES
 from selva.lora.layers import lora_layers
 from selva.lora.state import adapter_off
 from selva.media import write_audio
@@ -45,8 +48,8 @@ from selva.weights.load import load_clip_text, load_vae, load_vocoder
 
 log = logging.getLogger(__name__)
 
-COLUMNS = ("name", "prompt", "features", "seed", "strength", "guidance")
-EXPECTED = "a table of sounds to make, with the column prompt or features"
+COLUMNS = ("name", "prompt", "video", "features", "seed", "strength", "guidance")
+EXPECTED = "a table of sounds to make, with the column prompt, video or features"
 SOUND_FOLDER = "sample_prompts"
 EVAL_CLIPS, EVAL_STEPS = 4, 10
 EVAL_FIGURES = {"log_spectral_distance_db": "eval_lsd_db", "mel_cepstral_distortion_db": "eval_mcd_db",
@@ -55,10 +58,11 @@ EVAL_FIGURES = {"log_spectral_distance_db": "eval_lsd_db", "mel_cepstral_distort
 
 @dataclass(frozen=True)
 class AskedSound:
-    """One row: a sound to make at every checkpoint."""
+    """One row: a sound to make at every checkpoint, for a video, for features of one, or for the prompt alone."""
 
     name: str
     prompt: str
+    video: Path | None
     features: Path | None
     seed: int
     strength: float
@@ -66,7 +70,7 @@ class AskedSound:
 
 
 def read_sample_prompts(path: Path, seed: int) -> list[AskedSound]:
-    """Return the rows of a table; features are relative to it or to the working folder.
+    """Return the rows of a table; videos and features are relative to it or to the working folder.
 
     Args:
         seed: of rows that give none.
@@ -76,7 +80,7 @@ def read_sample_prompts(path: Path, seed: int) -> list[AskedSound]:
     """
     table = read_text_table(path, find_delimiter(path), (), EXPECTED)
     unknown = [column for column in table.columns if column not in COLUMNS]
-    if unknown or not {"prompt", "features"} & set(table.columns):
+    if unknown or not {"prompt", "video", "features"} & set(table.columns):
         raise UserError(f"{path}: has the columns {', '.join(table.columns)}; expected {EXPECTED}, and of "
                         f"{', '.join(COLUMNS)} what is wanted")
     refuse_long_rows(path, table)
@@ -106,21 +110,29 @@ def _asked(cells: dict[str, str], folder: Path, seed: int, number: int) -> Asked
             raise UserError(f"{key} is {cells[key]!r}, expected a number")
         return found
 
-    features = None
-    if cells.get("features"):
-        given = Path(cells["features"])
-        features = next((path for path in (folder / given, given) if path.is_file()), None)
-        if features is None:
-            raise UserError(f"{given}: no such file; extract_features.py makes it from a video")
-        if features.suffix != ".npz":
-            raise UserError(f"{given}: expected features (.npz), which extract_features.py makes from a video")
-    if not cells.get("prompt") and features is None:
-        raise UserError("neither a prompt nor features")
+    def file(key: str, suffixes: Sequence[str], hint: str) -> Path | None:
+        if not cells.get(key):
+            return None
+        given = Path(cells[key])
+        if given.suffix.lower() not in suffixes:
+            raise UserError(f"{given}: expected {hint} in the column {key}")
+        found = next((path for path in (folder / given, given) if path.is_file()), None)
+        if found is None:
+            raise UserError(f"{given}: no such file, neither beside the table nor in the working folder; the column "
+                            f"{key} takes {hint}")
+        return found
+
+    video = file("video", VIDEO_SUFFIXES, f"a video ({' '.join(VIDEO_SUFFIXES)})")
+    features = file("features", (".npz",), "features (.npz), which extract_features.py makes from a video")
+    if video and features:
+        raise UserError(f"{video} and {features}: give a video or features, not both")
+    if not cells.get("prompt") and not video and not features:
+        raise UserError("neither a prompt nor a video nor features")
     name = cells.get("name") or f"{number:02d}"
     if not re.fullmatch(r"[\w][\w .-]*", name):
         raise UserError(f"the name {name!r} cannot name a file; use letters, digits, - and _")
-    return AskedSound(name, cells.get("prompt", ""), features, int(value("seed", seed, int)), value("strength", 1.0),
-                      value("guidance", SamplingConfig().cfg_strength))
+    return AskedSound(name, cells.get("prompt", ""), video, features, int(value("seed", seed, int)),
+                      value("strength", 1.0), value("guidance", SamplingConfig().cfg_strength))
 
 
 @contextmanager
@@ -175,6 +187,7 @@ class SamplePrompts:
     """The sounds of ``--sample_prompts``: ``sample_prompts/dog_step00500.wav`` and so on.
 
     Args:
+        pictures: {name: features} of the rows with a video, see :mod:`selva.training.sample_videos`.
         on_sound: called with name, (samples,), rate and step of every sound.
 
     Raises:
@@ -182,14 +195,21 @@ class SamplePrompts:
     """
 
     def __init__(
-        self, asked: Sequence[AskedSound], config: RunConfig, run: TrainingRun, variant: Variant,
-        on_sound: Callable[[str, np.ndarray, int, int], None],
+        self, asked: Sequence[AskedSound], pictures: Mapping[str, FeatureBundle], config: RunConfig, run: TrainingRun,
+        variant: Variant, on_sound: Callable[[str, np.ndarray, int, int], None],
     ) -> None:
         self.asked, self.on_sound, self.run = asked, on_sound, run
         self.maker = SoundMaker(run, variant, config.model.selva_dir)
-        text = load_clip_text(variant.name, config.model.selva_dir, run.device)
-        text_f = text.encode([one.prompt for one in asked]).float().cpu()
-        self.clips = [_clip(one, text_f[i], variant, config.duration, run) for i, one in enumerate(asked)]
+        bundles = [load_features(one.features) if one.features else pictures.get(one.name) for one in asked]
+        prompts = [one.prompt or (bundle.prompt if bundle else "") for one, bundle in zip(asked, bundles, strict=True)]
+        text_f = load_clip_text(variant.name, config.model.selva_dir, run.device).encode(prompts).float().cpu()
+        self.clips = [
+            _clip(one, prompts[i], bundles[i], text_f[i], variant, config.duration, run) for i, one in enumerate(asked)
+        ]
+
+    def are_there(self, step: int, folder: Path) -> bool:
+        """Return True if all sounds of a step were written."""
+        return all(_sound_path(folder, one, step).is_file() for one in self.asked)
 
     def write(self, folder: Path) -> None:
         """Write the sounds of the adapter as it stands; a failure is said and ends nothing."""
@@ -199,7 +219,7 @@ class SamplePrompts:
         try:
             target.mkdir(exist_ok=True)
             for one, clip, sound in zip(self.asked, self.clips, self.maker.sounds(wanted), strict=True):
-                write_audio(target / f"{one.name}_step{step:05d}.wav", sound, clip.sequence.sampling_rate)
+                write_audio(_sound_path(folder, one, step), sound, clip.sequence.sampling_rate)
                 self.on_sound(one.name, sound.numpy(), clip.sequence.sampling_rate, step)
         except Exception as error:  # hours of training are worth more than a sound
             log.warning("no sounds of --sample_prompts at step %d: %s", step, str(error).split("\n")[0])
@@ -207,8 +227,14 @@ class SamplePrompts:
         log.info("step %d: %s in %s", step, counted(len(self.asked), "sound"), target)
 
 
-def _clip(one: AskedSound, text_f: Tensor, variant: Variant, duration: float, run: TrainingRun) -> TrainingClip:
-    bundle = load_features(one.features) if one.features else None
+def _sound_path(folder: Path, one: AskedSound, step: int) -> Path:
+    return folder / SOUND_FOLDER / f"{one.name}_step{step:05d}.wav"
+
+
+def _clip(
+    one: AskedSound, prompt: str, bundle: FeatureBundle | None, text_f: Tensor, variant: Variant, duration: float,
+    run: TrainingRun,
+) -> TrainingClip:
     sequence = sequence_config(variant.mode, bundle.duration if bundle else duration)
     generator = run.generator.config
     expected = ((sequence.clip_seq_len, generator.clip_dim), (sequence.sync_seq_len, generator.sync_dim))
@@ -221,7 +247,7 @@ def _clip(one: AskedSound, text_f: Tensor, variant: Variant, duration: float, ru
             raise UserError(f"{one.features}: its features are {found}, expected {expected} for {variant.name}; "
                             f"extract them with --variant {variant.name}")
     nothing = torch.zeros(sequence.latent_seq_len, generator.latent_dim)
-    return TrainingClip(one.name, one.prompt, None, sequence, nothing, nothing, clip_f, sync_f, text_f,
+    return TrainingClip(one.name, prompt, None, sequence, nothing, nothing, clip_f, sync_f, text_f,
                         has_video=bundle is not None)
 
 

@@ -25,8 +25,8 @@ from selva.lora.inject import check_ranks, inject_lora
 from selva.models.generator import Generator, cast_frozen_
 from selva.training.compiling import compile_blocks_
 from selva.training.config import RunConfig
+from selva.training.outcome import missing_outcome
 from selva.training.prior_preservation import with_preserved
-from selva.training.report import PAGE_FILE
 from selva.training.run import TrainingRun, graph_problem
 from selva.training.set_aside import final_of
 from selva.training.shared import SharedParts
@@ -106,8 +106,8 @@ FIXED_SETTINGS = ("clip_features", "latent", "null_prob", "padded_loss", "timest
 def finished_adapter(saved: TrainingState, output_dir: Path) -> Path | None:
     """Return the final adapter of the step of ``saved`` if the run wrote all of its end; None if it has to be written.
 
-    A run may have been killed between its last step file and its final adapter, ``meta.json``, or the page about it,
-    which comes last. Of an adapter in both formats, the ``.pt`` is returned.
+    A run may have been killed between its last step file and its final adapter, or between that and ``meta.json``. Of
+    an adapter in both formats, the ``.pt`` is returned.
     """
     final = final_of(saved.path, output_dir)
     try:
@@ -118,10 +118,13 @@ def finished_adapter(saved: TrainingState, output_dir: Path) -> Path | None:
     if not written:
         return None
     assert final is not None
-    page = output_dir / PAGE_FILE
-    if not page.exists() or page.stat().st_mtime_ns < final.stat().st_mtime_ns:  # the page is of the part before
-        return None
     return next(path for path in (final.with_suffix(".pt"), final) if path.exists())
+
+
+def at_its_end(saved: TrainingState, config: RunConfig) -> UserError:
+    """Return the error of continuing a run that has done all its steps."""
+    return UserError(f"{saved.path}: is at step {saved.step} and --steps is {config.training.steps}; give a larger "
+                     "--steps")
 
 
 def patience_has_ended(saved: TrainingState, config: RunConfig) -> bool:
@@ -163,16 +166,13 @@ def check_resumable(saved: TrainingState, config: RunConfig, num_processes: int 
 
     An update of another number of clips is allowed, and said.
 
-    A run that was stopped between its last step and its final adapter is not at its end.
+    A run that was stopped between its last step and its final adapter, or before all of its verdict, its page and its
+    model card were written, is not at its end.
     """
     training = config.training
-    at_end = saved.step == training.steps
-    if saved.step > training.steps or (at_end and finished_adapter(saved, config.output_dir) is not None):
-        raise UserError(f"{saved.path}: is at step {saved.step} and --steps is {training.steps}; "
-                         "give a larger --steps")
-    if at_end:
-        log.info("%s: is of the last step, but the run was stopped before all was written that comes after it; that is "
-                 "made up now", saved.path)
+    final = finished_adapter(saved, config.output_dir) if saved.step == training.steps else None
+    if saved.step > training.steps or (final and not missing_outcome(final, saved.step, config.verdict)):
+        raise at_its_end(saved, config)
     check_same_settings(saved, config.lora)
     before = saved.meta.get("train_config", {})
     pairs = {name: (before[name], getattr(training, name)) for name in FIXED_SETTINGS if name in before}

@@ -19,10 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from selva.checkpoint import load_newest_checkpoint
-from selva.evaluation.page_sound import page_sound
-from selva.media import read_audio
+from selva.checkpoint import TrainingState, load_newest_checkpoint
+from selva.evaluation.page_sound import page_file
 from selva.training.config import RunConfig
+from selva.training.outcome import missing_outcome
 from selva.training.setup import finished_adapter
 from selva.training.shared import SharedParts
 from selva.training.train import TrainingResult, train
@@ -193,8 +193,7 @@ def run_sweep(
             _begin(run, folder)
             config, settings = configure(run.settings, folder)
             saved = load_newest_checkpoint(folder)
-            whole = saved is not None and saved.step >= config.training.steps and finished_adapter(saved, folder)
-            result = TrainingResult(whole) if whole else train(config, settings, shared=shared)
+            result = _whole(saved, config.training.steps, folder) or train(config, settings, shared=shared)
         except FolderInUse:
             log.info("%s: another process is at it", run.name)
             continue
@@ -214,6 +213,14 @@ def run_sweep(
         if result.adapter is not None:
             _finish(run, folder, result.adapter)
     return [_result(run, output_dir / run.name, failed.get(run.name, NOT_YET)) for run in runs], stopped
+
+
+def _whole(saved: TrainingState | None, steps: int, folder: Path) -> TrainingResult | None:
+    """Return the result of a run that was done to its page, which comes last; None if something is left to do."""
+    if saved is None or saved.step < steps:
+        return None
+    final = finished_adapter(saved, folder)
+    return TrainingResult(final) if final and not missing_outcome(final, saved.step, verdict=False) else None
 
 
 def _result(run: SweepRun, folder: Path, problem: str) -> RunResult:
@@ -337,8 +344,7 @@ def write_results(output_dir: Path, results: Sequence[RunResult]) -> list[Path]:
         for one in scores:
             for result in one.results:
                 if result.run.seed == seed and (sample := _last_sample(result.folder)) is not None:
-                    waveform, rate = read_audio(sample)
-                    sounds.append(page_sound(one.setup, f"loss {_number(result.score)}", waveform.mean(dim=0), rate))
+                    sounds.append(page_file(one.setup, f"loss {_number(result.score)}", sample))
         if sounds:
             page.section(f"Sounds, seed {seed}", "The last sample of every run: one clip, one noise.")
             page.sounds(f"seed {seed}", sounds)

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import importlib
 import logging
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -70,26 +72,64 @@ class TensorBoardTracker(Tracker):
         self.writer.close()
 
 
-class LoggingTracker(Tracker):
-    """Weights & Biases, or Trackio, whose functions have the same names."""
+class TrackioTracker(Tracker):
+    """Trackio, and what Weights & Biases has in common with it: functions of the same names."""
 
-    def __init__(self, name: str, folder: Path, settings: Mapping[str, Any]) -> None:
-        self.name, self.module = name, _import(name, name)
+    name = "trackio"
+    place = ""  # the argument of ``init`` for the folder, if there is one
+    advice = "see its own settings"
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        self.module = _import(self.name, self.name)
         config = {key: str(value) if isinstance(value, Path) else value for key, value in settings.items()}
-        place = {"dir": str(folder)} if name == "wandb" else {}
-        self.module.init(project=PROJECT, name=real_path(folder).name, config=config, **place)
+        place = {self.place: str(folder)} if self.place else {}
+        try:
+            with _stdout_kept():
+                self.module.init(project=PROJECT, name=real_path(folder).name, config=config, **place)
+        except Exception as error:  # not logged in, no network, a folder that cannot be written to
+            reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
+            raise UserError(f"--report_to {self.name}: {reason}; {self.advice}, or leave it out") from error
 
-    def numbers(self, values: Mapping[str, float], step: int) -> None:
+    def log(self, values: Mapping[str, Any], step: int) -> None:
+        """Hand values over as those of a step, in any order of the steps."""
         self.module.log(dict(values), step=step)
 
+    def numbers(self, values: Mapping[str, float], step: int) -> None:
+        self.log(values, step)
+
     def sound(self, name: str, waveform: np.ndarray, rate: int, step: int) -> None:
-        self.module.log({name: self.module.Audio(waveform, sample_rate=rate)}, step=step)
+        # As integers: Trackio brings floats to full scale, so that a silent sound would become loud noise.
+        samples = np.rint(np.clip(waveform, -1, 1) * np.iinfo(np.int16).max).astype(np.int16)
+        self.log({name: self.module.Audio(samples, sample_rate=rate)}, step)
 
     def picture(self, name: str, path: Path, step: int) -> None:
-        self.module.log({name: self.module.Image(str(path))}, step=step)
+        self.log({name: self.module.Image(str(path))}, step)
 
     def close(self) -> None:
         self.module.finish()
+
+
+class WandbTracker(TrackioTracker):
+    """Weights & Biases, with its files in the folder of the run."""
+
+    name = "wandb"
+    place = "dir"
+    advice = "`wandb login` keeps a key, WANDB_MODE=offline in the environment needs none"
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        super().__init__(folder, settings)
+        # It drops what belongs to an earlier step than the last one it got, and rows of steps are written in blocks,
+        # after figures and sounds of steps among them. So the step is a value like others, and the axis of all of them.
+        self.module.define_metric("step")
+        self.module.define_metric("*", step_metric="step")
+
+    def log(self, values: Mapping[str, Any], step: int) -> None:
+        self.module.log({**values, "step": step})
+
+
+def _stdout_kept() -> AbstractContextManager[object]:
+    """Return a context in which what a tracker prints goes to stderr: stdout holds the results of a script alone."""
+    return redirect_stdout(sys.stderr)
 
 
 def _import(module: str, package: str) -> Any:
@@ -97,6 +137,16 @@ def _import(module: str, package: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise UserError(f"--report_to {package}: {error}; install it with `pip install {package}`") from error
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Check that the packages of trackers are installed.
+
+    Raises:
+        UserError: one is not; says how to install it.
+    """
+    for name in names:
+        _import({"tensorboard": "torch.utils.tensorboard"}.get(name, name), name)
 
 
 class Trackers:
@@ -108,7 +158,7 @@ class Trackers:
         purge_step: of a run that is continued; what TensorBoard has from this step on is no longer shown.
 
     Raises:
-        UserError: a package is not installed.
+        UserError: a package is not installed, or does not begin, as one that wants a login.
     """
 
     def __init__(
@@ -116,8 +166,10 @@ class Trackers:
     ) -> None:
         self._open: list[Tracker] = []
         for name in dict.fromkeys(names):
-            self._open.append(TensorBoardTracker(folder, purge_step) if name == "tensorboard"
-                              else LoggingTracker(name, folder, settings))
+            if name == "tensorboard":
+                self._open.append(TensorBoardTracker(folder, purge_step))
+            else:
+                self._open.append({"wandb": WandbTracker, "trackio": TrackioTracker}[name](folder, settings))
 
     def rows(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Pass on the numbers of rows of metrics, lists as one number per place."""
@@ -141,7 +193,8 @@ class Trackers:
     def _each(self, call: Callable[[Tracker], None]) -> None:
         for tracker in list(self._open):
             try:
-                call(tracker)
+                with _stdout_kept():
+                    call(tracker)
             except Exception as error:  # a lost connection, a full disk: the run is worth more
                 self._open.remove(tracker)
                 log.error("--report_to %s gets no more values after an error: %s",

@@ -20,7 +20,7 @@ from selva.training.compiling import prepare_to_compile
 from selva.training.config import RunConfig
 from selva.training.loop import fit
 from selva.training.memorisation import Watch
-from selva.training.outcome import About, decide_on_verdict, write_outcome
+from selva.training.outcome import About, decide_on_verdict, missing_outcome, write_outcome
 from selva.training.run import TrainingRun
 from selva.training.run_folder import BEST, LOCK_FILE, NotSaved, RunFolder, check_disk_space
 from selva.training.sample import TrainingSample
@@ -28,6 +28,7 @@ from selva.training.sample_prompts import HeldOutEvaluation, SamplePrompts, read
 from selva.training.schedule import schedule_problem
 from selva.training.setup import (
     adapter_meta,
+    at_its_end,
     build_run,
     check_resumable,
     estimate,
@@ -38,7 +39,7 @@ from selva.training.setup import (
 )
 from selva.training.shared import SharedParts
 from selva.training.stopping import StopRequest
-from selva.training.trackers import Trackers
+from selva.training.trackers import Trackers, check_trackers
 from selva.utils.device import peak_memory_bytes, resolve_device, resolve_precision
 from selva.utils.distributed import World, join_world
 from selva.utils.files import check_can_write
@@ -140,23 +141,39 @@ def _train(
 ) -> TrainingResult:
     training, output_dir = config.training, config.output_dir
     # 1. the old state and the data, before the base model is read
-    saved = find_resume(config)
+    if world.is_main:
+        check_trackers(config.report_to)
+    saved, done = find_resume(config), None  # done: the final adapter of a run without steps to do
     if saved is not None:
         check_resumable(saved, config, world.size)
-        if patience_has_ended(saved, config) and not config.dry_run:
-            adapter = finished_adapter(saved, output_dir)
-            if adapter is not None:
-                return TrainingResult(adapter if world.is_main else None, steps=saved.step)
+        if patience_has_ended(saved, config) or saved.step == training.steps:
+            done = finished_adapter(saved, output_dir)
+        if done and not config.dry_run and not missing_outcome(done, saved.step, config.verdict):
+            return TrainingResult(done if world.is_main else None, steps=saved.step)  # its patience has ended
         if (before := saved.meta.get("precision", config.precision)) != config.precision:
             log.warning("%s: was trained in %s so far and goes on in %s", saved.path, before, config.precision)
         if (before := saved.meta.get("base_dtype", "auto")) != config.base_dtype:
             log.warning("%s: was trained with --base_dtype %s so far and goes on with %s", saved.path, before,
                         config.base_dtype)
     start = load_start(config) if saved is None else None
-    asked = read_sample_prompts(config.sample_prompts, training.seed) if config.sample_prompts else []
+    asked, pictures = [], {}
+    if config.sample_prompts:
+        asked = read_sample_prompts(config.sample_prompts, training.seed)
+        videos = {one.name: (one.video, one.prompt) for one in asked if one.video is not None}
+        if videos and world.is_main and not config.dry_run:
+            from selva.training.sample_videos import video_features  # brings the encoders, which training does not need
+
+            pictures = video_features(videos, config.model, config.duration, config.sample_prompts, device)
     told: list[str] = []
     clips, val_clips = load_split(config, device, world, saved, told, shared)
-    plan = decide_on_verdict(config, len(val_clips) or len(clips)) if world.is_main else None
+    plan = decide_on_verdict(config, len(val_clips) or len(clips))
+    if saved is not None and done and not config.dry_run:
+        missing = missing_outcome(done, saved.step, plan is not None)
+        if not missing and saved.step == training.steps:
+            raise at_its_end(saved, config)
+        if not missing:
+            return TrainingResult(done if world.is_main else None, steps=saved.step)
+        log.warning("%s: all steps are done; made now: %s", output_dir, ", ".join(missing))
 
     # 2. the model, and everything with a state; then the old state
     run = build_run(config, (clips, val_clips), device, world, shared)
@@ -194,7 +211,7 @@ def _train(
                                     config.model.selva_dir, config.normalize_audio, training.seed)
 
         if asked:
-            heard = SamplePrompts(asked, config, run, get_variant(config.model.variant), trackers.sound)
+            heard = SamplePrompts(asked, pictures, config, run, get_variant(config.model.variant), trackers.sound)
         if config.eval_every and len(val_clips):
             evaluation = HeldOutEvaluation(val_clips, config, run, get_variant(config.model.variant))
 
@@ -224,7 +241,7 @@ def _train(
         due = saved is not None and (run.step % training.save_every == 0 or run.step == training.steps)
         if sample is not None and due and not sample.is_there(run.step, output_dir):
             sample.try_write(run, output_dir)  # killed between its step file and this
-        if heard is not None and run.step == 0:
+        if heard is not None and (run.step == 0 or (due and not heard.are_there(run.step, output_dir))):
             heard.write(output_dir)
         finished = fit(run, metrics, on_checkpoint=on_checkpoint, on_best=on_best, should_stop=stop, on_step=on_step)
     if trackers is not None:

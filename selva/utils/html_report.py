@@ -48,7 +48,7 @@ p { margin: .3rem 0 .8rem; color: var(--soft); max-width: 46rem; }
 .card .what { color: var(--soft); font-size: .85rem; }
 .good { color: var(--good); }
 .card .value { font-size: 1.45rem; font-weight: 650; margin: .15rem 0; }
-.sounds { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(18rem, 100%), 1fr)); gap: 1rem; }
+.sounds { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(18rem, 100%), 1fr)); gap: 1rem; }
 figure { margin: 0; background: var(--card); border-radius: .6rem; overflow: hidden; }
 figure video, figure img, figure audio { display: block; width: 100%; }
 figure video { background: #000; max-height: 17rem; object-fit: contain; }
@@ -56,7 +56,8 @@ figcaption { padding: .6rem .9rem .8rem; font-size: .9rem; color: var(--soft); }
 figcaption b { color: var(--text); font-size: 1rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .95rem; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: .35rem 1.2rem .35rem 0; border-bottom: 1px solid var(--line); }
+th, td { text-align: left; padding: .35rem 1.2rem .35rem 0; border-bottom: 1px solid var(--line); max-width: 26rem;
+         overflow-wrap: break-word; }
 th { color: var(--soft); font-weight: 500; }
 img.wide { width: 100%; max-width: 56rem; border-radius: .6rem; }
 pre { background: var(--card); border-radius: .6rem; padding: 1rem 1.2rem; font-size: .85rem; white-space: pre-wrap;
@@ -97,10 +98,11 @@ class Page:
 
     Args:
         title, subtitle: at its top; all texts are plain and are escaped here.
+        about: said in its head only, for programs.
     """
 
-    def __init__(self, title: str, subtitle: str) -> None:
-        self.title = title
+    def __init__(self, title: str, subtitle: str, about: str = "") -> None:
+        self.title, self.about = title, about
         self._parts = [f"<h1>{html.escape(title)}</h1>\n<p>{html.escape(subtitle)}</p>"]
 
     def section(self, heading: str, text: str = "") -> None:
@@ -152,11 +154,12 @@ class Page:
     def write(self, path: Path) -> None:
         """Write the page; nothing in it refers to another file or to the network."""
         body = "\n\n".join(self._parts)
+        about = f'<meta name="description" content="{html.escape(self.about, quote=True)}">\n' if self.about else ""
         atomic_write_text(
             path,
             '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
             '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-            f"<title>{html.escape(self.title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n"
+            f"{about}<title>{html.escape(self.title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n"
             "</html>\n",
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -96,6 +97,68 @@ def test_mistakes_end_in_one_line(folders, tmp_path):
         run.evaluate(settings(folders, tmp_path, synchformer=tmp_path / "visual.pth"))
 
 
+def one_line(done: subprocess.CompletedProcess[str]) -> str:
+    """Return the only line of an error; everything else that was said is a warning or less."""
+    assert done.returncode == 1 and "Traceback" not in done.stderr and not done.stdout, done.stderr
+    (line,) = (line for line in done.stderr.splitlines() if "error" in line.lower())
+    return line
+
+
+def write_tone(path: Path, samples: np.ndarray | None = None) -> None:
+    soundfile.write(path, strikes([1.0], 600, seconds=2.0) if samples is None else samples, RATE, subtype="FLOAT")
+
+
+@pytest.mark.parametrize(("generated", "recorded", "words"), [
+    ({}, {"a.wav": None}, ["generated: no sounds and no videos", "subfolders were not searched", ".wav"]),
+    ({"a.wav": None}, {}, ["recorded: no sounds and no videos"]),
+    ({"a.wav": None, "b.wav": None}, {"x.wav": None}, ["no sound in", "has the name of one", "a, b", "x"]),
+    ({"a.wav": np.full(RATE, np.nan)}, {"a.wav": None}, ["no pair of 1 could be compared", "generated/a.wav",
+                                                         "not finite"]),
+    ({"a.wav": None}, {"a.wav": np.full(RATE, np.inf)}, ["no pair of 1", "recorded/a.wav", "not finite"]),
+])
+def test_folders_that_give_no_figures_end_in_one_clear_line(tmp_path, generated, recorded, words):
+    for folder, files in (("generated", generated), ("recorded", recorded)):
+        (tmp_path / folder).mkdir()
+        for name, samples in files.items():
+            write_tone(tmp_path / folder / name, samples)
+    done = script("--generated", tmp_path / "generated", "--reference", tmp_path / "recorded", "--output_dir",
+                  tmp_path / "out")
+    line = one_line(done)
+    assert all(word in line for word in words), line
+    assert not (tmp_path / "out/evaluation.json").exists()
+
+
+def test_names_without_a_partner_are_left_out_by_name(folders, tmp_path):
+    write_tone(folders[0] / "only_made.wav")
+    write_tone(folders[1] / "only_recorded.wav")
+    done = script("--generated", folders[0], "--reference", folders[1], "--output_dir", tmp_path / "out")
+    assert done.returncode == 0 and "onset F1" in done.stdout
+    for name in ("only_made", "only_recorded"):
+        (line,) = (line for line in done.stderr.splitlines() if name in line)
+        assert "1 of 4 sounds have no partner" in line
+
+
+def test_a_sound_that_is_nearly_silent_is_named_too(folders, tmp_path):
+    soundfile.write(folders[0] / "a.flac", strikes([1.0], 600, level=0) * 0.01, RATE, subtype="PCM_24")
+    evaluation = run.evaluate(settings(folders, tmp_path))
+    assert evaluation.figures["log_spectral_distance_db"].items == 2
+    assert "1 of 3 pairs: generated sound is below -90 dB of full scale, and has no distances: a" in evaluation.remarks
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_single_silent_pair_is_said_and_has_no_distances(folders, tmp_path, side):
+    for folder in folders:
+        for name in ("b", "c"):
+            next(folder.glob(f"{name}.*")).unlink()
+    path = next(folders[side].glob("a.*"))
+    soundfile.write(path, np.zeros(5 * RATE), RATE)
+    done = script("--generated", folders[0], "--reference", folders[1], "--output_dir", tmp_path / "out")
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+    assert ("generated sound is digital silence: a", "recording is silent: a")[side] in done.stderr
+    assert "LSD" not in done.stdout and "silence" in done.stdout and "nan" not in done.stdout.lower()
+    assert "silent: a" in (tmp_path / "out/evaluation.html").read_text() or side == 0
+
+
 @pytest.fixture(scope="module")
 def networks(tmp_path_factory) -> dict[str, Path]:
     """Small random networks in the files that users have."""
@@ -130,6 +193,20 @@ def test_networks_add_their_figures_and_their_features_are_kept(folders, tmp_pat
     assert again["DeSync"] == pytest.approx(evaluation.figures["desync_sec"].value, rel=1e-6)
 
     shutil.rmtree(tmp_path / "cache")
-    kept = run.evaluate(config)  # from what is stored; the export is made anew
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "read_mono", None)  # nothing is read or computed again
+        kept = run.evaluate(config)  # from what is stored; the export is made anew
     assert kept.figures == evaluation.figures and (tmp_path / "cache/generated/synchformer_audio.pth").is_file()
     assert outputs.table(kept) == outputs.table(evaluation)
+    written = {path.name: torch.load(path) for path in (tmp_path / "cache").rglob("*.pth")}
+    assert {name: tuple(rows["a"].shape) for name, rows in written.items()} == {
+        "synchformer_audio.pth": (14, 6, 32), "synchformer_video.pth": (14, 8, 32)}
+
+    (tmp_path / "later").mkdir()  # an evaluation without an export has kept no features for one
+    plain = dataclasses.replace(config, export_av_benchmark=None, output_dir=tmp_path / "later")
+    assert run.evaluate(plain).figures == evaluation.figures and not list((tmp_path / "later").rglob("sync_*"))
+    asked = dataclasses.replace(plain, export_av_benchmark=tmp_path / "cache_later")
+    assert run.evaluate(asked).figures == evaluation.figures
+    for name in ("generated/synchformer_audio.pth", "reference/synchformer_video.pth"):
+        late, first = (torch.load(tmp_path / folder / name) for folder in ("cache_later", "cache"))
+        assert late.keys() == first.keys() and all(torch.equal(late[key], first[key]) for key in first)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,12 @@ import yaml
 from script_args import TINY
 
 import train_lora
+from selva import cli
+from selva.extraction.extractor import FeatureExtractor
 from selva.training import outcome, verdict
+from selva.training import train as train_module
+from selva.training.config import RunConfig
+from selva.training.run import TrainingRun
 
 QUICK = [*TINY, "--steps", "4", "--batch_size", "2", "--warmup_steps", "1", "--save_every", "4", "--val_every", "2",
          "--rank", "2", "--log_every", "1", "--precision", "fp32", "--no_preview"]
@@ -60,6 +66,65 @@ def test_a_short_run_has_no_verdict_and_says_so(feature_dir, tmp_path, capsys):
     assert "verdict" not in capsys.readouterr().err
 
 
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize("gone", [
+    ("verdict.json", "README.md", "report.html"), ("report.html",), ("README.md", "report.html"), ("verdict.json",)])
+def test_a_run_that_was_killed_at_its_end_gets_what_is_missing_and_nothing_is_trained(
+        feature_dir, tmp_path, capsys, monkeypatch, gone):
+    out, more = tmp_path / "run", ("--verdict_share", "1000", "--resume", "auto")
+    assert train(feature_dir, out, *more) == 0
+    before = files_of(out)
+    capsys.readouterr()
+    for name in gone:
+        (out / name).unlink()
+    monkeypatch.setattr(TrainingRun, "train_step", None)  # a step would be an error
+    assert train(feature_dir, out, *more) == 0
+    told = capsys.readouterr()
+    assert told.out.strip() == str(out / "adapter_final.pt")
+    assert "made now: " in told.err and all(name in told.err for name in gone)
+    after = files_of(out)
+    assert after.keys() == before.keys() and "previous_001" not in {path.name for path in out.iterdir()}
+    assert all(after[name] == before[name] for name in ("verdict.json", "README.md", "adapter_final.pt"))
+    assert before["verdict.json"].decode().split('"verdict": "')[1].split('"')[0] in after["report.html"].decode()
+    assert train(feature_dir, out, *more) == 1  # now all of it is there
+    assert "give a larger --steps" in capsys.readouterr().err and files_of(out) == after
+
+
+def test_what_is_left_of_a_shorter_run_is_not_taken_for_the_end_of_this_one(feature_dir, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "run"
+    assert train(feature_dir, out, "--verdict_share", "1000", "--resume", "auto") == 0
+    longer = ("--verdict_share", "1000", "--resume", "auto", "--steps", "6", "--save_every", "6")
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "write_outcome", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train_module.train(config_of(feature_dir, out, *longer))
+    assert json.loads((out / "verdict.json").read_text())["step"] == 4 and (out / "adapter_final_001.pt").exists()
+    assert train(feature_dir, out, *longer) == 0
+    assert json.loads((out / "verdict.json").read_text())["step"] == 6
+    page, card = (out / "report.html").read_text(encoding="utf-8"), (out / "README.md").read_text(encoding="utf-8")
+    assert "adapter_final_001.pt" in page and "| steps | 6 |" in card
+
+
+def interrupted(*_):
+    raise KeyboardInterrupt
+
+
+def config_of(data: Path, out: Path, *more: str) -> RunConfig:
+    arguments = ["--data_dir", str(data), "--output_dir", str(out), *QUICK, *more]
+    return cli.config_from(RunConfig, train_lora.build_parser().parse_args(arguments))
+
+
+def test_without_a_verdict_a_finished_run_stays_finished(feature_dir, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train(feature_dir, out) == 0  # too short for a verdict
+    before = files_of(out)
+    assert train(feature_dir, out, "--resume", "auto") == 1
+    assert "give a larger --steps" in capsys.readouterr().err and files_of(out) == before
+
+
 def test_a_verdict_that_fails_spoils_nothing(feature_dir, tmp_path, capsys, monkeypatch):
     def broken(*args):
         raise RuntimeError("out of everything")
@@ -91,11 +156,45 @@ def test_sounds_of_a_table_at_every_checkpoint_and_figures_between(feature_dir, 
     assert [row["step"] for row in rows if "eval_lsd_db" in row] == [2, 4]
 
 
+def test_a_video_of_the_table_is_encoded_once_and_sounds_as_its_features_do(
+        feature_dir, clip_dir, tmp_path, capsys, monkeypatch):
+    table = tmp_path / "sounds.csv"
+    (tmp_path / "new").mkdir()
+    shutil.copy(clip_dir / "knock_0.mp4", tmp_path / "new" / "a.mp4")
+    rows = ["name,prompt,video,features,seed", "seen,a knock,new/a.mp4,,7", "blind,a knock,,,7",
+            f"stored,,,{feature_dir / 'knock_0.npz'},7"]
+    table.write_text("\n".join(rows) + "\n")
+    read, original = [], FeatureExtractor.read
+    monkeypatch.setattr(FeatureExtractor, "read", lambda *args: read.append(args) or original(*args))
+    for out in (tmp_path / "one", tmp_path / "two"):
+        assert train(feature_dir, out, "--sample_prompts", str(table), "--lr", "1e-1", "--duration", "2") == 0
+        for step in (0, 4):
+            seen, blind, stored = (soundfile.read(out / "sample_prompts" / f"{name}_step0000{step}.wav")[0]
+                                   for name in ("seen", "blind", "stored"))
+            assert (seen == stored).all() and (seen != blind).any()
+    assert len(read) == 1
+    assert "features of 1 videos, 0 of them made now" in capsys.readouterr().err
+    table.write_text(table.read_text().replace("seen,a knock", "seen,a bell"))  # SelVA's encoder looks for the words
+    assert train(feature_dir, tmp_path / "one", "--sample_prompts", str(table), "--resume", "auto", "--steps", "8",
+                 "--duration", "2") == 0
+    assert len(read) == 2
+
+
+def test_a_video_that_cannot_be_read_ends_the_run_before_anything_is_written(feature_dir, tmp_path, capsys):
+    (tmp_path / "a.mp4").write_bytes(b"no video")
+    (tmp_path / "sounds.csv").write_text("prompt,video\na knock,a.mp4\n")
+    assert train(feature_dir, tmp_path / "run", "--sample_prompts", str(tmp_path / "sounds.csv")) == 1
+    told = capsys.readouterr().err
+    assert "a.mp4" in told and "sounds.csv" in told and "Traceback" not in told and not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(("text", "words"), [
+    ("prompt,video\na,gone.mp4\n", "line 2: gone.mp4: no such file"),
+    ("prompt,video\na,a.npz\n", "line 2: a.npz: expected a video"),
     ("prompt,volume\na,1\n", "has the columns prompt, volume"),
     ("prompt,seed\na,x\n", "line 2: seed is 'x', expected a number"),
     ("prompt,features\n,missing.npz\n", "line 2: missing.npz: no such file"),
-    ("prompt,seed\n,1\n", "line 2: neither a prompt nor features"),
+    ("prompt,seed\n,1\n", "line 2: neither a prompt nor a video nor features"),
     ("name,prompt\na,x\na,y\n", "line 3: the name 'a' is used twice"),
     ("name,prompt\n../a,x\n", "line 2: the name '../a' cannot name a file"),
     ("prompt\n", "it has no rows"),
