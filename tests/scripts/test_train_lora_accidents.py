@@ -69,7 +69,8 @@ def test_the_missing_final_of_a_continued_run_is_written(feature_dir, tmp_path, 
     (out / "report.html").write_text("<!doctype html>")  # killed before this page, and that of the first part is there
     (out / "README.md").unlink()
     assert train(feature_dir, out, "--resume", "auto") == 0
-    assert sorted(path.name for path in out.iterdir()) == names and "all steps are done; made now: " in capsys.readouterr().err
+    assert sorted(path.name for path in out.iterdir()) == names
+    assert "all steps are done; made now: " in capsys.readouterr().err
     assert train(feature_dir, out, "--resume", "auto") == 1
     assert "give a larger --steps" in capsys.readouterr().err
 
