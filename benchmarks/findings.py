@@ -22,6 +22,7 @@ import selva_lora  # noqa: F401 -- ends here if another selva would be imported
 from selva import cli
 from selva.utils.document import begin_mark, marked_block, update_document
 from selva.utils.errors import UserError
+from selva.utils.text import counted
 
 BEGIN_MARK = begin_mark("benchmarks/findings.py")
 DOCUMENT = ROOT / "docs" / "findings.md"
@@ -83,7 +84,7 @@ def verdict(rows: Rows, references: Rows, decided_after: int) -> str:
     """Return the verdict on a method in words, by the intervals of its differences from the reference."""
     cells = {(row["sound"], row["seed"]) for row in rows} & {(row["sound"], row["seed"]) for row in references}
     if len(cells) < decided_after:
-        return f"not decided yet: {len(cells)} of {decided_after} runs"
+        return f"not decided yet: {len(cells)} of {counted(decided_after, 'run')}"
     words = []
     for what, values in (("learns", recognised), ("keeps", known)):
         difference = compared(rows, references, values)
@@ -131,7 +132,7 @@ def question_text(question: Question, plan: Plan, rows: Rows, decided_after: int
     lines = []
     for name, own in found.items():
         if not own:
-            lines.append((name, "0", *[""] * 11, f"not decided yet: 0 of {decided_after} runs"))
+            lines.append((name, "0", *[""] * 11, f"not decided yet: 0 of {counted(decided_after, 'run')}"))
             continue
         is_reference = name == question.reference
         differences = ["", ""] if is_reference else [
@@ -222,7 +223,7 @@ def sections(plan: Plan, rows: Rows, decided_after: int) -> Iterator[str]:
     for scenes, clips in sorted({(row["scenes"], row["clips"]) for row in rows}, key=lambda one: (one[0], -one[1])):
         own = [row for row in rows if (row["scenes"], row["clips"]) == (scenes, clips)]
         sounds = ", ".join(dict.fromkeys(row["sound"] for row in own))
-        yield f"## {clips} clips, {SETS[scenes]}\n\n{len(own)} runs so far; sounds: {sounds}.\n"
+        yield f"## {counted(clips, 'clip')}, {SETS[scenes]}\n\n{counted(len(own), 'run')} so far; sounds: {sounds}.\n"
         for question in plan.questions:
             if text := question_text(question, plan, own, decided_after):
                 yield text

@@ -68,7 +68,7 @@ class Inputs:
         fields = [field.name for field in dataclasses.fields(EncodedCases)]
 
         def make() -> None:
-            log.info("encoding %d scenes: %s", len(cases), name)
+            log.info("encoding scenes (%d): %s", len(cases), name)
             encoded = self.maker.encode(cases)
             with atomic_path(path) as temporary:
                 torch.save({field: torch.cat([getattr(one, field).cpu() for one in encoded]) for field in fields},
@@ -83,7 +83,7 @@ class Inputs:
         folder = self.folder / name
 
         def make() -> None:
-            log.info("making %d clips: %s", len(seeds), name)
+            log.info("making clips (%d): %s", len(seeds), name)
             for number, seed in enumerate(seeds):
                 scene = make_scene(seed, [sound], duration_sec=self.duration_sec)
                 case = Case(scene, 0, scene.prompt(np.random.default_rng([seed, 7])))

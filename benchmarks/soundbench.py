@@ -146,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         done = {row["key"] for row in read_rows(args.results)}
         for run in runs:
             cell = run.cell
-            print(f"{'done' if run.key in done else 'open'}\t{run.method.name}\t{cell.sound}\t{cell.clips} clips\t"
+            print(f"{'done' if run.key in done else 'open'}\t{run.method.name}\t{cell.sound}\tclips {cell.clips}\t"
                   f"seed {cell.seed}\t{cell.scenes}")
         return 0
     import torch

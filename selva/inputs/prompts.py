@@ -49,7 +49,7 @@ def read_all_prompts(path: PathLike, names: Iterable[str] = ()) -> dict[str, tup
         raise FileNotFoundError(f"{path}: no such file")
     if path.suffix.lower() == ".csv" and is_spoken_list(path):
         spoken = {same_name(name.removesuffix(".npz")): text for name, text in read_spoken_list(path).values() if text}
-        return {f"{name}.npz": text for name, text in spoken.items()}
+        return {f"{name}.npz": (text,) for name, text in spoken.items()}
     marked = {same_name(name.removesuffix(".npz")) for name in names if name.startswith("#")}
     full_names: dict[str, list[str]] = {}
     stems: dict[str, list[str]] = {}

@@ -209,7 +209,8 @@ def find_captions(recordings: Mapping[str, Path], table: Path | None) -> dict[st
     captions, names = {}, FolderNames()
     for name, path in recordings.items():
         note = names.find(path.with_suffix(".txt"))
-        caption = written.get(same_name(name)) or (read_sidecar(note) if note and note.is_file() else "")
+        beside = read_sidecar(note) if note and note.is_file() else ()
+        caption = written.get(same_name(name)) or " ".join(beside)
         if caption:
             captions[name] = caption
     return captions

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from selva.utils.errors import UserError
+from selva.utils.text import counted
 
 VALUE = np.dtype("<f4")
 MOST_AT_ONCE = 2**24  # bytes, where they are copied once more
@@ -38,7 +39,7 @@ class RowFile:
         self.path, self.shape = path, shape
         found, expected = path.stat().st_size, math.prod(shape) * VALUE.itemsize
         if found != expected:
-            raise UserError(f"{path}: has {found} bytes, expected {expected} for {shape}; copy it again")
+            raise UserError(f"{path}: has {counted(found, 'byte')}, expected {expected} for {shape}; copy it again")
         self._file = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         weakref.finalize(self, os.close, self._file)
         self._turn = threading.Lock()

@@ -120,6 +120,6 @@ class BaseSamples:
             generated=self._of_step(run), reference=self.folder / RECORDED, captions=captions, clap=run.config.clap,
             ast=run.config.ast, output_dir=self.folder / COMPARED, device=str(run.device)))
         figures = {f"eval_{key}": figure.value for key, figure in found.figures.items()}
-        log.info("step %d, %d samples: %s", run.step, len(found.pairs),
+        log.info("step %d, samples (%d): %s", run.step, len(found.pairs),
                  ", ".join(f"{name} {value:.3g}" for name, value in figures.items()))
         return {"step": run.step, **figures}
