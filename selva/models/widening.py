@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.grad import conv1d_input
 from torch.overrides import TorchFunctionMode
 
 HALF_TYPES = (torch.bfloat16, torch.float16)
@@ -97,4 +98,4 @@ class _WidenedConv1d(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         (weight,) = ctx.saved_tensors
-        return torch.nn.grad.conv1d_input(ctx.shape, weight.float(), grad, *ctx.settings), None, None
+        return conv1d_input(ctx.shape, weight.float(), grad, *ctx.settings), None, None

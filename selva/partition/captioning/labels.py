@@ -78,7 +78,7 @@ def choose(sound: np.ndarray, captions: np.ndarray, labels: Sequence[str]) -> Ch
     """
     lengths = np.linalg.norm(captions, axis=1) * np.linalg.norm(sound)  # (labels,)
     scores = captions @ sound / lengths  # (labels,)
-    order = np.argsort(-scores, kind="stable")
+    order: list[int] = np.argsort(-scores, kind="stable").tolist()
     best = order[0]
     if len(order) == 1:
         return Choice(labels[best], float(scores[best]))

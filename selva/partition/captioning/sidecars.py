@@ -72,7 +72,7 @@ class CaptionFiles:
         """Return the caption that a clip has already, "" if it has none."""
         if self.prompts is None:
             note = clip.with_suffix(".txt")
-            return read_sidecar(note) if note.name != PROMPTS_FILE and note.is_file() else ""
+            return "".join(read_sidecar(note)[-1:]) if note.name != PROMPTS_FILE and note.is_file() else ""
         if self._listed is None:
             names = [path.stem for path in clip.parent.iterdir()]
             self._listed = read_prompts(self.prompts, names) if self.prompts.is_file() else {}
