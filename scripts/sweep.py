@@ -2,7 +2,7 @@
 """Train with several settings, one run after the other, and rank what came out.
 
     python scripts/sweep.py configs/sweeps/example.yaml
-    python scripts/sweep.py sweep.yaml --best_to best.pt
+    python scripts/sweep.py sweep.yaml --output_dir sweeps/dog --best_to best.pt
     torchrun --nproc_per_node 4 scripts/sweep.py sweep.yaml        # one run on each GPU
 
 Writes a folder per run, sweep.tsv and sweep.html. What is done is not done again, so a sweep that was stopped goes on.
@@ -33,6 +33,8 @@ def build_parser() -> cli.ArgumentParser:
     parser = cli.ArgumentParser(__doc__)
     group = parser.add_argument_group("sweep")
     group.add_argument("sweep", type=Path, metavar="SWEEP.yaml", help="output_dir, base, seeds, and grid, vary or runs")
+    group.add_argument("--output_dir", type=Path, metavar="DIR",
+                       help="folder of the runs, of sweep.tsv and sweep.html (default: output_dir in the file)")
     group.add_argument("--best_to", type=Path, metavar="FILE", help="copy the adapter of the best run to this file")
     group.add_argument("--list", action="store_true", help="check all settings and list the runs, and train nothing")
     parser.add_common(seed=False, device=False)
@@ -82,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rank, size = work_alone()
     from selva.training.sweep import NOT_YET, ranked, read_sweep, run_sweep, table_rows, write_results
 
-    output_dir, runs = read_sweep(args.sweep)
+    output_dir, runs = read_sweep(args.sweep, args.output_dir)
     for run in runs:  # before hours of training
         configure(run.settings, output_dir / run.name)
     if args.list:

@@ -19,6 +19,7 @@ import selva_lora  # noqa: F401 -- ends here if another selva would be imported
 from selva import cli
 from selva.extraction.config import ExtractionConfig
 from selva.inference.config import InferenceConfig
+from selva.partition.captioning.config import CaptionConfig
 from selva.partition.config import PartitionConfig
 from selva.training.base.config import BaseTrainConfig
 from selva.training.config import RunConfig
@@ -35,6 +36,7 @@ TABLES: dict[str, type] = {
     "base_training.md": BaseTrainConfig,
     "data.md": ExtractionConfig,
     "partition.md": PartitionConfig,
+    "captions.md": CaptionConfig,
     "inference.md": InferenceConfig,
 }
 TREE_PAGE, TREE_BEGIN, TREE_END = "code.md", "<!-- tree: scripts/update_docs.py -->", "<!-- end of tree -->"

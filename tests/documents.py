@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import os
 import re
 import shlex
+import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
+
+from selva import cli
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "CONTRIBUTING.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")))
 # Why a block is not run; its commands are still parsed, its Python compiled, its imports and settings looked up.
 REASONS = ("published weights", "installs packages", "network", "takes long", "files of other programs")
+
+LINKED = ("comfyui", "configs", "benchmarks", "scripts", "selva", "toyworld", "tests")
 
 _FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w*)\n(?P<text>.*?)^ *```", re.MULTILINE | re.DOTALL)
 _MARK = re.compile(r"<!-- not run: (.*?) -->\s*\Z")
@@ -130,3 +140,48 @@ def anchors_of(path: Path) -> set[str]:
     text = _FENCE.sub("", path.read_text(encoding="utf-8"))
     headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+# -- running them ------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def script_module(script: str) -> ModuleType:
+    """Return the module of a script, by its path in the repository."""
+    spec = importlib.util.spec_from_file_location(f"documented_{Path(script).stem}", ROOT / script)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@functools.cache
+def parser_of(script: str) -> cli.ArgumentParser:
+    """Return the parser of a script."""
+    return script_module(script).build_parser()
+
+
+def fresh_folder(path: Path) -> dict[str, str]:
+    """Fill a folder with links to the scripts and packages; return an environment in which a page's commands run."""
+    for name in (*LINKED, *(script.name for script in ROOT.glob("*.py"))):
+        (path / name).symlink_to(ROOT / name)
+    shutil.copytree(ROOT / "docs", path / "docs")  # some commands write into it
+    programs = path / ".bin"
+    programs.mkdir()
+    for name, start in (("python", ""), ("torchrun", "-m torch.distributed.run")):
+        (programs / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {start} "$@"\n')
+        (programs / name).chmod(0o755)
+    return os.environ | {"PATH": f"{programs}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT),
+                         "CUDA_VISIBLE_DEVICES": ""}
+
+
+def shell_text(block: Block, folder: Path) -> list[str]:
+    """Return what runs a block: a shell line for each language."""
+    if block.language == "bash":
+        return ["bash", "-euo", "pipefail", "-c", block.text]
+    if block.language == "python":
+        return [sys.executable, "-c", block.text]
+    name = block.text.removeprefix("# ").partition(",")[0]
+    (folder / name).write_text(block.text, encoding="utf-8")
+    return ["bash", "-euo", "pipefail", "-c", settings_command(block)]

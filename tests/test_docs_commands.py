@@ -7,21 +7,27 @@ A block that cannot run here (it needs the published weights, say) has the reaso
 from __future__ import annotations
 
 import ast
-import functools
 import importlib
 import importlib.util
 import os
 import re
-import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from documents import PAGES, REASONS, ROOT, Block, Command, blocks_of, broken_links, commands_of, settings_command
-
-from selva import cli
+from documents import (
+    PAGES,
+    REASONS,
+    ROOT,
+    Command,
+    blocks_of,
+    broken_links,
+    commands_of,
+    fresh_folder,
+    parser_of,
+    shell_text,
+)
 
 RUN = ("bash", "python", "yaml")
 COMMANDS = [command for page in PAGES for command in commands_of(page)]
@@ -29,17 +35,6 @@ BLOCKS = [block for page in PAGES for block in blocks_of(page) if block.language
 # docs/python.md has a test of its own, which makes the clips that its reader has.
 RUN_PAGES = [page for page in PAGES if page != "docs/python.md"
              and any(b.language in RUN and not b.reason for b in blocks_of(page))]
-LINKED = ("configs", "benchmarks", "scripts", "selva", "toyworld", "tests")
-
-
-@functools.cache
-def parser_of(script: str) -> cli.ArgumentParser:
-    spec = importlib.util.spec_from_file_location(f"documented_{Path(script).stem}", ROOT / script)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module.build_parser()
 
 
 def arguments_of(command: Command) -> list[str]:
@@ -110,31 +105,6 @@ def test_documented_settings_files_are_understood(block, tmp_path, monkeypatch):
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page):
     assert broken_links(page) == []
-
-
-def fresh_folder(path: Path) -> dict[str, str]:
-    """Fill a folder with links to the scripts and packages; return an environment in which a page's commands run."""
-    for name in (*LINKED, *(script.name for script in ROOT.glob("*.py"))):
-        (path / name).symlink_to(ROOT / name)
-    shutil.copytree(ROOT / "docs", path / "docs")  # some commands write into it
-    programs = path / ".bin"
-    programs.mkdir()
-    for name, start in (("python", ""), ("torchrun", "-m torch.distributed.run")):
-        (programs / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {start} "$@"\n')
-        (programs / name).chmod(0o755)
-    return os.environ | {"PATH": f"{programs}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT),
-                         "CUDA_VISIBLE_DEVICES": ""}
-
-
-def shell_text(block: Block, folder: Path) -> list[str]:
-    """Return what runs a block: a shell line for each language."""
-    if block.language == "bash":
-        return ["bash", "-euo", "pipefail", "-c", block.text]
-    if block.language == "python":
-        return [sys.executable, "-c", block.text]
-    name = block.text.removeprefix("# ").partition(",")[0]
-    (folder / name).write_text(block.text, encoding="utf-8")
-    return ["bash", "-euo", "pipefail", "-c", settings_command(block)]
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from selva.models.config import VideoEncoderConfig
 from selva.models.synchformer_av import SynchformerAV
 from selva.utils.errors import UserError
 from selva.weights.load import read_checkpoint
+from selva.weights.transformers_folder import load_from_folder
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ class Clap:
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         self.device = device
-        self.model, self.processor = _from_folder(folder, "ClapModel", "ClapProcessor", "laion/clap-htsat-unfused")
+        self.model, self.processor = load_from_folder(folder, "ClapModel", "ClapProcessor", "laion/clap-htsat-unfused")
         self.model.to(device)
 
     @torch.inference_mode()
@@ -100,7 +101,7 @@ class Ast:
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         self.device = device
-        self.model, self.extractor = _from_folder(
+        self.model, self.extractor = load_from_folder(
             folder, "ASTForAudioClassification", "ASTFeatureExtractor", "MIT/ast-finetuned-audioset-10-10-0.4593")
         self.model.to(device)
 
@@ -111,22 +112,6 @@ class Ast:
         output = self.model(**features, output_hidden_states=True)
         # The classifier reads the mean of the class and the distillation token.
         return _vector(output.logits), _vector(output.hidden_states[-1][:, :2].mean(dim=1))
-
-
-def _from_folder(folder: Path, model: str, processor: str, example: str) -> tuple[Any, Any]:
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    if not folder.is_dir():
-        raise FileNotFoundError(2, f"no such folder; download {example} from Hugging Face into one", str(folder))
-    try:
-        network = getattr(transformers, model).from_pretrained(folder, local_files_only=True)
-        return network.eval().requires_grad_(False), getattr(transformers, processor).from_pretrained(
-            folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{folder}: cannot be read as a {model} with its {processor}; expected the files of {example} "
-                        f"({reason})") from error
 
 
 def _vector(output: Any) -> np.ndarray:

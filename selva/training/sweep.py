@@ -64,8 +64,11 @@ class SweepRun:
         return re.sub(r"[^A-Za-z0-9.+=,-]+", "_", f"{self.setup},seed={self.seed}").strip("_")[:120]
 
 
-def read_sweep(path: Path) -> tuple[Path, list[SweepRun]]:
+def read_sweep(path: Path, output_dir: Path | None = None) -> tuple[Path, list[SweepRun]]:
     """Return the output folder and the runs of a sweep's file.
+
+    Args:
+        output_dir: of the runs; None for the one that the file names.
 
     Raises:
         UserError: it is no YAML of that form; says which key or value.
@@ -98,9 +101,10 @@ def read_sweep(path: Path) -> tuple[Path, list[SweepRun]]:
     names = [run.name for run in runs]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"{path}: these runs are there twice: {listed(twice)}")
-    if not isinstance(content.get("output_dir"), str):
-        raise UserError(f"{path}: output_dir is {content.get('output_dir')!r}, expected a folder for the runs")
-    return Path(content["output_dir"]), runs
+    if output_dir is None and not isinstance(content.get("output_dir"), str):
+        raise UserError(f"{path}: output_dir is {content.get('output_dir')!r}, expected a folder for the runs; give it "
+                        "there, or with --output_dir")
+    return output_dir or Path(content["output_dir"]), runs
 
 
 def _setups(path: Path, kind: str, content: Mapping[str, Any]) -> list[dict[str, Any]]:

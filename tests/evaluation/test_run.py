@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from listening_models import put_ast, put_clap
 from make_media import make_video
 from struck_sounds import RATE, strikes
 
@@ -98,30 +99,11 @@ def test_mistakes_end_in_one_line(folders, tmp_path):
 @pytest.fixture(scope="module")
 def networks(tmp_path_factory) -> dict[str, Path]:
     """Small random networks in the files that users have."""
-    import transformers
-
     folder = tmp_path_factory.mktemp("networks")
     torch.manual_seed(0)
-    audio = {"hidden_size": 8, "patch_embeds_hidden_size": 4, "depths": [1, 1], "num_attention_heads": [1, 1],
-             "num_hidden_layers": 2, "num_mel_bins": 64, "spec_size": 256, "window_size": 8, "num_classes": 3,
-             "projection_dim": 16}
-    text = {"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-            "intermediate_size": 16, "projection_dim": 16}
-    config = transformers.ClapConfig(text_config=text, audio_config=audio, projection_dim=16)
-    transformers.ClapModel(config).save_pretrained(folder / "clap")
-    characters = {chr(code): code - 28 for code in range(33, 127)}
-    vocabulary = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "<mask>": 4, "Ġ": 200, **characters}
-    (folder / "vocab.json").write_text(json.dumps(vocabulary))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = transformers.RobertaTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
-    extractor = transformers.ClapFeatureExtractor(truncation="rand_trunc")
-    transformers.ClapProcessor(extractor, tokenizer).save_pretrained(folder / "clap")
-    ast = transformers.ASTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
-                                 max_length=128, num_labels=7)
-    transformers.ASTForAudioClassification(ast).save_pretrained(folder / "ast")
-    transformers.ASTFeatureExtractor(max_length=128).save_pretrained(folder / "ast")
     torch.save(SynchformerAV(SMALL).state_dict(), folder / "synchformer.pth")
-    return {"clap": folder / "clap", "ast": folder / "ast", "synchformer": folder / "synchformer.pth"}
+    return {"clap": put_clap(folder / "clap"), "ast": put_ast(folder / "ast"),
+            "synchformer": folder / "synchformer.pth"}
 
 
 def test_networks_add_their_figures_and_their_features_are_kept(folders, tmp_path, networks, monkeypatch):

@@ -39,6 +39,12 @@ def test_a_base_may_be_the_settings_of_an_old_run(tmp_path):
     assert runs[0].settings == {"rank": 8, "lr": 1, "seed": 42}
 
 
+def test_another_output_folder_goes_before_that_of_the_file(tmp_path):
+    path = put(tmp_path / "s.yaml", "output_dir: out\nseeds: 2")
+    assert read_sweep(path)[0] == Path("out") and read_sweep(path, tmp_path)[0] == tmp_path
+    assert read_sweep(put(path, "seeds: 2"), tmp_path)[0] == tmp_path  # and is enough
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
