@@ -94,15 +94,16 @@ def put_whisper(folder: Path, said: Words = SAID, language: str = "en", multilin
                 last.bias.zero_()
         decoder.embed_positions.weight.zero_()
         decoder.embed_positions.weight[: len(wanted)] = 20 * decoder.embed_tokens.weight[wanted]
-    settings = model.generation_config
-    settings.max_length = config.max_target_positions
-    settings.update(
-        is_multilingual=multilingual, no_timestamps_token_id=ids["<|notimestamps|>"], max_initial_timestamp_index=50,
-        prev_sot_token_id=ids["<|startofprev|>"], decoder_start_token_id=ids["<|startoftranscript|>"],
-        begin_suppress_tokens=None, suppress_tokens=None, return_timestamps=False,
-    )
-    settings.lang_to_id = {"<|en|>": ids["<|en|>"], "<|de|>": ids["<|de|>"]} if multilingual else None
-    settings.task_to_id = {name: ids[f"<|{name}|>"] for name in ("translate", "transcribe")} if multilingual else None
+    rules = {
+        "is_multilingual": multilingual, "no_timestamps_token_id": ids["<|notimestamps|>"],
+        "max_initial_timestamp_index": 50, "prev_sot_token_id": ids["<|startofprev|>"],
+        "decoder_start_token_id": ids["<|startoftranscript|>"], "max_length": config.max_target_positions,
+        "eos_token_id": ids["<|endoftext|>"], "pad_token_id": ids["<|endoftext|>"],
+    }
+    if multilingual:
+        rules["lang_to_id"] = {"<|en|>": ids["<|en|>"], "<|de|>": ids["<|de|>"]}
+        rules["task_to_id"] = {name: ids[f"<|{name}|>"] for name in ("translate", "transcribe")}
+    model.generation_config = transformers.GenerationConfig(**rules)
     model.save_pretrained(folder)
     extractor = transformers.WhisperFeatureExtractor(feature_size=16)
     transformers.WhisperProcessor(extractor, tokenizer).save_pretrained(folder)
