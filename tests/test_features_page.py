@@ -43,9 +43,9 @@ OWN_FLAGS = {  # of single scripts, too small for a line of their own
     "evaluate.py": {"videos"}, "quickstart.py": {"sound", "out"},
     "train_tiny.py": {"stages", "restart", "steps", "batch_size", "scale", "threads", "export"},
     "train_base.py": {"timestep_mode", "logit_normal_sigma", "curriculum_switch", "null_prob", "latent",
-                      "clip_features", "lr", "lr_milestones", "lr_factor", "lr_cycles", "weight_decay", "adam_eps", "tensorboard",
-                      "grad_checkpointing", "compile", "prefetch", "readers", "lr_schedule"},
-    "extract_features.py": {"video_dir"}, "partition_clips.py": {"val_below_sec", "val_below_text"},
+                      "clip_features", "lr", "lr_milestones", "lr_factor", "lr_cycles", "weight_decay", "adam_eps",
+                      "tensorboard", "grad_checkpointing", "compile", "prefetch", "readers"},
+    "extract_features.py": {"video_dir"},
     "infer.py": {"recursive", "cuda_graph"},
 }
 

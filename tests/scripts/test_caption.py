@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -148,6 +151,25 @@ def test_one_bad_sound_ends_nothing(talks, models, caplog):
     assert caption("--data_dir", talks, "--whisper", models["whisper"]) == cli.EXIT_FAILED
     assert caplog.text.count("left out: ") == 2 and "nan.wav" in caplog.text and "bad.wav" in caplog.text
     assert (talks / "long.json").is_file() and not (talks / "bad.json").exists()
+
+
+@pytest.mark.skipif("WHISPER_DIR" not in os.environ or not shutil.which("espeak-ng"),
+                    reason="needs espeak-ng, and a real Whisper in the folder WHISPER_DIR")
+def test_a_real_whisper_understands_a_spoken_sentence(tmp_path):
+    talks = tmp_path / "talks"
+    talks.mkdir()
+    sentence = "Please close the window before it begins to rain."
+    subprocess.run(["espeak-ng", "-v", "en-us", "-s", "140", "-w", str(talks / "said.wav"), sentence], check=True)
+    speech, rate = soundfile.read(talks / "said.wav")
+    pause = np.zeros(5 * rate)
+    soundfile.write(talks / "twice.wav", np.concatenate([speech, pause, speech]), rate)
+    assert caption("--data_dir", talks, "--whisper", os.environ["WHISPER_DIR"], "--to_captions", "<{text}>") == 0
+    assert (talks / "said.txt").read_text() == f"<{sentence}>\n"
+    found = segments(talks / "twice.json")
+    assert [text for *_, text in found] == [f"<{sentence}>"] * 2
+    for begin, (start, end, _) in zip((0.0, len(speech) / rate + 5), found, strict=True):
+        middle = begin + len(speech) / rate / 2
+        assert start < middle < end
 
 
 @pytest.mark.parametrize(

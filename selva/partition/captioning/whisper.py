@@ -9,7 +9,8 @@ section 3.8).
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,7 +91,9 @@ class Whisper:
         language = self.language or self._hear_language(features["input_features"])
         chosen = {"language": language, "task": "transcribe"} if self.is_multilingual else {}
         torch.manual_seed(seed)
-        found = self.model.generate(**features, return_timestamps=True, return_segments=True, **SEARCH, **chosen)
+        with _quiet():
+            found = self.model.generate(
+                **features, return_timestamps=True, return_segments=True, **SEARCH, **chosen)
         segments = []
         for part in found["segments"][0]:
             text = self.processor.tokenizer.decode(part["tokens"], skip_special_tokens=True)
@@ -106,6 +109,19 @@ class Whisper:
         token = self.model.detect_language(features[:, :, :frames])[0].item()
         settings = self.model.generation_config
         return next(name.strip("<|>") for name, number in settings.lang_to_id.items() if number == token)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from telling users how programmers are to call it."""
+    from transformers.utils import logging as transformers_logging
+
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
 
 
 def merge_short(
