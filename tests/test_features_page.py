@@ -95,6 +95,8 @@ def test_every_script_and_every_page_is_there():
     scripts = {path.name for path in [*ROOT.glob("*.py"), *(ROOT / "scripts").iterdir()] if path.is_file()}
     scripts -= OWN_SCRIPTS | {"setup.py", "selva_lora.py", "__init__.py"}
     assert [name for name in sorted(scripts) if name not in TEXT] == []
+    (commands,) = [a.choices for a in parser_of("scripts/adapter.py")._actions if a.dest == "command"]
+    assert [name for name in commands or () if f"adapter.py {name} " not in TEXT] == []
     pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"features.md", "tiny_model_card.md", "guide.md"}
     assert [name for name in sorted(pages) if f"({name}" not in TEXT] == []
     assert f"({PAGE})" in (ROOT / "README.md").read_text(encoding="utf-8")
