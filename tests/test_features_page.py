@@ -38,7 +38,8 @@ OWN_SCRIPTS = {"fuzz_worker.py", "update_docs.py", "setup_env.sh", "setup_env.ps
 PLAIN = {"config", "debug", "version", "help", "device", "seed", "precision", "variant", "selva_dir", "overwrite"}
 OWN_FLAGS = {  # of single scripts, too small for a line of their own
     "adapter.py": {"fold"}, "download_weights.py": {"list", "layout"}, "make_test_weights.py": {"layout"},
-    "fuzz.py": {"keep", "limit_sec"}, "kill_test.py": {"processes", "steps", "save_every"}, "make_report.py": {"title", "commands"},
+    "fuzz.py": {"keep", "limit_sec"}, "kill_test.py": {"processes", "steps", "save_every"},
+    "make_report.py": {"title", "commands"},
     "sweep.py": {"list"}, "inspect_dataset.py": {"recursive"}, "make_ema.py": {"step"},
     "evaluate.py": {"videos"}, "quickstart.py": {"sound", "out"},
     "train_tiny.py": {"stages", "restart", "steps", "batch_size", "scale", "threads", "export"},

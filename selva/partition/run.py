@@ -205,12 +205,17 @@ def find_captions(recordings: Sequence[Path], table: Path | None) -> dict[str, s
     unused = sorted(set(written) - {same_name(path.stem) for path in recordings})
     if unused:
         log.warning("%s: no recording for %s", table, listed(unused))
-    captions, names = {}, FolderNames()
+    captions, names, several = {}, FolderNames(), []
     for path in recordings:
         note = names.find(path.with_suffix(".txt"))
-        caption = written.get(same_name(path.stem)) or (read_sidecar(note) if note and note.is_file() else "")
+        beside = read_sidecar(note) if note and note.is_file() else ()
+        caption = written.get(same_name(path.stem)) or "".join(beside[-1:])
+        if not written.get(same_name(path.stem)) and len(beside) > 1:
+            several.append(f"{path.stem}.txt")
         if caption:
             captions[path.stem] = caption
+    if several:
+        log.warning("several captions, of which the last counts: %s", listed(several))
     return captions
 
 

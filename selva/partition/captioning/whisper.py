@@ -78,7 +78,7 @@ class Whisper:
 
     @torch.inference_mode()
     def transcribe(self, sound: Tensor, seed: int = 42) -> Transcript:
-        """Return what is said in (samples,) at 16 kHz; digital silence says nothing."""
+        """Return the words in (samples,) at 16 kHz; none in digital silence."""
         seconds = len(sound) / WHISPER_RATE
         if not len(sound) or sound.abs().max().item() <= SILENCE_LEVEL:
             return Transcript("", ())
