@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -45,12 +46,13 @@ def finish(process: subprocess.Popen[str]) -> tuple[str, str]:
     return out, err
 
 
-@pytest.fixture
-def undisturbed(feature_dir, tmp_path) -> tuple[Path, Path]:
+@pytest.fixture(scope="module")
+def undisturbed(_features, tmp_path_factory) -> tuple[Path, Path]:
     """A sweep of four runs and the folder of its results."""
-    sweep = put_sweep(tmp_path, feature_dir)
-    finish(start(sweep, tmp_path / "whole"))
-    return sweep, tmp_path / "whole"
+    folder = tmp_path_factory.mktemp("sweep")
+    sweep = put_sweep(folder, Path(shutil.copytree(_features, folder / "features")))
+    finish(start(sweep, folder / "whole"))
+    return sweep, folder / "whole"
 
 
 def steps_done(folder: Path) -> int:
