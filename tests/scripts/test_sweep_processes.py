@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import re
 import shutil
 import subprocess
 import sys
@@ -95,6 +94,8 @@ def test_two_processes_share_the_runs_of_a_sweep(undisturbed, tmp_path):
     table, err = finish(start(sweep, out, processes=2))
     assert_same_results(out, whole)
     assert table.count("mean loss") == 1 and f"{out / 'sweep.tsv'}\n" in table  # told once, by the last one to end
-    assert len(re.findall(r"run \d of 4", err)) >= 4 and steps_done(out) == 4 * STEPS  # nothing is done twice
+    assert steps_done(out) == 4 * STEPS  # nothing is done twice
+    # Only the first process has a voice; it met runs of the other one.
+    assert err.count("done already") + err.count("another process is at it") >= 1
     begun = sorted((path.stat().st_mtime_ns, path.parent.name) for path in out.glob("*/config.yaml"))
     assert {name for _, name in begun[:2]} == {"lr=0.001,rank=2,seed=42", "lr=0.01,rank=2,seed=42"}
