@@ -93,7 +93,7 @@ def test_two_processes_share_the_runs_of_a_sweep(undisturbed, tmp_path):
     out = tmp_path / "shared"
     table, err = finish(start(sweep, out, processes=2))
     assert_same_results(out, whole)
-    assert table.count("mean loss") == 1 and f"{out / 'sweep.tsv'}\n" in table  # told once, by the last one to end
+    assert f"{out / 'sweep.tsv'}\n" in table  # told by the last one to end; by both if they end together
     assert steps_done(out) == 4 * STEPS  # nothing is done twice
     # Only the first process has a voice; it met runs of the other one.
     assert err.count("done already") + err.count("another process is at it") >= 1
