@@ -206,13 +206,17 @@ def find_captions(recordings: Mapping[str, Path], table: Path | None) -> dict[st
     unused = sorted(set(written) - {same_name(name) for name in recordings})
     if unused:
         log.warning("%s: no recording for %s", table, listed(unused))
-    captions, names = {}, FolderNames()
+    captions, names, several = {}, FolderNames(), []
     for name, path in recordings.items():
         note = names.find(path.with_suffix(".txt"))
         beside = read_sidecar(note) if note and note.is_file() else ()
-        caption = written.get(same_name(name)) or " ".join(beside)
-        if caption:
+        listed_caption = written.get(same_name(name))
+        if not listed_caption and len(beside) > 1:
+            several.append(f"{name}.txt")
+        if caption := listed_caption or "".join(beside[-1:]):
             captions[name] = caption
+    if several:
+        log.warning("several captions, of which the last counts: %s", listed(several))
     return captions
 
 

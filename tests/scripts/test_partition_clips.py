@@ -198,7 +198,7 @@ def test_a_recording_of_eight_seconds_gets_a_hint(tmp_path, capsys):
 
 
 def test_captions_of_a_table_go_before_text_files_and_are_keyed_by_recording(recordings, tmp_path, capsys):
-    (recordings / "a.txt").write_text("from the\ntext file")
+    (recordings / "a.txt").write_text("from the text file")
     (recordings / "b.txt").write_text("not this one")
     (tmp_path / "words.csv").write_text("id,caption\nb,a siren\nx,nothing\n")
     arguments = ["--data_dir", str(recordings), "--output_dir", str(tmp_path / "out")]
@@ -207,6 +207,13 @@ def test_captions_of_a_table_go_before_text_files_and_are_keyed_by_recording(rec
     assert captured.out.splitlines()[1:] == [str(tmp_path / "out" / "captions.tsv")]
     assert "no recording for x" in captured.err
     assert read_captions(tmp_path / "out" / "captions.tsv") == {"a": "from the text file", "b": "a siren"}
+
+
+def test_of_several_captions_in_a_text_the_last_counts(recordings, tmp_path, caplog):
+    (recordings / "a.txt").write_text("rain\nheavy rain\n")
+    assert main(["--data_dir", str(recordings), "--output_dir", str(tmp_path / "out")]) == 0
+    assert read_captions(tmp_path / "out" / "captions.tsv") == {"a": "heavy rain"}
+    assert "of which the last counts: a.txt" in caplog.text
 
 
 def test_segments_of_whisper_become_clips_with_captions_and_sound(tmp_path, capsys):

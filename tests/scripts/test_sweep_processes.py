@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-import re
+import shutil
 import subprocess
 import sys
 import time
@@ -45,12 +45,13 @@ def finish(process: subprocess.Popen[str]) -> tuple[str, str]:
     return out, err
 
 
-@pytest.fixture
-def undisturbed(feature_dir, tmp_path) -> tuple[Path, Path]:
+@pytest.fixture(scope="module")
+def undisturbed(_features, tmp_path_factory) -> tuple[Path, Path]:
     """A sweep of four runs and the folder of its results."""
-    sweep = put_sweep(tmp_path, feature_dir)
-    finish(start(sweep, tmp_path / "whole"))
-    return sweep, tmp_path / "whole"
+    folder = tmp_path_factory.mktemp("sweep")
+    sweep = put_sweep(folder, Path(shutil.copytree(_features, folder / "features")))
+    finish(start(sweep, folder / "whole"))
+    return sweep, folder / "whole"
 
 
 def steps_done(folder: Path) -> int:
@@ -92,7 +93,9 @@ def test_two_processes_share_the_runs_of_a_sweep(undisturbed, tmp_path):
     out = tmp_path / "shared"
     table, err = finish(start(sweep, out, processes=2))
     assert_same_results(out, whole)
-    assert table.count("mean loss") == 1 and f"{out / 'sweep.tsv'}\n" in table  # told once, by the last one to end
-    assert len(re.findall(r"run \d of 4", err)) >= 4 and steps_done(out) == 4 * STEPS  # nothing is done twice
+    assert f"{out / 'sweep.tsv'}\n" in table  # told by the last one to end; by both if they end together
+    assert steps_done(out) == 4 * STEPS  # nothing is done twice
+    # Only the first process has a voice; it met runs of the other one.
+    assert err.count("done already") + err.count("another process is at it") >= 1
     begun = sorted((path.stat().st_mtime_ns, path.parent.name) for path in out.glob("*/config.yaml"))
     assert {name for _, name in begun[:2]} == {"lr=0.001,rank=2,seed=42", "lr=0.01,rank=2,seed=42"}

@@ -78,11 +78,11 @@ def choose(sound: np.ndarray, captions: np.ndarray, labels: Sequence[str]) -> Ch
     """
     lengths = np.linalg.norm(captions, axis=1) * np.linalg.norm(sound)  # (labels,)
     scores = captions @ sound / lengths  # (labels,)
-    order: list[int] = np.argsort(-scores, kind="stable").tolist()
-    best = order[0]
+    order = np.argsort(-scores, kind="stable")
+    best = int(order[0])
     if len(order) == 1:
         return Choice(labels[best], float(scores[best]))
-    second = order[1]
+    second = int(order[1])
     return Choice(labels[best], float(scores[best]), labels[second], float(scores[second]))
 
 

@@ -24,7 +24,7 @@ from selva.partition.pieces import WrittenFiles
 from selva.partition.windows import write_table
 from selva.utils.device import resolve_device
 from selva.utils.errors import UserError
-from selva.utils.files import atomic_write_text, check_can_write, source_hash
+from selva.utils.files import atomic_write_text, check_can_write, real_path, source_hash
 from selva.utils.progress import Progress
 from selva.utils.text import counted, listed
 from selva.weights.find import content_mark
@@ -41,7 +41,7 @@ FORMAT = 1  # of the .json files; raised when they are made in another way
 
 @dataclass
 class Captioned:
-    """Outcome of a run, recording by recording.
+    """Outcome of a captioning.
 
     Attributes:
         paths: the files to go on with: .json files of speech, or the table of scores.
@@ -64,7 +64,7 @@ def caption_recordings(config: CaptionConfig) -> Captioned:
     for folder in {output_dir, config.data_dir if config.prompts is None else config.prompts.parent}:
         check_can_write(folder)
     beside = WrittenFiles(config.data_dir, "captions")
-    in_output = beside if output_dir.resolve() == config.data_dir.resolve() else WrittenFiles(output_dir, "captions")
+    in_output = beside if real_path(output_dir) == real_path(config.data_dir) else WrittenFiles(output_dir, "captions")
     captions = CaptionFiles(beside, config.prompts)
     run = _Run(config, output_dir, in_output, captions)
     result = run.by_whisper(sounds) if config.whisper is not None else run.by_clap(sounds)

@@ -1,6 +1,6 @@
 """Captions where extraction, partition and training look for them: a text beside each clip, or lines of a prompts.txt.
 
-What a user has written or edited stays as it is, and is named.
+A text that a user has written or edited stays as it is, and is named.
 """
 
 from __future__ import annotations
@@ -69,10 +69,10 @@ class CaptionFiles:
         return "written"
 
     def caption_of(self, clip: Path) -> str:
-        """Return the caption that a clip has already, "" if it has none."""
+        """Return the caption that a clip has already, several of a text on a line each; "" if it has none."""
         if self.prompts is None:
             note = clip.with_suffix(".txt")
-            return "".join(read_sidecar(note)[-1:]) if note.name != PROMPTS_FILE and note.is_file() else ""
+            return "\n".join(read_sidecar(note)) if note.name != PROMPTS_FILE and note.is_file() else ""
         if self._listed is None:
             names = [path.stem for path in clip.parent.iterdir()]
             self._listed = read_prompts(self.prompts, names) if self.prompts.is_file() else {}

@@ -28,6 +28,14 @@ def test_a_text_is_replaced_only_as_long_as_nobody_has_touched_it(tmp_path, capl
     assert files(tmp_path).write(clip, "a fox") == "as before"
 
 
+def test_several_captions_of_a_user_stay(tmp_path):
+    clip, note = tmp_path / "dog.mp4", tmp_path / "dog.txt"
+    assert files(tmp_path).write(clip, "a dog") == "written"
+    note.write_text("a small dog\na dog\n")  # the last of which is the caption
+    assert files(tmp_path).write(clip, "a dog") == "kept"
+    assert note.read_text() == "a small dog\na dog\n"
+
+
 def test_a_text_that_was_there_before_is_kept_an_empty_one_too(tmp_path):
     (tmp_path / "dog.txt").write_text("")
     assert files(tmp_path).write(tmp_path / "dog.wav", "a dog") == "kept"
