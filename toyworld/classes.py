@@ -143,6 +143,20 @@ _KEPT_AWAY = (
         _pick(_PLASTICS, "red", "blue", "purple", "orange"), sound.laser, 0.6, looks.laser, looks.laser_still,
         min_gap_sec=0.42, most_events=9,
     ),
+    SoundClass(
+        "violin", "a bow plays long notes on a violin",
+        ("a violin plays", "a bow is drawn over a {colour} violin", "violin", "long notes of a violin",
+         "someone bows a violin", "the sound of a violin", "a fiddle is played"),
+        {"brown": (150, 84, 44), "amber": (196, 122, 52), "dark": (96, 54, 38)},
+        sound.violin, 0.8, looks.violin, looks.violin_still, running=True,
+    ),
+    SoundClass(
+        "gravel", "a boot steps on gravel",
+        ("a boot steps on gravel", "footsteps on gravel", "gravel", "crunching of gravel under a {colour} boot",
+         "someone walks over pebbles", "crunchy steps", "the sound of steps on gravel"),
+        {"brown": (140, 92, 56), "black": (62, 60, 64), "red": (190, 60, 52)},
+        sound.gravel, 0.8, looks.gravel, looks.gravel_still, min_gap_sec=0.55, most_events=8,
+    ),
 )
 
 CLASSES: dict[str, SoundClass] = {kind.name: kind for kind in _TRAINED}

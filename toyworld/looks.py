@@ -401,3 +401,65 @@ def laser(canvas: Canvas, thing: Any, now: Now) -> None:
         canvas.line(*at(u, -0.25), *at(u, 0.05), 0.06 * s, mixed(thing.rgb, WHITE, 0.5))
     canvas.disc(*at(-0.25, -0.1), 0.1 * s, colour=mixed(darker(bolt, 0.5), bolt, now.glow), shade=0)
     _spark(canvas, *at(0.8, -0.1), 0.30 * s, now.glow)
+
+
+def violin_still(canvas: Canvas, thing: Any) -> None:
+    x, s, g = thing.x, thing.reach, thing.ground
+    shadow(canvas, thing, 0.8)
+    rgb = thing.rgb
+    canvas.line(x, g - 1.1 * s, x, g - 2.35 * s, 0.13 * s, darker(rgb, 0.6))
+    canvas.disc(x, g - 2.4 * s, 0.11 * s, colour=darker(rgb, 0.4))
+    canvas.disc(x, g - 0.55 * s, 0.62 * s, 0.52 * s, colour=rgb, shade=0.45)
+    canvas.disc(x, g - 1.25 * s, 0.47 * s, 0.40 * s, colour=rgb, shade=0.45)
+    canvas.box(x, g - 0.92 * s, 0.36 * s, 0.22 * s, rgb)
+    for side in (-1, 1):
+        canvas.line(x + 0.24 * s * side, g - 0.75 * s, x + 0.18 * s * side, g - 1.1 * s, 0.04 * s, darker(rgb, 0.7))
+
+
+def violin(canvas: Canvas, thing: Any, now: Now) -> None:
+    """Paint the bow of a violin, lifted off while it is silent, and its strings, which shake while it is played."""
+    x, s, g = thing.x, thing.reach, thing.ground
+    on = min(1.0, 1.6 * now.gate)
+    shake = 0.03 * s * on * math.sin(60 * now.time_sec)
+    for k in (-0.06, 0.0, 0.06):
+        canvas.line(x + k * s, g - 0.35 * s, x + k * s + shake, g - 0.95 * s, 0.02 * s + 0.003, mixed(DARK, SPARK, on))
+        canvas.line(x + k * s + shake, g - 0.95 * s, x + k * s, g - 2.3 * s, 0.02 * s + 0.003, mixed(DARK, SPARK, on))
+    y = g - 0.95 * s - 0.45 * s * (1 - on)
+    middle = x + 0.55 * s * math.sin(2 * math.pi * now.turns)
+    canvas.line(middle - 0.95 * s, y + 0.12 * s, middle + 0.95 * s, y - 0.12 * s, 0.05 * s + 0.003, WHITE)
+    canvas.line(middle - 0.95 * s, y + 0.02 * s, middle + 0.95 * s, y - 0.26 * s, 0.06 * s + 0.003, (120, 50, 30))
+    canvas.box(middle + 0.88 * s, y - 0.15 * s, 0.12 * s, 0.09 * s, (45, 28, 22))
+    if on:
+        for side in (-1, 1):
+            for k in (0.85, 1.05):
+                canvas.line(x + side * k * s, g - 1.55 * s, x + side * (k + 0.05) * s, g - 1.95 * s, 0.012, SPARK, on)
+
+
+_PEBBLES = tuple(((k * 0.754878) % 1.0, (k * 0.569840) % 1.0) for k in range(1, 27))  # Roberts' R2 sequence
+
+
+def gravel_still(canvas: Canvas, thing: Any) -> None:
+    x, s, g = thing.x, thing.reach, thing.ground
+    shadow(canvas, thing, 1.1)
+    for u, v in _PEBBLES:
+        grey = 110 + 90 * ((7 * u + 3 * v) % 1.0)
+        canvas.disc(x + (2.2 * u - 1.1) * s, g + (0.16 * v - 0.10) * s, (0.09 + 0.05 * v) * s, 0.07 * s,
+                    colour=(grey, grey - 6, grey - 16))
+
+
+def gravel(canvas: Canvas, thing: Any, now: Now) -> None:
+    """Paint a boot that comes down on pebbles, some of which jump away from it."""
+    x, s, g = thing.x, thing.reach, thing.ground
+    y = g - 0.10 * s - 0.75 * s * now.lift
+    dark = darker(thing.rgb, 0.35)
+    canvas.line(x - 0.22 * s, y - 0.35 * s, x - 0.22 * s, y - 1.45 * s, 0.46 * s, (70, 90, 140))
+    canvas.box(x - 0.22 * s, y - 0.55 * s, 0.30 * s, 0.38 * s, thing.rgb)
+    canvas.disc(x + 0.12 * s, y - 0.20 * s, 0.58 * s, 0.22 * s, colour=thing.rgb)
+    canvas.box(x + 0.08 * s, y - 0.03 * s, 0.64 * s, 0.07 * s, dark)
+    if now.since < 0.35:
+        jump = 1 - (2 * now.since / 0.35 - 1) ** 2
+        for k in (-1.0, -0.7, 0.75, 1.05):
+            canvas.disc(x + k * s * (0.75 + now.since), g - (0.75 - 0.3 * abs(k)) * s * jump - 0.05 * s, 0.09 * s,
+                        colour=(200, 195, 180), shade=0)
+    if now.glow > 0.06:
+        _spark(canvas, x + 0.62 * s, g - 0.05 * s, 0.26 * s, now.glow)

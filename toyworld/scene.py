@@ -24,10 +24,11 @@ from toyworld.classes import CLASSES, SoundClass, get_class
 from toyworld.looks import Now
 from toyworld.motion import Event
 from toyworld.paint import Colour
-from toyworld.sound import FAN_HZ, LAMP_HZ
+from toyworld.sound import BOW_HZ, FAN_HZ, LAMP_HZ
 
 PEAK = 0.9  # of the whole sound
 SEPARATION_SEC = 0.2  # between events of two things, where there is room for it
+_TURNS_HZ = {"siren": LAMP_HZ, "violin": BOW_HZ}  # of running sources; that of the others is the fan's
 _SOUND, _NOISE = 1, 2  # streams of random numbers, apart from the one that draws the scene
 
 
@@ -139,7 +140,7 @@ def _states(thing: Thing, times: np.ndarray) -> list[Now]:
     """Return the state of a thing at every time."""
     events = thing.events
     if thing.kind.running:
-        slowest, fastest = LAMP_HZ if thing.name == "siren" else FAN_HZ
+        slowest, fastest = _TURNS_HZ.get(thing.name, FAN_HZ)
         gates = motion.gate(times, events).tolist()
         turns, times = motion.turns(times, events, slowest, fastest).tolist(), times.tolist()
         return [Now(gate=g, turns=n, time_sec=t) for g, n, t in zip(gates, turns, times, strict=True)]

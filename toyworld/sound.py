@@ -140,6 +140,19 @@ def laser(rate: int, size: float, strength: float, rng: np.random.Generator) -> 
     return strength * tone * np.minimum(1, t / 0.002) * np.exp(-t / 0.11)
 
 
+def gravel(rate: int, size: float, strength: float, rng: np.random.Generator) -> np.ndarray:
+    """Return a step on gravel: grains of stone at random moments over a fifth of a second, no two steps alike."""
+    grain, num_grains = np.arange(round(0.02 * rate)) / rate, 150
+    times = np.concatenate([np.zeros(6), 0.19 * rng.beta(1, 2, num_grains)])
+    levels = np.concatenate([np.full(6, 0.8), rng.lognormal(-0.7, 0.5, num_grains) * np.exp(-times[6:] / 0.1)])
+    hertz, decays = rng.uniform(350, 2600, len(times)) / size, rng.uniform(0.001, 0.004, len(times))
+    phases = rng.uniform(0, 2 * np.pi, len(times))
+    sound = np.zeros(round(0.26 * rate))
+    for begin, level, f, decay, phase in zip((times * rate).astype(int), levels, hertz, decays, phases, strict=True):
+        sound[begin : begin + len(grain)] += level * np.sin(2 * np.pi * f * grain + phase) * np.exp(-grain / decay)
+    return 0.45 * strength * _sum(sound, _click(rng, rate, 300, 1200, 0.03))
+
+
 # -- running sources ---------------------------------------------------------------------------------------------------
 
 
@@ -151,6 +164,7 @@ def rain(rate: int, num_samples: int, size: float, events: Sequence[Event], rng:
 
 FAN_HZ = (0.7, 2.2)  # revolutions per second of the slowest and the fastest run; 4 blades
 LAMP_HZ = (0.6, 1.2)  # revolutions per second of the siren's light
+BOW_HZ = (0.4, 0.9)  # to and fro of the violin's bow
 
 
 def motor(rate: int, num_samples: int, size: float, events: Sequence[Event], rng: np.random.Generator) -> np.ndarray:
@@ -169,6 +183,19 @@ def siren(rate: int, num_samples: int, size: float, events: Sequence[Event], rng
     hertz = 500 / size * (1 - 0.15 * np.cos(2 * np.pi * turns(times, events, *LAMP_HZ)))
     horn = sum((k * hertz < _HIGHEST * rate) * sweep(rate, k * hertz) / k**0.3 for k in range(1, 15))
     return 0.2 * gate(times, events) * horn
+
+
+def violin(rate: int, num_samples: int, size: float, events: Sequence[Event], rng: np.random.Generator) -> np.ndarray:
+    """Return a bowed string, one note for every stroke of the bow: harmonics with vibrato, and a little rosin."""
+    times = np.arange(num_samples) / rate
+    vibrato = 1 + 0.012 * np.sin(2 * np.pi * 5.5 * times)
+    hertz = np.full(num_samples, 300.0 / size)
+    for event in events:  # a faster bow plays a higher note, up to a fifth
+        hertz[times >= event.time_sec] = 300 / size * 1.5 ** ((event.strength - 0.5) / 0.5)
+    hertz *= vibrato
+    string = sum((k * hertz < _HIGHEST * rate) * sweep(rate, k * hertz) / k**1.3 for k in range(1, 9))
+    rosin = band_noise(rng, rate, num_samples, 1500, 4500)
+    return 0.3 * gate(times, events) * (string + 0.02 * rosin)
 
 
 # -- beyond the classes ------------------------------------------------------------------------------------------------

@@ -1,0 +1,149 @@
+"""Plan of `soundbench.py`: questions, methods and runs, in the order in which they are worth most.
+
+    soundbench.yaml --read_plan--> questions, methods --runs_of--> runs, the most valuable first
+
+A run is one training: a method, and a cell of the table, which is a sound, a number of clips, a seed and the scenes
+that judge it. Needs no PyTorch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from selva.utils.errors import UserError
+from selva.utils.text import listed
+
+ROOT = Path(__file__).resolve().parents[1]
+PLAN_FILE = ROOT / "benchmarks" / "soundbench.yaml"
+OWN_SETTINGS = ("data_dir", "output_dir", "seed", "resume", "val_fraction", "val_dir", "save_every")  # see Bench.train
+# Scenes that settings are chosen by, and those that judge what was chosen; neither is trained on. Seeds of trainings
+# are apart too: seed 1 of one is not seed 1 of the other.
+SCENE_SETS = {"select": 8_600_000, "judge": 8_800_000}
+SEED_OFFSETS = {"select": 0, "judge": 1000}
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to train.
+
+    Attributes:
+        changes: of the base settings. settings: all of them, by the names of the flags of ``train_lora.py``.
+        rank: 0 is worth most; a method of rank 1 has its first run when those of rank 0 have their second.
+    """
+
+    name: str
+    changes: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    rank: int
+
+    @property
+    def identity(self) -> str:
+        """A hash of the settings: methods of the same settings share their runs."""
+        return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:10]
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a part of the table answers.
+
+    Attributes:
+        claim: what is said elsewhere, or was our default. source: where.
+        reference: name of the method that the others are compared with.
+    """
+
+    name: str
+    title: str
+    claim: str
+    source: str
+    reference: str
+    methods: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A place of the table: ``seed`` decides which clips are trained on, and everything random in the training."""
+
+    scenes: str
+    sound: str
+    clips: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training and its judgement."""
+
+    method: Method
+    cell: Cell
+
+    @property
+    def key(self) -> str:
+        """The name of its folder and of its row."""
+        cell = self.cell
+        return f"{cell.scenes}-{cell.sound}-{cell.clips}-{cell.seed}-{self.method.identity}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The content of ``soundbench.yaml``; ``suites`` have sounds, seeds and the highest rank of methods."""
+
+    questions: tuple[Question, ...]
+    methods: Mapping[str, Method]
+    suites: Mapping[str, Mapping[str, Any]]
+
+
+def read_plan(path: Path = PLAN_FILE) -> Plan:
+    """Return the plan of a file.
+
+    Raises:
+        UserError: a method is there twice, or changes what the benchmark sets itself; or a reference is no method.
+        FileNotFoundError: it, or the file that it takes the preserved prompts from, is not there.
+    """
+    import yaml
+
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    preset = yaml.safe_load((ROOT / content["preserve_from"]).read_text(encoding="utf-8"))
+    base = {**content["base"], "preserve": preset["preserve"]}
+    questions, methods = [], {}
+    for name, asked in content["questions"].items():
+        own = []
+        for method, changes in asked["methods"].items():
+            changes = dict(changes or {})
+            rank = changes.pop("rank_of_worth", asked.get("rank_of_worth", 0))
+            if taken := [key for key in changes if key in OWN_SETTINGS]:
+                raise UserError(f"{path}: {method}: {listed(taken)} cannot be changed, the benchmark sets that itself")
+            made = Method(method, changes, {**base, **changes}, rank)
+            if method in methods and methods[method].settings != made.settings:
+                raise UserError(f"{path}: the method {method} is there twice, with other settings")
+            methods.setdefault(method, made)
+            own.append(method)
+        questions.append(Question(name, *(asked[key] for key in ("title", "claim", "source", "reference")), tuple(own)))
+    if lost := [one.reference for one in questions if one.reference not in methods]:
+        raise UserError(f"{path}: references that are no methods: {listed(lost)}")
+    return Plan(tuple(questions), methods, content["suites"])
+
+
+def runs_of(methods: Sequence[Method], cells: Sequence[Cell]) -> list[Run]:
+    """Return every run once, the most valuable first.
+
+    The first cell comes for all methods of rank 0; then their second one, and the first of those of rank 1; and so on:
+    however early one stops, methods of a rank have been compared on the same cells but for the last round.
+    """
+    placed = [
+        (method.rank + number, method.rank, place, Run(method, cell))
+        for number, cell in enumerate(cells) for place, method in enumerate(methods)
+    ]
+    runs: dict[str, Run] = {}
+    for *_, run in sorted(placed, key=lambda one: one[:3]):
+        runs.setdefault(run.key, run)  # methods of the same settings share it
+    return list(runs.values())
+
+
+def cells_of(scenes: str, sounds: Sequence[str], clips: int, seeds: Sequence[int]) -> list[Cell]:
+    """Return the cells, all sounds with the first seed, then all with the second."""
+    return [Cell(scenes, sound, clips, seed) for seed in seeds for sound in sounds]

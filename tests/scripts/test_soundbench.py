@@ -1,0 +1,180 @@
+"""benchmarks/soundbench.py at its smallest: two short trainings, their rows, and what becomes of a stopped suite."""
+
+from __future__ import annotations
+
+import functools
+import json
+import signal
+
+import pytest
+import sound_data
+import sound_judge
+import sound_train
+import soundbench
+import yaml
+from sound_plan import Cell, Method, Run, cells_of, read_plan, runs_of
+
+from selva.flow import SamplingConfig
+from selva.utils.lock import FolderLock
+from toyworld import measure
+from toyworld.judging import fit_classifier
+
+PLAN = {
+    "preserve_from": "configs/tiny_new_sound.yaml",
+    "base": {"variant": "tiny_16k", "rank": 2, "lr": 1e-3, "steps": 4, "warmup_steps": 1, "batch_size": 2,
+             "precision": "fp32"},
+    "suites": {"small": {"sounds": ["gong"], "seeds": [1], "highest_rank": 0}},
+    "questions": {"one": {
+        "title": "T", "claim": "C", "source": "S", "reference": "plain",
+        "methods": {"plain": {"preserve": []}, "faster": {"preserve": [], "lr": 1e-2},
+                    "kept": {"preserve": ["a bell rings"], "rank_of_worth": 1}},
+    }},
+}
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch):
+    """Short clips, few scenes, two solver steps; ``run(...)`` is the command, in a work folder of its own."""
+    monkeypatch.setattr(soundbench, "make_trainer", lambda args: small_trainer(args))
+    monkeypatch.setattr(measure, "CLASSES", {name: measure.CLASSES[name] for name in ("bell", "rain")})
+    monkeypatch.setattr(sound_data, "CLASSES", measure.CLASSES)
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(yaml.safe_dump(PLAN))
+
+    def run(*options: str) -> int:
+        return soundbench.main(["--work", str(tmp_path / "work"), "--results", str(tmp_path / "rows.jsonl"), "--plan",
+                                str(plan), "--clips", "3", "--device", "cpu", *options])
+
+    run.rows = lambda: [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    run.work = tmp_path / "work"
+    return run
+
+
+@functools.cache
+def networks():
+    maker = measure.ToyGenerator("tiny_16k", soundbench.resolve_device("cpu"))
+    return maker, fit_classifier(count=3, names=("bell", "rain", "gong"))
+
+
+def small_trainer(args):
+    maker, classifier = networks()
+    inputs = sound_data.Inputs(args.work, maker, 2.0, new_scenes=2, known_scenes=1, held_out_clips=2)
+    return sound_train.Trainer(args.work, sound_judge.Judge(inputs, classifier, SamplingConfig(num_steps=2)), "cpu")
+
+
+def test_a_suite_leaves_a_row_for_every_run_and_does_none_twice(bench, capsys):
+    assert bench("--methods", "plain", "kept") == 0
+    plain, kept = rows = bench.rows()
+    assert [row["method"] for row in rows] == ["plain", "kept"] and len(capsys.readouterr().out.splitlines()) == 2
+    assert plain["steps"] == 4 and plain["train_cpu_sec"] > 0 and 0 < plain["adapter_mb"] < 1
+    assert plain["preserve_cpu_sec"] == 0 < kept["preserve_cpu_sec"]
+    assert [one["step"] for one in plain["checkpoints"]] == [2, 4]
+    last = plain["checkpoints"][-1]
+    assert last["new"]["scenes"] == 2 and last["known"]["scenes"] == 2 and len(last["new"]["hits"]) == 2
+    assert last["val_loss"] > 0 and 0 <= last["member_auc"] <= 1 and last["new"]["distance_db"] > 0
+    assert [one["strength"] for one in plain["response"]] == list(sound_judge.STRENGTHS)
+    assert plain["base"] == kept["base"] and plain["settings"]["lr"] == 1e-3
+    assert len(list((bench.work / "adapters").iterdir())) == 2 and not list((bench.work / "runs").iterdir())
+    assert bench("--methods", "plain", "faster") == 0
+    assert [row["method"] for row in bench.rows()] == ["plain", "kept", "faster"]
+    assert bench.rows()[-1]["checkpoints"][-1]["val_loss"] != last["val_loss"]
+
+
+def test_a_run_of_another_process_is_left_to_it(bench):
+    run = Run(read_plan(bench.work.parent / "plan.yaml").methods["plain"], Cell("select", "gong", 3, 1))
+    with FolderLock(bench.work / "locks" / f"{run.key}.lock", "measures"):
+        assert bench("--methods", "plain") == 0
+    assert not (bench.work.parent / "rows.jsonl").exists()
+
+
+def test_a_training_that_is_stopped_has_no_row_and_begins_anew(bench, monkeypatch):
+    whole = sound_train.train
+
+    def stopped(config, shared):
+        (config.output_dir / "left").mkdir(parents=True)
+        return sound_train_result(signal.SIGTERM)
+
+    monkeypatch.setattr(sound_train, "train", stopped)
+    assert bench("--methods", "plain") == 143
+    monkeypatch.setattr(sound_train, "train", whole)
+    assert bench("--methods", "plain") == 0
+    (row,) = bench.rows()
+    assert row["steps"] == 4
+
+
+def sound_train_result(number: int):
+    from selva.training.train import TrainingResult
+
+    return TrainingResult(signal=number)
+
+
+def test_what_was_trained_is_not_trained_again_when_only_its_judgement_was_cut_short(bench, monkeypatch):
+    def cut_short(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sound_judge.Judge, "response", cut_short)
+        assert bench("--methods", "plain") == 130
+    monkeypatch.setattr(sound_train, "train", cut_short)
+    assert bench("--methods", "plain") == 0
+    assert bench.rows()[0]["train_cpu_sec"] > 0
+
+
+def test_a_run_that_cannot_be_done_is_named_and_the_others_are_done(bench, monkeypatch, capsys):
+    whole = sound_train.train
+
+    def failing(config, shared):
+        if config.training.lr > 5e-3:
+            raise soundbench.UserError("no finite gradient")
+        return whole(config, shared=shared)
+
+    monkeypatch.setattr(sound_train, "train", failing)
+    assert bench("--methods", "faster", "plain") == 1
+    assert [row["method"] for row in bench.rows()] == ["plain"]
+    assert "(faster) failed: no finite gradient" in capsys.readouterr().err
+
+
+def test_mistakes_on_the_command_line_and_in_the_plan(bench, capsys):
+    assert bench("--methods", "plane") == 2
+    assert "--methods: unknown plane" in capsys.readouterr().err
+    assert bench("--suite", "large") == 2
+    plan = bench.work.parent / "plan.yaml"
+    plan.write_text(plan.read_text().replace("lr: 0.01", "lrr: 0.01"))
+    assert bench() == 1
+    assert "method faster: unknown setting lrr" in capsys.readouterr().err
+    plan.write_text(plan.read_text().replace("lrr: 0.01", "seed: 3"))
+    assert bench() == 1
+    assert "faster: seed cannot be changed" in capsys.readouterr().err
+
+
+def test_the_scenes_that_choose_and_those_that_judge_have_nothing_in_common(tmp_path):
+    def seeds(scenes: str) -> set[int]:
+        names = [sound_data.KNOWN, *sound_data.UNSEEN]
+        return {sound_data._first_seed(scenes, name) + i for name in names for i in range(10_000)}
+
+    select, judge = seeds("select"), seeds("judge")
+    assert not select & judge and max(select | judge) < 9_000_000 and min(select | judge) >= measure.MEASURE_SEED
+    assert len(select) == 10_000 * (1 + len(sound_data.UNSEEN))
+
+
+def test_the_most_valuable_runs_come_first():
+    first, second, late = (Method(name, {}, {"name": name}, rank) for name, rank in
+                           (("first", 0), ("second", 0), ("late", 1)))
+    runs = runs_of([first, second, late], cells_of("select", ["bird", "gong"], 20, [1]))
+    assert [(run.method.name, run.cell.sound) for run in runs] == [
+        ("first", "bird"), ("second", "bird"), ("first", "gong"), ("second", "gong"), ("late", "bird"),
+        ("late", "gong"),
+    ]
+
+
+def test_methods_of_the_same_settings_share_their_runs():
+    one, other = (Method(name, {}, {"lr": 1.0}, 0) for name in ("one", "other"))
+    assert len(runs_of([one, other], cells_of("select", ["bird"], 20, [1, 2]))) == 2
+
+
+def test_every_method_of_the_plan_can_be_trained():
+    plan = read_plan()
+    soundbench.check_settings([Run(one, Cell("select", "gong", 20, 1)) for one in plan.methods.values()])
+    assert len(plan.methods) >= 12
+    for question in plan.questions:
+        assert question.reference in question.methods and len(question.methods) > 1
