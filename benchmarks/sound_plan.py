@@ -49,7 +49,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Question:
-    """What a part of the table answers.
+    """One question that a part of the table answers.
 
     Attributes:
         claim: what is said elsewhere, or was our default. source: where.

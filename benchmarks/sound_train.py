@@ -96,7 +96,7 @@ def configured(method: Method, cell: Cell, data_dir: Path, output_dir: Path, dev
 
 
 class Trainer:
-    """What the runs of a process share.
+    """The training and judging of one run after the other, with all that they share.
 
     Args:
         work: the work folder. device: "cpu", "cuda" ...
@@ -139,7 +139,7 @@ class Trainer:
         return row
 
     def _trained(self, run: Run, folder: Path) -> dict[str, Any]:
-        """Return what the training cost and which checkpoints it left, from its file if it was done before."""
+        """Return the cost of the training and the checkpoints that it left, from its file if it was done before."""
         file = folder / TRAINED_FILE
         if file.is_file():
             return json.loads(file.read_text(encoding="utf-8"))
@@ -167,7 +167,7 @@ class Trainer:
         return trained
 
     def forget(self, run: Run) -> None:
-        """Remove what a run has left beside its row and its adapter."""
+        """Remove the files that a run has left beside its row and its adapter."""
         shutil.rmtree(self.work / "runs" / run.key, ignore_errors=True)
 
 

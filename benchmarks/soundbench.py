@@ -94,7 +94,7 @@ def check_settings(runs: Sequence[Run]) -> None:
 
 
 def make_trainer(args) -> Trainer:
-    """Return what all runs share: the networks, the classifier, the prepared inputs."""
+    """Return the networks, the classifier and the prepared inputs that all runs share."""
     from sound_data import Inputs
     from sound_judge import Judge
     from sound_train import Trainer

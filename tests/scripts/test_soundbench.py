@@ -39,7 +39,7 @@ def bench(tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "CLASSES", {name: measure.CLASSES[name] for name in ("bell", "rain")})
     monkeypatch.setattr(sound_data, "CLASSES", measure.CLASSES)
     plan = tmp_path / "plan.yaml"
-    plan.write_text(yaml.safe_dump(PLAN))
+    plan.write_text(yaml.safe_dump(PLAN, sort_keys=False))
 
     def run(*options: str) -> int:
         return soundbench.main(["--work", str(tmp_path / "work"), "--results", str(tmp_path / "rows.jsonl"), "--plan",

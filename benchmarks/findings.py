@@ -1,0 +1,194 @@
+"""Write docs/findings.md from the rows of `soundbench.py`: every claim, our figures with intervals, and the verdict.
+
+    python benchmarks/findings.py
+
+A verdict needs as many runs of a method, on the same cells as its reference, as --decided_after says. Until then it is
+"not decided yet", whatever the figures look like.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from sound_plan import PLAN_FILE, ROOT, Method, Plan, Question, read_plan
+from sound_rows import Interval, Row, compared, hits, interval, read_rows
+from tiny_tables import table
+
+import selva_lora  # noqa: F401 -- ends here if another selva would be imported
+from selva import cli
+from selva.utils.document import begin_mark, marked_block, update_document
+from selva.utils.errors import UserError
+
+BEGIN_MARK = begin_mark("benchmarks/findings.py")
+DOCUMENT = ROOT / "docs" / "findings.md"
+ROWS_FILE = ROOT / "benchmarks" / "soundbench.jsonl"
+DECIDED_AFTER = 9  # three sounds and three seeds
+Rows = Sequence[Row]
+SETS = {"select": "scenes that settings were chosen by", "judge": "scenes that were used for nothing else"}
+
+
+def build_parser() -> cli.ArgumentParser:
+    parser = cli.ArgumentParser(__doc__)
+    group = parser.add_argument_group("findings")
+    group.add_argument("--results", type=Path, default=ROWS_FILE, help="rows of soundbench.py")
+    group.add_argument("--plan", type=Path, default=PLAN_FILE, help="methods and questions")
+    group.add_argument("--document", type=Path, default=DOCUMENT, help="the part between its two marks is replaced")
+    group.add_argument("--decided_after", type=cli.positive_int, default=DECIDED_AFTER,
+                       help="runs of a method that a verdict needs")
+    parser.add_common(seed=False, device=False)
+    return parser
+
+
+# -- figures -----------------------------------------------------------------------------------------------------------
+
+
+def last(row: Row) -> Row:
+    """Return the figures of the last checkpoint."""
+    return row["checkpoints"][-1]
+
+
+def recognised(row: Row) -> list[float]:
+    return hits(last(row)["new"])
+
+
+def known(row: Row) -> list[float]:
+    """Return 1 for every known scene that is recognised, 0 for the others."""
+    return hits(last(row)["known"])
+
+
+def kept(row: Row) -> list[float]:
+    """Return the same for those known scenes only that the base model gets right."""
+    return [after for after, before in zip(known(row), hits(row["base"]["known"]), strict=True) if before]
+
+
+def figure(values: Callable[[Row], list[float]], rows: Rows) -> Interval:
+    return interval([values(row) for row in rows])
+
+
+def cost(row: Row) -> float:
+    """Return the CPU seconds of a training, with those of the sounds that it preserves."""
+    return row["train_cpu_sec"] + row["preserve_cpu_sec"]
+
+
+def verdict(rows: Rows, references: Rows, decided_after: int) -> str:
+    """Return the verdict on a method in words, by the intervals of its differences from the reference."""
+    cells = {(row["sound"], row["seed"]) for row in rows} & {(row["sound"], row["seed"]) for row in references}
+    if len(cells) < decided_after:
+        return f"not decided yet: {len(cells)} of {decided_after} runs"
+    words = []
+    for what, values in (("learns", recognised), ("keeps", known)):
+        difference = compared(rows, references, values)
+        if difference.excludes(0):
+            words.append(f"{what} {'more' if difference.mean > 0 else 'less'}")
+    share = fmean(map(cost, rows)) / fmean(map(cost, references))
+    seconds = f", {share:.1f} times the seconds" if not 0.9 < share < 1.1 else ""
+    return (", ".join(words) or "no difference beyond the intervals") + seconds
+
+
+# -- text --------------------------------------------------------------------------------------------------------------
+
+
+def percent(value: Interval, sign: bool = False) -> str:
+    """Return a share with its bounds, in percent; a difference with its sign."""
+    form = "{:+.0f}" if sign else "{:.0f}"
+    bounds = "" if value.low is None or value.high is None else (
+        f" ({form.format(100 * value.low)} to {form.format(100 * value.high)})")
+    return f"{form.format(100 * value.mean)}{bounds}"
+
+
+def rows_of(method: Method, rows: Rows) -> list[Row]:
+    """Return the rows of a method's settings, whatever it was called when they were made."""
+    return [row for row in rows if row["key"].endswith(f"-{method.identity}")]
+
+
+def question_text(question: Question, plan: Plan, rows: Rows, decided_after: int) -> str:
+    """Return the section of a question; "" if none of its methods has a run."""
+    found = {name: rows_of(plan.methods[name], rows) for name in question.methods}
+    if not any(own for name, own in found.items() if name != question.reference):
+        return ""
+    references = found[question.reference]
+    header = ("method", "runs", "recognised %", "difference", "worst", "kept %", "difference", "worst",
+              "timing new, known", "memorised", "distance dB", "CPU s", "verdict")
+    lines = []
+    for name, own in found.items():
+        if not own:
+            lines.append((name, "0", *[""] * 10, f"not decided yet: 0 of {decided_after} runs"))
+            continue
+        is_reference = name == question.reference
+        differences = ["", ""] if is_reference else [
+            percent(compared(own, references, values), sign=True) for values in (recognised, known)]
+        timing = ", ".join(f"{fmean(last(row)[part]['timing_f1'] for row in own):.2f}" for part in ("new", "known"))
+        lines.append((
+            name, str(len(own)), percent(figure(recognised, own)), differences[0], worst(recognised, own),
+            percent(figure(kept, own)), differences[1], worst(kept, own), timing,
+            f"{fmean(last(row)['member_auc'] for row in own):.2f}",
+            f"{fmean(last(row)['new']['distance_db'] for row in own):.1f}",
+            f"{fmean(map(cost, own)):.0f}",
+            "the reference" if is_reference else verdict(own, references, decided_after),
+        ))
+    changes = "; ".join(f"{name}: {changes_text(plan.methods[name])}" for name in question.methods)
+    return (f"### {question.title}\n\n*Claim:* {question.claim} *From:* {question.source}.\n\n{table(header, lines)}\n"
+            f"{changes}.\n")
+
+
+def worst(values: Callable[[Row], list[float]], rows: Rows) -> str:
+    return f"{100 * min(fmean(values(row)) for row in rows):.0f}"
+
+
+def changes_text(method: Method) -> str:
+    """Return the changes that a method makes to the base settings, as flags."""
+    def flag(name: str, value: Any) -> str:
+        words = map(str, value if isinstance(value, list) else [value])
+        return f"`{' '.join([f'--{name}', *words])}`"
+
+    return ", ".join(flag(*one) for one in method.changes.items()) or "as it is"
+
+
+def response_text(plan: Plan, rows: Rows) -> str:
+    """Return the table of what is recognised at every strength of the adapter, a line for each method."""
+    lines, strengths = [], []
+    for name, method in plan.methods.items():
+        own = rows_of(method, rows)
+        if not own:
+            continue
+        strengths = [one["strength"] for one in own[0]["response"]]
+        shares = [fmean(row["response"][i]["recognised"] for row in own) for i in range(len(strengths))]
+        shares.insert(sum(strength < 1 for strength in strengths), fmean(last(row)["new"]["recognised"] for row in own))
+        before = fmean(row["base"]["new"]["recognised"] for row in own)
+        lines.append((name, str(len(own)), *(f"{100 * share:.0f}" for share in [before, *shares])))
+    columns = ["0", *(f"{strength:g}" for strength in sorted([*strengths, 1.0]))]
+    return ("### Strength\n\nShare in % of the new scenes that is recognised when the adapter acts with this "
+            f"strength.\n\n{table(('method', 'runs', *columns), lines)}")
+
+
+def sections(plan: Plan, rows: Rows, decided_after: int) -> Iterator[str]:
+    """Yield the parts of the document: for every set of scenes and number of clips all questions."""
+    for scenes, clips in sorted({(row["scenes"], row["clips"]) for row in rows}, key=lambda one: (one[0], -one[1])):
+        own = [row for row in rows if (row["scenes"], row["clips"]) == (scenes, clips)]
+        sounds = ", ".join(dict.fromkeys(row["sound"] for row in own))
+        yield f"## {clips} clips, {SETS[scenes]}\n\n{len(own)} runs so far; sounds: {sounds}.\n"
+        for question in plan.questions:
+            if text := question_text(question, plan, own, decided_after):
+                yield text
+        yield response_text(plan, own)
+
+
+@cli.entry_point
+def main(argv: Sequence[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    rows = read_rows(args.results)
+    if not rows:
+        raise UserError(f"{args.results}: no rows; python benchmarks/soundbench.py makes them")
+    plan = read_plan(args.plan)
+    block = marked_block(BEGIN_MARK, list(sections(plan, rows, args.decided_after)))
+    update_document(args.document, BEGIN_MARK, block, "# What every switch does, measured")
+    print(args.document)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

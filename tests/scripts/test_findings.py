@@ -1,0 +1,145 @@
+"""benchmarks/findings.py: intervals, verdicts, and the document that is made of rows."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+
+import findings
+import numpy as np
+import pytest
+import yaml
+from sound_plan import read_plan
+from sound_rows import append_row, compared, interval, read_rows
+from test_soundbench import PLAN
+
+from selva.utils.errors import UserError
+
+
+def row(plan, method: str, sound: str, seed: int, new: str, known: str = "1111", seconds: float = 70.0) -> dict:
+    part = {"timing_f1": 0.9, "distance_db": 7.0}
+    return {
+        "key": f"select-{sound}-20-{seed}-{plan.methods[method].identity}", "method": method, "scenes": "select",
+        "sound": sound, "clips": 20, "seed": seed, "train_cpu_sec": seconds, "preserve_cpu_sec": 10.0,
+        "base": {"new": {"recognised": 0.0, "hits": "0000"}, "known": {"hits": "1110"}},
+        "checkpoints": [{"member_auc": 0.5,
+                         "new": {**part, "hits": new, "recognised": new.count("1") / len(new)},
+                         "known": {**part, "hits": known}}],
+        "response": [{"strength": 0.2, "recognised": 0.25}, {"strength": 1.4, "recognised": 0.75}],
+    }
+
+
+@pytest.fixture
+def plan(tmp_path):
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(PLAN, sort_keys=False))
+    return read_plan(tmp_path / "plan.yaml")
+
+
+def document(tmp_path, rows, *options: str) -> str:
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    assert findings.main(["--results", str(tmp_path / "rows.jsonl"), "--plan", str(tmp_path / "plan.yaml"),
+                          "--document", str(tmp_path / "findings.md"), *options]) == 0
+    return (tmp_path / "findings.md").read_text()
+
+
+def cells(text: str, method: str) -> list[str]:
+    (line,) = [line for line in text.splitlines() if line.startswith(f"| {method} | ") and line.count("|") > 8]
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_the_interval_of_a_mean_holds_both_kinds_of_chance():
+    assert interval([[0.5]]) == (one := interval([[0.5]])) and one.low is None and one.mean == 0.5
+    equal = interval([[0, 1] * 12, [0, 1] * 12])
+    apart = interval([[0] * 24, [1] * 24])
+    assert equal.mean == apart.mean == 0.5
+    assert apart.low == 0 and apart.high == 1  # of two runs, both may be the same one
+    assert 0.3 < equal.low < 0.45 < 0.55 < equal.high < 0.7  # two times 24 scenes of a fair coin
+    width = interval([[0, 1] * 1000]).high - interval([[0, 1] * 1000]).low
+    assert width == pytest.approx(2 * 1.96 * 0.5 / np.sqrt(2000), rel=0.1)
+
+
+def test_a_difference_is_taken_scene_by_scene_on_the_cells_that_both_have(plan):
+    ours = [row(plan, "faster", "gong", 1, "1110"), row(plan, "faster", "bird", 1, "1111")]
+    reference = [row(plan, "plain", "gong", 1, "0110"), row(plan, "plain", "gong", 2, "0000")]
+    found = compared(ours, reference, findings.recognised)
+    assert found.mean == 0.25 and 0 <= found.low < found.high <= 1
+
+
+def test_no_verdict_before_there_are_enough_runs(tmp_path, plan):
+    rows = [row(plan, name, "gong", 1, hits) for name, hits in (("plain", "0000"), ("faster", "1111"))]
+    text = document(tmp_path, rows, "--decided_after", "2")
+    assert cells(text, "faster")[-1] == "not decided yet: 1 of 2 runs" and cells(text, "plain")[-1] == "the reference"
+    assert cells(text, "kept")[1:] == ["0", *[""] * 10, "not decided yet: 0 of 2 runs"]
+
+
+def test_verdicts_follow_from_the_intervals(tmp_path, plan):
+    def verdict(new: str, known: str, seconds: float = 70.0) -> str:
+        rows = [one for seed in range(1, 5) for one in (
+            row(plan, "plain", "gong", seed, "0011", "1111"), row(plan, "faster", "gong", seed, new, known, seconds))]
+        return cells(document(tmp_path, rows, "--decided_after", "4"), "faster")[-1]
+
+    assert verdict("0011", "1111") == "no difference beyond the intervals"
+    assert verdict("1111", "1111") == "learns more"
+    assert verdict("0000", "1111") == "learns less"
+    assert verdict("1111", "0000") == "learns more, keeps less"
+    assert verdict("0011", "1111", 30.0) == "no difference beyond the intervals, 0.5 times the seconds"
+
+
+def test_the_document_says_what_was_found(tmp_path, plan):
+    rows = [row(plan, "plain", "gong", 1, "0011", "0111"), row(plan, "plain", "bird", 1, "1111"),
+            row(plan, "faster", "gong", 1, "0111")]
+    text = document(tmp_path, rows)
+    plain, faster = cells(text, "plain"), cells(text, "faster")
+    assert plain[1] == "2" and plain[2].startswith("75 (") and plain[4] == "50"
+    assert plain[5].startswith("83 (") and plain[7] == "67"  # of the three that the base model gets right
+    assert plain[8:12] == ["0.90, 0.90", "0.50", "7.0", "80"]
+    assert faster[3].startswith("+25 (") and faster[6].startswith("+25 (")
+    assert "*Claim:* C *From:* S." in text and "faster: `--preserve`, `--lr 0.01`" in text
+    assert "| plain | 2 | 0 | 25 | 75 | 75 |" in text  # strengths 0, 0.2, 1 and 1.4
+    again = document(tmp_path, rows)
+    assert again == text and again.count(findings.BEGIN_MARK) == 1
+
+
+def test_rows_of_other_scenes_and_numbers_of_clips_stand_apart(tmp_path, plan):
+    other = {**row(plan, "faster", "gong", 1, "1111"), "scenes": "judge"}
+    few = {**row(plan, "faster", "gong", 1, "1111"), "clips": 5}
+    text = document(tmp_path, [row(plan, "plain", "gong", 1, "0000"), other, few])
+    assert [line for line in text.splitlines() if line.startswith("## ")] == [
+        "## 20 clips, scenes that were used for nothing else", "## 20 clips, scenes that settings were chosen by",
+        "## 5 clips, scenes that settings were chosen by",
+    ]
+
+
+def test_rows_are_read_by_their_settings_not_by_their_names(tmp_path, plan):
+    renamed = {**row(plan, "faster", "gong", 1, "1111"), "method": "an older name"}
+    changed = {**row(plan, "faster", "gong", 2, "1111"), "key": "select-gong-20-2-0123456789"}
+    text = document(tmp_path, [row(plan, "plain", "gong", 1, "0000"), renamed, changed])
+    assert cells(text, "faster")[1] == "1"
+
+
+def test_without_rows_there_are_no_findings(tmp_path, plan, capsys):
+    assert findings.main(["--results", str(tmp_path / "none.jsonl"), "--plan", str(tmp_path / "plan.yaml")]) == 1
+    assert "no rows" in capsys.readouterr().err
+
+
+def append_many(path, first: int) -> None:
+    for number in range(20):
+        append_row(path, {"key": f"{first + number}", "filling": "x" * 3000})
+
+
+def test_processes_add_rows_one_after_the_other_and_none_twice(tmp_path):
+    path = tmp_path / "deeper" / "rows.jsonl"
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=append_many, args=(path, first)) for first in (0, 10)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert sorted(int(one["key"]) for one in read_rows(path)) == list(range(30))
+    assert not append_row(path, {"key": "3"})
+
+
+def test_a_damaged_line_is_named(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"key": "a"}\n{"key": \n')
+    with pytest.raises(UserError, match="line 2 is no JSON"):
+        read_rows(tmp_path / "rows.jsonl")
