@@ -126,7 +126,8 @@ class Judge:
         """
         if (scenes, name) not in self._scenes:
             self._scenes[scenes, name] = self.inputs.scenes(scenes, name)
-        cases, encoded = (list(some)[:count] for some in self._scenes[scenes, name])
+        cases, encoded = self._scenes[scenes, name]
+        cases, encoded = cases[:count], encoded[:count]
         self.maker.clip_features = uses_clip
         generator = self.switch.set(adapters)
         sounds = self.maker.sounds(generator, encoded, self.inputs.duration_sec, sampling=self.sampling)

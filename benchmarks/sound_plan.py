@@ -122,7 +122,8 @@ def read_plan(path: Path = PLAN_FILE) -> Plan:
                 raise UserError(f"{path}: the method {method} is there twice, with other settings")
             methods.setdefault(method, made)
             own.append(method)
-        questions.append(Question(name, *(asked[key] for key in ("title", "claim", "source", "reference")), tuple(own)))
+        words = {key: asked[key] for key in ("title", "claim", "source", "reference")}
+        questions.append(Question(name=name, methods=tuple(own), **words))
     if lost := [one.reference for one in questions if one.reference not in methods]:
         raise UserError(f"{path}: references that are no methods: {listed(lost)}")
     return Plan(tuple(questions), methods, content["suites"])
