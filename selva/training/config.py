@@ -167,6 +167,9 @@ class TrainConfig(ObjectiveConfig):
     padded_loss: str = setting(
         "masked", "sound that is shorter than its features is padded with silence: leave that out of the loss, or "
         "train on it as on sound, which teaches silence", group=OBJECTIVE, choices=PADDED_LOSSES)
+    stratify_times: bool = setting(
+        False, "spread the noise levels of a batch evenly over their distribution, and those of following batches over "
+        "the gaps between them, instead of drawing each by itself", group=OBJECTIVE)
     patience: int = setting(0, "stop after this many validations without a new best; 0: never", group=EVALUATION)
     save_every: int = setting(500, "steps between checkpoints, each with a sample", group=OPTIMISATION,
                               aliases=("save_every_n_steps", "checkpointing_steps"))

@@ -24,6 +24,7 @@ from selva.utils.distributed import World
 
 VALIDATION_TIMES = 4  # fixed times per held-out clip, one in the middle of each quarter of [0, 1]
 ALONE = World()
+GOLDEN_RATIO = (5**0.5 - 1) / 2
 
 
 @dataclass(frozen=True)
@@ -49,17 +50,33 @@ class NoiseSample:
         return NoiseSample(*(to_device(getattr(self, field.name), device) for field in fields(self)))
 
 
-def sample_noise(shape: torch.Size, config: ObjectiveConfig, rng: torch.Generator, progress: float) -> NoiseSample:
-    """Draw the random numbers for a batch of latents of ``shape`` (B, N, C); the order is MMAudio's."""
+def sample_noise(
+    shape: torch.Size, config: ObjectiveConfig, rng: torch.Generator, progress: float, offset: float | None = None
+) -> NoiseSample:
+    """Draw the random numbers for a batch of latents of ``shape`` (B, N, C); the order is MMAudio's.
+
+    Args:
+        offset: of the times, which are then spread over the batch, see :func:`selva.flow.sample_times`.
+    """
     posterior = torch.randn(shape, generator=rng)
     t = flow.sample_times(
         shape[0], config.timestep_mode, rng, sigma=config.logit_normal_sigma,
-        progress=progress, curriculum_switch=config.curriculum_switch,
+        progress=progress, curriculum_switch=config.curriculum_switch, offset=offset,
     )
     noise = torch.randn(shape, generator=rng)
     drop_video = torch.rand(shape[0], generator=rng) < config.null_prob
     drop_text = torch.rand(shape[0], generator=rng) < config.null_prob
     return NoiseSample(posterior, t, noise, drop_video, drop_text)
+
+
+def time_offset(seed: int, number: int) -> float:
+    """Return the offset of the times of batch ``number`` of a run, in [0, 1).
+
+    Multiples of the golden ratio: however many batches have been, their offsets lie almost evenly in [0, 1), so that
+    the times of following batches fill the gaps that earlier ones have left.
+    """
+    first = zlib.crc32(f"times {seed}".encode()) / 2**32
+    return (first + number * GOLDEN_RATIO) % 1.0
 
 
 def flow_loss(

@@ -35,7 +35,7 @@ from selva.training.ema import EMA
 from selva.training.ema_snapshots import KEPT
 from selva.training.feed import ReadNow, make_feed
 from selva.training.memorisation import Watch
-from selva.training.objective import ALONE, NoiseSample, flow_loss, sample_noise, validate
+from selva.training.objective import ALONE, NoiseSample, flow_loss, sample_noise, time_offset, validate
 from selva.training.power_ema import PowerEMA
 from selva.training.schedule import learning_rate
 from selva.utils.device import FUSED_DEVICES
@@ -176,11 +176,11 @@ class TrainingRun:
             torch.manual_seed(dropout_seed(config.seed, self.world.rank, self.step))
         self._set_rate(learning_rate(self.step, config))
         if config.grad_accum == 1:
-            total, norm = self._run(self._whole, *self._draw())
+            total, norm = self._run(self._whole, *self._draw(0))
         else:
             total = torch.zeros((), device=self.device)
-            for _ in range(config.grad_accum):
-                total += self._run(self._accumulate, *self._draw())[0]
+            for part in range(config.grad_accum):
+                total += self._run(self._accumulate, *self._draw(part))[0]
             (norm,) = self._run(self._finish)
         total = self.world.sum_(total) / self.world.size
         self.step += 1
@@ -195,13 +195,14 @@ class TrainingRun:
         kind = function.__name__, *(batch.lengths for batch in arguments[:1])
         return self.graphs(kind, function, *arguments, keep=self.generator.tables)
 
-    def _draw(self) -> tuple[Batch | CachedBatch, NoiseSample]:
-        """Return the next clips of this process and their random numbers, on the device."""
+    def _draw(self, part: int) -> tuple[Batch | CachedBatch, NoiseSample]:
+        """Return the clips of this process for a part of a step and their random numbers, on the device."""
         config, own = self.config, self.world.own_slice(self.config.batch_size)
         windows = self.batches.draw()
         batch = self._load(windows[own])
         shape = torch.Size((len(windows), *batch.mean.shape[1:]))  # of the global batch
-        noise = sample_noise(shape, config, self.rng, progress=self.step / config.steps).part(own)
+        offset = time_offset(config.seed, self.step * config.grad_accum + part) if config.stratify_times else None
+        noise = sample_noise(shape, config, self.rng, self.step / config.steps, offset).part(own)
         return batch, noise.to(self.device)
 
     # What a graph holds: functions of tensors and of what is at the same place at every step, see selva.utils.graph.

@@ -44,6 +44,33 @@ def test_the_hum_of_a_fan_follows_its_speed():
         assert hertz[level.argmax()] == pytest.approx(75 / thing.size * speed, abs=16_000 / len(part) + 1)
 
 
+def test_a_violin_holds_its_note_as_long_as_it_is_bowed():
+    scene = make_scene(1, ["violin"])
+    sound, thing = scene.sound(), scene.objects[0]
+    for event in thing.events:
+        assert event.end_sec is not None
+        begin, end = round((event.time_sec + 0.05) * 16_000), round(event.end_sec * 16_000)
+        note = 300 / thing.size * 1.5 ** ((event.strength - 0.5) / 0.5)
+        hertz, level = spectrum(sound[begin:end], 16_000)
+        assert hertz[level.argmax()] == pytest.approx(note, rel=0.03)  # the vibrato is 1.2 %
+        early, late = sound[begin : begin + 3200], sound[end - 3200 : end]
+        assert np.square(late).mean() == pytest.approx(np.square(early).mean(), rel=0.2)
+
+
+def test_no_two_steps_on_gravel_are_alike_and_none_has_a_pitch():
+    scene = make_scene(1, ["gravel"])
+    sound = scene.sound()
+    steps = [sound[round(e.time_sec * 16_000) :][:3200] / e.strength for e in scene.objects[0].events]
+    first, second = steps[:2]
+    assert abs(np.corrcoef(first, second)[0, 1]) < 0.3
+    hertz, level = spectrum(np.concatenate(steps), 16_000)
+    bands = np.square(level)[(hertz > 300) & (hertz < 2500)]
+    assert bands.max() < 0.02 * bands.sum()
+    struck = make_scene(1, ["bell"]).sound()
+    tones = np.square(spectrum(struck, 16_000)[1])
+    assert tones.max() > 0.02 * tones.sum()  # which a bell does have
+
+
 def test_a_clip_sounds_the_same_at_another_rate():
     scene = make_scene(0, ["bell"], duration_sec=2.0)
     low, high = scene.sound(16_000), scene.sound(48_000)

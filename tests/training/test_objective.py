@@ -16,7 +16,7 @@ from selva.data.padding import Padding
 from selva.lora.config import LoRAConfig
 from selva.lora.state import lora_parameters
 from selva.training.condition_cache import ConditionCache
-from selva.training.objective import VALIDATION_TIMES, flow_loss, sample_noise, validate
+from selva.training.objective import VALIDATION_TIMES, flow_loss, sample_noise, time_offset, validate
 
 
 def test_loss_is_that_of_the_published_recipe():
@@ -33,6 +33,22 @@ def test_loss_is_that_of_the_published_recipe():
         v = model(xt, batch.clip_f, batch.sync_f, batch.text_f, draws.t)
         expected = ((v - (x1 - draws.noise)) ** 2).mean((1, 2))
     torch.testing.assert_close(found, expected)
+
+
+def test_offsets_of_following_batches_fill_the_gaps():
+    offsets = torch.tensor([time_offset(42, number) for number in range(200)])
+    assert offsets.min() >= 0 and offsets.max() < 1 and time_offset(42, 0) != time_offset(43, 0)
+    for first in (0, 37, 180):
+        gaps = offsets[first : first + 20].sort().values.diff()
+        assert gaps.max() < 0.1  # 0.05 at even distances; independent draws leave about 0.18
+
+
+def test_stratified_times_leave_the_other_random_numbers_alone():
+    shape = torch.Size((4, 3, 2))
+    drawn, spread = (sample_noise(shape, CONFIG, torch.Generator().manual_seed(3), 0.0, offset=offset)
+                     for offset in (None, 0.25))
+    assert torch.equal(drawn.posterior, spread.posterior) and not torch.equal(drawn.t, spread.t)
+    assert torch.equal(spread.t, flow.sample_times(4, "logit_normal", offset=0.25))
 
 
 def test_latent_mode_takes_the_posterior_mean():
