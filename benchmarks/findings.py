@@ -15,7 +15,7 @@ from statistics import fmean
 from typing import Any
 
 from sound_plan import PLAN_FILE, ROOT, Method, Plan, Question, read_plan
-from sound_rows import Interval, Row, compared, hits, interval, read_rows
+from sound_rows import Interval, Row, compared, hits, interval, read_rows, scenes_of_all, steps_to
 from tiny_tables import table
 
 import selva_lora  # noqa: F401 -- ends here if another selva would be imported
@@ -152,7 +152,7 @@ def response_text(plan: Plan, rows: Rows) -> str:
     """Return the table of what is recognised at every strength of the adapter, a line for each method."""
     lines, strengths = [], []
     for name, method in plan.methods.items():
-        own = rows_of(method, rows)
+        own = [row for row in rows_of(method, rows) if row["response"]]
         if not own:
             continue
         strengths = [one["strength"] for one in own[0]["response"]]
@@ -160,9 +160,32 @@ def response_text(plan: Plan, rows: Rows) -> str:
         shares.insert(sum(strength < 1 for strength in strengths), fmean(last(row)["new"]["recognised"] for row in own))
         before = fmean(row["base"]["new"]["recognised"] for row in own)
         lines.append((name, str(len(own)), *(f"{100 * share:.0f}" for share in [before, *shares])))
+    if not lines:
+        return ""
     columns = ["0", *(f"{strength:g}" for strength in sorted([*strengths, 1.0]))]
-    return ("### Strength\n\nShare in % of the new scenes that is recognised when the adapter acts with this "
-            f"strength.\n\n{table(('method', 'runs', *columns), lines)}")
+    return ("### Strength\n\nShare in % of new scenes that is recognised when the adapter acts with this strength "
+            "(0 and 1 of all of them, the others of the first 8; seed 1).\n\n"
+            + table(("method", "runs", *columns), lines))
+
+
+def on_the_way_text(plan: Plan, rows: Rows) -> str:
+    """Return the table of the checkpoints: of every method the figures on the scenes that judge all of them."""
+    lines = []
+    for name, method in plan.methods.items():
+        own = rows_of(method, rows)
+        for place in range(min((len(row["checkpoints"]) for row in own), default=0)):
+            found = [row["checkpoints"][place] for row in own]
+            shares = [fmean(fmean(hits(row["checkpoints"][place][part])[: scenes_of_all(row, part)]) for row in own)
+                      for part in ("new", "known")]
+            others = [fmean(one[figure] for one in found) for figure in ("val_loss", "member_auc")]
+            reached = sum((step := steps_to(row)) is not None and step <= found[0]["step"] for row in own)
+            lines.append((name, str(len(own)), str(found[0]["step"]), *(f"{100 * share:.0f}" for share in shares),
+                          str(reached), f"{others[0]:.3f}", f"{others[1]:.2f}"))
+    header = ("method", "runs", "step", "recognised %", "known recognised %", "runs at 90 %", "held-out loss",
+              "memorised")
+    return ("### Along the way\n\nThe checkpoints of a run, all judged on the same few scenes (8 of the new sound, 10 "
+            f"known ones), so that they can be compared with each other and not with the tables above.\n\n"
+            f"{table(header, lines)}")
 
 
 def sections(plan: Plan, rows: Rows, decided_after: int) -> Iterator[str]:
@@ -174,7 +197,7 @@ def sections(plan: Plan, rows: Rows, decided_after: int) -> Iterator[str]:
         for question in plan.questions:
             if text := question_text(question, plan, own, decided_after):
                 yield text
-        yield response_text(plan, own)
+        yield from filter(None, (on_the_way_text(plan, own), response_text(plan, own)))
 
 
 @cli.entry_point

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from toyworld.measure import Case, EncodedCases, ToyGenerator, mean, timing_f1
 STRENGTHS = (0.2, 0.4, 0.6, 0.8, 1.2, 1.4)  # beside 0, the base model, and 1, the last checkpoint
 PART = {"new": 8, "known": 10}  # scenes that judge a checkpoint on the way, the first ones of all
 STRENGTH_SCENES = 8
+RESPONSE_SEED = 1  # the only one whose response is measured: it takes a third of the time of a judgement
 LOSS_SEED = 0  # of the noise and the times of the losses, the same for every method
 
 Figures = dict[str, Any]
@@ -173,8 +174,3 @@ def _loaded(folder: Path, maker: ToyGenerator) -> ClipDataset:
     if problems:
         raise UserError("; ".join(f"{path}: {reason}" for path, reason in problems))
     return clips
-
-
-def steps_to(checkpoints: Sequence[Mapping[str, Any]], share: float = 0.9) -> int | None:
-    """Return the step of the first checkpoint that has this share of the new scenes recognised; None if none has."""
-    return next((one["step"] for one in checkpoints if one["new"]["recognised"] >= share), None)

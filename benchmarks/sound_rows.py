@@ -95,6 +95,20 @@ def hits(part: Row) -> list[float]:
     return [float(one == "1") for one in part["hits"]]
 
 
+def scenes_of_all(row: Row, part: str) -> int:
+    """Return how many scenes, the first ones, judge every checkpoint of a row."""
+    return min(len(one[part]["hits"]) for one in row["checkpoints"])
+
+
+def steps_to(row: Row, share: float = 0.9) -> int | None:
+    """Return the step of the first checkpoint with this share of the new scenes recognised; None if there is none.
+
+    Of the last checkpoint too, only the scenes count that judge those before it.
+    """
+    count = scenes_of_all(row, "new")
+    return next((one["step"] for one in row["checkpoints"] if sum(hits(one["new"])[:count]) >= share * count), None)
+
+
 def compared(rows: Iterable[Row], references: Iterable[Row], values: Callable[[Row], Sequence[float]]) -> Interval:
     """Return by how much a method is above its reference, scene by scene, over the cells that both have."""
     ours, theirs = ({cell_of(row): values(row) for row in some} for some in (rows, references))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sound_judge import Judge, steps_to, uses_clip_features
+from sound_judge import RESPONSE_SEED, Judge, uses_clip_features
 from sound_plan import ROOT, Cell, Method, Run
 
 from selva.checkpoint import load_adapter
@@ -125,11 +125,11 @@ class Trainer:
             judged.append({"step": step, **figures})
             log.info("%s, step %d: %s", run.method.name, step, in_words(judged[-1]))
         adapter = load_adapter(folder / "train" / step_file_name(steps[-1]))
-        response = self.judge.response(adapter, run.cell)
+        response = self.judge.response(adapter, run.cell) if run.cell.seed == RESPONSE_SEED else []
         base = self.judge.base(run.cell, uses_clip_features(adapter))
         row = {
             "key": run.key, "method": run.method.name, "scenes": run.cell.scenes, "sound": run.cell.sound,
-            "clips": run.cell.clips, "seed": run.cell.seed, **trained, "steps_to_90": steps_to(judged),
+            "clips": run.cell.clips, "seed": run.cell.seed, **trained,
             "judge_cpu_sec": round(time.process_time() - started, 1), "base": base, "checkpoints": judged,
             "response": response, "settings": dict(run.method.settings), **_circumstances(self.device),
         }

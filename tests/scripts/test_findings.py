@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as StillWaiting
 
 import findings
 import numpy as np
 import pytest
 import yaml
 from sound_plan import read_plan
-from sound_rows import append_row, compared, interval, read_rows
+from sound_rows import append_row, compared, interval, read_rows, steps_to
 from test_soundbench import PLAN
 
 from selva.utils.errors import UserError
+from selva.utils.lock import file_lock
 
 
 def row(plan, method: str, sound: str, seed: int, new: str, known: str = "1111", seconds: float = 70.0) -> dict:
@@ -22,9 +24,12 @@ def row(plan, method: str, sound: str, seed: int, new: str, known: str = "1111",
         "key": f"select-{sound}-20-{seed}-{plan.methods[method].identity}", "method": method, "scenes": "select",
         "sound": sound, "clips": 20, "seed": seed, "train_cpu_sec": seconds, "preserve_cpu_sec": 10.0,
         "base": {"new": {"recognised": 0.0, "hits": "0000"}, "known": {"hits": "1110"}},
-        "checkpoints": [{"member_auc": 0.5,
-                         "new": {**part, "hits": new, "recognised": new.count("1") / len(new)},
-                         "known": {**part, "hits": known}}],
+        "checkpoints": [
+            {"step": 2, "val_loss": 1.25, "member_auc": 0.5, "new": {"hits": "01"}, "known": {"hits": "1"}},
+            {"step": 4, "val_loss": 1.5, "member_auc": 0.5,
+             "new": {**part, "hits": new, "recognised": new.count("1") / len(new)},
+             "known": {**part, "hits": known}},
+        ],
         "response": [{"strength": 0.2, "recognised": 0.25}, {"strength": 1.4, "recognised": 0.75}],
     }
 
@@ -96,8 +101,19 @@ def test_the_document_says_what_was_found(tmp_path, plan):
     assert faster[3].startswith("+25 (") and faster[6].startswith("+25 (")
     assert "*Claim:* C *From:* S." in text and "faster: `--preserve`, `--lr 0.01`" in text
     assert "| plain | 2 | 0 | 25 | 75 | 75 |" in text  # strengths 0, 0.2, 1 and 1.4
+    assert "| plain | 2 | 2 | 50 | 100 | 0 | 1.250 | 0.50 |" in text
+    assert "| plain | 2 | 4 | 50 | 50 | 1 | 1.500 | 0.50 |" in text  # on the first two new scenes, and one known one
     again = document(tmp_path, rows)
     assert again == text and again.count(findings.BEGIN_MARK) == 1
+
+
+def test_the_steps_that_a_sound_needs_are_counted_on_the_same_scenes():
+    def row(*found: str) -> dict:
+        return {"checkpoints": [{"step": 10 * (i + 1), "new": {"hits": one}} for i, one in enumerate(found)]}
+
+    assert steps_to(row("10", "11", "1000")) == 20 and steps_to(row("10", "11", "1000"), 0.5) == 10
+    assert steps_to(row("10", "1000")) is None and steps_to(row("01", "1100")) == 20
+    assert steps_to(row("1111")) == 10
 
 
 def test_rows_of_other_scenes_and_numbers_of_clips_stand_apart(tmp_path, plan):
@@ -122,21 +138,17 @@ def test_without_rows_there_are_no_findings(tmp_path, plan, capsys):
     assert "no rows" in capsys.readouterr().err
 
 
-def append_many(path, first: int) -> None:
-    for number in range(20):
-        append_row(path, {"key": f"{first + number}", "filling": "x" * 3000})
-
-
-def test_processes_add_rows_one_after_the_other_and_none_twice(tmp_path):
+def test_rows_are_added_one_after_the_other_and_none_twice(tmp_path):
+    """The lock is that of a file, so it holds between threads as it does between processes."""
     path = tmp_path / "deeper" / "rows.jsonl"
-    context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=append_many, args=(path, first)) for first in (0, 10)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert sorted(int(one["key"]) for one in read_rows(path)) == list(range(30))
-    assert not append_row(path, {"key": "3"})
+    assert append_row(path, {"key": "a"}) and not append_row(path, {"key": "a", "other": 1})
+    with ThreadPoolExecutor(1) as pool:
+        with file_lock(path.with_name(".rows.jsonl.lock")):
+            adding = pool.submit(append_row, path, {"key": "b"})
+            with pytest.raises(StillWaiting):
+                adding.result(timeout=0.3)
+            path.write_text(path.read_text() + '{"key":"b"}\n')  # what the holder of the lock adds is seen by the other
+        assert adding.result() is False and [row["key"] for row in read_rows(path)] == ["a", "b"]
 
 
 def test_a_damaged_line_is_named(tmp_path):

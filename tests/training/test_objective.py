@@ -39,7 +39,8 @@ def test_offsets_of_following_batches_fill_the_gaps():
     offsets = torch.tensor([time_offset(42, number) for number in range(200)])
     assert offsets.min() >= 0 and offsets.max() < 1 and time_offset(42, 0) != time_offset(43, 0)
     for first in (0, 37, 180):
-        gaps = offsets[first : first + 20].sort().values.diff()
+        ends = torch.tensor([0.0, 1.0])
+        gaps = torch.cat([ends, offsets[first : first + 20]]).sort().values.diff()
         assert gaps.max() < 0.1  # 0.05 at even distances; independent draws leave about 0.18
 
 
