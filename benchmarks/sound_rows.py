@@ -96,7 +96,7 @@ def hits(part: Row) -> list[float]:
 
 
 def scenes_of_all(row: Row, part: str) -> int:
-    """Return how many scenes, the first ones, judge every checkpoint of a row."""
+    """Return the number of scenes, the first ones, that judge every checkpoint of a row."""
     return min(len(one[part]["hits"]) for one in row["checkpoints"])
 
 

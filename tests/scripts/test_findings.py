@@ -48,7 +48,7 @@ def document(tmp_path, rows, *options: str) -> str:
 
 
 def cells(text: str, method: str) -> list[str]:
-    (line,) = [line for line in text.splitlines() if line.startswith(f"| {method} | ") and line.count("|") > 8]
+    (line,) = [line for line in text.splitlines() if line.startswith(f"| {method} | ") and line.count("|") > 12]
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
