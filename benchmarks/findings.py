@@ -9,7 +9,7 @@ A verdict needs as many runs of a method, on the same cells as its reference, as
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -65,6 +65,11 @@ def kept(row: Row) -> list[float]:
     return [after for after, before in zip(known(row), hits(row["base"]["known"]), strict=True) if before]
 
 
+def distances(row: Row) -> list[float]:
+    """Return the distance of every new scene to its true sound in dB."""
+    return last(row)["new"]["distances_db"]
+
+
 def figure(values: Callable[[Row], list[float]], rows: Rows) -> Interval:
     return interval([values(row) for row in rows])
 
@@ -93,11 +98,21 @@ def verdict(rows: Rows, references: Rows, decided_after: int) -> str:
 
 
 def percent(value: Interval, sign: bool = False) -> str:
-    """Return a share with its bounds, in percent; a difference with its sign."""
+    """Return a share with its bounds, in percent; a difference with its sign; "" for none."""
+    if value.mean != value.mean:
+        return ""
     form = "{:+.0f}" if sign else "{:.0f}"
     bounds = "" if value.low is None or value.high is None else (
         f" ({form.format(100 * value.low)} to {form.format(100 * value.high)})")
     return f"{form.format(100 * value.mean)}{bounds}"
+
+
+def plain(value: Interval) -> str:
+    """Return a difference with its bounds; "" for none."""
+    if value.mean != value.mean:
+        return ""
+    bounds = "" if value.low is None or value.high is None else f" ({value.low:+.2f} to {value.high:+.2f})"
+    return f"{value.mean:+.2f}{bounds}"
 
 
 def rows_of(method: Method, rows: Rows) -> list[Row]:
@@ -112,21 +127,22 @@ def question_text(question: Question, plan: Plan, rows: Rows, decided_after: int
         return ""
     references = found[question.reference]
     header = ("method", "runs", "recognised %", "difference", "worst", "kept %", "difference", "worst",
-              "timing new, known", "memorised", "distance dB", "CPU s", "verdict")
+              "timing new, known", "memorised", "distance dB", "difference", "CPU s", "verdict")
     lines = []
     for name, own in found.items():
         if not own:
-            lines.append((name, "0", *[""] * 10, f"not decided yet: 0 of {decided_after} runs"))
+            lines.append((name, "0", *[""] * 11, f"not decided yet: 0 of {decided_after} runs"))
             continue
         is_reference = name == question.reference
         differences = ["", ""] if is_reference else [
             percent(compared(own, references, values), sign=True) for values in (recognised, known)]
+        nearer = "" if is_reference else plain(compared(own, references, distances))
         timing = ", ".join(f"{fmean(last(row)[part]['timing_f1'] for row in own):.2f}" for part in ("new", "known"))
         lines.append((
             name, str(len(own)), percent(figure(recognised, own)), differences[0], worst(recognised, own),
             percent(figure(kept, own)), differences[1], worst(kept, own), timing,
             f"{fmean(last(row)['member_auc'] for row in own):.2f}",
-            f"{fmean(last(row)['new']['distance_db'] for row in own):.1f}",
+            f"{fmean(last(row)['new']['distance_db'] for row in own):.2f}", nearer,
             f"{fmean(map(cost, own)):.0f}",
             "the reference" if is_reference else verdict(own, references, decided_after),
         ))
@@ -142,30 +158,43 @@ def worst(values: Callable[[Row], list[float]], rows: Rows) -> str:
 def changes_text(method: Method) -> str:
     """Return the changes that a method makes to the base settings, as flags."""
     def flag(name: str, value: Any) -> str:
-        words = map(str, value if isinstance(value, list) else [value])
+        words = [] if value is True else map(str, value if isinstance(value, list) else [value])
         return f"`{' '.join([f'--{name}', *words])}`"
 
     return ", ".join(flag(*one) for one in method.changes.items()) or "as it is"
 
 
 def response_text(plan: Plan, rows: Rows) -> str:
-    """Return the table of what is recognised at every strength of the adapter, a line for each method."""
-    lines, strengths = [], []
+    """Return the tables of what an adapter does at every strength, a line for each method; "" without such runs."""
+    lines: dict[str, list[tuple[str, ...]]] = {"recognised": [], "distance_db": []}
+    strengths: list[float] = []
     for name, method in plan.methods.items():
         own = [row for row in rows_of(method, rows) if row["response"]]
         if not own:
             continue
-        strengths = [one["strength"] for one in own[0]["response"]]
-        shares = [fmean(row["response"][i]["recognised"] for row in own) for i in range(len(strengths))]
-        shares.insert(sum(strength < 1 for strength in strengths), fmean(last(row)["new"]["recognised"] for row in own))
-        before = fmean(row["base"]["new"]["recognised"] for row in own)
-        lines.append((name, str(len(own)), *(f"{100 * share:.0f}" for share in [before, *shares])))
-    if not lines:
+        responses = [whole_response(row) for row in own]
+        strengths = list(responses[0])
+        for what, form, factor in (("recognised", "{:.0f}", 100), ("distance_db", "{:.1f}", 1)):
+            means = (factor * fmean(one[strength][what] for one in responses) for strength in strengths)
+            lines[what].append((name, str(len(own)), *map(form.format, means)))
+    if not strengths:
         return ""
-    columns = ["0", *(f"{strength:g}" for strength in sorted([*strengths, 1.0]))]
-    return ("### Strength\n\nShare in % of new scenes that is recognised when the adapter acts with this strength "
-            "(0 and 1 of all of them, the others of the first 8; seed 1).\n\n"
-            + table(("method", "runs", *columns), lines))
+    header = ("method", "runs", *(f"{strength:g}" for strength in strengths))
+    return ("### Strength\n\nThe same few new scenes (8) with the adapter at every strength, seed 1. The share that is "
+            f"recognised, in %:\n\n{table(header, lines['recognised'])}\nThe distance to the true sounds, in dB:\n\n"
+            + table(header, lines["distance_db"]))
+
+
+def whole_response(row: Row) -> dict[float, Mapping[str, float]]:
+    """Return the figures at every strength, those of the base model and of the adapter as it is among them."""
+    count = row["response"][0]["scenes"]
+    ends = {0.0: row["base"]["new"], 1.0: last(row)["new"]}
+    found: dict[float, Mapping[str, float]] = {
+        strength: {"recognised": fmean(hits(part)[:count]), "distance_db": fmean(part["distances_db"][:count])}
+        for strength, part in ends.items()
+    }
+    found |= {one["strength"]: one for one in row["response"]}
+    return dict(sorted(found.items()))
 
 
 def on_the_way_text(plan: Plan, rows: Rows) -> str:

@@ -121,9 +121,10 @@ class Judge:
     ) -> Figures:
         """Return the figures of the sounds that a model makes for the first ``count`` scenes of a set, all if None.
 
-        ``hits``: "1" for every scene whose class is recognised, else "0". ``recognised``: the share of them.
-        ``timing_f1``. ``margin``: of the log probability of the right class over the best other one.
-        ``distance_db``: log-spectral distance to the true sound of the scene. Means over scenes.
+        ``hits``: "1" for every scene whose class is recognised, else "0"; ``margins``: of every scene, by how much the
+        log probability of its class is above that of the best other one; ``distances_db``: of every scene, the
+        log-spectral distance to its true sound. ``recognised``, ``margin``, ``distance_db`` and ``timing_f1`` are means
+        over the scenes. ``taken_for``: what the others were taken for.
         """
         if (scenes, name) not in self._scenes:
             self._scenes[scenes, name] = self.inputs.scenes(scenes, name)
@@ -143,13 +144,16 @@ def heard_figures(sounds: Sequence[np.ndarray], cases: Sequence[Case], classifie
         log_spectral_distance(torch.from_numpy(sound), torch.from_numpy(case.scene.sound(RATE))[: len(sound)], RATE)
         for sound, case in zip(sounds, cases, strict=True)
     ]
+    margins = [_margin(sound, case.name, classifier) for sound, case in zip(sounds, cases, strict=True)]
     return {
         "scenes": len(cases),
         "hits": "".join("1" if one else "0" for one in found),
         "recognised": round(mean(found), 4),
         "timing_f1": round(mean(timing_f1(sounds, [case.events() for case in cases])), 4),
-        "margin": round(mean([_margin(s, c.name, classifier) for s, c in zip(sounds, cases, strict=True)]), 2),
+        "margin": round(mean(margins), 2),
         "distance_db": round(mean(distances), 3),
+        "margins": [round(one, 1) for one in margins],
+        "distances_db": [round(one, 2) for one in distances],
         "taken_for": _counted([name for name, one in zip(names, found, strict=True) if not one]),
     }
 

@@ -19,18 +19,19 @@ from selva.utils.lock import file_lock
 
 
 def row(plan, method: str, sound: str, seed: int, new: str, known: str = "1111", seconds: float = 70.0) -> dict:
-    part = {"timing_f1": 0.9, "distance_db": 7.0}
+    part = {"timing_f1": 0.9, "distance_db": 7.0, "distances_db": [6.0, 8.0, 7.0, 7.0]}
     return {
         "key": f"select-{sound}-20-{seed}-{plan.methods[method].identity}", "method": method, "scenes": "select",
         "sound": sound, "clips": 20, "seed": seed, "train_cpu_sec": seconds, "preserve_cpu_sec": 10.0,
-        "base": {"new": {"recognised": 0.0, "hits": "0000"}, "known": {"hits": "1110"}},
+        "base": {"new": {"hits": "0000", "distances_db": [20.0, 22.0, 30.0, 30.0]}, "known": {"hits": "1110"}},
         "checkpoints": [
             {"step": 2, "val_loss": 1.25, "member_auc": 0.5, "new": {"hits": "01"}, "known": {"hits": "1"}},
             {"step": 4, "val_loss": 1.5, "member_auc": 0.5,
              "new": {**part, "hits": new, "recognised": new.count("1") / len(new)},
              "known": {**part, "hits": known}},
         ],
-        "response": [{"strength": 0.2, "recognised": 0.25}, {"strength": 1.4, "recognised": 0.75}],
+        "response": [{"strength": 0.2, "scenes": 2, "recognised": 0.25, "distance_db": 15.0},
+                     {"strength": 1.4, "scenes": 2, "recognised": 0.75, "distance_db": 5.0}],
     }
 
 
@@ -74,7 +75,7 @@ def test_no_verdict_before_there_are_enough_runs(tmp_path, plan):
     rows = [row(plan, name, "gong", 1, hits) for name, hits in (("plain", "0000"), ("faster", "1111"))]
     text = document(tmp_path, rows, "--decided_after", "2")
     assert cells(text, "faster")[-1] == "not decided yet: 1 of 2 runs" and cells(text, "plain")[-1] == "the reference"
-    assert cells(text, "kept")[1:] == ["0", *[""] * 10, "not decided yet: 0 of 2 runs"]
+    assert cells(text, "kept")[1:] == ["0", *[""] * 11, "not decided yet: 0 of 2 runs"]
 
 
 def test_verdicts_follow_from_the_intervals(tmp_path, plan):
@@ -97,10 +98,11 @@ def test_the_document_says_what_was_found(tmp_path, plan):
     plain, faster = cells(text, "plain"), cells(text, "faster")
     assert plain[1] == "2" and plain[2].startswith("75 (") and plain[4] == "50"
     assert plain[5].startswith("83 (") and plain[7] == "67"  # of the three that the base model gets right
-    assert plain[8:12] == ["0.90, 0.90", "0.50", "7.0", "80"]
+    assert plain[8:13] == ["0.90, 0.90", "0.50", "7.00", "", "80"] and faster[11] == "+0.00 (+0.00 to +0.00)"
     assert faster[3].startswith("+25 (") and faster[6].startswith("+25 (")
     assert "*Claim:* C *From:* S." in text and "faster: `--preserve`, `--lr 0.01`" in text
-    assert "| plain | 2 | 0 | 25 | 75 | 75 |" in text  # strengths 0, 0.2, 1 and 1.4
+    assert "| plain | 2 | 0 | 25 | 50 | 75 |" in text  # strengths 0, 0.2, 1 and 1.4, on the first two scenes
+    assert "| plain | 2 | 21.0 | 15.0 | 7.0 | 5.0 |" in text
     assert "| plain | 2 | 2 | 50 | 100 | 0 | 1.250 | 0.50 |" in text
     assert "| plain | 2 | 4 | 50 | 50 | 1 | 1.500 | 0.50 |" in text  # on the first two new scenes, and one known one
     again = document(tmp_path, rows)

@@ -71,6 +71,7 @@ def test_a_suite_leaves_a_row_for_every_run_and_does_none_twice(bench, capsys):
     assert [one["step"] for one in plain["checkpoints"]] == [2, 4]
     last = plain["checkpoints"][-1]
     assert last["new"]["scenes"] == 2 and last["known"]["scenes"] == 2 and len(last["new"]["hits"]) == 2
+    assert len(last["new"]["margins"]) == len(last["new"]["distances_db"]) == 2
     assert last["val_loss"] > 0 and 0 <= last["member_auc"] <= 1 and last["new"]["distance_db"] > 0
     assert [one["strength"] for one in plain["response"]] == list(sound_judge.STRENGTHS)
     assert plain["base"] == kept["base"] and plain["settings"]["lr"] == 1e-3
