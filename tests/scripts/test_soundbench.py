@@ -5,16 +5,20 @@ from __future__ import annotations
 import functools
 import json
 import signal
+import time
+from types import SimpleNamespace
 
 import pytest
 import sound_data
 import sound_judge
 import sound_train
 import soundbench
+import torch
 import yaml
 from sound_plan import Cell, Method, Run, cells_of, read_plan, runs_of
 
 from selva.flow import SamplingConfig
+from selva.training.train import TrainingResult
 from selva.utils.lock import FolderLock
 from toyworld import measure
 from toyworld.judging import fit_classifier
@@ -93,7 +97,7 @@ def test_a_training_that_is_stopped_has_no_row_and_begins_anew(bench, monkeypatc
 
     def stopped(config, shared):
         (config.output_dir / "left").mkdir(parents=True)
-        return sound_train_result(signal.SIGTERM)
+        return TrainingResult(signal=signal.SIGTERM)
 
     monkeypatch.setattr(sound_train, "train", stopped)
     assert bench("--methods", "plain") == 143
@@ -101,12 +105,6 @@ def test_a_training_that_is_stopped_has_no_row_and_begins_anew(bench, monkeypatc
     assert bench("--methods", "plain") == 0
     (row,) = bench.rows()
     assert row["steps"] == 4
-
-
-def sound_train_result(number: int):
-    from selva.training.train import TrainingResult
-
-    return TrainingResult(signal=number)
 
 
 def test_what_was_trained_is_not_trained_again_when_only_its_judgement_was_cut_short(bench, monkeypatch):
@@ -119,6 +117,32 @@ def test_what_was_trained_is_not_trained_again_when_only_its_judgement_was_cut_s
     monkeypatch.setattr(sound_train, "train", cut_short)
     assert bench("--methods", "plain") == 0
     assert bench.rows()[0]["train_cpu_sec"] > 0
+
+
+def test_the_cost_of_a_training_is_the_same_whoever_has_made_what_is_shared(tmp_path, monkeypatch):
+    def work(seconds: float) -> None:
+        end = time.process_time() + seconds
+        while time.process_time() < end:
+            pass
+
+    def training(config, shared):
+        shared.clips("clips", lambda: work(0.4))
+        shared.preserved("sounds", lambda: work(0.6))
+        work(0.2)
+        config.output_dir.mkdir(parents=True)
+        (config.output_dir / "adapter_final.pt").write_bytes(bytes(2**20))
+        return TrainingResult(config.output_dir / "adapter_final.pt", steps=4)
+
+    monkeypatch.setattr(sound_train, "train", training)
+    inputs = SimpleNamespace(clips=lambda cell: tmp_path)
+    judge = SimpleNamespace(inputs=inputs, maker=SimpleNamespace(device=torch.device("cpu")))
+    trainer = sound_train.Trainer(tmp_path / "work", judge, "cpu")
+    method = Method("plain", {}, {"steps": 4, "variant": "tiny_16k"}, 0)
+    for seed in (1, 2):
+        found = trainer._trained(Run(method, Cell("select", "gong", 3, seed)), tmp_path / str(seed))
+        assert found["train_cpu_sec"] == pytest.approx(0.2, abs=0.15)
+        assert found["preserve_cpu_sec"] == pytest.approx(0.6, abs=0.15)
+        assert found["adapter_mb"] == 1 and found["checkpoints"] == [2, 4]
 
 
 def test_a_run_that_cannot_be_done_is_named_and_the_others_are_done(bench, monkeypatch, capsys):
