@@ -14,7 +14,7 @@ from toyworld.classes import CLASSES, UNSEEN
 from toyworld.scene import Scene, make_scene
 
 SEED, SECONDS, FPS, PIXELS = 3, 4.0, 25, 192
-COLUMNS, LETTERS = 7, 26  # of a title in one line
+COLUMNS, LETTERS = 8, 26  # of a title in one line
 TWO = ("bell", "drum")
 
 
@@ -25,10 +25,12 @@ def write_overview(path: Path) -> None:
     figure = new_figure(2 * COLUMNS, 2.35 * rows + 0.4)
     figure.suptitle(f"What the toy world shows: {len(CLASSES)} things that tiny_16k knows, {len(UNSEEN)} that it does "
                     "not (red), and a scene of two", fontsize=13, color=INK)
-    for axes, (title, colour, picture) in zip(figure.subplots(rows, COLUMNS).flat, shown, strict=True):
+    places = list(figure.subplots(rows, COLUMNS).flat)
+    for axes in places:
+        axes.set_axis_off()
+    for axes, (title, colour, picture) in zip(places, shown, strict=False):  # the last row need not be full
         axes.imshow(picture)
         axes.set_title(textwrap.fill(title, LETTERS), fontsize=9, color=colour)
-        axes.set_axis_off()
     save_figure(figure, path)
 
 

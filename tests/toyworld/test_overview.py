@@ -37,4 +37,4 @@ def test_the_script_writes_it(tmp_path, capsys):
     assert make_demo_clips.main(["--overview", str(tmp_path / "world.png")]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'world.png'}\n"
     height, width, _ = imread(tmp_path / "world.png").shape
-    assert width == 1400 and height < width / 2
+    assert width == 1600 and height < width / 2
