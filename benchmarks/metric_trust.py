@@ -41,6 +41,7 @@ from selva.media import read_audio
 from selva.utils.document import begin_mark, marked_block, update_document
 from selva.utils.errors import UserError
 from selva.utils.files import atomic_write_text
+from selva.utils.text import counted
 from toyworld import UNSEEN
 from toyworld.judging import fit_classifier
 from toyworld.measure import MEASURE_SEED, ToyGenerator, single_cases
@@ -159,8 +160,9 @@ def document_text(figures: dict[str, Any]) -> str:
         name = f"{row.name} ({row.unit})" if row.unit else row.name
         scale.append((name, *(_ends(figures[part]["means"][key], row.number) for part in parts)))
     header = [HEADINGS[part] for part in parts]
-    numbers = "; ".join(f"{part}: {figures[part]['sounds']} sounds of {figures[part]['scenes']} scenes"
-                        for part in parts)
+    numbers = "; ".join(
+        f"{part}: {counted(figures[part]['sounds'], 'sound')} of {counted(figures[part]['scenes'], 'scene')}"
+        for part in parts)
     texts = [f"Rank correlation of each figure, of single pairs of 8 s, with what is wrong ({numbers}), and its 95 % "
              "interval. Near 1: it always tells the worse sound from the better one; 0: it does not see it; below 0: "
              "it is misled. **Bold**: 0.5 and more.\n",

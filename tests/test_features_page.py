@@ -35,7 +35,8 @@ TEXT = (ROOT / PAGE).read_text(encoding="utf-8")
 # Scripts that are parts of others, or for those who work on the toolkit itself.
 OWN_SCRIPTS = {"fuzz_worker.py", "update_docs.py", "setup_env.sh", "setup_env.ps1", "quickstart.py", "test.ps1"}
 # Flags that say where or how to compute, and that every script has.
-PLAIN = {"config", "debug", "version", "help", "device", "seed", "precision", "variant", "selva_dir", "overwrite"}
+PLAIN = {"config", "debug", "version", "help", "device", "seed", "precision", "variant", "selva_dir", "overwrite",
+         "no_settings_file"}
 OWN_FLAGS = {  # of single scripts, too small for a line of their own
     "adapter.py": {"fold"}, "download_weights.py": {"list", "layout"}, "make_test_weights.py": {"layout"},
     "fuzz.py": {"keep", "limit_sec"}, "kill_test.py": {"processes", "steps", "save_every"},
@@ -45,7 +46,7 @@ OWN_FLAGS = {  # of single scripts, too small for a line of their own
     "train_tiny.py": {"stages", "restart", "steps", "batch_size", "scale", "threads", "export"},
     "train_base.py": {"timestep_mode", "logit_normal_sigma", "curriculum_switch", "null_prob", "latent",
                       "clip_features", "lr", "lr_milestones", "lr_factor", "lr_cycles", "weight_decay", "adam_eps",
-                      "tensorboard", "grad_checkpointing", "compile", "prefetch", "readers"},
+                      "tensorboard", "grad_checkpointing", "compile", "prefetch", "readers", "clap", "ast"},
     "extract_features.py": {"video_dir"},
     "infer.py": {"recursive", "cuda_graph"},
 }

@@ -18,6 +18,7 @@ from selva.features import FeatureBundle
 from selva.models.variants import get_variant
 from selva.utils.errors import UserError
 from selva.utils.files import source_hash
+from selva.utils.text import counted
 from selva.weights.config import ModelConfig
 from selva.weights.find import check_weights, encoders_identity, weights_identity
 
@@ -66,5 +67,5 @@ def video_features(
         found[name] = FeatureBundle(clip_f, sync_f, float(seconds), prompt=prompt, variant=variant.name)
     if problems:
         raise UserError(f"{table}: {'; '.join(problems)}")
-    log.info("--sample_prompts: features of %d videos, %d of them made now", len(found), made)
+    log.info("--sample_prompts: features of %s, made now: %d", counted(len(found), "video"), made)
     return found

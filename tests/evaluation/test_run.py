@@ -135,7 +135,7 @@ def test_names_without_a_partner_are_left_out_by_name(folders, tmp_path):
     assert done.returncode == 0 and "onset F1" in done.stdout
     for name in ("only_made", "only_recorded"):
         (line,) = (line for line in done.stderr.splitlines() if name in line)
-        assert "1 of 4 sounds have no partner" in line
+        assert "left out, without a partner in " in line and ": 1 of 4 sounds: " in line
 
 
 def test_a_sound_that_is_nearly_silent_is_named_too(folders, tmp_path):

@@ -173,7 +173,7 @@ def test_a_video_of_the_table_is_encoded_once_and_sounds_as_its_features_do(
                                    for name in ("seen", "blind", "stored"))
             assert (seen == stored).all() and (seen != blind).any()
     assert len(read) == 1
-    assert "features of 1 videos, 0 of them made now" in capsys.readouterr().err
+    assert "features of 1 video, made now: 0" in capsys.readouterr().err
     table.write_text(table.read_text().replace("seen,a knock", "seen,a bell"))  # SelVA's encoder looks for the words
     assert train(feature_dir, tmp_path / "one", "--sample_prompts", str(table), "--resume", "auto", "--steps", "8",
                  "--duration", "2") == 0
