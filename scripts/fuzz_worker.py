@@ -45,6 +45,7 @@ from selva.partition.config import PartitionConfig
 from selva.partition.segments import read_segments
 from selva.partition.windows import read_captions, read_clips
 from selva.training.config import RunConfig
+from selva.utils.device import peak_memory_bytes
 from selva.utils.errors import UserError
 from selva.utils.files import atomic_write_text
 
@@ -219,15 +220,6 @@ def outcome(name: str, path: Path) -> tuple[str, str]:
     return ("refused", said[0]) if said else ("ok", "")
 
 
-def memory_bytes() -> int:
-    """Return the most resident memory that this process has had; 0 where the system does not tell."""
-    try:
-        import resource
-    except ImportError:
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 def main() -> None:
     if sys.argv[1:2] == ["--make"]:
         print(json.dumps(make_good_files(Path(sys.argv[2]))))
@@ -240,11 +232,12 @@ def main() -> None:
     warnings.simplefilter("ignore")
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # nothing else may write to where the answers go
-    print(json.dumps({"status": "ready", "memory": memory_bytes()}), file=answers, flush=True)
+    print(json.dumps({"status": "ready", "memory": peak_memory_bytes("cpu")}), file=answers, flush=True)
     for line in sys.stdin:
         task = json.loads(line)
         status, error = outcome(task["name"], Path(task["path"]))
-        print(json.dumps({"status": status, "error": error, "memory": memory_bytes()}), file=answers, flush=True)
+        answer = {"status": status, "error": error, "memory": peak_memory_bytes("cpu")}
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 if __name__ == "__main__":

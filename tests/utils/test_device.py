@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from selva.utils import device as module
 from selva.utils.device import native_precision, resolve_device, resolve_precision, to_device
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[2]
 
 
 def make_cpu(monkeypatch, *, capability: str, bf16: bool, machine: str = "x86_64") -> None:
@@ -92,3 +96,12 @@ def test_float32_convolutions_are_float32_on_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     assert resolve_device("cuda") == torch.device("cuda", 0)
     assert not torch.backends.cudnn.allow_tf32
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this system hands the peak on to what is started")
+def test_the_peak_of_memory_is_that_of_this_program_not_of_the_one_that_started_it():
+    held = bytearray(400_000_000)
+    held[::4096] = b"x" * len(held[::4096])
+    code = "from selva.utils.device import peak_memory_bytes; print(peak_memory_bytes('cpu'))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert 1e6 < int(done.stdout) < 2e8 < len(held) < module.peak_memory_bytes("cpu")
