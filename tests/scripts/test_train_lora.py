@@ -218,12 +218,19 @@ def test_a_signal_ends_in_a_state_to_resume_from(feature_dir, tmp_path, number, 
     command = [sys.executable, str(ROOT / "train_lora.py"), "--data_dir", str(feature_dir), "--output_dir", str(out),
                *QUICK, "--no_preview", "--steps", "100000", "--save_every", "100000", "--val_every", "100000"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
-    for line in process.stderr:
-        if line.startswith("step 2/"):
-            process.send_signal(number)
-            break
-    _, stderr = process.communicate(timeout=120)
+    before = signal.signal(number, signal.SIG_DFL)  # under nohup, SIGHUP is ignored, and what is started inherits that
+    try:
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    finally:
+        signal.signal(number, before)
+    try:
+        for line in process.stderr:
+            if line.startswith("step 2/"):
+                process.send_signal(number)
+                break
+        _, stderr = process.communicate(timeout=120)
+    finally:
+        process.kill()
     assert process.returncode == code, stderr
     (saved,) = out.glob("adapter_step*.pt")
     step = int(saved.stem.removeprefix("adapter_step"))
