@@ -116,7 +116,7 @@ def scan_folder(data_dir: PathLike) -> FolderScan:
     skipped: list[tuple[Path, str]] = []
     for path in features:
         if same_name(path.stem) not in sounds:
-            skipped.append((path, f"no sound beside it ({path.stem}{', '.join(AUDIO_SUFFIXES)})"))
+            skipped.append((path, f"no sound beside it ({path.stem}.wav, .flac or another kind of sound)"))
             continue
         try:
             bundle = load_features(path)

@@ -94,6 +94,8 @@ def _check_columns(path: Path, columns: Sequence[str], required: Collection[str]
     if missing:
         found = ", ".join(columns) or "nothing"
         what = f"expected {expected}" if expected else "the first line names the columns"
+        if len(columns) == 1 and len(columns[0].split()) > 1:  # copied from a page, or aligned by hand
+            what += "; columns are separated by tabs, semicolons or commas, not by spaces"
         raise UserError(f"{path}: column {', '.join(missing)} missing (found: {found}); {what}")
     if twice := sorted({name for name in columns if name in required and columns.count(name) > 1}):
         raise UserError(f"{path}: column {', '.join(twice)} is there more than once")

@@ -202,7 +202,8 @@ def find_videos(folder: PathLike, recursive: bool = False) -> list[Path]:
     if found:
         say_not_taken(folder, files, VIDEO_SUFFIXES, recursive)
     else:
-        where = "this folder and its subfolders" if recursive else "this folder (its subfolders were not searched)"
+        where = "this folder and its subfolders" if recursive else (
+            "this folder (its subfolders were not searched; --recursive does)")
         raise UserError(f"{folder}: no videos in {where}; looked for {' '.join(VIDEO_SUFFIXES)}")
     return sorted(found, key=lambda path: path.parts)
 

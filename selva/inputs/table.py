@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,7 +142,9 @@ class _RowReader:
         except ValueError:
             value = math.nan
         if not (math.isfinite(value) and value >= least):
-            self._problem(f"{column} is {text[column]!r}, expected seconds, {least:g} or more")
+            point = text[column].replace(",", ".")
+            hint = f", with a point: {point}" if re.fullmatch(r"\d+,\d+", text[column]) else ""
+            self._problem(f"{column} is {text[column]!r}, expected seconds, {least:g} or more{hint}")
         return value
 
     def _file(self, text: dict[str, str], column: str, folder: Path) -> Path | None:

@@ -33,6 +33,7 @@ from selva.utils.text import counted, listed
 log = logging.getLogger(__name__)
 
 LEFT_OUT_COLUMNS = ("file", "id", "start_sec", "end_sec", "reason")
+VIDEO_REASON = "a video; extract_features.py --windows cuts videos"
 OVERSHOOT_SEC = 0.05  # given times are rounded; a segment that ends this much too late is cut without a word
 FLAC_CHANNELS = 8
 
@@ -106,9 +107,11 @@ def collect_recordings(data_dir: Path, recursive: bool = False) -> tuple[dict[st
         raise UserError(f"{listed(clashes, separator='; ')}; rename one of them")
     if not recordings:
         deeper = "" if recursive else " (its subfolders were not searched; --recursive does)"
-        raise UserError(f"{data_dir}: no recordings in this folder{deeper}; looked for {' '.join(AUDIO_SUFFIXES)}")
+        instead = "; ".join(f"{path.name}: {VIDEO_REASON}" for path in list(videos.values())[:1])
+        raise UserError(f"{data_dir}: no recordings in this folder{deeper}; looked for {' '.join(AUDIO_SUFFIXES)}"
+                        + (f"; {instead}" if instead else ""))
     # A video beside a recording of its name is what the recording belongs to.
-    left_out += [LeftOut(path, "a video; extract_features.py --windows cuts videos")
+    left_out += [LeftOut(path, VIDEO_REASON)
                  for name, path in videos.items() if name not in recordings]
     return recordings, left_out
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 COLOURS = "magma"
 RANGE_DB = 70.0  # from the brightest colour to black
+SILENCE_DB = -120.0  # level of digital silence, always black
 NUM_PIXELS = 160  # of a spectrogram, up
 LEVEL_LABEL = "level in dB of full scale"
 TICKS_HZ = (100, 500, 1000, 2000, 4000, 8000, 16_000)
@@ -51,7 +52,7 @@ def mel_levels(sound: Tensor, rate: int) -> np.ndarray:
         else:
             below, share = math.floor(low), (low + high) / 2 - math.floor(low)
             image[pixel] = (1 - share) * power[below] + share * power[min(below + 1, len(power) - 1)]
-    return 10 * np.log10(image.numpy() + 1e-12)
+    return 10 * np.log10(image.numpy() + 10 ** (SILENCE_DB / 10))
 
 
 def draw_levels(axes: Any, levels: np.ndarray, seconds: float, rate: int, loudest: float, size: float = 8,
@@ -62,6 +63,7 @@ def draw_levels(axes: Any, levels: np.ndarray, seconds: float, rate: int, loudes
         seconds: length of the sound. loudest: level of the brightest colour. size: of the letters, points.
         unit: stands behind every frequency, where the axis has no room for its name.
     """
+    loudest = max(loudest, SILENCE_DB + RANGE_DB)
     image = axes.imshow(levels, origin="lower", aspect="auto", extent=(0, seconds, 0, NUM_PIXELS), cmap=COLOURS,
                         vmin=loudest - RANGE_DB, vmax=loudest, interpolation="nearest")
     shown = [hertz for hertz in TICKS_HZ if hertz <= rate / 2]

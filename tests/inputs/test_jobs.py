@@ -67,7 +67,7 @@ def test_requests_that_make_no_sense(tmp_path):
         collect_jobs([])
     with pytest.raises(FileNotFoundError, match="none: no such file or folder"):
         collect_jobs([tmp_path / "none"])
-    with pytest.raises(ValueError, match=r"no videos in this folder \(its subfolders were not searched\)"):
+    with pytest.raises(ValueError, match=r"no videos in this folder \(its subfolders .*; --recursive does\)"):
         collect_jobs([tmp_path])
     with pytest.raises(ValueError, match=r"start is -1 s.*; duration is 0\.5 s, expected at least 0\.64"):
         collect_jobs([tmp_path / "sub"], start_sec=-1, duration_sec=0.5)
@@ -127,6 +127,7 @@ BAD_ROWS = {
     "a\x07b\t\t\t": "line 2: .*control characters",
     "\t5\t\t": "line 2: .*the id is empty",
     "a\t-1\t\t": "line 2: start is '-1', expected seconds, 0 or more",
+    "a\t9,5\t\t": "line 2: start is '9,5', expected seconds, 0 or more, with a point: 9.5",
     "a\tsoon\t\t": "line 2: start is 'soon'",
     "a\tnan\t\t": "line 2: start is 'nan'",
     "a\t\t0.5\t": "line 2: duration is '0.5', expected seconds, 0.64 or more",
@@ -202,6 +203,7 @@ def test_prompts_as_windows_writes_them(tmp_path, encoding):
     [
         (b"name\tlabel\na\tb\n", r"column id missing \(found: name, label\)"),
         (b"", r"column id missing \(found: nothing"),
+        (b"id   path\na    a.mp4\n", "found: id   path.*; columns are separated by tabs, .* not by spaces"),
         (b"id\n", "has no rows"),
         (b"id\na\nb\xe4r\n", r"line 3: is not UTF-8 text; save it as UTF-8 \(Notepad"),
         (b'id\tlabel\na\tb\nc\t"hello" he said\n', "after line 2 no row can be read"),

@@ -91,6 +91,9 @@ def test_nothing_to_do_is_an_error_and_writes_nothing(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert main(["--data_dir", str(tmp_path / "empty"), *output]) == 1
     assert "no recordings in this folder (its subfolders were not searched; --recur" in capsys.readouterr().err
+    (tmp_path / "empty" / "a.MP4").touch()
+    assert main(["--data_dir", str(tmp_path / "empty"), *output]) == 1
+    assert "a.MP4: a video; extract_features.py --windows cuts videos" in capsys.readouterr().err
     record(tmp_path / "short", "a.wav", 3)
     assert main(["--data_dir", str(tmp_path / "short"), *output]) == 1
     assert "none of 1 recording gives a clip of 8.1 s" in capsys.readouterr().err

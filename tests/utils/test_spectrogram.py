@@ -32,3 +32,9 @@ def test_axes_have_units_and_frequencies_where_they_belong():
     assert from_mel(places["1"] / NUM_PIXELS * to_mel(RATE / 2)) == pytest.approx(1000)
     assert image.get_clim() == (-6.0 - RANGE_DB, -6.0) and image.get_cmap().name == "magma"
     assert "16" not in places
+
+
+def test_silence_is_black_though_it_is_its_own_loudest_point():
+    levels = mel_levels(torch.zeros(RATE), RATE)
+    image = draw_levels(new_figure(4, 2).subplots(), levels, 1.0, RATE, float(levels.max()))
+    assert image.norm(levels).max() == 0
