@@ -72,7 +72,8 @@ def partition_recordings(config: PartitionConfig) -> tuple[list[Path], bool]:
     report_left_out(cut.left_out, config.output_dir / f"left_out{part}.tsv")
     if not cut.windows:
         wanted = "" if segments or config.cutting.min_length_sec is not None else f" of {WINDOW_SEC} s"
-        raise UserError(f"{config.data_dir}: none of {counted(len(chosen), 'recording')} gives a clip{wanted}")
+        shorter = "" if not wanted else "; --min_length_sec takes shorter recordings as one clip each"
+        raise UserError(f"{config.data_dir}: none of {counted(len(chosen), 'recording')} gives a clip{wanted}{shorter}")
     names = {window.name for window in cut.windows}
     held_out = hold_out(names, config.val_fraction, config.seed) if config.val_fraction else set()
     captions = table_captions(cut.windows, of_clips, of_names)

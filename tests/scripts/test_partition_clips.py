@@ -96,7 +96,9 @@ def test_nothing_to_do_is_an_error_and_writes_nothing(tmp_path, capsys):
     assert "a.MP4: a video; extract_features.py --windows cuts videos" in capsys.readouterr().err
     record(tmp_path / "short", "a.wav", 3)
     assert main(["--data_dir", str(tmp_path / "short"), *output]) == 1
-    assert "none of 1 recording gives a clip of 8.1 s" in capsys.readouterr().err
+    assert "none of 1 recording gives a clip of 8.1 s; --min_length_sec takes shorter" in capsys.readouterr().err
+    assert main(["--data_dir", str(tmp_path / "short"), "--output_dir", str(tmp_path / "made"), "--min_length_sec",
+                 "2"]) == 0
     assert not (tmp_path / "out").exists()
     assert main(["--help"]) == 0
 
