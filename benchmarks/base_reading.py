@@ -18,7 +18,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -108,6 +107,8 @@ def measure_stream(folder: Path, variant: str, readers: int, args: argparse.Name
 
     torch.set_num_threads(1)
     limit = of_process("VmSize") + args.more_gib
+    import resource  # not on Windows
+
     resource.setrlimit(resource.RLIMIT_AS, (int(limit * 2**30), int(limit * 2**30)))
     clips = MixedClips([MemmapDataset(folder, get_variant(variant))], [DataSource(folder)], args.seed)
     stream = BatchStream(clips, ObjectiveConfig(), batch_size=args.batch_size, steps=10**6, world=World(),

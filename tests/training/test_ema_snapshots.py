@@ -63,7 +63,7 @@ def test_the_widths_are_those_of_the_run(tmp_path):
     write_snapshots(tmp_path, average_at(3, sigma_rels=(0.2, 0.02)))
     assert [one.sigma_rel for one in find_snapshots(tmp_path)] == [0.2, 0.02]
     (tmp_path / "tracks.json").write_text(json.dumps({"sigma_rels": [0.2]}))
-    with pytest.raises(UserError, match="snapshots of track 1 but 1 widths"):
+    with pytest.raises(UserError, match="snapshots of track 1 but 1 width;"):
         find_snapshots(tmp_path)
     (tmp_path / "tracks.json").write_text("{}")
     with pytest.raises(UserError, match=r"tracks.json: damaged"):

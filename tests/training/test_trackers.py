@@ -86,7 +86,7 @@ def test_one_that_fails_is_left_out_and_the_others_go_on(recorders, tmp_path, ca
     for step in (1, 2):
         trackers.rows([{"step": step, "loss": 1.0}])
     assert [call[0] for call in recorders["trackio"].calls] == ["init", "log", "log"]
-    assert caplog.text.count("--report_to wandb ends here: no network") == 1
+    assert caplog.text.count("--report_to wandb gets no more values after an error: no network") == 1
 
 
 def test_one_that_does_not_begin_is_a_mistake_with_advice(recorders, tmp_path):
