@@ -41,7 +41,7 @@ def look_at(page: Path, folder: Path, width: int) -> dict:
     options = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}",
                f"--window-size={width},1200"]
     found = None
-    for budget in (20_000, 200_000, 2_000_000, *[20_000_000] * 4):  # ms of its own clock, which does not wait for decoders
+    for budget in (20_000, 200_000, 2_000_000, *[20_000_000] * 4):  # ms of its clock, which waits for no decoder
         dump = subprocess.run([*options, f"--virtual-time-budget={budget}", "--dump-dom", probed.as_uri()],
                               capture_output=True, text=True, timeout=120, check=True).stdout
         found = re.search(r'<pre id="found">(.*?)</pre>', dump, re.DOTALL)
