@@ -96,6 +96,8 @@ def of_process(name: str) -> float:
 
 def measure_stream(folder: Path, variant: str, readers: int, args: argparse.Namespace, results: Any) -> None:
     """Read batches for a while in this process, under its limit."""
+    import resource  # not on Windows
+
     import torch
 
     from selva.data.memmap.reader import MemmapDataset
@@ -107,8 +109,6 @@ def measure_stream(folder: Path, variant: str, readers: int, args: argparse.Name
 
     torch.set_num_threads(1)
     limit = of_process("VmSize") + args.more_gib
-    import resource  # not on Windows
-
     resource.setrlimit(resource.RLIMIT_AS, (int(limit * 2**30), int(limit * 2**30)))
     clips = MixedClips([MemmapDataset(folder, get_variant(variant))], [DataSource(folder)], args.seed)
     stream = BatchStream(clips, ObjectiveConfig(), batch_size=args.batch_size, steps=10**6, world=World(),

@@ -7,11 +7,21 @@ import pytest
 import torch
 from golden_case import GOLDEN_ERRORS, GoldenCase
 
+THREADS = torch.get_num_threads()
+
 
 @pytest.fixture(autouse=True)
 def _fixed_seed():
     torch.manual_seed(0)
     np.random.seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _threads_of_before():
+    """Scripts that run in this process may set the number of threads, which decides how sums are rounded."""
+    yield
+    if torch.get_num_threads() != THREADS:
+        torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(scope="module")

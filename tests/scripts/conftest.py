@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -33,10 +34,13 @@ def clip_dir(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def _features(tmp_path_factory, clip_dir) -> Path:
+def _features(tmp_path_factory, clip_dir) -> Iterator[Path]:
+    """The features and sounds of all clips, to be copied: training would leave its cache for all later tests."""
     folder = tmp_path_factory.mktemp("data") / "features"
     assert extract_features.main([str(clip_dir), "--output_dir", str(folder), "--prompt", "a knock", *TINY]) == 0
-    return folder
+    before = sorted(path.name for path in folder.iterdir())
+    yield folder
+    assert sorted(path.name for path in folder.iterdir()) == before, "a test has written to what all share"
 
 
 @pytest.fixture

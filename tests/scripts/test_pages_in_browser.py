@@ -27,8 +27,9 @@ def made(_features, clip_dir, tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(verdict, "PLANS", ((1, 2),))
         patch.setattr(verdict, "NUM_FOREIGN", 1)
+        features = shutil.copytree(_features, root / "features")
         (root / "sweep.yaml").write_text(yaml.safe_dump({
-            "output_dir": str(root / "sweep"), "base": {**TRAINING, "data_dir": str(_features), "val_fraction": 0.2},
+            "output_dir": str(root / "sweep"), "base": {**TRAINING, "data_dir": str(features), "val_fraction": 0.2},
             "grid": {"lr": [0.001, 0.01]}}))
         assert sweep.main([str(root / "sweep.yaml")]) == 0
     run = root / "sweep" / "lr=0.01,seed=42"
