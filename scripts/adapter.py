@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import logging
 import math
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -66,7 +67,10 @@ def build_parser() -> cli.ArgumentParser:
 def output_of(args: argparse.Namespace) -> Path:
     """Return the output, which must be given and free."""
     if args.output is None:
-        raise UsageError(f"{args.command} writes a file: give --output")
+        last = args.files[-1] if len(args.files) > 1 else ""
+        there = (Path(last).exists(), Path(last.rpartition(":")[0] or last).exists())  # the latter without a strength
+        meant = last and (args.command in ("convert", "resize") or not any(there))  # these take one adapter
+        raise UsageError(f"{args.command} writes a file: give --output" + (f" {shlex.quote(last)}" if meant else ""))
     if args.output.exists() and not args.overwrite and not (args.output.is_dir() and not any(args.output.iterdir())):
         raise UsageError(f"{args.output}: is there already; name another --output, or replace it with --overwrite")
     return args.output
@@ -75,8 +79,8 @@ def output_of(args: argparse.Namespace) -> Path:
 def need_files(args: argparse.Namespace, least: int, most: float = math.inf) -> list[str]:
     """Return the adapters of the command line, checked for their number."""
     if not least <= len(args.files) <= most:
-        wanted = f"{least}" if least == most else f"at least {least}"
-        raise UsageError(f"{args.command} takes {wanted} adapter{'s' if least > 1 else ''}, got {len(args.files)}")
+        wanted = ("" if least == most else "at least ") + counted(least, "adapter")
+        raise UsageError(f"{args.command} takes {wanted}, got {len(args.files)}")
     return args.files
 
 
@@ -126,8 +130,7 @@ def info(args: argparse.Namespace) -> int:
             ("convolutions", any(value.dim() == 3 for value in adapter.tensors.values()))) if is_so]
         print(f"{text}: LoRA{' with ' + ' and '.join(kinds) if kinds else ''} on {counted(len(numbers), 'layer')}")
         print(f"  base model: {meta.get('variant', 'not said')}")
-        used = [n.used_rank for n in numbers.values()]
-        norms = [n.norm for n in numbers.values()]
+        used, norms = [n.used_rank for n in numbers.values()], [n.norm for n in numbers.values()]
         print(f"  rank {meta.get('rank')}, directions that change something: {min(used)} to {max(used)}; "
               f"update norms {min(norms):.3g} to {max(norms):.3g}")
         trained = {key: meta[key] for key in ("steps", "num_clips", "prompt_prefix", "clip_features", "preserve",
@@ -169,8 +172,8 @@ def resize(args: argparse.Namespace) -> int:
 def soup(args: argparse.Namespace) -> int:
     from selva.lora.tools import soup as soup_of
 
-    adapters = [opened(args, Path(text), plain=True) for text in need_files(args, 1)]
-    return write_cut(args, soup_of(adapters, args.rank), cuts=True)
+    made = soup_of([opened(args, Path(text), plain=True) for text in need_files(args, 1)], args.rank)
+    return write_cut(args, made, cuts=True)
 
 
 def bake(args: argparse.Namespace) -> int:
@@ -239,6 +242,8 @@ COMMANDS = {one.__name__: one for one in (info, convert, merge, resize, soup, ba
 @cli.entry_point
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
+    if args.command in ("convert", "merge", "resize", "soup", "bake"):  # before minutes of work
+        output_of(args)
     return COMMANDS[args.command](args)
 
 

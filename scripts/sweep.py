@@ -10,6 +10,7 @@ Writes a folder per run, sweep.tsv and sweep.html. What is done is not done agai
 
 from __future__ import annotations
 
+import logging
 import shutil
 import signal
 import tempfile
@@ -27,6 +28,8 @@ from selva.utils.torchrun import work_alone
 
 if TYPE_CHECKING:
     from selva.training.sweep import RunResult
+
+log = logging.getLogger("selva.sweep")
 
 
 def build_parser() -> cli.ArgumentParser:
@@ -82,7 +85,7 @@ def copy_best(results: Sequence[RunResult], target: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     rank, size = work_alone()
-    from selva.training.sweep import NOT_YET, ranked, read_sweep, run_sweep, table_rows, write_results
+    from selva.training.sweep import NOT_YET, ranked, read_sweep, remarks, run_sweep, table_rows, write_results
 
     output_dir, runs = read_sweep(args.sweep, args.output_dir)
     for run in runs:  # before hours of training
@@ -98,6 +101,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if size == 1 or not any(result.problem == NOT_YET for result in results):  # of several processes, the last one
         for row in table_rows(ranked(results)):
             print("\t".join(row))
+        for remark in remarks(ranked(results)):
+            log.info("%s", remark)
         for path in paths:
             print(path)
         if args.best_to is not None:

@@ -66,7 +66,8 @@ def compare_sounds(sound: Tensor, reference: Tensor | None, rate: int) -> dict[s
         ``duration_sec``, ``rms_db``, ``lufs``, ``true_peak_db``, ``centroid_hz``, ``rolloff_hz``, ``flatness`` and
         ``num_onsets``; with a reference also ``log_spectral_distance_db``, ``mel_cepstral_distortion_db``,
         ``onset_precision``, ``onset_recall``, ``onset_f1`` and ``onset_offset_sec``. None where a number has no
-        meaning, such as the centroid of silence.
+        meaning: the centroid of silence, or a distance where either sound is silent (below -90 dB). Silence would
+        seem near to a recording with long pauses, nearer than a faint hiss does.
 
     Raises:
         ValueError: not (samples,), empty, or not finite.
@@ -90,14 +91,20 @@ def compare_sounds(sound: Tensor, reference: Tensor | None, rate: int) -> dict[s
     length = min(len(sound), len(reference))
     sound, reference = sound[:length], reference[:length]
     match = match_events(onset_times(sound, rate), onset_times(reference, rate))
+    comparable = not is_silent(sound) and not is_silent(reference)
     return result | {
-        "log_spectral_distance_db": log_spectral_distance(sound, reference, rate),
-        "mel_cepstral_distortion_db": mel_cepstral_distortion(sound, reference, rate),
+        "log_spectral_distance_db": log_spectral_distance(sound, reference, rate) if comparable else None,
+        "mel_cepstral_distortion_db": mel_cepstral_distortion(sound, reference, rate) if comparable else None,
         "onset_precision": match.precision,
         "onset_recall": match.recall,
         "onset_f1": match.f1,
         "onset_offset_sec": match.mean_offset_sec,
     }
+
+
+def is_silent(waveform: Tensor) -> bool:
+    """Return whether (samples,) is below -90 dB of full scale, so that no spectrum of it is worth comparing."""
+    return rms_db(waveform) < SILENCE_DB
 
 
 def _check(waveform: Tensor) -> None:
@@ -163,7 +170,7 @@ class SpectralShape:
 
 def spectral_shape(waveform: Tensor, rate: int) -> SpectralShape | None:
     """Return the shape of the spectrum of (samples,), its power averaged over time; None for silence."""
-    if rms_db(waveform) < SILENCE_DB:
+    if is_silent(waveform):
         return None
     total, num_frames = torch.zeros(()), 0
     for block in _power_blocks(waveform, rate, FRAME_SEC):
@@ -235,7 +242,7 @@ def long_term_spectrum(waveform: Tensor, rate: int) -> Tensor | None:
     The mean power of the frames that are within 40 dB of the loudest, less the mean over bands: neither the gain nor
     when things happen matters. Bands and frames as for :func:`mel_cepstral_distortion`.
     """
-    if rms_db(waveform) < SILENCE_DB:
+    if is_silent(waveform):
         return None
     low, high = MEL_RANGE_HZ
     to_mel = _mel_bands(_frame_size(rate, FRAME_SEC) // 2 + 1, rate, NUM_MELS, low, min(high, rate / 2))

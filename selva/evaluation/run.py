@@ -263,7 +263,7 @@ def _remark(result: Evaluation) -> None:
         return [pair.name for pair, figures in result.pairs if test(figures)]
 
     for names, text in (
-        (named(lambda f: f["rms_db"] is None), "generated sound is digital silence"),
+        (named(lambda f: f["rms_db"] is None), "generated sound is digital silence, and has no distances"),
         (named(lambda f: f["rms_db"] is not None and f["centroid_hz"] is None),
          f"generated sound is below {SILENCE_DB:.0f} dB of full scale, and has no distances"),
         (named(lambda f: f["reference_lufs"] is None and f["stft_distance"] is None and f["rms_db"] is not None),

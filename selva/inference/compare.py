@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from selva.audio.metrics import compare_sounds
+from selva.audio.metrics import compare_sounds, is_silent
 from selva.data.folder import sound_beside
 from selva.flow import WHOLE_INTERVAL, check_interval
 from selva.inference.batch import AdapterSetup, BatchClip
@@ -45,7 +45,7 @@ from selva.utils.files import atomic_write_text
 from selva.utils.html_report import Page
 from selva.utils.plots import new_figure, save_figure
 from selva.utils.spectrogram import LEVEL_LABEL, draw_levels, mel_levels
-from selva.utils.text import read_text, text_lines
+from selva.utils.text import counted, listed, read_text, text_lines
 
 log = logging.getLogger(__name__)
 
@@ -232,6 +232,7 @@ def write_comparison(
 ) -> list[Path]:
     """Write the figures, the sheets and the page of everything that was made; return their paths."""
     rows = compare_rows(clips, reference_dir)
+    warn_of_silence(rows, [setup.label for setup in setups])
     means = [mean_figures([row.figures[i] for row in rows if i in row.figures]) for i in range(len(setups))]
     for line in figures_table(setups, means):
         log.info("%s", line)
@@ -284,6 +285,16 @@ def compare_rows(clips: Sequence[BatchClip], reference_dir: Path | None = None) 
             figures = {index: compare_sounds(sound, reference, rate) for index, sound in sounds.items()}
             rows.append(Row(clip.name, seed, clip.request.prompt or "", rate, reference, sounds, figures))
     return rows
+
+
+def warn_of_silence(rows: Sequence[Row], labels: Sequence[str]) -> None:
+    """Name the sounds that are silent: they have no distances, so the means of their setup are of the others."""
+    silent = [f"{row.name}, seed {row.seed}, {labels[index]}"
+              for row in rows for index, sound in sorted(row.sounds.items()) if is_silent(sound)]
+    if silent:
+        log.warning("%s among %d: no distance to silence means anything, so the means leave out: %s",
+                    counted(len(silent), "silent sound"), sum(len(row.sounds) for row in rows),
+                    listed(silent, separator="; "))
 
 
 def _read_sound(path: Path) -> tuple[Tensor, int]:

@@ -36,6 +36,7 @@ from selva.utils.text import counted, listed
 log = logging.getLogger(__name__)
 
 NOT_YET = "not yet"
+BASE = "base"  # the setup that changes nothing
 RUN_FILE, TABLE_FILE, PAGE_FILE = "sweep_run.json", "sweep.tsv", "sweep.html"
 KEYS = ("output_dir", "base", "seeds", "grid", "vary", "runs")
 OWN_SETTINGS = ("output_dir", "resume", "seed")  # which a sweep gives to its runs itself
@@ -80,14 +81,7 @@ def read_sweep(path: Path, output_dir: Path | None = None) -> tuple[Path, list[S
     given = [key for key in ("grid", "vary", "runs") if content.get(key)]
     if len(given) != 1 and not (not given and content.get("seeds")):
         raise UserError(f"{path}: give one of grid, vary and runs, found {' and '.join(given) or 'none'}")
-    base = content.get("base") or {}
-    if isinstance(base, str):
-        file = next((f for f in (Path(base), path.parent / base) if f.is_file()), None)
-        if file is None:
-            raise FileNotFoundError(f"{path}: base {base}: no such file")
-        base = _read_yaml(file)
-    if not isinstance(base, dict):
-        raise UserError(f"{path}: base is {base!r}, expected settings of train_lora.py or the name of a file of them")
+    base = _base(path, content.get("base") or {})
     base = {key: value for key, value in base.items() if key not in OWN_SETTINGS and value is not None}
     seeds = content.get("seeds", 1)
     seeds = [42 + number for number in range(seeds)] if isinstance(seeds, int) else seeds
@@ -105,6 +99,21 @@ def read_sweep(path: Path, output_dir: Path | None = None) -> tuple[Path, list[S
         raise UserError(f"{path}: output_dir is {content.get('output_dir')!r}, expected a folder for the runs; give it "
                         "there, or with --output_dir")
     return output_dir or Path(content["output_dir"]), runs
+
+
+def _base(path: Path, base: Any) -> dict[str, Any]:
+    """Return the settings that all runs share; those that stand beside ``config: FILE`` win over the file's."""
+    if isinstance(base, str):
+        base = {"config": base}
+    if not isinstance(base, dict):
+        raise UserError(f"{path}: base is {base!r}, expected settings of train_lora.py or the name of a file of them")
+    name = base.get("config")
+    if name is None:
+        return base
+    file = next((f for f in (Path(str(name)), path.parent / str(name)) if f.is_file()), None)
+    if file is None:
+        raise FileNotFoundError(f"{path}: base {name}: no such file")
+    return {**_read_yaml(file), **{key: value for key, value in base.items() if key != "config"}}
 
 
 def _setups(path: Path, kind: str, content: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -128,7 +137,7 @@ def _words(changes: Mapping[str, Any]) -> str:
     def word(value: Any) -> str:
         return "+".join(map(str, value)) if isinstance(value, list) else str(value)
 
-    return ",".join(f"{key}={word(value)}" for key, value in changes.items()) or "base"
+    return ",".join(f"{key}={word(value)}" for key, value in changes.items()) or BASE
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -313,9 +322,15 @@ def ranked(results: Sequence[RunResult]) -> list[SetupScore]:
 
 
 def table_rows(scores: Sequence[SetupScore]) -> list[list[str]]:
-    """Return the lines of the table, its heading first; the same whenever the runs were made."""
+    """Return the lines of the table, its heading first; the same whenever the runs were made.
+
+    Setups with the same mean, to the digits that are shown, share a rank.
+    """
     rows = [["rank", "setup", "seeds", "mean loss", "spread", "best loss", "at step", "training loss", "problem"]]
-    for number, one in enumerate(scores, 1):
+    number = 0
+    for place, one in enumerate(scores, 1):
+        if place == 1 or not _tied(one, scores[place - 2]):
+            number = place
         figures, problems = one.best.figures, [f"seed {r.run.seed}: {r.problem}" for r in one.results if r.problem]
         rows.append([
             str(number), one.setup, str(len(one.results)), _number(one.mean), _number(one.spread),
@@ -323,6 +338,33 @@ def table_rows(scores: Sequence[SetupScore]) -> list[list[str]]:
             _number(figures.get("train_loss", math.inf)), "; ".join(problems),
         ])
     return rows
+
+
+def _tied(one: SetupScore, other: SetupScore) -> bool:
+    return _number(one.mean) == _number(other.mean) and not any(r.problem for r in (*one.results, *other.results))
+
+
+def remarks(scores: Sequence[SetupScore]) -> list[str]:
+    """Return what the ranking does not say by itself: ties, no gain over the base, a lead that seeds could make."""
+    done = [one for one in scores if not any(result.problem for result in one.results)]
+    if not done:
+        return []
+    first, found = done[0], []
+    if len(tied := [one.setup for one in done if _tied(one, first)]) > 1:
+        found.append(f"a tie for the first place: {listed(tied)}")
+    base = next((one for one in done if one.setup == BASE), None)
+    if base is not None and len(done) > 1:
+        if _tied(first, base) or first is base:
+            found.append("no setting is better than the base")
+    rival = next((one for one in done if not _tied(one, first)), None)
+    spread = max((one.spread for one in done if math.isfinite(one.spread)), default=None)
+    if rival is not None and spread is not None and rival.mean - first.mean < spread:
+        found.append(f"{first.setup} leads {rival.setup} by {_number(rival.mean - first.mean)}, less than the spread "
+                     f"between seeds ({_number(spread)}): this is no difference")
+    if all(result.figures.get("best_step") == 0 for one in done for result in one.results):
+        found.append("no run came below the loss that the base model has before the first step: train longer, or "
+                     "change more")
+    return found
 
 
 def _number(value: float) -> str:
@@ -337,7 +379,9 @@ def write_results(output_dir: Path, results: Sequence[RunResult]) -> list[Path]:
     done = sum(not result.problem for result in results)
     page = Page(f"Sweep: {output_dir.name}", f"{done} of {counted(len(results), 'run')}, ranked by the loss "
                 + ("on held-out clips" if held_out else "of training: nothing is held out"))
-    page.section("Ranking", "Lower is better. A difference smaller than the spread between seeds says nothing.")
+    page.section("Ranking", " ".join([
+        "Lower is better. A difference smaller than the spread between seeds says nothing.",
+        *(f"{one[0].upper()}{one[1:]}." for one in remarks(scores))]))
     page.table(rows[0], rows[1:])
     for seed in dict.fromkeys(result.run.seed for result in results):
         sounds = []

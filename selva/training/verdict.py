@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from selva.audio.config import Normalize
-from selva.audio.metrics import compare_sounds, long_term_spectrum
+from selva.audio.metrics import compare_sounds, is_silent, long_term_spectrum
 from selva.data.dataset import ClipDataset, TrainingClip
 from selva.data.latents import load_waveform
 from selva.flow import SamplingConfig
@@ -32,7 +32,7 @@ from selva.training.config import RunConfig, TrainConfig
 from selva.training.memorisation import NO_EFFECT, Watch, spread
 from selva.training.run import TrainingRun
 from selva.training.sample import clip_latents
-from selva.utils.text import clock
+from selva.utils.text import clock, listed
 from selva.weights.load import load_clip_text, load_vae, load_vocoder
 
 log = logging.getLogger(__name__)
@@ -216,6 +216,10 @@ def reach_verdict(
         heard = hear(run, [*chosen, *foreign], plan.num_steps, variant, config.model.selva_dir,
                      config.normalize_audio, config.training.seed)
     of_clips, of_prompts = heard[: len(chosen)], heard[len(chosen) :]
+    for which in ("before", "after"):
+        if silent := [clip.name for clip in heard if is_silent(getattr(clip, which))]:
+            log.warning("the verdict leaves out distances of silent sounds, made %s the adapter: %s",
+                        "without" if which == "before" else "with", listed(silent))
     figures = _figures(of_clips, of_prompts, row, held_out)
     word = judge(figures)
     return Verdict(word, ADVICE[word], figures, tuple(of_clips), tuple(of_prompts), time.monotonic() - started)

@@ -286,8 +286,23 @@ def test_silence_has_no_numbers_but_can_be_written():
     result = compare_sounds(torch.zeros(8000), torch.zeros(8000), 16_000)
     for key in ("rms_db", "lufs", "true_peak_db", "centroid_hz", "rolloff_hz", "flatness", "onset_offset_sec"):
         assert result[key] is None
-    assert result["onset_f1"] == 1 and result["log_spectral_distance_db"] == 0
+    assert result["onset_f1"] == 1
     json.dumps(result, allow_nan=False)
+
+
+@pytest.mark.parametrize("level", [0, 1e-6])
+@pytest.mark.parametrize("silent_one", ["sound", "reference"])
+def test_a_silent_sound_has_no_distances(level, silent_one):
+    loud, silent = white(seconds=1), white(seconds=1) * level
+    sound, reference = (silent, loud) if silent_one == "sound" else (loud, silent)
+    result = compare_sounds(sound, reference, 16_000)
+    assert result["log_spectral_distance_db"] is None and result["mel_cepstral_distortion_db"] is None
+    assert result["onset_precision"] is not None
+
+
+def test_a_faint_sound_has_distances():
+    sound = white(seconds=1)
+    assert compare_sounds(sound, sound * 1e-2, 16_000)["log_spectral_distance_db"] == pytest.approx(40, abs=1)
 
 
 def test_the_common_beginning_is_compared():

@@ -77,7 +77,7 @@ def test_one_bad_sound_ends_nothing_and_silent_ones_are_named(folders, tmp_path)
     done = script("--generated", folders[0], "--reference", folders[1], "--output_dir", tmp_path / "out")
     assert done.returncode == 1
     assert "d: left out" in done.stderr and "not finite" in done.stderr and "Traceback" not in done.stderr
-    assert "digital silence: e" in done.stderr and "lengths differ" in done.stderr
+    assert "digital silence, and has no distances: e" in done.stderr and "lengths differ" in done.stderr
     content = json.loads((tmp_path / "out/evaluation.json").read_text())
     assert [item["name"] for item in content["failed"]] == ["d"] and content["figures"]["onset_f1"]["items"] == 4
 
@@ -154,7 +154,7 @@ def test_a_single_silent_pair_is_said_and_has_no_distances(folders, tmp_path, si
     soundfile.write(path, np.zeros(5 * RATE), RATE)
     done = script("--generated", folders[0], "--reference", folders[1], "--output_dir", tmp_path / "out")
     assert done.returncode == 0 and "Traceback" not in done.stderr
-    assert ("generated sound is digital silence: a", "recording is silent: a")[side] in done.stderr
+    assert ("generated sound is digital silence, and has no distances: a", "recording is silent: a")[side] in done.stderr
     assert "LSD" not in done.stdout and "silence" in done.stdout and "nan" not in done.stdout.lower()
     assert "silent: a" in (tmp_path / "out/evaluation.html").read_text() or side == 0
 

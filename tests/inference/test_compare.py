@@ -216,6 +216,17 @@ def test_figures_tell_the_settings_apart(tmp_path):
     assert len({len(line) for line in lines}) == 1 and lines[2].startswith("dog") and "1.00" in lines[2]
 
 
+def test_silent_sounds_are_named_and_not_in_the_means(tmp_path, caplog):
+    (tmp_path / "refs").mkdir()
+    put_sound(tmp_path / "refs" / "a.wav", knocks([0.2, 0.5, 0.8]), RATE)
+    clips = [clip_of(tmp_path, "a", {0: knocks([0.2, 0.5, 0.8]), 1: np.zeros(RATE, np.float32)})]
+    paths = compare.write_comparison(
+        tmp_path / "out", clips, [AdapterSetup("base", []), AdapterSetup("dog", [])], tmp_path / "refs")
+    base, dog = (setting["mean"] for setting in json.loads(paths[0].read_text())["settings"])
+    assert base["log_spectral_distance_db"] is not None and dog["log_spectral_distance_db"] is None
+    assert "1 silent sound among 2: " in caplog.text and "the means leave out: a, seed 1, dog" in caplog.text
+
+
 def test_means_leave_out_what_has_no_value():
     assert mean_figures([{"a": 1.0, "b": None}, {"a": 3.0, "b": None}, {"a": None}]) == {"a": 2.0, "b": None}
 

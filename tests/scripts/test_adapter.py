@@ -75,7 +75,11 @@ def test_merge_resize_soup_bake_and_extract(files, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["merge", "A", "B"], 2, "give --output"),
+        (["merge", "A", "B"], 2, "give --output|"),
+        (["merge", "A:0.8", "B:0.5"], 2, "give --output|"),
+        (["merge", "A", "B", "new file.pt"], 2, "give --output 'new file.pt'|"),
+        (["convert", "A", "out.safetensors"], 2, "convert writes a file: give --output out.safetensors|"),
+        (["resize", "A", "B", "--rank", "1"], 2, "resize writes a file: give --output "),
         (["merge", "--output", "x.pt"], 2, "merge takes at least 1 adapter, got 0"),
         (["diff", "A"], 2, "diff takes 2 adapters, got 1"),
         (["resize", "A", "--output", "x.pt"], 2, "takes --rank or --energy"),
@@ -88,7 +92,8 @@ def test_merge_resize_soup_bake_and_extract(files, tmp_path, capsys):
 )
 def test_mistakes_are_one_line(files, arguments, code, message, caplog, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    named = {"A": str(files[0]), "B": str(files[1]), "A:x": f"{files[0]}:x"}
+    named = {"A": str(files[0]), "B": str(files[1]), "A:x": f"{files[0]}:x", "A:0.8": f"{files[0]}:0.8",
+             "B:0.5": f"{files[1]}:0.5"}
     assert run(*(named.get(a, a) for a in arguments)) == code
     (record,) = [record for record in caplog.records if record.levelname == "ERROR"]
-    assert message in record.getMessage() and "\n" not in record.getMessage()
+    assert message in record.getMessage() + "|" and "\n" not in record.getMessage()

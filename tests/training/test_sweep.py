@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from selva.training.sweep import RunResult, SweepRun, ranked, read_sweep, table_rows
+from selva.training.sweep import RunResult, SweepRun, ranked, read_sweep, remarks, table_rows
 
 
 def put(path: Path, text: str) -> Path:
@@ -37,6 +37,15 @@ def test_a_base_may_be_the_settings_of_an_old_run(tmp_path):
     put(tmp_path / "config.yaml", "rank: 8\noutput_dir: old\nseed: 5\nresume: null\ncheckpoint_blocks: null\n")
     _, runs = read_sweep(put(tmp_path / "s.yaml", "output_dir: out\nbase: config.yaml\nruns: [{lr: 1}]"))
     assert runs[0].settings == {"rank": 8, "lr": 1, "seed": 42}
+
+
+def test_a_base_may_be_a_file_and_settings_that_win_over_it(tmp_path):
+    put(tmp_path / "preset.yaml", "rank: 8\nlr: 2.0e-4\n")
+    path = put(tmp_path / "s.yaml", "output_dir: out\nbase: {config: preset.yaml, rank: 4}\nruns: [{lr: 1}, {dora: true}]")
+    assert [run.settings for run in read_sweep(path)[1]] == [
+        {"rank": 4, "lr": 1, "seed": 42}, {"rank": 4, "lr": 2.0e-4, "dora": True, "seed": 42}]
+    with pytest.raises(FileNotFoundError, match="base gone.yaml: no such file"):
+        read_sweep(put(path, "output_dir: out\nbase: {config: gone.yaml}\nruns: [{lr: 1}]"))
 
 
 def test_another_output_folder_goes_before_that_of_the_file(tmp_path):
@@ -79,3 +88,34 @@ def test_setups_are_ranked_by_their_mean_and_failures_come_last():
     rows = table_rows(scores)
     assert rows[3][4] == "-"  # one run tells no spread
     assert rows[1][:4] == ["1", "b", "2", "2.0000"] and rows[3][-1] == "seed 2: out of memory"
+
+
+def test_equal_means_share_a_rank():
+    scores = ranked([result("a", 1, 2.0), result("b", 1, 2.00001), result("c", 1, 3.0)])
+    assert [row[0] for row in table_rows(scores)[1:]] == ["1", "1", "3"]
+    assert remarks(scores) == ["a tie for the first place: a, b"]
+
+
+def test_failed_setups_share_no_rank():
+    assert [row[0] for row in table_rows(ranked([result("a", 1, problem="x"), result("b", 1, problem="x")]))[1:]] == [
+        "1", "2"]
+    assert remarks(ranked([result("a", 1, problem="x")])) == []
+
+
+def test_it_is_said_where_no_setting_is_better_than_the_base():
+    assert "no setting is better than the base" in remarks(ranked([result("base", 1, 1.0), result("a", 1, 2.0)]))
+    assert "no setting is better than the base" in remarks(ranked([result("a", 1, 1.0), result("base", 1, 1.0)]))
+    assert remarks(ranked([result("a", 1, 1.0), result("base", 1, 2.0)])) == []
+
+
+def test_a_lead_within_the_spread_of_the_seeds_is_no_difference():
+    close = ranked([result("a", 1, 1.0), result("a", 2, 2.0), result("b", 1, 1.1), result("b", 2, 2.2)])
+    assert remarks(close) == ["a leads b by 0.1500, less than the spread between seeds (0.7778): this is no difference"]
+    far = ranked([result("a", 1, 1.0), result("a", 2, 1.1), result("b", 1, 3.0), result("b", 2, 3.1)])
+    assert remarks(far) == []
+
+
+def test_runs_that_never_beat_the_base_model_are_said():
+    one = result("a", 1, 1.0)
+    one = RunResult(one.run, one.folder, "", {**one.figures, "best_step": 0})
+    assert "no run came below the loss that the base model has before the first step" in remarks(ranked([one]))[0]
