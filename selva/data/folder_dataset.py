@@ -30,7 +30,7 @@ from selva.data.padding import Padding
 from selva.data.plan import PlannedClip, Problems, plan_clips
 from selva.data.texts import TextFeatures, weights_mark
 from selva.features import load_features
-from selva.inputs.suffixes import AUDIO_SUFFIXES
+from selva.inputs.suffixes import VIDEO_SUFFIXES
 from selva.models.prompt_length import warn_of_cut_prompts
 from selva.models.variants import Variant
 from selva.models.zoo import build_mel
@@ -97,10 +97,8 @@ def open_clip_dataset(
         return MemmapDataset(data_dir, variant), []
     scan = scan_folder(data_dir)
     if not scan.clips and not scan.skipped:
-        raise UserError(
-            f"{data_dir}: holds neither feature files (.npz, see extract_features.py) with their sound "
-            f"({', '.join(AUDIO_SUFFIXES)}) nor a TensorDict memmap (meta.json)"
-        )
+        raise UserError(f"{data_dir}: holds neither feature files (.npz) with their sound (.wav, .flac or another kind) "
+                        f"nor a TensorDict memmap (meta.json); {_meant(data_dir)}")
     cache = DataCache(data_dir, use_cache)
     clips, problems = plan_clips(scan, cache, variant, max_duration_sec)
     cache.flush()
@@ -110,6 +108,18 @@ def open_clip_dataset(
 # ---------------------------------------------------------------------------------------------------------------
 # the set
 # ---------------------------------------------------------------------------------------------------------------
+
+
+def _meant(folder: Path) -> str:
+    """Return what may have been meant by a folder that is no data set, from what lies in it."""
+    inside = sorted(folder.iterdir())
+    if sets := [str(path) for path in inside if (path / "meta.json").is_file() and path.is_dir()]:
+        return f"give one of the memmaps in it: {listed(sets, 5)}"
+    if any(path.suffix.lower() in VIDEO_SUFFIXES for path in inside):
+        return "it holds videos, of which extract_features.py makes features"
+    if any(path.is_dir() and any(path.glob("*.npz")) for path in inside):
+        return f"give its subfolder: {listed([str(p) for p in inside if p.is_dir() and any(p.glob('*.npz'))], 5)}"
+    return "extract_features.py writes both"
 
 
 class FolderDataset(ClipDataset):

@@ -68,4 +68,12 @@ def short_names(paths: Sequence[Path]) -> list[str]:
 
 def missing_folders(flag: str, sources: Sequence[DataSource]) -> list[str]:
     """Return a sentence for every source that is no folder."""
-    return [f"{flag} {source.path}: no such folder" for source in sources if not source.path.is_dir()]
+    return [f"{flag} {source.path}: {_missing(source.path)}" for source in sources if not source.path.is_dir()]
+
+
+def _missing(path: Path) -> str:
+    if not path.is_file():
+        return "no such folder"
+    folder = path.with_suffix("")
+    meant = f"; give the memmap that it belongs to, {folder}" if (folder / "meta.json").is_file() else ""
+    return f"is a file, expected a folder{meant}"

@@ -45,7 +45,7 @@ from selva.sampling import decode_latents
 from selva.sequence import DEFAULT_DURATION_SEC, sequence_config
 from selva.utils.errors import UserError
 from selva.utils.files import PARTIAL_PREFIX, real_path, source_hash
-from selva.utils.text import listed
+from selva.utils.text import counted, listed
 from selva.weights.find import encoders_identity, weights_identity
 from selva.weights.load import load_vae, load_vocoder
 
@@ -107,6 +107,9 @@ def plan_folder(source: Path) -> tuple[list[ConversionJob], list[Conversion]]:
     if several := [clip.id for clip in scan.clips if clip.other_prompts]:
         log.warning("%s: several prompts, of which a row of a memmap holds the last only; to train with all of them, "
                     "put a list of them beside the memmap, named as it with .prompts.txt behind", listed(several))
+    if nameless := [clip.id for clip in scan.clips if clip.prompt_source == "folder"]:
+        log.warning("%s without a prompt, so their prompt is the name of the folder, %r: %s",
+                    counted(len(nameless), "clip"), real_path(source).name, listed(nameless))
     names = [path.name for path, _ in scan.skipped]
     prompts = read_prompts(source / PROMPTS_FILE, names) if (source / PROMPTS_FILE).is_file() else {}
     problems = []
@@ -192,7 +195,8 @@ def _row(
     if problem := features_problem(bundle.variant, variant):
         raise UserError(f"{clip.features_path}: {problem}")
     if abs(bundle.duration - DEFAULT_DURATION_SEC) > 1e-6:
-        advice = "extract again with --windows" if bundle.duration > DEFAULT_DURATION_SEC else "leave it out"
+        advice = ("extract again with --windows" if bundle.duration > DEFAULT_DURATION_SEC
+                  else "train on the folder, which takes clips of any length")
         raise UserError(f"{clip.features_path}: covers {bundle.duration:g} s, but a memmap holds clips of exactly "
                          f"{DEFAULT_DURATION_SEC:g} s; {advice}")
     if clip.sound_path is None or sound_hash == (bundle.settings or {}).get("decoded_sound_sha256"):

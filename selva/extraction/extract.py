@@ -167,6 +167,9 @@ def report(summary: Summary, outcome: Outcome | None, manifest: Path, shard: Sha
             log.info("all %s together: %s, of which %d failed and %d were left out", counted(shard.count, "part"),
                      counted(sum(outcome.totals.values()), "clip"), outcome.totals.get(FAILED, 0),
                      outcome.totals.get(SKIPPED, 0))
+            if lost := [f"{row['id']} ({row['reason']})" for row in read_manifest(manifest)
+                        if row["status"] in (FAILED, SKIPPED)]:  # the other parts have said theirs elsewhere
+                log.warning("not in the result: %s", listed(lost, separator="; "))
         log.info("result of every clip: %s", manifest)
 
 

@@ -126,7 +126,7 @@ class InferenceConfig:
         """Yield a message for every setting, or combination of settings, that is wrong."""
         videos, suffix = bool(self.videos), self.output.suffix.lower()
         files = (*self.adapter, self.prompts, self.compare)
-        yield from (f"{path}: no such file" for path in files if path and not path.is_file())
+        yield from (f"{path}: {_not_a_file(path)}" for path in files if path and not path.is_file())
         yield from (f"{path}: no such file" for path in (*self.videos, *self.features) if not path.exists())
         yield from (f"--output {self.output}: is the video itself" for path in self.videos
                     if self.output.is_file() and path.is_file() and self.output.samefile(path))
@@ -157,3 +157,14 @@ class InferenceConfig:
              f"--target {self.target or 0:g}: expected a number of dB, together with --normalize"),
         )
         yield from (message for wrong, message in rules if wrong)
+
+
+def _not_a_file(path: Path) -> str:
+    """Return what is there instead of the file of an adapter or a list, and what may have been meant."""
+    if not path.is_dir():
+        return "no such file"
+    if (path / "adapter_config.json").is_file():
+        return "is a folder of PEFT; make a file of it: scripts/adapter.py convert FOLDER --output adapter.pt"
+    if adapters := sorted(path.glob("adapter_final*")):
+        return f"is a folder, expected a file; the adapter in it is {adapters[0].name}"
+    return "is a folder, expected a file"

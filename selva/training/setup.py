@@ -192,11 +192,13 @@ def check_resumable(saved: TrainingState, config: RunConfig, num_processes: int 
     was = [saved.meta.get("processes", 1), *(before.get(name) for name in ("batch_size", "grad_accum"))]
     now = [num_processes, training.batch_size, training.grad_accum]
     if None not in was and math.prod(was) != math.prod(now):
+        passes, rest = divmod(math.prod(was), num_processes * training.batch_size)
+        advice = f"; --grad_accum {passes} keeps it" if passes and not rest else ""
         log.warning("%s: an update was made of %s and is now made of %d (%s), so the run will not go on as it would "
-                    "have", saved.path, counted(math.prod(was), "clip"), math.prod(now), "; ".join(
+                    "have%s", saved.path, counted(math.prod(was), "clip"), math.prod(now), "; ".join(
                         f"{name} was {old} and is {new}" for name, old, new in zip(
                             ("number of processes", "--batch_size", "--grad_accum"), was, now, strict=True)
-                        if old != new))
+                        if old != new), advice)
 
 
 # -- model -------------------------------------------------------------------------------------------------------------

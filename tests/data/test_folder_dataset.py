@@ -447,6 +447,18 @@ def test_a_folder_of_neither_kind(tmp_path):
         load(tmp_path / "nowhere")
 
 
+def test_a_folder_of_neither_kind_says_what_may_have_been_meant(tmp_path):
+    for place, hint in (("videos/a.MP4", "it holds videos, of which extract_features.py makes features"),
+                        ("sets/dogs/meta.json", "give one of the memmaps in it: .*dogs"),
+                        ("all/day 1/a.npz", "give its subfolder: .*day 1"),
+                        ("other/notes.txt", "extract_features.py writes both")):
+        path = tmp_path / place
+        path.parent.mkdir(parents=True)
+        path.touch()
+        with pytest.raises(ValueError, match=hint):
+            load(tmp_path / place.split("/")[0])
+
+
 # -- origins and content -----------------------------------------------------------------------------------------------
 
 

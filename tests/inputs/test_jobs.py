@@ -230,6 +230,14 @@ def test_a_missing_video_is_said_at_once_and_stays_in_the_list(tmp_path, caplog)
 # -- prompts -----------------------------------------------------------------------------------------------------------
 
 
+def test_names_of_videos_in_a_list_of_prompts_are_said_to_be_none(tmp_path, caplog):
+    touch(tmp_path / "a b.MP4", tmp_path / "c.mp4")
+    prompts = tmp_path / "list.txt"
+    prompts.write_text("a b.MP4: a dog\nc.npz: a cat\n")
+    assert [job.prompt for job in collect_jobs([tmp_path], prompts=prompts)] == ["", "a cat"]
+    assert "expected those of feature files (a b.npz for a b.MP4), so these prompts are not used: a b.MP4" in caplog.text
+
+
 def test_the_more_specific_prompt_wins(tmp_path, caplog):
     videos = [tmp_path / f"{stem}.mp4" for stem in "abcdef"]
     touch(*videos)
@@ -243,6 +251,7 @@ def test_the_more_specific_prompt_wins(tmp_path, caplog):
         jobs = collect_jobs([table], prompts=prompts, prompt=" for all ")
     assert [job.prompt for job in jobs] == ["table", "list", "beside the video", "for all", "for all", "for all"]
     assert "1 prompt is for clips that are not in this run: ghost.npz" in caplog.text and "a.npz" not in caplog.text
+    assert "names of videos" not in caplog.text
     assert [job.prompt for job in collect_jobs([table])][3:] == ["label"] * 3
     assert collect_jobs(videos[4:])[0].prompt == ""
 

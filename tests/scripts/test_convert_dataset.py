@@ -88,6 +88,14 @@ def test_clips_that_cannot_be_converted_are_named(tmp_path, caplog):
                  "mute.npz: no sound beside it"):
         assert f"left out {source}/{text}" in caplog.text
     assert "3 converted, 0 already current, 4 left out" in caplog.text
+    assert "without a prompt" not in caplog.text
+
+
+def test_clips_that_take_the_name_of_the_folder_as_prompt_are_named(tmp_path, caplog):
+    source = put_folder(tmp_path / "clips")
+    put_clip(source, "nameless", 8.0, prompt="")
+    assert convert(source, tmp_path / "data") == 0
+    assert "1 clip without a prompt, so their prompt is the name of the folder, 'clips': nameless" in caplog.text
 
 
 def test_rows_hold_padded_sound_and_say_so(tmp_path, caplog):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -69,6 +70,17 @@ def test_parts_make_the_whole(clip_dir, tmp_path, whole, capsys):
     assert len(list(tmp_path.glob("*.npz"))) == 3 and not (tmp_path / "manifest.jsonl").exists()
     assert extract(clip_dir, tmp_path, "--workers", "0", "--shard", "1/2") == 0
     assert contents(tmp_path) == whole
+
+
+def test_the_last_part_names_what_no_part_could_use(clip_dir, tmp_path, capsys):
+    for name in ("a", "b", "c"):
+        shutil.copy(clip_dir / "knock_0.mp4", tmp_path / f"{name}.mp4")
+    (tmp_path / "b.mp4").write_text("no video")
+    for part, code in (("2/2", 1), ("1/2", 0)):
+        assert extract(tmp_path, tmp_path / "out", "--workers", "0", "--shard", part) == code
+    text = capsys.readouterr().err
+    assert "all 2 parts together: 3 clips, of which 1 failed and 0 were left out" in text
+    assert "not in the result: b (" in text and "cannot be read as video or audio" in text.split("not in the result")[1]
 
 
 def descendants(pid: int) -> list[int]:

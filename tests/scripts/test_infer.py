@@ -572,6 +572,9 @@ def test_a_comparison_is_what_single_runs_make(two_clips, tmp_path, adapter, cap
     [
         ([], 2, "give a video, --features or --prompt"),
         (["--video", "nowhere.mp4"], 2, "nowhere.mp4: no such file"),
+        (["--prompt", "x", "--adapter", "{tmp}/run"], 2, "run: is a folder, expected a file; the adapter in it is adapter_"),
+        (["--prompt", "x", "--adapter", "{tmp}/peft"], 2, "peft: is a folder of PEFT; make a file of it: scripts/adapter"),
+        (["--prompt", "x", "--prompts", "{tmp}"], 2, ": is a folder, expected a file"),
         (["--prompt", "x", "--output", "a.mp4"], 2, "a video is only written with --video"),
         (["--prompt", "x", "--output", "a.mp3"], 2, ".mp3 is not written; expected a name ending in"),
         (["--prompt", "x", "--strength", "1"], 2, "1 --strength for 0 --adapter"),
@@ -598,6 +601,9 @@ def test_a_comparison_is_what_single_runs_make(two_clips, tmp_path, adapter, cap
 def test_mistakes_are_one_line(tmp_path, capsys, adapter, arguments, code, message):
     """Pitfall H4 among them: an adapter of another variant is refused."""
     (tmp_path / "clips.tsv").write_text("name\nx\n")
+    for place in ("run/adapter_final.pt", "peft/adapter_config.json"):
+        (tmp_path / place).parent.mkdir()
+        (tmp_path / place).touch()
     (tmp_path / "list").write_text("base\nnowhere.pt 1\nother.pt x\n")
     (tmp_path / "junk.pt").write_bytes(b"<html>not found</html>")
     content = torch.load(adapter, weights_only=True)

@@ -13,6 +13,8 @@ from selva.weights.config import GeneratorModelConfig
 
 @pytest.mark.parametrize("before, now, told", [
     ((4, 1, 2), (4, 1, 1), "an update was made of 8 clips and is now made of 4 (number of processes was 2 and"),
+    ((4, 1, 2), (4, 1, 1), "as it would have; --grad_accum 2 keeps it"),
+    ((4, 1, 1), (4, 1, 2), "as it would have\n"),  # one process too many
     ((4, 1, 2), (8, 1, 1), ""),
     ((4, 2, 1), (4, 1, 1), "--grad_accum was 2 and is 1"),
     ((4, 1, 1), (4, 1, 1), ""),

@@ -312,7 +312,8 @@ def _measure_sound(report: ClipReport, path: Path, variant: Variant | None, fing
 def _sound_notes(sound: SoundStats, waveform: Tensor, mono: Tensor, variant: Variant | None) -> Iterator[str]:
     """Yield a sentence for every oddity. A steady sound is none: rain and engines are steady (pitfall J1)."""
     if sound.silent_share > MOSTLY_SILENT:
-        yield f"{100 * sound.silent_share:.0f} % of it is silent (below {SILENCE_DB:g} dB)"
+        # Without the share, which is in the table, so that one line holds all such clips.
+        yield f"more than half of it is silent (below {SILENCE_DB:g} dB)"
     if sound.clipped_samples:
         yield f"it is clipped: {counted(sound.clipped_samples, 'sample is', 'samples are')} cut off at full scale"
     if sound.loudness_lufs is not None and sound.loudness_lufs < QUIET_LUFS:

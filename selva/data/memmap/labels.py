@@ -41,8 +41,8 @@ def labels_or_fallback(rows: Iterable[tuple[str, str]], folder_name: str) -> lis
     if is_missing_there(folder_name):
         raise UserError(f"these clips have no label that MMAudio can read: {named}; give them prompts (--prompt, "
                         f"prompts.txt), or the output folder another name than {folder_name!r}")
-    log.warning("no label that MMAudio can read, so the folder's name, %r, is the prompt: %d of %s: %s", folder_name,
-                len(without), counted(len(rows), "clip"), named)
+    log.warning("no prompt, or none that MMAudio can read, so the folder's name, %r, is the prompt: %d of %s: %s",
+                folder_name, len(without), counted(len(rows), "clip"), named)
     return [folder_name if is_missing_there(label) else label for _, label in rows]
 
 
