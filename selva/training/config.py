@@ -167,7 +167,8 @@ class TrainConfig(ObjectiveConfig):
         0.0, "keep a moving average of the adapter, which is then validated, heard and saved; e.g. 0.999",
         group=OPTIMISATION)
     padded_loss: str = setting(
-        "masked", "sound that is shorter than its features is padded with silence: leave that out of the loss, or "
+        "masked", "sound that is shorter than its features is padded with silence: leave that out of the loss (of "
+        "folders; rows of a memmap store no length, so their silence is always trained on), or "
         "train on it as on sound, which teaches silence", group=OBJECTIVE, choices=PADDED_LOSSES)
     stratify_times: bool = setting(
         False, "spread the noise levels of a batch evenly over their distribution, and those of following batches over "
