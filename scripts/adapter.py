@@ -68,8 +68,8 @@ def output_of(args: argparse.Namespace) -> Path:
     """Return the output, which must be given and free."""
     if args.output is None:
         last = args.files[-1] if len(args.files) > 1 else ""
-        there = (Path(last).exists(), Path(last.rpartition(":")[0] or last).exists())  # the latter without a strength
-        meant = last and (args.command in ("convert", "resize") or not any(there))  # these take one adapter
+        there = Path(last).exists() or Path(last.rpartition(":")[0] or last).exists()  # the latter without a strength
+        meant = last and (args.command in ("convert", "resize") or not there)  # these two take one adapter
         raise UsageError(f"{args.command} writes a file: give --output" + (f" {shlex.quote(last)}" if meant else ""))
     if args.output.exists() and not args.overwrite and not (args.output.is_dir() and not any(args.output.iterdir())):
         raise UsageError(f"{args.output}: is there already; name another --output, or replace it with --overwrite")
@@ -209,9 +209,8 @@ def diff(args: argparse.Namespace) -> int:
 
     first, second = (opened(args, Path(text), plain=True) for text in need_files(args, 2, 2))
     rows = compare_adapters(first, second)
-    for name, row in rows.items() if args.layers else ():
-        print(f"{name}\tnorms {row.norm_a:.4g} {row.norm_b:.4g}\tdifference {row.difference:.4g}\tcosine "
-              f"{row.cosine:.4f}")
+    for name, r in rows.items() if args.layers else ():
+        print(f"{name}\tnorms {r.norm_a:.4g} {r.norm_b:.4g}\tdifference {r.difference:.4g}\tcosine {r.cosine:.4f}")
     norm_a, norm_b, gap = (math.hypot(*(getattr(row, key) for row in rows.values()))
                            for key in ("norm_a", "norm_b", "difference"))
     inner = sum(row.cosine * row.norm_a * row.norm_b for row in rows.values())

@@ -97,7 +97,7 @@ def open_clip_dataset(
         return MemmapDataset(data_dir, variant), []
     scan = scan_folder(data_dir)
     if not scan.clips and not scan.skipped:
-        raise UserError(f"{data_dir}: holds neither feature files (.npz) with their sound (.wav, .flac or another kind) "
+        raise UserError(f"{data_dir}: holds neither feature files (.npz) with their sound (.wav, .flac or another) "
                         f"nor a TensorDict memmap (meta.json); {_meant(data_dir)}")
     cache = DataCache(data_dir, use_cache)
     clips, problems = plan_clips(scan, cache, variant, max_duration_sec)

@@ -356,8 +356,8 @@ class _Prompts:
         unused = sorted(set(self.written) - self.used)
         if videos := [name.removesuffix(".npz") for name in unused
                       if Path(name.removesuffix(".npz")).suffix.lower() in VIDEO_SUFFIXES]:
-            log.warning("%s: names of videos, expected those of feature files (%s.npz for %s), so these prompts are not "
-                        "used: %s", self.path, Path(videos[0]).stem, videos[0], listed(videos))
+            log.warning("%s: names of videos, expected those of feature files (%s.npz for %s), so these prompts are "
+                        "not used: %s", self.path, Path(videos[0]).stem, videos[0], listed(videos))
         if unused and self.used:  # one list often serves the training and the held-out clips
             log.info("%s: %s for clips that are not in this run: %s",
                      self.path, counted(len(unused), "prompt is", "prompts are"),

@@ -353,9 +353,8 @@ def remarks(scores: Sequence[SetupScore]) -> list[str]:
     if len(tied := [one.setup for one in done if _tied(one, first)]) > 1:
         found.append(f"a tie for the first place: {listed(tied)}")
     base = next((one for one in done if one.setup == BASE), None)
-    if base is not None and len(done) > 1:
-        if _tied(first, base) or first is base:
-            found.append("no setting is better than the base")
+    if base is not None and len(done) > 1 and (first is base or _tied(first, base)):
+        found.append("no setting is better than the base")
     rival = next((one for one in done if not _tied(one, first)), None)
     spread = max((one.spread for one in done if math.isfinite(one.spread)), default=None)
     if rival is not None and spread is not None and rival.mean - first.mean < spread:

@@ -235,7 +235,7 @@ def test_names_of_videos_in_a_list_of_prompts_are_said_to_be_none(tmp_path, capl
     prompts = tmp_path / "list.txt"
     prompts.write_text("a b.MP4: a dog\nc.npz: a cat\n")
     assert [job.prompt for job in collect_jobs([tmp_path], prompts=prompts)] == ["", "a cat"]
-    assert "expected those of feature files (a b.npz for a b.MP4), so these prompts are not used: a b.MP4" in caplog.text
+    assert "those of feature files (a b.npz for a b.MP4), so these prompts are not used: a b.MP4" in caplog.text
 
 
 def test_the_more_specific_prompt_wins(tmp_path, caplog):

@@ -572,8 +572,8 @@ def test_a_comparison_is_what_single_runs_make(two_clips, tmp_path, adapter, cap
     [
         ([], 2, "give a video, --features or --prompt"),
         (["--video", "nowhere.mp4"], 2, "nowhere.mp4: no such file"),
-        (["--prompt", "x", "--adapter", "{tmp}/run"], 2, "run: is a folder, expected a file; the adapter in it is adapter_"),
-        (["--prompt", "x", "--adapter", "{tmp}/peft"], 2, "peft: is a folder of PEFT; make a file of it: scripts/adapter"),
+        (["--prompt", "x", "--adapter", "{tmp}/run"], 2, "is a folder, expected a file; the adapter in it is ada"),
+        (["--prompt", "x", "--adapter", "{tmp}/peft"], 2, "is a folder of PEFT; make a file of it: scripts/adapter"),
         (["--prompt", "x", "--prompts", "{tmp}"], 2, ": is a folder, expected a file"),
         (["--prompt", "x", "--output", "a.mp4"], 2, "a video is only written with --video"),
         (["--prompt", "x", "--output", "a.mp3"], 2, ".mp3 is not written; expected a name ending in"),

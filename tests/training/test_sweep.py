@@ -41,10 +41,11 @@ def test_a_base_may_be_the_settings_of_an_old_run(tmp_path):
 
 def test_a_base_may_be_a_file_and_settings_that_win_over_it(tmp_path):
     put(tmp_path / "preset.yaml", "rank: 8\nlr: 2.0e-4\n")
-    path = put(tmp_path / "s.yaml", "output_dir: out\nbase: {config: preset.yaml, rank: 4}\nruns: [{lr: 1}, {dora: true}]")
+    text = "output_dir: out\nbase: {config: preset.yaml, rank: 4}\nruns: [{lr: 1}, {dora: true}]"
+    path = put(tmp_path / "s.yaml", text)
     assert [run.settings for run in read_sweep(path)[1]] == [
         {"rank": 4, "lr": 1, "seed": 42}, {"rank": 4, "lr": 2.0e-4, "dora": True, "seed": 42}]
-    with pytest.raises(FileNotFoundError, match="base gone.yaml: no such file"):
+    with pytest.raises(FileNotFoundError, match=r"base gone\.yaml: no such file"):
         read_sweep(put(path, "output_dir: out\nbase: {config: gone.yaml}\nruns: [{lr: 1}]"))
 
 

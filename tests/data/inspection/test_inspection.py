@@ -110,7 +110,8 @@ def test_what_is_odd_is_named(tmp_path):
     inspection = inspect(data)
     text = said(inspection)
     for line in (
-        "faint, gaps: more than half of it is silent (below -60 dB)", "loud: it is clipped: ", "faint: it is very quiet (-6",
+        "faint, gaps: more than half of it is silent (below -60 dB)", "loud: it is clipped: ",
+        "faint: it is very quiet (-6",
         "long: its sound lasts 9.00 s, but its features cover only the first 2.00 s",
         "short: its sound lasts 1.20 s, but its features cover 2.00 s: it is padded with silence",
         "phase: its channels are out of phase", "offset: it has a constant offset of +0.0",

@@ -17,7 +17,7 @@ def test_what_pandas_takes_for_missing():
 
 def test_the_name_of_the_folder_stands_for_a_label_that_cannot_be_read(caplog):
     assert labels_or_fallback([("a", "a dog"), ("b", "")], "dogs") == ["a dog", "dogs"]
-    assert "no prompt, or none that MMAudio can read, so the folder's name, 'dogs', is the prompt: 1 of 2 clips" in caplog.text
+    assert "none that MMAudio can read, so the folder's name, 'dogs', is the prompt: 1 of 2 clips" in caplog.text
     assert "b ('')" in caplog.text
     caplog.clear()
     assert labels_or_fallback([("a", "a dog")], "null") == ["a dog"] and not caplog.text
