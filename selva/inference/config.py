@@ -166,5 +166,5 @@ def _not_a_file(path: Path) -> str:
     if (path / "adapter_config.json").is_file():
         return "is a folder of PEFT; make a file of it: scripts/adapter.py convert FOLDER --output adapter.pt"
     if adapters := sorted(path.glob("adapter_final*")):
-        return f"is a folder, expected a file; the adapter in it is {adapters[0].name}"
+        return f"is a folder, expected a file; in it: {', '.join(path.name for path in adapters[-3:])}"
     return "is a folder, expected a file"

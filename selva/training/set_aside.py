@@ -30,8 +30,8 @@ def move_old_run_aside(folder: Path) -> None:
     old = _run_files(folder)
     if old:
         aside = _move(folder, old)
-        log.warning("%s held an earlier run; now in %s: its %s (use --resume auto to continue a run)", folder, aside,
-                    counted(len(old), "file"))
+        log.warning("%s held an earlier run; now in %s: its %s (--resume auto continues a run that has saved "
+                    "a step)", folder, aside, counted(len(old), "file"))
 
 
 def move_later_aside(folder: Path, step: int) -> None:

@@ -94,7 +94,10 @@ def find_resume(config: RunConfig) -> TrainingState | None:
     saved = load_newest_checkpoint(config.output_dir)
     if saved is None and (problem := config.lora.start_problem()):
         raise UserError(problem)
-    log.info("resuming from %s", saved.path) if saved else log.info("nothing to resume in %s", config.output_dir)
+    if saved:
+        log.info("resuming from %s", saved.path)
+    else:
+        log.info("nothing to resume in %s: it has no saved step, so the run starts anew", config.output_dir)
     return saved
 
 

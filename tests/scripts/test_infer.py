@@ -572,7 +572,7 @@ def test_a_comparison_is_what_single_runs_make(two_clips, tmp_path, adapter, cap
     [
         ([], 2, "give a video, --features or --prompt"),
         (["--video", "nowhere.mp4"], 2, "nowhere.mp4: no such file"),
-        (["--prompt", "x", "--adapter", "{tmp}/run"], 2, "is a folder, expected a file; the adapter in it is ada"),
+        (["--prompt", "x", "--adapter", "{tmp}/run"], 2, "is a folder, expected a file; in it: adapter_final.pt"),
         (["--prompt", "x", "--adapter", "{tmp}/peft"], 2, "is a folder of PEFT; make a file of it: scripts/adapter"),
         (["--prompt", "x", "--prompts", "{tmp}"], 2, ": is a folder, expected a file"),
         (["--prompt", "x", "--output", "a.mp4"], 2, "a video is only written with --video"),

@@ -6,7 +6,7 @@ import pytest
 
 from selva.checkpoint import TrainingState
 from selva.training.config import RunConfig, TrainConfig
-from selva.training.setup import adapter_meta, check_resumable
+from selva.training.setup import adapter_meta, check_resumable, find_resume
 from selva.utils.errors import UserError
 from selva.weights.config import GeneratorModelConfig
 
@@ -68,3 +68,11 @@ def test_a_run_of_before_knew_no_prefixes_and_did_not_store_its_weights(tmp_path
     check_resumable(saved, sets_config(tmp_path, weights=("", ":3")))
     with pytest.raises(UserError, match="prompt_prefix was"):
         check_resumable(saved, sets_config(tmp_path, prompt_prefix=("dog:",)))
+
+
+def test_a_run_without_a_saved_step_starts_anew_and_says_so(tmp_path, caplog):
+    config = RunConfig(data_dir=[str(tmp_path)], output_dir=tmp_path / "out", resume="auto",
+                       model=GeneratorModelConfig(variant="tiny_16k"))
+    with caplog.at_level("INFO"):
+        assert find_resume(config) is None
+    assert "nothing to resume" in caplog.text and "has no saved step, so the run starts anew" in caplog.text

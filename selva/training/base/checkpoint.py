@@ -170,7 +170,7 @@ def find_checkpoint(resume: str | None, output_dir: Path) -> Path | None:
         else:
             log.info("resuming from %s", path)
             return path
-    log.info("nothing to resume in %s", output_dir)
+    log.info("nothing to resume in %s: it has no saved step, so the run starts anew", output_dir)
     return None
 
 

@@ -272,8 +272,8 @@ def _move_aside(folder: Path, after: int | None) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         path.rename(target)
     if after is None:
-        log.warning("%s held an earlier run; its files are now in %s (use --resume auto to continue a run)", folder,
-                    aside)
+        log.warning("%s held an earlier run; its files are now in %s (--resume auto continues a run that has saved "
+                    "a step)", folder, aside)
     else:
         log.warning("%s: going on from step %d; what was later (%s and folders) is now in %s", folder, after,
                     counted(len(old), "file"), aside)

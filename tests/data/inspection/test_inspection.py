@@ -121,7 +121,7 @@ def test_what_is_odd_is_named(tmp_path):
         "scaled: its CLIP features have norms from 1.000 to 1.500, expected 1",
     ):
         assert f"? {line}" in text, line
-    assert len(sentences(inspection)) == 13 and inspection.usable
+    assert len(sentences(inspection)) == 12 and inspection.usable
     assert [clip.id for clip in inspection.clips if len(clip.notes) != 1] == ["faint"]
 
 
