@@ -285,8 +285,8 @@ class RunConfig:
         problems = choice_problems(self, {"balance": BALANCES})
         if not 0 <= self.val_fraction < 1:
             problems.append(f"val_fraction is {self.val_fraction}, expected 0 to below 1")
-        problems += [f"--report_to {name!r}, expected some of {', '.join(TRACKERS)}" for name in self.report_to
-                     if name not in TRACKERS]
+        problems += [f"--report_to {name!r}, expected some of {' '.join(TRACKERS)}, with spaces between them"
+                     for name in self.report_to if name not in TRACKERS]
         if self.sample_prompts is not None and not self.sample_prompts.is_file():
             problems.append(f"--sample_prompts {self.sample_prompts}: no such file")
         if self.compile and self.base_dtype != "auto":

@@ -494,6 +494,7 @@ def test_an_empty_folder(feature_dir, tmp_path, capsys):
         (["--variant", "medium_16k"], 2, "invalid choice: 'medium_16k'"),
         (["--variant", "small_16k"], 1, "generator_small_16k_sup_5.pth"),
         (["--data_dir", "nowhere"], 2, "--data_dir nowhere: no such folder"),
+        (["--report_to", "wandb,trackio"], 2, "expected some of tensorboard wandb trackio, with spaces"),
         (["--data_dir", __file__], 2, "test_train_lora.py: is a file, expected a folder"),
         (["--rank", "0", "--lr", "-1"], 2, "lr is -1.0"),
         (["--resume", "nowhere.pt"], 2, "--resume nowhere.pt: no such file"),
