@@ -247,8 +247,8 @@ def keeping_text(rows: Rows) -> str:
                       f"{100 * max(behind):.0f}"))
     header = ("rule", "within two points of the best", "points behind it", "at worst")
     return ("### Which checkpoint to keep\n\nOf every run the checkpoint that a rule would keep, beside the best one "
-            "in hindsight. What counts is the mean of the shares of new and of known scenes that are recognised, on the "
-            f"same few scenes as above; one new scene is 6 points.\n\n{table(header, lines)}")
+            "in hindsight. What counts is the mean of the shares of new and of known scenes that are recognised, on "
+            f"the same few scenes as above; one new scene is 6 points.\n\n{table(header, lines)}")
 
 
 def sections(plan: Plan, rows: Rows, decided_after: int) -> Iterator[str]:
