@@ -103,7 +103,7 @@ def compare_sounds(sound: Tensor, reference: Tensor | None, rate: int) -> dict[s
 
 
 def is_silent(waveform: Tensor) -> bool:
-    """Return whether (samples,) is below -90 dB of full scale, so that no spectrum of it is worth comparing."""
+    """Return True for (samples,) below -90 dB of full scale: no spectrum of it is worth comparing."""
     return rms_db(waveform) < SILENCE_DB
 
 
