@@ -111,7 +111,7 @@ def open_clip_dataset(
 
 
 def _meant(folder: Path) -> str:
-    """Return what may have been meant by a folder that is no data set, from what lies in it."""
+    """Return a guess at the folder that was meant, from the content of one that is no data set."""
     inside = sorted(folder.iterdir())
     if sets := [str(path) for path in inside if (path / "meta.json").is_file() and path.is_dir()]:
         return f"give one of the memmaps in it: {listed(sets, 5)}"

@@ -160,7 +160,7 @@ class InferenceConfig:
 
 
 def _not_a_file(path: Path) -> str:
-    """Return what is there instead of the file of an adapter or a list, and what may have been meant."""
+    """Return the reason why a path is not the file of an adapter or a list, with a guess at the one that was meant."""
     if not path.is_dir():
         return "no such file"
     if (path / "adapter_config.json").is_file():

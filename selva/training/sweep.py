@@ -345,7 +345,7 @@ def _tied(one: SetupScore, other: SetupScore) -> bool:
 
 
 def remarks(scores: Sequence[SetupScore]) -> list[str]:
-    """Return what the ranking does not say by itself: ties, no gain over the base, a lead that seeds could make."""
+    """Return sentences about a ranking: ties, no gain over the base, a lead that seeds could make."""
     done = [one for one in scores if not any(result.problem for result in one.results)]
     if not done:
         return []
