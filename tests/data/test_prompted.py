@@ -110,10 +110,10 @@ def test_the_content_tells_what_is_trained_with(folder):
     assert len({plain.content(1)["prompt"], *found.values()}) == 3
 
 
-def test_words_that_are_not_those_of_the_features_of_motion_are_said(folder, caplog):
+def test_prompts_that_are_not_those_of_the_video_features_are_said(folder, caplog):
     with caplog.at_level("INFO"):
         prompted(load(folder))
-    assert "1 clip is with other words than the features of motion" in caplog.text
+    assert "1 clip has other prompts than at the extraction" in caplog.text
     caplog.clear()
     prompted(load(folder), "x" * 400)
     assert "the prompt is longer than the 77 tokens" in caplog.text
