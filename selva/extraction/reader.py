@@ -194,7 +194,7 @@ class ClipReader(Dataset[ReadClip]):
             self._preview(job, times)
             kept = (bundle.origin or {}).get("sound", "") if bundle is not None else ""
             remark, sound = "".join(own_sound) or remark, StagedSound(file=sound_name or kept)
-            silent = bool(sound.file) and is_silent(options.output_dir / sound.file)
+            silent = options.output_dir is not None and bool(sound.file) and is_silent(options.output_dir / sound.file)
             return ReadClip(index, DONE, remark, settings, digest, duration_sec=current, sound=sound, silent=silent)
         with times.stage("decode"):
             frames = self._frames(job)

@@ -81,8 +81,8 @@ class Numbers:
                 raise ValueError(f"{point} or {text.replace(',', '')}; write the one that is meant")
             text = point
         elif self.decimal_commas and _GROUPED.fullmatch(text):
-            raise ValueError(f"{text.replace('.', ',')} or {text.replace('.', '')}, as other numbers here have a comma; "
-                             "write the one that is meant")
+            raise ValueError(f"{text.replace('.', ',')} or {text.replace('.', '')}, as other numbers here have a "
+                             "comma; write the one that is meant")
         try:
             value = float(text)
         except ValueError:

@@ -140,12 +140,13 @@ def _problem_of(segment: Segment, names: Collection[str]) -> str | None:
     return f"id {segment.id!r}: {reason}" if segment.id and (reason := unsafe_id(segment.id)) else None
 
 
-def _is_number(value: Any) -> bool:
-    """Return True for what is, or reads as, a finite number."""
+def _number(value: Any) -> float | None:
+    """Return a finite number; None for anything else."""
     try:
-        return math.isfinite(float(value))
+        number = float(value)
     except (TypeError, ValueError):
-        return False
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _words(value: Any) -> str:
@@ -195,11 +196,12 @@ def _read_whisper(path: Path, recordings: Mapping[str, Path], problems: list[str
         if not isinstance(item, dict):
             problems.append(f"{path}, segment {index}: is no object with start and end")
             continue
-        start, end = item.get("start"), item.get("end")
-        if not (_is_number(start) and _is_number(end)):
-            problems.append(f"{path}, segment {index}: start is {start!r} and end {end!r}, expected seconds")
+        start, end = _number(item.get("start")), _number(item.get("end"))
+        if start is None or end is None:
+            problems.append(f"{path}, segment {index}: start is {item.get('start')!r} and end {item.get('end')!r}, "
+                            "expected seconds")
             continue
-        yield f"segment {index}", Segment(name, float(start), float(end), text=_words(item.get("text")))
+        yield f"segment {index}", Segment(name, start, end, text=_words(item.get("text")))
 
 
 def _owner_of(path: Path, recordings: Mapping[str, Path]) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,6 @@ from selva.training.report import adapter_to_use
 def test_the_best_adapter_is_advised_where_there_is_one(tmp_path, held_out, best_step, written, name, words):
     if written:
         (tmp_path / "adapter_best.pt").touch()
-    run = SimpleNamespace(val_clips=range(held_out), best_step=best_step, step=100)
+    run: Any = SimpleNamespace(val_clips=range(held_out), best_step=best_step, step=100)
     chosen, why = adapter_to_use(run, tmp_path / "adapter_final.pt")
     assert chosen == tmp_path / name and words in why
