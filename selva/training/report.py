@@ -151,7 +151,7 @@ def add_curves(page: Page, metrics: MetricsFile) -> None:
         page.section("Learned, or learned by heart", "By how much the loss fell below the base model's, at the same "
                      "noise and times. Where the curves part, clips are learned by heart. How well the fall "
                      f"tells training clips from held-out ones (area under the ROC curve): {auc[-1]:.2f}; 0.5 is "
-                     "chance, 1 is learned by heart.")
+                     "chance, 1 tells them all apart.")
         page.image(curves_png([(label, steps, [100 * v for v in values]) for label, steps, values in drops],
                               "fall of the loss, %"), "fall of the loss of training and held-out clips")
 
@@ -168,7 +168,7 @@ def adapter_to_use(run: TrainingRun, final: Path) -> tuple[Path, str]:
         return best, (f"The loss of the held-out clips was lowest at the last step, so {best.name} and {final.name} "
                       "are the same.")
     return best, (f"{best.name} is step {run.best_step}, where the loss of the held-out clips was lowest. {final.name} "
-                  f"is the last step, {run.step}, with which the sounds under Listen were made. Try both.")
+                  f"is the last step, {run.step}, and a verdict on this page is about that one. Try both.")
 
 
 def add_use(page: Page, adapter: Path, variant: str, prompt: str, why: str = "") -> None:

@@ -153,3 +153,11 @@ def test_nothing_is_written_into_a_memmap(tmp_path):
     assert len(TensorDict.load_memmap(folder)["mean"]) == 3
     prompted(MemmapDataset(folder, TINY), "other", use_cache=False)
     assert len(list((tmp_path / f"rows{CACHE_FOLDER}" / "texts").iterdir())) == 3
+
+
+@pytest.mark.parametrize("video", [True, False])
+def test_of_a_set_without_video_nothing_is_said_about_video_features(tmp_path, caplog, video):
+    put_memmap(tmp_path / "rows", rows=2, video=video)
+    with caplog.at_level("INFO"):
+        prompted(load(tmp_path / "rows"), "sks")
+    assert ("2 clips have other prompts than at the extraction" in caplog.text) is video
