@@ -8,7 +8,8 @@
 Reads <name>.npz and the sound of the same name (extract_features.py writes both). Writes to the output folder:
 
     adapter_step00500.pt ...    adapters to try, each also a point to resume from (--resume)
-    adapter_final.pt            the result; adapter_best.pt: the lowest loss on held-out clips
+    adapter_best.pt             the step with the lowest loss on held-out clips: try this one first
+    adapter_final.pt            the last step; the only result where no clips are held out (below five clips)
     sample_step00500.wav/.png   a sound generated at that step, and its spectrogram
     report.html                 the page about the run: whether it worked, sounds, curves; README.md: a model card
     loss_raw.png loss_smoothed.png metrics.jsonl meta.json config.yaml

@@ -13,6 +13,7 @@ import copy
 import functools
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -153,6 +154,8 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """End with the message alone; argparse would put twenty lines of usage in its way."""
+        if found := re.search(r"invalid float value: '([+-]?\d+),(\d+)'", message):
+            message += f"; write {found[1]}.{found[2]}, with a point"
         self.exit(EXIT_USAGE, f"{self.prog}: error: {message}\n{self.prog} --help lists all settings\n")
 
     def _check_flags(self, given: Sequence[str]) -> None:

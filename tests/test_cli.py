@@ -289,6 +289,7 @@ def test_one_setting_under_two_names_in_a_file_is_refused(tmp_path, capsys):
     (["--epochs=3"], "unknown flag --epochs; did you mean --steps"),
     (["--output_name", "dog"], "unknown flag --output_name; did you mean --output_dir"),
     (["--zzz"], "unknown flag --zzz\n"),
+    (["--lr", "0,5"], "invalid float value: '0,5'; write 0.5, with a point\n"),
 ])
 def test_an_unknown_flag_is_named_before_all_else_with_the_nearest(capsys, given, expected):
     text = usage_error(capsys, training_parser(), *given)  # --data_dir is missing too

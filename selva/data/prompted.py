@@ -3,7 +3,7 @@
     the set's own prompt, other prompts --prefix--> prompts of a clip; the first is validated with, training draws one
 
 A data set has the features of one prompt per clip. Those of all others are made by the text encoder before the training
-and kept in the set's cache. The features of motion stay those of the prompt that they were extracted with.
+and kept in the set's cache. The video features stay those of the prompt that they were extracted with.
 """
 
 from __future__ import annotations
@@ -103,10 +103,9 @@ def with_prompts(
     added = [(name, text) for name, texts, one in zip(clips.ids, prompts, own, strict=True)
              for number, text in enumerate(texts) if number or text != one]
     warn_of_cut_prompts(added, variant.clip)
-    if variant.family == "selva":
-        log.info("%s with other words than the features of motion were extracted with (a prefix, or several prompts), "
-                 "which stay as they are: the text alone has them", counted(len({name for name, _ in added}), "clip is",
-                                                                         "clips are"))
+    if variant.family == "selva" and not (isinstance(clips, MemmapDataset) and not clips.has_video):
+        log.info("%s other prompts than at the extraction (a prefix, or several prompts): the text features follow "
+                 "them, the video features do not", counted(len({name for name, _ in added}), "clip has", "clips have"))
     if isinstance(clips, MemmapDataset):  # nothing may lie in its folder but what its readers expect there
         folder = real_path(clips.folder)
         cache = DataCache(folder.parent, use_cache, f"{folder.name}{CACHE_FOLDER}")

@@ -31,12 +31,12 @@ from selva.extraction.extractor import FeatureExtractor
 from selva.extraction.manifest import DONE, FAILED, SKIPPED, ManifestWriter
 from selva.extraction.pipeline import Summary
 from selva.inputs.file_names import same_name
-from selva.media import audio_blocks, prepare_audio
+from selva.media import audio_blocks, prepare_audio, probe
 from selva.media.audio import PEAK_LEVEL, SILENCE_LEVEL, cancellation, mean_power
 from selva.models.prompt_length import warn_of_cut_prompts
 from selva.models.variants import Variant
 from selva.partition.cut import collect_recordings
-from selva.partition.windows import Window, clip_captions, read_captions, read_clips
+from selva.partition.windows import WINDOW_SEC, Window, clip_captions, read_captions, read_clips
 from selva.sequence import DEFAULT_DURATION_SEC, SequenceConfig, sequence_config
 from selva.utils.device import peak_memory_bytes
 from selva.utils.errors import UserError
@@ -50,6 +50,8 @@ log = logging.getLogger(__name__)
 # Part of the settings that decide whether existing rows are current; raise it when the rows change.
 AUDIO_SET_VERSION = 1
 READ_AHEAD = 2  # recordings per thread
+ROUNDING_SEC = 0.01
+NAMED = 20  # clips left out, in the log; the manifest has all
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -153,12 +155,16 @@ def read_windows(
                            "partition_clips.py again")
             continue
         sound = torch.cat(kept)
+        where = f"{path}, {window.id} ({window.start_sample / rate:.2f} to {window.end_sample / rate:.2f} s)"
+        if len(sound) < sequence.duration_sec * rate:
+            results.append(f"{where}: is {len(sound) / rate:.2f} s long, and a row takes {sequence.duration_sec:g} s")
+            continue
         if normalize == "peak":
             sound = sound / peak * PEAK_LEVEL
         try:
             results.append(prepare_audio(sound, rate, sequence.sampling_rate, sequence.num_audio_frames, "none"))
         except ValueError as error:
-            results.append(f"{path}, samples {window.start_sample} to {window.end_sample}: {error}")
+            results.append(f"{where}: {error}")
     return results
 
 
@@ -173,12 +179,14 @@ class SoundResult:
         index: of the job. made: False if the row was current already, or could not be made.
         problem: reason why it could not be made; "" if it is there.
         left_out: it could be read, and cannot be a row of such a set.
+        unused: words about the rest of the clip, behind what a row takes; "" if there is none.
     """
 
     index: int
     made: bool
     problem: str = ""
     left_out: bool = False
+    unused: str = ""
 
 
 @dataclass
@@ -189,6 +197,7 @@ class _Recording:
     digests: list[str]
     sounds: list[Tensor | str | None]  # None: current
     problem: str = ""  # of the whole recording
+    rate: int = 0
 
 
 class AudioSetExtractor:
@@ -277,7 +286,8 @@ class AudioSetExtractor:
             current = [writer.is_current(index, digest) for index, digest in zip(indices, digests, strict=True)]
             windows = [job.window for job, done in zip(jobs, current, strict=True) if not done]
             found = iter(read_windows(path, windows, self.sequence, self.normalize) if windows else ())
-            return _Recording(indices, digests, [None if done else next(found) for done in current])
+            rate = probe(path).audio_rate or 0
+            return _Recording(indices, digests, [None if done else next(found) for done in current], rate=rate)
         except (ValueError, OSError) as error:
             return _Recording(indices, [], [], str(error))
 
@@ -285,9 +295,9 @@ class AudioSetExtractor:
     def _finish(
         self, job: SoundJob, index: int, recording: _Recording, number: int, writer: MemmapWriter
     ) -> SoundResult:
-        sound = recording.problem or recording.sounds[number]
+        sound, unused = recording.problem or recording.sounds[number], self._unused(job.window, recording.rate)
         if sound is None:
-            return SoundResult(index, made=False)
+            return SoundResult(index, made=False, unused=unused)
         if isinstance(sound, str):
             writer.skip(index)
             return SoundResult(index, made=False, problem=sound, left_out=not recording.problem)
@@ -299,7 +309,14 @@ class AudioSetExtractor:
         except ValueError as error:
             writer.skip(index)
             return SoundResult(index, made=False, problem=f"{job.path}: {error}")
-        return SoundResult(index, made=True)
+        return SoundResult(index, made=True, unused=unused)
+
+    def _unused(self, window: Window, rate: int) -> str:
+        """Return words about a clip that goes on behind what a row takes, by more than resampling needs."""
+        seconds = (window.end_sample - window.start_sample) / rate if rate else 0.0
+        if seconds <= WINDOW_SEC + ROUNDING_SEC:
+            return ""
+        return f"{seconds - self.sequence.duration_sec:.1f} s of {seconds:.1f} s unused"
 
 
 def _digest(content: str, job: SoundJob) -> str:
@@ -345,19 +362,27 @@ def run_sounds(
         folder_name: of the memmap.
         strict: stop at the first clip that failed; the rest stays pending.
     """
-    summary, started = Summary(), time.monotonic()
+    summary, started, told, left_out = Summary(), time.monotonic(), set(), 0
     with Progress(num_clips, "encoding sound", "clips") as progress:
         for number, result in enumerate(results, 1):
             status = SKIPPED if result.left_out else FAILED if result.problem else DONE
-            manifest.record(result.index, status, result.problem,
+            manifest.record(result.index, status, result.problem or result.unused,
                             [folder_name] if status == DONE else (),
                             DEFAULT_DURATION_SEC if status == DONE else None)
             summary.count(status, result.made)
-            if result.problem:
-                log.log(logging.WARNING if result.left_out else logging.ERROR, "%s%s",
-                        "left out: " if result.left_out else "", result.problem)
+            if result.unused and not result.problem:
+                summary.unused.append(f"{jobs[result.index].window.id} ({result.unused})")
+            if result.left_out:
+                left_out += 1
+                if left_out <= NAMED:
+                    log.warning("left out: %s", result.problem)
+            elif result.problem and result.problem not in told:  # the clips of one recording share theirs
+                told.add(result.problem)
+                log.error("%s", result.problem)
             progress.update(number, jobs[result.index].window.id)
             if strict and summary.failed:
                 break
+    if left_out > NAMED:
+        log.warning("left out: %d more, the manifest has all", left_out - NAMED)
     summary.elapsed_sec, summary.memory = time.monotonic() - started, peak_memory_bytes("cpu")
     return summary

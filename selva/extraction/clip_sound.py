@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
 from selva.data.padding import MAX_AUDIO_SHORTFALL_SEC
 from selva.inputs.jobs import ClipJob
-from selva.media import audio_length, copied_audio_suffix, prepare_audio, probe, read_audio, video_length
+from selva.media import audio_blocks, audio_length, copied_audio_suffix, prepare_audio, probe, read_audio, video_length
+from selva.media.audio import SILENCE_LEVEL
 from selva.sequence import SequenceConfig
 from selva.utils.errors import UserError
 
@@ -50,6 +53,17 @@ def _apart(job: ClipJob) -> str:
         return ""
     return (f"{job.sound}: is {seconds:.1f} s long and {job.path.name} {pictures:.1f} s; check that both begin at the "
             "same moment")
+
+
+def is_silent(path: Path) -> bool:
+    """Return True if all of a sound is silent, by the rule of training; False where it cannot be read.
+
+    Reading ends at the first block with something in it.
+    """
+    try:
+        return all(block.abs().max().item() <= SILENCE_LEVEL for block, _ in audio_blocks(path) if block.numel())
+    except (ValueError, OSError):
+        return False
 
 
 def vae_waveform(job: ClipJob, seconds: float, lengths: SequenceConfig) -> tuple[np.ndarray, str]:

@@ -137,12 +137,14 @@ def list_clips(table: Path, state: Path, manifest: Path, origins: list[ClipOrigi
     """Write the table of the clips beside a complete manifest, and say where it is."""
     try:
         if write_clip_table(table, state, read_manifest(manifest), origins):
-            log.info("table of the clips, with their videos: %s", table)
+            log.info("table of the clips, and what each is made of: %s", table)
     except OSError as error:  # the clips are there all the same
         log.warning("%s: cannot be written (%s)", table, error.strerror or error)
 
 
-def report(summary: Summary, outcome: Outcome | None, manifest: Path, shard: Shard) -> None:
+def report(
+    summary: Summary, outcome: Outcome | None, manifest: Path, shard: Shard, *, sounds: bool = False
+) -> None:
     """Log the times, the counts of this process and of all together, and the state of the manifest."""
     log.info("%s", summary.table())
     share = f" (part {shard.index + 1} of {shard.count})" if shard.count > 1 else ""
@@ -153,9 +155,16 @@ def report(summary: Summary, outcome: Outcome | None, manifest: Path, shard: Sha
         log.info("%s went beyond full scale when decoded, by up to %.1f dB, and %s scaled to fit: %s",
                  counted(len(summary.scaled), "sound"), most, "was" if len(summary.scaled) == 1 else "were",
                  listed([name for _, name in sorted(summary.scaled, reverse=True)], 5))
-    if summary.unused:
+    if summary.unused and sounds:
+        log.warning("only the beginning of %s is used, while the caption may be about all of it; cut shorter with "
+                    "partition_clips.py: %s", counted(len(summary.unused), "longer clip"), listed(summary.unused))
+    elif summary.unused:
         log.warning("only the beginning of %s is used; --windows makes clips of the whole length: %s",
                     counted(len(summary.unused), "longer video"), listed(summary.unused))
+    if summary.silent:
+        log.warning("%s silent, and training will refuse %s: %s",
+                    counted(len(summary.silent), "clip is", "clips are"),
+                    "it" if len(summary.silent) == 1 else "them", listed(summary.silent))
     if outcome is None:
         log.error("stopped at the first clip that failed (--strict)")
     elif not outcome.complete:
@@ -249,5 +258,5 @@ def _extract_sounds(
                 list_clips(beside_memmap(config.output_dir, TABLE_FILE), state, manifest, origins)
             if not stopped and publish(writer):
                 announce(config.output_dir)
-    report(summary, outcome, manifest, manifest_writer.shard)
+    report(summary, outcome, manifest, manifest_writer.shard, sounds=True)
     return any_failed(summary, outcome, manifest_writer.shard)

@@ -129,7 +129,7 @@ class Summary:
         seconds: of this process, per stage. reading: of all workers together, per stage.
         memory: peak of this process. worker_memory: peak per worker process; all in bytes.
         elapsed_sec: from the first clip to the end of the last.
-        unused: clips whose videos go on, and for how long.
+        unused: clips whose videos go on, and for how long. silent: clips whose sound is silent.
         scaled: (peak, clip) of sounds that were decoded to more than full scale.
     """
 
@@ -144,6 +144,7 @@ class Summary:
     elapsed_sec: float = 0.0
     unused: list[str] = field(default_factory=list)
     scaled: list[tuple[float, str]] = field(default_factory=list)
+    silent: list[str] = field(default_factory=list)
 
     def count(self, status: str, encoded: bool) -> None:
         if status == FAILED:
@@ -196,10 +197,13 @@ def run(
             with times.stage("write"):
                 status, reason = _write_result(clip, encoded, job, output)
                 unused = unused_words(clip.unused_sec, job) if status == DONE else ""
-                said = "; ".join(filter(None, (reason, unused)))
+                silent = clip.silent and status == DONE
+                said = "; ".join(filter(None, (reason, unused, "its sound is silent" if silent else "")))
                 manifest.record(clip.index, status, said, output.files_of(job, clip) if status == DONE else (),
                                 clip.duration_sec if status == DONE else None)
             summary.count(status, encoded is not None)
+            if silent:
+                summary.silent.append(job.id)
             if unused:
                 summary.unused.append(f"{job.id} ({unused})")
             if status == DONE and clip.peak > 1:

@@ -25,7 +25,7 @@ import torch.multiprocessing
 from torch.utils.data import DataLoader, Dataset
 
 from selva.data.latents import FRONT_END
-from selva.extraction.clip_sound import UnusableClip, sound_file, unused_seconds, vae_waveform
+from selva.extraction.clip_sound import UnusableClip, is_silent, sound_file, unused_seconds, vae_waveform
 from selva.extraction.contact_sheet import is_sheet_of, write_contact_sheet
 from selva.extraction.extractor import clip_settings
 from selva.extraction.manifest import DONE, FAILED, SKIPPED
@@ -115,6 +115,7 @@ class ReadClip:
         sound: the sound beside the features, which waits to be placed with them.
         unused_sec: what follows in the video, if nobody has chosen this stretch of it.
         peak: largest sample of the decoded sound; what is above 1 was scaled to fit.
+        silent: there is a sound beside the features, and nothing in it.
         seconds: per stage of reading. process, peak_memory: of the process that read it.
     """
 
@@ -131,6 +132,7 @@ class ReadClip:
     sound: StagedSound = field(default_factory=StagedSound)
     unused_sec: float = 0.0
     peak: float = 0.0
+    silent: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
     process: int = 0
     peak_memory: int = 0
@@ -192,7 +194,8 @@ class ClipReader(Dataset[ReadClip]):
             self._preview(job, times)
             kept = (bundle.origin or {}).get("sound", "") if bundle is not None else ""
             remark, sound = "".join(own_sound) or remark, StagedSound(file=sound_name or kept)
-            return ReadClip(index, DONE, remark, settings, digest, duration_sec=current, sound=sound)
+            silent = options.output_dir is not None and bool(sound.file) and is_silent(options.output_dir / sound.file)
+            return ReadClip(index, DONE, remark, settings, digest, duration_sec=current, sound=sound, silent=silent)
         with times.stage("decode"):
             frames = self._frames(job)
         peaks: list[float] = []
@@ -200,11 +203,12 @@ class ClipReader(Dataset[ReadClip]):
             sound = (StagedSound() if options.is_memmap else
                      self._stage(job, frames, sound_name, settings, bundle, peaks))
             waveform, why_not = self._waveform(job, frames.duration_sec)
+            silent = bool(sound_name) and is_silent(self.pairs.staging_path(sound_name))
         self._preview(job, times, frames)
         return ReadClip(
             index, READY, "; ".join(filter(None, (remark, why_not))), settings, digest, frames.clip_frames.numpy(),
             frames.sync_frames.numpy(), waveform, frames.duration_sec, frames.source_fps, sound,
-            peak=max(peaks, default=0.0),
+            peak=max(peaks, default=0.0), silent=silent,
         )
 
     # -- comparing -----------------------------------------------------------------------------------------------------

@@ -139,7 +139,8 @@ def _compare_line(words: list[str], folder: Path) -> CompareLine:
     except ValueError:
         strength = math.nan
     if not math.isfinite(strength):
-        raise UserError(f"the strength is {words[1]!r}, expected a number")
+        raise UserError(f"the strength is {words[1]!r}, expected a number"
+                        + (", with a point" if re.fullmatch(r"[+-]?\d+,\d+", words[1]) else ""))
     times, layers = _times(options.get("times", "0-1")), tuple(filter(None, options.get("layers", "").split(",")))
     where = "".join(f" {re.sub(r'[^A-Za-z0-9.,_-]', '_', value)}" for value in options.values())
     label = words[2] if len(words) == 3 else f"{_short_name(found)} {strength:g}{where}"

@@ -9,7 +9,9 @@ from __future__ import annotations
 import csv
 import io
 import logging
-from collections.abc import Collection, Iterator, Sequence
+import math
+import re
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,10 +35,65 @@ class TextTable:
         columns: names in the first line, lower case and without spaces around them.
         rows: (line, {column: text}) of every row that is not empty. A column is None where a row ends before it; the
             key None stands for cells beyond the last column.
+        delimiter: between the cells.
     """
 
     columns: list[str]
     rows: list[tuple[int, Cells]]
+    delimiter: str
+
+    def numbers(self, *columns: str) -> Numbers:
+        """Return the reader of the numbers in these columns."""
+        return Numbers(((cells.get(column) or "") for _, cells in self.rows for column in columns), self.delimiter)
+
+
+class Numbers:
+    """Reader of the numbers of a table, which may have a decimal comma where commas do not separate the cells.
+
+    ``12,345`` is 12.345 beside ``1,5``, and 12345 for whoever groups digits. Where the other numbers do not tell which
+    it is, it is an error; so is ``12.345`` beside ``1,5``.
+
+    Args:
+        cells: all of them that hold numbers. delimiter: of the table.
+    """
+
+    def __init__(self, cells: Iterable[str], delimiter: str) -> None:
+        found = [cell.strip() for cell in cells]
+        self.delimiter = delimiter
+        self.decimal_commas = delimiter != "," and any(
+            _WITH_COMMA.fullmatch(cell) and not _GROUPED.fullmatch(cell) for cell in found)
+
+    def read(self, text: str, expected: str = "a number", least: float = -math.inf) -> float:
+        """Return a finite number.
+
+        Args:
+            expected: says in an error what the number should have been.
+
+        Raises:
+            ValueError: it is none, below ``least``, or may be two; the message goes behind "expected".
+        """
+        text = text.strip()
+        if _WITH_COMMA.fullmatch(text):
+            point = text.replace(",", ".")
+            if self.delimiter == ",":
+                raise ValueError(f"{expected}, with a point, as commas separate the columns here: {point}")
+            if _GROUPED.fullmatch(text) and not self.decimal_commas:
+                raise ValueError(f"{point} or {text.replace(',', '')}; write the one that is meant")
+            text = point
+        elif self.decimal_commas and _GROUPED.fullmatch(text):
+            raise ValueError(f"{text.replace('.', ',')} or {text.replace('.', '')}, as other numbers here have a "
+                             "comma; write the one that is meant")
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and value >= least):
+            raise ValueError(expected)
+        return value
+
+
+_WITH_COMMA = re.compile(r"[+-]?\d+,\d+")
+_GROUPED = re.compile(r"[+-]?[1-9]\d{0,2}[.,]\d{3}")  # may be thousands
 
 
 def find_delimiter(path: Path, otherwise: str = "\t") -> str:
@@ -71,7 +128,7 @@ def read_text_table(path: Path, delimiter: str, required: Sequence[str], expecte
     if columns and columns[0] == "sep=" and not any(columns[1:]):  # the first line tells Excel the delimiter
         columns = _names_in(next(lines, None))
     _check_columns(path, columns, required, expected)
-    return TextTable(columns, list(_checked_rows(path, lines, columns, delimiter)))
+    return TextTable(columns, list(_checked_rows(path, lines, columns, delimiter)), delimiter)
 
 
 def refuse_long_rows(path: Path, table: TextTable) -> None:

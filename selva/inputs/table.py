@@ -12,13 +12,11 @@ given folder; both ``/`` and ``\\`` may stand between folders. An empty cell cou
 from __future__ import annotations
 
 import logging
-import math
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from selva.inputs.delimited import Cells, find_delimiter, read_text_table
+from selva.inputs.delimited import Cells, Numbers, find_delimiter, read_text_table
 from selva.inputs.file_names import FolderNames, from_windows, problem_here, same_name
 from selva.inputs.media_files import by_name, visible_files
 from selva.sequence import SHORTEST_SEC
@@ -85,6 +83,7 @@ def read_clip_table(path: Path, video_suffixes: Iterable[str], video_dir: Path |
     by_suffix = "\t" if path.suffix.lower() == ".tsv" else ","
     table = read_text_table(path, find_delimiter(path, by_suffix), ["id"])
     reader.check_columns(table.columns)
+    reader.numbers = table.numbers("start", "duration")
     rows = [reader.read(line, cells) for line, cells in table.rows]
     if reader.problems:
         raise UserError(f"{path}: {listed(reader.problems, separator='; ')}")
@@ -99,6 +98,7 @@ class _RowReader:
     def __init__(self, path: Path, folder: Path, video_suffixes: tuple[str, ...]) -> None:
         self.path, self.folder, self.video_suffixes = path, folder, video_suffixes
         self.names = FolderNames()
+        self.numbers = Numbers((), "\t")
         self.problems: list[str] = []
         self.lines: dict[str, int] = {}  # id -> line
         self.videos: dict[str, list[Path]] | None = None  # `same_name` of the stem -> videos, listed when first needed
@@ -138,14 +138,10 @@ class _RowReader:
         if not text.get(column):
             return None
         try:
-            value = float(text[column])
-        except ValueError:
-            value = math.nan
-        if not (math.isfinite(value) and value >= least):
-            point = text[column].replace(",", ".")
-            hint = f", with a point: {point}" if re.fullmatch(r"\d+,\d+", text[column]) else ""
-            self._problem(f"{column} is {text[column]!r}, expected seconds, {least:g} or more{hint}")
-        return value
+            return self.numbers.read(text[column], f"seconds, {least:g} or more", least)
+        except ValueError as error:
+            self._problem(f"{column} is {text[column]!r}, expected {error}")
+            return None
 
     def _file(self, text: dict[str, str], column: str, folder: Path) -> Path | None:
         if not text.get(column):

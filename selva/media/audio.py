@@ -144,7 +144,7 @@ def prepare_audio(
         if not pad:
             raise UserError(
                 f"the sound has {counted(len(mono), 'sample')} ({len(mono) / target_rate:.3f} s at {target_rate} Hz), "
-                f"expected at least {num_samples} ({num_samples / target_rate:.3f} s); use longer sound or pad"
+                f"expected at least {num_samples} ({num_samples / target_rate:.3f} s)"
             )
         mono = torch.nn.functional.pad(mono, (0, num_samples - len(mono)))
     return mono[:num_samples].clone()  # (num_samples,)

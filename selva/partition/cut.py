@@ -195,7 +195,8 @@ def _cut_windows(
         return windows, []
     wanted = "a clip takes" if config.min_length_sec is None else "expected at least"
     seconds = num_samples / rate
-    hint = (f"; --min_length_sec {math.floor(10 * seconds) / 10:g} takes it as it is"
+    whole = " as it is" if seconds < WINDOW_SEC else ""
+    hint = (f"; --min_length_sec {math.floor(10 * seconds) / 10:g} takes it{whole}"
             if shortest > seconds >= max(1.0, shortest - 1.0) else "")
     return [], [LeftOut(path, f"{seconds:.2f} s long, {wanted} {shortest:g} s{hint}")]
 

@@ -31,6 +31,7 @@ from selva.partition.windows import (
     write_captions,
     write_clips,
 )
+from selva.sequence import DEFAULT_DURATION_SEC
 from selva.utils.errors import UsageError, UserError
 from selva.utils.files import atomic_write_text, real_path, source_hash
 from selva.utils.progress import Progress
@@ -39,6 +40,7 @@ from selva.utils.text import counted, listed, text_lines
 
 log = logging.getLogger(__name__)
 
+ROUNDING_SEC = 0.01
 NAMED = 20  # of what is left out, on the terminal; left_out.tsv has all
 
 
@@ -54,12 +56,16 @@ def partition_recordings(config: PartitionConfig) -> tuple[list[Path], bool]:
     segments = read_segments(config.segments, recordings) if config.segments else None
     if segments is not None and config.cutting.merge_gap_sec is not None:
         segments = merge_all(segments, config.cutting.merge_gap_sec)
-    of_clips = {s.id: s.text for given in (segments or {}).values() for s in given if s.text}
-    of_names = find_captions(recordings, config.captions)
+    written = read_captions(config.captions) if config.captions else {}
+    of_names = find_captions(recordings, written)
 
     check_targets(config, part)
     cut = cut_all(chosen, config.cutting, segments)
     cut.left_out += not_taken if config.start == 0 else []
+    texts = {s.id: s.text for given in (segments or {}).values() for s in given if s.text}
+    of_clips = texts | clip_texts(cut.windows, recordings, written)
+    if unused := sorted(set(written) - {same_name(name) for name in (*recordings, *of_clips)}):
+        log.warning("%s: no recording and no clip for %s", config.captions, listed(unused))
     if config.write_audio is not None:
         together = names_that_collide((window.id for window in cut.windows), config.write_audio)
         if together:
@@ -76,6 +82,8 @@ def partition_recordings(config: PartitionConfig) -> tuple[list[Path], bool]:
         raise UserError(f"{config.data_dir}: none of {counted(len(chosen), 'recording')} gives a clip{wanted}{shorter}")
     names = {window.name for window in cut.windows}
     held_out = hold_out(names, config.val_fraction, config.seed) if config.val_fraction else set()
+    if segments is not None:
+        report_lengths(cut.windows, chosen)
     captions = table_captions(cut.windows, of_clips, of_names)
     short = short_clips(cut.windows, chosen, captions_of(cut.windows, of_clips, of_names), config)
     val = {window for window in cut.windows if window.name in held_out} | short
@@ -93,26 +101,53 @@ def partition_recordings(config: PartitionConfig) -> tuple[list[Path], bool]:
     log.info("%s from %d of %s, %d unreadable", counted(len(cut.windows), "clip"), len(names),
              counted(len(chosen), "recording"), len(failed))
     if held_out:
-        log.info("%s of these %s held out for validation", counted(len(held_out), "recording"),
-                 "is" if len(held_out) == 1 else "are")
+        log.info("held out for validation: %s with %d of the clips: %s", counted(len(held_out), "recording"),
+                 sum(window.name in held_out for window in cut.windows), listed(sorted(held_out)))
     if short:
         log.info("%s held out because they or their captions are short", counted(len(short), "clip is", "clips are"))
+    found = captions_of(cut.windows, of_clips, of_names)
+    missing = [window for window in cut.windows if window.id not in found]
+    if captions and missing:
+        log.warning("%s without a caption, which a set of sound cannot hold; of the recordings %s",
+                    counted(len(missing), "clip is", "clips are"),
+                    listed(list(dict.fromkeys(window.name for window in missing))))
     return tables, bool(failed)
 
 
 def merge_all(segments: dict[str, list[Segment]], gap_sec: float) -> dict[str, list[Segment]]:
-    """Return segments with close ones in one, and name those that a clip of a model cannot hold."""
+    """Return segments with close ones in one, and say how many there are now."""
     merged = {name: merge_segments(given, gap_sec) for name, given in segments.items()}
     before, after = (sum(map(len, each.values())) for each in (segments, merged))
     log.info("%s became %d with --merge_gap_sec %g", counted(before, "segment"), after, gap_sec)
-    given_sec = {s.id: s.end_sec - s.start_sec for given in segments.values() for s in given}
-    long = [f"{s.id} ({s.end_sec - s.start_sec:.2f} s)" for given in merged.values() for s in given
-            if s.end_sec - s.start_sec > max(WINDOW_SEC, given_sec[s.id])]
-    if long:
-        log.warning("%s longer than the %g s of a clip: %s; a set of sound alone takes the first 8 s of each, a folder "
-                    "of pairs windows of it", counted(len(long), "merged segment is", "merged segments are"),
-                    WINDOW_SEC, listed(long))
     return merged
+
+
+def report_lengths(windows: Sequence[Window], recordings: Mapping[str, Path]) -> None:
+    """Name clips at given times that are longer than the model takes, and say how many are shorter."""
+    rates = {name: audio_length(recordings[name])[1] for name in {window.name for window in windows}}
+    seconds = {window.id: (window.end_sample - window.start_sample) / rates[window.name] for window in windows}
+    long = [f"{id_} ({length:.2f} s)" for id_, length in seconds.items() if length > WINDOW_SEC + ROUNDING_SEC]
+    if long:
+        log.warning("%s longer than the %g s of a clip: %s; a set of sound takes the first 8 s of each, a folder of "
+                    "pairs windows of it", counted(len(long), "clip is", "clips are"), WINDOW_SEC, listed(long))
+    short = sum(length < DEFAULT_DURATION_SEC for length in seconds.values())
+    if short:
+        log.info("%d of %s shorter than %g s: a set of sound (--recordings of extract_features.py) leaves them out; "
+                 "pairs with videos may have any length. --merge_gap_sec joins neighbours",
+                 short, counted(len(windows), "clip is", "clips are"), DEFAULT_DURATION_SEC)
+
+
+def clip_texts(
+    windows: Sequence[Window], recordings: Mapping[str, Path], written: Mapping[str, str]
+) -> dict[str, str]:
+    """Return {id: caption} of the clips that a table of captions names by their own ids.
+
+    An id that is also the name of another recording is taken for that recording.
+    """
+    names = {same_name(name) for name in recordings}
+    own = ((window, same_name(window.id)) for window in windows)
+    return {window.id: written[key] for window, key in own
+            if written.get(key) and (window.id == window.name or key not in names)}
 
 
 def short_clips(
@@ -165,7 +200,9 @@ def check_targets(config: PartitionConfig, part: str) -> None:
               if path.exists() and known.get(path.name, "") not in ("", source_hash(path))]
     if edited:
         raise FileExistsError(f"{listed(edited)}: has been edited since partition_clips.py wrote it, and would be "
-                              "overwritten; choose another --output_dir, or move it away")
+                              "overwritten; choose another --output_dir, or move it away"
+                              + (", and give it back with --captions to keep what you wrote"
+                                 if any(Path(path).name.startswith("captions") for path in edited) else ""))
 
 
 TABLE_LINE = "# written: "  # of a table, in the settings beside them
@@ -201,12 +238,8 @@ def cut_all(
     return cut
 
 
-def find_captions(recordings: Mapping[str, Path], table: Path | None) -> dict[str, str]:
-    """Return {name: caption}: of the table, else of the text file beside a recording."""
-    written = read_captions(table) if table else {}
-    unused = sorted(set(written) - {same_name(name) for name in recordings})
-    if unused:
-        log.warning("%s: no recording for %s", table, listed(unused))
+def find_captions(recordings: Mapping[str, Path], written: Mapping[str, str]) -> dict[str, str]:
+    """Return {name: caption}: of a table of captions, else of the text file beside a recording."""
     captions, names, several = {}, FolderNames(), []
     for name, path in recordings.items():
         note = names.find(path.with_suffix(".txt"))

@@ -140,12 +140,13 @@ def _problem_of(segment: Segment, names: Collection[str]) -> str | None:
     return f"id {segment.id!r}: {reason}" if segment.id and (reason := unsafe_id(segment.id)) else None
 
 
-def _seconds(value: Any) -> float:
-    """Return a number of seconds, NaN for anything else."""
+def _number(value: Any) -> float | None:
+    """Return a finite number; None for anything else."""
     try:
-        return float(value)
+        number = float(value)
     except (TypeError, ValueError):
-        return math.nan
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _words(value: Any) -> str:
@@ -156,6 +157,7 @@ def _words(value: Any) -> str:
 def _read_rows(path: Path, names: Mapping[str, str], problems: list[str]) -> Iterable[tuple[str, Segment]]:
     """Yield (line, segment) of a table; names may be written with the suffix of the file."""
     table = read_text_table(path, find_delimiter(path), REQUIRED, "name, start and end in seconds")
+    numbers = table.numbers("start", "end")
     for line, row in table.rows:
         if None in row:
             problems.append(f"{path}, line {line}: more cells than columns")
@@ -164,7 +166,14 @@ def _read_rows(path: Path, names: Mapping[str, str], problems: list[str]) -> Ite
         stem = Path(cells["name"]).stem if "\0" not in cells["name"] else ""
         name = names.get(same_name(cells["name"])) or names.get(same_name(stem)) or cells["name"]
         text = _words(cells.get("text") or cells.get("caption"))
-        yield f"line {line}", Segment(name, _seconds(cells["start"]), _seconds(cells["end"]), cells.get("id", ""), text)
+        before, seconds = len(problems), dict.fromkeys(("start", "end"), 0.0)
+        for column in seconds:
+            try:
+                seconds[column] = numbers.read(cells[column], "seconds")
+            except ValueError as error:
+                problems.append(f"{path}, line {line}: {column} is {cells[column]!r}, expected {error}")
+        if len(problems) == before:
+            yield f"line {line}", Segment(name, seconds["start"], seconds["end"], cells.get("id", ""), text)
 
 
 def _read_whisper(path: Path, recordings: Mapping[str, Path], problems: list[str]) -> Iterable[tuple[str, Segment]]:
@@ -187,8 +196,12 @@ def _read_whisper(path: Path, recordings: Mapping[str, Path], problems: list[str
         if not isinstance(item, dict):
             problems.append(f"{path}, segment {index}: is no object with start and end")
             continue
-        yield f"segment {index}", Segment(name, _seconds(item.get("start")), _seconds(item.get("end")),
-                                          text=_words(item.get("text")))
+        start, end = _number(item.get("start")), _number(item.get("end"))
+        if start is None or end is None:
+            problems.append(f"{path}, segment {index}: start is {item.get('start')!r} and end {item.get('end')!r}, "
+                            "expected seconds")
+            continue
+        yield f"segment {index}", Segment(name, start, end, text=_words(item.get("text")))
 
 
 def _owner_of(path: Path, recordings: Mapping[str, Path]) -> str | None:

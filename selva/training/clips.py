@@ -33,6 +33,7 @@ from selva.utils.text import counted, listed
 log = logging.getLogger(__name__)
 
 NAMED = 5  # clips in a message
+TOLD = 50  # on the page of the run
 
 
 def load_clips(
@@ -62,8 +63,12 @@ def load_clips(
                 clips.encode_share(world.rank, world.size, device)
         with world.main_first(f"encoding {data_dir}"):  # what is left: texts, and what cannot be encoded
             problems += clips.prepare(device)
-    for path, reason in problems:
-        log.error("%s", reason if str(path) in reason else f"{path}: {reason}")
+    reasons = [reason if str(path) in reason else f"{path}: {reason}" for path, reason in problems]
+    for reason in reasons:
+        if config.skip_invalid:
+            log.warning("skipped: %s", reason)
+        else:
+            log.error("%s", reason)
     if world.is_main and isinstance(clips, FolderDataset) and len(clips):
         summary = summarise(clips, problems)
         for line in summary.lines():
@@ -78,6 +83,10 @@ def load_clips(
             log.info("%s", line)
         if told is not None:
             told += [str(data_dir), *lines]
+    if told is not None and reasons:
+        told += [f"skipped, as {'it' if len(reasons) == 1 else 'they'} cannot be used:",
+                 *(f"  {reason}" for reason in reasons[:TOLD]),
+                 *([f"  and {len(reasons) - TOLD} more, see the log"] if len(reasons) > TOLD else [])]
     if not len(clips):
         raise UserError(f"{data_dir}: no clip can be trained on; extract_features.py makes .npz + sound pairs")
     if problems and not config.skip_invalid:
@@ -119,8 +128,10 @@ def load_split(
         train, held_out = (_numbers(part) for part in parts)
         val_clips = parts[1]
     clips = joined.subset(train)
-    log.info("%s to train on, %d held out%s", counted(len(clips), "clip"), len(val_clips),
-             "" if len(val_clips) else ": overfitting will not be seen")
+    log.info("%s to train on, %d held out: %s", counted(len(clips), "clip"), len(val_clips),
+             listed(val_clips.ids, NAMED) if len(val_clips) else "overfitting will not be seen")
+    if told is not None:
+        told += ["held out for validation, not trained on: " + (listed(val_clips.ids, TOLD) or "nothing")]
     _report_origins(config, clips, val_clips)
     most = config.val_clips
     if most and len(val_clips) > most and ways["split"] != "by clip":

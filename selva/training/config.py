@@ -233,7 +233,7 @@ class RunConfig:
                               "ones stay as they are", group=DATA)
     normalize_audio: Normalize = setting("peak", "peak: 0.95 of full scale, as the base models were trained; none: as "
                                    "recorded", group=DATA, choices=AUDIO_NORMALIZATIONS)
-    adapter_format: str = setting("pt", "format format of the best and the final adapter; ComfyUI-SelVA reads .pt "
+    adapter_format: str = setting("pt", "file format of the best and the final adapter; ComfyUI-SelVA reads .pt "
                                         "only. Step files are always .pt", group=DATA, choices=tuple(ADAPTER_FORMATS))
     model: GeneratorModelConfig = field(default_factory=GeneratorModelConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)

@@ -18,11 +18,14 @@ log = logging.getLogger(__name__)
 CARD_FILE = "README.md"
 
 
-def card_text(adapter: Path, meta: Mapping[str, Any], prompts: list[str], verdict: Verdict | None) -> str:
+def card_text(
+    adapter: Path, meta: Mapping[str, Any], prompts: list[str], verdict: Verdict | None, choice: str = ""
+) -> str:
     """Return the card of an adapter.
 
     Args:
         meta: what the adapter stores. prompts: that it was trained with, the most frequent first.
+        choice: sentence about which adapter of the run to use.
     """
     import yaml
 
@@ -42,6 +45,7 @@ def card_text(adapter: Path, meta: Mapping[str, Any], prompts: list[str], verdic
         f"An adapter (LoRA) for `{variant}`, a model that makes sound for videos.", "",
         "| | |", "|---|---|", *(f"| {name} | {_cell(value)} |" for name, value in rows if value not in (None, "")), "",
         "## Use", "", "```bash", use_command(adapter.name, variant, prompt), "```", "",
+        *([choice, ""] if choice else []),
     ]
     if prompts:
         lines += ["Prompts of the training: " + ", ".join(f"`{_cell(text)}`" for text in prompts[:10])

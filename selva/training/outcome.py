@@ -15,7 +15,7 @@ from selva.models.variants import get_variant
 from selva.training.config import RunConfig
 from selva.training.memorisation import spread
 from selva.training.model_card import CARD_FILE, card_text, write_card
-from selva.training.report import PAGE_FILE, page_mark, run_page
+from selva.training.report import PAGE_FILE, adapter_to_use, page_mark, run_page
 from selva.training.run import TrainingRun
 from selva.training.set_aside import CARD_MARK
 from selva.training.verdict import PLANS, Verdict, VerdictPlan, log_verdict, plan_verdict, reach_verdict
@@ -110,7 +110,8 @@ def write_outcome(
         log_verdict(judged, sum(metrics.series("sec_per_step")[1]))
         text = json.dumps({"step": run.step, **judged.to_json()}, indent=2) + "\n"
         _tried(f"no {VERDICT_FILE}", lambda: atomic_write_text(folder / VERDICT_FILE, text))
-    _tried("no model card", lambda: write_card(folder, card_text(about.adapter, meta, prompts, verdict)))
+    _tried("no model card", lambda: write_card(folder, card_text(about.adapter, meta, prompts, verdict,
+                                                                adapter_to_use(run, about.adapter)[1])))
 
     def write_page() -> None:
         page = run_page(run, config, metrics, verdict, prompts, about.adapter, about.data, about.settings)

@@ -14,6 +14,7 @@ from selva.training.config import RunConfig
 from selva.training.memorisation import spread
 from selva.training.model_card import use_command
 from selva.training.run import TrainingRun
+from selva.training.run_folder import BEST
 from selva.training.verdict import HeardClip, Verdict
 from selva.utils.device import peak_memory_bytes
 from selva.utils.html_report import Page, curves_png, loss_png
@@ -43,7 +44,8 @@ def run_page(
         _sounds(page, verdict)
     add_samples(page, adapter.parent)
     add_curves(page, metrics)
-    add_use(page, adapter, config.model.variant, prompts[0] if prompts else "")
+    chosen, why = adapter_to_use(run, adapter)
+    add_use(page, chosen, config.model.variant, prompts[0] if prompts else "", why)
     if data:
         page.section("Data")
         page.code("\n".join(data))
@@ -147,16 +149,31 @@ def add_curves(page: Page, metrics: MetricsFile) -> None:
     if drops[0][1]:
         _, auc = metrics.series("member_auc")
         page.section("Learned, or learned by heart", "By how much the loss fell below the base model's, at the same "
-                     "noise and times. Where the curves part, clips are learned by heart. The fall alone tells "
-                     f"training clips from held-out ones with an area under the curve of {auc[-1]:.2f} (0.5: not at "
-                     "all, 1: always).")
+                     "noise and times. Where the curves part, clips are learned by heart. How well the fall "
+                     f"tells training clips from held-out ones (area under the ROC curve): {auc[-1]:.2f}; 0.5 is "
+                     "chance, 1 tells them all apart.")
         page.image(curves_png([(label, steps, [100 * v for v in values]) for label, steps, values in drops],
                               "fall of the loss, %"), "fall of the loss of training and held-out clips")
 
 
-def add_use(page: Page, adapter: Path, variant: str, prompt: str) -> None:
-    """Add the command that makes sound with the adapter."""
-    page.section("Use it")
+def adapter_to_use(run: TrainingRun, final: Path) -> tuple[Path, str]:
+    """Return the adapter of a finished run to begin with, the best one if there is one, and the reason."""
+    best = final.with_name(f"{BEST}{final.suffix}")
+    if not len(run.val_clips):
+        return final, f"No clips were held out, so no step is known to be the best: {final.name} is the last one."
+    if not 0 < run.best_step <= run.step or not best.is_file():
+        return final, (f"The loss of the held-out clips never fell below that of the base model: {final.name} is the "
+                       "last step. Listen before you use it.")
+    if run.best_step == run.step:
+        return best, (f"The loss of the held-out clips was lowest at the last step, so {best.name} and {final.name} "
+                      "are the same.")
+    return best, (f"{best.name} is step {run.best_step}, where the loss of the held-out clips was lowest. {final.name} "
+                  f"is the last step, {run.step}, and a verdict on this page is about that one. Try both.")
+
+
+def add_use(page: Page, adapter: Path, variant: str, prompt: str, why: str = "") -> None:
+    """Add the command that makes sound with the adapter, and ``why`` it is this one."""
+    page.section("Use it", why)
     page.code(use_command(str(adapter), variant, prompt))
 
 

@@ -13,7 +13,6 @@ base model.
 from __future__ import annotations
 
 import logging
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,7 +29,7 @@ from selva.data.latents import load_waveform
 from selva.evaluation.sounds import pair_figures
 from selva.features import FeatureBundle, load_features
 from selva.flow import SamplingConfig
-from selva.inputs.delimited import find_delimiter, read_text_table, refuse_long_rows
+from selva.inputs.delimited import Numbers, find_delimiter, read_text_table, refuse_long_rows
 from selva.inputs.suffixes import VIDEO_SUFFIXES
 from selva.lora.layers import lora_layers
 from selva.lora.state import adapter_off
@@ -84,11 +83,11 @@ def read_sample_prompts(path: Path, seed: int) -> list[AskedSound]:
         raise UserError(f"{path}: has the columns {', '.join(table.columns)}; expected {EXPECTED}, and of "
                         f"{', '.join(COLUMNS)} what is wanted")
     refuse_long_rows(path, table)
-    asked, problems = [], []
+    asked, problems, numbers = [], [], table.numbers("strength", "guidance")
     for line, cells in table.rows:
         given = {str(key): (value or "").strip() for key, value in cells.items()}
         try:
-            asked.append(_asked(given, path.parent, seed, len(asked) + 1))
+            asked.append(_asked(given, path.parent, seed, len(asked) + 1, numbers))
             if any(other.name == asked[-1].name for other in asked[:-1]):
                 raise UserError(f"the name {asked[-1].name!r} is used twice")
         except ValueError as error:
@@ -100,15 +99,13 @@ def read_sample_prompts(path: Path, seed: int) -> list[AskedSound]:
     return asked
 
 
-def _asked(cells: dict[str, str], folder: Path, seed: int, number: int) -> AskedSound:
-    def value(key: str, default: float, kind: Callable[[str], float] = float) -> float:
+def _asked(cells: dict[str, str], folder: Path, seed: int, number: int, numbers: Numbers) -> AskedSound:
+    def value(key: str, default: float, kind: Callable[[str], float] = numbers.read) -> float:
         try:
-            found = kind(cells[key]) if cells.get(key) else default
-        except ValueError:
-            found = math.nan
-        if not math.isfinite(found):
-            raise UserError(f"{key} is {cells[key]!r}, expected a number")
-        return found
+            return kind(cells[key]) if cells.get(key) else default
+        except ValueError as error:
+            expected = "a whole number" if kind is int else error
+            raise UserError(f"{key} is {cells[key]!r}, expected {expected}") from error
 
     def file(key: str, suffixes: Sequence[str], hint: str) -> Path | None:
         if not cells.get(key):

@@ -32,7 +32,7 @@ from selva.training.config import RunConfig, TrainConfig
 from selva.training.memorisation import NO_EFFECT, Watch, spread
 from selva.training.run import TrainingRun
 from selva.training.sample import clip_latents
-from selva.utils.text import clock, listed
+from selva.utils.text import clock, counted, listed
 from selva.weights.load import load_clip_text, load_vae, load_vocoder
 
 log = logging.getLogger(__name__)
@@ -122,7 +122,7 @@ class Verdict:
     def line(self) -> str:
         """Return the verdict with its figures in one line."""
         f = self.figures
-        parts = [f"{f.num_clips} {'held-out' if f.held_out else 'training'} clips"
+        parts = [f"{counted(f.num_clips, 'held-out clip' if f.held_out else 'training clip')}"
                  + (f" moved {f.moved_db:.1f} dB" if f.moved_db is not None else "")]
         if f.nearer_db is not None:
             parts.append(f"{abs(f.nearer_db):.1f} dB {'nearer to' if f.nearer_db >= 0 else 'further from'} the "

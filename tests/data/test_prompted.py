@@ -110,10 +110,10 @@ def test_the_content_tells_what_is_trained_with(folder):
     assert len({plain.content(1)["prompt"], *found.values()}) == 3
 
 
-def test_words_that_are_not_those_of_the_features_of_motion_are_said(folder, caplog):
+def test_prompts_that_are_not_those_of_the_video_features_are_said(folder, caplog):
     with caplog.at_level("INFO"):
         prompted(load(folder))
-    assert "1 clip is with other words than the features of motion" in caplog.text
+    assert "1 clip has other prompts than at the extraction" in caplog.text
     caplog.clear()
     prompted(load(folder), "x" * 400)
     assert "the prompt is longer than the 77 tokens" in caplog.text
@@ -153,3 +153,11 @@ def test_nothing_is_written_into_a_memmap(tmp_path):
     assert len(TensorDict.load_memmap(folder)["mean"]) == 3
     prompted(MemmapDataset(folder, TINY), "other", use_cache=False)
     assert len(list((tmp_path / f"rows{CACHE_FOLDER}" / "texts").iterdir())) == 3
+
+
+@pytest.mark.parametrize("video", [True, False])
+def test_of_a_set_without_video_nothing_is_said_about_video_features(tmp_path, caplog, video):
+    put_memmap(tmp_path / "rows", rows=2, video=video)
+    with caplog.at_level("INFO"):
+        prompted(load(tmp_path / "rows"), "sks")
+    assert ("2 clips have other prompts than at the extraction" in caplog.text) is video

@@ -3,6 +3,7 @@ from __future__ import annotations
 import resource
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,15 @@ from make_data import TINY, noise
 
 from selva.data.latents import encode_latents
 from selva.data.memmap.reader import MemmapDataset
-from selva.extraction.audio_set import AudioSetExtractor, ahead, plan_audio_set, read_windows
+from selva.extraction.audio_set import (
+    AudioSetExtractor,
+    SoundJob,
+    SoundResult,
+    ahead,
+    plan_audio_set,
+    read_windows,
+    run_sounds,
+)
 from selva.extraction.extractor import FeatureExtractor
 from selva.media import prepare_audio
 from selva.models.zoo import build_mel
@@ -157,8 +166,8 @@ def test_bad_windows_are_named_and_the_others_are_used(tmp_path):
     windows = [Window(f"a_{i}", "a", round(s * RATE), round(e * RATE)) for i, (s, e) in enumerate(ends)]
     good, silent, short, beyond = read_windows(tmp_path / "a.wav", windows, LENGTHS)
     assert isinstance(good, torch.Tensor)
-    assert "samples 220500 to 399105" in silent and "silent" in silent
-    assert "7.900 s" in short and "expected at least 128000" in short
+    assert "a.wav, a_1 (10.00 to 18.10 s): the sound is silent" in silent
+    assert "a_2 (2.00 to 9.90 s): is 7.90 s long, and a row takes 8 s" in short
     assert f"has {len(sound)} samples, but the clip ends at {windows[3].end_sample}" in beyond
 
 
@@ -271,3 +280,30 @@ def test_a_caption_that_mmaudio_takes_for_missing_counts_as_none(tmp_path):
     results, published = extract(tmp_path / "set", jobs)
     assert published and [bool(result.problem) for result in results] == [True, False, False]
     assert (tmp_path / "set.tsv").read_text() == "id\tcaption\nb_0\ta bell\nnan_0\tbread\n"
+
+
+class Rows:
+    """What a manifest is told."""
+
+    def __init__(self):
+        self.reasons = {}
+
+    def record(self, index, status, reason, files, seconds):
+        self.reasons[index] = (status, reason)
+
+
+def test_a_reason_that_clips_share_is_said_once_and_unused_sound_is_noted(caplog):
+    jobs = [SoundJob(Window(f"a_{index}", "a", 0, 1), None, "x") for index in range(4)]
+    results = [SoundResult(0, False, "no caption for a"), SoundResult(1, False, "no caption for a"),
+               SoundResult(2, True, unused="7.5 s of 15.5 s unused"), SoundResult(3, True)]
+    rows: Any = Rows()
+    summary = run_sounds(results, 4, jobs, rows, "set")
+    assert caplog.text.count("no caption for a") == 1 and summary.failed == 2
+    assert [rows.reasons[index][1] for index in range(4)] == ["no caption for a"] * 2 + ["7.5 s of 15.5 s unused", ""]
+    assert summary.unused == ["a_2 (7.5 s of 15.5 s unused)"]
+
+
+@pytest.mark.parametrize(("seconds", "words"), [(8.1, ""), (15.5, "7.5 s of 15.5 s unused")])
+def test_a_clip_that_goes_on_behind_its_row_says_how_long(seconds, words):
+    sounds = AudioSetExtractor(FeatureExtractor(TINY, None, torch.device("cpu"), torch.float32))
+    assert sounds._unused(Window("a_0", "a", 0, round(seconds * 48_000)), 48_000) == words

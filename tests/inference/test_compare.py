@@ -69,6 +69,7 @@ def test_the_list_says_where_adapters_act(tmp_path):
         ("nowhere.pt 1", "line 1: nowhere.pt: no such file"),
         ("base\ndog.pt", "line 2: 'dog.pt' is not `base`"),
         ("dog.pt full", "line 1: the strength is 'full', expected a number"),
+        ("dog.pt 0,8", "line 1: the strength is '0,8', expected a number, with a point"),
         ("dog.pt nan", "the strength is 'nan'"),
         ("dog.pt 1 a b", "quote what has spaces"),
         ("dog.pt 1 ../up", "the label '../up' cannot name a folder"),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from selva.inputs.delimited import Numbers
 from selva.inputs.jobs import collect_jobs
 from selva.partition.segments import read_segments
 from selva.partition.windows import read_captions, read_clips
@@ -78,3 +79,34 @@ def test_a_caption_given_twice_is_said(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         assert captions(tmp_path / "t.tsv") == {"a": "two", "b": "x"}
     assert "t.tsv: several captions, of which the last counts: a" in caplog.text and "a, b" not in caplog.text
+
+
+@pytest.mark.parametrize("delimiter", [";", "\t"])
+def test_a_decimal_comma_is_read_where_commas_separate_no_columns(delimiter, tmp_path):
+    (tmp_path / "siren.mp4").touch()
+    table = tmp_path / "t.tsv"
+    rows = ("id|path|start|duration", "a|siren.mp4|1,5|4", "b|siren.mp4|12,345|0,750", "c|siren.mp4|2|4.5")
+    table.write_text("\n".join(rows).replace("|", delimiter) + "\n", encoding="utf-16")
+    assert [(job.start_sec, job.duration_sec) for job in collect_jobs([table])] == [(1.5, 4), (12.345, 0.75), (2, 4.5)]
+    table.write_text("name|start|end\nsiren|0,5|12,345\n".replace("|", delimiter))
+    (segment,) = segments(table)["siren"]
+    assert (segment.start_sec, segment.end_sec) == (0.5, 12.345)
+
+
+def test_with_commas_between_columns_a_decimal_comma_is_an_error(tmp_path):
+    (tmp_path / "t.csv").write_text('name,start,end\nsiren,"0,5",4\n')
+    with pytest.raises(ValueError, match=r"t\.csv, line 2: start is '0,5', expected seconds, with a point, as commas "
+                                         r"separate the columns here: 0\.5"):
+        segments(tmp_path / "t.csv")
+
+
+@pytest.mark.parametrize(("cells", "text", "message"), [
+    (["1,500", "12,000"], "1,500", "1.500 or 1500; write the one that is meant"),
+    (["1,5", "2.500"], "2.500", "2,500 or 2500, as other numbers here have a comma"),
+    (["1,5", "1.234,5"], "1.234,5", "a number"),
+    (["1,234,500"], "1,234,500", "a number"),
+    (["1,5"], "-0,5", "a number"),
+])
+def test_a_number_that_may_be_two_is_an_error(cells, text, message):
+    with pytest.raises(ValueError, match=message):
+        Numbers(cells, ";").read(text, least=0)

@@ -127,7 +127,7 @@ BAD_ROWS = {
     "a\x07b\t\t\t": "line 2: .*control characters",
     "\t5\t\t": "line 2: .*the id is empty",
     "a\t-1\t\t": "line 2: start is '-1', expected seconds, 0 or more",
-    "a\t9,5\t\t": "line 2: start is '9,5', expected seconds, 0 or more, with a point: 9.5",
+    "a\t9,500\t\t": "line 2: start is '9,500', expected 9.500 or 9500; write the one that is meant",
     "a\tsoon\t\t": "line 2: start is 'soon'",
     "a\tnan\t\t": "line 2: start is 'nan'",
     "a\t\t0.5\t": "line 2: duration is '0.5', expected seconds, 0.64 or more",

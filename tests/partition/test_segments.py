@@ -59,9 +59,11 @@ def test_all_problems_are_named_together(tmp_path):
     with pytest.raises(ValueError) as caught:
         read_segments([path, whisper(tmp_path / "talk.json", [7, {"start": 1}])], NAMES)
     for text in (
-        "line 2: there is no recording called 'dog'", "line 3: 3 ... 2 s, expected 0 <= start <= end", "line 4: nan",
-        "line 5: nan", "line 6: -1", "line 7: 0 ... inf", "line 8: id '../up': an id is a file name",
-        "2 segments are called 'twice'", "line 11: more cells", "segment 0: is no object", "segment 1: 1 ... nan s",
+        "line 2: there is no recording called 'dog'", "line 3: 3 ... 2 s, expected 0 <= start <= end",
+        "line 4: start is 'x', expected seconds", "line 5: start is 'nan'", "line 6: -1", "line 7: end is 'inf'",
+        "line 8: id '../up': an id is a file name",
+        "2 segments are called 'twice'", "line 11: more cells", "segment 0: is no object",
+        "segment 1: start is 1 and end None, expected seconds",
     ):
         assert text in str(caught.value)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import numpy as np
@@ -195,6 +196,22 @@ def test_recordings_are_paired_with_videos_by_name(clip_dir, tmp_path, capsys):
     assert extract_features.main(run) == 0
     assert capsys.readouterr().out.split() == [str(out / "knock_0.npz")]
     np.testing.assert_allclose(soundfile.read(out / "knock_0.flac")[0][:rate], found[:rate] / 2, atol=1e-4)
+
+
+@pytest.mark.parametrize("audio", ["extract", "copy"])
+def test_a_silent_sound_is_named_in_every_run(clip_dir, tmp_path, capsys, audio):
+    sounds, out = tmp_path / "sounds", tmp_path / "out"
+    sounds.mkdir()
+    soundfile.write(sounds / "knock_0.wav", np.zeros(96_000), 48_000)
+    soundfile.write(sounds / "knock_1.wav", 0.1 * np.ones(96_000), 48_000)
+    run = [str(clip_dir / "knock_0.mp4"), str(clip_dir / "knock_1.mp4"), "--output_dir", str(out), "--prompt", "x",
+           "--audio", audio, "--duration", "1", "--audio_dir", str(sounds), *TINY]
+    for again in (False, True):
+        assert extract_features.main(run) == 0
+        said = capsys.readouterr()
+        assert (said.out == "") is again and "1 clip is silent, and training will refuse it: knock_0\n" in said.err
+        reasons = [json.loads(line)["reason"] for line in (out / "manifest.jsonl").read_text().splitlines()]
+        assert "its sound is silent" in reasons[0] and "silent" not in reasons[1]
 
 
 def test_two_recordings_for_one_video_and_none_for_any_are_refused(clip_dir, tmp_path, capsys):

@@ -210,7 +210,7 @@ def test_captions_of_a_table_go_before_text_files_and_are_keyed_by_recording(rec
     assert main([*arguments, "--captions", str(tmp_path / "words.csv")]) == 0
     captured = capsys.readouterr()
     assert captured.out.splitlines()[1:] == [str(tmp_path / "out" / "captions.tsv")]
-    assert "no recording for x" in captured.err
+    assert "no recording and no clip for x" in captured.err
     assert read_captions(tmp_path / "out" / "captions.tsv") == {"a": "from the text file", "b": "a siren"}
 
 
@@ -277,7 +277,8 @@ def test_merged_moved_and_trimmed_segments_are_what_is_written(tmp_path, capsys)
     assert (out / "sound" / "talk_0.txt").read_text() == "a long sentence and more of it\n"
     err = capsys.readouterr().err
     assert "4 segments became 3" in err
-    assert "1 merged segment is longer than the 8.1 s of a clip: talk_0 (9.50 s)" in err
+    assert "1 clip is longer than the 8.1 s of a clip: talk_0 (9.50 s)" in err
+    assert "2 of 3 clips are shorter than 8 s" in err
 
 
 def test_short_clips_are_held_out(tmp_path, capsys):
@@ -373,3 +374,27 @@ def test_a_list_of_spoken_sentences_gives_segments_or_captions(tmp_path, capsys)
         windows, texts = read_clips(tmp_path / "out" / "clips.tsv"), read_captions(tmp_path / "out" / "captions.tsv")
         assert [(w.name, w.start_sample, w.end_sample) for w in windows] == [("LJ-1", 0, 24_000), ("LJ-2", 0, 24_000)]
         assert texts == {"LJ-1": "in fourteen fifty-five", "LJ-2": "two"}
+
+
+def test_edited_captions_can_be_given_back(tmp_path, capsys):
+    arguments, out = put_talk(tmp_path / "in"), tmp_path / "out"
+    assert main([*arguments, "--output_dir", str(out)]) == 0
+    table = out / "captions.tsv"
+    table.write_text(table.read_text().replace("a long sentence", "a man speaks"))
+    assert main([*arguments, "--output_dir", str(out)]) == 1
+    assert "give it back with --captions" in capsys.readouterr().err
+    table.rename(tmp_path / "mine.tsv")
+    assert main([*arguments, "--output_dir", str(out), "--captions", str(tmp_path / "mine.tsv")]) == 0
+    assert read_captions(table) == read_captions(tmp_path / "mine.tsv") and "a man speaks" in table.read_text()
+    assert "no recording" not in capsys.readouterr().err
+
+
+def test_clips_without_a_caption_and_those_held_out_are_named(recordings, tmp_path, capsys):
+    (tmp_path / "words.csv").write_text("id,caption\nb,a siren\n")
+    assert main(["--data_dir", str(recordings), "--output_dir", str(tmp_path / "out"), "--val_fraction", "0.3",
+                 "--captions", str(tmp_path / "words.csv")]) == 0
+    err = capsys.readouterr().err
+    assert "without a caption, which a set of sound cannot hold; of the recordings a" in err
+    (held_out,) = {window.name for window in read_clips(tmp_path / "out" / "clips_val.tsv")}
+    number = len(read_clips(tmp_path / "out" / "clips_val.tsv"))
+    assert f"held out for validation: 1 recording with {number} of the clips: {held_out}" in err

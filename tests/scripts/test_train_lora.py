@@ -468,7 +468,10 @@ def test_an_unusable_clip_stops_the_run_and_can_be_skipped(feature_dir, tmp_path
     assert message in err and "--skip_invalid" in err and "Traceback" not in err
     assert not out.exists() and not (feature_dir / "executed").exists()
     assert train(feature_dir, out, "--no_preview", "--skip_invalid", "--steps", "1") == 0
-    assert message in capsys.readouterr().err and (out / "adapter_final.pt").exists()
+    err = capsys.readouterr().err
+    assert any(message in line for line in err.splitlines() if "skipped: " in line) and "error: " not in err
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert message in page.split("skipped, as it cannot be used:")[1] and (out / "adapter_final.pt").exists()
 
 
 def test_short_sound_is_padded_named_and_left_out_of_the_loss(feature_dir, tmp_path, capsys):

@@ -41,13 +41,13 @@ def test_a_run_ends_with_a_verdict_a_page_and_a_card(feature_dir, tmp_path, caps
     assert stdout.strip() == str(out / "adapter_final.pt")
     assert "at the end a verdict from 1 clip and 5 foreign" in stderr
     line = next(line for line in stderr.splitlines() if "verdict: " in line)
-    assert "1 held-out clips moved" in line and "foreign prompts moved" in line
+    assert "1 held-out clip moved" in line and "foreign prompts moved" in line
     content = json.loads((out / "verdict.json").read_text())
     assert content["verdict"] in line and content["step"] == 4 and content["moved_db"] > 0
     page = (out / "report.html").read_text(encoding="utf-8")
     assert page.count("<audio") == 3 + 2 * 2 and page.count("data:audio/mpeg") == 7
     for words in ("a knock", content["verdict"], "Held-out loss by noise level", "by heart", "batch_size: 2",
-                  "6 clips, ", "PyTorch", "python infer.py"):
+                  "6 clips, ", "PyTorch", "python infer.py", "held out for validation, not trained on: knock_"):
         assert words in page
     assert len(page) < 5_000_000 and "http" not in re.sub(r"base64,[^\"]+", "", page)
     card = (out / "README.md").read_text(encoding="utf-8")
@@ -192,7 +192,8 @@ def test_a_video_that_cannot_be_read_ends_the_run_before_anything_is_written(fea
     ("prompt,video\na,gone.mp4\n", "line 2: gone.mp4: no such file"),
     ("prompt,video\na,a.npz\n", "line 2: a.npz: expected a video"),
     ("prompt,volume\na,1\n", "has the columns prompt, volume"),
-    ("prompt,seed\na,x\n", "line 2: seed is 'x', expected a number"),
+    ("prompt,seed\na,x\n", "line 2: seed is 'x', expected a whole number"),
+    ("prompt,strength\na,\"0,8\"\n", "line 2: strength is '0,8', expected a number, with a point"),
     ("prompt,features\n,missing.npz\n", "line 2: missing.npz: no such file"),
     ("prompt,seed\n,1\n", "line 2: neither a prompt nor a video nor features"),
     ("name,prompt\na,x\na,y\n", "line 3: the name 'a' is used twice"),
