@@ -173,6 +173,10 @@ class TrainConfig(ObjectiveConfig):
     stratify_times: bool = setting(
         False, "spread the noise levels of a batch evenly over their distribution, and those of following batches over "
         "the gaps between them, instead of drawing each by itself", group=OBJECTIVE)
+    keep_unconditional: float = setting(
+        0.25, "share of the clips of a batch for which the model is also taught to stay as it was without video and "
+        "text: guidance compares with that, and leads away from the new sound where it has drifted; 0: not at all",
+        group=OBJECTIVE)
     patience: int = setting(0, "stop after this many validations without a new best; 0: never", group=EVALUATION)
     save_every: int = setting(500, "steps between checkpoints, each with a sample", group=OPTIMISATION,
                               aliases=("save_every_n_steps", "checkpointing_steps"))
@@ -184,6 +188,8 @@ class TrainConfig(ObjectiveConfig):
             "steps": 1, "warmup_steps": 0, "batch_size": 1, "grad_accum": 1, "save_every": 1, "val_every": 1,
             "log_every": 1, "lr_cycles": 1, "patience": 0})
         problems += positive_problems(self, ("lr", "lora_plus_ratio", "grad_clip", "adam_eps"))
+        if not 0 <= self.keep_unconditional <= 1:
+            problems.append(f"keep_unconditional is {self.keep_unconditional}, expected 0 to 1")
         object.__setattr__(self, "lr_milestones", tuple(self.lr_milestones))
         problems += milestone_problems(self.lr_milestones, self.lr_factor)
         if not 0 <= self.ema_decay < 1:

@@ -105,27 +105,35 @@ def predicted_velocity(
     The network's velocity, noise and data, (B, N, C) each; and the (B, N) mask of the frames that do not count, None if
     all do.
     """
-    device = batch.mean.device
-    noise = noise.to(device)
-    posterior, t, x0, drop_video, drop_text = (
-        noise.posterior, noise.t, noise.noise, noise.drop_video, noise.drop_text)
-    generator.set_sequence(*batch.lengths)
-    latent = batch.mean + batch.std * posterior if config.latent == "sample" else batch.mean
-    x1 = generator.normalize(latent)
-    padding = batch.padding if config.padded_loss == "masked" else None
-    if padding is not None:
-        x1 = torch.where(padding.mask[:, :, None], generator.normalize(padding.silence), x1)
-    xt = flow.interpolate(x0, x1, t)
-
-    drop_video = drop_video | ~batch.has_video
+    noise = noise.to(batch.mean.device)
+    drop_text = noise.drop_text
+    xt, x1, padding = points_of(generator, batch, noise, config)
+    drop_video = noise.drop_video | ~batch.has_video
     drop_clip = torch.ones_like(drop_video) if config.clip_features == "empty" else drop_video
     with generator.computing_in(precision):
         if isinstance(batch, CachedBatch):
             conditions = batch.with_dropped(drop_clip, drop_video, drop_text)
         else:
             conditions = generator.preprocess_conditions(*_features(generator, batch, drop_clip, drop_video, drop_text))
-        velocity = generator.predict_flow(xt, t, conditions)
-    return velocity, x0, x1, padding.mask if padding else None
+        velocity = generator.predict_flow(xt, noise.t, conditions)
+    return velocity, noise.noise, x1, padding
+
+
+def points_of(
+    generator: Generator, batch: Batch | CachedBatch, noise: NoiseSample, config: ObjectiveConfig
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return points between noise and data, the data, (B, N, C) each, and the (B, N) mask of padding to be masked.
+
+    Args:
+        noise: on the device of the batch.
+    """
+    generator.set_sequence(*batch.lengths)
+    latent = batch.mean + batch.std * noise.posterior if config.latent == "sample" else batch.mean
+    x1 = generator.normalize(latent)
+    padding = batch.padding if config.padded_loss == "masked" else None
+    if padding is not None:
+        x1 = torch.where(padding.mask[:, :, None], generator.normalize(padding.silence), x1)
+    return flow.interpolate(noise.noise, x1, noise.t), x1, padding.mask if padding else None
 
 
 def _features(

@@ -35,10 +35,11 @@ from selva.training.ema import EMA
 from selva.training.ema_snapshots import KEPT
 from selva.training.feed import ReadNow, make_feed
 from selva.training.memorisation import Watch
-from selva.training.objective import ALONE, NoiseSample, flow_loss, sample_noise, time_offset, validate
+from selva.training.objective import ALONE, NoiseSample, flow_loss, points_of, sample_noise, time_offset, validate
 from selva.training.power_ema import PowerEMA
 from selva.training.schedule import learning_rate
-from selva.utils.device import FUSED_DEVICES
+from selva.training.unconditional import chosen_rows, drift
+from selva.utils.device import FUSED_DEVICES, to_device
 from selva.utils.distributed import World
 from selva.utils.errors import UserError
 from selva.utils.graph import GraphedCalls
@@ -47,8 +48,9 @@ from selva.utils.metrics_log import SET_LOSS
 log = logging.getLogger(__name__)
 
 # Ways of this version that a step file records. A run that was begun in another way goes on in that one.
-WAYS = {"split": "by set", "dropout": "by step", "prompts": "one of all"}
-WAYS_BEFORE = {"split": "by clip", "dropout": "by random state", "prompts": "the last"}  # where none is recorded
+WAYS = {"split": "by set", "dropout": "by step", "prompts": "one of all", "unconditional": "kept"}
+WAYS_BEFORE = {  # where none is recorded
+    "split": "by clip", "dropout": "by random state", "prompts": "the last", "unconditional": "free"}
 
 
 def dropout_seed(seed: int, rank: int, step: int) -> int:
@@ -71,7 +73,9 @@ def finite_step_(optimizer: torch.optim.Optimizer, norm: Tensor, fused: bool) ->
 
 def ways_of(saved: TrainingState) -> dict[str, str]:
     """Return the ways of a run that is continued; those of this version for one of another program's."""
-    return {**WAYS_BEFORE, **saved.extra.get("ways", {})} if saved.extra else dict(WAYS)
+    if not saved.extra:  # of another program, none of which keeps the unconditional branch
+        return {**WAYS, "unconditional": WAYS_BEFORE["unconditional"]}
+    return {**WAYS_BEFORE, **saved.extra.get("ways", {})}
 
 
 def has_dropout(generator: Generator) -> bool:
@@ -192,29 +196,39 @@ class TrainingRun:
         """Return ``function(*arguments)``, by a graph where there are any."""
         if self.graphs is None:
             return function(*arguments)
-        kind = function.__name__, *(batch.lengths for batch in arguments[:1])
+        kind = function.__name__, *(batch.lengths for batch in arguments[:1]), *(len(rows) for rows in arguments[2:])
         return self.graphs(kind, function, *arguments, keep=self.generator.tables)
 
-    def _draw(self, part: int) -> tuple[Batch | CachedBatch, NoiseSample]:
-        """Return the clips of this process for a part of a step and their random numbers, on the device."""
+    def _draw(self, part: int) -> tuple[Any, ...]:
+        """Return clips of this process for a part of a step, random numbers and rows to keep, on the device."""
         config, own = self.config, self.world.own_slice(self.config.batch_size)
         windows = self.batches.draw()
         batch = self._load(windows[own])
         shape = torch.Size((len(windows), *batch.mean.shape[1:]))  # of the global batch
         offset = time_offset(config.seed, self.step * config.grad_accum + part) if config.stratify_times else None
         noise = sample_noise(shape, config, self.rng, self.step / config.steps, offset).part(own)
-        return batch, noise.to(self.device)
+        if not config.keep_unconditional or self.ways["unconditional"] != WAYS["unconditional"]:
+            return batch, noise.to(self.device)
+        first = (self.step * config.grad_accum + part) * len(windows) + own.start
+        rows = chosen_rows(first, config.batch_size, config.keep_unconditional)
+        return batch, noise.to(self.device), to_device(torch.tensor(rows, dtype=torch.long), self.device)
 
     # What a graph holds: functions of tensors and of what is at the same place at every step, see selva.utils.graph.
 
-    def _whole(self, batch: Batch | CachedBatch, noise: NoiseSample) -> tuple[Tensor, ...]:
+    def _whole(self, batch: Batch | CachedBatch, noise: NoiseSample, *rows: Tensor) -> tuple[Tensor, ...]:
         """Return the loss and the gradient norm of an update by one batch."""
-        return *self._accumulate(batch, noise), *self._finish()
+        return *self._accumulate(batch, noise, *rows), *self._finish()
 
-    def _accumulate(self, batch: Batch | CachedBatch, noise: NoiseSample) -> tuple[Tensor, ...]:
-        """Add a batch's part of the gradient to what is there, and return its part of the loss."""
-        loss = flow_loss(self.generator, batch, noise, self.config, self.precision).mean() / self.config.grad_accum
+    def _accumulate(self, batch: Batch | CachedBatch, noise: NoiseSample, *rows: Tensor) -> tuple[Tensor, ...]:
+        """Add a batch's part of the gradient to what is there, and return its part of the flow-matching loss."""
+        config, generator = self.config, self.generator
+        loss = flow_loss(generator, batch, noise, config, self.precision).mean() / config.grad_accum
         self.scaler.scale(loss).backward()
+        for own in rows:
+            if len(own):
+                points, *_ = points_of(generator, batch, noise, config)
+                away = drift(generator, points[own], noise.t[own], self.precision).sum()
+                self.scaler.scale(away / (config.batch_size * config.grad_accum)).backward()
         return (loss.detach(),)
 
     def _finish(self) -> tuple[Tensor, ...]:
@@ -358,13 +372,15 @@ class TrainingRun:
         for group, own in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(own)
         self.step = saved.step
+        self.ways = ways_of(saved)
+        if self.config.keep_unconditional and self.ways["unconditional"] != WAYS["unconditional"]:
+            log.warning("%s: was begun without --keep_unconditional and goes on without it", saved.path)
         if not saved.extra:
             log.warning("%s: holds no random states; the order of the clips and the noise start afresh", saved.path)
             if self.ema is not None:
                 self.ema.start_at(lora)
             self._report_recipe_there(saved)
             return
-        self.ways = ways_of(saved)
         if self.world.size > 1:  # a random state can be that of one process only
             self.ways["dropout"] = WAYS["dropout"]
         # Only fp16 scales its loss; a run that went on in bf16 or fp32 until now starts with the first scale.
