@@ -135,8 +135,8 @@ def ab2(
     error of second order keeps the order of the whole.
 
     Args:
-        intervals: of time, in and out of which ``fn`` is another function: where guidance or an adapter acts. A velocity
-            from the other side says nothing about this one, so the step after every switch is one of Euler too.
+        intervals: of time, in and out of which ``fn`` is another function: where guidance or an adapter acts. A
+            velocity from the other side says nothing about this one, so the step after a switch is one of Euler too.
     """
     x, before, sides_before = x0, None, None
     for number, t, t_next in _intervals(num_steps):
@@ -201,9 +201,8 @@ class SamplingConfig:
     num_steps: int = setting(25, "steps of the solver", group="sampling")
     cfg_strength: float = setting(4.5, "guidance: how strictly video and prompt are followed; below 1 there is none",
                                   group="sampling")
-    solver: str = setting("euler", "ab2 takes the time of euler and is nearer to many steps; midpoint and heun take twice "
-                          "the time per step", group="sampling",
-                          choices=tuple(EVALUATIONS_PER_STEP))
+    solver: str = setting("euler", "ab2 takes the time of euler, with second-order steps; midpoint and heun take twice "
+                          "the time per step", group="sampling", choices=tuple(EVALUATIONS_PER_STEP))
     cfg_interval: tuple[float, float] = setting(
         WHOLE_INTERVAL, "guidance only between these times; 0 is noise, 1 is sound", group="sampling", nargs=2,
         metavar=("LO", "HI"), default_text="0 1")
