@@ -54,6 +54,7 @@ class LoRALayer(nn.Module):
     lora_magnitude0: nn.Parameter | None
     lora_scale: float
     lora_dropout: float
+    lora_skipped: bool = False  # while it is True, the layer computes what that of the base model does
 
     def lora_names(self) -> list[str]:
         return [name for name, value in self._parameters.items() if name.startswith("lora_") and value is not None]
@@ -106,6 +107,8 @@ class LoRALinear(LoRALayer, nn.Linear):
     """A linear layer on (..., in) with an adapter."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.lora_skipped:
+            return F.linear(x, self.weight, self.bias)
         down, up = self.lora_factors()
         hidden = F.linear(self.lora_input(x), down.to(x.dtype)) * self.lora_scale  # (..., rank)
         y = F.linear(x, self.weight, self.bias) + F.linear(hidden, up.to(hidden.dtype))  # (..., out)
@@ -116,6 +119,8 @@ class LoRAConv1d(LoRALayer, nn.Conv1d):
     """A convolution on (B, in, tokens) with an adapter."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.lora_skipped:
+            return self._conv_forward(x, self.weight, self.bias)
         down, up = self.lora_factors()
         # The base class's own convolution, so that stride, padding and dilation are those of W.
         hidden = self._conv_forward(self.lora_input(x), down.to(x.dtype), None) * self.lora_scale  # (B, rank, tokens)

@@ -28,6 +28,7 @@ MAX_SIGMA_REL = 0.288  # of an average over all steps with equal weights
 ADAPTER_FORMATS = {"pt": (".pt",), "safetensors": (".safetensors",), "both": (".pt", ".safetensors")}
 PADDED_LOSSES = ("masked", "full")
 BALANCES = ("clips", "sets")
+PRESERVATIONS = ("sounds", "teacher")
 
 DATA = "data and output"
 OPTIMISATION = "optimisation (a step is one update, whatever --grad_accum is)"
@@ -262,6 +263,10 @@ class RunConfig:
         "generated for them. Without them, the new sound may replace others", group=PRESERVATION, nargs="*",
         metavar="PROMPT")
     preserve_share: float = setting(0.5, "share of these sounds in every batch", group=PRESERVATION)
+    preserve_by: str = setting(
+        "sounds", "sounds: the model generates them before the training; teacher: nothing is generated before, in "
+        "every step the model without the adapter says for a part of the batch what it would do", group=PRESERVATION,
+        choices=PRESERVATIONS)
     grad_checkpointing: bool = setting(False, "recompute blocks in the backward pass: less memory for more time",
                                        group=MEMORY, aliases=("gradient_checkpointing",))
     checkpoint_blocks: int | None = setting(None, "recompute only the first N blocks, as few as the memory needs",
@@ -281,7 +286,9 @@ class RunConfig:
             object.__setattr__(self, "data_dir", [str(self.data_dir)])
         folders = [self.val_dir] if isinstance(self.val_dir, str | Path) else self.val_dir or ()
         object.__setattr__(self, "val_dir", tuple(map(Path, folders)))
-        problems = choice_problems(self, {"balance": BALANCES})
+        problems = choice_problems(self, {"balance": BALANCES, "preserve_by": PRESERVATIONS})
+        if self.preserve_by == "teacher" and self.preserve and self.training.batch_size < 2:
+            problems.append("preserve_by teacher takes a part of every batch, and batch_size is 1; give at least 2")
         if not 0 <= self.val_fraction < 1:
             problems.append(f"val_fraction is {self.val_fraction}, expected 0 to below 1")
         problems += [f"--report_to {name!r}, expected some of {', '.join(TRACKERS)}" for name in self.report_to

@@ -38,6 +38,7 @@ from selva.training.memorisation import Watch
 from selva.training.objective import ALONE, NoiseSample, flow_loss, sample_noise, time_offset, validate
 from selva.training.power_ema import PowerEMA
 from selva.training.schedule import learning_rate
+from selva.training.teacher import Lesson, Teacher, lesson_loss
 from selva.utils.device import FUSED_DEVICES
 from selva.utils.distributed import World
 from selva.utils.errors import UserError
@@ -105,6 +106,7 @@ class TrainingRun:
         clips: training clips. val_clips: held-out clips, possibly none.
         precision: autocast dtype of the network.
         world: the processes that share the training; each computes ``config.batch_size`` clips of every batch.
+        teacher: whose lessons are a part of each batch in place of clips; None: all of it are clips.
         graphs: record the steps, if :func:`graph_problem` finds nothing against it; None: every kernel is started anew.
     """
 
@@ -120,13 +122,16 @@ class TrainingRun:
         precision: torch.dtype,
         world: World = ALONE,
         graphs: GraphedCalls | None = None,
+        teacher: Teacher | None = None,
     ) -> None:
         self.generator, self.val_clips, self.config, self.precision = generator, val_clips, config, precision
         self.world, self.device = world, generator.latent_mean.device
-        self.batches = BucketBatchSampler(clips, config.batch_size * world.size, config.seed)
+        self.teacher = teacher
+        self.num_clips = config.batch_size - (teacher.rows if teacher is not None else 0)  # in a batch of this process
+        self.batches = BucketBatchSampler(clips, self.num_clips * world.size, config.seed)
         cached = can_cache(generator, self.batches.clips, precision)
         self.condition_cache = ConditionCache(generator, self.batches.clips, precision) if cached else None
-        own = world.own_slice(config.batch_size)
+        own = world.own_slice(self.num_clips)
         self.feed = ReadNow(self.batches, self.device) if cached else make_feed(
             self.batches, generator.config, self.device, own)
         self.rng = torch.Generator().manual_seed(config.seed)
@@ -192,30 +197,38 @@ class TrainingRun:
         """Return ``function(*arguments)``, by a graph where there are any."""
         if self.graphs is None:
             return function(*arguments)
-        kind = function.__name__, *(batch.lengths for batch in arguments[:1])
+        kind = function.__name__, *(one.lengths for one in arguments if hasattr(one, "lengths"))
         return self.graphs(kind, function, *arguments, keep=self.generator.tables)
 
-    def _draw(self, part: int) -> tuple[Batch | CachedBatch, NoiseSample]:
-        """Return the clips of this process for a part of a step and their random numbers, on the device."""
-        config, own = self.config, self.world.own_slice(self.config.batch_size)
+    def _draw(self, part: int) -> tuple[Any, ...]:
+        """Return the clips of this process for a part of a step, their random numbers and a lesson, on the device."""
+        config, own = self.config, self.world.own_slice(self.num_clips)
         windows = self.batches.draw()
         batch = self._load(windows[own])
         shape = torch.Size((len(windows), *batch.mean.shape[1:]))  # of the global batch
         offset = time_offset(config.seed, self.step * config.grad_accum + part) if config.stratify_times else None
         noise = sample_noise(shape, config, self.rng, self.step / config.steps, offset).part(own)
-        return batch, noise.to(self.device)
+        if self.teacher is None:
+            return batch, noise.to(self.device)
+        return batch, noise.to(self.device), self.teacher.lesson(self.step * config.grad_accum + part)
 
     # What a graph holds: functions of tensors and of what is at the same place at every step, see selva.utils.graph.
 
-    def _whole(self, batch: Batch | CachedBatch, noise: NoiseSample) -> tuple[Tensor, ...]:
+    def _whole(self, batch: Batch | CachedBatch, noise: NoiseSample, *lessons: Lesson) -> tuple[Tensor, ...]:
         """Return the loss and the gradient norm of an update by one batch."""
-        return *self._accumulate(batch, noise), *self._finish()
+        return *self._accumulate(batch, noise, *lessons), *self._finish()
 
-    def _accumulate(self, batch: Batch | CachedBatch, noise: NoiseSample) -> tuple[Tensor, ...]:
+    def _accumulate(self, batch: Batch | CachedBatch, noise: NoiseSample, *lessons: Lesson) -> tuple[Tensor, ...]:
         """Add a batch's part of the gradient to what is there, and return its part of the loss."""
-        loss = flow_loss(self.generator, batch, noise, self.config, self.precision).mean() / self.config.grad_accum
+        config, whole = self.config, self.config.batch_size * self.config.grad_accum  # of an update of this process
+        loss = flow_loss(self.generator, batch, noise, config, self.precision).mean() / (whole / self.num_clips)
         self.scaler.scale(loss).backward()
-        return (loss.detach(),)
+        total = loss.detach()
+        for lesson in lessons:  # one after the other, so that one of them is in memory
+            loss = lesson_loss(self.generator, lesson, self.precision).sum() / whole
+            self.scaler.scale(loss).backward()
+            total = total + loss.detach()
+        return (total,)
 
     def _finish(self) -> tuple[Tensor, ...]:
         """Do the update by the gradient, and return its norm."""
