@@ -119,6 +119,11 @@ def choice_problems(config: object, choices: dict[str, Sequence[str]]) -> list[s
             for name, allowed in choices.items() if getattr(config, name) not in allowed]
 
 
+def num_lessons(batch_size: int, share: float) -> int:
+    """Return how many of a batch of at least two are lessons of a teacher: the share, but one at least, and not all."""
+    return min(batch_size - 1, max(1, round(batch_size * share)))
+
+
 def width_problems(widths: Sequence[float]) -> list[str]:
     """Return a sentence for everything that is wrong with the widths of averages by power functions."""
     problems = [f"ema_sigma_rel is {width}, expected above 0 and at most {MAX_SIGMA_REL}" for width in widths
@@ -173,6 +178,9 @@ class TrainConfig(ObjectiveConfig):
     stratify_times: bool = setting(
         False, "spread the noise levels of a batch evenly over their distribution, and those of following batches over "
         "the gaps between them, instead of drawing each by itself", group=OBJECTIVE)
+    contrastive: float = setting(  # arXiv:2506.05350
+        0.0, "push each velocity away from the target of another clip of the batch, with this weight; 0.05 was "
+        "proposed", group=OBJECTIVE)
     patience: int = setting(0, "stop after this many validations without a new best; 0: never", group=EVALUATION)
     save_every: int = setting(500, "steps between checkpoints, each with a sample", group=OPTIMISATION,
                               aliases=("save_every_n_steps", "checkpointing_steps"))
@@ -192,6 +200,10 @@ class TrainConfig(ObjectiveConfig):
             problems.append(f"ema is power and ema_decay {self.ema_decay}, which belongs to exponential; give one of "
                             "them (--ema_decay 0)")
         problems += width_problems(self.ema_sigma_rel)
+        if not 0 <= self.contrastive < 1:
+            problems.append(f"contrastive is {self.contrastive}, expected 0 to below 1, where there is a lowest loss")
+        if self.contrastive and self.batch_size < 2:
+            problems.append("contrastive compares the clips of a batch, and batch_size is 1; give at least 2")
         if not 0 <= self.weight_decay < math.inf:
             problems.append(f"weight_decay is {self.weight_decay}, expected at least 0")
         problems += [*self.problems(), *choice_problems(self, {
@@ -289,6 +301,10 @@ class RunConfig:
         problems = choice_problems(self, {"balance": BALANCES, "preserve_by": PRESERVATIONS})
         if self.preserve_by == "teacher" and self.preserve and self.training.batch_size < 2:
             problems.append("preserve_by teacher takes a part of every batch, and batch_size is 1; give at least 2")
+        if self.preserve_by == "teacher" and self.preserve and self.training.contrastive and (
+                self.training.batch_size - num_lessons(self.training.batch_size, self.preserve_share) < 2):
+            problems.append("contrastive compares the clips of a batch, of which preserve_by teacher leaves one; give "
+                            "a larger batch_size or a smaller preserve_share")
         if not 0 <= self.val_fraction < 1:
             problems.append(f"val_fraction is {self.val_fraction}, expected 0 to below 1")
         problems += [f"--report_to {name!r}, expected some of {', '.join(TRACKERS)}" for name in self.report_to

@@ -221,7 +221,8 @@ class TrainingRun:
     def _accumulate(self, batch: Batch | CachedBatch, noise: NoiseSample, *lessons: Lesson) -> tuple[Tensor, ...]:
         """Add a batch's part of the gradient to what is there, and return its part of the loss."""
         config, whole = self.config, self.config.batch_size * self.config.grad_accum  # of an update of this process
-        loss = flow_loss(self.generator, batch, noise, config, self.precision).mean() / (whole / self.num_clips)
+        losses = flow_loss(self.generator, batch, noise, config, self.precision, config.contrastive)
+        loss = losses.mean() / (whole / self.num_clips)
         self.scaler.scale(loss).backward()
         total = loss.detach()
         for lesson in lessons:  # one after the other, so that one of them is in memory

@@ -103,7 +103,7 @@ def find_resume(config: RunConfig) -> TrainingState | None:
 
 # Settings of TrainConfig that change what is learned; the others may change when a run is continued.
 FIXED_SETTINGS = ("clip_features", "latent", "null_prob", "padded_loss", "timestep_mode", "logit_normal_sigma",
-                  "stratify_times", "seed")
+                  "stratify_times", "contrastive", "seed")
 
 
 def finished_adapter(saved: TrainingState, output_dir: Path) -> Path | None:

@@ -27,7 +27,7 @@ from torch import Tensor
 from selva.data.dataset import ClipDataset, Lengths
 from selva.lora.layers import lora_layers
 from selva.models.generator import Generator
-from selva.training.config import TrainConfig
+from selva.training.config import TrainConfig, num_lessons
 from selva.training.prior_preservation import has_looks
 from selva.utils.distributed import World
 
@@ -53,11 +53,6 @@ class Lesson:
     sync_f: Tensor
     text_f: Tensor
     lengths: Lengths
-
-
-def num_lessons(batch_size: int, share: float) -> int:
-    """Return how many of a batch of at least two are lessons: the share of it, but one at least, and not all."""
-    return min(batch_size - 1, max(1, round(batch_size * share)))
 
 
 @contextmanager

@@ -12,9 +12,10 @@ from small_run import CONFIG, make_base, make_clips, make_generator
 
 from selva.data.dataset import ListDataset
 from selva.lora.config import LoRAConfig
+from selva.training.config import num_lessons
 from selva.training.objective import flow_loss
 from selva.training.run import TrainingRun, dropout_seed
-from selva.training.teacher import PHASES, Lesson, Teacher, base_only, lesson_loss, num_lessons
+from selva.training.teacher import PHASES, Lesson, Teacher, base_only, lesson_loss
 from selva.utils.distributed import World
 from selva.utils.graph import GraphedCalls
 
