@@ -30,8 +30,10 @@ from selva import cli, flow
 from selva.flow import WHOLE_INTERVAL, SamplingConfig
 from selva.utils.device import resolve_device
 from selva.utils.document import begin_mark, marked_block, update_document
+from selva.utils.errors import UserError
 from selva.utils.files import atomic_write_text
 from selva.utils.progress import Progress
+from selva.utils.text import listed
 from selva.weights.load import load_generator
 from toyworld.classes import CLASSES
 from toyworld.judging import fit_classifier
@@ -57,6 +59,8 @@ def build_parser() -> cli.ArgumentParser:
     group.add_argument("--work", type=Path, default=Path("soundbench"), help="folder of encoded scenes")
     group.add_argument("--output", type=Path, default=Path("few_steps.json"), help="figures; added to if it exists")
     group.add_argument("--document", default=str(ROOT / "docs" / "inference.md"), help='gets the table; "" for none')
+    group.add_argument("--measured_only", action="store_true", help="make the table of what --output has, measure "
+                       "nothing")
     group.add_argument("--threads", type=cli.positive_int, default=1, help="threads of PyTorch")
     parser.add_common(seed=False)
     return parser
@@ -153,6 +157,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     configs = settings_to_compare(args.evaluations)
     figures = json.loads(args.output.read_text(encoding="utf-8")) if args.output.is_file() else {}
     missing = [config for config in configs if key_of(config, args) not in figures]
+    if args.measured_only:
+        if DEFAULT in missing:
+            raise UserError(f"{args.output}: has no figures of the default, which the others are compared with")
+        if missing:
+            log.warning("not measured yet: %s", listed([key_of(config, args) for config in missing]))
+        configs, missing = [config for config in configs if config not in missing], []
     missing.sort(key=lambda config: flow.EVALUATIONS_PER_STEP[config.solver])  # what may become the default comes first
     bench = Bench(args) if missing else None
     with Progress(len(missing), "settings", "settings") as progress:

@@ -63,3 +63,19 @@ def test_figures_are_added_to_and_go_into_the_document(tmp_path, monkeypatch, ca
     text = page.read_text()
     assert "above" in text and "below" in text and "old" not in text and "60 scenes" in text
     assert text.count("| ab2 | 12 |") == 2 and len(json.loads(out.read_text())) == 14
+
+
+def test_what_is_not_measured_yet_is_named_and_left_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(few_steps, "Bench", StandIn)
+    made.clear()
+    out = tmp_path / "out.json"
+    call = ["--output", str(out), "--document", "", "--evaluations", "8"]
+    assert few_steps.main([*call, "--measured_only"]) == 1
+    assert few_steps.main(call) == 0
+    figures = json.loads(out.read_text())
+    out.write_text(json.dumps({name: row for name, row in figures.items() if not name.startswith("heun")}))
+    capsys.readouterr()
+    assert few_steps.main([*call, "--measured_only"]) == 0
+    told = capsys.readouterr()
+    assert "not measured yet: heun 4; 6 x 8 s" in told.err and "| heun |" not in told.out and "| ab2 |" in told.out
+    assert len(made) == 1
