@@ -11,12 +11,11 @@ and the seconds of CPU time.
 from __future__ import annotations
 
 import logging
-import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+from user_scripts import ROOT, run_script
 
 import selva_lora  # noqa: F401 -- ends here if another selva would be imported
 from selva import cli
@@ -24,7 +23,6 @@ from selva.checkpoint import load_adapter
 from selva.data.source import DataSource
 from selva.lora.merge import merge_adapter
 from selva.utils.device import resolve_device
-from selva.utils.errors import UserError
 from selva.utils.metrics_log import MetricsFile
 from selva.weights.load import load_generator
 from toyworld import CLASSES, UNSEEN
@@ -33,7 +31,6 @@ from toyworld.measure import MEASURE_SEED, ToyGenerator, mean, recognised, singl
 
 log = logging.getLogger("selva.several_sounds")
 
-ROOT = Path(__file__).resolve().parents[1]
 VARIANT, DURATION_SEC = "tiny_16k", 8.0
 JUDGED_FROM = MEASURE_SEED + 700_000  # seeds of scenes that no training and no other measurement uses
 
@@ -56,37 +53,22 @@ def build_parser() -> cli.ArgumentParser:
     return parser
 
 
-def cpu_seconds() -> float:
-    """Return the CPU time that the commands started here have taken."""
-    times = os.times()  # zero on Windows
-    return times.children_user + times.children_system
-
-
-def run(script: str, *arguments: Any) -> float:
-    """Run a script that users have, and return the seconds of CPU time that it took."""
-    before, command = cpu_seconds(), [sys.executable, str(ROOT / script), *map(str, arguments)]
-    log.info("%s", " ".join(command[1:]))
-    done = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
-    if done.returncode:
-        raise UserError(f"{script} ended with exit code {done.returncode}; its messages are above")
-    return cpu_seconds() - before
-
-
 def teach(sounds: Sequence[tuple[str, int]], args) -> float:
     """Make the clips and train the adapter; return the seconds of CPU time of the training."""
     folders = []
     for number, (name, clips) in enumerate(sounds):
         made, features = args.work_dir / f"{name}_clips", args.work_dir / name
         if not (made / "prompts.txt").is_file():  # else they are there from an earlier call
-            run("scripts/make_demo_clips.py", "--sound", name, "--count", clips, "--out", made, "--seed",
-                args.seed + 1000 * number)
-        run("extract_features.py", made, "--output_dir", features, "--prompts", made / "prompts.txt", "--variant",
-            VARIANT, "--device", args.device)
+            run_script("scripts/make_demo_clips.py", "--sound", name, "--count", clips, "--out", made,
+                       "--seed", args.seed + 1000 * number)
+        run_script("extract_features.py", made, "--output_dir", features, "--prompts", made / "prompts.txt",
+                   "--variant", VARIANT, "--device", args.device)
         folders.append(features)
     more = [*(["--steps", args.steps] if args.steps else []), *(["--preserve"] if args.no_preserve else [])]
-    return run("train_lora.py", "--config", args.preset, *more, "--data_dir", *folders, "--balance", args.balance,
-               "--output_dir", args.work_dir / "run", "--variant", VARIANT, "--device", args.device, "--seed",
-               args.seed, "--no_verdict")
+    return run_script(
+        "train_lora.py", "--config", args.preset, *more, "--data_dir", *folders, "--balance", args.balance,
+        "--output_dir", args.work_dir / "run", "--variant", VARIANT, "--device", args.device, "--seed", args.seed,
+        "--no_verdict")
 
 
 @cli.entry_point

@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import subprocess
 import sys
 import tempfile
 import time
@@ -33,6 +32,7 @@ import numpy as np
 import torch
 import yaml
 from tiny_tables import BEGIN_MARK, PARTS, TITLE, figures_text
+from user_scripts import ROOT, run_script
 
 import selva_lora  # noqa: F401 -- ends here if another selva would be imported
 from selva import cli
@@ -44,7 +44,6 @@ from selva.models.random_weights import random_state_dict
 from selva.models.zoo import build_generator
 from selva.utils.device import resolve_device
 from selva.utils.document import update_document
-from selva.utils.errors import UserError
 from selva.utils.files import atomic_write_text
 from selva.utils.progress import Progress
 from selva.utils.text import clock
@@ -65,7 +64,6 @@ from toyworld.measure import (
 
 log = logging.getLogger("selva.tiny_quality")
 
-ROOT = Path(__file__).resolve().parents[1]
 VARIANT, DURATION_SEC = "tiny_16k", 8.0
 STRENGTHS = (0.0, 2.0, 4.5, 7.0)  # of guidance; 0 is none
 
@@ -259,11 +257,12 @@ def measure_finetuning(bench: QualityBench) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Taught:
-    """A generator that has learned a class: how long that took, and what is kept of it on the disk."""
+    """A generator that has learned a class: how long that took, also in CPU seconds, and what is kept of it on disk."""
 
     generator: Generator
     clip_features: bool
     seconds: float
+    cpu_seconds: float
     size_bytes: int
     adapter: Adapter | None = None
 
@@ -277,7 +276,8 @@ def before_and_after(bench: QualityBench, number: int, name: str, taught: Taught
     known = single_cases(list(CLASSES), bench.args.count, seed + 100_000, DURATION_SEC)
     encoded_new, encoded_known, base = bench.encoded(new), bench.encoded(known), bench.generator()
     row = {
-        "clips": bench.args.clips, "training_seconds": taught.seconds, "size_bytes": taught.size_bytes,
+        "clips": bench.args.clips, "training_seconds": taught.seconds,
+        "training_cpu_seconds": taught.cpu_seconds, "size_bytes": taught.size_bytes,
         "before": bench.scores(bench.made(f"{name} before", base, encoded_new), new),
         "after": bench.scores(bench.made(f"{name} after", taught.generator, encoded_new), new),
         "known_before": bench.scores(bench.made("known before", base, encoded_known), known),
@@ -299,9 +299,10 @@ def is_nothing_at_0(bench: QualityBench, adapter: Adapter) -> bool:
 def make_clips(name: str, folder: Path, args: argparse.Namespace, *format_flags: str) -> Path:
     """Make clips of a new class and extract their features with the scripts that users have; return the features."""
     clips, features = folder / "clips", folder / "features"
-    _run("scripts/make_demo_clips.py", "--sound", name, "--count", args.clips, "--out", clips, "--seed", args.seed)
-    _run("extract_features.py", clips, "--output_dir", features, "--prompts", clips / "prompts.txt",
-         "--variant", VARIANT, "--device", args.device, *format_flags)
+    run_script("scripts/make_demo_clips.py", "--sound", name, "--count", args.clips, "--out", clips,
+               "--seed", args.seed)
+    run_script("extract_features.py", clips, "--output_dir", features, "--prompts", clips / "prompts.txt",
+               "--variant", VARIANT, "--device", args.device, *format_flags)
     return features
 
 
@@ -311,12 +312,14 @@ def teach_adapter(name: str, folder: Path, bench: QualityBench) -> Taught:
     features, run = make_clips(name, folder, args), folder / "run"
     own = ["--generator", args.generator] if args.generator else []
     started = time.monotonic()
-    _run("train_lora.py", "--config", args.preset, "--data_dir", features, "--output_dir", run, "--variant", VARIANT,
-         "--device", args.device, "--seed", args.seed, *own)
+    cpu_seconds = run_script(
+        "train_lora.py", "--config", args.preset, "--data_dir", features, "--output_dir", run, "--variant", VARIANT,
+        "--device", args.device, "--seed", args.seed, *own)
     seconds, path = time.monotonic() - started, run / "adapter_final.pt"
     generator, adapter = bench.generator(), load_adapter(path)
     merge_adapter(generator, adapter, 1.0)
-    return Taught(generator, adapter.meta.get("clip_features", "use") == "use", seconds, path.stat().st_size, adapter)
+    uses_clip = adapter.meta.get("clip_features", "use") == "use"
+    return Taught(generator, uses_clip, seconds, cpu_seconds, path.stat().st_size, adapter)
 
 
 def teach_generator(name: str, folder: Path, bench: QualityBench) -> Taught:
@@ -324,21 +327,14 @@ def teach_generator(name: str, folder: Path, bench: QualityBench) -> Taught:
     args = bench.args
     features, run = make_clips(name, folder, args, "--format", "memmap"), folder / "run"
     started = time.monotonic()
-    _run("scripts/train_base.py", "--config", args.finetune, "--variant", VARIANT, "--device", args.device, "--seed",
-         args.seed, "--init", args.generator or "published", "--output_dir", run, "--data",
-         f"{features}:{args.new_weight:g}", *args.old_data)
+    cpu_seconds = run_script(
+        "scripts/train_base.py", "--config", args.finetune, "--variant", VARIANT, "--device", args.device, "--seed",
+        args.seed, "--init", args.generator or "published", "--output_dir", run, "--data",
+        f"{features}:{args.new_weight:g}", *args.old_data)
     seconds, path = time.monotonic() - started, run / "export" / f"{VARIANT}_ema.safetensors"
     settings = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     generator = load_generator(VARIANT, None, bench.device, file=path)
-    return Taught(generator, settings["clip_features"] == "use", seconds, path.stat().st_size)
-
-
-def _run(script: str, *arguments: Any) -> None:
-    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
-    log.info("%s", " ".join(command[1:]))
-    done = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
-    if done.returncode:
-        raise UserError(f"{script} ended with exit code {done.returncode}; its messages are above")
+    return Taught(generator, settings["clip_features"] == "use", seconds, cpu_seconds, path.stat().st_size)
 
 
 MEASURES: dict[str, Callable[[QualityBench], dict[str, Any]]] = {

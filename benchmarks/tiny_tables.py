@@ -104,7 +104,7 @@ def guidance_text(part: dict[str, Any]) -> str:
 
 def finetuning_text(part: dict[str, Any]) -> str:
     rows = [
-        (name, clock(row["training_seconds"]), f"{row['size_bytes'] / 1e6:.1f} MB",
+        (name, f"{row['training_cpu_seconds']:.0f} s", f"{row['size_bytes'] / 1e6:.1f} MB",
          percent(row["before"]["class_accuracy"]), percent(row["after"]["class_accuracy"]),
          f"{row['after']['timing_f1']:.2f}", percent(row["known_before"]["class_accuracy"]),
          percent(row["known_after"]["class_accuracy"]), f"{row['known_after']['timing_f1']:.2f}")

@@ -105,7 +105,8 @@ def train(
     """
     device, asked_precision = resolve_device(config.model.device), config.precision
     config = dataclasses.replace(config, precision=resolve_precision(config.precision, device))
-    settings = {**(values_of(config) if settings is None else settings), "precision": config.precision}
+    # Who starts another run from these settings does not mean to continue this one.
+    settings = {**(values_of(config) if settings is None else settings), "precision": config.precision, "resume": None}
     check_can_write(config.output_dir)  # before hours of encoding
     if problem := schedule_problem(config.training):
         log.warning("%s", problem)

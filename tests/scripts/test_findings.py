@@ -105,6 +105,9 @@ def test_the_document_says_what_was_found(tmp_path, plan):
     assert "| plain | 2 | 21.0 | 15.0 | 7.0 | 5.0 |" in text
     assert "| plain | 2 | 2 | 50 | 100 | 0 | 1.250 | 0.50 |" in text
     assert "| plain | 2 | 4 | 50 | 50 | 1 | 1.500 | 0.50 |" in text  # on the first two new scenes, and one known one
+    # Scores of the two checkpoints: 75 and 0 points, 75 and 100, 75 and 75.
+    assert "| the last | 2 of 3 | 25 (0 to 75) | 75 |" in text
+    assert "| lowest held-out loss | 2 of 3 | 8 (0 to 25) | 25 |" in text
     again = document(tmp_path, rows)
     assert again == text and again.count(findings.BEGIN_MARK) == 1
 

@@ -11,7 +11,7 @@ from benchmarks import several_sounds
 def commands(monkeypatch):
     """The commands that would have been run."""
     found: list[list[str]] = []
-    monkeypatch.setattr(several_sounds, "run", lambda *words: found.append([str(word) for word in words]) or 1.5)
+    monkeypatch.setattr(several_sounds, "run_script", lambda *words: found.append([str(word) for word in words]) or 1.5)
     return found
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from make_data import put_memmap
 from script_args import TINY
 
@@ -137,6 +138,7 @@ def test_a_run_that_goes_on_in_another_folder_leaves_the_first_as_it_is(run, set
                  str(run / "checkpoints" / "step_00000002")) == 0
     assert sorted(path.relative_to(run) for path in run.rglob("*")) == before
     assert all(torch.equal(value, exported(run)[key]) for key, value in exported(tmp_path / "other").items())
+    assert yaml.safe_load((tmp_path / "other" / "config.yaml").read_text())["resume"] is None
 
 
 def test_a_part_of_published_weights_is_trained(sets, tmp_path):

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+import yaml
 from script_args import TINY
 
 import infer
@@ -173,6 +174,7 @@ def test_resume_gives_the_same_bits_and_keeps_the_finished_adapter(feature_dir, 
     assert train(feature_dir, parts, "--no_preview", "--lora_dropout", "0.1", "--steps", "2") == 0
     assert train(feature_dir, parts, "--no_preview", "--lora_dropout", "0.1", "--resume", "auto") == 0
     assert same(tensors(whole / "adapter_final.pt"), tensors(parts / "adapter_final_001.pt"))
+    assert yaml.safe_load((parts / "config.yaml").read_text())["resume"] is None  # a run like it begins anew
     assert not same(tensors(whole / "adapter_final.pt"), tensors(parts / "adapter_final.pt"))
     rows = [json.loads(line) for line in (parts / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows if "loss" in r] == [1, 2, 3, 4]

@@ -78,7 +78,8 @@ def train_base(config: BaseTrainConfig, settings: Mapping[str, Any] | None = Non
     if precision == "fp16":
         raise UsageError("a base model is trained in bf16 or fp32, and this GPU has no bf16; give --precision fp32")
     config = dataclasses.replace(config, precision=precision)
-    settings = {**(values_of(config) if settings is None else settings), "precision": precision}
+    # Who starts another run from these settings does not mean to continue this one.
+    settings = {**(values_of(config) if settings is None else settings), "precision": precision, "resume": None}
     check_can_write(config.output_dir)
     if problem := schedule_problem(config):
         log.warning("%s", problem)
