@@ -122,7 +122,7 @@ def in_percent(found: Interval, scale: float = 100, digits: int = 0) -> str:
 
 
 def network_passes(config: SamplingConfig) -> int:
-    """Return how often the network runs for a sound: twice per evaluation where there is guidance."""
+    """Return the number of network passes of a sound: two for an evaluation with guidance."""
     calls: list[bool] = []
 
     def count(t: Tensor, x: Tensor) -> Tensor:

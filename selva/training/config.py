@@ -120,7 +120,7 @@ def choice_problems(config: object, choices: dict[str, Sequence[str]]) -> list[s
 
 
 def num_lessons(batch_size: int, share: float) -> int:
-    """Return how many of a batch of at least two are lessons of a teacher: the share, but one at least, and not all."""
+    """Return the number of lessons by a teacher in a batch of at least two: its share, one at least, and not all."""
     return min(batch_size - 1, max(1, round(batch_size * share)))
 
 
@@ -141,6 +141,9 @@ class TrainConfig(ObjectiveConfig):
                          similar=("epochs", "num_train_epochs", "max_train_epochs", "num_epochs", "iterations"))
     lr: float = setting(1e-4, "learning rate", group=OPTIMISATION, aliases=("learning_rate",),
                         similar=("unet_lr", "rate"))
+    lr_probe: bool = setting(
+        False, "choose the learning rate by a test of about 30 steps on clips of this run, with rates that rise; --lr "
+        "is not used then. The log and meta.json say what was chosen, and a resumed run keeps it", group=OPTIMISATION)
     warmup_steps: int = setting(100, "warm-up: updates over which the learning rate rises", group=OPTIMISATION,
                                 aliases=("lr_warmup_steps",))
     lr_schedule: str = setting(
@@ -333,6 +336,9 @@ class RunConfig:
         if self.resume is None and (problem := self.lora.start_problem()):
             problems.append(problem)
         if self.init_from is not None:
+            if self.training.lr_probe:
+                problems.append("--lr_probe is for a fresh adapter and --init_from starts at a finished one; give one "
+                                "of them")
             if self.resume not in (None, "auto"):
                 problems.append("--init_from starts a new run and --resume continues one; give one of them")
             if self.lora.init != "standard":

@@ -28,6 +28,7 @@ from selva.training.compiling import compile_blocks_
 from selva.training.config import RunConfig
 from selva.training.outcome import missing_outcome
 from selva.training.prior_preservation import with_preserved
+from selva.training.rate_probe import probe_rate
 from selva.training.run import TrainingRun, graph_problem
 from selva.training.set_aside import final_of
 from selva.training.shared import SharedParts
@@ -209,11 +210,14 @@ def check_resumable(saved: TrainingState, config: RunConfig, num_processes: int 
 
 def build_run(
     config: RunConfig, clips: tuple[ClipDataset, ClipDataset], device: torch.device, world: World,
-    shared: SharedParts | None = None,
+    shared: SharedParts | None = None, continued: bool = False,
 ) -> TrainingRun:
     """Return the base model with a fresh adapter and everything that trains it.
 
+    With ``lr_probe``, the rate of its configuration is the one that was chosen now.
+
     Args:
+        continued: the run goes on from a step file, with the rate of the configuration.
         shared: of earlier runs, whose base model and sounds to preserve are taken if they are the same.
     """
     shared = shared or SharedParts()
@@ -261,6 +265,9 @@ def build_run(
     if config.preserve and config.preserve_by == "teacher":
         teacher = teacher_for(generator, own_clips, config.preserve, prompts(), config.preserve_share, training,
                               precision, world)
+    if training.lr_probe and not continued:
+        found = probe_rate(generator, clips[0], training, precision, world)
+        training = dataclasses.replace(training, lr=found.lr)
     return TrainingRun(generator, *clips, training, precision, world, graphs, teacher)
 
 

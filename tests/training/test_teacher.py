@@ -140,6 +140,7 @@ def test_an_update_is_by_the_mean_over_clips_and_lessons(grad_accum):
     run = make_run(1, grad_accum=grad_accum, steps=6)
     assert run.num_clips == 3 and len(run.batches.draw()) == 3
     run = make_run(1, grad_accum=grad_accum, steps=6)
+    assert run.teacher is not None
     learn(run.teacher)
     other = make_run(1, grad_accum=grad_accum, steps=6)
     for own, parameter in zip(run.parameters, other.parameters, strict=True):
