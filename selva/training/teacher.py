@@ -126,14 +126,14 @@ class Teacher:
         generator.set_sequence(*self.lengths)
         latent = torch.stack([sound.latent for sound in sounds])
         times = torch.tensor([sound.time(number) for sound in sounds])
-        features = [torch.stack(parts) for parts in zip(*(sound.features for sound in sounds), strict=True)]
+        clip_f, sync_f, text_f = (torch.stack([sound.features[i] for sound in sounds]) for i in range(3))
         with base_only(generator), generator.computing_in(self.precision):
-            conditions = generator.preprocess_conditions(*features)
+            conditions = generator.preprocess_conditions(clip_f, sync_f, text_f)
             velocity = generator.predict_flow(latent, times.to(device), conditions).float()
         for sound, own in zip(sounds, velocity, strict=True):
             sound.latent = sound.latent + (sound.time(number + 1) - sound.time(number)) * own
         self._number = number + 1
-        return Lesson(latent, times.to(device), velocity, *features, self.lengths)
+        return Lesson(latent, times.to(device), velocity, clip_f, sync_f, text_f, self.lengths)
 
     def _delay(self, row: int) -> int:
         """Return by how many lessons a row is ahead of the first one, so that a batch has early and late times."""
