@@ -50,7 +50,7 @@ class ProbedRate:
 
     @property
     def reason(self) -> str:
-        """A sentence for the log and for the metadata of the adapter."""
+        """A sentence for the log."""
         end = "; it was still falling, so give --lr if you know better" if self.at_the_end else ""
         return (f"{PART:g} of {self.lowest_at:.1e}, where the loss of {NUM_BATCHES} fixed batches was lowest "
                 f"({100 * self.fallen:.0f} % below the first) while the rate rose over {self.steps} "
