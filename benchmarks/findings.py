@@ -164,7 +164,12 @@ def changes_text(method: Method) -> str:
         words = [] if value is True else map(str, value if isinstance(value, list) else [value])
         return f"`{' '.join([f'--{name}', *words])}`"
 
-    return ", ".join(flag(*one) for one in method.changes.items()) or "as it is"
+    words = [flag(*one) for one in method.changes.items()]
+    if method.soup:
+        words.append("the average of " + (f"{method.soup['seeds']} trainings by other seeds" if "seeds" in method.soup
+                                          else f"the last {method.soup['last']} step files, {method.soup['every']} "
+                                               "steps apart") + ", cut back to the rank")
+    return ", ".join(words) or "as it is"
 
 
 def response_text(plan: Plan, rows: Rows) -> str:
@@ -204,7 +209,7 @@ def on_the_way_text(plan: Plan, rows: Rows) -> str:
     """Return the table of the checkpoints: of every method the figures on the scenes that judge all of them."""
     lines = []
     for name, method in plan.methods.items():
-        own = rows_of(method, rows)
+        own = [row for row in rows_of(method, rows) if len(row["checkpoints"]) > 1]  # a soup has but its end
         for place in range(min((len(row["checkpoints"]) for row in own), default=0)):
             found = [row["checkpoints"][place] for row in own]
             shares = [fmean(fmean(hits(row["checkpoints"][place][part])[: scenes_of_all(row, part)]) for row in own)

@@ -33,6 +33,7 @@ class Method:
 
     Attributes:
         changes: of the base settings. settings: all of them, by the names of the flags of ``train_lora.py``.
+        soup: how its adapter is averaged from others, see :func:`read_plan`; None if it is what a training leaves.
         rank: 0 is worth most; a method of rank 1 has its first run when those of rank 0 have their second.
     """
 
@@ -40,11 +41,17 @@ class Method:
     changes: Mapping[str, Any]
     settings: Mapping[str, Any]
     rank: int
+    soup: Mapping[str, int] | None = None
+
+    @property
+    def all_settings(self) -> dict[str, Any]:
+        """The settings with those of the soup, if it is one."""
+        return {**self.settings, **({"soup": dict(self.soup)} if self.soup else {})}
 
     @property
     def identity(self) -> str:
         """A hash of the settings: methods of the same settings share their runs."""
-        return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:10]
+        return hashlib.sha256(json.dumps(self.all_settings, sort_keys=True).encode()).hexdigest()[:10]
 
 
 @dataclass(frozen=True)
@@ -100,8 +107,13 @@ class Plan:
 def read_plan(path: Path = PLAN_FILE) -> Plan:
     """Return the plan of a file.
 
+    The adapter of a method with ``soup: {seeds: N}`` is the average of N trainings on the same clips by other seeds;
+    that of one with ``soup: {last: N, every: M}`` is the average of the last N step files of one training, M steps
+    apart. Either is cut back to the rank.
+
     Raises:
-        UserError: a method is there twice, or changes what the benchmark sets itself; or a reference is no method.
+        UserError: a method is there twice, or changes what the benchmark sets itself; a reference is no method; or a
+            soup is none of the two.
         FileNotFoundError: it, or the file that it takes the preserved prompts from, is not there.
     """
     import yaml
@@ -115,10 +127,13 @@ def read_plan(path: Path = PLAN_FILE) -> Plan:
         for method, changes in asked["methods"].items():
             changes = dict(changes or {})
             rank = changes.pop("rank_of_worth", asked.get("rank_of_worth", 0))
+            soup = changes.pop("soup", None)
+            if soup is not None and set(soup) not in ({"seeds"}, {"last", "every"}):
+                raise UserError(f"{path}: {method}: soup is {soup}, expected seeds, or last and every")
             if taken := [key for key in changes if key in OWN_SETTINGS]:
                 raise UserError(f"{path}: {method}: {listed(taken)} cannot be changed, the benchmark sets that itself")
-            made = Method(method, changes, {**base, **changes}, rank)
-            if method in methods and methods[method].settings != made.settings:
+            made = Method(method, changes, {**base, **changes}, rank, soup)
+            if method in methods and methods[method].all_settings != made.all_settings:
                 raise UserError(f"{path}: the method {method} is there twice, with other settings")
             methods.setdefault(method, made)
             own.append(method)

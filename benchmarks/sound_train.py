@@ -17,8 +17,9 @@ import torch
 from sound_judge import RESPONSE_SEED, Judge, uses_clip_features
 from sound_plan import ROOT, Cell, Method, Run
 
-from selva.checkpoint import load_adapter
+from selva.checkpoint import load_adapter, save_adapter
 from selva.data.dataset import ClipDataset
+from selva.lora.tools import soup as average
 from selva.models.generator import Generator
 from selva.training.config import RunConfig
 from selva.training.run_folder import step_file_name
@@ -32,7 +33,10 @@ from selva.utils.version import __version__
 log = logging.getLogger("selva.soundbench")
 
 CHECKPOINTS = 3  # that are judged, at even distances, the last step included
+COSTS = ("train_cpu_sec", "train_wall_sec", "preserve_cpu_sec")  # of a soup the sum over its trainings
 TRAINED_FILE = "trained.json"
+SOUP_FILE = "soup.pt"
+SOUP_SEED = 10_000  # what is added to the seed of a cell for each further training of a soup
 UNCOUNTED = {"verdict": False, "preview": False, "val_fraction": 0.0}  # what is for the user is left out of the cost
 
 
@@ -82,16 +86,22 @@ class MeasuredParts(SharedParts):
         self.making, self.preserving = 0.0, 0.0
 
 
-def configured(method: Method, cell: Cell, data_dir: Path, output_dir: Path, device: str) -> RunConfig:
+def configured(
+    method: Method, cell: Cell, data_dir: Path, output_dir: Path, device: str, number: int = 0
+) -> RunConfig:
     """Return the configuration of a run.
+
+    Args:
+        number: of the training, from 0, where a soup is made of several.
 
     Raises:
         UserError: a setting of the method is unknown or out of range.
     """
     steps = method.settings["steps"]
+    every = (method.soup or {}).get("every", -(-steps // CHECKPOINTS))
     return from_names(RunConfig, {
-        **method.settings, **UNCOUNTED, "data_dir": str(data_dir), "output_dir": output_dir, "seed": cell.seed,
-        "save_every": -(-steps // CHECKPOINTS), "log_every": max(1, steps // 6), "device": device,
+        **method.settings, **UNCOUNTED, "data_dir": str(data_dir), "output_dir": output_dir,
+        "seed": cell.seed + number * SOUP_SEED, "save_every": every, "log_every": max(1, steps // 6), "device": device,
     })
 
 
@@ -119,23 +129,24 @@ class Trainer:
         started = time.process_time()
         steps = trained.pop("checkpoints")
         judged = []
+        adapter = None
         for step in steps:
-            adapter = load_adapter(folder / "train" / step_file_name(step))
+            adapter = load_adapter(folder / "train" / (SOUP_FILE if run.method.soup else step_file_name(step)))
             figures = self.judge.checkpoint(adapter, run.cell, whole=step == steps[-1])
             judged.append({"step": step, **figures})
             log.info("%s, step %d: %s", run.method.name, step, in_words(judged[-1]))
-        adapter = load_adapter(folder / "train" / step_file_name(steps[-1]))
+        assert adapter is not None
         response = self.judge.response(adapter, run.cell) if run.cell.seed == RESPONSE_SEED else []
         base = self.judge.base(run.cell, uses_clip_features(adapter))
         row = {
             "key": run.key, "method": run.method.name, "scenes": run.cell.scenes, "sound": run.cell.sound,
             "clips": run.cell.clips, "seed": run.cell.seed, **trained,
             "judge_cpu_sec": round(time.process_time() - started, 1), "base": base, "checkpoints": judged,
-            "response": response, "settings": dict(run.method.settings), **_circumstances(self.device),
+            "response": response, "settings": run.method.all_settings, **_circumstances(self.device),
         }
         final = self.work / "adapters" / f"{run.key}.pt"
         final.parent.mkdir(parents=True, exist_ok=True)
-        (folder / "train" / "adapter_final.pt").replace(final)
+        (folder / "train" / (SOUP_FILE if run.method.soup else "adapter_final.pt")).replace(final)
         return row
 
     def _trained(self, run: Run, folder: Path) -> dict[str, Any]:
@@ -143,9 +154,28 @@ class Trainer:
         file = folder / TRAINED_FILE
         if file.is_file():
             return json.loads(file.read_text(encoding="utf-8"))
-        shutil.rmtree(folder / "train", ignore_errors=True)  # a part of a run would cost less than a whole one
-        data_dir = self.judge.inputs.clips(run.cell)
-        config = configured(run.method, run.cell, data_dir, folder / "train", self.device)
+        shutil.rmtree(folder, ignore_errors=True)  # a part of a run would cost less than a whole one
+        soup = run.method.soup or {}
+        parts = [self._one(run, folder / ("train" if number == 0 else f"train_{number}"), number)
+                 for number in range(soup.get("seeds", 1))]
+        trained = {**parts[0], **{name: round(sum(part[name] for part in parts), 1) for name in COSTS}}
+        if soup:
+            started = time.process_time()
+            steps = trained.pop("checkpoints")
+            files = [folder / "train" / step_file_name(step) for step in steps[-soup.get("last", 1):]]
+            files += [folder / f"train_{number}" / step_file_name(steps[-1]) for number in range(1, len(parts))]
+            made = average([load_adapter(path) for path in files], run.method.settings["rank"]).adapter
+            save_adapter(folder / "train" / SOUP_FILE, made.tensors, made.meta)
+            trained["checkpoints"] = steps[-1:]
+            trained["train_cpu_sec"] = round(trained["train_cpu_sec"] + time.process_time() - started, 1)
+            for number in range(1, len(parts)):
+                shutil.rmtree(folder / f"train_{number}")
+        atomic_write_text(file, json.dumps(trained) + "\n")
+        return trained
+
+    def _one(self, run: Run, folder: Path, number: int) -> dict[str, Any]:
+        """Return the cost of one training, and the steps of the checkpoints that it left in ``folder``."""
+        config = configured(run.method, run.cell, self.judge.inputs.clips(run.cell), folder, self.device, number)
         self.shared.begin()
         started, wall = time.process_time(), time.monotonic()
         with _memory(self.judge.maker.device) as memory:
@@ -154,7 +184,7 @@ class Trainer:
             raise Stopped(result.signal)
         assert result.adapter is not None and result.steps == config.training.steps
         saved = range(config.training.save_every, result.steps + 1, config.training.save_every)
-        trained = {
+        return {
             "train_cpu_sec": round(time.process_time() - started - self.shared.making, 1),
             "train_wall_sec": round(time.monotonic() - wall, 1),
             "preserve_cpu_sec": round(self.shared.preserving, 1),
@@ -163,8 +193,6 @@ class Trainer:
             **memory,
             "checkpoints": sorted({*saved, result.steps}),
         }
-        atomic_write_text(file, json.dumps(trained) + "\n")
-        return trained
 
     def forget(self, run: Run) -> None:
         """Remove the files that a run has left beside its row and its adapter."""

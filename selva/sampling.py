@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from selva import flow
-from selva.flow import WHOLE_INTERVAL, SamplingConfig
+from selva.flow import WHOLE_INTERVAL, Interval, SamplingConfig, within
 from selva.models.generator import Conditions, Generator
 from selva.models.mel_inversion import MelInversion
 from selva.models.vae import VAE
@@ -22,8 +22,6 @@ from selva.models.vocoder import Vocoder
 from selva.sequence import SAMPLING_RATES
 from selva.utils.errors import UserError
 from selva.utils.graph import GraphedCalls, graphed_calls
-
-TIME_TOLERANCE = 1e-6  # the float32 grid of times misses decimal bounds by less
 
 
 class SamplingGraphs:
@@ -103,10 +101,10 @@ def timed_velocity(timed: TimedWeights | None, make: Callable[[], flow.Velocity]
     outside = make()
     timed.use(True)
     inside = make()
-    start, end = timed.times[0] - TIME_TOLERANCE, timed.times[1] + TIME_TOLERANCE
+    times = timed.times
 
     def velocity(t: Tensor, x: Tensor) -> Tensor:
-        active = start <= t.item() <= end
+        active = within(t.item(), times)
         timed.use(active)
         return (inside if active else outside)(t, x)
 
@@ -162,8 +160,12 @@ def guided_velocity(
 
     if cfg_interval == WHOLE_INTERVAL:
         return guided
-    start, end = cfg_interval[0] - TIME_TOLERANCE, cfg_interval[1] + TIME_TOLERANCE
-    return lambda t, x: (guided if start <= t.item() <= end else conditional)(t, x)
+    return lambda t, x: (guided if within(t.item(), cfg_interval) else conditional)(t, x)
+
+
+def switching_times(config: SamplingConfig, timed: TimedWeights | None) -> list[Interval]:
+    """Return the intervals of time in and out of which the velocity is another one: of guidance, and of an adapter."""
+    return [config.cfg_interval, *([timed.times] if timed is not None else [])]
 
 
 def _times(t: Tensor, count: int, device: torch.device) -> Tensor:
@@ -220,7 +222,7 @@ def sample_latents(
 
         with restored(timed):
             velocity = timed_velocity(timed, make)
-            latents = flow.SOLVERS[config.solver](velocity, noise, config.num_steps, on_step)
+            latents = flow.solve(velocity, noise, config, on_step, switching_times(config, timed))
     return generator.unnormalize(latents)
 
 

@@ -35,10 +35,10 @@ def decay_error(solver: str, num_steps: int) -> float:
     return abs(x.item() - 2 * math.exp(-1))
 
 
-@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("midpoint", 2), ("heun", 2)])
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("midpoint", 2), ("heun", 2), ("ab2", 2)])
 def test_order_of_convergence(solver, order):
     """Half the step, half the error for first order, a quarter for second; the grid itself is float32."""
-    errors = [decay_error(solver, num_steps) for num_steps in (8, 16, 32, 64)]
+    errors = [decay_error(solver, num_steps) for num_steps in (16, 32, 64, 128)]
     found = [math.log2(coarse / fine) for coarse, fine in itertools.pairwise(errors)]
     assert all(abs(f - order) < 0.15 for f in found), found
 
@@ -51,14 +51,39 @@ def test_second_order_is_exact_where_velocity_is_linear_in_time(solver):
 
 
 def test_where_solvers_evaluate():
-    """One evaluation per Euler step, two for the others; only Heun looks at t = 1."""
+    """One evaluation per step of Euler and AB2, two for the others; only Heun looks at t = 1."""
     visited = {}
     for solver in flow.SOLVERS:
         times, done = [], []
         flow.SOLVERS[solver](lambda t, x, ts=times: (ts.append(t.item()), x)[1], torch.ones(1, 1, 1), 2, done.append)
         assert done == [1, 2] and len(times) == 2 * flow.EVALUATIONS_PER_STEP[solver]
         visited[solver] = times
-    assert visited == {"euler": [0, 0.5], "midpoint": [0, 0.25, 0.5, 0.75], "heun": [0, 0.5, 0.5, 1]}
+    assert visited == {"euler": [0, 0.5], "midpoint": [0, 0.25, 0.5, 0.75], "heun": [0, 0.5, 0.5, 1], "ab2": [0, 0.5]}
+
+
+def switched_error(num_steps: int, intervals: list[tuple[float, float]]) -> float:
+    """Error at t = 1 of dx/dt = -x + t up to t = 1/2 and -2 x after it, x(0) = 1; in float64."""
+    def velocity(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return -x + t.double() if flow.within(t.item(), intervals[0] if intervals else (0.0, 0.499)) else -2 * x
+
+    x = flow.ab2(velocity, torch.ones(1, 1, 1, dtype=torch.float64), num_steps, intervals=intervals)
+    return abs(x.item() - (2 * math.exp(-0.5) - 0.5) * math.exp(-1))
+
+
+def test_ab2_begins_anew_where_the_velocity_is_another_one():
+    """A velocity of before the switch would cost an order of convergence."""
+    errors = [switched_error(num_steps, [(0.0, 0.499)]) for num_steps in (32, 64, 128)]
+    found = [math.log2(coarse / fine) for coarse, fine in itertools.pairwise(errors)]
+    assert all(abs(f - 2) < 0.15 for f in found), found
+    assert switched_error(128, []) > 20 * errors[-1]  # it has to be told
+
+
+def test_solve_takes_the_solver_of_the_settings_and_tells_ab2_of_switches():
+    x0 = torch.ones(1, 1, 1)
+    for solver in flow.SOLVERS:
+        found = flow.solve(lambda t, x: -x, x0, flow.SamplingConfig(3, solver=solver), intervals=[(0.0, 0.5)])
+        plain = flow.SOLVERS[solver](lambda t, x: -x, x0, 3)
+        assert torch.equal(found, plain) == (solver != "ab2")  # two steps of Euler more
 
 
 @pytest.mark.parametrize("solver", flow.SOLVERS)

@@ -184,8 +184,9 @@ def test_a_step_that_cannot_be_recorded_is_done_without():
 
 
 @pytest.mark.parametrize("config", [
-    SamplingConfig(num_steps=5), SamplingConfig(num_steps=3, solver="heun"), SamplingConfig(num_steps=4, cfg_strength=0)
-], ids=["euler", "heun", "no guidance"])
+    SamplingConfig(num_steps=5), SamplingConfig(num_steps=3, solver="heun"),
+    SamplingConfig(num_steps=4, cfg_strength=0), SamplingConfig(num_steps=5, solver="ab2"),
+], ids=["euler", "heun", "no guidance", "ab2"])
 def test_sounds_by_graphs_equal_eager_ones_and_those_of_the_cpu(config):
     model = fill_random_(Generator(get_variant("tiny_16k").generator)).eval().requires_grad_(False)
     lengths = sequence_config("16k", 1.0)

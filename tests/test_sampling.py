@@ -73,7 +73,7 @@ def decibels(difference: Tensor, of: Tensor) -> float:
     [
         ({"num_steps": 0}, "num_steps is 0"),
         ({"cfg_strength": math.nan}, "cfg_strength is nan"),
-        ({"solver": "rk4"}, "unknown solver 'rk4', expected one of euler, midpoint, heun"),
+        ({"solver": "rk4"}, "unknown solver 'rk4', expected one of euler, midpoint, heun, ab2"),
         ({"cfg_interval": (0.5, 0.5)}, "cfg_interval is"),
         ({"cfg_interval": (-0.1, 0.5)}, "cfg_interval is"),
         ({"cfg_interval": (0.0, 1.5)}, "cfg_interval is"),
@@ -87,7 +87,7 @@ def test_bad_settings_are_refused(settings, message):
 
 def test_settings_read_from_a_file_are_lists():
     assert SamplingConfig(cfg_interval=[0.2, 0.8]) == SamplingConfig(cfg_interval=(0.2, 0.8))
-    assert [SamplingConfig(10, solver=solver).num_evaluations for solver in flow.SOLVERS] == [10, 20, 20]
+    assert [SamplingConfig(10, solver=solver).num_evaluations for solver in flow.SOLVERS] == [10, 20, 20, 10]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -172,6 +172,20 @@ def test_guidance_is_computed_inside_the_interval_only(generator, monkeypatch):
     assert rows_per_call(generator, monkeypatch, num_steps=2, cfg_strength=0.5, cfg_interval=(0.0, 0.5)) == [
         (0.0, 1), (0.5, 1)
     ]
+
+
+def test_ab2_does_not_look_back_across_the_switch_of_guidance(generator):
+    """Steps written out: of Euler at first and after the switch at 0.5, of the last two velocities otherwise."""
+    conditions, empty = generator.preprocess_conditions(*features(1)), generator.empty_conditions(1)
+    with torch.no_grad():
+        guided, plain = (guided_velocity(generator, conditions, empty, w) for w in (4.5, 0.0))
+        x, grid, before = draw_noise(generator, [1]), torch.linspace(0, 1, 7), torch.zeros(())
+        for step, fn in enumerate([guided] * 4 + [plain] * 2):
+            v = fn(grid[step], x)
+            x = x + (grid[step + 1] - grid[step]) * (v if step in (0, 4) else 1.5 * v - 0.5 * before)
+            before = v
+    found = sample_latents(generator, *features(1), [1], SamplingConfig(6, solver="ab2", cfg_interval=(0.0, 0.5)))
+    torch.testing.assert_close(found, generator.unnormalize(x), rtol=1e-4, atol=1e-4)
 
 
 def test_the_interval_switches_between_guided_and_conditional(generator):
@@ -297,7 +311,8 @@ def recorded() -> SamplingGraphs:
     SamplingConfig(num_steps=4), SamplingConfig(num_steps=2, solver="heun"),
     SamplingConfig(num_steps=2, solver="midpoint"), SamplingConfig(num_steps=4, cfg_strength=0.0),
     SamplingConfig(num_steps=7, cfg_interval=(0.3, 1.0)),
-], ids=["euler", "heun", "midpoint", "no guidance", "guidance in an interval"])
+    SamplingConfig(num_steps=7, solver="ab2", cfg_interval=(0.3, 1.0)),
+], ids=["euler", "heun", "midpoint", "no guidance", "guidance in an interval", "ab2, guidance in an interval"])
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 def test_recorded_passes_make_the_same_sounds(generator, config, precision):
     graphs = recorded()

@@ -29,6 +29,7 @@ from selva.sampling import (
     guided_velocity,
     restored,
     sample_latents,
+    switching_times,
     timed_velocity,
 )
 from selva.sequence import (
@@ -207,7 +208,7 @@ def sample_long(
 
         with restored(timed):
             velocity = timed_velocity(timed, make)
-            latents = flow.SOLVERS[config.solver](velocity, noise, config.num_steps, on_step)
+            latents = flow.solve(velocity, noise, config, on_step, switching_times(config, timed))
     return generator.unnormalize(latents)
 
 

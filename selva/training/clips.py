@@ -23,8 +23,8 @@ from selva.data.split import FEWEST, join_sets, origin_groups, share_of, split_s
 from selva.data.summary import memmap_lines, summarise
 from selva.models.variants import get_variant
 from selva.training.config import RunConfig
-from selva.training.run import WAYS, ways_of
 from selva.training.shared import SharedParts
+from selva.training.ways import WAYS, ways_of
 from selva.utils.distributed import World
 from selva.utils.errors import UserError
 from selva.utils.files import real_path

@@ -28,6 +28,7 @@ MAX_SIGMA_REL = 0.288  # of an average over all steps with equal weights
 ADAPTER_FORMATS = {"pt": (".pt",), "safetensors": (".safetensors",), "both": (".pt", ".safetensors")}
 PADDED_LOSSES = ("masked", "full")
 BALANCES = ("clips", "sets")
+PRESERVATIONS = ("sounds", "teacher")
 
 DATA = "data and output"
 OPTIMISATION = "optimisation (a step is one update, whatever --grad_accum is)"
@@ -118,6 +119,11 @@ def choice_problems(config: object, choices: dict[str, Sequence[str]]) -> list[s
             for name, allowed in choices.items() if getattr(config, name) not in allowed]
 
 
+def num_lessons(batch_size: int, share: float) -> int:
+    """Return the number of lessons by a teacher in a batch of at least two: its share, one at least, and not all."""
+    return min(batch_size - 1, max(1, round(batch_size * share)))
+
+
 def width_problems(widths: Sequence[float]) -> list[str]:
     """Return a sentence for everything that is wrong with the widths of averages by power functions."""
     problems = [f"ema_sigma_rel is {width}, expected above 0 and at most {MAX_SIGMA_REL}" for width in widths
@@ -135,6 +141,9 @@ class TrainConfig(ObjectiveConfig):
                          similar=("epochs", "num_train_epochs", "max_train_epochs", "num_epochs", "iterations"))
     lr: float = setting(1e-4, "learning rate", group=OPTIMISATION, aliases=("learning_rate",),
                         similar=("unet_lr", "rate"))
+    lr_probe: bool = setting(
+        False, "choose the learning rate by a test of about 30 steps on clips of this run, with rates that rise; --lr "
+        "is not used then. The log and meta.json say what was chosen, and a resumed run keeps it", group=OPTIMISATION)
     warmup_steps: int = setting(100, "warm-up: updates over which the learning rate rises", group=OPTIMISATION,
                                 aliases=("lr_warmup_steps",))
     lr_schedule: str = setting(
@@ -177,6 +186,9 @@ class TrainConfig(ObjectiveConfig):
         0.25, "share of the clips of a batch for which the model is also taught to stay as it was without video and "
         "text: guidance compares with that, and leads away from the new sound where it has drifted; 0: not at all",
         group=OBJECTIVE)
+    contrastive: float = setting(  # arXiv:2506.05350
+        0.0, "push each velocity away from the target of another clip of the batch, with this weight; 0.05 was "
+        "proposed", group=OBJECTIVE)
     patience: int = setting(0, "stop after this many validations without a new best; 0: never", group=EVALUATION)
     save_every: int = setting(500, "steps between checkpoints, each with a sample", group=OPTIMISATION,
                               aliases=("save_every_n_steps", "checkpointing_steps"))
@@ -198,6 +210,10 @@ class TrainConfig(ObjectiveConfig):
             problems.append(f"ema is power and ema_decay {self.ema_decay}, which belongs to exponential; give one of "
                             "them (--ema_decay 0)")
         problems += width_problems(self.ema_sigma_rel)
+        if not 0 <= self.contrastive < 1:
+            problems.append(f"contrastive is {self.contrastive}, expected 0 to below 1, where there is a lowest loss")
+        if self.contrastive and self.batch_size < 2:
+            problems.append("contrastive compares the clips of a batch, and batch_size is 1; give at least 2")
         if not 0 <= self.weight_decay < math.inf:
             problems.append(f"weight_decay is {self.weight_decay}, expected at least 0")
         problems += [*self.problems(), *choice_problems(self, {
@@ -269,6 +285,10 @@ class RunConfig:
         "generated for them. Without them, the new sound may replace others", group=PRESERVATION, nargs="*",
         metavar="PROMPT")
     preserve_share: float = setting(0.5, "share of these sounds in every batch", group=PRESERVATION)
+    preserve_by: str = setting(
+        "sounds", "sounds: the model generates them before the training; teacher: nothing is generated before, in "
+        "every step the model without the adapter says for a part of the batch what it would do", group=PRESERVATION,
+        choices=PRESERVATIONS)
     grad_checkpointing: bool = setting(False, "recompute blocks in the backward pass: less memory for more time",
                                        group=MEMORY, aliases=("gradient_checkpointing",))
     checkpoint_blocks: int | None = setting(None, "recompute only the first N blocks, as few as the memory needs",
@@ -288,7 +308,13 @@ class RunConfig:
             object.__setattr__(self, "data_dir", [str(self.data_dir)])
         folders = [self.val_dir] if isinstance(self.val_dir, str | Path) else self.val_dir or ()
         object.__setattr__(self, "val_dir", tuple(map(Path, folders)))
-        problems = choice_problems(self, {"balance": BALANCES})
+        problems = choice_problems(self, {"balance": BALANCES, "preserve_by": PRESERVATIONS})
+        if self.preserve_by == "teacher" and self.preserve and self.training.batch_size < 2:
+            problems.append("preserve_by teacher takes a part of every batch, and batch_size is 1; give at least 2")
+        if self.preserve_by == "teacher" and self.preserve and self.training.contrastive and (
+                self.training.batch_size - num_lessons(self.training.batch_size, self.preserve_share) < 2):
+            problems.append("contrastive compares the clips of a batch, of which preserve_by teacher leaves one; give "
+                            "a larger batch_size or a smaller preserve_share")
         if not 0 <= self.val_fraction < 1:
             problems.append(f"val_fraction is {self.val_fraction}, expected 0 to below 1")
         problems += [f"--report_to {name!r}, expected some of {' '.join(TRACKERS)}, with spaces between them"
@@ -317,6 +343,9 @@ class RunConfig:
         if self.resume is None and (problem := self.lora.start_problem()):
             problems.append(problem)
         if self.init_from is not None:
+            if self.training.lr_probe:
+                problems.append("--lr_probe is for a fresh adapter and --init_from starts at a finished one; give one "
+                                "of them")
             if self.resume not in (None, "auto"):
                 problems.append("--init_from starts a new run and --resume continues one; give one of them")
             if self.lora.init != "standard":

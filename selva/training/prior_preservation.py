@@ -47,6 +47,11 @@ def mixture(num_clips: int, num_prompts: int, share: float) -> tuple[int, int]:
     return repeats, round(repeats * per_repeat)
 
 
+def has_looks(number: int, num_prompts: int) -> bool:
+    """Return True for every other of the sounds that are made for prompts in turn, and of those of every prompt."""
+    return (number % num_prompts + number // num_prompts) % 2 == 1
+
+
 def with_preserved(
     generator: Generator,
     clips: ClipDataset,
@@ -88,7 +93,7 @@ def with_preserved(
             for number in numbers:
                 which = number % len(prompts)
                 clip = clips.clip(sources[number])
-                if not (use_clip_features and (number + number // len(prompts)) % 2):
+                if not (use_clip_features and has_looks(number, len(prompts))):
                     clip = _unseen(generator, clip)
                 asked.append(dataclasses.replace(
                     clip, id=f"{clip.id}, preserved with {prompts[which]!r}", prompt=prompts[which], audio_path=None,

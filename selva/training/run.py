@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -38,7 +37,9 @@ from selva.training.memorisation import Watch
 from selva.training.objective import ALONE, NoiseSample, flow_loss, points_of, sample_noise, time_offset, validate
 from selva.training.power_ema import PowerEMA
 from selva.training.schedule import learning_rate
+from selva.training.teacher import Lesson, Teacher, lesson_loss
 from selva.training.unconditional import chosen_rows, drift
+from selva.training.ways import WAYS, dropout_seed, ways_of
 from selva.utils.device import FUSED_DEVICES, to_device
 from selva.utils.distributed import World
 from selva.utils.errors import UserError
@@ -46,17 +47,6 @@ from selva.utils.graph import GraphedCalls
 from selva.utils.metrics_log import SET_LOSS
 
 log = logging.getLogger(__name__)
-
-# Ways of this version that a step file records. A run that was begun in another way goes on in that one.
-WAYS = {"split": "by set", "dropout": "by step", "prompts": "one of all", "unconditional": "kept"}
-WAYS_BEFORE = {  # where none is recorded
-    "split": "by clip", "dropout": "by random state", "prompts": "the last", "unconditional": "free"}
-
-
-def dropout_seed(seed: int, rank: int, step: int) -> int:
-    """Return the seed of the dropout masks of one step in one process, so that they need no random state of before."""
-    return zlib.crc32(f"dropout {seed} {rank} {step}".encode())
-
 
 def finite_step_(optimizer: torch.optim.Optimizer, norm: Tensor, fused: bool) -> None:
     """Do an update, or leave it out where the gradient, whose scalar norm is given, is not finite.
@@ -69,13 +59,6 @@ def finite_step_(optimizer: torch.optim.Optimizer, norm: Tensor, fused: bool) ->
         optimizer.step()
     elif bool(torch.isfinite(norm)):
         optimizer.step()
-
-
-def ways_of(saved: TrainingState) -> dict[str, str]:
-    """Return the ways of a run that is continued; those of this version for one of another program's."""
-    if not saved.extra:  # of another program, none of which keeps the unconditional branch
-        return {**WAYS, "unconditional": WAYS_BEFORE["unconditional"]}
-    return {**WAYS_BEFORE, **saved.extra.get("ways", {})}
 
 
 def has_dropout(generator: Generator) -> bool:
@@ -109,6 +92,7 @@ class TrainingRun:
         clips: training clips. val_clips: held-out clips, possibly none.
         precision: autocast dtype of the network.
         world: the processes that share the training; each computes ``config.batch_size`` clips of every batch.
+        teacher: whose lessons are a part of each batch in place of clips; None: all of it are clips.
         graphs: record the steps, if :func:`graph_problem` finds nothing against it; None: every kernel is started anew.
     """
 
@@ -124,13 +108,16 @@ class TrainingRun:
         precision: torch.dtype,
         world: World = ALONE,
         graphs: GraphedCalls | None = None,
+        teacher: Teacher | None = None,
     ) -> None:
         self.generator, self.val_clips, self.config, self.precision = generator, val_clips, config, precision
         self.world, self.device = world, generator.latent_mean.device
-        self.batches = BucketBatchSampler(clips, config.batch_size * world.size, config.seed)
+        self.teacher = teacher
+        self.num_clips = config.batch_size - (teacher.rows if teacher is not None else 0)  # in a batch of this process
+        self.batches = BucketBatchSampler(clips, self.num_clips * world.size, config.seed)
         cached = can_cache(generator, self.batches.clips, precision)
         self.condition_cache = ConditionCache(generator, self.batches.clips, precision) if cached else None
-        own = world.own_slice(config.batch_size)
+        own = world.own_slice(self.num_clips)
         self.feed = ReadNow(self.batches, self.device) if cached else make_feed(
             self.batches, generator.config, self.device, own)
         self.rng = torch.Generator().manual_seed(config.seed)
@@ -196,40 +183,53 @@ class TrainingRun:
         """Return ``function(*arguments)``, by a graph where there are any."""
         if self.graphs is None:
             return function(*arguments)
-        kind = function.__name__, *(batch.lengths for batch in arguments[:1]), *(len(rows) for rows in arguments[2:])
-        return self.graphs(kind, function, *arguments, keep=self.generator.tables)
+        kinds = (len(one) if isinstance(one, Tensor) else one.lengths
+                 for one in arguments if not isinstance(one, NoiseSample))
+        return self.graphs((function.__name__, *kinds), function, *arguments, keep=self.generator.tables)
 
     def _draw(self, part: int) -> tuple[Any, ...]:
-        """Return clips of this process for a part of a step, random numbers and rows to keep, on the device."""
-        config, own = self.config, self.world.own_slice(self.config.batch_size)
+        """Return clips of this process for a part of a step, random numbers and what is learned beside them."""
+        config, own = self.config, self.world.own_slice(self.num_clips)
         windows = self.batches.draw()
         batch = self._load(windows[own])
         shape = torch.Size((len(windows), *batch.mean.shape[1:]))  # of the global batch
         offset = time_offset(config.seed, self.step * config.grad_accum + part) if config.stratify_times else None
         noise = sample_noise(shape, config, self.rng, self.step / config.steps, offset).part(own)
-        if not config.keep_unconditional or self.ways["unconditional"] != WAYS["unconditional"]:
-            return batch, noise.to(self.device)
-        first = (self.step * config.grad_accum + part) * len(windows) + own.start
-        rows = chosen_rows(first, config.batch_size, config.keep_unconditional)
-        return batch, noise.to(self.device), to_device(torch.tensor(rows, dtype=torch.long), self.device)
+        beside: list[Tensor | Lesson] = []
+        if config.keep_unconditional and self.ways["unconditional"] == WAYS["unconditional"]:
+            first = (self.step * config.grad_accum + part) * len(windows) + own.start
+            rows = chosen_rows(first, self.num_clips, config.keep_unconditional)
+            beside.append(to_device(torch.tensor(rows, dtype=torch.long), self.device))
+        if self.teacher is not None:
+            beside.append(self.teacher.lesson(self.step * config.grad_accum + part))
+        return batch, noise.to(self.device), *beside
 
     # What a graph holds: functions of tensors and of what is at the same place at every step, see selva.utils.graph.
 
-    def _whole(self, batch: Batch | CachedBatch, noise: NoiseSample, *rows: Tensor) -> tuple[Tensor, ...]:
+    def _whole(self, batch: Batch | CachedBatch, noise: NoiseSample, *beside: Tensor | Lesson) -> tuple[Tensor, ...]:
         """Return the loss and the gradient norm of an update by one batch."""
-        return *self._accumulate(batch, noise, *rows), *self._finish()
+        return *self._accumulate(batch, noise, *beside), *self._finish()
 
-    def _accumulate(self, batch: Batch | CachedBatch, noise: NoiseSample, *rows: Tensor) -> tuple[Tensor, ...]:
-        """Add a batch's part of the gradient to what is there, and return its part of the flow-matching loss."""
-        config, generator = self.config, self.generator
-        loss = flow_loss(generator, batch, noise, config, self.precision).mean() / config.grad_accum
+    def _accumulate(
+        self, batch: Batch | CachedBatch, noise: NoiseSample, *beside: Tensor | Lesson
+    ) -> tuple[Tensor, ...]:
+        """Add a batch's part of the gradient to what is there, and return its part of the loss."""
+        config, generator, precision = self.config, self.generator, self.precision
+        whole = config.batch_size * config.grad_accum  # of an update of this process
+        loss = flow_loss(generator, batch, noise, config, precision, config.contrastive).mean() / (
+            whole / self.num_clips)
         self.scaler.scale(loss).backward()
-        for own in rows:
-            if len(own):
+        total = loss.detach()
+        for one in beside:  # one after the other, so that one of them is in memory
+            if isinstance(one, Lesson):
+                loss = lesson_loss(generator, one, precision).sum() / whole
+                self.scaler.scale(loss).backward()
+                total = total + loss.detach()
+            elif len(one):  # kept beside the loss, which stays comparable with other runs
                 points, *_ = points_of(generator, batch, noise, config)
-                away = drift(generator, points[own], noise.t[own], self.precision).sum()
-                self.scaler.scale(away / (config.batch_size * config.grad_accum)).backward()
-        return (loss.detach(),)
+                away = drift(generator, points[one], noise.t[one], precision).sum() / whole
+                self.scaler.scale(away).backward()
+        return (total,)
 
     def _finish(self) -> tuple[Tensor, ...]:
         """Do the update by the gradient, and return its norm."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from selva.checkpoint import (
     Adapter,
@@ -27,9 +28,11 @@ from selva.training.compiling import compile_blocks_
 from selva.training.config import RunConfig
 from selva.training.outcome import missing_outcome
 from selva.training.prior_preservation import with_preserved
+from selva.training.rate_probe import probe_rate
 from selva.training.run import TrainingRun, graph_problem
 from selva.training.set_aside import final_of
 from selva.training.shared import SharedParts
+from selva.training.teacher import teacher_for
 from selva.utils.device import dtype_of, peak_memory_bytes, stored_dtype
 from selva.utils.distributed import World
 from selva.utils.errors import UserError
@@ -62,6 +65,7 @@ def adapter_meta(config: RunConfig, num_clips: int, num_processes: int = 1) -> d
         **({"base_dtype": config.base_dtype} if config.base_dtype != "auto" else {}),
         "preserve": list(config.preserve),
         "preserve_share": config.preserve_share,
+        "preserve_by": config.preserve_by,
         **_meta_of_sets(config),
         "generator": generator_mark(config.model.generator),
         **({"init_from": config.init_from.name} if config.init_from else {}),
@@ -103,7 +107,7 @@ def find_resume(config: RunConfig) -> TrainingState | None:
 
 # Settings of TrainConfig that change what is learned; the others may change when a run is continued.
 FIXED_SETTINGS = ("clip_features", "latent", "null_prob", "padded_loss", "timestep_mode", "logit_normal_sigma",
-                  "stratify_times", "keep_unconditional", "seed")
+                  "stratify_times", "keep_unconditional", "contrastive", "seed")
 
 
 def finished_adapter(saved: TrainingState, output_dir: Path) -> Path | None:
@@ -182,6 +186,8 @@ def check_resumable(saved: TrainingState, config: RunConfig, num_processes: int 
     for name, now in (("variant", config.model.variant), ("normalize_audio", config.normalize_audio),
                       ("preserve", list(config.preserve)), ("preserve_share", config.preserve_share)):
         pairs[name] = (saved.meta.get(name, now), now)
+    if config.preserve:
+        pairs["preserve_by"] = (saved.meta.get("preserve_by", "sounds"), config.preserve_by)
     sets = _meta_of_sets(config)
     pairs["prompt_prefix"] = (saved.meta.get("prompt_prefix", []), sets.get("prompt_prefix", []))
     if saved.meta.get("data_weights") and "data_weights" in sets:  # of an earlier version they are not known
@@ -209,11 +215,14 @@ def check_resumable(saved: TrainingState, config: RunConfig, num_processes: int 
 
 def build_run(
     config: RunConfig, clips: tuple[ClipDataset, ClipDataset], device: torch.device, world: World,
-    shared: SharedParts | None = None,
+    shared: SharedParts | None = None, continued: bool = False,
 ) -> TrainingRun:
     """Return the base model with a fresh adapter and everything that trains it.
 
+    With ``lr_probe``, the rate of its configuration is the one that was chosen now.
+
     Args:
+        continued: the run goes on from a step file, with the rate of the configuration.
         shared: of earlier runs, whose base model and sounds to preserve are taken if they are the same.
     """
     shared = shared or SharedParts()
@@ -228,12 +237,17 @@ def build_run(
     own_base = config.compile  # compiled blocks are not given on
     generator = load() if own_base else shared.generator((model, stored, device), load)
     check_ranks(generator, config.lora)
-    if config.preserve:  # before there is an adapter, which would cost time in every layer and add nothing yet
+    own_clips = clips[0]
+
+    def prompts() -> Tensor:
+        return load_clip_text(model.variant, model.selva_dir, device).encode(config.preserve)
+
+    if config.preserve and config.preserve_by == "sounds":  # before there is an adapter, which would cost time in
+        # every layer and add nothing yet
 
         def make() -> ClipDataset:
-            text_features = load_clip_text(model.variant, model.selva_dir, device).encode(config.preserve)
             return with_preserved(
-                generator, clips[0], config.preserve, text_features, config.preserve_share, seed=training.seed,
+                generator, own_clips, config.preserve, prompts(), config.preserve_share, seed=training.seed,
                 precision=precision, use_clip_features=training.clip_features == "use",
             )
 
@@ -252,7 +266,14 @@ def build_run(
         log.warning("%s", line)
     torch.manual_seed(training.seed + world.rank)  # dropout
     graphs = graphed_calls(config.cuda_graph, device, "training", graph_problem(generator, world))
-    return TrainingRun(generator, *clips, training, precision, world, graphs)
+    teacher = None
+    if config.preserve and config.preserve_by == "teacher":
+        teacher = teacher_for(generator, own_clips, config.preserve, prompts(), config.preserve_share, training,
+                              precision, world)
+    if training.lr_probe and not continued:
+        found = probe_rate(generator, clips[0], training, precision, world)
+        training = dataclasses.replace(training, lr=found.lr)
+    return TrainingRun(generator, *clips, training, precision, world, graphs, teacher)
 
 
 def estimate(run: TrainingRun) -> None:

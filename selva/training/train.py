@@ -177,7 +177,14 @@ def _train(
         log.warning("%s: all steps are done; made now: %s", output_dir, ", ".join(missing))
 
     # 2. the model, and everything with a state; then the old state
-    run = build_run(config, (clips, val_clips), device, world, shared)
+    if saved is not None and training.lr_probe:
+        rate = saved.meta.get("train_config", {}).get("lr", training.lr)
+        log.info("learning rate %.2e, as it was chosen when the run began (--lr_probe)", rate)
+        config = dataclasses.replace(config, training=dataclasses.replace(training, lr=rate))
+    run = build_run(config, (clips, val_clips), device, world, shared, continued=saved is not None)
+    if training.lr_probe:
+        config, settings = dataclasses.replace(config, training=run.config), {**settings, "lr": run.config.lr}
+        training = run.config
     if saved is not None:
         run.restore(saved)
     if start is not None:

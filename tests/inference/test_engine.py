@@ -311,11 +311,19 @@ def test_an_interval_changes_over_to_the_base_model_on_the_way(bundles):
         torch.testing.assert_close(found, model.unnormalize(x)[0], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("solver", ["midpoint", "heun"])
+@pytest.mark.parametrize("solver", ["midpoint", "heun", "ab2"])
 def test_other_solvers_know_the_times(bundles, solver):
     sampling = SamplingConfig(num_steps=2, solver=solver)
     assert torch.equal(latents_of(bundles[0], (0.0, 0.999999), sampling=sampling),
                        latents_of(bundles[0], sampling=sampling))
+
+
+def test_ab2_does_not_look_back_to_the_other_weights(bundles):
+    """Of two steps with the adapter in the second, both are of Euler."""
+    euler, looking_back = SamplingConfig(num_steps=2), SamplingConfig(num_steps=2, solver="ab2")
+    assert torch.equal(latents_of(bundles[0], (0.5, 1.0), sampling=looking_back),
+                       latents_of(bundles[0], (0.5, 1.0), sampling=euler))
+    assert not torch.equal(latents_of(bundles[0], sampling=looking_back), latents_of(bundles[0], sampling=euler))
 
 
 def test_long_sounds_know_the_times(tmp_path):

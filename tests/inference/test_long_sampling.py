@@ -184,7 +184,7 @@ def test_windows_that_agree_give_the_single_pass():
     assert phase_steps(found).max() < 1e-3
 
 
-@pytest.mark.parametrize("solver", ["euler", "midpoint"])
+@pytest.mark.parametrize("solver", ["euler", "midpoint", "ab2"])
 def test_no_seam_where_windows_disagree(solver):
     """Phase and level around the joins, beside a single pass and beside windows that are cut together.
 

@@ -125,7 +125,7 @@ def test_strength_zero_is_the_base_model_and_one_is_not(feature_dir, tmp_path, a
 @pytest.mark.parametrize(
     "more", [["--negative_prompt", "music"], ["--cfg_strength", "1.0"], ["--cfg_strength", "0"], ["--num_steps", "4"],
              ["--clip_features", "use"], ["--prompt", "a bell"], ["--solver", "midpoint"], ["--solver", "heun"],
-             ["--cfg_interval", "0.3", "1"], ["--normalize", "lufs"]]
+             ["--solver", "ab2"], ["--cfg_interval", "0.3", "1"], ["--normalize", "lufs"]]
 )
 def test_every_setting_changes_the_sound(feature_dir, tmp_path, more):
     assert run("--features", feature_dir / "knock_0.npz", "--output", tmp_path / "plain.wav") == 0

@@ -6,6 +6,7 @@ import functools
 import json
 import signal
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,7 @@ import torch
 import yaml
 from sound_plan import Cell, Method, Run, cells_of, read_plan, runs_of
 
+from selva.checkpoint import load_adapter
 from selva.flow import SamplingConfig
 from selva.training.train import TrainingResult
 from selva.utils.lock import FolderLock
@@ -83,6 +85,39 @@ def test_a_suite_leaves_a_row_for_every_run_and_does_none_twice(bench, capsys):
     assert bench("--methods", "plain", "faster") == 0
     assert [row["method"] for row in bench.rows()] == ["plain", "kept", "faster"]
     assert bench.rows()[-1]["checkpoints"][-1]["val_loss"] != last["val_loss"]
+
+
+def test_soups_are_averages_at_the_rank_and_cost_what_their_trainings_cost(bench, monkeypatch):
+    plan = bench.work.parent / "plan.yaml"
+    content = yaml.safe_load(plan.read_text())
+    content["questions"]["one"]["methods"] |= {
+        "seeds": {"preserve": [], "soup": {"seeds": 2}}, "last": {"preserve": [], "soup": {"last": 2, "every": 1}}}
+    plan.write_text(yaml.safe_dump(content, sort_keys=False))
+    seen, whole = [], sound_train.train
+    monkeypatch.setattr(
+        sound_train, "train", lambda config, shared: (seen.append(config), whole(config, shared=shared))[1])
+    eaten, average = [], sound_train.average
+    monkeypatch.setattr(sound_train, "average", lambda parts, rank: (eaten.append(parts), average(parts, rank))[1])
+    assert bench("--methods", "seeds", "last") == 0
+    seeds, last = bench.rows()
+    assert [config.training.seed for config in seen] == [1, 1 + sound_train.SOUP_SEED, 1]
+    assert len({tuple(config.data_dir) for config in seen}) == 1 and seen[2].training.save_every == 1
+    assert [Path(part.source).name for part in eaten[1]] == ["adapter_step00003.pt", "adapter_step00004.pt"]
+    assert len(eaten[0]) == 2 and len({part.tensors[f"{part.layer_names()[0]}.lora_A"].sum() for part in eaten[0]}) == 2
+    for row in (seeds, last):
+        assert [one["step"] for one in row["checkpoints"]] == [4] and row["settings"]["soup"]
+    assert seeds["key"] != last["key"] and not list((bench.work / "runs").iterdir())
+    for row, parts in zip((seeds, last), eaten, strict=True):
+        found = load_adapter(bench.work / "adapters" / f"{row['key']}.pt")
+        assert found.meta["rank"] == 2 and found.meta["variant"] == "tiny_16k"
+        name = found.layer_names()[0]
+        mean = sum(part.factors(name)[1] @ part.factors(name)[0] for part in parts) / len(parts)
+        u, s, vh = torch.linalg.svd(mean)
+        b, a = found.factors(name)[::-1]
+        torch.testing.assert_close(b @ a, u[:, :2] @ torch.diag(s[:2]) @ vh[:2], rtol=1e-3, atol=1e-6)
+    content["questions"]["one"]["methods"]["last"]["soup"] = {"first": 2}
+    plan.write_text(yaml.safe_dump(content, sort_keys=False))
+    assert bench("--methods", "last") == 1
 
 
 def test_a_run_of_another_process_is_left_to_it(bench):

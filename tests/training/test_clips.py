@@ -15,7 +15,7 @@ from selva.data.folder_dataset import FolderDataset
 from selva.features import load_features, save_features
 from selva.training.clips import load_clips, load_split, num_distinct
 from selva.training.config import RunConfig, TrainConfig
-from selva.training.run import WAYS, WAYS_BEFORE
+from selva.training.ways import WAYS, WAYS_BEFORE
 from selva.utils.distributed import World
 from selva.utils.errors import UserError
 from selva.weights.config import GeneratorModelConfig

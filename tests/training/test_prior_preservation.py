@@ -14,7 +14,7 @@ from selva.flow import SamplingConfig
 from selva.lora.config import LoRAConfig
 from selva.sampling import sample_latents
 from selva.training.objective import flow_loss, sample_noise
-from selva.training.prior_preservation import mixture, with_preserved
+from selva.training.prior_preservation import has_looks, mixture, with_preserved
 from selva.training.run import TrainingRun
 
 FP32 = torch.float32
@@ -71,6 +71,12 @@ def test_a_prompt_does_not_always_borrow_the_same_moments():
     rain = [clip for clip in made if clip.prompt == "rain"]
     borrowed = {i for clip in rain for i in (0, 1) if torch.equal(clip.sync_f, clips[i].sync_f)}
     assert borrowed == {0, 1}
+
+
+@pytest.mark.parametrize("prompts", [1, 2, 3, 40])
+def test_every_prompt_is_made_with_looks_and_without(prompts):
+    looks = [has_looks(number, prompts) for number in range(2 * prompts)]
+    assert sum(looks) == prompts and all(looks[i] != looks[i + prompts] for i in range(prompts))
 
 
 @pytest.mark.parametrize("share", [0, 1, -0.5, 1.5, float("nan")])

@@ -17,7 +17,8 @@ from selva.lora.inject import inject_lora, principal_factors, remove_lora
 from selva.lora.state import load_lora_state_, lora_state_dict, named_factors
 from selva.training.loop import fit
 from selva.training.objective import flow_loss, sample_noise
-from selva.training.run import WAYS, WAYS_BEFORE, TrainingRun
+from selva.training.run import TrainingRun
+from selva.training.ways import WAYS, WAYS_BEFORE
 from selva.utils.distributed import World
 from selva.utils.metrics_log import MetricsFile
 

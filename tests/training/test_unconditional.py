@@ -12,8 +12,8 @@ from selva.lora.config import LoRAConfig
 from selva.lora.layers import base_only
 from selva.lora.state import lora_parameters
 from selva.sequence import sequence_config
-from selva.training.run import WAYS_BEFORE
 from selva.training.unconditional import chosen_rows, drift
+from selva.training.ways import WAYS_BEFORE
 
 KINDS = [LoRAConfig(rank=2), LoRAConfig(rank=2, init="pissa"), LoRAConfig(rank=2, dora=True),
          LoRAConfig(rank=2, targets=("all",), dropout=0.5)]

@@ -1,0 +1,187 @@
+"""Measure how few evaluations of the network suffice: error, class and timing of sounds of tiny_16k, with intervals.
+
+    python benchmarks/few_steps.py --work bench                  # half an hour on one core; writes docs/inference.md
+    python benchmarks/few_steps.py --work bench --count 1 --evaluations 8 --document ""      # a quick look
+
+The scenes are those of the ten known classes that soundbench.py chooses settings by, encoded once in the work folder.
+Every setting starts from the same noise. The error is that of the normalised latents against Euler with
+--reference_steps, in dB of their power, over the first --reference_scenes scenes. Settings that are in --output already
+are not measured again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from solvers import error_db
+from sound_data import KNOWN, Inputs
+from sound_rows import Interval, interval
+from torch import Tensor
+
+import selva_lora  # noqa: F401 -- ends here if another selva would be imported
+from selva import cli, flow
+from selva.flow import WHOLE_INTERVAL, SamplingConfig
+from selva.utils.device import resolve_device
+from selva.utils.document import begin_mark, marked_block, update_document
+from selva.utils.errors import UserError
+from selva.utils.files import atomic_write_text
+from selva.utils.progress import Progress
+from selva.utils.text import listed
+from selva.weights.load import load_generator
+from toyworld.classes import CLASSES
+from toyworld.judging import fit_classifier
+from toyworld.measure import ToyGenerator, mean, recognised, timing_f1
+
+log = logging.getLogger("selva.few_steps")
+
+ROOT = Path(__file__).resolve().parents[1]
+VARIANT = "tiny_16k"
+DEFAULT = SamplingConfig()
+INTERVALS = ((0.0, 0.8), (0.2, 1.0), (0.2, 0.8))
+
+
+def build_parser() -> cli.ArgumentParser:
+    parser = cli.ArgumentParser(__doc__)
+    group = parser.add_argument_group("measurement")
+    group.add_argument("--evaluations", type=cli.positive_int, nargs="+", default=[8, 12, 16, 25],
+                       help="network evaluations per sound; solvers with two per step get one less of an odd number")
+    group.add_argument("--count", type=cli.positive_int, default=6, help="scenes of each of the ten known classes")
+    group.add_argument("--duration", type=float, default=8.0, help="seconds of a scene")
+    group.add_argument("--reference_steps", type=cli.positive_int, default=400, help="Euler steps of the reference")
+    group.add_argument("--reference_scenes", type=cli.positive_int, default=12, help="scenes whose error is measured")
+    group.add_argument("--work", type=Path, default=Path("soundbench"), help="folder of encoded scenes")
+    group.add_argument("--output", type=Path, default=Path("few_steps.json"), help="figures; added to if it exists")
+    group.add_argument("--document", default=str(ROOT / "docs" / "inference.md"), help='gets the table; "" for none')
+    group.add_argument("--measured_only", action="store_true", help="make the table of what --output has, measure "
+                       "nothing")
+    group.add_argument("--threads", type=cli.positive_int, default=1, help="threads of PyTorch")
+    parser.add_common(seed=False)
+    return parser
+
+
+def settings_to_compare(evaluations: Sequence[int]) -> list[SamplingConfig]:
+    """Return the settings, those of most evaluations first; intervals of guidance for the default and half its work."""
+    configs = [DEFAULT]
+    for count in sorted(evaluations, reverse=True):
+        configs += [SamplingConfig(max(1, count // flow.EVALUATIONS_PER_STEP[solver]), solver=solver)
+                    for solver in flow.SOLVERS]
+    configs += [SamplingConfig(cfg_interval=times) for times in INTERVALS]
+    configs += [SamplingConfig(min(evaluations, key=lambda n: abs(n - 12)), solver="ab2", cfg_interval=INTERVALS[1])]
+    return list(dict.fromkeys(configs))
+
+
+class Bench:
+    """The scenes, the networks and the classifier."""
+
+    def __init__(self, args) -> None:
+        self.args = args
+        self.maker = ToyGenerator(VARIANT, resolve_device(args.device))
+        inputs = Inputs(args.work, self.maker, args.duration, known_scenes=args.count)
+        self.cases, self.encoded = inputs.scenes("select", KNOWN)
+        self.generator = load_generator(VARIANT, None).to(self.maker.device).eval()
+        self.classifier = fit_classifier()
+        self.reference: Tensor | None = None
+
+    def latents(self, config: SamplingConfig, count: int | None = None) -> Tensor:
+        """Return (scenes, N, C) latents, of the first ``count`` scenes."""
+        return self.maker.latents(self.generator, self.encoded[:count], self.args.duration, sampling=config)
+
+    def row(self, config: SamplingConfig) -> dict[str, Any]:
+        """Return the outcomes of every scene with a setting."""
+        if self.reference is None:
+            self.reference = self.latents(SamplingConfig(self.args.reference_steps), self.args.reference_scenes)
+        found = self.latents(config)
+        sounds = self.maker.decode(found, self.args.duration)
+        normalize = self.generator.normalize
+        errors = [error_db(normalize(one[None]), normalize(other[None]))
+                  for one, other in zip(found, self.reference, strict=False)]
+        hits = recognised(sounds, [case.name for case in self.cases], self.classifier)
+        timing = timing_f1(sounds, [case.events() for case in self.cases])
+        return {"hits": [int(hit) for hit in hits], "timing_f1": [round(f1, 4) for f1 in timing],
+                "error_db": [round(error, 2) for error in errors]}
+
+
+def key_of(config: SamplingConfig, args) -> str:
+    """Return the words under which the figures of a setting are kept."""
+    times = "" if config.cfg_interval == WHOLE_INTERVAL else f", guidance {config.cfg_interval[0]:g} to " \
+        f"{config.cfg_interval[1]:g}"
+    return f"{config.solver} {config.num_steps}{times}; {args.count} x {args.duration:g} s"
+
+
+def in_percent(found: Interval, scale: float = 100, digits: int = 0) -> str:
+    bounds = "" if found.low is None or found.high is None else \
+        f" ({scale * found.low:+.{digits}f} to {scale * found.high:+.{digits}f})"
+    return f"{scale * found.mean:+.{digits}f}{bounds}"
+
+
+def network_passes(config: SamplingConfig) -> int:
+    """Return the number of network passes of a sound: two for an evaluation with guidance."""
+    calls: list[bool] = []
+
+    def count(t: Tensor, x: Tensor) -> Tensor:
+        calls.append(flow.within(t.item(), config.cfg_interval))
+        return x
+
+    flow.solve(count, torch.zeros(1), config)
+    return len(calls) + sum(calls)
+
+
+def table(rows: dict[SamplingConfig, dict[str, Any]]) -> str:
+    """Return the figures as Markdown; differences are from the default, scene by scene."""
+    lines = ["| solver | steps | guidance | evaluations | network work | error dB | recognised % | difference | "
+             "timing F1 | difference |", "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
+    default = rows[DEFAULT]
+    for config, row in rows.items():
+        start, end = config.cfg_interval
+        cells = [config.solver, config.num_steps, f"{start:g} to {end:g}", config.num_evaluations,
+                 f"{100 * network_passes(config) / network_passes(DEFAULT):.0f} %", f"{mean(row['error_db']):.1f}"]
+        for name, scale, digits in (("hits", 100, 0), ("timing_f1", 1, 3)):
+            other = [one - two for one, two in zip(row[name], default[name], strict=True)]
+            cells += [f"{scale * mean(row[name]):.{digits}f}",
+                      "" if config == DEFAULT else in_percent(interval([other]), scale, digits)]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+@cli.entry_point
+def main(argv: Sequence[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    torch.set_num_threads(args.threads)
+    configs = settings_to_compare(args.evaluations)
+    figures = json.loads(args.output.read_text(encoding="utf-8")) if args.output.is_file() else {}
+    missing = [config for config in configs if key_of(config, args) not in figures]
+    if args.measured_only:
+        if DEFAULT in missing:
+            raise UserError(f"{args.output}: has no figures of the default, which the others are compared with")
+        if missing:
+            log.warning("not measured yet: %s", listed([key_of(config, args) for config in missing]))
+        configs, missing = [config for config in configs if config not in missing], []
+    missing.sort(key=lambda config: flow.EVALUATIONS_PER_STEP[config.solver])  # what may become the default comes first
+    bench = Bench(args) if missing else None
+    with Progress(len(missing), "settings", "settings") as progress:
+        for number, config in enumerate(missing):
+            assert bench is not None
+            figures[key_of(config, args)] = {**asdict(config), **bench.row(config)}
+            atomic_write_text(args.output, json.dumps(figures) + "\n")
+            progress.update(number + 1)
+    text = table({config: figures[key_of(config, args)] for config in configs})
+    print(text)
+    print(args.output)
+    if args.document:
+        scenes = f"{args.count * len(CLASSES)} scenes of the ten known classes, {args.duration:g} s each; the error " \
+            f"is over the first {args.reference_scenes}.\n"
+        update_document(Path(args.document), begin_mark("benchmarks/few_steps.py"),
+                        marked_block(begin_mark("benchmarks/few_steps.py"), [text + "\n", scenes]))
+        print(args.document)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

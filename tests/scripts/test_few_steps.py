@@ -1,0 +1,81 @@
+"""benchmarks/few_steps.py: which settings it compares, what they cost, and that figures are kept and added to."""
+
+from __future__ import annotations
+
+import json
+
+import few_steps
+from few_steps import SamplingConfig, network_passes, settings_to_compare, table
+
+
+def test_every_solver_is_compared_at_the_same_number_of_evaluations():
+    configs = settings_to_compare([8, 25])
+    plain = [(config.solver, config.num_steps) for config in configs if config.cfg_interval == (0.0, 1.0)]
+    assert plain == [("euler", 25), ("midpoint", 12), ("heun", 12), ("ab2", 25),
+                     ("euler", 8), ("midpoint", 4), ("heun", 4), ("ab2", 8)]
+    assert SamplingConfig(8, solver="ab2", cfg_interval=(0.2, 1.0)) in configs
+
+
+def test_guidance_counts_twice():
+    assert network_passes(SamplingConfig(10)) == 20
+    assert network_passes(SamplingConfig(10, solver="ab2", cfg_interval=(0.7, 0.8))) == 12
+    assert network_passes(SamplingConfig(2, solver="heun", cfg_interval=(0.5, 1.0))) == 4 + 3
+
+
+def test_differences_are_scene_by_scene():
+    default, few = SamplingConfig(), SamplingConfig(8, solver="ab2")
+    rows = {default: {"error_db": [-20.0], "hits": [1, 1, 0, 1], "timing_f1": [1.0, 0.5, 0.5, 1.0]},
+            few: {"error_db": [-10.0, -14.0], "hits": [1, 0, 0, 1], "timing_f1": [0.5, 0.5, 0.5, 0.5]}}
+    lines = table(rows).splitlines()
+    assert lines[2] == "| euler | 25 | 0 to 1 | 25 | 100 % | -20.0 | 75 |  | 0.750 |  |"
+    assert lines[3] == ("| ab2 | 8 | 0 to 1 | 8 | 32 % | -12.0 | 50 | -25 (-75 to +0) | 0.500 "
+                        "| -0.250 (-0.500 to +0.000) |")
+
+
+class StandIn:
+    def __init__(self, args) -> None:
+        self.asked: list[SamplingConfig] = []
+        made.append(self)
+
+    def row(self, config: SamplingConfig) -> dict[str, list[float]]:
+        self.asked.append(config)
+        return {"error_db": [-10.0], "hits": [1, 0], "timing_f1": [1.0, 0.5]}
+
+
+made: list[StandIn] = []
+
+
+def test_figures_are_added_to_and_go_into_the_document(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(few_steps, "Bench", StandIn)
+    made.clear()
+    page, out = tmp_path / "page.md", tmp_path / "out.json"
+    page.write_text("above\n\n<!-- figures: benchmarks/few_steps.py -->\nold\n<!-- end of figures -->\nbelow\n")
+    call = ["--output", str(out), "--document", str(page)]
+    assert few_steps.main([*call, "--evaluations", "8"]) == 0
+    assert few_steps.main([*call, "--evaluations", "8", "12"]) == 0
+    assert few_steps.main([*call, "--evaluations", "8", "12"]) == 0
+    first, second = made  # nothing was missing the third time
+    assert SamplingConfig() in first.asked and len(first.asked) == 9
+    # Half-work guidance goes with the evaluations nearest to 12; solvers that take two per step come last.
+    assert second.asked == [
+        SamplingConfig(12), SamplingConfig(12, solver="ab2"), SamplingConfig(12, solver="ab2", cfg_interval=(0.2, 1.0)),
+        SamplingConfig(6, solver="midpoint"), SamplingConfig(6, solver="heun")]
+    text = page.read_text()
+    assert "above" in text and "below" in text and "old" not in text and "60 scenes" in text
+    assert text.count("| ab2 | 12 |") == 2 and len(json.loads(out.read_text())) == 14
+
+
+def test_what_is_not_measured_yet_is_named_and_left_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(few_steps, "Bench", StandIn)
+    made.clear()
+    out = tmp_path / "out.json"
+    call = ["--output", str(out), "--document", "", "--evaluations", "8"]
+    assert few_steps.main([*call, "--measured_only"]) == 1
+    assert few_steps.main(call) == 0
+    figures = json.loads(out.read_text())
+    out.write_text(json.dumps({name: row for name, row in figures.items() if not name.startswith("heun")}))
+    capsys.readouterr()
+    assert few_steps.main([*call, "--measured_only"]) == 0
+    told = capsys.readouterr()
+    assert "not measured yet: heun 4; 6 x 8 s" in told.err and "| heun |" not in told.out and "| ab2 |" in told.out
+    assert len(made) == 1
