@@ -48,7 +48,8 @@ OWN_FLAGS = {  # of single scripts, too small for a line of their own
                       "clip_features", "lr", "lr_milestones", "lr_factor", "lr_cycles", "weight_decay", "adam_eps",
                       "tensorboard", "grad_checkpointing", "compile", "prefetch", "readers", "clap", "ast"},
     "extract_features.py": {"video_dir"},
-    "infer.py": {"recursive", "cuda_graph"}, "train_lora.py": {"preserve_by", "contrastive", "lr_probe", "keep_unconditional"},
+    "infer.py": {"recursive", "cuda_graph"},
+    "train_lora.py": {"preserve_by", "contrastive", "lr_probe", "keep_unconditional"},
 }
 
 
