@@ -33,7 +33,7 @@ from selva.utils.document import begin_mark, marked_block, update_document
 from selva.utils.errors import UserError
 from selva.utils.files import atomic_write_text
 from selva.utils.progress import Progress
-from selva.utils.text import listed
+from selva.utils.text import counted, listed
 from selva.weights.load import load_generator
 from toyworld.classes import CLASSES
 from toyworld.judging import fit_classifier
@@ -175,8 +175,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(text)
     print(args.output)
     if args.document:
-        scenes = f"{args.count * len(CLASSES)} scenes of the ten known classes, {args.duration:g} s each; the error " \
-            f"is over the first {args.reference_scenes}.\n"
+        scenes = (f"{counted(args.count * len(CLASSES), 'scene')} of the ten known classes, {args.duration:g} s each; "
+                  f"the error is over the first {args.reference_scenes}.\n")
         update_document(Path(args.document), begin_mark("benchmarks/few_steps.py"),
                         marked_block(begin_mark("benchmarks/few_steps.py"), [text + "\n", scenes]))
         print(args.document)

@@ -166,9 +166,9 @@ def changes_text(method: Method) -> str:
 
     words = [flag(*one) for one in method.changes.items()]
     if method.soup:
-        words.append("the average of " + (f"{method.soup['seeds']} trainings by other seeds" if "seeds" in method.soup
-                                          else f"the last {method.soup['last']} step files, {method.soup['every']} "
-                                               "steps apart") + ", cut back to the rank")
+        parts = counted(method.soup["seeds"], "training") + " by other seeds" if "seeds" in method.soup else (
+            f"the last {counted(method.soup['last'], 'step file')}, {counted(method.soup['every'], 'step')} apart")
+        words.append(f"the average of {parts}, cut back to the rank")
     return ", ".join(words) or "as it is"
 
 

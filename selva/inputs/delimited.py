@@ -70,25 +70,25 @@ class Numbers:
             expected: says in an error what the number should have been.
 
         Raises:
-            ValueError: it is none, below ``least``, or may be two; the message goes behind "expected".
+            UserError: it is none, below ``least``, or may be two; the message goes behind "expected".
         """
         text = text.strip()
         if _WITH_COMMA.fullmatch(text):
             point = text.replace(",", ".")
             if self.delimiter == ",":
-                raise ValueError(f"{expected}, with a point, as commas separate the columns here: {point}")
+                raise UserError(f"{expected}, with a point, as commas separate the columns here: {point}")
             if _GROUPED.fullmatch(text) and not self.decimal_commas:
-                raise ValueError(f"{point} or {text.replace(',', '')}; write the one that is meant")
+                raise UserError(f"{point} or {text.replace(',', '')}; write the one that is meant")
             text = point
         elif self.decimal_commas and _GROUPED.fullmatch(text):
-            raise ValueError(f"{text.replace('.', ',')} or {text.replace('.', '')}, as other numbers here have a "
+            raise UserError(f"{text.replace('.', ',')} or {text.replace('.', '')}, as other numbers here have a "
                              "comma; write the one that is meant")
         try:
             value = float(text)
         except ValueError:
             value = math.nan
         if not (math.isfinite(value) and value >= least):
-            raise ValueError(expected)
+            raise UserError(expected)
         return value
 
 

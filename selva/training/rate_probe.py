@@ -23,6 +23,7 @@ from selva.models.generator import Generator
 from selva.training.config import TrainConfig
 from selva.training.objective import flow_loss, sample_noise
 from selva.utils.distributed import World
+from selva.utils.text import counted
 
 log = logging.getLogger(__name__)
 
@@ -52,9 +53,9 @@ class ProbedRate:
     def reason(self) -> str:
         """A sentence for the log."""
         end = "; it was still falling, so give --lr if you know better" if self.at_the_end else ""
-        return (f"{PART:g} of {self.lowest_at:.1e}, where the loss of {NUM_BATCHES} fixed batches was lowest "
-                f"({100 * self.fallen:.0f} % below the first) while the rate rose over {self.steps} "
-                f"steps{end}")
+        fixed = counted(NUM_BATCHES, "fixed batch", "fixed batches")
+        return (f"{PART:g} of {self.lowest_at:.1e}, where the loss of {fixed} was lowest "
+                f"({100 * self.fallen:.0f} % below the first) while the rate rose over {counted(self.steps, 'step')}{end}")
 
 
 def range_test(

@@ -29,6 +29,7 @@ from selva.models.generator import Generator
 from selva.training.config import TrainConfig, num_lessons
 from selva.training.prior_preservation import has_looks
 from selva.utils.distributed import World
+from selva.utils.text import counted
 
 log = logging.getLogger(__name__)
 
@@ -164,6 +165,6 @@ def teacher_for(
 ) -> Teacher:
     """Return the teacher of a run, and say in the log what a batch will be made of."""
     rows = num_lessons(config.batch_size, share)
-    log.info("of every batch of %d, %d are lessons by the base model for %d prompts (%.0f %%, --preserve_share %g)",
-             config.batch_size, rows, len(prompts), 100 * rows / config.batch_size, share)
+    log.info("lessons by the base model in every batch of %d: %d, for %s (%.0f %%, --preserve_share %g)",
+             config.batch_size, rows, counted(len(prompts), "prompt"), 100 * rows / config.batch_size, share)
     return Teacher(generator, clips, text_features, rows, config, precision, world)

@@ -216,7 +216,7 @@ def test_a_teacher_preserves_without_sampling_and_is_resumed_exactly(feature_dir
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     preserve = ("--no_preview", "--preserve", "rain", "a bell", "--preserve_by", "teacher")
     assert train(feature_dir, whole, *preserve, "--batch_size", "4") == 0
-    assert "of every batch of 4, 2 are lessons by the base model for 2 prompts" in capsys.readouterr().err
+    assert "lessons by the base model in every batch of 4: 2, for 2 prompts" in capsys.readouterr().err
     assert train(feature_dir, parts, *preserve, "--batch_size", "4", "--steps", "2") == 0
     assert train(feature_dir, parts, *preserve, "--batch_size", "4", "--resume", "auto") == 0
     assert same(tensors(whole / "adapter_final.pt"), tensors(parts / "adapter_final_001.pt"))
