@@ -53,9 +53,9 @@ class ProbedRate:
     def reason(self) -> str:
         """A sentence for the log."""
         end = "; it was still falling, so give --lr if you know better" if self.at_the_end else ""
-        fixed = counted(NUM_BATCHES, "fixed batch", "fixed batches")
+        fixed, steps = counted(NUM_BATCHES, "fixed batch", "fixed batches"), counted(self.steps, "step")
         return (f"{PART:g} of {self.lowest_at:.1e}, where the loss of {fixed} was lowest "
-                f"({100 * self.fallen:.0f} % below the first) while the rate rose over {counted(self.steps, 'step')}{end}")
+                f"({100 * self.fallen:.0f} % below the first) while the rate rose over {steps}{end}")
 
 
 def range_test(
