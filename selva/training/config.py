@@ -183,9 +183,9 @@ class TrainConfig(ObjectiveConfig):
         False, "spread the noise levels of a batch evenly over their distribution, and those of following batches over "
         "the gaps between them, instead of drawing each by itself", group=OBJECTIVE)
     keep_unconditional: float = setting(
-        0.25, "share of the clips of a batch for which the model is also taught to stay as it was without video and "
-        "text: guidance compares with that, and leads away from the new sound where it has drifted; 0: not at all",
-        group=OBJECTIVE)
+        0.0, "share of the clips of a batch for which the model is also taught to stay as it was without video and "
+        "text, with which guidance compares: a new sound comes through guidance after fewer steps, and is overdone "
+        "after many", group=OBJECTIVE)
     contrastive: float = setting(  # arXiv:2506.05350
         0.0, "push each velocity away from the target of another clip of the batch, with this weight; 0.05 was "
         "proposed", group=OBJECTIVE)
