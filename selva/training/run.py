@@ -196,7 +196,7 @@ class TrainingRun:
         offset = time_offset(config.seed, self.step * config.grad_accum + part) if config.stratify_times else None
         noise = sample_noise(shape, config, self.rng, self.step / config.steps, offset).part(own)
         beside: list[Tensor | Lesson] = []
-        if config.keep_unconditional and self.ways["unconditional"] == WAYS["unconditional"]:
+        if config.keep_unconditional:
             first = (self.step * config.grad_accum + part) * len(windows) + own.start
             rows = chosen_rows(first, self.num_clips, config.keep_unconditional)
             beside.append(to_device(torch.tensor(rows, dtype=torch.long), self.device))
@@ -372,15 +372,13 @@ class TrainingRun:
         for group, own in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(own)
         self.step = saved.step
-        self.ways = ways_of(saved)
-        if self.config.keep_unconditional and self.ways["unconditional"] != WAYS["unconditional"]:
-            log.warning("%s: was begun without --keep_unconditional and goes on without it", saved.path)
         if not saved.extra:
             log.warning("%s: holds no random states; the order of the clips and the noise start afresh", saved.path)
             if self.ema is not None:
                 self.ema.start_at(lora)
             self._report_recipe_there(saved)
             return
+        self.ways = ways_of(saved)
         if self.world.size > 1:  # a random state can be that of one process only
             self.ways["dropout"] = WAYS["dropout"]
         # Only fp16 scales its loss; a run that went on in bf16 or fp32 until now starts with the first scale.

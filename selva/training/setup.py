@@ -108,6 +108,7 @@ def find_resume(config: RunConfig) -> TrainingState | None:
 # Settings of TrainConfig that change what is learned; the others may change when a run is continued.
 FIXED_SETTINGS = ("clip_features", "latent", "null_prob", "padded_loss", "timestep_mode", "logit_normal_sigma",
                   "stratify_times", "keep_unconditional", "contrastive", "seed")
+LATER_SETTINGS = ("keep_unconditional", "contrastive")  # not in files of earlier versions, which had neither
 
 
 def finished_adapter(saved: TrainingState, output_dir: Path) -> Path | None:
@@ -182,7 +183,8 @@ def check_resumable(saved: TrainingState, config: RunConfig, num_processes: int 
         raise at_its_end(saved, config)
     check_same_settings(saved, config.lora)
     before = saved.meta.get("train_config", {})
-    pairs = {name: (before[name], getattr(training, name)) for name in FIXED_SETTINGS if name in before}
+    of_then = {**dict.fromkeys(LATER_SETTINGS, 0.0), **before} if before else {}
+    pairs = {name: (of_then[name], getattr(training, name)) for name in FIXED_SETTINGS if name in of_then}
     for name, now in (("variant", config.model.variant), ("normalize_audio", config.normalize_audio),
                       ("preserve", list(config.preserve)), ("preserve_share", config.preserve_share)):
         pairs[name] = (saved.meta.get(name, now), now)

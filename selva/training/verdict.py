@@ -54,6 +54,8 @@ ADVICE = {
     "learned": "",
     "hardly any effect": "more --steps, a higher --lr (3 to 10 times), --lora_plus_ratio 8, or more layers (--target "
                          "attn+mlp)",
+    "is silent": "a lower --lr (a third) or fewer --steps; listen to the samples of earlier steps; are the recordings "
+                 "audible?",
     "got worse": "a lower --lr (a third), fewer --steps, adapter_best; are the sounds those of the videos?",
     "has taken over": "--preserve with prompts of sounds to keep, a lower --strength when generating, or fewer --steps",
     "learned by heart": "adapter_best or fewer --steps, more and more varied clips, --rank 8, --lora_dropout 0.1",
@@ -93,6 +95,7 @@ class VerdictFigures:
         onset_f1_before, onset_f1_after: share of events at the moments of the recordings.
         train_drop, val_drop: share by which the losses fell below the base model's.
         velocity_change: relative change of what the network predicts.
+        silent_after: of the clips, those whose sound is silent with the adapter.
     """
 
     held_out: bool
@@ -106,6 +109,7 @@ class VerdictFigures:
     val_drop: float | None
     velocity_change: float
     foreign_drawn: float | None = None
+    silent_after: int = 0
 
 
 @dataclass(frozen=True)
@@ -146,6 +150,8 @@ class Verdict:
 
 def judge(f: VerdictFigures) -> str:
     """Return the word for these figures, a key of :data:`ADVICE`; the first that applies."""
+    if f.silent_after and f.silent_after == f.num_clips:  # the losses may have fallen all the same
+        return "is silent"
     silent_change = f.moved_db is not None and f.moved_db < INAUDIBLE_DB
     if f.velocity_change < NO_EFFECT or silent_change:
         return "hardly any effect"
@@ -279,6 +285,7 @@ def _figures(
         train_drop=row["train_drop"],
         val_drop=row["val_drop"] if held_out else None,
         velocity_change=row["velocity_change"],
+        silent_after=sum(is_silent(heard.after) for heard in clips),
         foreign_drawn=drawn_towards(
             [heard.after if heard.recorded is None else heard.recorded for heard in clips],
             [(heard.before, heard.after) for heard in foreign], clips[0].rate),

@@ -7,9 +7,8 @@ import zlib
 from selva.checkpoint import TrainingState
 
 # Ways of this version that a step file records. A run that was begun in another way goes on in that one.
-WAYS = {"split": "by set", "dropout": "by step", "prompts": "one of all", "unconditional": "kept"}
-WAYS_BEFORE = {  # where none is recorded
-    "split": "by clip", "dropout": "by random state", "prompts": "the last", "unconditional": "free"}
+WAYS = {"split": "by set", "dropout": "by step", "prompts": "one of all"}
+WAYS_BEFORE = {"split": "by clip", "dropout": "by random state", "prompts": "the last"}  # where none is recorded
 
 
 def dropout_seed(seed: int, rank: int, step: int) -> int:
@@ -19,6 +18,4 @@ def dropout_seed(seed: int, rank: int, step: int) -> int:
 
 def ways_of(saved: TrainingState) -> dict[str, str]:
     """Return the ways of a run that is continued; those of this version for one of another program's."""
-    if not saved.extra:  # of another program, none of which keeps the unconditional branch
-        return {**WAYS, "unconditional": WAYS_BEFORE["unconditional"]}
-    return {**WAYS_BEFORE, **saved.extra.get("ways", {})}
+    return {**WAYS_BEFORE, **saved.extra.get("ways", {})} if saved.extra else dict(WAYS)

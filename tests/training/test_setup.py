@@ -32,6 +32,18 @@ def test_a_run_that_goes_on_with_other_updates_says_so(tmp_path, caplog, before,
     assert told in caplog.text and bool(told) == ("an update was made of" in caplog.text)
 
 
+@pytest.mark.parametrize("name", ["keep_unconditional", "contrastive"])
+@pytest.mark.parametrize("recorded", [True, False])
+def test_what_a_run_was_begun_without_is_not_added_later(tmp_path, name, recorded):
+    """Files of earlier versions do not name these settings, and were trained without."""
+    saved = saved_with(tmp_path)
+    if not recorded:
+        del saved.meta["train_config"][name]
+    check_resumable(saved, sets_config(tmp_path))
+    with pytest.raises(UserError, match=rf"{name} was 0\.0 and is 0\.25 now"):
+        check_resumable(saved, sets_config(tmp_path, training=TrainConfig(**{name: 0.25})))
+
+
 def saved_with(tmp_path, **options) -> TrainingState:
     meta = {**adapter_meta(sets_config(tmp_path, **options), 10), "rank": 16, "alpha": 16.0, "target": ["attn.qkv"]}
     return TrainingState(tmp_path / "adapter_step00001.pt", 1, {}, {}, None, meta)

@@ -13,7 +13,6 @@ from selva.lora.layers import base_only
 from selva.lora.state import lora_parameters
 from selva.sequence import sequence_config
 from selva.training.unconditional import chosen_rows, drift
-from selva.training.ways import WAYS_BEFORE
 
 KINDS = [LoRAConfig(rank=2), LoRAConfig(rank=2, init="pissa"), LoRAConfig(rank=2, dora=True),
          LoRAConfig(rank=2, targets=("all",), dropout=0.5)]
@@ -85,11 +84,3 @@ def test_training_moves_the_unconditional_branch_less_and_learns_the_clips():
     assert away[1] < away[0] / 2
     first, last = (sum(part) / 10 for part in (losses[1][:10], losses[1][-10:]))
     assert last < first
-
-
-def test_a_run_that_was_begun_without_goes_on_without():
-    """And so to the same bits as it would have in the version that began it."""
-    runs = [make_run(dataclasses.replace(CONFIG, keep_unconditional=share)) for share in (0.0, 0.5, 0.5)]
-    runs[1].ways["unconditional"] = WAYS_BEFORE["unconditional"]
-    found = [[run.train_step()[0].item() for _ in range(6)] for run in runs]
-    assert found[0] == found[1] != found[2]

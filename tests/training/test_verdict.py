@@ -27,6 +27,8 @@ GOOD = VerdictFigures(held_out=True, num_clips=4, moved_db=12.0, nearer_db=5.0, 
 @pytest.mark.parametrize(("change", "word"), [
     ({}, "learned"),
     ({"velocity_change": 5e-4}, "hardly any effect"),
+    ({"silent_after": 4, "moved_db": None}, "is silent"),
+    ({"silent_after": 3}, "learned"),
     ({"moved_db": 0.5}, "hardly any effect"),
     ({"train_drop": -0.1, "val_drop": -0.2}, "got worse"),
     ({"val_drop": 0.05}, "learned by heart"),
