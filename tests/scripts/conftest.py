@@ -47,3 +47,13 @@ def _features(tmp_path_factory, clip_dir) -> Iterator[Path]:
 def feature_dir(_features, tmp_path) -> Path:
     """A fresh copy of the features and sounds of all clips, free to be spoilt."""
     return Path(shutil.copytree(_features, tmp_path / "features"))
+
+
+@pytest.fixture
+def two_clips(clip_dir, tmp_path) -> Path:
+    """A folder with two of the clips."""
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    for number in (0, 5):
+        shutil.copy(clip_dir / f"knock_{number}.mp4", folder)
+    return folder

@@ -1,87 +1,21 @@
+"""Writer of memmaps: what is written, by one process and by several, and what is refused."""
+
 from __future__ import annotations
 
 import csv
 import json
-import multiprocessing
 import os
-import shutil
-import signal
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from make_data import TINY
+from memmap_writing import CLIPS, SMALL, SPAWN, content, digest, do, extract, files, open_writer, published_files
 
-from selva.data.folder_dataset import load_clip_dataset
 from selva.data.memmap import files as files_module
 from selva.data.memmap.reader import MemmapDataset
 from selva.data.memmap.writer import MemmapWriter
 
-SMALL = replace(TINY, generator=replace(TINY.generator, text_dim=4, clip_dim=4, sync_dim=4))
-CLIPS = [(f"clip_{number}", f'says "{number}"') for number in range(6)]
-SPAWN = multiprocessing.get_context("spawn")  # the one way to start a process that every system has
-FORK = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else None)
-
-
-def open_writer(folder: Path, clips=CLIPS, video: bool = True, **settings) -> MemmapWriter:
-    return MemmapWriter(folder, SMALL, clips, video=video, settings=settings)
-
-
-def content(writer: MemmapWriter, clip_id: str, version: str = "") -> dict[str, torch.Tensor]:
-    """Return rows that follow from the id and the version alone."""
-    rng = torch.Generator().manual_seed(sum(map(ord, clip_id + version)))
-    return {key: torch.rand(shape, generator=rng) for key, shape in writer.shapes.items()}
-
-
-def digest(clip: tuple[str, str], version: str = "") -> str:
-    return f"{clip[0]} {clip[1]} {version}"
-
-
-def do(writer: MemmapWriter, clips=CLIPS, share=None, skipped=(), versions=None) -> list[str]:
-    """Do what an extraction does with its share of the list; return the ids that had to be made."""
-    made = []
-    for index in range(len(clips)) if share is None else share:
-        clip_id, version = clips[index][0], (versions or {}).get(clips[index][0], "")
-        if writer.is_current(index, digest(clips[index], version)):
-            continue
-        if clip_id in skipped:
-            writer.skip(index)
-            continue
-        writer.write(index, content(writer, clip_id, version), digest(clips[index], version))
-        made.append(clip_id)
-    return made
-
-
-def extract(folder: Path, clips=CLIPS, video: bool = True, settings=None, **work) -> tuple[list[str], bool]:
-    """Extract all of a list in one run; return the ids that had to be made, and whether the set is published."""
-    with open_writer(folder, clips, video, **(settings or {})) as writer:
-        return do(writer, clips, **work), writer.publish_if_complete()
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    """Return all files of a set but its lock."""
-    paths = (path for path in folder.parent.rglob("*") if path.is_file() and path.suffix != ".lock")
-    return {str(path.relative_to(folder.parent)): path.read_bytes() for path in paths}
-
-
-def published_files(folder: Path) -> dict[str, bytes]:
-    """Return the files of a set, without those of an unfinished change."""
-    return {name: data for name, data in files(folder).items() if name.startswith("data") and "partial" not in name}
-
-
-@pytest.fixture(autouse=True)
-def _no_waiting_for_the_disk(monkeypatch):
-    """Skip the waits for the disk: tests and kills read the system's cache, only a power cut needs more."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-
-
-@pytest.fixture(scope="module")
-def one_run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("one_run") / "data"
-    assert extract(folder) == ([clip_id for clip_id, _ in CLIPS], True)
-    return files(folder)
+pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
 
 
 # -- what is written ---------------------------------------------------------------------------------------------------
@@ -317,195 +251,6 @@ def test_another_run_with_other_settings_is_refused_while_the_first_lives(tmp_pa
             open_writer(tmp_path / "data", CLIPS[:2], precision="fp32")
         open_writer(tmp_path / "data", precision="fp32").close()  # a helper is welcome
     assert extract(tmp_path / "data", settings={"precision": "bf16"}) == ([clip_id for clip_id, _ in CLIPS], True)
-
-
-# -- running again -----------------------------------------------------------------------------------------------------
-
-
-def test_a_run_with_nothing_new_touches_nothing(tmp_path):
-    def stamps():
-        return {path: path.stat().st_mtime_ns for path in [tmp_path, *tmp_path.rglob("*")] if path.suffix != ".lock"}
-
-    extract(tmp_path / "data")
-    before = stamps()
-    assert extract(tmp_path / "data") == ([], True)
-    assert stamps() == before
-
-
-CHANGES = {
-    "added": ([CLIPS[0], ("new", "a new one"), *CLIPS[1:]], {}, ["new"]),
-    "removed": (CLIPS[1:3] + CLIPS[4:], {}, []),
-    "reordered": (CLIPS[::-1], {}, []),
-    "prompt": ([*CLIPS[:2], ("clip_2", "says something else"), *CLIPS[3:]], {}, ["clip_2"]),
-    "video": (CLIPS, {"clip_4": "cut again"}, ["clip_4"]),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("start", ["published", "unfinished"])
-def test_only_what_has_changed_is_made_again(tmp_path, change, start):
-    clips, versions, expected = CHANGES[change]
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b").mkdir()
-    if start == "published":
-        extract(tmp_path / "a" / "data")
-    else:
-        with open_writer(tmp_path / "a" / "data") as writer:
-            do(writer)
-    assert extract(tmp_path / "a" / "data", clips, versions=versions) == (expected, True)
-    extract(tmp_path / "b" / "data", clips, versions=versions)
-    assert files(tmp_path / "a" / "data") == files(tmp_path / "b" / "data")
-
-
-def test_training_on_an_unfinished_set_says_so(tmp_path):
-    with open_writer(tmp_path / "data") as writer:
-        do(writer, share=range(3))
-    with pytest.raises(FileNotFoundError, match=r"data: is not complete yet, its rows are in .*data\.partial"):
-        load_clip_dataset(tmp_path / "data", SMALL, None, torch.device("cpu"))
-    with pytest.raises(FileNotFoundError, match="nothing: no such folder"):
-        load_clip_dataset(tmp_path / "nothing", SMALL, None, torch.device("cpu"))
-
-
-def test_an_unfinished_change_that_is_taken_back_leaves_the_published_set(tmp_path, one_run):
-    extract(tmp_path / "data")
-    with open_writer(tmp_path / "data", CLIPS[:4]) as writer:
-        do(writer, CLIPS[:4], share=range(2))
-    assert len(MemmapDataset(tmp_path / "data", SMALL)) == 6
-    assert extract(tmp_path / "data") == ([], True)
-    assert files(tmp_path / "data") == one_run
-
-
-def test_rows_of_other_settings_are_not_taken_over(tmp_path):
-    extract(tmp_path / "data", settings={"precision": "fp32"})
-    assert len(extract(tmp_path / "data", settings={"precision": "bf16"})[0]) == len(CLIPS)
-
-
-def test_a_damaged_set_is_made_again(tmp_path, one_run, caplog):
-    extract(tmp_path / "data")
-    os.truncate(tmp_path / "data" / "std.memmap", 100)
-    assert len(extract(tmp_path / "data")[0]) == len(CLIPS)
-    assert "incomplete or damaged" in caplog.text and files(tmp_path / "data") == one_run
-
-
-@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="asks /proc for the names of open files")
-def test_values_reach_the_disk_before_the_line_that_says_so(tmp_path, monkeypatch):
-    flushed = []
-    monkeypatch.setattr(os, "fsync", lambda fd: flushed.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name))
-    with open_writer(tmp_path / "data") as writer:
-        do(writer)
-        flushed.clear()
-        writer.flush()
-    assert flushed == [*(f"{key}.memmap" for key in writer.shapes), "journal-000002.jsonl"]
-
-
-# -- killed ------------------------------------------------------------------------------------------------------------
-
-
-def killed_at(step: int, work) -> bool:
-    """Run ``work`` in a process that is killed at its ``step``-th system call of interest; return whether it was."""
-
-    def run():
-        calls = 0
-
-        def counted(function):
-            def call(*args, **kwargs):
-                nonlocal calls
-                calls += 1
-                if calls == step:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return function(*args, **kwargs)
-
-            return call
-
-        for owner, name in ((os, "fsync"), (os, "rename"), (os, "replace"), (shutil, "rmtree"), (Path, "unlink")):
-            setattr(owner, name, counted(getattr(owner, name)))
-        work()
-
-    process = FORK.Process(target=run)
-    process.start()
-    process.join()
-    assert process.exitcode in (0, -signal.SIGKILL)
-    return process.exitcode != 0
-
-
-def start_state(folder: Path, kind: str) -> None:
-    if kind == "replacing a set":
-        extract(folder, [("old", "an old clip"), CLIPS[4]])
-
-
-@pytest.mark.parametrize("kind", ["new set", "replacing a set"])
-def test_killed_at_any_step_a_run_completes_to_the_same_files(tmp_path, monkeypatch, kind):
-    monkeypatch.setattr("selva.data.memmap.writer.FLUSH_ROWS", 2)
-    work: dict[str, Any] = {"skipped": ("clip_1",), "video": False} if kind == "new set" else {"skipped": ("clip_1",)}
-    (tmp_path / "whole").mkdir()
-    start_state(tmp_path / "whole" / "data", kind)
-    old = files(tmp_path / "whole" / "data")
-    extract(tmp_path / "whole" / "data", **work)
-    expected = files(tmp_path / "whole" / "data")
-
-    step = 0
-    while True:
-        step += 1
-        folder = tmp_path / str(step) / "data"
-        folder.parent.mkdir()
-        start_state(folder, kind)
-        was_killed = killed_at(step, lambda folder=folder: extract(folder, **work))
-        published = {name: data for name, data in files(folder).items() if name.startswith("data/")}
-        for state in (old, expected):  # never a mixture; for the moment between two renames perhaps nothing
-            if published == {name: data for name, data in state.items() if name.startswith("data/")}:
-                break
-        else:
-            assert not published, step
-        extract(folder, **work)
-        assert files(folder) == expected, step
-        shutil.rmtree(folder.parent)
-        if not was_killed:
-            break
-    assert step > 25
-
-
-def test_rows_written_before_a_kill_are_not_made_again(tmp_path, monkeypatch, one_run):
-    monkeypatch.setattr("selva.data.memmap.writer.FLUSH_ROWS", 1)
-
-    def work():
-        do(open_writer(tmp_path / "data"), share=range(4))
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    process = FORK.Process(target=work)
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
-    assert extract(tmp_path / "data") == (["clip_4", "clip_5"], True)
-    assert files(tmp_path / "data") == one_run
-
-
-def test_an_unfinished_line_counts_as_not_written(tmp_path, one_run):
-    with open_writer(tmp_path / "data") as writer:
-        do(writer)
-        assert writer._journal is not None
-        journal = writer._journal.path
-    journal.write_bytes(journal.read_bytes()[:-9])
-    assert extract(tmp_path / "data") == (["clip_5"], True)
-    assert files(tmp_path / "data") == one_run
-
-
-@pytest.mark.parametrize("line", ["[" * 200_000, "[]", "1", '"row"', '{"row": {}}'])
-def test_a_damaged_line_counts_as_not_written(tmp_path, one_run, line):
-    with open_writer(tmp_path / "data") as writer:
-        do(writer)
-        assert writer._journal is not None
-        journal = writer._journal.path
-    with open(journal, "a", encoding="utf-8") as file:
-        file.write(line + "\n")
-    assert extract(tmp_path / "data") == ([], True)
-    assert files(tmp_path / "data") == one_run
-
-
-def test_a_damaged_record_is_named(tmp_path):
-    extract(tmp_path / "data")
-    (tmp_path / "data.rows.json").write_text("[" * 200_000)
-    with pytest.raises(ValueError, match=r"data\.rows\.json: is not JSON"):
-        open_writer(tmp_path / "data")
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------
