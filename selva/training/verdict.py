@@ -222,10 +222,7 @@ def reach_verdict(
         heard = hear(run, [*chosen, *foreign], plan.num_steps, variant, config.model.selva_dir,
                      config.normalize_audio, config.training.seed)
     of_clips, of_prompts = heard[: len(chosen)], heard[len(chosen) :]
-    for which in ("before", "after"):
-        if silent := [clip.name for clip in heard if is_silent(getattr(clip, which))]:
-            log.warning("the verdict leaves out distances of silent sounds, made %s the adapter: %s",
-                        "without" if which == "before" else "with", listed(silent))
+    _warn_of_silence(heard)
     figures = _figures(of_clips, of_prompts, row, held_out)
     word = judge(figures)
     return Verdict(word, ADVICE[word], figures, tuple(of_clips), tuple(of_prompts), time.monotonic() - started)
@@ -261,6 +258,14 @@ def hear(
         )
         for clip, old, new in zip(clips, before, after, strict=True)
     ]
+
+
+def _warn_of_silence(heard: Sequence[HeardClip]) -> None:
+    for words, silent in (("without", [clip.name for clip in heard if is_silent(clip.before)]),
+                          ("with", [clip.name for clip in heard if is_silent(clip.after)])):
+        if silent:
+            log.warning("the verdict leaves out distances of silent sounds, made %s the adapter: %s", words,
+                        listed(silent))
 
 
 def _figures(

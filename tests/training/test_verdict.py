@@ -9,6 +9,7 @@ import pytest
 import torch
 from small_run import CONFIG
 
+from selva.training import verdict
 from selva.training.verdict import (
     ADVICE,
     PLANS,
@@ -47,6 +48,20 @@ def test_figures_lead_to_a_word(change, word):
     assert line.startswith(f"verdict: {word}: 4 ") and "\n" not in line
     assert ("; try " in line) is (word != "learned")
     assert ("nothing was held out" in line) is (figures.val_drop is None)
+
+
+def test_silent_sounds_are_counted_and_named(caplog):
+    rng = torch.Generator().manual_seed(2)
+    noise, nothing = 0.1 * torch.randn(16_000, generator=rng), torch.zeros(16_000)
+    heard = [verdict.HeardClip("a", "rain", 16_000, noise, nothing, noise),
+             verdict.HeardClip("b", "rain", 16_000, nothing, noise, noise)]
+    row = {"train_drop": 0.3, "val_drop": 0.3, "velocity_change": 0.4}
+    for clips, silent, word in ((heard[:1], 1, "is silent"), (heard, 1, "learned"), (heard[1:], 0, "learned")):
+        figures = verdict._figures(clips, heard, row, True)
+        assert figures.silent_after == silent and figures.moved_db is None and judge(figures) == word
+    verdict._warn_of_silence(heard)
+    assert [line.split("silent sounds, made ")[1] for line in caplog.messages] == [
+        "without the adapter: b", "with the adapter: a"]
 
 
 def test_the_line_holds_the_figures():
