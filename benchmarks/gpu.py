@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from gpu_product import scripts, tests
 from gpu_right import networks, training
-from gpu_rows import OutOfTime, Part, Row, Setup, amount, guarded, table, time_limit, wrong_rows
+from gpu_rows import OutOfTime, Part, Row, Setup, amount, guarded, table, time_limit, undisturbed, wrong_rows
 from gpu_speed import compiled, sampling, steps
 from measure import Bench
 
@@ -104,7 +104,8 @@ def measure(
 
 
 def write(path: Path, figures: dict[str, Any]) -> None:
-    atomic_write_text(path, json.dumps(figures, indent=2) + "\n")
+    with undisturbed():
+        atomic_write_text(path, json.dumps(figures, indent=2) + "\n")
 
 
 @cli.entry_point

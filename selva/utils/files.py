@@ -10,7 +10,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,20 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error  # "No space left on device" names no file
     finally:
-        shutil.rmtree(folder)
+        _remove_partial(folder)
+
+
+def _remove_partial(folder: Path) -> None:
+    """Remove the hidden folder of a temporary file, empty by now if all went well; no error of it hides another one.
+
+    ``shutil.rmtree`` that Ctrl-C or an alarm interrupts may close a descriptor twice: its "Bad file descriptor" would
+    take the place of the interruption.
+    """
+    try:
+        folder.rmdir()
+    except OSError:  # the block raised, and left a part of its file
+        with suppress(OSError):
+            shutil.rmtree(folder)
 
 
 def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:

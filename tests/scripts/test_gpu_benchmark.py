@@ -132,6 +132,24 @@ def test_figures_are_written_as_they_come_and_the_time_is_kept(gpu, tmp_path, mo
     assert not parts["sleeping"]["rows"]
 
 
+def test_the_end_of_the_time_waits_for_a_file_that_is_being_written(gpu, tmp_path, monkeypatch):
+    whole = []
+
+    def slowly(path, text):
+        whole.append(False)
+        time.sleep(0.5)  # the time is over within
+        whole[-1] = True
+
+    def one(setup):
+        yield row(gpu, 1.0)
+        time.sleep(60)
+
+    monkeypatch.setattr(gpu, "atomic_write_text", slowly)
+    use_parts(gpu, monkeypatch, one=one)
+    assert gpu.main([*SMALL, "--out", str(tmp_path), "--limit", "0.4"]) == 0
+    assert whole == [True, True]
+
+
 def test_wrong_usage(gpu, tmp_path, capsys):
     assert gpu.main(["--device", "cpu", "--out", str(tmp_path)]) == 2
     assert gpu.main([*SMALL, "--only", "right,wrong", "--out", str(tmp_path)]) == 2

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
+
 import pytest
 
 from selva.utils.files import atomic_path, atomic_write_text
@@ -26,6 +30,20 @@ def test_an_error_keeps_the_old_file_and_leaves_nothing_behind(tmp_path, error):
         raise error("stop")
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_an_interruption_stays_one_when_its_clean_up_fails(tmp_path, monkeypatch):
+    def closed_twice(folder):
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", closed_twice)
+        with pytest.raises(KeyboardInterrupt), atomic_path(tmp_path / "adapter.pt") as temporary:
+            temporary.write_text("half")
+            raise KeyboardInterrupt
+        with atomic_path(tmp_path / "other.pt") as temporary:  # needs no more than to remove an empty folder
+            temporary.write_text("whole")
+    assert (tmp_path / "other.pt").read_text() == "whole" and not (tmp_path / "adapter.pt").exists()
 
 
 def test_a_listing_does_not_meet_the_unfinished_file(tmp_path):
