@@ -172,6 +172,24 @@ def changes_text(method: Method) -> str:
     return ", ".join(words) or "as it is"
 
 
+def sounds_text(rows: Rows) -> str:
+    """Return the table of the sounds: what the base model, the best run and the autoencoder make of each."""
+    lines = []
+    for sound in dict.fromkeys(row["sound"] for row in rows):
+        own = [row for row in rows if row["sound"] == sound]
+        ceilings = [row["ceiling"] for row in own if "ceiling" in row]  # the same in all; older rows have none
+        restored = [f"{100 * one['recognised']:.0f}" for one in ceilings[:1]] or [""]
+        restored += [f"{one['distance_db']:.1f}" for one in ceilings[:1]] or [""]
+        shares = [fmean(recognised(row)) for row in own]
+        lines.append((sound, str(len(own)), f"{100 * fmean(hits(own[0]['base']['new'])):.0f}",
+                      f"{100 * fmean(shares):.0f}", f"{100 * max(shares):.0f}", *restored))
+    header = ("sound", "runs", "base model", "all runs", "best run", "autoencoder", "autoencoder, dB")
+    return ("### The sounds\n\nThe share of the new scenes that is recognised, in %: of the base model, in the mean of "
+            "all runs, of the best one, and of the true sounds when the autoencoder and the vocoder have given them "
+            "back, with their distance. No adapter can be expected to do better than the last.\n\n"
+            + table(header, lines))
+
+
 def response_text(plan: Plan, rows: Rows) -> str:
     """Return the tables of what an adapter does at every strength, a line for each method; "" without such runs."""
     lines: dict[str, list[tuple[str, ...]]] = {"recognised": [], "distance_db": []}
@@ -260,8 +278,8 @@ def sections(plan: Plan, rows: Rows, decided_after: int) -> Iterator[str]:
     """Yield the parts of the document: for every set of scenes and number of clips all questions."""
     for scenes, clips in sorted({(row["scenes"], row["clips"]) for row in rows}, key=lambda one: (one[0], -one[1])):
         own = [row for row in rows if (row["scenes"], row["clips"]) == (scenes, clips)]
-        sounds = ", ".join(dict.fromkeys(row["sound"] for row in own))
-        yield f"## {counted(clips, 'clip')}, {SETS[scenes]}\n\n{counted(len(own), 'run')} so far; sounds: {sounds}.\n"
+        yield f"## {counted(clips, 'clip')}, {SETS[scenes]}\n\n{counted(len(own), 'run')} so far.\n"
+        yield sounds_text(own)
         for question in plan.questions:
             if text := question_text(question, plan, own, decided_after):
                 yield text

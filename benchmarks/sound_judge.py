@@ -49,6 +49,7 @@ class Judge:
         self.switch = AdapterSwitch(lambda: load_generator(name, None), torch.float32, device)
         self._base: dict[tuple[str, str, bool], Figures] = {}
         self._scenes: dict[tuple[str, str], tuple[list[Case], list[EncodedCases]]] = {}
+        self._ceilings: dict[tuple[str, str], Figures] = {}
         self._losses: dict[tuple[Path, bool], np.ndarray] = {}
         self._clips: dict[Path, ClipDataset] = {}
 
@@ -62,6 +63,15 @@ class Judge:
         if key not in self._base:
             self._base[key] = self._heard((), scenes, name, uses_clip)
         return self._base[key]
+
+    def ceiling(self, cell: Cell) -> Figures:
+        """Return the figures of the true new sounds as autoencoder and vocoder give them back: the best possible."""
+        key = cell.scenes, cell.sound
+        if key not in self._ceilings:
+            cases, _ = self._cases(cell.scenes, cell.sound)
+            restored = [self.maker.through_codec(case.scene.sound(RATE)) for case in cases]
+            self._ceilings[key] = heard_figures(restored, cases, self.classifier)
+        return self._ceilings[key]
 
     def checkpoint(self, adapter: Adapter, cell: Cell, whole: bool) -> Figures:
         """Return the figures of an adapter: of all scenes, or of the first ones."""
@@ -126,14 +136,17 @@ class Judge:
         log-spectral distance to its true sound. ``recognised``, ``margin``, ``distance_db`` and ``timing_f1`` are means
         over the scenes. ``taken_for``: what the others were taken for.
         """
-        if (scenes, name) not in self._scenes:
-            self._scenes[scenes, name] = self.inputs.scenes(scenes, name)
-        cases, encoded = self._scenes[scenes, name]
+        cases, encoded = self._cases(scenes, name)
         cases, encoded = cases[:count], encoded[:count]
         self.maker.clip_features = uses_clip
         generator = self.switch.set(adapters)
         sounds = self.maker.sounds(generator, encoded, self.inputs.duration_sec, sampling=self.sampling)
         return heard_figures(sounds, cases, self.classifier)
+
+    def _cases(self, scenes: str, name: str) -> tuple[list[Case], list[EncodedCases]]:
+        if (scenes, name) not in self._scenes:
+            self._scenes[scenes, name] = self.inputs.scenes(scenes, name)
+        return self._scenes[scenes, name]
 
 
 def heard_figures(sounds: Sequence[np.ndarray], cases: Sequence[Case], classifier: Classifier) -> Figures:

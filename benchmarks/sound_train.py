@@ -141,8 +141,9 @@ class Trainer:
         row = {
             "key": run.key, "method": run.method.name, "scenes": run.cell.scenes, "sound": run.cell.sound,
             "clips": run.cell.clips, "seed": run.cell.seed, **trained,
-            "judge_cpu_sec": round(time.process_time() - started, 1), "base": base, "checkpoints": judged,
-            "response": response, "settings": run.method.all_settings, **_circumstances(self.device),
+            "judge_cpu_sec": round(time.process_time() - started, 1), "base": base,
+            "ceiling": self.judge.ceiling(run.cell), "checkpoints": judged, "response": response,
+            "settings": run.method.all_settings, **_circumstances(self.device),
         }
         final = self.work / "adapters" / f"{run.key}.pt"
         final.parent.mkdir(parents=True, exist_ok=True)

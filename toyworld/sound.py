@@ -165,6 +165,7 @@ def rain(rate: int, num_samples: int, size: float, events: Sequence[Event], rng:
 FAN_HZ = (0.7, 2.2)  # revolutions per second of the slowest and the fastest run; 4 blades
 LAMP_HZ = (0.6, 1.2)  # revolutions per second of the siren's light
 BOW_HZ = (0.4, 0.9)  # to and fro of the violin's bow
+VIOLIN_HZ = 600.0  # lowest note, of a violin of size 1
 
 
 def motor(rate: int, num_samples: int, size: float, events: Sequence[Event], rng: np.random.Generator) -> np.ndarray:
@@ -186,16 +187,20 @@ def siren(rate: int, num_samples: int, size: float, events: Sequence[Event], rng
 
 
 def violin(rate: int, num_samples: int, size: float, events: Sequence[Event], rng: np.random.Generator) -> np.ndarray:
-    """Return a bowed string, one note for every stroke of the bow: harmonics with vibrato, and a little rosin."""
+    """Return a bowed string, one note for every stroke of the bow: harmonics with vibrato, and a little rosin.
+
+    So high that its harmonics are well apart, and with so little rosin that the quiet bands count for nothing: what
+    compresses and restores sound must be able to carry it, or no adapter could ever teach it.
+    """
     times = np.arange(num_samples) / rate
     vibrato = 1 + 0.012 * np.sin(2 * np.pi * 5.5 * times)
-    hertz = np.full(num_samples, 300.0 / size)
+    hertz = np.full(num_samples, VIOLIN_HZ / size)
     for event in events:  # a faster bow plays a higher note, up to a fifth
-        hertz[times >= event.time_sec] = 300 / size * 1.5 ** ((event.strength - 0.5) / 0.5)
+        hertz[times >= event.time_sec] = VIOLIN_HZ / size * 1.5 ** ((event.strength - 0.5) / 0.5)
     hertz *= vibrato
     string = sum((k * hertz < _HIGHEST * rate) * sweep(rate, k * hertz) / k**1.3 for k in range(1, 9))
     rosin = band_noise(rng, rate, num_samples, 1500, 4500)
-    return 0.3 * gate(times, events) * (string + 0.02 * rosin)
+    return 0.3 * gate(times, events) * (string + 0.005 * rosin)
 
 
 # -- beyond the classes ------------------------------------------------------------------------------------------------

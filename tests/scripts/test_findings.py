@@ -101,6 +101,9 @@ def test_the_document_says_what_was_found(tmp_path, plan):
     assert plain[8:13] == ["0.90, 0.90", "0.50", "7.00", "", "80"] and faster[11] == "+0.00 (+0.00 to +0.00)"
     assert faster[3].startswith("+25 (") and faster[6].startswith("+25 (")
     assert "*Claim:* C *From:* S." in text and "faster: `--preserve`, `--lr 0.01`" in text
+    assert "| gong | 2 | 0 | 62 | 75 |  |  |" in text  # rows of earlier versions have no ceiling
+    with_ceiling = [{**one, "ceiling": {"recognised": 0.95, "distance_db": 5.81}} for one in rows]
+    assert "| gong | 2 | 0 | 62 | 75 | 95 | 5.8 |" in document(tmp_path, with_ceiling)
     assert "| plain | 2 | 0 | 25 | 50 | 75 |" in text  # strengths 0, 0.2, 1 and 1.4, on the first two scenes
     assert "| plain | 2 | 21.0 | 15.0 | 7.0 | 5.0 |" in text
     assert "| plain | 2 | 2 | 50 | 100 | 0 | 1.250 | 0.50 |" in text

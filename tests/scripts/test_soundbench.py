@@ -80,6 +80,9 @@ def test_a_suite_leaves_a_row_for_every_run_and_does_none_twice(bench, capsys):
     assert len(last["new"]["margins"]) == len(last["new"]["distances_db"]) == 2
     assert last["val_loss"] > 0 and 0 <= last["member_auc"] <= 1 and last["new"]["distance_db"] > 0
     assert [one["strength"] for one in plain["response"]] == list(sound_judge.STRENGTHS)
+    ceiling = plain["ceiling"]
+    assert ceiling == kept["ceiling"] and ceiling["hits"] == "11"
+    assert ceiling["distance_db"] < 0.7 * plain["base"]["new"]["distance_db"]
     assert plain["base"] == kept["base"] and plain["settings"]["lr"] == 1e-3
     assert len(list((bench.work / "adapters").iterdir())) == 2 and not list((bench.work / "runs").iterdir())
     assert bench("--methods", "plain", "faster") == 0

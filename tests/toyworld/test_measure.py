@@ -8,8 +8,8 @@ import torch
 
 from selva.flow import SamplingConfig
 from selva.weights.load import load_generator
-from toyworld import CLASSES
-from toyworld.judging import Classifier
+from toyworld import CLASSES, UNSEEN
+from toyworld.judging import Classifier, fit_classifier
 from toyworld.measure import Case, ToyGenerator, pair_cases, recognised, shuffled_events, single_cases, timing_f1
 
 SECONDS = 2.0
@@ -76,6 +76,18 @@ def test_pictures_words_and_negative_words_matter(maker):
 def test_the_codec_keeps_length(maker):
     sound = single_cases(["bell"], 1, 5, SECONDS)[0].scene.sound()
     assert maker.through_codec(sound).shape == sound.shape
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    return fit_classifier(count=10)
+
+
+@pytest.mark.parametrize("name", UNSEEN)
+def test_what_is_to_be_taught_can_be_heard_behind_the_codec(maker, classifier, name):
+    cases = single_cases([name], 6, 20_000_000)
+    restored = [maker.through_codec(case.scene.sound()) for case in cases]
+    assert sum(recognised(restored, [name] * 6, classifier)) >= 5
 
 
 def test_recognised_compares_with_the_class_of_each_sound():

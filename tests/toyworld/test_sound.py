@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from toyworld import make_scene, random_sound
-from toyworld.sound import band_noise, partials, sweep
+from toyworld.sound import VIOLIN_HZ, band_noise, partials, sweep
 
 
 def spectrum(sound: np.ndarray, rate: int) -> tuple[np.ndarray, np.ndarray]:
@@ -50,7 +50,7 @@ def test_a_violin_holds_its_note_as_long_as_it_is_bowed():
     for event in thing.events:
         assert event.end_sec is not None
         begin, end = round((event.time_sec + 0.05) * 16_000), round(event.end_sec * 16_000)
-        note = 300 / thing.size * 1.5 ** ((event.strength - 0.5) / 0.5)
+        note = VIOLIN_HZ / thing.size * 1.5 ** ((event.strength - 0.5) / 0.5)
         hertz, level = spectrum(sound[begin:end], 16_000)
         assert hertz[level.argmax()] == pytest.approx(note, rel=0.03)  # the vibrato is 1.2 %
         early, late = sound[begin : begin + 3200], sound[end - 3200 : end]
