@@ -4,9 +4,9 @@
 
 Guidance of strength w moves by w times the velocity with conditions less (w - 1) times that without. Both come from
 the adapted model, as infer.py samples; or the one without from the base model ("base"), which tells what the adapter
-has done to it. A key is that of a row of soundbench.jsonl and of the adapter in the work folder. The scenes are the
-first ones of those that judge its run, and each is sampled from a seed of its own, the same everywhere. Figures go to
---results; an adapter that is there is not measured again.
+has done to it. A key is that of a row of soundbench.jsonl and of the adapter in the work folder. The scenes, of the new
+sound and of the known ones, are the first ones of those that judge its run, and each is sampled from a seed of its own,
+the same everywhere. Figures go to --results; an adapter that is there is not measured again.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sound_data import Inputs
+from sound_data import KNOWN, Inputs
 from sound_judge import heard_figures, uses_clip_features
 from sound_plan import ROOT
 from sound_rows import read_rows
@@ -47,8 +47,9 @@ VARIANT = "tiny_16k"
 STRENGTHS = {"adapted": (1.0, 1.5, 2.0, 3.0, 4.5), "base": (1.5, 2.0, 3.0, 4.5)}  # at 1 the branch does not count
 BATCH = 4
 BEGIN_MARK = begin_mark("benchmarks/guidance.py")
-MEASURES = (("recognised", "The share that is recognised, in %", 100, "{:.0f}"),
-            ("distance_db", "The distance to the true sounds, in dB", 1, "{:.1f}"))
+MEASURES = (("new", "recognised", "The share of the new scenes that is recognised, in %", 100, "{:.0f}"),
+            ("known", "recognised", "The share of the known scenes that is recognised, in %", 100, "{:.0f}"),
+            ("new", "distance_db", "The distance of the new sounds to the true ones, in dB", 1, "{:.1f}"))
 
 Row = dict[str, Any]
 
@@ -59,7 +60,8 @@ def build_parser() -> cli.ArgumentParser:
     group.add_argument("--keys", nargs="+", required=True, metavar="KEY", help="runs of soundbench.py")
     group.add_argument("--work", type=Path, default=Path("soundbench"), help="work folder of soundbench.py")
     group.add_argument("--rows", type=Path, default=ROOT / "benchmarks" / "soundbench.jsonl", help="its rows")
-    group.add_argument("--count", type=cli.positive_int, default=12, help="scenes")
+    group.add_argument("--count", type=cli.positive_int, default=12, help="scenes of the new sound")
+    group.add_argument("--known", type=cli.positive_int, default=20, help="scenes of the known ones, in turn")
     group.add_argument("--duration", type=float, default=8.0, help="seconds of a scene")
     group.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "guidance.json",
                        help="figures of all keys; added to")
@@ -101,34 +103,37 @@ def measure(row: Row, args, maker: ToyGenerator, classifier: Classifier) -> Row:
         raise UserError(f"{path}: no such file; soundbench.py leaves it there when it makes the run anew")
     adapter, base, adapted = load_adapter(path), *(load_generator(VARIANT, None).to(maker.device).eval() for _ in "ab")
     merge_adapter(adapted, adapter, 1.0)
-    cases, encoded = Inputs(args.work, maker, args.duration).scenes(row["scenes"], row["sound"])
-    cases, encoded = cases[: args.count], encoded[: args.count]
-    found: Row = {"key": row["key"], "method": row["method"], "sound": row["sound"], "seed": row["seed"],
-                  "scenes": len(cases)}
-    with Progress(sum(map(len, STRENGTHS.values())), row["key"], "settings") as progress:
-        for name, branch in (("adapted", adapted), ("base", base)):
-            found[name] = {}
-            for strength in STRENGTHS[name]:
-                sounds = []
-                for first in range(0, len(cases), BATCH):
-                    latents = guided_latents(adapted, branch, encoded[first : first + BATCH], strength, first,
-                                             args.duration, uses_clip_features(adapter))
-                    sounds += maker.decode(latents, args.duration)
-                figures = heard_figures(sounds, cases, classifier)
-                found[name][f"{strength:g}"] = {key: figures[key] for key in ("recognised", "distance_db", "hits")}
-                progress.update(progress.done + 1)
+    inputs = Inputs(args.work, maker, args.duration)
+    found: Row = {name: row[name] for name in ("key", "method", "sound", "seed")} | {name: {} for name in STRENGTHS}
+    with Progress(2 * sum(map(len, STRENGTHS.values())), row["key"], "settings") as progress:
+        for part, name, count in (("new", row["sound"], args.count), ("known", KNOWN, args.known)):
+            cases, encoded = (some[:count] for some in inputs.scenes(row["scenes"], name))
+            found[f"{part}_scenes"] = len(cases)
+            for branch, generator in (("adapted", adapted), ("base", base)):
+                for strength in STRENGTHS[branch]:
+                    sounds = []
+                    for first in range(0, len(cases), BATCH):
+                        latents = guided_latents(adapted, generator, encoded[first : first + BATCH], strength, first,
+                                                 args.duration, uses_clip_features(adapter))
+                        sounds += maker.decode(latents, args.duration)
+                    heard = heard_figures(sounds, cases, classifier)
+                    figures = {key: heard[key] for key in ("recognised", "distance_db", "hits")}
+                    found[branch].setdefault(f"{strength:g}", {})[part] = figures
+                    progress.update(progress.done + 1)
     return found
 
 
 def tables(rows: Sequence[Row]) -> list[str]:
     """Return Markdown: how often the sound is recognised, and its distance to the true one, a line per run."""
-    parts = [f"### Guidance\n\nNew scenes ({rows[0]['scenes']}), made with guidance of several strengths. Without "
-             "conditions the adapted model is asked, as `infer.py` does it, or the base model."]
+    counts = ", ".join(f"{rows[0][f'{part}_scenes']} {part}" for part in ("new", "known"))
+    parts = [f"### Guidance\n\nScenes ({counts}), made with guidance of several strengths. Without conditions the "
+             "adapted model is asked, as `infer.py` does it, or the base model."]
     columns = [(name, f"{strength:g}") for name, strengths in STRENGTHS.items() for strength in strengths]
     header = ("method", "sound", "seed", *(f"{strength}" + ", base" * (name == "base") for name, strength in columns))
-    for measured, words, factor, form in MEASURES:
+    for part, measured, words, factor, form in MEASURES:
         lines = [(row["method"], row["sound"], str(row["seed"]),
-                  *(form.format(factor * row[name][strength][measured]) for name, strength in columns)) for row in rows]
+                  *(form.format(factor * row[name][strength][part][measured]) for name, strength in columns))
+                 for row in rows]
         parts.append(f"\n{words}:\n\n{table(header, lines)}")
     return parts
 

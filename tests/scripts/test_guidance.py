@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import guidance
 import pytest
@@ -61,13 +62,52 @@ def test_the_branch_counts_only_where_there_is_guidance(models, scenes):
     assert (made(base, 3.0) - made(adapted, 3.0)).abs().max() > 0.01
 
 
-def test_every_run_has_a_line_in_both_tables():
-    part = {"recognised": 0.25, "distance_db": 7.26, "hits": "1000"}
-    row = {"key": "k", "method": "short", "sound": "gong", "seed": 1, "scenes": 4,
-           **{name: {f"{strength:g}": part for strength in strengths} for name, strengths in STRENGTHS.items()}}
+def test_every_run_has_a_line_in_every_table():
+    parts = {"new": {"recognised": 0.25, "distance_db": 7.26, "hits": "1000"},
+             "known": {"recognised": 0.75, "distance_db": 3.0, "hits": "1110"}}
+    row = {"key": "k", "method": "short", "sound": "gong", "seed": 1, "new_scenes": 4, "known_scenes": 4,
+           **{name: {f"{strength:g}": parts for strength in strengths} for name, strengths in STRENGTHS.items()}}
     text = "\n".join(tables([row]))
     assert "| method | sound | seed | 1 | 1.5 | 2 | 3 | 4.5 | 1.5, base | 2, base | 3, base | 4.5, base |" in text
-    assert text.count("| short | gong | 1 | 25 |") == 1 and text.count("| short | gong | 1 | 7.3 |") == 1
+    assert "Scenes (4 new, 4 known)" in text
+    assert [text.count(f"| short | gong | 1 | {value} |") for value in ("25", "75", "7.3")] == [1, 1, 1]
+
+
+def test_new_and_known_scenes_are_measured_at_every_strength_with_either_branch(tmp_path, monkeypatch):
+    (tmp_path / "adapters").mkdir()
+    (tmp_path / "adapters" / "k.pt").touch()
+    asked, scenes = [], {"gong": 6, "known": 3}
+
+    def made(generator, branch, scenes, strength, first, *others):
+        asked.append((branch is generator, strength, first, len(scenes)))
+        return scenes
+
+    class Maker:
+        device = torch.device("cpu")
+
+        def decode(self, latents, seconds):
+            return latents
+
+    def heard(sounds, cases, classifier):
+        assert len(sounds) == len(cases)
+        return {"recognised": len(cases), "distance_db": 0.0, "hits": "", "margin": 1.0}
+
+    inputs = SimpleNamespace(scenes=lambda which, name: ([which] * scenes[name], [name] * scenes[name]))
+    monkeypatch.setattr(guidance, "load_adapter", lambda path: SimpleNamespace(meta={}))
+    monkeypatch.setattr(guidance, "merge_adapter", lambda generator, adapter, strength: None)
+    monkeypatch.setattr(guidance, "guided_latents", made)
+    monkeypatch.setattr(guidance, "heard_figures", heard)
+    monkeypatch.setattr(guidance, "Inputs", lambda work, maker, seconds: inputs)
+    args = SimpleNamespace(work=tmp_path, duration=SECONDS, count=5, known=20)
+    row = guidance.measure({"key": "k", "method": "m", "sound": "gong", "seed": 1, "scenes": "select"}, args, Maker(),
+                           None)
+    assert (row["new_scenes"], row["known_scenes"]) == (5, 3)
+    for branch, strengths in STRENGTHS.items():
+        assert list(row[branch]) == [f"{strength:g}" for strength in strengths]
+        for strength, parts in row[branch].items():
+            assert {name: part["recognised"] for name, part in parts.items()} == {"new": 5, "known": 3}
+            found = [one[2:] for one in asked if one[:2] == (branch == "adapted", float(strength))]
+            assert found == [(0, 4), (4, 1), (0, 3)]  # in batches, each scene with its own seed
 
 
 def test_mistakes_are_one_line(tmp_path, capsys):
