@@ -23,13 +23,16 @@ RSLORA_ALPHA = 16.0  # default alpha with rslora: fixed, because alpha = rank wo
 
 _ATTENTION = ("attn.qkv", "linear1")
 _MLP = ("ffn.w1", "ffn.w2", "ffn.w3")
+_TEXT = ("text_input_proj.0", "text_cond_proj", "global_cond_mlp.w1", "global_cond_mlp.w2", "global_cond_mlp.w3")
 # Each contains the one before. "all" means every linear layer and convolution of the transformer blocks; its
-# adaLN_modulation.1 takes the modulation of the final layer along. The projections of the inputs, the time embedding
-# and the output convolution are left out: a new sound arrives through features that the base model knows how to read.
+# adaLN_modulation.1 takes the modulation of the final layer along. "all+text" are also the linear layers between the
+# text features and the blocks: behind them, words that the base model never had to tell apart may have become one. The
+# projections of pictures and motion, the time embedding and the output convolution are left out.
 PRESETS: dict[str, tuple[str, ...]] = {
     "attn": _ATTENTION,
     "attn+mlp": _ATTENTION + _MLP,
     "all": (*_ATTENTION, *_MLP, "adaLN_modulation.1"),
+    "all+text": (*_ATTENTION, *_MLP, "adaLN_modulation.1", *_TEXT),
 }
 
 

@@ -285,6 +285,9 @@ class RunConfig:
         "generated for them. Without them, the new sound may replace others", group=PRESERVATION, nargs="*",
         metavar="PROMPT")
     preserve_share: float = setting(0.5, "share of these sounds in every batch", group=PRESERVATION)
+    preserve_near: float = setting(
+        0.0, "share of these sounds that goes to a quarter of the prompts: those that the text encoder finds most "
+        "like the prompts of the clips, whose sounds are lost first", group=PRESERVATION)
     preserve_by: str = setting(
         "sounds", "sounds: the model generates them before the training; teacher: nothing is generated before, in "
         "every step the model without the adapter says for a part of the batch what it would do", group=PRESERVATION,
@@ -327,6 +330,8 @@ class RunConfig:
             problems.append(f"verdict_share is {self.verdict_share}, expected more than 0; --no_verdict leaves it out")
         if not 0 < self.preserve_share < 1:
             problems.append(f"preserve_share is {self.preserve_share}, expected more than 0 and less than 1")
+        if not 0 <= self.preserve_near <= 1:
+            problems.append(f"preserve_near is {self.preserve_near}, expected 0 to 1")
         problems += [f"{name} is {getattr(self, name)}, expected at least 0"
                      for name in ("keep_last", "val_clips", "eval_every")
                      if getattr(self, name) < 0]

@@ -11,7 +11,9 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -29,6 +31,7 @@ log = logging.getLogger(__name__)
 UNGUIDED = SamplingConfig(cfg_strength=0.0)
 SOUNDS_PER_PROMPT = 2  # at least; if there are fewer clips, an epoch uses each of them several times
 MOST_SOUNDS = 200  # kept in memory, about 1 MB each; a larger share of a large set uses each of them more than once
+MOST_CLIPS = 1000  # whose prompts are compared with those to preserve
 # Latent frames that go through the generator at once: 8 sounds of 8 s at 16 kHz, 5 at 44.1 kHz; longer ones one by one.
 # More are hardly faster on a CPU. It is no setting, so that the sounds of a run depend on nothing but its seed.
 FRAMES_AT_ONCE = 2048
@@ -47,9 +50,55 @@ def mixture(num_clips: int, num_prompts: int, share: float) -> tuple[int, int]:
     return repeats, round(repeats * per_repeat)
 
 
-def has_looks(number: int, num_prompts: int) -> bool:
-    """Return True for every other of the sounds that are made for prompts in turn, and of those of every prompt."""
-    return (number % num_prompts + number // num_prompts) % 2 == 1
+@dataclass(frozen=True)
+class Turn:
+    """The ``time``-th sound, from 0, of a prompt, by its number."""
+
+    prompt: int
+    time: int
+
+    @property
+    def has_looks(self) -> bool:
+        """True for every other of the sounds that are made for prompts in turn, and of those of every prompt."""
+        return (self.prompt + self.time) % 2 == 1
+
+
+def turns(shares: Sequence[float], count: int) -> list[Turn]:
+    """Return the prompts of ``count`` sounds: each prompt once, then so that all come as near their shares as can be.
+
+    Args:
+        shares: of the prompts, 1 in all. If they are equal, the prompts are taken in turn.
+    """
+    used, order = [0] * len(shares), []
+    for number in range(count):
+        if number < len(shares):
+            which = number
+        else:
+            which = max(range(len(shares)), key=lambda i: (number + 1) * shares[i] - used[i])
+        order.append(Turn(which, used[which]))
+        used[which] += 1
+    return order
+
+
+def prompt_shares(text_features: Tensor, clips: ClipDataset, near: float) -> list[float]:
+    """Return the share of every prompt in the preserved sounds: ``near`` of all goes to the nearest quarter beside.
+
+    The nearest are those whose text features, as means over their tokens, are closest to those of any training clip.
+    What is taught for a prompt reaches the ones beside it, so their sounds are the first to be lost.
+
+    Args:
+        text_features: (P, 77, text_dim). near: 0 to 1.
+    """
+    count = len(text_features)
+    if near == 0:
+        return [1 / count] * count
+    step = max(1, len(clips) // MOST_CLIPS)
+    means = text_features.float().cpu().mean(dim=1)
+    own = torch.stack([clips.clip(index).text_f.float().cpu().mean(dim=0) for index in range(0, len(clips), step)])
+    nearest = torch.cdist(means, own).min(dim=1).values.argsort(stable=True)[: max(1, round(count / 4))]
+    shares = torch.full((count,), (1 - near) / count, dtype=torch.float64)
+    shares[nearest] += near / len(nearest)
+    return shares.tolist()
 
 
 def with_preserved(
@@ -62,6 +111,7 @@ def with_preserved(
     seed: int,
     precision: torch.dtype,
     use_clip_features: bool = True,
+    near: float = 0.0,
 ) -> ClipDataset:
     """Return the clips, and sounds that the generator makes for ``prompts`` as ``share`` of all.
 
@@ -76,6 +126,7 @@ def with_preserved(
         text_features: (prompts, 77, text_dim).
         seed: of the noise. precision: autocast dtype of the network.
         use_clip_features: the training passes CLIP features; if not, no sound is made with them either.
+        near: share of the sounds for the prompts that are most similar to those of the clips.
 
     Raises:
         ValueError: ``share`` is not between 0 and 1.
@@ -84,6 +135,10 @@ def with_preserved(
     shift_after = math.lcm(len(clips), len(prompts))  # then each prompt meets other clips than before
     count = min(wanted, max(MOST_SOUNDS, len(prompts)))
     sources = [(number + number // shift_after) % len(clips) for number in range(count)]  # the clip of each sound
+    order = turns(prompt_shares(text_features, clips, near), count)
+    if near:
+        log.info("sounds to preserve, most of them near the prompts of the clips: %s", ", ".join(
+            f"{prompts[which]!r} x {times}" for which, times in Counter(turn.prompt for turn in order).most_common()))
     made: dict[int, TrainingClip] = {}
     was_training = generator.training
     generator.eval()
@@ -91,9 +146,9 @@ def with_preserved(
         for numbers in _together(clips.lengths(source) for source in sources):
             asked = []
             for number in numbers:
-                which = number % len(prompts)
+                which = order[number].prompt
                 clip = clips.clip(sources[number])
-                if not (use_clip_features and has_looks(number, len(prompts))):
+                if not (use_clip_features and order[number].has_looks):
                     clip = _unseen(generator, clip)
                 asked.append(dataclasses.replace(
                     clip, id=f"{clip.id}, preserved with {prompts[which]!r}", prompt=prompts[which], audio_path=None,

@@ -66,6 +66,7 @@ def adapter_meta(config: RunConfig, num_clips: int, num_processes: int = 1) -> d
         "preserve": list(config.preserve),
         "preserve_share": config.preserve_share,
         "preserve_by": config.preserve_by,
+        "preserve_near": config.preserve_near,
         **_meta_of_sets(config),
         "generator": generator_mark(config.model.generator),
         **({"init_from": config.init_from.name} if config.init_from else {}),
@@ -190,6 +191,7 @@ def check_resumable(saved: TrainingState, config: RunConfig, num_processes: int 
         pairs[name] = (saved.meta.get(name, now), now)
     if config.preserve:
         pairs["preserve_by"] = (saved.meta.get("preserve_by", "sounds"), config.preserve_by)
+        pairs["preserve_near"] = (saved.meta.get("preserve_near", 0.0), config.preserve_near)
     sets = _meta_of_sets(config)
     pairs["prompt_prefix"] = (saved.meta.get("prompt_prefix", []), sets.get("prompt_prefix", []))
     if saved.meta.get("data_weights") and "data_weights" in sets:  # of an earlier version they are not known
@@ -250,11 +252,11 @@ def build_run(
         def make() -> ClipDataset:
             return with_preserved(
                 generator, own_clips, config.preserve, prompts(), config.preserve_share, seed=training.seed,
-                precision=precision, use_clip_features=training.clip_features == "use",
+                near=config.preserve_near, precision=precision, use_clip_features=training.clip_features == "use",
             )
 
         key = (model, stored, precision, tuple(config.preserve), config.preserve_share, training.seed,
-               training.clip_features,
+               config.preserve_near, training.clip_features,
                tuple(map(str, config.data_dir)) if isinstance(config.data_dir, list | tuple) else str(config.data_dir),
                config.duration, config.normalize_audio, tuple(config.prompt_prefix), tuple(clips[0].ids))
         clips = shared.preserved(key, make), clips[1]
@@ -270,8 +272,8 @@ def build_run(
     graphs = graphed_calls(config.cuda_graph, device, "training", graph_problem(generator, world))
     teacher = None
     if config.preserve and config.preserve_by == "teacher":
-        teacher = teacher_for(generator, own_clips, config.preserve, prompts(), config.preserve_share, training,
-                              precision, world)
+        teacher = teacher_for(generator, own_clips, config.preserve, prompts(), config.preserve_share,
+                              config.preserve_near, training, precision, world)
     if training.lr_probe and not continued:
         found = probe_rate(generator, clips[0], training, precision, world)
         training = dataclasses.replace(training, lr=found.lr)

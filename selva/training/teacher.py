@@ -27,12 +27,13 @@ from selva.data.dataset import ClipDataset, Lengths
 from selva.lora.layers import base_only
 from selva.models.generator import Generator
 from selva.training.config import TrainConfig, num_lessons
-from selva.training.prior_preservation import has_looks
+from selva.training.prior_preservation import prompt_shares, turns
 from selva.utils.distributed import World
 from selva.utils.text import counted
 
 log = logging.getLogger(__name__)
 
+ROUNDS = 20  # through all prompts until the turns of the prompts repeat, where some come more often than others
 PHASES = 16  # lessons that one sound gives, from noise on; its Euler steps are one less
 
 
@@ -76,7 +77,8 @@ class Teacher:
     Args:
         generator: with its adapter, on its device.
         clips: training clips, which lend their sync and CLIP features; those of the most frequent length.
-        prompts: (P, 77, text_dim) features of the prompts to keep, taken in turn.
+        prompts: (P, 77, text_dim) features of the prompts to keep, taken in turn. near: share of the sounds for those
+            that are most similar to the prompts of the clips.
         rows: lessons of this process in every batch, see :func:`num_lessons`.
         config: its seed; how often conditions are dropped; whether CLIP features are used.
         precision: autocast dtype of the network.
@@ -84,13 +86,14 @@ class Teacher:
 
     def __init__(
         self, generator: Generator, clips: ClipDataset, prompts: Tensor, rows: int, config: TrainConfig,
-        precision: torch.dtype, world: World,
+        precision: torch.dtype, world: World, near: float = 0.0,
     ) -> None:
         self.generator, self.clips, self.prompts, self.rows = generator, clips, prompts.float().cpu(), rows
         self.config, self.precision, self.world = config, precision, world
         lengths = [clips.lengths(index) for index in range(len(clips))]
         self.lengths = max(dict.fromkeys(lengths), key=lengths.count)
         self.lenders = [index for index, own in enumerate(lengths) if own == self.lengths]
+        self.turns = turns(prompt_shares(prompts, clips, near), len(prompts) * (ROUNDS if near else 1))
         self._sounds: list[_Sound] = []
         self._number = -1  # of the lesson that the sounds stand at
 
@@ -144,8 +147,10 @@ class Teacher:
         empty_clip, empty_sync, empty_text = (x[0].detach() for x in generator.empty_features(1))
         seen = clip.has_video and drop_video >= config.null_prob
         # As with sounds that are made before: every other one has the looks of a clip, not always for the same prompt.
-        looks = seen and config.clip_features == "use" and has_looks(asked, len(self.prompts))
-        text = self.prompts[asked % len(self.prompts)].to(device) if drop_text >= config.null_prob else empty_text
+        cycle, place = divmod(asked, len(self.turns))
+        turn = self.turns[place]
+        looks = seen and config.clip_features == "use" and turn.has_looks ^ bool(cycle % 2)
+        text = self.prompts[turn.prompt].to(device) if drop_text >= config.null_prob else empty_text
         clip_f, sync_f = clip.clip_f.to(device) if looks else empty_clip, clip.sync_f.to(device) if seen else empty_sync
         return _Sound(number, jitter, (clip_f, sync_f, text), noise.to(device))
 
@@ -161,10 +166,10 @@ def lesson_loss(generator: Generator, lesson: Lesson, precision: torch.dtype) ->
 
 def teacher_for(
     generator: Generator, clips: ClipDataset, prompts: Sequence[str], text_features: Tensor, share: float,
-    config: TrainConfig, precision: torch.dtype, world: World,
+    near: float, config: TrainConfig, precision: torch.dtype, world: World,
 ) -> Teacher:
     """Return the teacher of a run, and say in the log what a batch will be made of."""
     rows = num_lessons(config.batch_size, share)
     log.info("lessons by the base model in every batch of %d: %d, for %s (%.0f %%, --preserve_share %g)",
              config.batch_size, rows, counted(len(prompts), "prompt"), 100 * rows / config.batch_size, share)
-    return Teacher(generator, clips, text_features, rows, config, precision, world)
+    return Teacher(generator, clips, text_features, rows, config, precision, world, near)

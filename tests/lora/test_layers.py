@@ -88,7 +88,7 @@ def test_the_notice_tells_what_is_skipped_and_what_would_load_elsewhere(model):
     ]
 
 
-@pytest.mark.parametrize("preset", ["attn", "attn+mlp", "all"])
+@pytest.mark.parametrize("preset", ["attn", "attn+mlp", "all", "all+text"])
 def test_the_targets_for_elsewhere_reach_the_linear_layers_and_nothing_else(preset):
     def inject(targets):
         with torch.device("meta"):

@@ -193,6 +193,9 @@ def test_sounds_to_preserve_are_trained_on_and_resumed_exactly(feature_dir, tmp_
     assert meta["preserve"] == ["rain", "a bell"] and meta["preserve_share"] == 0.4 and meta["num_clips"] == 5
     assert train(feature_dir, parts, "--no_preview", "--resume", "auto", "--steps", "9") == 1
     assert "preserve was ['rain', 'a bell'] and is [] now" in capsys.readouterr().err
+    other = ("--preserve_near", "0.5", "--resume", "auto", "--steps", "9")
+    assert train(feature_dir, parts, *preserve, *other) == 1
+    assert "preserve_near was 0.0 and is 0.5 now" in capsys.readouterr().err
 
 
 def test_a_probed_rate_is_said_kept_and_resumed_exactly(feature_dir, tmp_path, capsys):
@@ -538,6 +541,7 @@ def test_an_empty_folder(feature_dir, tmp_path, capsys):
         (["--device", "cuda:7"], 2, "--device cuda:7"),
         (["--val_fraction", "1"], 2, "val_fraction is 1.0"),
         (["--preserve", "rain", "--preserve_share", "1"], 2, "preserve_share is 1.0"),
+        (["--preserve", "rain", "--preserve_near", "1.5"], 2, "preserve_near is 1.5, expected 0 to 1"),
     ],
 )
 def test_mistakes_are_one_line(feature_dir, tmp_path, capsys, arguments, code, message):

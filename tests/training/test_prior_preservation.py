@@ -14,7 +14,7 @@ from selva.flow import SamplingConfig
 from selva.lora.config import LoRAConfig
 from selva.sampling import sample_latents
 from selva.training.objective import flow_loss, sample_noise
-from selva.training.prior_preservation import has_looks, mixture, with_preserved
+from selva.training.prior_preservation import mixture, prompt_shares, turns, with_preserved
 from selva.training.run import TrainingRun
 
 FP32 = torch.float32
@@ -75,8 +75,43 @@ def test_a_prompt_does_not_always_borrow_the_same_moments():
 
 @pytest.mark.parametrize("prompts", [1, 2, 3, 40])
 def test_every_prompt_is_made_with_looks_and_without(prompts):
-    looks = [has_looks(number, prompts) for number in range(2 * prompts)]
+    order = turns([1 / prompts] * prompts, 2 * prompts)
+    looks = [turn.has_looks for turn in order]
+    assert [turn.prompt for turn in order] == 2 * list(range(prompts))
     assert sum(looks) == prompts and all(looks[i] != looks[i + prompts] for i in range(prompts))
+
+
+def test_turns_follow_the_shares_and_leave_no_prompt_out():
+    order = turns([0.5, 0.5, 0.0, 0.0], 24)
+    assert [sum(turn.prompt == which for turn in order) for which in range(4)] == [11, 11, 1, 1]
+    for which in range(2):
+        assert [turn.time for turn in order if turn.prompt == which] == list(range(11))
+    assert [turn.prompt for turn in turns([0.7, 0.1, 0.1, 0.1], 3)] == [0, 1, 2]
+
+
+def test_the_prompts_most_like_those_of_the_clips_get_the_share_of_the_nearest():
+    text = torch.zeros(8, 7, 14)
+    text[:, :, 0] = torch.arange(8.0)[:, None]  # of prompt i, the mean over the tokens is i
+    text[:, 0] += 5
+    text[:, 1] -= 5
+    clips = [dataclasses.replace(clip, text_f=torch.full((7, 14), 0.0)) for clip in make_clips(2)]
+    clips[1] = dataclasses.replace(clips[1], text_f=torch.zeros(7, 14).index_fill(1, torch.tensor([0]), 6.4))
+    assert prompt_shares(text, ListDataset(clips), 0.5) == pytest.approx([0.3125, *[0.0625] * 5, 0.3125, 0.0625])
+    assert prompt_shares(text, ListDataset(clips), 0.0) == [0.125] * 8
+
+
+def test_sounds_near_the_clips_are_made_more_often_with_and_without_looks(caplog):
+    model, clips = make_generator(LoRAConfig(rank=2)), make_clips(3)
+    near = torch.stack([TEXT[0], clips[0].text_f, TEXT[1], TEXT[1] + 1])
+    prompts = ["a dog barks", "a gong", "rain", "a storm"]
+    with caplog.at_level("INFO"):
+        joined = with_preserved(model, ListDataset(clips), prompts, near, 0.8, seed=7, precision=FP32, near=0.6)
+    made = [joined.clip(i) for i in range(len(joined)) if "preserved" in joined.ids[i]]
+    counts = {prompt: sum(clip.prompt == prompt for clip in made) for prompt in prompts}
+    assert len(made) == 12 and counts["a gong"] == 9 and min(counts.values()) >= 1
+    nothing = model.empty_features(1)[0][0]
+    assert sum(torch.equal(clip.clip_f, nothing) for clip in made if clip.prompt == "a gong") in (4, 5)
+    assert "'a gong' x 9" in caplog.text
 
 
 @pytest.mark.parametrize("share", [0, 1, -0.5, 1.5, float("nan")])

@@ -122,6 +122,21 @@ def test_conditions_are_dropped_and_lent_as_in_training():
     assert 8 < sum(motion) < 32 and 8 < sum(text) < 32 and motion != text
 
 
+def test_prompts_near_those_of_the_clips_are_asked_for_more_often():
+    clips = make_clips()
+    text = torch.stack([clips[0].text_f, *TEXT, TEXT[0] - 1])
+    teacher = Teacher(make_generator(), ListDataset(clips), text, 1, KEEP, FP32, World(), near=0.7)
+    found = []
+    for number in range(0, 40 * PHASES, PHASES):
+        lesson = teacher.lesson(number)
+        nothing = teacher.generator.empty_features(1)[0]
+        which = next(i for i in range(len(text)) if torch.equal(lesson.text_f[0], text[i]))
+        found.append((which, torch.equal(lesson.clip_f, nothing)))
+    near = [unseen for which, unseen in found if which == 0]
+    assert 29 <= len(near) <= 33 and abs(sum(near) - len(near) / 2) < 2
+    assert {which for which, _ in found} == {0, 1, 2, 3, 4}
+
+
 def make_run(
     number: int = 2, graphs: GraphedCalls | None = None, checkpointing: bool = False, **changes
 ) -> TrainingRun:
