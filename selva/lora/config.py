@@ -23,7 +23,10 @@ RSLORA_ALPHA = 16.0  # default alpha with rslora: fixed, because alpha = rank wo
 
 _ATTENTION = ("attn.qkv", "linear1")
 _MLP = ("ffn.w1", "ffn.w2", "ffn.w3")
-_TEXT = ("text_input_proj.0", "text_cond_proj", "global_cond_mlp.w1", "global_cond_mlp.w2", "global_cond_mlp.w3")
+# The place of this network behind the projection of the text differs between versions, so that each has half of these.
+OF_SOME_VERSIONS = tuple(f"text_input_proj.{place}.{name}" for place in (1, 2) for name in ("w1", "w2", "w3"))
+_TEXT = ("text_input_proj.0", *OF_SOME_VERSIONS, "text_cond_proj", "global_cond_mlp.w1", "global_cond_mlp.w2",
+         "global_cond_mlp.w3")
 # Each contains the one before. "all" means every linear layer and convolution of the transformer blocks; its
 # adaLN_modulation.1 takes the modulation of the final layer along. "all+text" are also the linear layers between the
 # text features and the blocks: behind them, words that the base model never had to tell apart may have become one. The

@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from selva.lora.config import MAX_PROBLEMS, LoRAConfig, no_match_message
+from selva.lora.config import MAX_PROBLEMS, OF_SOME_VERSIONS, LoRAConfig, no_match_message
 from selva.lora.layers import ADAPTED_CLASS, KIND, PARAMETERS, LoRALayer, lora_layers
 from selva.lora.merge import MERGED_ATTRIBUTE, row_norms
 from selva.utils.errors import UserError
@@ -147,7 +147,8 @@ def _match(model: nn.Module, targets: Sequence[str]) -> tuple[dict[str, Plain], 
             skipped.append((name, f"a convolution in {counted(module.groups, 'group')}"))
         else:
             matches[name] = module
-    idle = [target for target in targets if not any(name.endswith(target) for name in matches)]
+    idle = [target for target in targets
+            if target not in OF_SOME_VERSIONS and not any(name.endswith(target) for name in matches)]
     if idle:
         names = [name for name, module in model.named_modules() if type(module) in ADAPTED_CLASS]
         raise UserError(no_match_message(names, idle, skipped))
