@@ -31,7 +31,8 @@ DECIDED_AFTER = 9  # three sounds and three seeds
 MEMORISED = 0.6  # area under the curve from which on a run counts as learned by heart
 NEAR = 0.02 + 1e-9  # of the best checkpoint: as good as it
 Rows = Sequence[Row]
-SETS = {"select": "scenes that settings were chosen by", "judge": "scenes that were used for nothing else"}
+SETS = {"judge": "scenes that were used for nothing else", "select": "scenes that settings were chosen by",
+        "first": "the same scenes, heard by the judge as it was before the violin was changed"}
 
 
 def build_parser() -> cli.ArgumentParser:
@@ -276,7 +277,9 @@ def keeping_text(rows: Rows) -> str:
 
 def sections(plan: Plan, rows: Rows, decided_after: int) -> Iterator[str]:
     """Yield the parts of the document: for every set of scenes and number of clips all questions."""
-    for scenes, clips in sorted({(row["scenes"], row["clips"]) for row in rows}, key=lambda one: (one[0], -one[1])):
+    order = list(SETS)
+    for scenes, clips in sorted({(row["scenes"], row["clips"]) for row in rows},
+                                key=lambda one: (order.index(one[0]), -one[1])):
         own = [row for row in rows if (row["scenes"], row["clips"]) == (scenes, clips)]
         yield f"## {counted(clips, 'clip')}, {SETS[scenes]}\n\n{counted(len(own), 'run')} so far.\n"
         yield sounds_text(own)

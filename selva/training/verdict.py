@@ -57,7 +57,8 @@ ADVICE = {
     "is silent": "a lower --lr (a third) or fewer --steps; listen to the samples of earlier steps; are the recordings "
                  "audible?",
     "got worse": "a lower --lr (a third), fewer --steps, adapter_best; are the sounds those of the videos?",
-    "has taken over": "--preserve with prompts of sounds to keep, a lower --strength when generating, or fewer --steps",
+    "has taken over": "--preserve with prompts of sounds to keep, --preserve_near 0.5 if it is sounds with similar "
+                      "prompts, a lower --strength when generating, or fewer --steps",
     "learned by heart": "adapter_best or fewer --steps, more and more varied clips, --rank 8, --lora_dropout 0.1",
 }
 

@@ -127,10 +127,12 @@ def test_the_steps_that_a_sound_needs_are_counted_on_the_same_scenes():
 def test_rows_of_other_scenes_and_numbers_of_clips_stand_apart(tmp_path, plan):
     other = {**row(plan, "faster", "gong", 1, "1111"), "scenes": "judge"}
     few = {**row(plan, "faster", "gong", 1, "1111"), "clips": 5}
-    text = document(tmp_path, [row(plan, "plain", "gong", 1, "0000"), other, few])
+    earlier = {**row(plan, "faster", "gong", 1, "1111"), "scenes": "first"}
+    text = document(tmp_path, [earlier, row(plan, "plain", "gong", 1, "0000"), other, few])
     assert [line for line in text.splitlines() if line.startswith("## ")] == [
         "## 20 clips, scenes that were used for nothing else", "## 20 clips, scenes that settings were chosen by",
         "## 5 clips, scenes that settings were chosen by",
+        "## 20 clips, the same scenes, heard by the judge as it was before the violin was changed",
     ]
 
 
