@@ -29,7 +29,7 @@ from selva.utils.progress import Progress
 log = logging.getLogger(__name__)
 
 UNGUIDED = SamplingConfig(cfg_strength=0.0)
-SOUNDS_PER_PROMPT = 2  # at least; if there are fewer clips, an epoch uses each of them several times
+SOUNDS_PER_PROMPT = 2  # in the mean, one at the least; if there are fewer clips, an epoch uses each several times
 MOST_SOUNDS = 200  # kept in memory, about 1 MB each; a larger share of a large set uses each of them more than once
 MOST_CLIPS = 1000  # whose prompts are compared with those to preserve
 # Latent frames that go through the generator at once: 8 sounds of 8 s at 16 kHz, 5 at 44.1 kHz; longer ones one by one.
@@ -80,6 +80,11 @@ def turns(shares: Sequence[float], count: int) -> list[Turn]:
     return order
 
 
+def num_nearest(num_prompts: int) -> int:
+    """Return how many prompts are a quarter of all, at least one."""
+    return max(1, round(num_prompts / 4))
+
+
 def prompt_shares(text_features: Tensor, clips: ClipDataset, near: float) -> list[float]:
     """Return the share of every prompt in the preserved sounds: ``near`` of all goes to the nearest quarter beside.
 
@@ -95,7 +100,7 @@ def prompt_shares(text_features: Tensor, clips: ClipDataset, near: float) -> lis
     step = max(1, len(clips) // MOST_CLIPS)
     means = text_features.float().cpu().mean(dim=1)
     own = torch.stack([clips.clip(index).text_f.float().cpu().mean(dim=0) for index in range(0, len(clips), step)])
-    nearest = torch.cdist(means, own).min(dim=1).values.argsort(stable=True)[: max(1, round(count / 4))]
+    nearest = torch.cdist(means, own).min(dim=1).values.argsort(stable=True)[: num_nearest(count)]
     shares = torch.full((count,), (1 - near) / count, dtype=torch.float64)
     shares[nearest] += near / len(nearest)
     return shares.tolist()
@@ -115,11 +120,11 @@ def with_preserved(
 ) -> ClipDataset:
     """Return the clips, and sounds that the generator makes for ``prompts`` as ``share`` of all.
 
-    There are at least :data:`SOUNDS_PER_PROMPT` for every prompt; a small set of clips is repeated to keep the share.
-    Each sound borrows the sync features of one of the clips, with the prompts in turn, so that something happens in it
-    at certain moments, and every other sound the clip's CLIP features. If no sound had CLIP features, the model would
-    learn that they always mean the new sound; if all had them, it would learn to ignore them. Depends on nothing but
-    the arguments.
+    There are at least :data:`SOUNDS_PER_PROMPT` for every prompt in the mean; a small set of clips is repeated to keep
+    the share. Each sound borrows the sync features of one of the clips, with the prompts in turn, so that something
+    happens in it at certain moments, and every other sound the clip's CLIP features. If no sound had CLIP features, the
+    model would learn that they always mean the new sound; if all had them, it would learn to ignore them. Depends on
+    nothing but the arguments.
 
     Args:
         generator: the base model, on its device; without an adapter, or with one that has not learned anything.
@@ -137,8 +142,9 @@ def with_preserved(
     sources = [(number + number // shift_after) % len(clips) for number in range(count)]  # the clip of each sound
     order = turns(prompt_shares(text_features, clips, near), count)
     if near:
-        log.info("sounds to preserve, most of them near the prompts of the clips: %s", ", ".join(
-            f"{prompts[which]!r} x {times}" for which, times in Counter(turn.prompt for turn in order).most_common()))
+        most = Counter(turn.prompt for turn in order).most_common(num_nearest(len(prompts)))
+        log.info("preserved most, as their prompts are most like those of the clips (--preserve_near %g): %s", near,
+                 ", ".join(f"{prompts[which]!r} x {times}" for which, times in most))
     made: dict[int, TrainingClip] = {}
     was_training = generator.training
     generator.eval()

@@ -111,7 +111,7 @@ def test_sounds_near_the_clips_are_made_more_often_with_and_without_looks(caplog
     assert len(made) == 12 and counts["a gong"] == 9 and min(counts.values()) >= 1
     nothing = model.empty_features(1)[0][0]
     assert sum(torch.equal(clip.clip_f, nothing) for clip in made if clip.prompt == "a gong") in (4, 5)
-    assert "'a gong' x 9" in caplog.text
+    assert "(--preserve_near 0.6): 'a gong' x 9" in caplog.text and "'rain'" not in caplog.text
 
 
 @pytest.mark.parametrize("share", [0, 1, -0.5, 1.5, float("nan")])
