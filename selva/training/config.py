@@ -184,7 +184,8 @@ class TrainConfig(ObjectiveConfig):
         "the gaps between them, instead of drawing each by itself", group=OBJECTIVE)
     keep_unconditional: float = setting(
         0.0, "share of the clips of a batch for which the model is also taught to stay as it was without video and "
-        "text, with which guidance compares; 0.25 made new sounds of the built-in model come out more often",
+        "text, with which guidance compares; 0.25 made new sounds of the built-in model come out more often, and "
+        "less like the recordings",
         group=OBJECTIVE)
     contrastive: float = setting(  # arXiv:2506.05350
         0.0, "push each velocity away from the target of another clip of the batch, with this weight; 0.05 was "

@@ -81,7 +81,7 @@ def turns(shares: Sequence[float], count: int) -> list[Turn]:
 
 
 def num_nearest(num_prompts: int) -> int:
-    """Return how many prompts are a quarter of all, at least one."""
+    """Return the size of a quarter of the prompts, at least one."""
     return max(1, round(num_prompts / 4))
 
 
