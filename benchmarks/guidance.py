@@ -1,6 +1,6 @@
 """Measure adapters of `soundbench.py` at several strengths of guidance, with either unconditional branch.
 
-    python benchmarks/guidance.py --work bench --keys select-gong-20-1-0662651b49      # adds a row to docs/findings.md
+    python benchmarks/guidance.py --work bench --keys select-gong-20-1-e284445f3a      # adds a row to docs/findings.md
 
 Guidance of strength w moves by w times the velocity with conditions less (w - 1) times that without. Both come from
 the adapted model, as infer.py samples; or the one without from the base model ("base"), which tells what the adapter
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from sound_data import KNOWN, Inputs
 from sound_judge import heard_figures, uses_clip_features
-from sound_plan import ROOT
+from sound_plan import ROOT, SCENE_SETS
 from sound_rows import read_rows
 from tiny_tables import table
 from torch import Tensor
@@ -145,6 +145,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     known = {row["key"]: row for row in read_rows(args.rows)}
     if lost := [key for key in args.keys if key not in known]:
         raise UserError(f"{args.rows}: has no run {', '.join(lost)}; soundbench.py --list shows what there is")
+    if earlier := [key for key in args.keys if known[key]["scenes"] not in SCENE_SETS]:
+        raise UserError(f"{', '.join(earlier)}: made for an earlier version of the world, whose scenes are not made "
+                        "any more; expected keys of runs of this one")
     rows: list[Row] = json.loads(args.results.read_text(encoding="utf-8")) if args.results.is_file() else []
     missing = [key for key in args.keys if all(row["key"] != key for row in rows)]
     if missing:

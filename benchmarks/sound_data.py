@@ -30,6 +30,7 @@ KNOWN = "known"  # name of the set of scenes of the ten trained classes
 NEW_SCENES, KNOWN_SCENES = 24, 6  # of a new sound; of each of the ten known ones
 HELD_OUT_CLIPS = 12  # whose loss is measured; nothing is trained on them
 DONE_FILE = "complete"
+WORLD = 2  # of the world's sounds, in the names of folders: clips of an earlier one in a work folder are not used
 
 
 class Inputs:
@@ -52,12 +53,12 @@ class Inputs:
         seed = cell.seed + SEED_OFFSETS[cell.scenes]
         rng = np.random.default_rng([seed, zlib.crc32(cell.sound.encode())])
         seeds = [int(rng.integers(2**32, 2**40)) for _ in range(cell.clips)]
-        return self._features(f"clips/{cell.sound}-{seed}-{cell.clips}", cell.sound, seeds)
+        return self._features(f"clips_{WORLD}/{cell.sound}-{seed}-{cell.clips}", cell.sound, seeds)
 
     def held_out(self, cell: Cell) -> Path:
         """Return the feature folder of the clips whose loss is measured, the same for all seeds."""
         first = _first_seed(cell.scenes, cell.sound) + 5000
-        return self._features(f"held_out/{cell.scenes}-{cell.sound}", cell.sound,
+        return self._features(f"held_out_{WORLD}/{cell.scenes}-{cell.sound}", cell.sound,
                               range(first, first + self.held_out_clips))
 
     def scenes(self, scenes: str, name: str) -> tuple[list[Case], list[EncodedCases]]:

@@ -147,8 +147,11 @@ def _match(model: nn.Module, targets: Sequence[str]) -> tuple[dict[str, Plain], 
             skipped.append((name, f"a convolution in {counted(module.groups, 'group')}"))
         else:
             matches[name] = module
-    idle = [target for target in targets
-            if target not in OF_SOME_VERSIONS and not any(name.endswith(target) for name in matches)]
+    found = [target for target in targets if any(name.endswith(target) for name in matches)]
+    # Of the endings that only some versions have, one that is found stands for its likes.
+    likes = {target.rpartition(".")[2] for target in found if target in OF_SOME_VERSIONS}
+    idle = [target for target in targets if target not in found
+            and not (target in OF_SOME_VERSIONS and target.rpartition(".")[2] in likes)]
     if idle:
         names = [name for name, module in model.named_modules() if type(module) in ADAPTED_CLASS]
         raise UserError(no_match_message(names, idle, skipped))

@@ -99,7 +99,8 @@ def prompt_shares(text_features: Tensor, clips: ClipDataset, near: float) -> lis
         return [1 / count] * count
     step = max(1, len(clips) // MOST_CLIPS)
     means = text_features.float().cpu().mean(dim=1)
-    own = torch.stack([clips.clip(index).text_f.float().cpu().mean(dim=0) for index in range(0, len(clips), step)])
+    own = torch.stack([clips.prompt(index, number)[1].float().cpu().mean(dim=0)
+                       for index in range(0, len(clips), step) for number in range(clips.num_prompts(index))])
     nearest = torch.cdist(means, own).min(dim=1).values.argsort(stable=True)[: num_nearest(count)]
     shares = torch.full((count,), (1 - near) / count, dtype=torch.float64)
     shares[nearest] += near / len(nearest)

@@ -246,6 +246,8 @@ def build_run(
     def prompts() -> Tensor:
         return load_clip_text(model.variant, model.selva_dir, device).encode(config.preserve)
 
+    if config.preserve_near and not config.preserve:
+        log.warning("--preserve_near %g has no effect without --preserve", config.preserve_near)
     if config.preserve and config.preserve_by == "sounds":  # before there is an adapter, which would cost time in
         # every layer and add nothing yet
 

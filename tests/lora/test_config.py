@@ -140,6 +140,16 @@ def test_presets_reach_what_they_say(variant):
     assert all(every[name] is nn.Linear for name in text)
 
 
+def test_a_place_of_the_other_version_is_missed_unless_that_of_this_one_is_there():
+    def inject(*targets: str):
+        with torch.device("meta"):
+            return inject_lora(Generator(VARIANTS["small_16k"].generator), LoRAConfig(rank=1, targets=targets))
+
+    with pytest.raises(ValueError, match=r"No layers matched target=\['text_input_proj.2.w1'\]"):
+        inject("attn.qkv", "text_input_proj.2.w1")
+    assert inject("text_input_proj.1.w1", "text_input_proj.2.w1").wrapped == ["text_input_proj.1.w1"]
+
+
 def test_the_rank_of_an_ending_goes_before_that_of_a_preset_and_a_small_preset_before_a_large_one():
     for targets in (("all", "attn", "linear1"), ("linear1", "attn", "all")):  # in whatever order
         ranks = {"all": 2, "attn": 3, "linear1": 4}

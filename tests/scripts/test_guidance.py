@@ -115,3 +115,6 @@ def test_mistakes_are_one_line(tmp_path, capsys):
     rows.write_text(json.dumps({"key": "there", "scenes": "select", "sound": "gong"}) + "\n")
     assert guidance.main(["--keys", "lost", "--rows", str(rows), "--results", str(tmp_path / "g.json")]) == 1
     assert "has no run lost" in capsys.readouterr().err
+    rows.write_text(json.dumps({"key": "first-gong", "scenes": "first", "sound": "gong"}) + "\n")
+    assert guidance.main(["--keys", "first-gong", "--rows", str(rows), "--results", str(tmp_path / "g.json")]) == 1
+    assert "first-gong: made for an earlier version" in capsys.readouterr().err

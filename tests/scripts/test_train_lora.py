@@ -183,7 +183,8 @@ def test_resume_gives_the_same_bits_and_keeps_the_finished_adapter(feature_dir, 
 def test_sounds_to_preserve_are_trained_on_and_resumed_exactly(feature_dir, tmp_path, capsys):
     plain, whole, parts = (tmp_path / name for name in ("plain", "whole", "parts"))
     preserve = ("--no_preview", "--preserve", "rain", "a bell", "--preserve_share", "0.4")
-    assert train(feature_dir, plain, "--no_preview") == 0
+    assert train(feature_dir, plain, "--no_preview", "--preserve_near", "0.5") == 0
+    assert "--preserve_near 0.5 has no effect without --preserve" in capsys.readouterr().err
     assert train(feature_dir, whole, *preserve) == 0
     assert train(feature_dir, parts, *preserve, "--steps", "2") == 0
     assert train(feature_dir, parts, *preserve, "--resume", "auto") == 0

@@ -99,6 +99,15 @@ def test_the_prompts_most_like_those_of_the_clips_get_the_share_of_the_nearest()
     assert prompt_shares(text, ListDataset(clips), 0.5) == pytest.approx([0.3125, *[0.0625] * 5, 0.3125, 0.0625])
     assert prompt_shares(text, ListDataset(clips), 0.0) == [0.125] * 8
 
+    class WithTwoPrompts(ListDataset):
+        def num_prompts(self, index: int) -> int:
+            return 2
+
+        def prompt(self, index: int, number: int):
+            return ("another", clips[1].text_f) if number else super().prompt(index, number)
+
+    assert prompt_shares(text, WithTwoPrompts(clips[:1]), 0.5) == prompt_shares(text, ListDataset(clips), 0.5)
+
 
 def test_sounds_near_the_clips_are_made_more_often_with_and_without_looks(caplog):
     model, clips = make_generator(LoRAConfig(rank=2)), make_clips(3)
