@@ -228,7 +228,7 @@ def on_the_way_text(plan: Plan, rows: Rows) -> str:
     """Return the table of the checkpoints: of every method the figures on the scenes that judge all of them."""
     lines = []
     for name, method in plan.methods.items():
-        own = [row for row in rows_of(method, rows) if len(row["checkpoints"]) > 1]  # a soup has but its end
+        own = [row for row in rows_of(method, rows) if len(row["checkpoints"]) > 1]  # others have but their end
         for place in range(min((len(row["checkpoints"]) for row in own), default=0)):
             found = [row["checkpoints"][place] for row in own]
             shares = [fmean(fmean(hits(row["checkpoints"][place][part])[: scenes_of_all(row, part)]) for row in own)
@@ -261,7 +261,10 @@ def score(checkpoint: Row, row: Row) -> float:
 
 
 def keeping_text(rows: Rows) -> str:
-    """Return the table of the rules that choose a checkpoint, beside the best choice in hindsight."""
+    """Return the table of the rules that choose a checkpoint, beside the best choice in hindsight; "" without such runs."""
+    rows = [row for row in rows if len(row["checkpoints"]) > 1]
+    if not rows:
+        return ""
     best = [max(score(one, row) for one in row["checkpoints"]) for row in rows]
     lines = []
     for name, rule in RULES.items():

@@ -29,7 +29,7 @@ from toyworld.measure import Case, EncodedCases, ToyGenerator, mean, timing_f1
 STRENGTHS = (0.2, 0.4, 0.6, 0.8, 1.2, 1.4)  # beside 0, the base model, and 1, the last checkpoint
 PART = {"new": 8, "known": 10}  # scenes that judge a checkpoint on the way, the first ones of all
 STRENGTH_SCENES = 8
-RESPONSE_SEED = 1  # the only one whose response is measured: it takes a third of the time of a judgement
+DETAILED_SEED = 1  # the only one whose checkpoints on the way and strengths are judged: half of all judging
 LOSS_SEED = 0  # of the noise and the times of the losses, the same for every method
 
 Figures = dict[str, Any]

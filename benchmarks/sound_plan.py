@@ -25,6 +25,8 @@ OWN_SETTINGS = ("data_dir", "output_dir", "seed", "resume", "val_fraction", "val
 # are apart too: seed 1 of one is not seed 1 of the other.
 SCENE_SETS = {"select": 8_600_000, "judge": 8_800_000}
 SEED_OFFSETS = {"select": 0, "judge": 1000}
+# Settings that older rows do not write out, as they were the defaults then: at these values they are no part of a key.
+IMPLIED = {"timestep_mode": "logit_normal", "preserve_near": 0.0}
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,8 @@ class Method:
     """One way to train.
 
     Attributes:
-        changes: of the base settings. settings: all of them, by the names of the flags of ``train_lora.py``.
+        changes: of the settings of its question's base. settings: all of them, by the names of the flags of
+            ``train_lora.py``.
         soup: how its adapter is averaged from others, see :func:`read_plan`; None if it is what a training leaves.
         rank: 0 is worth most; a method of rank 1 has its first run when those of rank 0 have their second.
     """
@@ -51,7 +54,8 @@ class Method:
     @property
     def identity(self) -> str:
         """A hash of the settings: methods of the same settings share their runs."""
-        return hashlib.sha256(json.dumps(self.all_settings, sort_keys=True).encode()).hexdigest()[:10]
+        counted = {key: value for key, value in self.all_settings.items() if IMPLIED.get(key) != value}
+        return hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()[:10]
 
 
 @dataclass(frozen=True)
@@ -61,9 +65,11 @@ class Question:
     Attributes:
         claim: what is said elsewhere, or was our default. source: where.
         reference: name of the method that the others are compared with.
+        base: name of the settings that its methods change.
     """
 
     name: str
+    base: str
     title: str
     claim: str
     source: str
@@ -99,6 +105,7 @@ class Run:
 class Plan:
     """The content of ``soundbench.yaml``; ``suites`` have sounds, seeds and the highest rank of methods."""
 
+    bases: Mapping[str, Mapping[str, Any]]
     questions: tuple[Question, ...]
     methods: Mapping[str, Method]
     suites: Mapping[str, Mapping[str, Any]]
@@ -112,18 +119,20 @@ def read_plan(path: Path = PLAN_FILE) -> Plan:
     apart. Either is cut back to the rank.
 
     Raises:
-        UserError: a method is there twice, or changes what the benchmark sets itself; a reference is no method; or a
-            soup is none of the two.
+        UserError: a base is not there; a method is there twice, or changes what the benchmark sets itself; a reference is
+            no method; or a soup is none of the two.
         FileNotFoundError: it, or the file that it takes the preserved prompts from, is not there.
     """
     import yaml
 
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     preset = yaml.safe_load((ROOT / content["preserve_from"]).read_text(encoding="utf-8"))
-    base = {**content["base"], "preserve": preset["preserve"]}
     questions, methods = [], {}
     for name, asked in content["questions"].items():
-        own = []
+        if (base_name := asked["base"]) not in content["bases"]:
+            known = listed(list(content["bases"]))
+            raise UserError(f"{path}: question {name}: base is {base_name!r}, expected one of {known}")
+        base, own = {**content["bases"][base_name], "preserve": preset["preserve"]}, []
         for method, changes in asked["methods"].items():
             changes = dict(changes or {})
             rank = changes.pop("rank_of_worth", asked.get("rank_of_worth", 0))
@@ -137,11 +146,11 @@ def read_plan(path: Path = PLAN_FILE) -> Plan:
                 raise UserError(f"{path}: the method {method} is there twice, with other settings")
             methods.setdefault(method, made)
             own.append(method)
-        words = {key: asked[key] for key in ("title", "claim", "source", "reference")}
+        words = {key: asked[key] for key in ("base", "title", "claim", "source", "reference")}
         questions.append(Question(name=name, methods=tuple(own), **words))
     if lost := [one.reference for one in questions if one.reference not in methods]:
         raise UserError(f"{path}: references that are no methods: {listed(lost)}")
-    return Plan(tuple(questions), methods, content["suites"])
+    return Plan(content["bases"], tuple(questions), methods, content["suites"])
 
 
 def runs_of(methods: Sequence[Method], cells: Sequence[Cell]) -> list[Run]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sound_judge import RESPONSE_SEED, Judge, uses_clip_features
+from sound_judge import DETAILED_SEED, Judge, uses_clip_features
 from sound_plan import ROOT, Cell, Method, Run
 
 from selva.checkpoint import load_adapter, save_adapter
@@ -32,7 +32,7 @@ from selva.utils.version import __version__
 
 log = logging.getLogger("selva.soundbench")
 
-CHECKPOINTS = 3  # that are judged, at even distances, the last step included
+CHECKPOINTS = 3  # of a run, at even distances, the last step included
 COSTS = ("train_cpu_sec", "train_wall_sec", "preserve_cpu_sec")  # of a soup the sum over its trainings
 TRAINED_FILE = "trained.json"
 SOUP_FILE = "soup.pt"
@@ -128,15 +128,16 @@ class Trainer:
         trained = self._trained(run, folder)
         started = time.process_time()
         steps = trained.pop("checkpoints")
+        detailed = run.cell.seed == DETAILED_SEED
         judged = []
         adapter = None
-        for step in steps:
+        for step in steps if detailed else steps[-1:]:
             adapter = load_adapter(folder / "train" / (SOUP_FILE if run.method.soup else step_file_name(step)))
             figures = self.judge.checkpoint(adapter, run.cell, whole=step == steps[-1])
             judged.append({"step": step, **figures})
             log.info("%s, step %d: %s", run.method.name, step, in_words(judged[-1]))
         assert adapter is not None
-        response = self.judge.response(adapter, run.cell) if run.cell.seed == RESPONSE_SEED else []
+        response = self.judge.response(adapter, run.cell) if detailed else []
         base = self.judge.base(run.cell, uses_clip_features(adapter))
         row = {
             "key": run.key, "method": run.method.name, "scenes": run.cell.scenes, "sound": run.cell.sound,

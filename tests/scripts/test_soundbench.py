@@ -27,11 +27,11 @@ from toyworld.judging import fit_classifier
 
 PLAN = {
     "preserve_from": "configs/tiny_new_sound.yaml",
-    "base": {"variant": "tiny_16k", "rank": 2, "lr": 1e-3, "steps": 4, "warmup_steps": 1, "batch_size": 2,
-             "precision": "fp32"},
+    "bases": {"small": {"variant": "tiny_16k", "rank": 2, "lr": 1e-3, "steps": 4, "warmup_steps": 1, "batch_size": 2,
+                        "precision": "fp32"}},
     "suites": {"small": {"sounds": ["gong"], "seeds": [1], "highest_rank": 0}},
     "questions": {"one": {
-        "title": "T", "claim": "C", "source": "S", "reference": "plain",
+        "base": "small", "title": "T", "claim": "C", "source": "S", "reference": "plain",
         "methods": {"plain": {"preserve": []}, "faster": {"preserve": [], "lr": 1e-2},
                     "kept": {"preserve": ["a bell rings"], "rank_of_worth": 1}},
     }},
@@ -88,6 +88,8 @@ def test_a_suite_leaves_a_row_for_every_run_and_does_none_twice(bench, capsys):
     assert bench("--methods", "plain", "faster") == 0
     assert [row["method"] for row in bench.rows()] == ["plain", "kept", "faster"]
     assert bench.rows()[-1]["checkpoints"][-1]["val_loss"] != last["val_loss"]
+    assert bench("--methods", "plain", "--seeds", "2") == 0  # only the first seed is judged on the way
+    assert [one["step"] for one in bench.rows()[-1]["checkpoints"]] == [4] and bench.rows()[-1]["response"] == []
 
 
 def test_soups_are_averages_at_the_rank_and_cost_what_their_trainings_cost(bench, monkeypatch):
@@ -208,6 +210,9 @@ def test_mistakes_on_the_command_line_and_in_the_plan(bench, capsys):
     plan.write_text(plan.read_text().replace("lrr: 0.01", "seed: 3"))
     assert bench() == 1
     assert "faster: seed cannot be changed" in capsys.readouterr().err
+    plan.write_text(plan.read_text().replace("base: small", "base: smal"))
+    assert bench() == 1
+    assert "question one: base is 'smal', expected one of small" in capsys.readouterr().err
 
 
 def test_the_scenes_that_choose_and_those_that_judge_have_nothing_in_common(tmp_path):
@@ -233,6 +238,14 @@ def test_the_most_valuable_runs_come_first():
 def test_methods_of_the_same_settings_share_their_runs():
     one, other = (Method(name, {}, {"lr": 1.0}, 0) for name in ("one", "other"))
     assert len(runs_of([one, other], cells_of("select", ["bird"], 20, [1, 2]))) == 2
+
+
+def test_rows_of_before_are_found_by_settings_that_were_not_written_out_then():
+    def identity(**settings) -> str:
+        return Method("m", {}, settings, 0).identity
+
+    assert identity(lr=1.0, timestep_mode="logit_normal", preserve_near=0.0) == identity(lr=1.0)
+    assert len({identity(lr=1.0), identity(lr=1.0, timestep_mode="uniform"), identity(lr=1.0, preserve_near=0.5)}) == 3
 
 
 def test_every_method_of_the_plan_can_be_trained():
