@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from sound_plan import PLAN_FILE, ROOT, Method, Plan, Question, read_plan
+from sound_plan import PLAN_FILE, ROOT, Cell, Method, Plan, Question, read_plan
 from sound_rows import Interval, Row, compared, hits, interval, read_rows, scenes_of_all, steps_to
 from tiny_tables import table
 
@@ -22,7 +22,7 @@ import selva_lora  # noqa: F401 -- ends here if another selva would be imported
 from selva import cli
 from selva.utils.document import begin_mark, marked_block, update_document
 from selva.utils.errors import UserError
-from selva.utils.text import counted
+from selva.utils.text import counted, listed
 
 BEGIN_MARK = begin_mark("benchmarks/findings.py")
 DOCUMENT = ROOT / "docs" / "findings.md"
@@ -93,6 +93,8 @@ def verdict(rows: Rows, references: Rows, decided_after: int) -> str:
         difference = compared(rows, references, values)
         if difference.excludes(0):
             words.append(f"{what} {'more' if difference.mean > 0 else 'less'}")
+    if (difference := compared(rows, references, distances)).excludes(0):
+        words.append(f"sounds {'nearer' if difference.mean < 0 else 'less near'}")
     share = fmean(map(cost, rows)) / fmean(map(cost, references))
     seconds = f", {share:.1f} times the seconds" if not 0.9 < share < 1.1 else ""
     return (", ".join(words) or "no difference beyond the intervals") + seconds
@@ -135,7 +137,6 @@ def question_text(question: Question, plan: Plan, rows: Rows, decided_after: int
     lines = []
     for name, own in found.items():
         if not own:
-            lines.append((name, "0", *[""] * 11, f"not decided yet: 0 of {counted(decided_after, 'run')}"))
             continue
         is_reference = name == question.reference
         differences = ["", ""] if is_reference else [
@@ -150,22 +151,33 @@ def question_text(question: Question, plan: Plan, rows: Rows, decided_after: int
             f"{fmean(map(cost, own)):.0f}",
             "the reference" if is_reference else verdict(own, references, decided_after),
         ))
-    changes = "; ".join(f"{name}: {changes_text(plan.methods[name])}" for name in question.methods)
+    changes = "; ".join(f"{name}: {changes_text(plan.methods[name])}" for name, own in found.items() if own)
+    missing = [name for name, own in found.items() if not own]
+    without = f" Not run here: {listed(missing, len(missing))}." if missing else ""
     return (f"### {question.title}\n\n*Claim:* {question.claim} *From:* {question.source}.\n\n{table(header, lines)}\n"
-            f"{changes}.\n")
+            f"On the base `{question.base}`: {changes}.{without}\n")
 
 
 def worst(values: Callable[[Row], list[float]], rows: Rows) -> str:
     return f"{100 * min(fmean(values(row)) for row in rows):.0f}"
 
 
-def changes_text(method: Method) -> str:
-    """Return the changes that a method makes to the base settings, as flags."""
-    def flag(name: str, value: Any) -> str:
-        words = [] if value is True else map(str, value if isinstance(value, list) else [value])
-        return f"`{' '.join([f'--{name}', *words])}`"
+def flag_text(name: str, value: Any) -> str:
+    words = [] if value is True else map(str, value if isinstance(value, list) else [value])
+    return f"`{' '.join([f'--{name}', *words])}`"
 
-    words = [flag(*one) for one in method.changes.items()]
+
+def bases_text(plan: Plan) -> str:
+    """Return the settings of the bases, which the methods change."""
+    lines = (f"- `{name}`: {' '.join(flag_text(*one) for one in base.items())}" for name, base in plan.bases.items())
+    return "## Bases\n\nWhat the methods change:\n\n" + "\n".join(lines) + "\n"
+
+
+def changes_text(method: Method) -> str:
+    """Return the changes that a method makes to the settings of its base, as flags."""
+    words = [flag_text(*one) for one in method.changes.items()]
+    if method.wordings > 1:
+        words.append(f"{method.wordings} prompts for every clip")
     if method.soup:
         parts = counted(method.soup["seeds"], "training") + " by other seeds" if "seeds" in method.soup else (
             f"the last {counted(method.soup['last'], 'step file')}, {counted(method.soup['every'], 'step')} apart")
@@ -224,6 +236,30 @@ def whole_response(row: Row) -> dict[float, Mapping[str, float]]:
     return dict(sorted(found.items()))
 
 
+def wordings_text(plan: Plan, rows: Rows) -> str:
+    """Return the table of scenes whose wording a clip has and of those in other words; "" without any of the latter."""
+    from sound_data import trained_wordings
+
+    lines = []
+    for name, method in plan.methods.items():
+        shares: dict[bool, list[float]] = {True: [], False: []}
+        own = rows_of(method, rows)
+        for row in own:
+            cell = Cell(row["scenes"].replace("first", "select"), row["sound"], row["clips"], row["seed"])
+            outcomes = recognised(row)
+            flags = trained_wordings(cell, method.wordings, len(outcomes))
+            for trained, hit in zip(flags, outcomes, strict=True):
+                shares[trained].append(hit)
+        if shares[False]:
+            lines.append((name, str(len(own)), *(text for trained in (True, False) for text in (
+                str(len(shares[trained])), f"{100 * fmean(shares[trained]):.0f}" if shares[trained] else ""))))
+    if not lines:
+        return ""
+    header = ("method", "runs", "scenes in words of the clips", "recognised %", "scenes in other words", "recognised %")
+    return ("### Other words\n\nThe scenes of the new sound whose prompt is worded as that of a clip (the colour may "
+            f"be another), and those that are asked for in words that no clip has.\n\n{table(header, lines)}")
+
+
 def on_the_way_text(plan: Plan, rows: Rows) -> str:
     """Return the table of the checkpoints: of every method the figures on the scenes that judge all of them."""
     lines = []
@@ -261,7 +297,7 @@ def score(checkpoint: Row, row: Row) -> float:
 
 
 def keeping_text(rows: Rows) -> str:
-    """Return the table of the rules that choose a checkpoint, beside the best choice in hindsight; "" without such runs."""
+    """Return the table of the rules that choose a checkpoint, beside the best choice in hindsight; "" without any."""
     rows = [row for row in rows if len(row["checkpoints"]) > 1]
     if not rows:
         return ""
@@ -281,6 +317,7 @@ def keeping_text(rows: Rows) -> str:
 def sections(plan: Plan, rows: Rows, decided_after: int) -> Iterator[str]:
     """Yield the parts of the document: for every set of scenes and number of clips all questions."""
     order = list(SETS)
+    yield bases_text(plan)
     for scenes, clips in sorted({(row["scenes"], row["clips"]) for row in rows},
                                 key=lambda one: (order.index(one[0]), -one[1])):
         own = [row for row in rows if (row["scenes"], row["clips"]) == (scenes, clips)]
@@ -289,7 +326,8 @@ def sections(plan: Plan, rows: Rows, decided_after: int) -> Iterator[str]:
         for question in plan.questions:
             if text := question_text(question, plan, own, decided_after):
                 yield text
-        yield from filter(None, (on_the_way_text(plan, own), keeping_text(own), response_text(plan, own)))
+        yield from filter(None, (wordings_text(plan, own), on_the_way_text(plan, own), keeping_text(own),
+                                 response_text(plan, own)))
 
 
 @cli.entry_point

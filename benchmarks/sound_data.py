@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import shutil
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,7 +21,7 @@ from selva.utils.lock import FolderLock
 from toyworld import CLASSES, UNSEEN
 from toyworld.judging import RATE
 from toyworld.measure import Case, EncodedCases, ToyGenerator, single_cases
-from toyworld.scene import make_scene
+from toyworld.scene import Scene, make_scene
 
 log = logging.getLogger("selva.soundbench")
 
@@ -48,12 +49,32 @@ class Inputs:
         self.folder, self.maker, self.duration_sec = folder, maker, duration_sec
         self.new_scenes, self.known_scenes, self.held_out_clips = new_scenes, known_scenes, held_out_clips
 
-    def clips(self, cell: Cell) -> Path:
-        """Return the feature folder that a cell trains on; fewer clips are the first ones of more."""
-        seed = cell.seed + SEED_OFFSETS[cell.scenes]
-        rng = np.random.default_rng([seed, zlib.crc32(cell.sound.encode())])
-        seeds = [int(rng.integers(2**32, 2**40)) for _ in range(cell.clips)]
-        return self._features(f"clips_{WORLD}/{cell.sound}-{seed}-{cell.clips}", cell.sound, seeds)
+    def clips(self, cell: Cell, wordings: int = 1) -> Path:
+        """Return the feature folder that a cell trains on; fewer clips are the first ones of more.
+
+        Args:
+            wordings: prompts of every clip; what the features were made with is one of them.
+        """
+        name = f"clips_{WORLD}/{cell.sound}-{cell.seed + SEED_OFFSETS[cell.scenes]}-{cell.clips}"
+        folder = self._features(name, cell.sound, clip_seeds(cell))
+        return folder if wordings == 1 else self._with_wordings(folder, cell, wordings)
+
+    def _with_wordings(self, clips: Path, cell: Cell, count: int) -> Path:
+        folder = clips.with_name(f"{clips.name}-{count}_wordings")
+
+        def make() -> None:
+            folder.mkdir(parents=True, exist_ok=True)
+            lines = []
+            for number, prompts in enumerate(clip_prompts(cell, count, self.duration_sec)):
+                name = clip_name(cell.sound, number)
+                for suffix in (".npz", ".flac"):
+                    shutil.copyfile(clips / f"{name}{suffix}", folder / f"{name}{suffix}")
+                lines += [f"{name}.npz: {prompt}" for prompt in prompts]
+            (folder / "prompts.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+            (folder / DONE_FILE).touch()
+
+        _once(folder / DONE_FILE, make)
+        return folder
 
     def held_out(self, cell: Cell) -> Path:
         """Return the feature folder of the clips whose loss is measured, the same for all seeds."""
@@ -87,9 +108,9 @@ class Inputs:
             log.info("making clips (%d): %s", len(seeds), name)
             for number, seed in enumerate(seeds):
                 scene = make_scene(seed, [sound], duration_sec=self.duration_sec)
-                case = Case(scene, 0, scene.prompt(np.random.default_rng([seed, 7])))
+                case = Case(scene, 0, own_prompt(scene))
                 (encoded,) = self.maker.encode([case])
-                path = folder / f"{sound}_{number:03d}.npz"
+                path = folder / f"{clip_name(sound, number)}.npz"
                 save_features(path, FeatureBundle(
                     encoded.clip_f, encoded.sync_f, self.duration_sec, case.prompt, self.maker.variant.name,
                     text_features=encoded.text_f))
@@ -98,6 +119,44 @@ class Inputs:
 
         _once(folder / DONE_FILE, make)
         return folder
+
+
+def clip_seeds(cell: Cell) -> list[int]:
+    """Return the seeds of the scenes that a cell trains on."""
+    rng = np.random.default_rng([cell.seed + SEED_OFFSETS[cell.scenes], zlib.crc32(cell.sound.encode())])
+    return [int(rng.integers(2**32, 2**40)) for _ in range(cell.clips)]
+
+
+def clip_name(sound: str, number: int) -> str:
+    return f"{sound}_{number:03d}"
+
+
+def own_prompt(scene: Scene) -> str:
+    """Return the prompt that the features of a clip are made with."""
+    return scene.prompt(np.random.default_rng([scene.seed, 7]))
+
+
+def clip_prompts(cell: Cell, count: int = 1, duration_sec: float = 8.0) -> list[list[str]]:
+    """Return ``count`` prompts of every clip that a cell trains on, the one of its features last."""
+    found = []
+    for seed in clip_seeds(cell):
+        scene = make_scene(seed, [cell.sound], duration_sec=duration_sec)
+        (thing,), own = scene.objects, own_prompt(scene)
+        others = [text for one in thing.kind.prompts if (text := one.format(colour=thing.colour)) != own]
+        found.append([*np.random.default_rng([seed, 8]).permutation(others)[: count - 1].tolist(), own])
+    return found
+
+
+def trained_wordings(cell: Cell, count: int = 1, scenes: int = NEW_SCENES) -> list[bool]:
+    """Return, for every new scene that judges a cell, whether a clip has its wording; colours make no difference."""
+    colours = UNSEEN[cell.sound].colours
+    trained = {_wording(prompt, colours) for prompts in clip_prompts(cell, count) for prompt in prompts}
+    cases = single_cases([cell.sound], scenes, _first_seed(cell.scenes, cell.sound))
+    return [_wording(case.prompt, colours) in trained for case in cases]
+
+
+def _wording(prompt: str, colours: Iterable[str]) -> str:
+    return " ".join("{colour}" if word in colours else word for word in prompt.split())
 
 
 def _first_seed(scenes: str, name: str) -> int:

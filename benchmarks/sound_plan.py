@@ -37,6 +37,7 @@ class Method:
         changes: of the settings of its question's base. settings: all of them, by the names of the flags of
             ``train_lora.py``.
         soup: how its adapter is averaged from others, see :func:`read_plan`; None if it is what a training leaves.
+        wordings: prompts of every clip, of which each use of it draws one.
         rank: 0 is worth most; a method of rank 1 has its first run when those of rank 0 have their second.
     """
 
@@ -45,11 +46,13 @@ class Method:
     settings: Mapping[str, Any]
     rank: int
     soup: Mapping[str, int] | None = None
+    wordings: int = 1
 
     @property
     def all_settings(self) -> dict[str, Any]:
-        """The settings with those of the soup, if it is one."""
-        return {**self.settings, **({"soup": dict(self.soup)} if self.soup else {})}
+        """The settings with what is no flag: the soup, if it is one, and several wordings."""
+        return {**self.settings, **({"soup": dict(self.soup)} if self.soup else {}),
+                **({"wordings": self.wordings} if self.wordings > 1 else {})}
 
     @property
     def identity(self) -> str:
@@ -116,11 +119,11 @@ def read_plan(path: Path = PLAN_FILE) -> Plan:
 
     The adapter of a method with ``soup: {seeds: N}`` is the average of N trainings on the same clips by other seeds;
     that of one with ``soup: {last: N, every: M}`` is the average of the last N step files of one training, M steps
-    apart. Either is cut back to the rank.
+    apart. Either is cut back to the rank. With ``wordings: N`` every clip has N prompts of its sound.
 
     Raises:
-        UserError: a base is not there; a method is there twice, or changes what the benchmark sets itself; a reference is
-            no method; or a soup is none of the two.
+        UserError: a base is not there; a method is there twice, or changes what the benchmark sets itself; a reference
+            is no method; or a soup is none of the two.
         FileNotFoundError: it, or the file that it takes the preserved prompts from, is not there.
     """
     import yaml
@@ -136,12 +139,12 @@ def read_plan(path: Path = PLAN_FILE) -> Plan:
         for method, changes in asked["methods"].items():
             changes = dict(changes or {})
             rank = changes.pop("rank_of_worth", asked.get("rank_of_worth", 0))
-            soup = changes.pop("soup", None)
+            soup, wordings = changes.pop("soup", None), changes.pop("wordings", 1)
             if soup is not None and set(soup) not in ({"seeds"}, {"last", "every"}):
                 raise UserError(f"{path}: {method}: soup is {soup}, expected seeds, or last and every")
             if taken := [key for key in changes if key in OWN_SETTINGS]:
                 raise UserError(f"{path}: {method}: {listed(taken)} cannot be changed, the benchmark sets that itself")
-            made = Method(method, changes, {**base, **changes}, rank, soup)
+            made = Method(method, changes, {**base, **changes}, rank, soup, wordings)
             if method in methods and methods[method].all_settings != made.all_settings:
                 raise UserError(f"{path}: the method {method} is there twice, with other settings")
             methods.setdefault(method, made)

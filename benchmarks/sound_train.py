@@ -177,7 +177,8 @@ class Trainer:
 
     def _one(self, run: Run, folder: Path, number: int) -> dict[str, Any]:
         """Return the cost of one training, and the steps of the checkpoints that it left in ``folder``."""
-        config = configured(run.method, run.cell, self.judge.inputs.clips(run.cell), folder, self.device, number)
+        clips = self.judge.inputs.clips(run.cell, run.method.wordings)
+        config = configured(run.method, run.cell, clips, folder, self.device, number)
         self.shared.begin()
         started, wall = time.process_time(), time.monotonic()
         with _memory(self.judge.maker.device) as memory:

@@ -9,6 +9,7 @@ from concurrent.futures import TimeoutError as StillWaiting
 import findings
 import numpy as np
 import pytest
+import sound_data
 import yaml
 from sound_plan import read_plan
 from sound_rows import append_row, compared, interval, read_rows, steps_to
@@ -75,7 +76,9 @@ def test_no_verdict_before_there_are_enough_runs(tmp_path, plan):
     rows = [row(plan, name, "gong", 1, hits) for name, hits in (("plain", "0000"), ("faster", "1111"))]
     text = document(tmp_path, rows, "--decided_after", "2")
     assert cells(text, "faster")[-1] == "not decided yet: 1 of 2 runs" and cells(text, "plain")[-1] == "the reference"
-    assert cells(text, "kept")[1:] == ["0", *[""] * 11, "not decided yet: 0 of 2 runs"]
+    assert "Not run here: kept." in text and not any(line.startswith("| kept |") for line in text.splitlines())
+    assert "On the base `small`: plain: `--preserve`; faster: `--preserve`, `--lr 0.01`. Not" in text
+    assert "- `small`: `--variant tiny_16k` `--rank 2` " in text
 
 
 def test_verdicts_follow_from_the_intervals(tmp_path, plan):
@@ -89,6 +92,26 @@ def test_verdicts_follow_from_the_intervals(tmp_path, plan):
     assert verdict("0000", "1111") == "learns less"
     assert verdict("1111", "0000") == "learns more, keeps less"
     assert verdict("0011", "1111", 30.0) == "no difference beyond the intervals, 0.5 times the seconds"
+
+
+def test_a_verdict_says_what_sounds_nearer_to_the_true_sounds(plan):
+    def rows(method: str, nearer_by: float) -> list[dict]:
+        made = [row(plan, method, "gong", seed, "0011") for seed in range(1, 5)]
+        for one in made:
+            part = one["checkpoints"][-1]["new"]
+            part["distances_db"] = [distance - nearer_by for distance in part["distances_db"]]
+        return made
+
+    assert findings.verdict(rows("faster", 0.5), rows("plain", 0.0), 4) == "sounds nearer"
+    assert findings.verdict(rows("faster", -0.5), rows("plain", 0.0), 4) == "sounds less near"
+
+
+def test_scenes_in_other_words_than_those_of_the_clips_stand_apart(tmp_path, plan, monkeypatch):
+    monkeypatch.setattr(sound_data, "trained_wordings", lambda cell, *_: [True, True, True, cell.seed == 2])
+    rows = [row(plan, "plain", "gong", 1, "0110"), row(plan, "plain", "gong", 2, "1110"),
+            row(plan, "faster", "gong", 2, "1110")]
+    text = document(tmp_path, rows).split("### Other words")[1].split("### ")[0]
+    assert "| plain | 2 | 7 | 71 | 1 | 0 |" in text and "faster" not in text
 
 
 def test_the_document_says_what_was_found(tmp_path, plan):
@@ -130,6 +153,7 @@ def test_rows_of_other_scenes_and_numbers_of_clips_stand_apart(tmp_path, plan):
     earlier = {**row(plan, "faster", "gong", 1, "1111"), "scenes": "first"}
     text = document(tmp_path, [earlier, row(plan, "plain", "gong", 1, "0000"), other, few])
     assert [line for line in text.splitlines() if line.startswith("## ")] == [
+        "## Bases",
         "## 20 clips, scenes that were used for nothing else", "## 20 clips, scenes that settings were chosen by",
         "## 5 clips, scenes that settings were chosen by",
         "## 20 clips, the same scenes, heard by the judge as it was before the violin was changed",

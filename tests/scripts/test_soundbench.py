@@ -19,6 +19,7 @@ import yaml
 from sound_plan import Cell, Method, Run, cells_of, read_plan, runs_of
 
 from selva.checkpoint import load_adapter
+from selva.features import load_features
 from selva.flow import SamplingConfig
 from selva.training.train import TrainingResult
 from selva.utils.lock import FolderLock
@@ -174,7 +175,7 @@ def test_the_cost_of_a_training_is_the_same_whoever_has_made_what_is_shared(tmp_
         return TrainingResult(config.output_dir / "adapter_final.pt", steps=4)
 
     monkeypatch.setattr(sound_train, "train", training)
-    inputs = SimpleNamespace(clips=lambda cell: tmp_path)
+    inputs = SimpleNamespace(clips=lambda cell, wordings: tmp_path)
     judge = SimpleNamespace(inputs=inputs, maker=SimpleNamespace(device=torch.device("cpu")))
     trainer = sound_train.Trainer(tmp_path / "work", judge, "cpu")
     method = Method("plain", {}, {"steps": 4, "variant": "tiny_16k"}, 0)
@@ -223,6 +224,30 @@ def test_the_scenes_that_choose_and_those_that_judge_have_nothing_in_common(tmp_
     select, judge = seeds("select"), seeds("judge")
     assert not select & judge and max(select | judge) < 9_000_000 and min(select | judge) >= measure.MEASURE_SEED
     assert len(select) == 10_000 * (1 + len(sound_data.UNSEEN))
+
+
+def test_clips_can_have_several_prompts(bench):
+    plan = bench.work.parent / "plan.yaml"
+    content = yaml.safe_load(plan.read_text())
+    content["questions"]["one"]["methods"]["worded"] = {"preserve": [], "wordings": 3}
+    plan.write_text(yaml.safe_dump(content, sort_keys=False))
+    assert bench("--methods", "worded") == 0
+    (row,) = bench.rows()
+    assert row["settings"]["wordings"] == 3
+    (folder,) = (bench.work / "clips_2").glob("gong-1-3-3_wordings")
+    lines = [line.split(": ") for line in (folder / "prompts.txt").read_text().splitlines()]
+    assert [name for name, _ in lines] == [f"gong_{number:03d}.npz" for number in range(3) for _ in range(3)]
+    assert len({tuple(line) for line in lines}) == 9
+    for name, prompt in lines[2::3]:  # the last one is what the features were made with
+        assert load_features(folder / name).prompt == prompt
+
+
+def test_wordings_that_a_clip_has_are_told_from_others_whatever_the_colour():
+    cell = Cell("select", "gong", 5, 1)
+    one, several, every = (sound_data.trained_wordings(cell, count) for count in (1, 3, 99))
+    assert len(one) == 24 and sum(one) < sum(several) <= sum(every) == 24
+    assert all(later for first, later in zip(one, several, strict=True) if first)
+    assert sound_data._wording("a golden gong", {"golden": ()}) == "a {colour} gong"
 
 
 def test_the_most_valuable_runs_come_first():
