@@ -108,7 +108,7 @@ class Inputs:
             log.info("making clips (%d): %s", len(seeds), name)
             for number, seed in enumerate(seeds):
                 scene = make_scene(seed, [sound], duration_sec=self.duration_sec)
-                case = Case(scene, 0, own_prompt(scene))
+                case = Case(scene, 0, scene.prompt(_prompt_rng(scene)))
                 (encoded,) = self.maker.encode([case])
                 path = folder / f"{clip_name(sound, number)}.npz"
                 save_features(path, FeatureBundle(
@@ -131,20 +131,14 @@ def clip_name(sound: str, number: int) -> str:
     return f"{sound}_{number:03d}"
 
 
-def own_prompt(scene: Scene) -> str:
-    """Return the prompt that the features of a clip are made with."""
-    return scene.prompt(np.random.default_rng([scene.seed, 7]))
-
-
 def clip_prompts(cell: Cell, count: int = 1, duration_sec: float = 8.0) -> list[list[str]]:
     """Return ``count`` prompts of every clip that a cell trains on, the one of its features last."""
-    found = []
-    for seed in clip_seeds(cell):
-        scene = make_scene(seed, [cell.sound], duration_sec=duration_sec)
-        (thing,), own = scene.objects, own_prompt(scene)
-        others = [text for one in thing.kind.prompts if (text := one.format(colour=thing.colour)) != own]
-        found.append([*np.random.default_rng([seed, 8]).permutation(others)[: count - 1].tolist(), own])
-    return found
+    scenes = (make_scene(seed, [cell.sound], duration_sec=duration_sec) for seed in clip_seeds(cell))
+    return [scene.prompts(_prompt_rng(scene), count) for scene in scenes]
+
+
+def _prompt_rng(scene: Scene) -> np.random.Generator:
+    return np.random.default_rng([scene.seed, 7])
 
 
 def trained_wordings(cell: Cell, count: int = 1, scenes: int = NEW_SCENES) -> list[bool]:

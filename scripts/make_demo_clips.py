@@ -42,6 +42,8 @@ def build_parser() -> cli.ArgumentParser:
     group.add_argument("--duration", type=float, default=8.0, help="seconds each")
     group.add_argument("--objects", type=int, choices=(1, 2), default=1,
                        help="2 puts another thing beside it, which is heard in the video but not in the .flac")
+    group.add_argument("--prompts_per_clip", type=cli.positive_int, default=1, metavar="N",
+                       help="lines of a clip in prompts.txt, each in other words; training draws one at every use")
     group.add_argument("--size", type=cli.positive_int, default=224, help="pixels per side, even")
     group.add_argument("--lossless", action="store_true", help="sound of the videos as FLAC instead of AAC")
     parser.add_common(device=False)
@@ -56,14 +58,14 @@ def list_sounds() -> str:
     )
 
 
-def draw_scene(sound: str, num_objects: int, duration_sec: float, seed: int, number: int) -> tuple[Scene, int, str]:
-    """Return the scene of clip ``number``, which of its objects is ``sound``, and a prompt for it."""
-    rng = np.random.default_rng([seed, number])
+def draw_scene(args: argparse.Namespace, sound: str, number: int) -> tuple[Scene, int, list[str]]:
+    """Return the scene of clip ``number``, which of its objects is ``sound``, and prompts for it, its own one last."""
+    rng = np.random.default_rng([args.seed, number])
     others = [name for name in CLASSES if name != sound]
-    classes = [sound, str(rng.choice(others))][:num_objects]
-    scene = make_scene(int(rng.integers(2**32, 2**40)), classes, num_objects, duration_sec)
+    classes = [sound, str(rng.choice(others))][: args.objects]
+    scene = make_scene(int(rng.integers(2**32, 2**40)), classes, args.objects, args.duration)
     index = next(i for i, thing in enumerate(scene.objects) if thing.name == sound)
-    return scene, index, scene.prompt(rng, index)
+    return scene, index, scene.prompts(rng, args.prompts_per_clip, index)
 
 
 def event_rows(stem: str, scene: Scene) -> list[str]:
@@ -109,11 +111,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     sound, prompts, events = get_class(args.sound).name, [], []
     with Progress(args.count, "making clips", "clips") as progress:
         for number in range(1, args.count + 1):
-            scene, index, prompt = draw_scene(sound, args.objects, args.duration, args.seed, number)
+            scene, index, wordings = draw_scene(args, sound, number)
             path = args.out / f"{sound}_{number:03d}.mp4"
             scene.write(path, args.size, rate=RATE, lossless=args.lossless)
             write_audio(path.with_suffix(".flac"), torch.from_numpy(scene.sound(RATE, only=index)), RATE)
-            prompts.append(f"{path.stem}.npz: {prompt}")
+            prompts += [f"{path.stem}.npz: {prompt}" for prompt in wordings]
             events += event_rows(path.stem, scene)
             print(path)
             progress.update(number)

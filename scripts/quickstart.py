@@ -81,7 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                     "--preserve", "a bell rings"]
 
     steps.say(f"1 of 5: {counted(clips, 'short video')} of something the model does not know: {args.sound}")
-    steps.run("scripts/make_demo_clips.py", "--sound", args.sound, "--count", clips, "--out", work / "clips")
+    steps.run("scripts/make_demo_clips.py", "--sound", args.sound, "--count", clips, "--prompts_per_clip", 4, "--out",
+              work / "clips")
     steps.say("2 of 5: extract what the model sees and hears")
     steps.run("extract_features.py", work / "clips", "--output_dir", work / "features", "--prompts",
               work / "clips" / "prompts.txt", "--variant", "tiny_16k")

@@ -80,6 +80,12 @@ class Scene:
         thing = self.objects[index]
         return str(rng.choice(thing.kind.prompts)).format(colour=thing.colour)
 
+    def prompts(self, rng: np.random.Generator, count: int, index: int = 0) -> list[str]:
+        """Return up to ``count`` different wordings for an object, the one of :meth:`prompt` last."""
+        thing, own = self.objects[index], self.prompt(rng, index)
+        others = [text for one in thing.kind.prompts if (text := one.format(colour=thing.colour)) != own]
+        return [*rng.permutation(others)[: count - 1].tolist(), own]
+
     def frames(self, fps: float, size: int) -> np.ndarray:
         """Return (int(duration * fps), size, size, 3) uint8 RGB pictures; picture i shows the moment i / fps."""
         times = np.arange(int(self.duration_sec * fps + 1e-6)) / fps

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from scripts import make_demo_clips
-from selva.inputs.prompts import read_prompts
+from selva.inputs.prompts import read_all_prompts, read_prompts
 from selva.media import probe, read_audio
 from toyworld import CLASSES, UNSEEN, get_class
 
@@ -35,6 +35,16 @@ def test_clips_come_with_clean_sound_prompts_and_events(tmp_path, capsys):
         assert np.abs(clean[0].numpy()[: first - 2]).max() < 1e-4 < 0.05 < np.abs(clean[0].numpy()[first:][:400]).max()
         wordings = [p.format(colour=mine[0][3]) for p in get_class("gong").prompts]
         assert prompts[f"{video.stem}.npz"] in wordings
+
+
+def test_clips_can_have_several_prompts_of_which_the_last_is_their_own(tmp_path):
+    assert make(tmp_path / "one", "--count", "2") == 0
+    assert make(tmp_path / "three", "--count", "2", "--prompts_per_clip", "3") == 0
+    one, several = (read_all_prompts(tmp_path / name / "prompts.txt") for name in ("one", "three"))
+    assert list(one) == list(several)
+    for name, prompts in several.items():
+        assert len(set(prompts)) == 3 and prompts[-1:] == one[name]
+    assert (tmp_path / "one" / "gong_001.mp4").read_bytes() == (tmp_path / "three" / "gong_001.mp4").read_bytes()
 
 
 def test_the_same_seed_makes_the_same_clips(tmp_path):

@@ -142,6 +142,14 @@ def test_prompts_are_of_the_class_and_vary():
         assert prompts == {prompt.format(colour=thing.colour) for prompt in thing.kind.prompts}
 
 
+def test_several_prompts_differ_and_end_with_the_one_that_would_be_drawn_alone():
+    scene = make_scene(0, ["bell"])
+    for count in (1, 3, 99):
+        prompts = scene.prompts(np.random.default_rng(5), count)
+        assert len(set(prompts)) == len(prompts) == min(count, len(scene.objects[0].kind.prompts))
+        assert prompts[-1] == scene.prompt(np.random.default_rng(5))
+
+
 def test_a_written_clip_holds_the_same_pictures_and_sound(tmp_path):
     scene = make_scene(4, ["glass"], duration_sec=2.0)
     scene.write(tmp_path / "clip.mp4", size=64, lossless=True)
