@@ -119,7 +119,7 @@ def write_cut(args: argparse.Namespace, cut: Cut, cuts: bool) -> int:
 
 def info(args: argparse.Namespace) -> int:
     from selva.lora.tools import layer_numbers
-    from selva.weights.adapters import where_it_loads
+    from selva.weights.adapters import loads_here, where_it_loads
 
     for text in need_files(args, 1):
         adapter = opened(args, Path(text))
@@ -136,7 +136,7 @@ def info(args: argparse.Namespace) -> int:
         trained = {key: meta[key] for key in ("steps", "num_clips", "prompt_prefix", "clip_features", "preserve",
                                               "init_from", "merged_from", "resized_from") if meta.get(key)}
         print("  trained: " + (", ".join(f"{key} {value}" for key, value in trained.items()) or "not said"))
-        for line in where_it_loads(adapter):
+        for line in where_it_loads(adapter, loads_here(Path(text))):
             print(f"  {line}")
         for name, n in numbers.items() if args.layers else ():
             print(f"  {name}\trank {n.rank}\tused {n.used_rank}\tnorm {n.norm:.4g}")

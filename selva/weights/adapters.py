@@ -271,16 +271,31 @@ def adapter_problems(adapter: Adapter, variant: str) -> list[str]:
     return problems
 
 
-def where_it_loads(adapter: Adapter) -> list[str]:
-    """Return one line for every program, whether it can use the adapter or why not."""
+def loads_here(path: Path) -> bool:
+    """Return True if ``infer.py`` takes a file that :func:`open_adapter` has opened as it is, without converting it."""
+    try:
+        load_adapter(path)
+    except (OSError, ValueError):  # a folder of PEFT, or another program's names
+        return False
+    return True
+
+
+def where_it_loads(adapter: Adapter, as_it_is: bool = True) -> list[str]:
+    """Return one line for every program, whether it can use the adapter or why not.
+
+    Args:
+        as_it_is: False for a file in another program's format, which has to be converted for us and ComfyUI-SelVA.
+    """
     relative = "changed base weights (PiSSA as published)" if adapter.is_pissa else ""
     dora = any(key.endswith(".lora_magnitude") for key in adapter.tensors)
     native = why_native(adapter.tensors)
     residual = sum(key.endswith(RESIDUAL_SUFFIXES) for key in adapter.tensors)
+    here = "yes" if as_it_is else "yes, after convert --to selva"
+    there = "yes, as .pt" if as_it_is else "yes, after convert --to comfyui"
     return [
-        "selva (infer.py): yes" + (f", with {counted(residual, 'changed base tensor')}" if residual else ""),
-        "ComfyUI-SelVA: " + (f"no: {native}" if native else "yes, as .pt, by itself at strength 1 only" if relative
-                             else "yes, as .pt"),
+        f"selva (infer.py): {here}" + (f", with {counted(residual, 'changed base tensor')}" if residual else ""),
+        f"ComfyUI-SelVA: {f'no: {native}' if native else there}" + (
+            ", by itself at strength 1 only" if relative and not native else ""),
         f"PEFT: {f'no: {relative}' if relative else 'yes, after convert --to peft'}",
         "kohya: " + (f"no: {relative}" if relative else "no: DoRA magnitudes" if dora else
                      "yes, after convert --to kohya"),

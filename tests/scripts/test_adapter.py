@@ -42,12 +42,17 @@ def test_look_at_them(files, capsys):
     assert run("check", files[0], "--variant", "small_16k") == cli.EXIT_FAILED
 
 
-def test_convert_to_every_format_and_back(files, tmp_path):
+def test_convert_to_every_format_and_back(files, tmp_path, capsys):
     steps = [("peft", "p"), ("kohya", "k.safetensors"), ("comfyui", "c.pt"), ("selva", "s.safetensors")]
     source = files[0]
     for to, name in steps:
         assert run("convert", source, "--to", to, "--output", tmp_path / name) == 0
         source = tmp_path / name
+        capsys.readouterr()
+        assert run("info", source, "--variant", "tiny_16k") == 0  # says what has to be converted first
+        text, ours = capsys.readouterr().out, to in ("comfyui", "selva")
+        assert ("(infer.py): yes\n" in text) == ours and ("yes, after convert --to selva" in text) == (not ours)
+        assert ("ComfyUI-SelVA: yes, as .pt\n" in text) == ours and ("convert --to comfyui" in text) == (not ours)
     before, after = load_adapter(files[0]), load_adapter(source)
     assert all(torch.equal(after.tensors[key], value) for key, value in before.tensors.items())
     assert after.meta["variant"] == "tiny_16k"
