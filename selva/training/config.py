@@ -32,7 +32,7 @@ PRESERVATIONS = ("sounds", "teacher")
 
 DATA = "data and output"
 OPTIMISATION = "optimisation (a step is one update, whatever --grad_accum is)"
-OBJECTIVE = "objective (the defaults are how the base models were trained)"
+OBJECTIVE = "objective (where nothing else is said, the defaults are how the base models were trained)"
 EVALUATION = "evaluation"
 PRESERVATION = "keeping what the model knows"
 MEMORY = "memory and speed"
@@ -137,6 +137,10 @@ def width_problems(widths: Sequence[float]) -> list[str]:
 class TrainConfig(ObjectiveConfig):
     """Optimisation, objective and evaluation; one step is one optimiser update, whatever ``grad_accum`` is."""
 
+    timestep_mode: str = setting(
+        "uniform", "how noise levels are drawn. uniform: as in the published guide, taught new sounds in fewer steps; "
+        "logit_normal: as the base models were trained; curriculum: logit_normal first, uniform later",
+        group=OBJECTIVE, choices=flow.TIMESTEP_MODES)
     steps: int = setting(2000, "updates", group=OPTIMISATION, aliases=("max_train_steps",),
                          similar=("epochs", "num_train_epochs", "max_train_epochs", "num_epochs", "iterations"))
     lr: float = setting(1e-4, "learning rate", group=OPTIMISATION, aliases=("learning_rate",),

@@ -481,7 +481,7 @@ def test_a_pissa_training_of_comfyui_selva_is_continued(tmp_path, caplog):
     for _ in range(2):
         reference.train_step()
     meta = {"variant": "tiny", "rank": rank, "alpha": 2.0 * rank, "target": ["attn.qkv"], "steps": 6,
-            "use_rslora": True, "init_mode": "pissa", "timestep_mode": "uniform"}
+            "use_rslora": True, "init_mode": "pissa", "timestep_mode": "curriculum"}
     stored = {"state_dict": {**lora_state_dict(there), **residuals}, "optimizer": reference.optimizer.state_dict(),
               "scheduler": {"last_epoch": 2}, "step": 2, "meta": meta}
     torch.save(stored, tmp_path / "adapter_step00002.pt")
@@ -492,7 +492,7 @@ def test_a_pissa_training_of_comfyui_selva_is_continued(tmp_path, caplog):
     inject_lora(base, pissa)
     run = TrainingRun(base, clips, clips.subset([]), dataclasses.replace(config, ema_decay=0.5), torch.float32)
     run.restore(saved)
-    assert "--timestep_mode uniform, now logit_normal" in caplog.text and "no random states" in caplog.text
+    assert "--timestep_mode curriculum, now uniform" in caplog.text and "no random states" in caplog.text
     again = TrainingRun(there, clips, clips.subset([]), config, torch.float32)
     again.optimizer, again.step = reference.optimizer, 2
     for _ in range(3):
