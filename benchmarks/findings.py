@@ -126,10 +126,10 @@ def rows_of(method: Method, rows: Rows) -> list[Row]:
     return [row for row in rows if row["key"].endswith(f"-{method.identity}")]
 
 
-def question_text(question: Question, plan: Plan, rows: Rows, decided_after: int) -> str:
-    """Return the section of a question; "" if none of its methods has a run."""
+def question_text(question: Question, plan: Plan, rows: Rows, decided_after: int, alone: bool = False) -> str:
+    """Return the section of a question; "" if it has no runs, or ``alone`` is False and only its reference has any."""
     found = {name: rows_of(plan.methods[name], rows) for name in question.methods}
-    if not any(own for name, own in found.items() if name != question.reference):
+    if not any(own for name, own in found.items() if alone or name != question.reference):
         return ""
     references = found[question.reference]
     header = ("method", "runs", "recognised %", "difference", "worst", "kept %", "difference", "worst",
@@ -261,7 +261,7 @@ def wordings_text(plan: Plan, rows: Rows) -> str:
 
 
 def on_the_way_text(plan: Plan, rows: Rows) -> str:
-    """Return the table of the checkpoints: of every method the figures on the scenes that judge all of them."""
+    """Return the table of the checkpoints, on the scenes that judge all of a run; "" without runs that have several."""
     lines = []
     for name, method in plan.methods.items():
         own = [row for row in rows_of(method, rows) if len(row["checkpoints"]) > 1]  # others have but their end
@@ -273,6 +273,8 @@ def on_the_way_text(plan: Plan, rows: Rows) -> str:
             reached = sum((step := steps_to(row)) is not None and step <= found[0]["step"] for row in own)
             lines.append((name, str(len(own)), str(found[0]["step"]), *(f"{100 * share:.0f}" for share in shares),
                           str(reached), f"{others[0]:.3f}", f"{others[1]:.2f}"))
+    if not lines:
+        return ""
     header = ("method", "runs", "step", "recognised %", "known recognised %", "runs at 90 %", "held-out loss",
               "memorised")
     return ("### Along the way\n\nThe checkpoints of a run, all judged on the same few scenes (8 of the new sound, 10 "
@@ -323,9 +325,11 @@ def sections(plan: Plan, rows: Rows, decided_after: int) -> Iterator[str]:
         own = [row for row in rows if (row["scenes"], row["clips"]) == (scenes, clips)]
         yield f"## {counted(clips, 'clip')}, {SETS[scenes]}\n\n{counted(len(own), 'run')} so far.\n"
         yield sounds_text(own)
-        for question in plan.questions:
-            if text := question_text(question, plan, own, decided_after):
-                yield text
+        texts = [question_text(question, plan, own, decided_after) for question in plan.questions]
+        if not any(texts):  # a method that was judged by itself
+            alone = (question_text(question, plan, own, decided_after, alone=True) for question in plan.questions)
+            texts = [next(filter(None, alone), "")]
+        yield from filter(None, texts)
         yield from filter(None, (wordings_text(plan, own), on_the_way_text(plan, own), keeping_text(own),
                                  response_text(plan, own)))
 

@@ -160,6 +160,14 @@ def test_rows_of_other_scenes_and_numbers_of_clips_stand_apart(tmp_path, plan):
     ]
 
 
+def test_a_method_that_was_judged_alone_has_its_table(tmp_path, plan):
+    judged = {**row(plan, "plain", "gong", 1, "0111"), "scenes": "judge"}
+    judged["checkpoints"] = judged["checkpoints"][1:]
+    text = document(tmp_path, [judged])
+    assert cells(text, "plain")[2].startswith("75 (") and cells(text, "plain")[-1] == "the reference"
+    assert "### Along the way" not in text and "### Which checkpoint" not in text
+
+
 def test_rows_are_read_by_their_settings_not_by_their_names(tmp_path, plan):
     renamed = {**row(plan, "faster", "gong", 1, "1111"), "method": "an older name"}
     changed = {**row(plan, "faster", "gong", 2, "0000"), "key": "select-gong-20-2-0123456789"}
