@@ -177,7 +177,7 @@ def changes_text(method: Method) -> str:
     """Return the changes that a method makes to the settings of its base, as flags."""
     words = [flag_text(*one) for one in method.changes.items()]
     if method.wordings > 1:
-        words.append(f"{method.wordings} prompts for every clip")
+        words.append(f"{counted(method.wordings, 'prompt')} for every clip")
     if method.soup:
         parts = counted(method.soup["seeds"], "training") + " by other seeds" if "seeds" in method.soup else (
             f"the last {counted(method.soup['last'], 'step file')}, {counted(method.soup['every'], 'step')} apart")

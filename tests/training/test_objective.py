@@ -78,7 +78,7 @@ def test_stratified_times_leave_the_other_random_numbers_alone():
     drawn, spread = (sample_noise(shape, CONFIG, torch.Generator().manual_seed(3), 0.0, offset=offset)
                      for offset in (None, 0.25))
     assert torch.equal(drawn.posterior, spread.posterior) and not torch.equal(drawn.t, spread.t)
-    assert torch.equal(spread.t, flow.sample_times(4, "logit_normal", offset=0.25))
+    assert torch.equal(spread.t, flow.sample_times(4, CONFIG.timestep_mode, offset=0.25))
 
 
 def test_latent_mode_takes_the_posterior_mean():
