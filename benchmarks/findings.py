@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from sound_plan import PLAN_FILE, ROOT, Cell, Method, Plan, Question, read_plan
+from sound_plan import CHECKPOINTS, PLAN_FILE, ROOT, Cell, Method, Plan, Question, read_plan
 from sound_rows import Interval, Row, compared, hits, interval, read_rows, scenes_of_all, steps_to
 from tiny_tables import table
 
@@ -29,6 +29,7 @@ DOCUMENT = ROOT / "docs" / "findings.md"
 ROWS_FILE = ROOT / "benchmarks" / "soundbench.jsonl"
 DECIDED_AFTER = 9  # three sounds and three seeds
 MEMORISED = 0.6  # area under the curve from which on a run counts as learned by heart
+PATIENCE = (1, 2, 3, 4)
 NEAR = 0.02 + 1e-9  # of the best checkpoint: as good as it
 Rows = Sequence[Row]
 SETS = {"judge": "scenes that were used for nothing else", "select": "scenes that settings were chosen by",
@@ -316,6 +317,38 @@ def keeping_text(rows: Rows) -> str:
             f"the same few scenes as above; one new scene is 6 points.\n\n{table(header, lines)}")
 
 
+def patience_text(rows: Rows) -> str:
+    """Return the table of what `--patience` would have done; "" without runs of more checkpoints than are usual."""
+    rows = [row for row in rows if len(row["checkpoints"]) > CHECKPOINTS]
+    if not rows:
+        return ""
+    lines = []
+    for patience in PATIENCE:
+        read = [checkpoints_read(row["checkpoints"], patience) for row in rows]
+        lowest = [min(some, key=lambda one: one["val_loss"]) for some in read]
+        whole = [min(row["checkpoints"], key=lambda one: one["val_loss"]) for row in rows]
+        lost = [score(end, row) - score(stopped, row)
+                for row, stopped, end in zip(rows, lowest, whole, strict=True)]
+        ended = sum(len(some) < len(row["checkpoints"]) for row, some in zip(rows, read, strict=True))
+        steps = fmean(some[-1]["step"] / row["checkpoints"][-1]["step"] for row, some in zip(rows, read, strict=True))
+        lines.append((str(patience), f"{ended} of {len(rows)}", f"{100 * steps:.0f}",
+                      percent(interval([[one] for one in lost]), sign=True), f"{100 * max(lost):.0f}"))
+    header = ("validations of patience", "runs that end early", "steps done, %", "points lost", "at worst")
+    return ("### When to stop\n\nWhat `--patience` would have done to the runs with more than the usual checkpoints, "
+            "had each been a validation: `adapter_best` is the one with the lowest held-out loss until then, beside "
+            f"that of the whole run.\n\n{table(header, lines)}")
+
+
+def checkpoints_read(checkpoints: Rows, patience: int) -> Rows:
+    """Return the checkpoints of a run that ends when ``patience`` of them in a row are no better than the best one."""
+    best, worse = float("inf"), 0
+    for count, one in enumerate(checkpoints, 1):
+        best, worse = (one["val_loss"], 0) if one["val_loss"] < best else (best, worse + 1)
+        if worse == patience:
+            return checkpoints[:count]
+    return checkpoints
+
+
 def sections(plan: Plan, rows: Rows, decided_after: int) -> Iterator[str]:
     """Yield the parts of the document: for every set of scenes and number of clips all questions."""
     order = list(SETS)
@@ -331,7 +364,7 @@ def sections(plan: Plan, rows: Rows, decided_after: int) -> Iterator[str]:
             texts = [next(filter(None, alone), "")]
         yield from filter(None, texts)
         yield from filter(None, (wordings_text(plan, own), on_the_way_text(plan, own), keeping_text(own),
-                                 response_text(plan, own)))
+                                 patience_text(own), response_text(plan, own)))
 
 
 @cli.entry_point

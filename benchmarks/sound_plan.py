@@ -25,6 +25,7 @@ OWN_SETTINGS = ("data_dir", "output_dir", "seed", "resume", "val_fraction", "val
 # are apart too: seed 1 of one is not seed 1 of the other.
 SCENE_SETS = {"select": 8_600_000, "judge": 8_800_000}
 SEED_OFFSETS = {"select": 0, "judge": 1000}
+CHECKPOINTS = 3  # of a training, unless a method has more
 # Settings that older rows do not write out, as they were the defaults then: at these values they are no part of a key.
 IMPLIED = {"timestep_mode": "logit_normal", "preserve_near": 0.0}
 
@@ -38,6 +39,7 @@ class Method:
             ``train_lora.py``.
         soup: how its adapter is averaged from others, see :func:`read_plan`; None if it is what a training leaves.
         wordings: prompts of every clip, of which each use of it draws one.
+        checkpoints: of its training, at even distances, the last step included; those of seed 1 are judged.
         rank: 0 is worth most; a method of rank 1 has its first run when those of rank 0 have their second.
     """
 
@@ -47,12 +49,14 @@ class Method:
     rank: int
     soup: Mapping[str, int] | None = None
     wordings: int = 1
+    checkpoints: int = CHECKPOINTS
 
     @property
     def all_settings(self) -> dict[str, Any]:
-        """The settings with what is no flag: the soup, if it is one, and several wordings."""
+        """The settings with what is no flag: the soup, if it is one, several wordings, more checkpoints."""
         return {**self.settings, **({"soup": dict(self.soup)} if self.soup else {}),
-                **({"wordings": self.wordings} if self.wordings > 1 else {})}
+                **({"wordings": self.wordings} if self.wordings > 1 else {}),
+                **({"checkpoints": self.checkpoints} if self.checkpoints != CHECKPOINTS else {})}
 
     @property
     def identity(self) -> str:
@@ -119,7 +123,8 @@ def read_plan(path: Path = PLAN_FILE) -> Plan:
 
     The adapter of a method with ``soup: {seeds: N}`` is the average of N trainings on the same clips by other seeds;
     that of one with ``soup: {last: N, every: M}`` is the average of the last N step files of one training, M steps
-    apart. Either is cut back to the rank. With ``wordings: N`` every clip has N prompts of its sound.
+    apart. Either is cut back to the rank. With ``wordings: N`` every clip has N prompts of its sound; with
+    ``checkpoints: N`` a training leaves so many.
 
     Raises:
         UserError: a base is not there; a method is there twice, or changes what the benchmark sets itself; a reference
@@ -140,11 +145,12 @@ def read_plan(path: Path = PLAN_FILE) -> Plan:
             changes = dict(changes or {})
             rank = changes.pop("rank_of_worth", asked.get("rank_of_worth", 0))
             soup, wordings = changes.pop("soup", None), changes.pop("wordings", 1)
+            checkpoints = changes.pop("checkpoints", CHECKPOINTS)
             if soup is not None and set(soup) not in ({"seeds"}, {"last", "every"}):
                 raise UserError(f"{path}: {method}: soup is {soup}, expected seeds, or last and every")
             if taken := [key for key in changes if key in OWN_SETTINGS]:
                 raise UserError(f"{path}: {method}: {listed(taken)} cannot be changed, the benchmark sets that itself")
-            made = Method(method, changes, {**base, **changes}, rank, soup, wordings)
+            made = Method(method, changes, {**base, **changes}, rank, soup, wordings, checkpoints)
             if method in methods and methods[method].all_settings != made.all_settings:
                 raise UserError(f"{path}: the method {method} is there twice, with other settings")
             methods.setdefault(method, made)

@@ -32,7 +32,6 @@ from selva.utils.version import __version__
 
 log = logging.getLogger("selva.soundbench")
 
-CHECKPOINTS = 3  # of a run, at even distances, the last step included
 COSTS = ("train_cpu_sec", "train_wall_sec", "preserve_cpu_sec")  # of a soup the sum over its trainings
 TRAINED_FILE = "trained.json"
 SOUP_FILE = "soup.pt"
@@ -98,7 +97,7 @@ def configured(
         UserError: a setting of the method is unknown or out of range.
     """
     steps = method.settings["steps"]
-    every = (method.soup or {}).get("every", -(-steps // CHECKPOINTS))
+    every = (method.soup or {}).get("every", -(-steps // method.checkpoints))
     return from_names(RunConfig, {
         **method.settings, **UNCOUNTED, "data_dir": str(data_dir), "output_dir": output_dir,
         "seed": cell.seed + number * SOUP_SEED, "save_every": every, "log_every": max(1, steps // 6), "device": device,

@@ -147,6 +147,18 @@ def test_the_steps_that_a_sound_needs_are_counted_on_the_same_scenes():
     assert steps_to(row("1111")) == 10
 
 
+def test_the_price_of_patience_is_told(plan):
+    """The loss rises twice and falls again: patience of one and two checkpoints ends before the better sounds."""
+    losses = (5.0, 4.0, 4.5, 4.5, 3.0, 3.5)
+    one = row(plan, "plain", "gong", 1, "1111")
+    one["checkpoints"] = [{"step": 10 * number, "val_loss": loss, "member_auc": 0.5, "known": {"hits": "1"},
+                           "new": {"hits": "1" if loss < 4 else "0"}} for number, loss in enumerate(losses, 1)]
+    lines = [line.strip("| ").split(" | ") for line in findings.patience_text([one]).splitlines()[-4:]]
+    assert lines == [["1", "1 of 1", "50", "+50", "50"], ["2", "1 of 1", "67", "+50", "50"],
+                     ["3", "0 of 1", "100", "+0", "0"], ["4", "0 of 1", "100", "+0", "0"]]
+    assert findings.patience_text([row(plan, "plain", "gong", 1, "1111")]) == ""
+
+
 def test_rows_of_other_scenes_and_numbers_of_clips_stand_apart(tmp_path, plan):
     other = {**row(plan, "faster", "gong", 1, "1111"), "scenes": "judge"}
     few = {**row(plan, "faster", "gong", 1, "1111"), "clips": 5}

@@ -242,6 +242,17 @@ def test_clips_can_have_several_prompts(bench):
         assert load_features(folder / name).prompt == prompt
 
 
+def test_a_method_can_have_more_checkpoints(bench):
+    plan = bench.work.parent / "plan.yaml"
+    content = yaml.safe_load(plan.read_text())
+    content["questions"]["one"]["methods"]["watched"] = {"preserve": [], "checkpoints": 4}
+    plan.write_text(yaml.safe_dump(content, sort_keys=False))
+    assert bench("--methods", "watched", "plain", "--seeds", "1") == 0
+    watched, plain = sorted(bench.rows(), key=lambda row: row["method"], reverse=True)
+    assert [one["step"] for one in watched["checkpoints"]] == [1, 2, 3, 4] and watched["settings"]["checkpoints"] == 4
+    assert [one["step"] for one in plain["checkpoints"]] == [2, 4] and "checkpoints" not in plain["settings"]
+
+
 def test_wordings_that_a_clip_has_are_told_from_others_whatever_the_colour():
     cell = Cell("select", "gong", 5, 1)
     one, several, every = (sound_data.trained_wordings(cell, count) for count in (1, 3, 99))
