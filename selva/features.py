@@ -44,6 +44,8 @@ from selva.utils.text import counted
 TEXT_TOKENS = 77
 OPTIONAL_TENSORS = ("text_features", "latent_mean", "latent_std")
 
+NO_PICTURES = {"pictures": "none"}  # in the settings of features that stand for no pictures
+
 PathLike = str | os.PathLike[str]
 
 
@@ -87,6 +89,11 @@ class FeatureBundle:
         """Further prompts that the clip was extracted with, which other programs do not see; () if there are none."""
         found = (self.settings or {}).get("other_prompts")
         return tuple(one for one in found if isinstance(one, str)) if isinstance(found, list) else ()
+
+    @property
+    def has_video(self) -> bool:
+        """False where the features stand for no pictures; they are then what the published model takes for that."""
+        return (self.settings or {}).get("pictures") != NO_PICTURES["pictures"]
 
     def __post_init__(self) -> None:
         for name in ("clip_features", "sync_features", *OPTIONAL_TENSORS):

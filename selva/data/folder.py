@@ -52,6 +52,7 @@ class FolderClip:
         features_hash: of the values of both features; equal for two copies of a video.
         source_sha256: of the video file that the clip is a part of; "" if the feature file does not say.
         other_prompts: further prompts from the same place, of which training draws one at each use.
+        has_video: False for sound without pictures.
     """
 
     id: str
@@ -68,6 +69,7 @@ class FolderClip:
     features_hash: str
     source_sha256: str = ""
     other_prompts: tuple[str, ...] = ()
+    has_video: bool = True
 
 
 @dataclass(frozen=True)
@@ -181,7 +183,7 @@ def _describe(path: Path, sound: Path, prompt: str, source: PromptSource, bundle
         extracted_prompt=bundle.prompt, extracted_for=bundle.variant, duration_sec=bundle.duration,
         clip_shape=_token_shape(bundle.clip_features), sync_shape=_token_shape(bundle.sync_features),
         text_shape=None if bundle.text_features is None else _token_shape(bundle.text_features),
-        features_hash=digest.hexdigest(), source_sha256=bundle.source_sha256,
+        features_hash=digest.hexdigest(), source_sha256=bundle.source_sha256, has_video=bundle.has_video,
     )
 
 

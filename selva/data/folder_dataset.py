@@ -197,7 +197,7 @@ class FolderDataset(ClipDataset):
         return TrainingClip(
             id=clip.files.id, prompt=clip.files.prompt, audio_path=clip.files.audio_path, sequence=sequence,
             mean=latents["mean"], std=latents["std"], text_f=text_f,
-            clip_f=clip_f.clone(), sync_f=sync_f.clone(),  # lets go of the rest of a long clip
+            clip_f=_counting(clip_f, clip), sync_f=_counting(sync_f, clip), has_video=clip.files.has_video,
             padding=self._padding(clip, window),
         )
 
@@ -331,6 +331,11 @@ class FolderDataset(ClipDataset):
         return weights_mark(self.variant, self.selva_dir, "vae")
 
 
+def _counting(features: Tensor, clip: PlannedClip) -> Tensor:
+    """Return a copy of features, which lets go of the rest of a long clip; NaN where they stand for no pictures."""
+    return features.clone() if clip.files.has_video else torch.full_like(features, torch.nan)
+
+
 def _hash_of_latents(windows: Sequence[dict[str, Tensor]]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for latents in windows:
@@ -340,7 +345,7 @@ def _hash_of_latents(windows: Sequence[dict[str, Tensor]]) -> str:
 
 def _warn_of_other_prompts(clips: Sequence[FolderClip]) -> None:
     """Warn of clips that are trained with other words than their sync features were extracted with (pitfall B6)."""
-    others = [clip for clip in clips if clip.prompt != clip.extracted_prompt]
+    others = [clip for clip in clips if clip.has_video and clip.prompt != clip.extracted_prompt]
     if others:
         log.warning(
             "extracted with another prompt than now: %d of %s, for example %s: %r, extracted with %r; better extract "

@@ -9,7 +9,7 @@ from pathlib import Path
 from selva.data.cache import DataCache
 from selva.data.folder import FolderClip, FolderScan
 from selva.data.padding import num_sound_frames, windows_with_sound
-from selva.media import audio_length
+from selva.media import audio_seconds
 from selva.models.variants import Variant, features_problem
 from selva.sequence import SYNC_TOKENS_PER_SEGMENT, WINDOW_STEP_SEC, SequenceConfig, sequence_config
 from selva.utils.errors import UserError
@@ -72,15 +72,10 @@ def plan_clips(
 def _sound_sec(path: Path, cache: DataCache) -> float:
     """Return the length of a sound, found out once; infinite where it cannot be read, which encoding will say."""
     try:
-        found = cache.note(path, "seconds", lambda: _read_seconds(path))
-        return found if isinstance(found, float) else _read_seconds(path)
+        found = cache.note(path, "seconds", lambda: audio_seconds(path))
+        return found if isinstance(found, float) else audio_seconds(path)
     except (ValueError, OSError):
         return math.inf
-
-
-def _read_seconds(path: Path) -> float:
-    num_samples, rate = audio_length(path)
-    return num_samples / rate
 
 
 def plan_windows(clip: FolderClip, variant: Variant, max_duration_sec: float) -> tuple[SequenceConfig, tuple[int, ...]]:

@@ -103,9 +103,10 @@ def with_prompts(
     added = [(name, text) for name, texts, one in zip(clips.ids, prompts, own, strict=True)
              for number, text in enumerate(texts) if number or text != one]
     warn_of_cut_prompts(added, variant.clip)
-    if variant.family == "selva" and not (isinstance(clips, MemmapDataset) and not clips.has_video):
+    of_video = {name for name, _ in added} & _with_video(clips)
+    if variant.family == "selva" and of_video:
         log.info("%s other prompts than at the extraction (a prefix, or several prompts): the text features follow "
-                 "them, the video features do not", counted(len({name for name, _ in added}), "clip has", "clips have"))
+                 "them, the video features do not", counted(len(of_video), "clip has", "clips have"))
     if isinstance(clips, MemmapDataset):  # nothing may lie in its folder but what its readers expect there
         folder = real_path(clips.folder)
         cache = DataCache(folder.parent, use_cache, f"{folder.name}{CACHE_FOLDER}")
@@ -114,6 +115,13 @@ def with_prompts(
     features = TextFeatures(cache, variant, selva_dir)
     features.encode({text for _, text in added}, device)
     return PromptedDataset(clips, prompts, features)
+
+
+def _with_video(clips: FolderDataset | MemmapDataset) -> set[str]:
+    """Return the names of the clips that have pictures."""
+    if isinstance(clips, FolderDataset):
+        return {clip.files.id for clip in clips.clips if clip.files.has_video}
+    return set(clips.ids) if clips.has_video else set()
 
 
 def _listed_prompts(clips: FolderDataset | MemmapDataset) -> list[tuple[str, ...]]:

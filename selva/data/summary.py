@@ -61,6 +61,7 @@ class ClipSummary:
     features_sec: float
     num_windows: int
     window_sec: float
+    has_video: bool = True
 
 
 @dataclass(frozen=True)
@@ -103,9 +104,13 @@ class DataSummary:
         return [
             *table,
             f"{counted(len(self.clips), 'clip')}, {total} in all, trained at {trained}, "
-            f"{counted(len(self.left_out), 'file')} left out",
+            f"{counted(len(self.left_out), 'file')} left out" + self._without_video(),
             f"prompts: {listed(shown, NAMED)}",
         ]
+
+    def _without_video(self) -> str:
+        count = sum(not clip.has_video for clip in self.clips)
+        return f"; {count} of them sound without pictures" if count else ""
 
     def warnings(self) -> list[str]:
         """Return one line per kind of trouble, with the clips it concerns."""
@@ -175,7 +180,7 @@ def summarise(folder: FolderDataset, problems: Iterable[tuple[Path, str]] = ()) 
     return DataSummary(
         clips=tuple(clips),
         same_sound=_groups((clip.audio_hash, clip.files.id) for clip in folder.clips),
-        same_features=_groups((clip.files.features_hash, clip.files.id) for clip in folder.clips),
+        same_features=_groups((clip.files.features_hash, clip.files.id) for clip in folder.clips if clip.files.has_video),
         left_out=tuple((str(path), reason) for path, reason in problems),
         sampling_rate=SAMPLING_RATES[folder.variant.mode],
     )
@@ -188,7 +193,7 @@ def _summarise_clip(folder: FolderDataset, clip: PlannedClip) -> ClipSummary:
     return ClipSummary(
         id=clip.files.id, sound=SoundStats(**stats) if known else measure_sound(path), prompt=clip.files.prompt,
         prompt_source=clip.files.prompt_source, features_sec=clip.files.duration_sec, num_windows=len(clip.starts),
-        window_sec=clip.sequence.duration_sec,
+        window_sec=clip.sequence.duration_sec, has_video=clip.files.has_video,
     )
 
 

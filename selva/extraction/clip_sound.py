@@ -8,9 +8,18 @@ import numpy as np
 
 from selva.data.padding import MAX_AUDIO_SHORTFALL_SEC
 from selva.inputs.jobs import ClipJob
-from selva.media import audio_blocks, audio_length, copied_audio_suffix, prepare_audio, probe, read_audio, video_length
+from selva.media import (
+    audio_blocks,
+    audio_length,
+    audio_seconds,
+    copied_audio_suffix,
+    prepare_audio,
+    probe,
+    read_audio,
+    video_length,
+)
 from selva.media.audio import SILENCE_LEVEL
-from selva.sequence import SequenceConfig
+from selva.sequence import SHORTEST_SEC, SequenceConfig
 from selva.utils.errors import UserError
 
 LEAST_UNUSED_SEC = 0.5  # a rest of a video that is worth a word
@@ -21,16 +30,31 @@ class UnusableClip(UserError):
     """Error about a clip that is not damaged, but cannot be part of such a set."""
 
 
-def unused_seconds(job: ClipJob) -> float:
-    """Return the seconds of a video after a clip whose stretch nobody has chosen; 0 if they are not worth a word.
+def unused_seconds(job: ClipJob, sound_only: bool = False) -> float:
+    """Return the seconds of a video, or of its sound, after a clip whose stretch nobody has chosen.
 
-    From the header; a file without one counts as used.
+    0 if they are not worth a word. From the header; a video without one counts as used.
     """
+    length_of = audio_seconds if sound_only else video_length
     try:
-        rest = video_length(job.path) - job.start_sec - job.duration_sec if job.is_beginning else 0.0
+        rest = length_of(job.path) - job.start_sec - job.duration_sec if job.is_beginning else 0.0
     except (ValueError, OSError):
         return 0.0
     return rest if rest > LEAST_UNUSED_SEC else 0.0
+
+
+def sound_seconds(job: ClipJob) -> float:
+    """Return the seconds of a clip that is its sound alone: what was asked for, or what the file has from there.
+
+    Raises:
+        UnusableClip: that is shorter than the models take.
+        ValueError: no sound in it, cut short or damaged.
+    """
+    seconds = min(job.duration_sec, audio_seconds(job.path) - job.start_sec)
+    if seconds < SHORTEST_SEC:
+        raise UnusableClip(f"{job.path}: has {max(0.0, seconds):.2f} s of sound from {job.start_sec:g} s, expected at "
+                           f"least {SHORTEST_SEC:g} s")
+    return seconds
 
 
 def sound_file(job: ClipJob, audio: str) -> tuple[str, str]:

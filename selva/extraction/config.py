@@ -12,15 +12,16 @@ from selva.models.variants import get_variant
 from selva.sequence import DEFAULT_DURATION_SEC, sequence_config
 from selva.utils.device import PRECISIONS
 from selva.utils.errors import UserError
+from selva.utils.files import real_path
 from selva.utils.settings import required, setting
 from selva.weights.config import GENERAL, ModelConfig
 
 INPUT, CLIPS, RUNNING = "input and output", "clips", "running"
-SOUND_ONLY = "sound without pictures (always a memmap)"
+SOUND_ONLY = "sound without pictures"
 ENCODER_PARTS = ("clip_text", "clip_image", "t5", "video_encoder")
 # Settings without a meaning for sound without pictures.
 VIDEO_ONLY = ("video_dir", "audio", "audio_dir", "latents", "name", "preview", "overwrite", "prune",
-              "prompt", "prompts", "start", "windows", "overlap")
+              "prompt", "prompts", "start", "windows", "overlap", "sound_only")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,10 +64,12 @@ class ExtractionConfig:
                             "...", group=CLIPS)
     overlap: float = setting(0.0, "seconds by which one of these windows overlaps the next", group=CLIPS)
     masks: MaskOptions = field(default_factory=MaskOptions)
+    sound_only: bool = setting(
+        False, "INPUT are recordings, or videos whose pictures do not count: .npz files with what the model takes for "
+        "no pictures, from 0.64 s up. From them an adapter learns how a sound is, not when it comes", group=SOUND_ONLY)
     recordings: Path | None = setting(
-        None, "folder of the recordings; INPUT is then a clips.tsv of partition_clips.py, which says how they are cut",
-        group=SOUND_ONLY,
-        metavar="DIR")
+        None, "folder of the recordings; INPUT is then a clips.tsv of partition_clips.py, which says how they are cut. "
+        "Makes a memmap, of clips of 8 s", group=SOUND_ONLY, metavar="DIR")
     captions: Path | None = setting(
         None, "table with the columns id (name of a recording, or id of a clip) and caption, or a metadata.csv like "
         "LJSpeech's", group=SOUND_ONLY, metavar="FILE")
@@ -99,6 +102,8 @@ class ExtractionConfig:
         """Parts of the base model that encode what the settings ask for."""
         if self.recordings:
             return "clip_text", "vae"
+        if self.sound_only:
+            return "clip_text", "generator", *(("vae",) if self.latents else ())
         return (*ENCODER_PARTS, *(("vae",) if self.latents or self.format == "memmap" else ()))
 
     def _problems(self) -> Iterator[str]:
@@ -123,6 +128,18 @@ class ExtractionConfig:
              "--audio: a memmap holds the encoded sound, it has no sound files; leave --audio out"),
             (self.audio == "none" and self.audio_dir is not None,
              "--audio none leaves the sound to you and --audio_dir says where it is; give one of them"),
+            (self.sound_only and (self.masks.mask or self.preview), "--mask and --preview: with --sound_only pictures do "
+             "not count; leave them out"),
+            (self.sound_only and self.audio_dir is not None,
+             "--audio_dir: with --sound_only the recordings themselves are the INPUT; leave it out"),
+            (self.sound_only and self.audio == "none", "--audio none: with --sound_only there would be nothing to train "
+             "on; leave it out"),
+            (self.sound_only and any(real_path(path) == real_path(self.output_dir) for path in self.inputs),
+             f"--output_dir {self.output_dir}: is the folder of the recordings, beside which there would be two sounds "
+             "of one name; give another"),
+            (self.sound_only and self.format == "memmap",
+             "--sound_only makes .npz files; for a memmap of sound cut the recordings with partition_clips.py and give "
+             "--recordings and --captions"),
             (self.format == "memmap" and self.prune,
              "--prune: a memmap holds the clips of its list only; leave it out"),
             (self.format == "memmap" and self.duration != DEFAULT_DURATION_SEC,

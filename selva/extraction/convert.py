@@ -194,6 +194,9 @@ def _row(
     bundle, variant = load_features(clip.features_path), extractor.variant
     if problem := features_problem(bundle.variant, variant):
         raise UserError(f"{clip.features_path}: {problem}")
+    if not bundle.has_video:
+        raise UserError(f"{clip.features_path}: is sound without pictures, which is no row of a memmap with video; "
+                        "extract_features.py --recordings makes a memmap of sound")
     if abs(bundle.duration - DEFAULT_DURATION_SEC) > 1e-6:
         advice = ("extract again with --windows" if bundle.duration > DEFAULT_DURATION_SEC
                   else "train on the folder, which takes clips of any length")
@@ -251,11 +254,11 @@ def memmap_to_folder(
         report: is told about every row.
 
     Raises:
-        ValueError: a set of sound without pictures, which feature files cannot hold.
+        ValueError: a set of sound without pictures.
     """
     if not rows.has_video:
-        raise UserError(f"{rows.folder}: is a set of sound without pictures, but .npz files hold features of "
-                         "pictures; train on the memmap as it is")
+        raise UserError(f"{rows.folder}: is a set of sound without pictures; train on it as it is, or make .npz files "
+                        "of its recordings (extract_features.py --sound_only)")
     target.mkdir(parents=True, exist_ok=True)
     seen: set[str] = set()
     replaced = dict((name, first) for first, name in names_that_collide(rows.ids, target))

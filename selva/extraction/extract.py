@@ -74,7 +74,7 @@ def work_list(config: ExtractionConfig) -> list[ClipJob]:
             start_sec=config.start, duration_sec=config.duration, windows=config.windows, overlap_sec=config.overlap,
             mask=config.masks.mask, name=config.name,
             name_dir=config.output_dir if config.format == "npz" else None, video_dir=config.video_dir,
-            audio_dir=config.audio_dir,
+            audio_dir=config.audio_dir, sound_only=config.sound_only,
         )
     except (ValueError, FileNotFoundError) as error:
         raise UsageError(str(error)) from error
@@ -143,7 +143,8 @@ def list_clips(table: Path, state: Path, manifest: Path, origins: list[ClipOrigi
 
 
 def report(
-    summary: Summary, outcome: Outcome | None, manifest: Path, shard: Shard, *, sounds: bool = False
+    summary: Summary, outcome: Outcome | None, manifest: Path, shard: Shard, *, sounds: bool = False,
+    kind: str = "video",
 ) -> None:
     """Log the times, the counts of this process and of all together, and the state of the manifest."""
     log.info("%s", summary.table())
@@ -160,7 +161,7 @@ def report(
                     "partition_clips.py: %s", counted(len(summary.unused), "longer clip"), listed(summary.unused))
     elif summary.unused:
         log.warning("only the beginning of %s is used; --windows makes clips of the whole length: %s",
-                    counted(len(summary.unused), "longer video"), listed(summary.unused))
+                    counted(len(summary.unused), f"longer {kind}"), listed(summary.unused))
     if summary.silent:
         log.warning("%s silent, and training will refuse %s: %s",
                     counted(len(summary.silent), "clip is", "clips are"),
@@ -195,7 +196,7 @@ def any_failed(summary: Summary, outcome: Outcome | None, shard: Shard) -> bool:
 def _extract_videos(
     config: ExtractionConfig, extractor: FeatureExtractor, announce: Callable[[Path], None], debug: bool
 ) -> bool:
-    """Extract features of videos; return True where a clip failed."""
+    """Extract features of videos, or of their sound alone; return True where a clip failed."""
     variant, jobs = extractor.variant, work_list(config)
     latents = config.latents or config.format == "memmap"
     check_weights(variant.name, config.model.selva_dir, config.weight_parts)
@@ -205,7 +206,7 @@ def _extract_videos(
         variant.name, str(extractor.precision).removeprefix("torch."),
         None if config.format == "memmap" else config.output_dir, config.audio or "extract", latents, config.overwrite,
         config.masks.mask_strength, config.masks.mask_clip, config.masks.mask_sync, config.preview,
-        weights,
+        weights, config.sound_only,
     )
     reader = ClipReader(jobs, settings, output.digests, output.pairs)
     rows: list[ManifestRow] = [(job.id, str(job.path), job.start_sec) for job in jobs]
@@ -228,7 +229,8 @@ def _extract_videos(
         for path in [] if stopped else output.finish():
             announce(path)
     output.close()
-    report(summary, outcome, output.manifest, manifest_writer.shard)
+    report(summary, outcome, output.manifest, manifest_writer.shard,
+           kind="recording" if config.sound_only else "video")
     return any_failed(summary, outcome, manifest_writer.shard)
 
 

@@ -30,8 +30,8 @@ from selva.models.clip_t5 import ClipImage
 from selva.models.synchformer import Synchformer
 from selva.models.textsynch import TextSynch
 from selva.models.variants import Variant
-from selva.sequence import DEFAULT_DURATION_SEC
-from selva.weights.load import load_clip_image, load_clip_text, load_t5, load_video_encoder
+from selva.sequence import DEFAULT_DURATION_SEC, sequence_config
+from selva.weights.load import load_clip_image, load_clip_text, load_generator, load_t5, load_video_encoder
 
 log = logging.getLogger(__name__)
 
@@ -189,6 +189,7 @@ class FeatureExtractor:
         )
         self._clip_image: ClipImage | None = None
         self._video_encoder: TextSynch | Synchformer | None = None
+        self._empty: tuple[Tensor, Tensor] | None = None  # one token of each
 
     def prepare_texts(self, prompts: Iterable[str], sync: bool = True) -> None:
         """Encode the prompts that are not known yet; the text encoders are loaded, used and freed.
@@ -283,6 +284,16 @@ class FeatureExtractor:
             text_features=self.text_features(prompt),
             settings=settings,
         )
+
+    @torch.no_grad()
+    def empty_features(self, duration_sec: float) -> tuple[Tensor, Tensor]:
+        """Return (1, T, clip_dim) and (1, S, sync_dim) that the published model takes for no pictures, learned."""
+        if self._empty is None:
+            generator = load_generator(self.variant.name, self.selva_dir)
+            self._empty = generator.empty_clip_feat.clone(), generator.empty_sync_feat.clone()
+        lengths = sequence_config(self.variant.mode, duration_sec)
+        clip, sync = self._empty
+        return clip.expand(1, lengths.clip_seq_len, -1), sync.expand(1, lengths.sync_seq_len, -1)
 
     def free(self) -> None:
         """Let go of the encoders; encoded prompts stay."""

@@ -70,19 +70,28 @@ class ClipEncoder:
         frames, sync_frames, waveform = clip.clip_frames, clip.sync_frames, clip.waveform
         assert frames is not None and sync_frames is not None  # as the clip is READY
         clip.clip_frames = clip.sync_frames = clip.waveform = None  # not needed twice
+        has_video = len(frames) > 0
         try:
             with self.times.stage("text"):
-                self.extractor.prepare_texts(self._unread_prompts)
+                self.extractor.prepare_texts(self._unread_prompts, sync=has_video)
                 self._unread_prompts = set()
                 entry.text_features = self.extractor.text_features(prompt)
-                self.extractor.sync_text(prompt)
-            with self.times.stage("video encoder"):
-                entry.sync_features = self.extractor.sync_features(torch.from_numpy(sync_frames), prompt)
+                if has_video:
+                    self.extractor.sync_text(prompt)
+            if has_video:
+                with self.times.stage("video encoder"):
+                    entry.sync_features = self.extractor.sync_features(torch.from_numpy(sync_frames), prompt)
+            else:
+                assert clip.duration_sec is not None  # READY, so its length is known
+                clip_features, entry.sync_features = self.extractor.empty_features(clip.duration_sec)
+                entry.clip_features = clip_features[0]
             if waveform is not None:
                 with self.times.stage("VAE"):
                     entry.latents = self.sound.encode(torch.from_numpy(waveform))
         except ValueError as error:
             clip.status, clip.reason = FAILED, f"{self.jobs[clip.index].path}: {error}"
+            return
+        if not has_video:
             return
         with self.times.stage("CLIP"):
             for index, features in passes.add(clip.index, torch.from_numpy(frames)):

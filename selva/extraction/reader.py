@@ -21,16 +21,24 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 import torch.multiprocessing
 from torch.utils.data import DataLoader, Dataset
 
 from selva.data.latents import FRONT_END
-from selva.extraction.clip_sound import UnusableClip, is_silent, sound_file, unused_seconds, vae_waveform
+from selva.extraction.clip_sound import (
+    UnusableClip,
+    is_silent,
+    sound_file,
+    sound_seconds,
+    unused_seconds,
+    vae_waveform,
+)
 from selva.extraction.contact_sheet import is_sheet_of, write_contact_sheet
 from selva.extraction.extractor import clip_settings
 from selva.extraction.manifest import DONE, FAILED, SKIPPED
 from selva.extraction.pairs import PairFolder, StagedSound
-from selva.features import FeatureBundle
+from selva.features import NO_PICTURES, FeatureBundle
 from selva.inputs.jobs import ClipJob
 from selva.media import (
     SELVA_FILL_SEC,
@@ -77,6 +85,7 @@ class ReadSettings:
         mask_strength, mask_clip, mask_sync: see :class:`selva.media.MaskSettings`.
         preview_dir: where a picture of what the encoders see goes.
         weights: identity of the encoders' weights, see :func:`selva.weights.find.weights_identity`.
+        sound_only: pictures do not count.
     """
 
     variant: str
@@ -90,6 +99,7 @@ class ReadSettings:
     mask_sync: bool = True
     preview_dir: Path | None = None
     weights: str = ""
+    sound_only: bool = False
 
     @property
     def is_memmap(self) -> bool:
@@ -109,7 +119,7 @@ class ReadClip:
         status: READY to be encoded; DONE if its features are current; SKIPPED or FAILED.
         reason: why it failed or was skipped, else a remark.
         settings: that decide the features. digest: of these settings.
-        clip_frames, sync_frames: uint8, see :class:`selva.media.VideoFrames`.
+        clip_frames, sync_frames: uint8, see :class:`selva.media.VideoFrames`; empty where pictures do not count.
         waveform: (samples,) float32 for the VAE, at the model's rate.
         duration_sec: of the clip. fps: of the file, 0.0 if it does not say.
         sound: the sound beside the features, which waits to be placed with them.
@@ -174,7 +184,7 @@ class ClipReader(Dataset[ReadClip]):
             log.debug("%s", self.jobs[index].path, exc_info=True)
             clip = ReadClip(index, FAILED, str(error) or type(error).__name__)
         if clip.status in (READY, DONE):
-            clip.unused_sec = unused_seconds(self.jobs[index])
+            clip.unused_sec = unused_seconds(self.jobs[index], self.settings.sound_only)
         clip.seconds, clip.process, clip.peak_memory = times.seconds, os.getpid(), peak_memory_bytes("cpu")
         return clip
 
@@ -241,6 +251,8 @@ class ClipReader(Dataset[ReadClip]):
             settings["other_prompts"] = list(job.other_prompts)
         if job.sound is not None:
             settings["sound_sha256"] = _file_hash(job.sound)
+        if options.sound_only:
+            settings |= NO_PICTURES
         if options.latents:
             settings["latents"] = {"mode": variant.mode, "front_end": FRONT_END, "normalize": "peak"}
         return settings
@@ -265,7 +277,11 @@ class ClipReader(Dataset[ReadClip]):
     # -- pictures and sound --------------------------------------------------------------------------------------------
 
     def _frames(self, job: ClipJob) -> VideoFrames:
+        """Return the pictures of a clip; none, but its length, where they do not count."""
         variant = get_variant(self.settings.variant)
+        if self.settings.sound_only:
+            none, seconds = torch.empty(0, dtype=torch.uint8), sound_seconds(job)
+            return VideoFrames(none, none, seconds, job.duration_sec, job.start_sec, 0.0, (0, 0), 0)
         frames = read_video(
             job.path, job.duration_sec, job.start_sec, clip_size=variant.clip_image_size,
             sync_size=variant.sync_image_size, sync_crop=variant.sync_crop, fill_sec=SELVA_FILL_SEC,

@@ -249,10 +249,11 @@ class SoundGenerator:
             raise UserError(f"{request.source}: {problem}")
         draft = _Draft(request, bundle.prompt if request.prompt is None else request.prompt,
                        min(bundle.duration, request.duration_sec or bundle.duration),
-                       clip_f=bundle.clip_features, sync_f=bundle.sync_features)
+                       clip_f=bundle.clip_features if bundle.has_video else None,
+                       sync_f=bundle.sync_features if bundle.has_video else None)
         if draft.prompt == bundle.prompt:
             draft.text_f = bundle.text_features
-        elif self.variant.family == "selva":
+        elif self.variant.family == "selva" and bundle.has_video:
             log.warning("%s: the sync features were extracted with prompt %r and keep it", request.source,
                         bundle.prompt)
         return draft

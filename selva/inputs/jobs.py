@@ -22,7 +22,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,9 +32,9 @@ from selva.inputs.media_files import say_not_taken, visible_files
 from selva.inputs.names import numbered_names
 from selva.inputs.pairing import pair_recordings
 from selva.inputs.prompts import PROMPTS_FILE, read_all_prompts, read_sidecar, warn_of_other_spelling
-from selva.inputs.suffixes import VIDEO_SUFFIXES
+from selva.inputs.suffixes import AUDIO_SUFFIXES, VIDEO_SUFFIXES
 from selva.inputs.table import TABLE_SUFFIXES, TableRow, read_clip_table, unsafe_id
-from selva.media import MASK_SUFFIXES, video_length
+from selva.media import MASK_SUFFIXES, audio_seconds, video_length
 from selva.sequence import DEFAULT_DURATION_SEC, SHORTEST_SEC
 from selva.utils.errors import UserError
 from selva.utils.text import counted, listed
@@ -92,6 +92,7 @@ def collect_jobs(
     name_dir: PathLike | None = None,
     video_dir: PathLike | None = None,
     audio_dir: PathLike | None = None,
+    sound_only: bool = False,
 ) -> list[ClipJob]:
     """Return the clips that the inputs ask for, in the order that the module describes.
 
@@ -115,6 +116,7 @@ def collect_jobs(
         video_dir: where a table's videos lie, if not beside it.
         audio_dir: folder of recordings that are used instead of the sound in the videos of their names, see
             :mod:`selva.inputs.pairing`.
+        sound_only: the pictures do not matter: take recordings as well as videos, and lengths from their sound.
 
     Raises:
         FileNotFoundError: an input, ``prompts``, ``mask``, ``video_dir`` or ``audio_dir`` does not exist.
@@ -124,14 +126,15 @@ def collect_jobs(
     _check_times(start_sec, duration_sec, windows, overlap_sec)
     if not inputs:
         raise UserError("no inputs; give at least one video, folder or table")
+    suffixes = AUDIO_SUFFIXES + VIDEO_SUFFIXES if sound_only else VIDEO_SUFFIXES
     rows: list[TableRow] = []
     for item in inputs:
-        rows += _rows_of(Path(item), recursive, None if video_dir is None else Path(video_dir))
+        rows += _rows_of(Path(item), recursive, None if video_dir is None else Path(video_dir), suffixes)
     rows = _without_repeats(rows)
     folders = FolderNames()
     _warn_of_missing(rows, folders)
     if windows:
-        clips = _cut(rows, start_sec, duration_sec, overlap_sec)
+        clips = _cut(rows, start_sec, duration_sec, overlap_sec, audio_seconds if sound_only else video_length)
     else:
         clips = [
             (row, row.id, row.start_sec if row.start_sec is not None else start_sec, row.duration_sec or duration_sec)
@@ -179,32 +182,37 @@ def _check_times(start_sec: float, duration_sec: float, windows: bool, overlap_s
 # -- inputs ------------------------------------------------------------------------------------------------------------
 
 
-def _rows_of(path: Path, recursive: bool, video_dir: Path | None) -> list[TableRow]:
+def _rows_of(path: Path, recursive: bool, video_dir: Path | None, suffixes: tuple[str, ...]) -> list[TableRow]:
     if path.is_dir():
-        return [TableRow(_flat_id(video.relative_to(path)), video) for video in find_videos(path, recursive)]
+        return [TableRow(_flat_id(file.relative_to(path)), file) for file in find_videos(path, recursive, suffixes)]
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
     if path.suffix.lower() in TABLE_SUFFIXES:
-        return read_clip_table(path, VIDEO_SUFFIXES, video_dir)
+        return read_clip_table(path, suffixes, video_dir)
     return [TableRow(path.stem, path)]
 
 
-def find_videos(folder: PathLike, recursive: bool = False) -> list[Path]:
+def find_videos(
+    folder: PathLike, recursive: bool = False, suffixes: tuple[str, ...] = VIDEO_SUFFIXES
+) -> list[Path]:
     """Return the videos of a folder in the order of their paths; hidden files and folders are left out.
 
-    Files of unknown kinds, and subfolders with videos that are not searched, are named in a warning.
+    With ``suffixes`` of recordings too, these as well. Files of unknown kinds, and subfolders with videos that are not searched, are named in a warning.
 
     Raises:
         ValueError: there is none.
     """
     files = list(visible_files(folder, recursive))
-    found = [path for path in files if path.suffix.lower() in VIDEO_SUFFIXES]
+    found = [path for path in files if path.suffix.lower() in suffixes]
     if found:
-        say_not_taken(folder, files, VIDEO_SUFFIXES, recursive)
+        say_not_taken(folder, files, suffixes, recursive)
     else:
         where = "this folder and its subfolders" if recursive else (
             "this folder (its subfolders were not searched; --recursive does)")
-        raise UserError(f"{folder}: no videos in {where}; looked for {' '.join(VIDEO_SUFFIXES)}")
+        what = "videos" if suffixes == VIDEO_SUFFIXES else "recordings or videos"
+        others = [path for path in files if path.suffix.lower() in AUDIO_SUFFIXES]
+        hint = f"; {counted(len(others), 'recording')} there: extract_features.py --sound_only" if others else ""
+        raise UserError(f"{folder}: no {what} in {where}; looked for {' '.join(suffixes)}{hint}")
     return sorted(found, key=lambda path: path.parts)
 
 
@@ -263,10 +271,11 @@ def window_starts(
 
 
 def _cut(
-    rows: list[TableRow], start_sec: float, duration_sec: float, overlap_sec: float
+    rows: list[TableRow], start_sec: float, duration_sec: float, overlap_sec: float,
+    length_of: Callable[[PathLike], float],
 ) -> list[tuple[TableRow, str, float, float]]:
     with ThreadPoolExecutor(_HEADER_READERS) as pool:
-        lengths = list(pool.map(_length, [row.path for row in rows]))
+        lengths = list(pool.map(lambda row: _length(row.path, length_of), rows))
     clips, left_out = [], []
     for row, length in zip(rows, lengths, strict=True):
         start = row.start_sec if row.start_sec is not None else start_sec
@@ -283,9 +292,9 @@ def _cut(
     return clips
 
 
-def _length(path: Path) -> float | None:
+def _length(path: Path, length_of: Callable[[PathLike], float]) -> float | None:
     try:
-        return video_length(path)
+        return length_of(path)
     except (ValueError, OSError) as error:
         log.debug("%s", error)  # the work on this clip will say it again
         return None

@@ -2,7 +2,7 @@
 
     frames.py      read_video, sample_pictures: the pictures of a clip for the two image encoders
     masks.py       what read_video keeps of the pictures; mask_settings.py: MaskSettings
-    audio.py       read_audio, prepare_audio, write_audio, extract_audio, audio_length
+    audio.py       read_audio, prepare_audio, write_audio, extract_audio, audio_length, audio_seconds
     sound_pieces.py  who reads a sound, and how long it is; sound_stream.py, sound_header.py: what it needs for that
     copying.py     copy_audio: the sound of a video without decoding it
     pictures.py    decoded pictures: which way up, how long, time stamps that jump
@@ -24,7 +24,15 @@ from typing import TYPE_CHECKING
 from selva.utils.lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from selva.media.audio import audio_blocks, audio_length, extract_audio, prepare_audio, read_audio, write_audio
+    from selva.media.audio import (
+        audio_blocks,
+        audio_length,
+        audio_seconds,
+        extract_audio,
+        prepare_audio,
+        read_audio,
+        write_audio,
+    )
     from selva.media.compressed import compress_sound
     from selva.media.container import probe, video_length
     from selva.media.copying import copied_audio_suffix, copy_audio
@@ -48,6 +56,7 @@ __all__ = [
     "VideoFrames",
     "audio_blocks",
     "audio_length",
+    "audio_seconds",
     "compress_sound",
     "copied_audio_suffix",
     "copy_audio",
@@ -73,6 +82,7 @@ __getattr__, __dir__ = lazy_exports(__name__, {
     "VideoFrames": "selva.media.frames",
     "audio_blocks": "selva.media.audio",
     "audio_length": "selva.media.audio",
+    "audio_seconds": "selva.media.audio",
     "compress_sound": "selva.media.compressed",
     "copied_audio_suffix": "selva.media.copying",
     "copy_audio": "selva.media.copying",

@@ -97,6 +97,12 @@ def audio_length(path: PathLike) -> tuple[int, int]:
     return length.num_samples, length.rate
 
 
+def audio_seconds(path: PathLike) -> float:
+    """Return the seconds of the sound in a file, see :func:`audio_length`."""
+    num_samples, rate = audio_length(path)
+    return num_samples / rate
+
+
 # -- preparing --------------------------------------------------------------------------------------------------------
 
 

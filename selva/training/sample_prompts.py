@@ -245,7 +245,7 @@ def _clip(
                             f"extract them with --variant {variant.name}")
     nothing = torch.zeros(sequence.latent_seq_len, generator.latent_dim)
     return TrainingClip(one.name, prompt, None, sequence, nothing, nothing, clip_f, sync_f, text_f,
-                        has_video=bundle is not None)
+                        has_video=bundle is not None and bundle.has_video)
 
 
 class HeldOutEvaluation:

@@ -271,8 +271,10 @@ def _inspect_pair(clip: FolderClip, variant: Variant | None, fingerprints: _Fing
     except (ValueError, OSError) as error:
         report.problems.append(str(error).removeprefix(f"{clip.features_path}: "))
     else:
-        text = None if bundle.text_features is None else bundle.text_features[0]
-        _measure_features(report, bundle.clip_features[0], bundle.sync_features[0], text, fingerprints)
+        if bundle.text_features is not None:
+            report.text_norm = bundle.text_features[0].norm(dim=1).mean().item()
+        if bundle.has_video:
+            _measure_features(report, bundle.clip_features[0], bundle.sync_features[0], fingerprints)
     _measure_sound(report, clip.audio_path, variant, fingerprints)
     if report.sound is not None:
         extra = report.sound.duration_sec - clip.duration_sec
@@ -331,9 +333,9 @@ def _sound_notes(sound: SoundStats, waveform: Tensor, mono: Tensor, variant: Var
 
 
 def _measure_features(
-    report: ClipReport, clip_f: Tensor, sync_f: Tensor, text_f: Tensor | None, fingerprints: _Fingerprints
+    report: ClipReport, clip_f: Tensor, sync_f: Tensor, fingerprints: _Fingerprints
 ) -> None:
-    """Fill in the measurements of the (tokens, channels) features of a clip."""
+    """Fill in the measurements of the (tokens, channels) features of the pictures of a clip."""
     norms, sync_norms = clip_f.norm(dim=1), sync_f.norm(dim=1)
     report.clip_norm, report.sync_norm = (norms.min().item(), norms.max().item()), sync_norms.mean().item()
     for name, rows in (("CLIP", norms), ("sync", sync_norms)):
@@ -344,8 +346,6 @@ def _measure_features(
     if len(seen) and (seen - 1).abs().max() > NORM_TOLERANCE:
         report.notes.append(f"its CLIP features have norms from {seen.min():.3f} to {seen.max():.3f}, expected 1: "
                             "another program made them; extract it again")
-    if text_f is not None:
-        report.text_norm = text_f.norm(dim=1).mean().item()
     fingerprints.add_video(report.id, clip_f, sync_f)
 
 
@@ -400,5 +400,5 @@ def _inspect_row(rows: MemmapDataset, index: int, fingerprints: _Fingerprints) -
         report.notes.append("it has no caption")
     fingerprints.add_latents(report.id, row["mean"])
     if rows.has_video:
-        _measure_features(report, row["clip_features"], row["sync_features"], None, fingerprints)
+        _measure_features(report, row["clip_features"], row["sync_features"], fingerprints)
     return report
