@@ -5,6 +5,7 @@
     python extract_features.py clips/ --output_dir features/dog --prompt "a dog barking" --variant small_16k --selva_dir weights/
     python extract_features.py clips.tsv --output_dir features/all --windows --variant small_16k --selva_dir weights/
     torchrun --nproc_per_node=8 extract_features.py clips.tsv --output_dir data/train --format memmap --selva_dir weights/
+    python extract_features.py sounds/ --sound_only --output_dir features/gong --prompt "a gong" --selva_dir weights/
     python extract_features.py cut/clips.tsv --recordings sounds/ --captions captions.tsv --output_dir data/sounds --selva_dir weights/
 
 Writes <id>.npz (published ComfyUI-SelVA schema) and <id>.flac for every clip; train_lora.py reads that folder. What is

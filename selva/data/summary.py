@@ -180,7 +180,8 @@ def summarise(folder: FolderDataset, problems: Iterable[tuple[Path, str]] = ()) 
     return DataSummary(
         clips=tuple(clips),
         same_sound=_groups((clip.audio_hash, clip.files.id) for clip in folder.clips),
-        same_features=_groups((clip.files.features_hash, clip.files.id) for clip in folder.clips if clip.files.has_video),
+        same_features=_groups((files.features_hash, files.id) for files in (clip.files for clip in folder.clips)
+                              if files.has_video),
         left_out=tuple((str(path), reason) for path, reason in problems),
         sampling_rate=SAMPLING_RATES[folder.variant.mode],
     )

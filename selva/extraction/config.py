@@ -29,10 +29,11 @@ class ExtractionConfig:
     """Settings of one call of ``extract_features.py``: clips, encoders, output."""
 
     inputs: list[Path] = setting(
-        [], "videos, folders of videos, or tables (.tsv, .csv) with the columns id, and optionally path, start, "
-        "duration, prompt, label or caption, mask", group=INPUT, positional=True, nargs="*", metavar="INPUT")
+        [], "videos (with --sound_only recordings too), folders of them, or tables (.tsv, .csv) with the columns id, "
+        "and optionally path, start, duration, prompt, label or caption, mask", group=INPUT, positional=True, nargs="*",
+        metavar="INPUT")
     recursive: bool = setting(False, "take the subfolders of folders too, those of --recordings included", group=INPUT)
-    video_dir: Path | None = setting(None, "folder of a table's videos, if not the table's own", group=INPUT,
+    video_dir: Path | None = setting(None, "folder of the files of a table, if not the table's own", group=INPUT,
                                      metavar="DIR")
     output_dir: Path = required("folder for the features; with --format memmap the data set itself, with its table "
                                 "beside it", group=INPUT)
@@ -128,12 +129,12 @@ class ExtractionConfig:
              "--audio: a memmap holds the encoded sound, it has no sound files; leave --audio out"),
             (self.audio == "none" and self.audio_dir is not None,
              "--audio none leaves the sound to you and --audio_dir says where it is; give one of them"),
-            (self.sound_only and (self.masks.mask or self.preview), "--mask and --preview: with --sound_only pictures do "
-             "not count; leave them out"),
+            (self.sound_only and (self.masks.mask or self.preview),
+             "--mask and --preview: with --sound_only pictures do not count; leave them out"),
             (self.sound_only and self.audio_dir is not None,
              "--audio_dir: with --sound_only the recordings themselves are the INPUT; leave it out"),
-            (self.sound_only and self.audio == "none", "--audio none: with --sound_only there would be nothing to train "
-             "on; leave it out"),
+            (self.sound_only and self.audio == "none",
+             "--audio none: with --sound_only there would be nothing to train on; leave it out"),
             (self.sound_only and any(real_path(path) == real_path(self.output_dir) for path in self.inputs),
              f"--output_dir {self.output_dir}: is the folder of the recordings, beside which there would be two sounds "
              "of one name; give another"),

@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from selva.inputs.file_names import FolderNames, same_name
-from selva.inputs.media_files import say_not_taken, visible_files
+from selva.inputs.media_files import first_of_each_name, say_not_taken, visible_files
 from selva.inputs.names import numbered_names
 from selva.inputs.pairing import pair_recordings
 from selva.inputs.prompts import PROMPTS_FILE, read_all_prompts, read_sidecar, warn_of_other_spelling
@@ -184,7 +184,10 @@ def _check_times(start_sec: float, duration_sec: float, windows: bool, overlap_s
 
 def _rows_of(path: Path, recursive: bool, video_dir: Path | None, suffixes: tuple[str, ...]) -> list[TableRow]:
     if path.is_dir():
-        return [TableRow(_flat_id(file.relative_to(path)), file) for file in find_videos(path, recursive, suffixes)]
+        found = find_videos(path, recursive, suffixes)
+        if suffixes != VIDEO_SUFFIXES:
+            found = first_of_each_name(found, suffixes)  # a recording before the video of its name
+        return [TableRow(_flat_id(file.relative_to(path)), file) for file in found]
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
     if path.suffix.lower() in TABLE_SUFFIXES:
@@ -197,7 +200,10 @@ def find_videos(
 ) -> list[Path]:
     """Return the videos of a folder in the order of their paths; hidden files and folders are left out.
 
-    With ``suffixes`` of recordings too, these as well. Files of unknown kinds, and subfolders with videos that are not searched, are named in a warning.
+    Files of unknown kinds, and subfolders with videos that are not searched, are named in a warning.
+
+    Args:
+        suffixes: those that are taken; with those of recordings, these are found too.
 
     Raises:
         ValueError: there is none.

@@ -92,6 +92,17 @@ def by_name(files: Iterable[Path], suffixes: Collection[str]) -> dict[str, list[
     return found
 
 
+def first_of_each_name(files: Iterable[Path], suffixes: Collection[str]) -> list[Path]:
+    """Return one file of each name in a folder, of the first kind of ``suffixes``, in their order; names the others."""
+    folders: dict[Path, list[Path]] = {}
+    for path in files:
+        folders.setdefault(path.parent, []).append(path)
+    chosen = [paths for inside in folders.values() for paths in by_name(inside, suffixes).values()]
+    if several := [f"{first}, not {', '.join(path.name for path in rest)}" for first, *rest in chosen if rest]:
+        log.warning("several files of one name; taken: %s", listed(several, separator="; "))
+    return [first for first, *_ in chosen]
+
+
 def say_choice(folder: PathLike, chosen: Iterable[list[Path]]) -> None:
     """Say of which names there are several sounds, or several videos, and which of them is taken: the first.
 

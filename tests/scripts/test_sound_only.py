@@ -90,6 +90,14 @@ def test_windows_and_the_sound_of_videos(clip_dir, library, tmp_path):
     assert not any(bundle.has_video for bundle in made.values())
 
 
+def test_a_recording_goes_before_the_video_of_its_name(clip_dir, library, tmp_path, capsys):
+    shutil.copy(clip_dir / "knock_0.mp4", library / "stroke_2.mp4")
+    assert extract_features.main([str(library), "--output_dir", str(tmp_path / "out"), *RUN]) == 0
+    assert f"several files of one name; taken: {library / 'stroke_2.wav'}, not stroke_2.mp4" in capsys.readouterr().err
+    assert soundfile.info(tmp_path / "out" / "stroke_2.flac").samplerate == RATE
+    assert len(list((tmp_path / "out").glob("*.npz"))) == 5
+
+
 def test_they_are_trained_on_as_clips_whose_video_is_dropped(sounds):
     """Whatever vectors the file holds: the loss is that of the generator's own empty features."""
     variant, generator = get_variant("tiny_16k"), load_generator("tiny_16k")
@@ -164,11 +172,13 @@ def test_what_does_not_go_together_is_refused(library, tmp_path, capsys, options
 def test_a_sound_is_made_for_them_as_for_a_prompt_alone(sounds, tmp_path, capsys):
     """Whatever the file holds for no pictures; and another prompt is not warned of, as none was seen in pictures."""
     bundle = load_features(sounds / "stroke_2.npz")
-    save_features(tmp_path / "x.npz", type(bundle)(**{**vars(bundle), "sync_features": bundle.sync_features * 0 + 1}))
+    changed = {**vars(bundle), "sync_features": bundle.sync_features * 0 + 1}
+    save_features(tmp_path / "x.npz", type(bundle)(**changed))
     made = []
-    for source in (["--features", str(tmp_path / "x.npz"), "--prompt", "rain"], ["--prompt", "rain", "--duration", "2"]):
+    for source in (["--features", str(tmp_path / "x.npz")], ["--duration", "2"]):
         path = tmp_path / f"{len(made)}.wav"
-        assert infer.main([*source, "--output", str(path), "--num_steps", "2", "--seed", "3", *TINY]) == 0
+        rest = ["--prompt", "rain", "--output", str(path), "--num_steps", "2", "--seed", "3", *TINY]
+        assert infer.main([*source, *rest]) == 0
         made.append(soundfile.read(path)[0])
     assert np.abs(made[0] - made[1]).max() < 1e-4 < np.abs(made[0]).max()
     assert "keep it" not in capsys.readouterr().err
