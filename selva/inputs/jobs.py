@@ -351,7 +351,7 @@ class _Prompts:
                 self.used.add(key)
                 written = self.written[key]
         sources = (((row.prompt,), "table"), (written, str(self.path and Path(self.path).name)),
-                   (self._sidecar(row.path), "text file beside the video"), ((self.for_all,), "--prompt"))
+                   (self._sidecar(row.path), "text file beside it"), ((self.for_all,), "--prompt"))
         for texts, source in sources:
             if any(texts):
                 if len(texts) > 1:

@@ -133,7 +133,7 @@ def report_lengths(windows: Sequence[Window], recordings: Mapping[str, Path]) ->
     short = sum(length < DEFAULT_DURATION_SEC for length in seconds.values())
     if short:
         log.info("%d of %s shorter than %g s: a set of sound (--recordings of extract_features.py) leaves them out; "
-                 "pairs with videos may have any length. --merge_gap_sec joins neighbours",
+                 "its --sound_only takes them, from the files of --write_audio. --merge_gap_sec joins neighbours",
                  short, counted(len(windows), "clip is", "clips are"), DEFAULT_DURATION_SEC)
 
 
