@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import few_steps
+import torch
 from few_steps import SamplingConfig, network_passes, settings_to_compare, table
+
+from selva.lora.merge import Adapter
 
 
 def test_every_solver_is_compared_at_the_same_number_of_evaluations():
@@ -33,7 +37,7 @@ def test_differences_are_scene_by_scene():
 
 
 class StandIn:
-    def __init__(self, args) -> None:
+    def __init__(self, args, adapters) -> None:
         self.asked: list[SamplingConfig] = []
         made.append(self)
 
@@ -65,6 +69,38 @@ def test_figures_are_added_to_and_go_into_the_document(tmp_path, monkeypatch, ca
     assert text.count("| ab2 | 12 |") == 2 and len(json.loads(out.read_text())) == 14
 
 
+def test_scenes_of_adapters_have_a_table_of_their_own(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(few_steps, "Bench", StandIn)
+    made.clear()
+    out, keys = tmp_path / "out.json", ["judge-gong-20-1-abc", "judge-bird-20-1-abc"]
+    call = ["--output", str(out), "--document", "", "--evaluations", "8", "--work", str(tmp_path)]
+    assert few_steps.main(call) == 0
+    assert few_steps.main([*call, "--keys", *keys]) == 1
+    assert "judge-bird-20-1-abc.pt" in capsys.readouterr().err
+    (tmp_path / "adapters").mkdir()
+    for key in keys:
+        (tmp_path / "adapters" / f"{key}.pt").touch()
+    assert few_steps.main([*call, "--solvers", "ab2", "--keys", *keys]) == 0
+    told = capsys.readouterr().out
+    known, new = told.split("60 scenes of the ten known classes, 8 s each; the error is over 1 of them.")
+    assert "| heun | 4 |" in known and "| heun |" not in new and "| ab2 | 8 |" in new
+    assert "24 scenes for each of 2 adapters for new sounds (gong, bird), 8 s each; the error is over 1 of them." in new
+
+
+def test_the_adapter_is_in_force_for_its_scenes_only(tmp_path):
+    """Of two sets of the same scenes, that without an adapter is made by the base model, before and after."""
+    generator = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False))
+    generator.normalize = lambda x: x
+    adapter = Adapter({"0.lora_A": torch.eye(2), "0.lora_B": torch.eye(2)}, {"rank": 2, "alpha": 2})
+    bench = few_steps.Bench.__new__(few_steps.Bench)
+    bench.args = SimpleNamespace(duration=8.0)
+    bench.generator = generator
+    bench.maker = SimpleNamespace(latents=lambda model, scenes, seconds, sampling: model[0].weight.detach().clone())
+    base, own = few_steps.SceneSet([], []), few_steps.SceneSet([], [], adapter)
+    before, adapted, after = (bench.latents(scenes, SamplingConfig()) for scenes in (base, own, base))
+    assert torch.equal(before, after) and torch.allclose(adapted, before + torch.eye(2))
+
+
 def test_what_is_not_measured_yet_is_named_and_left_out(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(few_steps, "Bench", StandIn)
     made.clear()
@@ -77,5 +113,6 @@ def test_what_is_not_measured_yet_is_named_and_left_out(tmp_path, monkeypatch, c
     capsys.readouterr()
     assert few_steps.main([*call, "--measured_only"]) == 0
     told = capsys.readouterr()
-    assert "not measured yet: heun 4; 6 x 8 s" in told.err and "| heun |" not in told.out and "| ab2 |" in told.out
+    assert "not measured yet: heun 4; 60 scenes of the ten known classes, 8 s each" in told.err
+    assert "| heun |" not in told.out and "| ab2 |" in told.out
     assert len(made) == 1
