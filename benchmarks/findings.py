@@ -179,6 +179,8 @@ def changes_text(method: Method) -> str:
     words = [flag_text(*one) for one in method.changes.items()]
     if method.wordings > 1:
         words.append(f"{counted(method.wordings, 'prompt')} for every clip")
+    if not method.pictures:
+        words.append("clips of sound alone")
     if method.soup:
         parts = counted(method.soup["seeds"], "training") + " by other seeds" if "seeds" in method.soup else (
             f"the last {counted(method.soup['last'], 'step file')}, {counted(method.soup['every'], 'step')} apart")

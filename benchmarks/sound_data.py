@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from sound_plan import SCENE_SETS, SEED_OFFSETS, Cell
 
-from selva.features import FeatureBundle, save_features
+from selva.features import NO_PICTURES, FeatureBundle, load_features, save_features
 from selva.media import write_audio
 from selva.utils.files import atomic_path
 from selva.utils.lock import FolderLock
@@ -49,15 +49,18 @@ class Inputs:
         self.folder, self.maker, self.duration_sec = folder, maker, duration_sec
         self.new_scenes, self.known_scenes, self.held_out_clips = new_scenes, known_scenes, held_out_clips
 
-    def clips(self, cell: Cell, wordings: int = 1) -> Path:
+    def clips(self, cell: Cell, wordings: int = 1, pictures: bool = True) -> Path:
         """Return the feature folder that a cell trains on; fewer clips are the first ones of more.
 
         Args:
             wordings: prompts of every clip; what the features were made with is one of them.
+            pictures: False for clips of sound alone.
         """
         name = f"clips_{WORLD}/{cell.sound}-{cell.seed + SEED_OFFSETS[cell.scenes]}-{cell.clips}"
         folder = self._features(name, cell.sound, clip_seeds(cell))
-        return folder if wordings == 1 else self._with_wordings(folder, cell, wordings)
+        if wordings > 1:
+            folder = self._with_wordings(folder, cell, wordings)
+        return folder if pictures else self._without_pictures(folder)
 
     def _with_wordings(self, clips: Path, cell: Cell, count: int) -> Path:
         folder = clips.with_name(f"{clips.name}-{count}_wordings")
@@ -71,6 +74,18 @@ class Inputs:
                     shutil.copyfile(clips / f"{name}{suffix}", folder / f"{name}{suffix}")
                 lines += [f"{name}.npz: {prompt}" for prompt in prompts]
             (folder / "prompts.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+            (folder / DONE_FILE).touch()
+
+        _once(folder / DONE_FILE, make)
+        return folder
+
+    def _without_pictures(self, clips: Path) -> Path:
+        folder = clips.with_name(f"{clips.name}-sound_only")
+
+        def make() -> None:
+            shutil.copytree(clips, folder, ignore=shutil.ignore_patterns(DONE_FILE, ".*"), dirs_exist_ok=True)
+            for path in folder.glob("*.npz"):
+                save_features(path, dataclasses.replace(load_features(path), settings=NO_PICTURES))
             (folder / DONE_FILE).touch()
 
         _once(folder / DONE_FILE, make)

@@ -39,6 +39,7 @@ class Method:
             ``train_lora.py``.
         soup: how its adapter is averaged from others, see :func:`read_plan`; None if it is what a training leaves.
         wordings: prompts of every clip, of which each use of it draws one.
+        pictures: False for clips of sound alone, as of ``extract_features.py --sound_only``.
         checkpoints: of its training, at even distances, the last step included; those of seed 1 are judged.
         rank: 0 is worth most; a method of rank 1 has its first run when those of rank 0 have their second.
     """
@@ -49,14 +50,15 @@ class Method:
     rank: int
     soup: Mapping[str, int] | None = None
     wordings: int = 1
+    pictures: bool = True
     checkpoints: int = CHECKPOINTS
 
     @property
     def all_settings(self) -> dict[str, Any]:
-        """The settings with what is no flag: the soup, if it is one, several wordings, more checkpoints."""
-        return {**self.settings, **({"soup": dict(self.soup)} if self.soup else {}),
-                **({"wordings": self.wordings} if self.wordings > 1 else {}),
-                **({"checkpoints": self.checkpoints} if self.checkpoints != CHECKPOINTS else {})}
+        """The settings with what is no flag and not as usual: soup, wordings, pictures, checkpoints."""
+        found = {**self.settings, **({"soup": dict(self.soup)} if self.soup else {})}
+        usual = {"wordings": 1, "pictures": True, "checkpoints": CHECKPOINTS}
+        return {**found, **{name: getattr(self, name) for name, value in usual.items() if getattr(self, name) != value}}
 
     @property
     def identity(self) -> str:
@@ -124,7 +126,7 @@ def read_plan(path: Path = PLAN_FILE) -> Plan:
     The adapter of a method with ``soup: {seeds: N}`` is the average of N trainings on the same clips by other seeds;
     that of one with ``soup: {last: N, every: M}`` is the average of the last N step files of one training, M steps
     apart. Either is cut back to the rank. With ``wordings: N`` every clip has N prompts of its sound; with
-    ``checkpoints: N`` a training leaves so many.
+    ``pictures: false`` it is sound alone; with ``checkpoints: N`` a training leaves so many.
 
     Raises:
         UserError: a base is not there; a method is there twice, or changes what the benchmark sets itself; a reference
@@ -145,12 +147,12 @@ def read_plan(path: Path = PLAN_FILE) -> Plan:
             changes = dict(changes or {})
             rank = changes.pop("rank_of_worth", asked.get("rank_of_worth", 0))
             soup, wordings = changes.pop("soup", None), changes.pop("wordings", 1)
-            checkpoints = changes.pop("checkpoints", CHECKPOINTS)
+            pictures, checkpoints = changes.pop("pictures", True), changes.pop("checkpoints", CHECKPOINTS)
             if soup is not None and set(soup) not in ({"seeds"}, {"last", "every"}):
                 raise UserError(f"{path}: {method}: soup is {soup}, expected seeds, or last and every")
             if taken := [key for key in changes if key in OWN_SETTINGS]:
                 raise UserError(f"{path}: {method}: {listed(taken)} cannot be changed, the benchmark sets that itself")
-            made = Method(method, changes, {**base, **changes}, rank, soup, wordings, checkpoints)
+            made = Method(method, changes, {**base, **changes}, rank, soup, wordings, pictures, checkpoints)
             if method in methods and methods[method].all_settings != made.all_settings:
                 raise UserError(f"{path}: the method {method} is there twice, with other settings")
             methods.setdefault(method, made)

@@ -176,7 +176,7 @@ class Trainer:
 
     def _one(self, run: Run, folder: Path, number: int) -> dict[str, Any]:
         """Return the cost of one training, and the steps of the checkpoints that it left in ``folder``."""
-        clips = self.judge.inputs.clips(run.cell, run.method.wordings)
+        clips = self.judge.inputs.clips(run.cell, run.method.wordings, run.method.pictures)
         config = configured(run.method, run.cell, clips, folder, self.device, number)
         self.shared.begin()
         started, wall = time.process_time(), time.monotonic()

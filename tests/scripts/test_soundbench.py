@@ -175,7 +175,7 @@ def test_the_cost_of_a_training_is_the_same_whoever_has_made_what_is_shared(tmp_
         return TrainingResult(config.output_dir / "adapter_final.pt", steps=4)
 
     monkeypatch.setattr(sound_train, "train", training)
-    inputs = SimpleNamespace(clips=lambda cell, wordings: tmp_path)
+    inputs = SimpleNamespace(clips=lambda cell, wordings, pictures: tmp_path)
     judge = SimpleNamespace(inputs=inputs, maker=SimpleNamespace(device=torch.device("cpu")))
     trainer = sound_train.Trainer(tmp_path / "work", judge, "cpu")
     method = Method("plain", {}, {"steps": 4, "variant": "tiny_16k"}, 0)
@@ -240,6 +240,18 @@ def test_clips_can_have_several_prompts(bench):
     assert len({tuple(line) for line in lines}) == 9
     for name, prompt in lines[2::3]:  # the last one is what the features were made with
         assert load_features(folder / name).prompt == prompt
+
+
+def test_clips_can_be_sound_alone(bench):
+    plan = bench.work.parent / "plan.yaml"
+    content = yaml.safe_load(plan.read_text())
+    content["questions"]["one"]["methods"]["heard"] = {"preserve": [], "pictures": False}
+    plan.write_text(yaml.safe_dump(content, sort_keys=False))
+    assert bench("--methods", "heard") == 0
+    assert bench.rows()[0]["settings"]["pictures"] is False
+    (folder,) = (bench.work / "clips_2").glob("gong-1-3-sound_only")
+    found = [load_features(path).has_video for path in sorted(folder.glob("*.npz"))]
+    assert found == [False] * 3 and len(list(folder.glob("*.flac"))) == 3
 
 
 def test_a_method_can_have_more_checkpoints(bench):
