@@ -50,7 +50,7 @@ class Judge:
         self._base: dict[tuple[str, str, bool], Figures] = {}
         self._scenes: dict[tuple[str, str], tuple[list[Case], list[EncodedCases]]] = {}
         self._ceilings: dict[tuple[str, str], Figures] = {}
-        self._losses: dict[tuple[Path, bool], np.ndarray] = {}
+        self._losses: dict[tuple[Path, bool, str], np.ndarray] = {}
         self._clips: dict[Path, ClipDataset] = {}
 
     def base(self, cell: Cell, uses_clip: bool) -> Figures:
@@ -73,14 +73,14 @@ class Judge:
             self._ceilings[key] = heard_figures(restored, cases, self.classifier)
         return self._ceilings[key]
 
-    def checkpoint(self, adapter: Adapter, cell: Cell, whole: bool) -> Figures:
-        """Return the figures of an adapter: of all scenes, or of the first ones."""
+    def checkpoint(self, adapter: Adapter, cell: Cell, whole: bool, latent: str = "sample") -> Figures:
+        """Return the figures of an adapter: of all scenes, or of the first ones; ``latent`` as it was trained."""
         uses_clip = uses_clip_features(adapter)
         pairs = ((adapter, 1.0),)
         return {
             part: self._heard(pairs, cell.scenes, name, uses_clip, None if whole else PART[part])
             for part, name in (("new", cell.sound), ("known", KNOWN))
-        } | self.by_heart(adapter, cell)
+        } | self.by_heart(adapter, cell, latent)
 
     def response(self, adapter: Adapter, cell: Cell) -> list[Figures]:
         """Return the figures of new scenes at every strength of :data:`STRENGTHS`."""
@@ -91,17 +91,18 @@ class Judge:
             for strength in STRENGTHS
         ]
 
-    def by_heart(self, adapter: Adapter, cell: Cell) -> Figures:
+    def by_heart(self, adapter: Adapter, cell: Cell, latent: str) -> Figures:
         """Return the loss of held-out clips, and how well its fall tells the training clips from them.
 
+        With latents as in the training, ``--latent``, so that it is the loss that a validation would have shown.
         ``val_loss``; ``val_drop`` and ``train_drop``, the share by which the losses fell; ``member_auc``, see
         :func:`selva.training.memorisation.area_under_curve`.
         """
         uses_clip = uses_clip_features(adapter)
         folders = self.inputs.clips(cell), self.inputs.held_out(cell)
-        before = [self._base_losses(folder, uses_clip) for folder in folders]
+        before = [self._base_losses(folder, uses_clip, latent) for folder in folders]
         self.switch.set(((adapter, 1.0),))
-        now = [self._clip_losses(folder, uses_clip) for folder in folders]
+        now = [self._clip_losses(folder, uses_clip, latent) for folder in folders]
         drops = [old - new for old, new in zip(before, now, strict=True)]
         return {
             "val_loss": float(now[1].mean()),
@@ -110,18 +111,18 @@ class Judge:
             "member_auc": area_under_curve(drops[0].tolist(), drops[1].tolist()),
         }
 
-    def _base_losses(self, folder: Path, uses_clip: bool) -> np.ndarray:
-        key = folder, uses_clip
+    def _base_losses(self, folder: Path, uses_clip: bool, latent: str) -> np.ndarray:
+        key = folder, uses_clip, latent
         if key not in self._losses:
             self.switch.set(())
-            self._losses[key] = self._clip_losses(folder, uses_clip)
+            self._losses[key] = self._clip_losses(folder, uses_clip, latent)
         return self._losses[key]
 
-    def _clip_losses(self, folder: Path, uses_clip: bool) -> np.ndarray:
+    def _clip_losses(self, folder: Path, uses_clip: bool, latent: str) -> np.ndarray:
         """Return (clips,) losses of the model as it stands, at the same times and noise for every method."""
         if folder not in self._clips:
             self._clips[folder] = _loaded(folder, self.maker)
-        objective = ObjectiveConfig(clip_features="use" if uses_clip else "empty", seed=LOSS_SEED)
+        objective = ObjectiveConfig(clip_features="use" if uses_clip else "empty", latent=latent, seed=LOSS_SEED)
         assert self.switch.generator is not None
         losses = clip_losses(self.switch.generator, self._clips[folder], objective, torch.float32)
         return losses.mean(dim=1).cpu().numpy()

@@ -21,7 +21,7 @@ from selva.checkpoint import load_adapter, save_adapter
 from selva.data.dataset import ClipDataset
 from selva.lora.tools import soup as average
 from selva.models.generator import Generator
-from selva.training.config import RunConfig
+from selva.training.config import ObjectiveConfig, RunConfig
 from selva.training.run_folder import step_file_name
 from selva.training.shared import SharedParts
 from selva.training.train import train
@@ -132,7 +132,8 @@ class Trainer:
         adapter = None
         for step in steps if detailed else steps[-1:]:
             adapter = load_adapter(folder / "train" / (SOUP_FILE if run.method.soup else step_file_name(step)))
-            figures = self.judge.checkpoint(adapter, run.cell, whole=step == steps[-1])
+            latent = run.method.settings.get("latent", ObjectiveConfig.latent)
+            figures = self.judge.checkpoint(adapter, run.cell, whole=step == steps[-1], latent=latent)
             judged.append({"step": step, **figures})
             log.info("%s, step %d: %s", run.method.name, step, in_words(judged[-1]))
         assert adapter is not None

@@ -254,6 +254,21 @@ def test_clips_can_be_sound_alone(bench):
     assert found == [False] * 3 and len(list(folder.glob("*.flac"))) == 3
 
 
+def test_the_held_out_loss_is_that_which_the_training_would_show(bench, monkeypatch):
+    """Of the mode of the latents where that is trained on: the loss of draws rises meanwhile."""
+    plan = bench.work.parent / "plan.yaml"
+    content = yaml.safe_load(plan.read_text())
+    content["questions"]["one"]["methods"]["mode"] = {"preserve": [], "latent": "mode"}
+    plan.write_text(yaml.safe_dump(content, sort_keys=False))
+    whole, asked = sound_judge.clip_losses, []
+    monkeypatch.setattr(sound_judge, "clip_losses", lambda generator, clips, objective, *rest: (
+        asked.append(objective.latent), whole(generator, clips, objective, *rest))[1])
+    for method, expected in (("plain", {"sample"}), ("mode", {"mode"})):
+        asked.clear()
+        assert bench("--methods", method) == 0
+        assert set(asked) <= expected and asked
+
+
 def test_a_method_can_have_more_checkpoints(bench):
     plan = bench.work.parent / "plan.yaml"
     content = yaml.safe_load(plan.read_text())
