@@ -108,9 +108,9 @@ def _by_number(count: int) -> list[Suggestion]:
 def _for_built_in(count: int) -> list[Suggestion]:
     """Return the settings for the model that is built in, which fits into any memory."""
     why = "as configs/tiny_new_sound.yaml, which also lists the sounds that the model knows, to be preserved"
-    found = [Suggestion(name, value, why) for name, value in BUILT_IN.items() if name != "batch_size"]
-    batch = min(BUILT_IN["batch_size"], count)
-    return [*found, Suggestion("batch_size", batch, f"the same, of {counted(count, 'clip')}")]
+    settings = {**BUILT_IN, "batch_size": min(BUILT_IN["batch_size"], count)}
+    return [Suggestion(name, value, "the same" if number else why)
+            for number, (name, value) in enumerate(settings.items())]
 
 
 def _by_machine(
