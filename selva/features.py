@@ -10,7 +10,8 @@
     latent_std     float32 (1, N, C)
     fps            float64 ()            ours, optional: average frame rate of the video
     source_sha256  text ()               ours, optional: of the whole content of the video file
-    settings       text ()               ours, optional: JSON object, how the features were made
+    settings       text ()               ours, optional: JSON object, how the features were made; "pictures" is "none"
+                                         where they stand for no pictures
     origin         text ()               ours, optional: JSON object, the sound that was placed with the features, its
                                          hash, and an identity of the weights
 
