@@ -29,6 +29,7 @@ FEW, MANY = 20, 100  # clips, below and from which the presets few_clips and lon
 # What teaches the built-in model a sound, as configs/tiny_new_sound.yaml has it; the rest is for the published models.
 BUILT_IN = {"rank": 16, "target": ["all+text"], "lr": 1.5e-3, "lr_schedule": "cosine", "lora_plus_ratio": 8.0,
             "steps": 500, "warmup_steps": 20, "batch_size": 8, "precision": "fp32"}
+PATIENCE = 5  # validations
 HELD_OUT_FROM = 5  # clips; below, nothing is held out
 GIB = 2**30
 
@@ -79,30 +80,27 @@ def _by_number(count: int) -> list[Suggestion]:
     """Return the settings that follow from the number of clips."""
     few, many = count < FEW, count >= MANY
     why = f"{counted(count, 'clip')}: " + (
-        f"below {FEW} a small adapter learns them by heart later (configs/few_clips.yaml)" if few
+        f"below {FEW} they are soon learned by heart (configs/few_clips.yaml)" if few
         else f"from {MANY} on there is more to learn (configs/long_run.yaml)" if many
         else f"between {FEW} and {MANY} the default suits")
     default = TrainConfig()
     steps = 1500 if few else 10_000 if many else default.steps
-    found = [Suggestion("rank", 8 if few else 32 if many else LoRAConfig.rank, why),
+    found = [Suggestion("rank", 32 if many else LoRAConfig.rank, why if many else "a smaller one learns more slowly"),
              Suggestion("steps", steps, why),
              Suggestion("warmup_steps", steps // 20, "a twentieth of the steps"),
              Suggestion("save_every", max(1, steps // 4), "four checkpoints, each with a sample to listen to")]
-    if few:
-        found += [Suggestion("lr", 5e-5, "few clips are learned by heart quickly; half the default rate"),
-                  Suggestion("lora_dropout", 0.1, "the same")]
     if many:
-        found += [Suggestion("lr_schedule", "cosine", "a long run gains from a falling rate"),
-                  Suggestion("ema_decay", 0.999, "an average over the steps wanders less")]
+        found += [Suggestion("lr_schedule", "cosine", "a rate that falls to zero keeps more of what the model knows")]
     if count < HELD_OUT_FROM:
         return [*found, Suggestion("val_fraction", 0.0, f"fewer than {HELD_OUT_FROM} clips: all are needed to train, "
                                                         "and overfitting will not be seen; listen to the samples")]
     fraction = 0.15 if few else 0.1
-    return [*found,
-            Suggestion("val_fraction", fraction, f"{max(1, round(fraction * count))} of {counted(count, 'clip')} held "
-                                                 "out"),
-            Suggestion("val_every", 50 if few else 100, "often enough to see when it begins to learn by heart"),
-            Suggestion("patience", 8, "ends the run after so many validations without a better one")]
+    held_out = f"{max(1, round(fraction * count))} of {counted(count, 'clip')} held out"
+    found += [Suggestion("val_fraction", fraction, held_out),
+              Suggestion("val_every", 50 if few else 100, "often enough to see when it begins to learn by heart")]
+    if few:
+        found += [Suggestion("patience", PATIENCE, "ends the run after so many validations without a better one")]
+    return found
 
 
 def _for_built_in(count: int) -> list[Suggestion]:

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import yaml
 
 from selva.training.suggest import Suggestion, _by_number, as_yaml, fitting
 
 GIB = 2**30
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 @pytest.mark.parametrize("count, expected", [
-    (3, {"rank": 8, "val_fraction": 0.0}), (12, {"rank": 8, "lora_dropout": 0.1, "val_fraction": 0.15}),
-    (50, {"rank": 16, "steps": 2000}), (300, {"rank": 32, "ema_decay": 0.999, "lr_schedule": "cosine"}),
+    (3, {"rank": 16, "steps": 1500, "val_fraction": 0.0}), (12, {"rank": 16, "steps": 1500, "val_fraction": 0.15}),
+    (50, {"rank": 16, "steps": 2000}), (300, {"rank": 32, "steps": 10_000, "lr_schedule": "cosine"}),
 ])
 def test_the_number_of_clips_decides(count, expected):
     found = {one.name: one.value for one in _by_number(count)}
     assert {name: found.get(name) for name in expected} == expected
-    assert ("lora_dropout" in found) == (count < 20) and ("patience" in found) == (count >= 5)
+    assert ("lr_schedule" in found) == (count >= 100) and ("patience" in found) == (5 <= count < 20)
+
+
+@pytest.mark.parametrize("count, preset", [(12, "few_clips"), (300, "long_run")])
+def test_the_presets_and_the_suggestions_say_the_same(count, preset):
+    settings = yaml.safe_load((CONFIGS / f"{preset}.yaml").read_text(encoding="utf-8"))
+    found = {one.name: one.value for one in _by_number(count)}
+    common = settings.keys() & found.keys() - {"save_every", "val_every"}  # four checkpoints, however long the run
+    assert {name: settings[name] for name in common} == {name: found[name] for name in common} and len(common) > 2
 
 
 @pytest.mark.parametrize("plain, recomputed, expected", [
