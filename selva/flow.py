@@ -202,8 +202,8 @@ class SamplingConfig:
     cfg_strength: float = setting(4.5, "guidance: how strictly video and prompt are followed; below 1 there is none",
                                   group="sampling")
     solver: str = setting(
-        "euler", "ab2 takes the time of euler, with second-order steps: 12 of them are as good as 25 of euler; midpoint "
-        "and heun take twice the time per step", group="sampling", choices=tuple(EVALUATIONS_PER_STEP))
+        "euler", "ab2 takes the time of euler, with second-order steps: 12 of them are as good as 25 of euler; "
+        "midpoint and heun take twice the time per step", group="sampling", choices=tuple(EVALUATIONS_PER_STEP))
     cfg_interval: tuple[float, float] = setting(
         WHOLE_INTERVAL, "guidance only between these times; 0 is noise, 1 is sound", group="sampling", nargs=2,
         metavar=("LO", "HI"), default_text="0 1")

@@ -82,6 +82,10 @@ def work_list(config: ExtractionConfig) -> list[ClipJob]:
     if together:
         raise UsageError(f"{config.output_dir}: upper and lower case are the same in this folder, so one would replace "
                          f"the other: {listed([' and '.join(pair) for pair in together])}; rename one of them")
+    if config.sound_only and (masked := [job.id for job in jobs if job.mask]):
+        log.warning("the masks of %s are not used, as pictures do not count (--sound_only): %s",
+                    counted(len(masked), "clip"), listed(masked))
+        jobs = [replace(job, mask=None) for job in jobs]
     for job in jobs:
         config.masks.of_clip(job.mask)  # says what is wrong with them
     if config.format == "memmap":

@@ -90,6 +90,18 @@ def test_windows_and_the_sound_of_videos(clip_dir, library, tmp_path):
     assert not any(bundle.has_video for bundle in made.values())
 
 
+def test_masks_of_a_table_are_named_as_unused(library, tmp_path, capsys):
+    table = library / "clips.csv"
+    table.write_text("id,start,duration,prompt,mask\nstroke_5,1.5,2,a stroke,stroke_1.wav\n", encoding="utf-8")
+    assert extract_features.main([str(table), "--output_dir", str(tmp_path / "out"), *RUN]) == 0
+    assert "the masks of 1 clip are not used, as pictures do not count (--sound_only): stroke_5" in (
+        capsys.readouterr().err)
+    bundle = load_features(tmp_path / "out" / "stroke_5.npz")
+    assert bundle.duration == 2 and "mask" not in bundle.settings
+    found, _ = soundfile.read(tmp_path / "out" / "stroke_5.flac", dtype="float32")
+    assert np.abs(found[: 2 * RATE] - strokes(9.0, 5)[round(1.5 * RATE) : round(3.5 * RATE)]).max() < 1e-4
+
+
 def test_a_recording_goes_before_the_video_of_its_name(clip_dir, library, tmp_path, capsys):
     shutil.copy(clip_dir / "knock_0.mp4", library / "stroke_2.mp4")
     assert extract_features.main([str(library), "--output_dir", str(tmp_path / "out"), *RUN]) == 0
