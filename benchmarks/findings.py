@@ -30,6 +30,7 @@ ROWS_FILE = ROOT / "benchmarks" / "soundbench.jsonl"
 DECIDED_AFTER = 9  # three sounds and three seeds
 MEMORISED = 0.6  # area under the curve from which on a run counts as learned by heart
 PATIENCE = (1, 2, 3, 4)
+OVERVIEW_FROM = 4  # methods: fewer can be seen at a glance in their own tables
 NEAR = 0.02 + 1e-9  # of the best checkpoint: as good as it
 Rows = Sequence[Row]
 SETS = {"judge": "scenes that were used for nothing else", "select": "scenes that settings were chosen by",
@@ -157,6 +158,26 @@ def question_text(question: Question, plan: Plan, rows: Rows, decided_after: int
     without = f" Not run here: {listed(missing, len(missing))}." if missing else ""
     return (f"### {question.title}\n\n*Claim:* {question.claim} *From:* {question.source}.\n\n{table(header, lines)}\n"
             f"On the base `{question.base}`: {changes}.{without}\n")
+
+
+def overview_text(plan: Plan, rows: Rows, decided_after: int) -> str:
+    """Return a table with one line for every method that was compared; "" for a few only."""
+    lines = []
+    for question in plan.questions:
+        references = rows_of(plan.methods[question.reference], rows)
+        for name in question.methods:
+            own = rows_of(plan.methods[name], rows)
+            if name == question.reference or not own or not references:
+                continue
+            shares = (percent(compared(own, references, values), sign=True) for values in (recognised, known))
+            lines.append((question.title, name, changes_text(plan.methods[name]), str(len(own)), *shares,
+                          plain(compared(own, references, distances)), verdict(own, references, decided_after)))
+    if len(lines) < OVERVIEW_FROM:
+        return ""
+    header = ("question", "method", "what it changes", "runs", "recognised, difference", "known, difference",
+              "distance dB, difference", "verdict")
+    return ("### At a glance\n\nEvery method beside the reference of its question. Of 20 intervals about one excludes "
+            f"0 by chance alone.\n\n{table(header, lines)}")
 
 
 def worst(values: Callable[[Row], list[float]], rows: Rows) -> str:
@@ -358,7 +379,10 @@ def sections(plan: Plan, rows: Rows, decided_after: int) -> Iterator[str]:
     for scenes, clips in sorted({(row["scenes"], row["clips"]) for row in rows},
                                 key=lambda one: (order.index(one[0]), -one[1])):
         own = [row for row in rows if (row["scenes"], row["clips"]) == (scenes, clips)]
-        yield f"## {counted(clips, 'clip')}, {SETS[scenes]}\n\n{counted(len(own), 'run')} so far.\n"
+        machines = dict.fromkeys(row["processor"] for row in own if "processor" in row)
+        where = f", on {listed(list(machines), len(machines))}" if machines else ""
+        yield f"## {counted(clips, 'clip')}, {SETS[scenes]}\n\n{counted(len(own), 'run')} so far{where}.\n"
+        yield from filter(None, [overview_text(plan, own, decided_after)])
         yield sounds_text(own)
         texts = [question_text(question, plan, own, decided_after) for question in plan.questions]
         if not any(texts):  # a method that was judged by itself

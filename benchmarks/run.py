@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 
 import torch
 from data_stages import extraction, startup
+from machine import kind_of, processor_name
 from measure import Bench, Result, clock, growth_table, markdown
 from stages import Sizes, Stage, checkpointed_step, memmap_reading, sampling, training_step, vocoder
 
@@ -75,17 +75,8 @@ def build_parser() -> cli.ArgumentParser:
 
 def describe_machine(device: torch.device) -> str:
     """Return the processor, threads and versions in one line."""
-    if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
-    names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    name = names[0] if names else platform.processor()
-    threads = f"{torch.get_num_threads()} threads of {os.cpu_count()} cores"
-    return f"{name} computing with {kind_of(device)}, {threads}, torch {torch.__version__}"
-
-
-def kind_of(device: torch.device) -> str:
-    """Return the instructions that PyTorch computes with on a CPU, such as "AVX512" or "AVX2"; elsewhere the device."""
-    return torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else device.type
+    threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads of {os.cpu_count()} cores"
+    return f"{processor_name(device)}{threads}, torch {torch.__version__}"
 
 
 def kinds_table(stored: Sequence[dict[str, Any]]) -> str:
@@ -105,10 +96,6 @@ def kinds_table(stored: Sequence[dict[str, Any]]) -> str:
         cells = [f"{found[column]:.2f}" if column in found else "" for column in columns]
         lines.append("| " + " | ".join([*key, *cells]) + " |")
     return "\n".join(["### Ours over plain, by kind of processor", "", *lines]) + "\n"
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).exists() else []
 
 
 def tables(figures: dict[str, Any]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import platform
 import shutil
 import subprocess
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from machine import processor_name
 from sound_judge import DETAILED_SEED, Judge, uses_clip_features
 from sound_plan import ROOT, Cell, Method, Run
 
@@ -227,9 +227,8 @@ def _circumstances(device: str) -> dict[str, Any]:
                                 check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
-    processor = torch.cuda.get_device_name() if device.startswith("cuda") else platform.machine()
     return {"version": __version__, "commit": commit, "torch": torch.__version__, "device": device,
-            "processor": processor, "threads": torch.get_num_threads()}
+            "processor": processor_name(torch.device(device)), "threads": torch.get_num_threads()}
 
 
 def in_words(checkpoint: Mapping[str, Any]) -> str:

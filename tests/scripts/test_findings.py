@@ -94,6 +94,18 @@ def test_verdicts_follow_from_the_intervals(tmp_path, plan):
     assert verdict("0011", "1111", 30.0) == "no difference beyond the intervals, 0.5 times the seconds"
 
 
+def test_all_verdicts_stand_in_one_table_as_soon_as_there_are_several(tmp_path, plan, monkeypatch):
+    rows = [{**row(plan, name, "gong", seed, hits), "processor": f"P{seed}"}
+            for seed in (1, 2) for name, hits in (("plain", "0000"), ("faster", "1111"))]
+    text = document(tmp_path, rows, "--decided_after", "2")
+    assert "### At a glance" not in text and "4 runs so far, on P1, P2.\n" in text
+    monkeypatch.setattr(findings, "OVERVIEW_FROM", 1)
+    overview = document(tmp_path, rows, "--decided_after", "2").split("### At a glance")[1].split("### ")[0]
+    (line,) = [line for line in overview.splitlines() if "faster" in line]
+    assert line.startswith("| T | faster | `--preserve`, `--lr 0.01` | 2 | +100 (+100 to +100) | +0 (+0 to +0) |")
+    assert line.endswith(" | learns more |") and "plain |" not in overview
+
+
 def test_a_verdict_says_what_sounds_nearer_to_the_true_sounds(plan):
     def rows(method: str, nearer_by: float) -> list[dict]:
         made = [row(plan, method, "gong", seed, "0011") for seed in range(1, 5)]
