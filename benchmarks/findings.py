@@ -155,9 +155,10 @@ def question_text(question: Question, plan: Plan, rows: Rows, decided_after: int
         ))
     changes = "; ".join(f"{name}: {changes_text(plan.methods[name])}" for name, own in found.items() if own)
     missing = [name for name, own in found.items() if not own]
+    verdict_text = f"\n**Verdict:** {question.verdict}\n" if question.verdict else ""
     without = f" Not run here: {listed(missing, len(missing))}." if missing else ""
     return (f"### {question.title}\n\n*Claim:* {question.claim} *From:* {question.source}.\n\n{table(header, lines)}\n"
-            f"On the base `{question.base}`: {changes}.{without}\n")
+            f"On the base `{question.base}`: {changes}.{without}\n{verdict_text}")
 
 
 def overview_text(plan: Plan, rows: Rows, decided_after: int) -> str:

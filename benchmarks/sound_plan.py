@@ -73,6 +73,7 @@ class Question:
 
     Attributes:
         claim: what is said elsewhere, or was our default. source: where.
+        verdict: what follows from our figures, in words; "" as long as there are too few.
         reference: name of the method that the others are compared with.
         base: name of the settings that its methods change.
     """
@@ -84,6 +85,7 @@ class Question:
     source: str
     reference: str
     methods: tuple[str, ...]
+    verdict: str = ""
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,7 @@ def read_plan(path: Path = PLAN_FILE) -> Plan:
             methods.setdefault(method, made)
             own.append(method)
         words = {key: asked[key] for key in ("base", "title", "claim", "source", "reference")}
-        questions.append(Question(name=name, methods=tuple(own), **words))
+        questions.append(Question(name=name, methods=tuple(own), verdict=asked.get("verdict", ""), **words))
     if lost := [one.reference for one in questions if one.reference not in methods]:
         raise UserError(f"{path}: references that are no methods: {listed(lost)}")
     return Plan(content["bases"], tuple(questions), methods, content["suites"])

@@ -135,7 +135,8 @@ def test_the_document_says_what_was_found(tmp_path, plan):
     assert plain[5].startswith("83 (") and plain[7] == "67"  # of the three that the base model gets right
     assert plain[8:13] == ["0.90, 0.90", "0.50", "7.00", "", "80"] and faster[11] == "+0.00 (+0.00 to +0.00)"
     assert faster[3].startswith("+25 (") and faster[6].startswith("+25 (")
-    assert "*Claim:* C *From:* S." in text and "faster: `--preserve`, `--lr 0.01`" in text
+    assert "*Claim:* C *From:* S." in text and "Verdict:" not in text
+    assert "faster: `--preserve`, `--lr 0.01`" in text
     assert "| gong | 2 | 0 | 62 | 75 |  |  |" in text  # rows of earlier versions have no ceiling
     with_ceiling = [{**one, "ceiling": {"recognised": 0.95, "distance_db": 5.81}} for one in rows]
     assert "| gong | 2 | 0 | 62 | 75 | 95 | 5.8 |" in document(tmp_path, with_ceiling)
@@ -148,6 +149,9 @@ def test_the_document_says_what_was_found(tmp_path, plan):
     assert "| lowest held-out loss | 2 of 3 | 8 (0 to 25) | 25 |" in text
     again = document(tmp_path, rows)
     assert again == text and again.count(findings.BEGIN_MARK) == 1
+    decided = {**PLAN, "questions": {"one": {**PLAN["questions"]["one"], "verdict": "default."}}}
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(decided, sort_keys=False))
+    assert "\n\n**Verdict:** default.\n\n### " in document(tmp_path, rows)
 
 
 def test_the_steps_that_a_sound_needs_are_counted_on_the_same_scenes():
