@@ -23,14 +23,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sound_plan import PLAN_FILE, ROOT, SCENE_SETS, Plan, Run, cells_of, read_plan, runs_of
+from sound_plan import PLAN_FILE, ROOT, SCENE_SETS, Method, Plan, Run, cells_of, read_plan, runs_of
 from sound_rows import append_row, read_rows
 
 import selva_lora  # noqa: F401 -- ends here if another selva would be imported
 from selva import cli
+from selva.training.config import RunConfig
 from selva.utils.device import resolve_device
 from selva.utils.errors import UsageError, UserError
 from selva.utils.lock import FolderInUse, FolderLock
+from selva.utils.settings import removed_of, removed_problems
 from selva.utils.suggestions import did_you_mean, nearest
 from toyworld.classes import UNSEEN
 
@@ -74,7 +76,8 @@ def chosen_runs(args, plan: Plan) -> list[Run]:
     if args.suite not in plan.suites:
         raise UsageError(f"--suite {args.suite}: expected one of {', '.join(plan.suites)}")
     suite = plan.suites[args.suite]
-    names = args.methods or [name for name, one in plan.methods.items() if one.rank <= suite["highest_rank"]]
+    names = args.methods or [name for name, one in plan.methods.items()
+                             if one.rank <= suite["highest_rank"] and not lost_settings(one)]
     if unknown := [name for name in names if name not in plan.methods]:
         hints = "; ".join(f"{name}{did_you_mean(nearest(name, plan.methods))}" for name in unknown)
         raise UsageError(f"--methods: unknown {hints}; known are {', '.join(plan.methods)}")
@@ -82,10 +85,18 @@ def chosen_runs(args, plan: Plan) -> list[Run]:
     return runs_of([plan.methods[name] for name in names], cells)
 
 
+def lost_settings(method: Method) -> list[str]:
+    """Return a sentence for every setting of a method that this version no longer has; its rows are of earlier ones."""
+    return removed_problems(method.settings, removed_of(RunConfig))
+
+
 def check_settings(runs: Sequence[Run]) -> None:
     """Raise a UserError if a method has settings that no training would take, before hours of others."""
     from sound_train import configured
 
+    if lost := {run.method.name: one for run in runs if (one := lost_settings(run.method))}:
+        raise UserError("; ".join(f"method {name}: {'; '.join(one)}. Its rows name the commit that can repeat them"
+                                  for name, one in lost.items()))
     for method in {run.method.name: run for run in runs}.values():
         try:
             configured(method.method, method.cell, Path("."), Path("never_written"), "cpu")

@@ -27,7 +27,7 @@ from selva.utils.device import PRECISIONS, is_out_of_memory
 from selva.utils.errors import Terminated, UsageError, UserError
 from selva.utils.files import atomic_write_text
 from selva.utils.logging import results_on_stdout, setup_logging
-from selva.utils.settings import Setting, Synonyms, build, settings_of, settings_text
+from selva.utils.settings import Removed, Setting, Synonyms, build, removed_of, settings_of, settings_text
 from selva.utils.settings_file import FOLDER_FILE, SettingsFile
 from selva.utils.suggestions import did_you_mean, nearest
 from selva.utils.version import __version__
@@ -75,11 +75,13 @@ class ArgumentParser(argparse.ArgumentParser):
         self.elsewhere: dict[str, str] = {}  # names of other programs -> the similar setting
         self.environment: dict[str, str] = {}  # name of a setting -> the variable that gives its default
         self.shared: set[str] = set()  # settings that a selva.yaml in the working folder gives
+        self.removed: dict[str, Removed] = {}  # settings that earlier versions had
 
     def add_settings(self, config: type) -> None:
         """Add a flag for every setting of a dataclass, see :mod:`selva.utils.settings`, under its group's heading."""
         for setting in settings_of(config):
             self._add(setting)
+        self.removed |= removed_of(config)
 
     def _add(self, setting: Setting) -> None:
         _add(self._group(setting.info.group), setting)
@@ -164,7 +166,9 @@ class ArgumentParser(argparse.ArgumentParser):
         flags = [a.partition("=")[0] for a in before_rest if a.startswith("--") and " " not in a.partition("=")[0]]
         unknown = list(dict.fromkeys(flag for flag in flags if flag not in self._option_string_actions))
         if unknown:
-            hints = (f"unknown flag {flag}{did_you_mean(self._nearest(flag[2:]), '--')}" for flag in unknown)
+            gone = {f"--{name}": one.reason for name, one in self.removed.items()}
+            hints = (f"this version no longer has {flag}: {gone[flag]}" if flag in gone else
+                     f"unknown flag {flag}{did_you_mean(self._nearest(flag[2:]), '--')}" for flag in unknown)
             self.error("; ".join(hints))
 
     def _nearest(self, name: str) -> list[str]:
@@ -207,7 +211,7 @@ class ArgumentParser(argparse.ArgumentParser):
         """Return the settings of a file as arguments, to stand before the real ones; positional ones separately."""
         flags = {a.dest: a for a in self._actions if a.dest not in ("help", "version", *NOT_SAVED)}
         flags |= {o[2:]: a for a in flags.values() for o in a.option_strings if not o.startswith("--no_")}
-        return settings.arguments(flags, self.elsewhere, given)
+        return settings.arguments(flags, self.elsewhere, given, self.removed)
 
     def _from_folder(self, given: Sequence[str]) -> list[str]:
         """Return arguments for the settings in the `selva.yaml` of the working folder that are not given otherwise."""

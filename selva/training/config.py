@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -15,7 +15,7 @@ from selva.lora.config import LoRAConfig
 from selva.sequence import DEFAULT_DURATION_SEC
 from selva.utils.device import BASE_DTYPE_CHOICES, BASE_DTYPE_HELP, GRAPH_CHOICES, PRECISION_CHOICES, PRECISION_HELP
 from selva.utils.errors import UsageError, UserError
-from selva.utils.settings import required, setting
+from selva.utils.settings import Removed, required, setting
 from selva.utils.text import counted
 from selva.weights.config import GENERAL, GeneratorModelConfig
 
@@ -119,11 +119,6 @@ def choice_problems(config: object, choices: dict[str, Sequence[str]]) -> list[s
             for name, allowed in choices.items() if getattr(config, name) not in allowed]
 
 
-def num_lessons(batch_size: int, share: float) -> int:
-    """Return the number of lessons by a teacher in a batch of at least two: its share, one at least, and not all."""
-    return min(batch_size - 1, max(1, round(batch_size * share)))
-
-
 def width_problems(widths: Sequence[float]) -> list[str]:
     """Return a sentence for everything that is wrong with the widths of averages by power functions."""
     problems = [f"ema_sigma_rel is {width}, expected above 0 and at most {MAX_SIGMA_REL}" for width in widths
@@ -137,6 +132,9 @@ def width_problems(widths: Sequence[float]) -> list[str]:
 class TrainConfig(ObjectiveConfig):
     """Optimisation, objective and evaluation; one step is one optimiser update, whatever ``grad_accum`` is."""
 
+    REMOVED: ClassVar[Mapping[str, Removed]] = {
+        "contrastive": Removed(0.0, "contrastive flow matching made no difference in nine runs (docs/findings.md)"),
+    }
     timestep_mode: str = setting(
         "uniform", "how noise levels are drawn. uniform: as in the published guide, taught new sounds in fewer steps; "
         "logit_normal: as the base models were trained; curriculum: logit_normal first, uniform later",
@@ -191,9 +189,6 @@ class TrainConfig(ObjectiveConfig):
         "text, with which guidance compares; 0.25 made new sounds of the built-in model come out more often, and "
         "less like the recordings",
         group=OBJECTIVE)
-    contrastive: float = setting(  # arXiv:2506.05350
-        0.0, "push each velocity away from the target of another clip of the batch, with this weight; 0.05 was "
-        "proposed", group=OBJECTIVE)
     patience: int = setting(0, "stop after this many validations without a new best; 0: never", group=EVALUATION)
     save_every: int = setting(500, "steps between checkpoints, each with a sample", group=OPTIMISATION,
                               aliases=("save_every_n_steps", "checkpointing_steps"))
@@ -215,10 +210,6 @@ class TrainConfig(ObjectiveConfig):
             problems.append(f"ema is power and ema_decay {self.ema_decay}, which belongs to exponential; give one of "
                             "them (--ema_decay 0)")
         problems += width_problems(self.ema_sigma_rel)
-        if not 0 <= self.contrastive < 1:
-            problems.append(f"contrastive is {self.contrastive}, expected 0 to below 1, where there is a lowest loss")
-        if self.contrastive and self.batch_size < 2:
-            problems.append("contrastive compares the clips of a batch, and batch_size is 1; give at least 2")
         if not 0 <= self.weight_decay < math.inf:
             problems.append(f"weight_decay is {self.weight_decay}, expected at least 0")
         problems += [*self.problems(), *choice_problems(self, {
@@ -319,10 +310,6 @@ class RunConfig:
         problems = choice_problems(self, {"balance": BALANCES, "preserve_by": PRESERVATIONS})
         if self.preserve_by == "teacher" and self.preserve and self.training.batch_size < 2:
             problems.append("preserve_by teacher takes a part of every batch, and batch_size is 1; give at least 2")
-        if self.preserve_by == "teacher" and self.preserve and self.training.contrastive and (
-                self.training.batch_size - num_lessons(self.training.batch_size, self.preserve_share) < 2):
-            problems.append("contrastive compares the clips of a batch, of which preserve_by teacher leaves one; give "
-                            "a larger batch_size or a smaller preserve_share")
         if not 0 <= self.val_fraction < 1:
             problems.append(f"val_fraction is {self.val_fraction}, expected 0 to below 1")
         problems += [f"--report_to {name!r}, expected some of {' '.join(TRACKERS)}, with spaces between them"

@@ -80,7 +80,7 @@ def time_offset(seed: int, number: int) -> float:
 
 def flow_loss(
     generator: Generator, batch: Batch | CachedBatch, noise: NoiseSample, config: ObjectiveConfig,
-    precision: torch.dtype, contrastive: float = 0.0,
+    precision: torch.dtype,
 ) -> Tensor:
     """Return the (B,) flow-matching losses of a batch, in float32.
 
@@ -91,14 +91,9 @@ def flow_loss(
         batch: on the generator's device; features, or their projections from the cache.
         noise: on the CPU or that device, see :func:`sample_noise`.
         precision: autocast dtype of the network; float32 switches autocast off.
-        contrastive: weight of the loss against a wrong target, which is taken off (contrastive flow matching, Stoica et
-            al., arXiv:2506.05350, eq. 6): the data less the noise of the clip before it in the batch.
     """
     velocity, x0, x1, left_out = predicted_velocity(generator, batch, noise, config, precision)
-    loss = flow.loss(velocity, x0, x1, left_out=left_out)
-    if contrastive == 0:
-        return loss
-    return loss - contrastive * flow.loss(velocity, x0.roll(1, 0), x1.roll(1, 0), left_out=left_out)
+    return flow.loss(velocity, x0, x1, left_out=left_out)
 
 
 def predicted_velocity(

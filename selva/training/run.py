@@ -216,8 +216,7 @@ class TrainingRun:
         """Add a batch's part of the gradient to what is there, and return its part of the loss."""
         config, generator, precision = self.config, self.generator, self.precision
         whole = config.batch_size * config.grad_accum  # of an update of this process
-        loss = flow_loss(generator, batch, noise, config, precision, config.contrastive).mean() / (
-            whole / self.num_clips)
+        loss = flow_loss(generator, batch, noise, config, precision).mean() / (whole / self.num_clips)
         self.scaler.scale(loss).backward()
         total = loss.detach()
         for one in beside:  # one after the other, so that one of them is in memory

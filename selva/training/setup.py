@@ -37,6 +37,7 @@ from selva.utils.device import dtype_of, peak_memory_bytes, stored_dtype
 from selva.utils.distributed import World
 from selva.utils.errors import UserError
 from selva.utils.graph import graphed_calls
+from selva.utils.settings import removed_of, removed_problems
 from selva.utils.text import clock, counted
 from selva.weights.find import generator_change, generator_mark
 from selva.weights.load import load_clip_text, load_generator
@@ -108,8 +109,7 @@ def find_resume(config: RunConfig) -> TrainingState | None:
 
 # Settings of TrainConfig that change what is learned; the others may change when a run is continued.
 FIXED_SETTINGS = ("clip_features", "latent", "null_prob", "padded_loss", "timestep_mode", "logit_normal_sigma",
-                  "stratify_times", "keep_unconditional", "contrastive", "seed")
-LATER_SETTINGS = ("keep_unconditional", "contrastive")  # not in files of earlier versions, which had neither
+                  "stratify_times", "keep_unconditional", "seed")
 
 
 def finished_adapter(saved: TrainingState, output_dir: Path) -> Path | None:
@@ -184,7 +184,10 @@ def check_resumable(saved: TrainingState, config: RunConfig, num_processes: int 
         raise at_its_end(saved, config)
     check_same_settings(saved, config.lora)
     before = saved.meta.get("train_config", {})
-    of_then = {**dict.fromkeys(LATER_SETTINGS, 0.0), **before} if before else {}
+    if gone := removed_problems(before, removed_of(RunConfig)):
+        raise UserError(f"{saved.path}: cannot be continued: {'; '.join(gone)}. Start a new run, which may begin at "
+                        "this adapter (--init_from)")
+    of_then = {"keep_unconditional": 0.0, **before} if before else {}  # files of earlier versions lack it
     pairs = {name: (of_then[name], getattr(training, name)) for name in FIXED_SETTINGS if name in of_then}
     for name, now in (("variant", config.model.variant), ("normalize_audio", config.normalize_audio),
                       ("preserve", list(config.preserve)), ("preserve_share", config.preserve_share)):

@@ -26,7 +26,7 @@ from torch import Tensor
 from selva.data.dataset import ClipDataset, Lengths
 from selva.lora.layers import base_only
 from selva.models.generator import Generator
-from selva.training.config import TrainConfig, num_lessons
+from selva.training.config import TrainConfig
 from selva.training.prior_preservation import prompt_shares, turns
 from selva.utils.distributed import World
 from selva.utils.text import counted
@@ -162,6 +162,11 @@ def lesson_loss(generator: Generator, lesson: Lesson, precision: torch.dtype) ->
         conditions = generator.preprocess_conditions(lesson.clip_f, lesson.sync_f, lesson.text_f)
         velocity = generator.predict_flow(lesson.latent, lesson.t, conditions)
     return (velocity.float() - lesson.velocity).square().mean(dim=(1, 2))
+
+
+def num_lessons(batch_size: int, share: float) -> int:
+    """Return the number of lessons in a batch of at least two: its share, one at least, and not all."""
+    return min(batch_size - 1, max(1, round(batch_size * share)))
 
 
 def teacher_for(

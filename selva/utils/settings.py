@@ -99,6 +99,19 @@ def required(help: str, **more: Any) -> Any:
 
 
 @dataclass(frozen=True)
+class Removed:
+    """A setting that earlier versions had.
+
+    Attributes:
+        off: its value in files that did not use it, which are still read.
+        reason: why it is gone, for messages.
+    """
+
+    off: Any
+    reason: str
+
+
+@dataclass(frozen=True)
 class Setting:
     """One declared setting: name of its field, the type of one value, its default and the rest.
 
@@ -129,6 +142,21 @@ def settings_of(config: type) -> Iterator[Setting]:
         elif isinstance(info := one.metadata.get(KEY), SettingInfo):
             default = one.default_factory() if one.default_factory is not MISSING else one.default
             yield Setting(info.flag or one.name, one.name, _single(hint), None if default is MISSING else default, info)
+
+
+def removed_of(config: type) -> dict[str, Removed]:
+    """Return what the class attributes ``REMOVED`` of a dataclass and of the dataclasses in it name."""
+    found: dict[str, Removed] = dict(getattr(config, "REMOVED", {}))
+    for hint in typing.get_type_hints(config).values():
+        if is_dataclass(hint) and isinstance(hint, type):
+            found |= removed_of(hint)
+    return found
+
+
+def removed_problems(values: Mapping[str, Any], removed: Mapping[str, Removed]) -> list[str]:
+    """Return a sentence for everything in settings that this version no longer has and that is not off."""
+    return [f"{name} is {values[name]!r}, and this version no longer has it: {one.reason}"
+            for name, one in removed.items() if values.get(name, one.off) not in (one.off, None)]
 
 
 def _single(hint: Any) -> type:
@@ -186,8 +214,10 @@ def from_names(config: type[Config], values: Mapping[str, Any]) -> Config:
     """
     known = {name: one for one in settings_of(config) for name in (one.name, *one.info.aliases)}
     elsewhere = {name: one.name for one in settings_of(config) for name in one.info.similar}
+    removed = removed_of(config)
     problems = [f"unknown setting {name}{did_you_mean(nearest(name, known, elsewhere))}"
-                for name in values if name not in known]
+                for name in values if name not in known and name not in removed]
+    problems += removed_problems(values, removed)
     given: dict[str, Any] = {}
     for name, value in values.items():
         if name in known:

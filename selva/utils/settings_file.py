@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from selva.utils.settings import Synonyms
+from selva.utils.settings import Removed, Synonyms, removed_problems
 from selva.utils.suggestions import did_you_mean, nearest
 from selva.utils.text import counted
 
@@ -73,7 +73,8 @@ class SettingsFile:
                 self.fail(f"{key} is {_short(value)}, expected one of {', '.join(map(str, choices))}")
 
     def arguments(
-        self, flags: Mapping[str, argparse.Action], elsewhere: Mapping[str, str], given: Sequence[str]
+        self, flags: Mapping[str, argparse.Action], elsewhere: Mapping[str, str], given: Sequence[str],
+        removed: Mapping[str, Removed],
     ) -> tuple[list[str], dict[str, list]]:
         """Return the settings as arguments, to stand before those of a command line.
 
@@ -82,7 +83,11 @@ class SettingsFile:
         Args:
             flags: {name: its flag}. elsewhere: names of other programs -> ours, for hints.
             given: the command line.
+            removed: settings of earlier versions; where they are off, they are passed over.
         """
+        if problems := removed_problems({str(key).replace("-", "_"): v for key, v in self.settings.items()}, removed):
+            self.fail("; ".join(problems))
+        self.keep({str(key).replace("-", "_") for key in self.settings} - removed.keys())
         unknown = [str(key) for key in self.settings if str(key).replace("-", "_") not in flags]
         if unknown:
             hints = (f"{key}{did_you_mean(nearest(key, flags, elsewhere))}" for key in unknown)

@@ -21,6 +21,7 @@ from sound_plan import Cell, Method, Run, cells_of, read_plan, runs_of
 from selva.checkpoint import load_adapter
 from selva.features import load_features
 from selva.flow import SamplingConfig
+from selva.training.config import TrainConfig
 from selva.training.train import TrainingResult
 from selva.utils.lock import FolderLock
 from toyworld import measure
@@ -214,6 +215,18 @@ def test_mistakes_on_the_command_line_and_in_the_plan(bench, capsys):
     plan.write_text(plan.read_text().replace("base: small", "base: smal"))
     assert bench() == 1
     assert "question one: base is 'smal', expected one of small" in capsys.readouterr().err
+
+
+def test_methods_of_earlier_versions_are_left_out_of_a_suite_and_refused_by_name(bench, capsys):
+    name, gone = next(iter(TrainConfig.REMOVED.items()))
+    plan = bench.work.parent / "plan.yaml"
+    plan.write_text(plan.read_text().replace("lr: 0.01", f"{name}: 0.05"))
+    assert bench("--list") == 0
+    listed = capsys.readouterr().out
+    assert "plain" in listed and "faster" not in listed
+    assert bench("--methods", "faster") == 1
+    assert (f"method faster: {name} is 0.05, and this version no longer has it: {gone.reason}. Its rows name the commit"
+            in capsys.readouterr().err)
 
 
 def test_the_scenes_that_choose_and_those_that_judge_have_nothing_in_common(tmp_path):

@@ -18,7 +18,6 @@ from selva.lora.state import lora_parameters
 from selva.training.condition_cache import ConditionCache
 from selva.training.objective import (
     flow_loss,
-    predicted_velocity,
     sample_noise,
     time_offset,
     validate,
@@ -39,29 +38,6 @@ def test_loss_is_that_of_the_published_recipe():
         v = model(xt, batch.clip_f, batch.sync_f, batch.text_f, draws.t)
         expected = ((v - (x1 - draws.noise)) ** 2).mean((1, 2))
     torch.testing.assert_close(found, expected)
-
-
-def test_contrastive_flow_matching_takes_off_the_distance_to_the_target_of_another_clip():
-    """arXiv:2506.05350, eq. 6, by hand; and in a training, where validation stays flow matching."""
-    model = make_generator(LoRAConfig(rank=2)).eval()
-    batch = collate(make_clips(3))
-    draws = sample_noise(batch.mean.shape, CONFIG, torch.Generator().manual_seed(3), 0.0)
-    with torch.no_grad():
-        velocity, x0, x1, _ = predicted_velocity(model, batch, draws, CONFIG, torch.float32)
-        own = ((velocity - (x1 - x0)) ** 2).mean((1, 2))
-        wrong = torch.stack([((velocity[i] - (x1[i - 1] - x0[i - 1])) ** 2).mean() for i in range(3)])
-        found = flow_loss(model, batch, draws, CONFIG, torch.float32, 0.05)
-    torch.testing.assert_close(found, own - 0.05 * wrong)
-    plain, pushed = (make_run(dataclasses.replace(CONFIG, contrastive=weight)) for weight in (0.0, 0.05))
-    assert plain.validate() == pushed.validate()
-    losses = plain.train_step()[0].item(), pushed.train_step()[0].item()
-    assert losses[1] < 0.96 * losses[0] and losses[1] > 0
-
-
-@pytest.mark.parametrize("changes", [{"contrastive": 1.0}, {"contrastive": 0.05, "batch_size": 1}])
-def test_contrast_needs_another_clip_and_a_lowest_loss(changes):
-    with pytest.raises(ValueError, match="contrastive"):
-        dataclasses.replace(CONFIG, **changes)
 
 
 def test_offsets_of_following_batches_fill_the_gaps():

@@ -13,10 +13,9 @@ from small_run import CONFIG, make_base, make_clips, make_generator
 from selva.data.dataset import ListDataset
 from selva.lora.config import LoRAConfig
 from selva.lora.layers import base_only
-from selva.training.config import num_lessons
 from selva.training.objective import flow_loss
 from selva.training.run import TrainingRun
-from selva.training.teacher import PHASES, Lesson, Teacher, lesson_loss
+from selva.training.teacher import PHASES, Lesson, Teacher, lesson_loss, num_lessons
 from selva.training.ways import dropout_seed
 from selva.utils.distributed import World
 from selva.utils.graph import GraphedCalls

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import pytest
 import yaml
@@ -15,11 +15,23 @@ from selva.inference.config import InferenceConfig
 from selva.lora.config import LoRAConfig
 from selva.partition.config import PartitionConfig
 from selva.training.config import RunConfig, TrainConfig
-from selva.utils.settings import build, required, setting, settings_of, settings_text, values_of
+from selva.utils.settings import (
+    Removed,
+    build,
+    from_names,
+    removed_of,
+    required,
+    setting,
+    settings_of,
+    settings_text,
+    values_of,
+)
 
 
 @dataclass(frozen=True)
 class Inner:
+    REMOVED: ClassVar[dict[str, Removed]] = {"old_way": Removed(0.0, "it did nothing")}
+
     size: int = setting(4, "how large", group="inner")
     kind: Literal["a", "b"] = setting("a", "which kind", group="inner", choices=("a", "b"))
 
@@ -61,6 +73,29 @@ def test_everything_wrong_is_said_at_once_inside_and_out():
         build(Outer, {"source": Path("x"), "size": 0, "share": 2.0})
     with pytest.raises(ValueError, match=r"^size is 0; share is 0\.5 of 0$"):
         build(Outer, {"source": Path("x"), "size": 0})
+
+
+@pytest.mark.parametrize("value", [0.0, 0, None, 0.25])
+def test_settings_of_earlier_versions_are_passed_over_where_they_were_off(tmp_path, capsys, value: Any):
+    assert removed_of(Outer) == Inner.REMOVED
+    parser = cli.ArgumentParser("x")
+    parser.add_settings(Outer)
+    parser.add_common(seed=False, device=False)
+    path = tmp_path / "s.yaml"
+    path.write_text(yaml.safe_dump({"source": "a", "old-way": value}), encoding="utf-8")
+    told = "old_way is 0.25, and this version no longer has it: it did nothing"
+    if value == 0.25:
+        with pytest.raises(SystemExit):
+            parser.parse_args(["--config", str(path)])
+        assert f"--config {path}: {told}\n" in capsys.readouterr().err
+        with pytest.raises(ValueError, match=f"^{told}$"):
+            from_names(Outer, {"source": "a", "old_way": value})
+    else:
+        assert cli.config_from(Outer, parser.parse_args(["--config", str(path)])).inner == Inner()
+        assert from_names(Outer, {"source": "a", "old_way": value}) == Outer(source=Path("a"))
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--source", "a", "--old-way", "0"])
+    assert "error: this version no longer has --old_way: it did nothing\n" in capsys.readouterr().err
 
 
 def test_the_parser_is_made_from_the_settings(tmp_path):
