@@ -15,7 +15,7 @@ from statistics import fmean
 from typing import Any
 
 from sound_plan import CHECKPOINTS, PLAN_FILE, ROOT, Cell, Method, Plan, Question, read_plan
-from sound_rows import Interval, Row, compared, hits, interval, read_rows, scenes_of_all, steps_to
+from sound_rows import Interval, Row, cell_of, compared, hits, interval, read_rows, scenes_of_all, steps_to
 from tiny_tables import table
 
 import selva_lora  # noqa: F401 -- ends here if another selva would be imported
@@ -85,6 +85,16 @@ def cost(row: Row) -> float:
     return row["train_cpu_sec"] + row["preserve_cpu_sec"]
 
 
+def cost_ratio(rows: Rows, references: Rows) -> float | None:
+    """Return the seconds of a method over those of its reference, of the cells that one kind of processor did for both.
+
+    None if there are none.
+    """
+    theirs = {(cell_of(row), row.get("processor")): cost(row) for row in references}
+    pairs = [(cost(row), theirs[place]) for row in rows if (place := (cell_of(row), row.get("processor"))) in theirs]
+    return sum(ours for ours, _ in pairs) / sum(other for _, other in pairs) if pairs else None
+
+
 def verdict(rows: Rows, references: Rows, decided_after: int) -> str:
     """Return the verdict on a method in words, by the intervals of its differences from the reference."""
     cells = {(row["sound"], row["seed"]) for row in rows} & {(row["sound"], row["seed"]) for row in references}
@@ -97,8 +107,8 @@ def verdict(rows: Rows, references: Rows, decided_after: int) -> str:
             words.append(f"{what} {'more' if difference.mean > 0 else 'less'}")
     if (difference := compared(rows, references, distances)).excludes(0):
         words.append(f"sounds {'nearer' if difference.mean < 0 else 'less near'}")
-    share = fmean(map(cost, rows)) / fmean(map(cost, references))
-    seconds = f", {share:.1f} times the seconds" if not 0.9 < share < 1.1 else ""
+    share = cost_ratio(rows, references)
+    seconds = f", {share:.1f} times the seconds" if share is not None and not 0.9 < share < 1.1 else ""
     return (", ".join(words) or "no difference beyond the intervals") + seconds
 
 

@@ -27,7 +27,7 @@ SCENE_SETS = {"select": 8_600_000, "judge": 8_800_000}
 SEED_OFFSETS = {"select": 0, "judge": 1000}
 CHECKPOINTS = 3  # of a training, unless a method has more
 # Settings that older rows do not write out, as they were the defaults then: at these values they are no part of a key.
-IMPLIED = {"timestep_mode": "logit_normal", "preserve_near": 0.0}
+IMPLIED = {"timestep_mode": "logit_normal", "preserve_near": 0.0, "stratify_times": False}
 
 
 @dataclass(frozen=True)

@@ -55,13 +55,16 @@ def sample_noise(
     """Draw the random numbers for a batch of latents of ``shape`` (B, N, C); the order is MMAudio's.
 
     Args:
-        offset: of the times, which are then spread over the batch, see :func:`selva.flow.sample_times`.
+        offset: of the times, which are then spread over the batch, see :func:`selva.flow.sample_times`. They are dealt
+            to its clips at random, as the place of a clip decides other things too, such as what is kept unconditional.
     """
     posterior = torch.randn(shape, generator=rng)
     t = flow.sample_times(
         shape[0], config.timestep_mode, rng, sigma=config.logit_normal_sigma,
         progress=progress, curriculum_switch=config.curriculum_switch, offset=offset,
     )
+    if offset is not None:
+        t = t[torch.randperm(len(t), generator=rng)]
     noise = torch.randn(shape, generator=rng)
     drop_video = torch.rand(shape[0], generator=rng) < config.null_prob
     drop_text = torch.rand(shape[0], generator=rng) < config.null_prob

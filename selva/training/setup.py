@@ -204,7 +204,8 @@ def check_resumable(saved: TrainingState, config: RunConfig, num_processes: int 
     different = [f"{name} was {was!r} and is {now!r} now" for name, (was, now) in pairs.items() if was != now]
     if different:
         raise UserError(f"{saved.path}: continuing with other settings would mix two trainings: "
-                         f"{'; '.join(different)}. Use the same settings, or start a new run")
+                         f"{'; '.join(different)}. Use the same settings, as config.yaml in its folder holds them "
+                         "(--config), or start a new run")
     was = [saved.meta.get("processes", 1), *(before.get(name) for name in ("batch_size", "grad_accum"))]
     now = [num_processes, training.batch_size, training.grad_accum]
     if None not in was and math.prod(was) != math.prod(now):

@@ -94,6 +94,17 @@ def test_verdicts_follow_from_the_intervals(tmp_path, plan):
     assert verdict("0011", "1111", 30.0) == "no difference beyond the intervals, 0.5 times the seconds"
 
 
+def test_seconds_are_compared_on_the_same_processor(plan):
+    def rows(method: str, *seconds: float) -> list[dict]:
+        made = (row(plan, method, "gong", seed, "0011", seconds=one - 10) for seed, one in enumerate(seconds, 1))
+        return [{**one, "processor": "slow" if one["train_cpu_sec"] > 89 else "fast"} for one in made]
+
+    assert findings.cost_ratio(rows("faster", 20, 30, 200), rows("plain", 40, 50, 80)) == 50 / 90
+    assert findings.cost_ratio(rows("faster", 200), rows("plain", 40)) is None
+    told = findings.verdict(rows("faster", 200, 200), rows("plain", 40, 40), 2)
+    assert told == "no difference beyond the intervals"
+
+
 def test_all_verdicts_stand_in_one_table_as_soon_as_there_are_several(tmp_path, plan, monkeypatch):
     rows = [{**row(plan, name, "gong", seed, hits), "processor": f"P{seed}"}
             for seed in (1, 2) for name, hits in (("plain", "0000"), ("faster", "1111"))]

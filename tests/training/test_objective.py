@@ -54,7 +54,15 @@ def test_stratified_times_leave_the_other_random_numbers_alone():
     drawn, spread = (sample_noise(shape, CONFIG, torch.Generator().manual_seed(3), 0.0, offset=offset)
                      for offset in (None, 0.25))
     assert torch.equal(drawn.posterior, spread.posterior) and not torch.equal(drawn.t, spread.t)
-    assert torch.equal(spread.t, flow.sample_times(4, CONFIG.timestep_mode, offset=0.25))
+    assert torch.equal(spread.t.sort().values, flow.sample_times(4, CONFIG.timestep_mode, offset=0.25))
+
+
+def test_stratified_times_are_dealt_at_random():
+    """The place of a clip in the batch decides other things too, such as what is kept unconditional."""
+    rng, shape = torch.Generator().manual_seed(3), torch.Size((4, 3, 2))
+    first = torch.stack([sample_noise(shape, CONFIG, rng, 0.0, offset=0.5).t for _ in range(200)])
+    assert all(set(batch) == set(first[0].tolist()) for batch in first.tolist())
+    assert first.mean(dim=0) == pytest.approx([first[0].mean().item()] * 4, abs=0.1)
 
 
 def test_latent_mode_takes_the_posterior_mean():

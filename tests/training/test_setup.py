@@ -39,7 +39,7 @@ def test_what_a_run_was_begun_without_is_not_added_later(tmp_path, recorded):
     if not recorded:
         del saved.meta["train_config"]["keep_unconditional"]
     check_resumable(saved, sets_config(tmp_path))
-    with pytest.raises(UserError, match=r"keep_unconditional was 0\.0 and is 0\.25 now"):
+    with pytest.raises(UserError, match=r"keep_unconditional was 0\.0 and is 0\.25 now\. Use .* config\.yaml"):
         check_resumable(saved, sets_config(tmp_path, training=TrainConfig(keep_unconditional=0.25)))
 
 
