@@ -16,7 +16,7 @@ import json
 import logging
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,7 @@ def build_parser() -> cli.ArgumentParser:
     group.add_argument("--solvers", nargs="+", choices=flow.SOLVERS, default=list(flow.SOLVERS), help="these only")
     group.add_argument("--keys", nargs="+", default=[], metavar="KEY", help="runs of soundbench.py, whose adapters are "
                        "in the work folder")
+    group.add_argument("--unguided", action="store_true", help="without guidance, as the sounds of --preserve are made")
     group.add_argument("--duration", type=float, default=8.0, help="seconds of a scene")
     group.add_argument("--reference_steps", type=cli.positive_int, default=400, help="Euler steps of the reference")
     group.add_argument("--reference_scenes", type=cli.positive_int, default=12, help="scenes whose error is measured")
@@ -74,14 +75,18 @@ def build_parser() -> cli.ArgumentParser:
     return parser
 
 
-def settings_to_compare(evaluations: Sequence[int], solvers: Sequence[str] = flow.SOLVERS) -> list[SamplingConfig]:
+def settings_to_compare(
+    evaluations: Sequence[int], solvers: Sequence[str] = flow.SOLVERS, guided: bool = True
+) -> list[SamplingConfig]:
     """Return the settings, those of most evaluations first; intervals of guidance for the default and half its work."""
     configs = [DEFAULT]
     for count in sorted(evaluations, reverse=True):
         configs += [SamplingConfig(max(1, count // flow.EVALUATIONS_PER_STEP[solver]), solver=solver)
                     for solver in solvers]
-    configs += [SamplingConfig(cfg_interval=times) for times in INTERVALS]
-    configs += [SamplingConfig(min(evaluations, key=lambda n: abs(n - 12)), solver="ab2", cfg_interval=INTERVALS[1])]
+    if guided:
+        half = min(evaluations, key=lambda n: abs(n - 12))
+        configs += [SamplingConfig(cfg_interval=times) for times in INTERVALS]
+        configs += [SamplingConfig(half, solver="ab2", cfg_interval=INTERVALS[1])]
     return list(dict.fromkeys(configs))
 
 
@@ -115,6 +120,8 @@ class Bench:
 
     def latents(self, scenes: SceneSet, config: SamplingConfig, count: int | None = None) -> Tensor:
         """Return (scenes, N, C) latents, of the first ``count`` scenes."""
+        if self.args.unguided:
+            config = replace(config, cfg_strength=0.0)
         self.maker.clip_features = scenes.adapter is None or uses_clip_features(scenes.adapter)
         with merged_adapters(self.generator, [] if scenes.adapter is None else [(scenes.adapter, 1.0)]):
             return self.maker.latents(self.generator, scenes.encoded[:count], self.args.duration, sampling=config)
@@ -153,11 +160,12 @@ def adapter_paths(args) -> list[Path]:
 
 def scenes_of(args) -> str:
     """Return the words for the scenes, under which their figures are kept."""
+    length = f"{args.duration:g} s each{', without guidance' if args.unguided else ''}"
     if not args.keys:
-        return f"{counted(args.count * len(CLASSES), 'scene')} of the ten known classes, {args.duration:g} s each"
+        return f"{counted(args.count * len(CLASSES), 'scene')} of the ten known classes, {length}"
     sounds = listed([key.split("-")[1] for key in args.keys], len(args.keys))
     adapters = f"{counted(len(args.keys), 'adapter')} for new sounds ({sounds})"
-    return f"{counted(NEW_SCENES, 'scene')} for each of {adapters}, {args.duration:g} s each"
+    return f"{counted(NEW_SCENES, 'scene')} for each of {adapters}, {length}"
 
 
 def key_of(config: SamplingConfig, scenes: str) -> str:
@@ -216,7 +224,7 @@ def table(rows: dict[SamplingConfig, dict[str, Any]]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     torch.set_num_threads(args.threads)
-    configs, scenes = settings_to_compare(args.evaluations, args.solvers), scenes_of(args)
+    configs, scenes = settings_to_compare(args.evaluations, args.solvers, not args.unguided), scenes_of(args)
     figures = json.loads(args.output.read_text(encoding="utf-8")) if args.output.is_file() else {}
     missing = [config for config in configs if key_of(config, scenes) not in figures]
     if args.measured_only:

@@ -67,6 +67,8 @@ def test_figures_are_added_to_and_go_into_the_document(tmp_path, monkeypatch, ca
     text = page.read_text()
     assert "above" in text and "below" in text and "old" not in text and "60 scenes" in text
     assert text.count("| ab2 | 12 |") == 2 and len(json.loads(out.read_text())) == 14
+    assert few_steps.main([*call, "--evaluations", "8", "--unguided"]) == 0  # other scenes, and no intervals
+    assert len(made[-1].asked) == 5 and "known classes, 8 s each, without guidance" in page.read_text()
 
 
 def test_scenes_of_adapters_have_a_table_of_their_own(tmp_path, monkeypatch, capsys):
@@ -93,12 +95,16 @@ def test_the_adapter_is_in_force_for_its_scenes_only(tmp_path):
     generator.normalize = lambda x: x
     adapter = Adapter({"0.lora_A": torch.eye(2), "0.lora_B": torch.eye(2)}, {"rank": 2, "alpha": 2})
     bench = few_steps.Bench.__new__(few_steps.Bench)
-    bench.args = SimpleNamespace(duration=8.0)
+    bench.args = SimpleNamespace(duration=8.0, unguided=False)
     bench.generator = generator
     bench.maker = SimpleNamespace(latents=lambda model, scenes, seconds, sampling: model[0].weight.detach().clone())
     base, own = few_steps.SceneSet([], []), few_steps.SceneSet([], [], adapter)
     before, adapted, after = (bench.latents(scenes, SamplingConfig()) for scenes in (base, own, base))
     assert torch.equal(before, after) and torch.allclose(adapted, before + torch.eye(2))
+    bench.args.unguided, asked = True, []
+    bench.maker.latents = lambda *given, sampling: asked.append(sampling)
+    bench.latents(base, SamplingConfig(12, solver="ab2"))
+    assert asked == [SamplingConfig(12, 0.0, "ab2")]
 
 
 def test_what_is_not_measured_yet_is_named_and_left_out(tmp_path, monkeypatch, capsys):
