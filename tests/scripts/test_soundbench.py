@@ -324,9 +324,12 @@ def test_rows_of_before_are_found_by_settings_that_were_not_written_out_then():
     assert len({identity(lr=1.0), identity(lr=1.0, timestep_mode="uniform"), identity(lr=1.0, preserve_near=0.5)}) == 3
 
 
-def test_every_method_of_the_plan_can_be_trained():
+def test_every_method_of_the_plan_can_be_trained_unless_its_verdict_says_that_it_is_gone():
     plan = read_plan()
-    soundbench.check_settings([Run(one, Cell("select", "gong", 20, 1)) for one in plan.methods.values()])
-    assert len(plan.methods) >= 12
+    here = [one for one in plan.methods.values() if not soundbench.lost_settings(one)]
+    soundbench.check_settings([Run(one, Cell("select", "gong", 20, 1)) for one in here])
+    assert len(here) >= 12
+    gone = plan.methods.keys() - {one.name for one in here}
+    assert all("gone" in question.verdict for question in plan.questions if gone.intersection(question.methods))
     for question in plan.questions:
         assert question.reference in question.methods and len(question.methods) > 1
