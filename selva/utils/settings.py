@@ -145,7 +145,7 @@ def settings_of(config: type) -> Iterator[Setting]:
 
 
 def removed_of(config: type) -> dict[str, Removed]:
-    """Return what the class attributes ``REMOVED`` of a dataclass and of the dataclasses in it name."""
+    """Return the settings in the class attributes ``REMOVED`` of a dataclass and of the dataclasses in it."""
     found: dict[str, Removed] = dict(getattr(config, "REMOVED", {}))
     for hint in typing.get_type_hints(config).values():
         if is_dataclass(hint) and isinstance(hint, type):
