@@ -202,7 +202,8 @@ def flag_text(name: str, value: Any) -> str:
 
 def bases_text(plan: Plan) -> str:
     """Return the settings of the bases, which the methods change."""
-    lines = (f"- `{name}`: {' '.join(flag_text(*one) for one in base.items())}" for name, base in plan.bases.items())
+    lines = (f"- `{name}`: {' '.join(flag_text(*one) for one in base.items() if one[1] is not False)}"
+             for name, base in plan.bases.items())
     return "## Bases\n\nWhat the methods change:\n\n" + "\n".join(lines) + "\n"
 
 

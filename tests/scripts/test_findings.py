@@ -78,7 +78,7 @@ def test_no_verdict_before_there_are_enough_runs(tmp_path, plan):
     assert cells(text, "faster")[-1] == "not decided yet: 1 of 2 runs" and cells(text, "plain")[-1] == "the reference"
     assert "Not run here: kept." in text and not any(line.startswith("| kept |") for line in text.splitlines())
     assert "On the base `small`: plain: `--preserve`; faster: `--preserve`, `--lr 0.01`. Not" in text
-    assert "- `small`: `--variant tiny_16k` `--rank 2` " in text
+    assert "- `small`: `--variant tiny_16k` `--rank 2` " in text and "rslora" not in text  # what is off is no flag
 
 
 def test_verdicts_follow_from_the_intervals(tmp_path, plan):

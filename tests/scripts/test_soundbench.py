@@ -30,7 +30,7 @@ from toyworld.judging import fit_classifier
 PLAN = {
     "preserve_from": "configs/tiny_new_sound.yaml",
     "bases": {"small": {"variant": "tiny_16k", "rank": 2, "lr": 1e-3, "steps": 4, "warmup_steps": 1, "batch_size": 2,
-                        "precision": "fp32"}},
+                        "precision": "fp32", "rslora": False}},
     "suites": {"small": {"sounds": ["gong"], "seeds": [1], "highest_rank": 0}},
     "questions": {"one": {
         "base": "small", "title": "T", "claim": "C", "source": "S", "reference": "plain",
