@@ -136,7 +136,7 @@ class TrainConfig(ObjectiveConfig):
         "contrastive": Removed(0.0, "contrastive flow matching made no difference in nine runs (docs/findings.md)"),
     }
     timestep_mode: str = setting(
-        "uniform", "how noise levels are drawn. uniform: as in the published guide, taught new sounds in fewer steps; "
+        "uniform", "how noise levels are drawn. uniform: as in the published guide, no worse for new sounds; "
         "logit_normal: as the base models were trained; curriculum: logit_normal first, uniform later",
         group=OBJECTIVE, choices=flow.TIMESTEP_MODES)
     steps: int = setting(2000, "updates", group=OPTIMISATION, aliases=("max_train_steps",),

@@ -85,7 +85,7 @@ def test_a_run_writes_everything_it_promises(feature_dir, tmp_path, capsys):
 def test_the_defaults_are_those_of_the_base_models_but_for_the_times():
     """Pitfalls A3, A4, C1, C2, E3, F10: what the published trainer has as an option or not at all is the default.
 
-    Times are uniform, as that trainer has them: new sounds were learned in fewer steps so (docs/findings.md).
+    Times are uniform, as that trainer has them: new sounds were learned no worse so (docs/findings.md).
     """
     args = train_lora.build_parser().parse_args(["--data_dir", "."])
     run = cli.config_from(RunConfig, args)
