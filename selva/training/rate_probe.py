@@ -115,8 +115,8 @@ def probe_rate(
     for _ in range(NUM_BATCHES):
         batch = batches.load(batches.draw()).to(device)
         noise = sample_noise(batch.mean.shape, config, rng, 0.0)
-        losses.append(lambda batch=batch, noise=noise: scale * flow_loss(generator, batch, noise, config,
-                                                                               precision).mean())
+        losses.append(lambda batch=batch, noise=noise: (
+            scale * flow_loss(generator, batch, noise, config, precision).mean()))
     optimizer = torch.optim.AdamW(lora_plus_groups(generator, 1.0, config.lora_plus_ratio), betas=config.betas,
                                   eps=config.adam_eps, weight_decay=0.0)
     try:
