@@ -3,7 +3,7 @@
 """Teach a video-to-audio model a new sound: train a LoRA adapter on extracted features.
 
     python train_lora.py --data_dir features/dog --output_dir runs/dog --variant small_16k --selva_dir weights/
-    python train_lora.py --data_dir features/demo --output_dir runs/demo --variant tiny_16k --steps 200
+    python train_lora.py --data_dir features/demo --output_dir runs/demo --config configs/tiny_new_sound.yaml
 
 Reads <name>.npz and the sound of the same name (extract_features.py writes both). Writes to the output folder:
 

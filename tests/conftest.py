@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from golden_case import GOLDEN_ERRORS, GoldenCase
+from golden_case import GOLDEN_ERRORS, GoldenCase, note_golden_errors
 
 THREADS = torch.get_num_threads()
 
@@ -42,6 +42,18 @@ def pytest_runtest_call(item):
         return (yield)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def pytest_sessionfinish(session):
+    """A process of several (pytest -n) hands its golden errors to the one that prints the summary."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["golden_errors"] = GOLDEN_ERRORS
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    for name, errors in getattr(node, "workeroutput", {}).get("golden_errors", {}).items():
+        note_golden_errors(name, errors)
 
 
 def pytest_terminal_summary(terminalreporter):

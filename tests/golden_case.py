@@ -11,6 +11,11 @@ GOLDEN = Path(__file__).parent / "golden"
 GOLDEN_ERRORS: dict[str, dict[str, float]] = {}  # golden file -> worst errors of this run, shown at its end
 
 
+def note_golden_errors(name: str, errors: dict[str, float]) -> None:
+    worst = GOLDEN_ERRORS.setdefault(name, dict.fromkeys(errors, 0.0))
+    worst.update({key: max(value, worst[key]) for key, value in errors.items()})
+
+
 class GoldenCase:
     """One golden file: its configuration, weights, inputs and expected outputs."""
 
@@ -31,8 +36,7 @@ class GoldenCase:
         spec = self.info["outputs"][name]
         found = select(actual.detach().to(torch.float32).cpu().numpy(), spec.get("index"))
         error = compare(found, self.stored[name])
-        worst = GOLDEN_ERRORS.setdefault(self.name, {"rel_l2": 0.0, "max_abs": 0.0})
-        worst.update({key: max(value, worst[key]) for key, value in error.items()})
+        note_golden_errors(self.name, error)
         limit = spec["tolerance"]
         assert error["rel_l2"] <= limit["rel_l2"] and error["max_abs"] <= limit["max_abs"], (
             f"{self.name}/{name}: error {error}, tolerance {limit}"

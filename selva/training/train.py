@@ -17,7 +17,7 @@ from selva.data.cache import remove_temporary_caches
 from selva.models.variants import get_variant
 from selva.training.clips import load_split, num_distinct
 from selva.training.compiling import prepare_to_compile
-from selva.training.config import RunConfig
+from selva.training.config import RunConfig, TrainConfig
 from selva.training.loop import fit
 from selva.training.memorisation import Watch
 from selva.training.outcome import About, decide_on_verdict, missing_outcome, write_outcome
@@ -110,6 +110,10 @@ def train(
     check_can_write(config.output_dir)  # before hours of encoding
     if problem := schedule_problem(config.training):
         log.warning("%s", problem)
+    training = config.training
+    if get_variant(config.model.variant).packaged and training.lr <= TrainConfig.lr and not training.lr_probe:
+        log.warning("%s hardly learns at a rate of %g, which is for the published models; configs/tiny_new_sound.yaml has "
+                    "settings that teach it a sound", config.model.variant, training.lr)
     if config.adapter_format == "safetensors":
         log.warning("ComfyUI-SelVA does not read .safetensors adapters; --adapter_format both writes .pt files too")
     if config.compile:

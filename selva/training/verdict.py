@@ -59,7 +59,7 @@ ADVICE = {
     "got worse": "a lower --lr (a third), fewer --steps, adapter_best; are the sounds those of the videos?",
     "has taken over": "--preserve with prompts of sounds to keep, --preserve_near 0.5 if it is sounds with similar "
                       "prompts, a lower --strength when generating, or fewer --steps",
-    "learned by heart": "adapter_best or fewer --steps, more and more varied clips, --rank 8, --lora_dropout 0.1",
+    "learned by heart": "adapter_best, fewer --steps or --patience 5, more and more varied clips",
 }
 
 

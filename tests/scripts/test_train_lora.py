@@ -324,10 +324,13 @@ def test_a_dry_run_writes_nothing(feature_dir, tmp_path, capsys):
     assert train(feature_dir, tmp_path / "run", "--dry_run") == 0
     err = capsys.readouterr().err
     assert "8 layers adapted" in err and "s/step" in err and "nothing was written" in err
+    assert "tiny_16k hardly learns at a rate of 0.0001, which is for the published models; configs/tiny_new_sou" in err
     said = ("a step on an NVIDIA GPU in", "largest --batch_size for", "held out")
     first, then, last = map(err.index, said)
     assert first < then < last  # before anything is read
     assert not (tmp_path / "run").exists() and sorted(p.name for p in feature_dir.iterdir()) == before
+    assert train(feature_dir, tmp_path / "run", "--dry_run", "--lr", "1e-3") == 0
+    assert "hardly learns" not in capsys.readouterr().err
 
 
 def test_how_many_blocks_are_recomputed(feature_dir, tmp_path, monkeypatch):
