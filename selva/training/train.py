@@ -112,8 +112,8 @@ def train(
         log.warning("%s", problem)
     training = config.training
     if get_variant(config.model.variant).packaged and training.lr <= TrainConfig.lr and not training.lr_probe:
-        log.warning("%s hardly learns at a rate of %g, which is for the published models; configs/tiny_new_sound.yaml has "
-                    "settings that teach it a sound", config.model.variant, training.lr)
+        log.warning("%s hardly learns at a rate of %g, which is for the published models; configs/tiny_new_sound.yaml "
+                    "has settings that teach it a sound", config.model.variant, training.lr)
     if config.adapter_format == "safetensors":
         log.warning("ComfyUI-SelVA does not read .safetensors adapters; --adapter_format both writes .pt files too")
     if config.compile:
