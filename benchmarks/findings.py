@@ -88,11 +88,26 @@ def cost(row: Row) -> float:
 def cost_ratio(rows: Rows, references: Rows) -> float | None:
     """Return the seconds of a method over those of its reference, of the cells that one kind of processor did for both.
 
-    None if there are none.
+    None if there are none. Where both make sounds to preserve, these do not count: rows of before 29 November 2026 made
+    theirs in twice the steps.
     """
-    theirs = {(cell_of(row), row.get("processor")): cost(row) for row in references}
-    pairs = [(cost(row), theirs[place]) for row in rows if (place := (cell_of(row), row.get("processor"))) in theirs]
-    return sum(ours for ours, _ in pairs) / sum(other for _, other in pairs) if pairs else None
+    theirs = {(cell_of(row), row.get("processor")): row for row in references}
+    ours_sum = theirs_sum = 0.0
+    for row in rows:
+        other = theirs.get((cell_of(row), row.get("processor")))
+        if other is not None:
+            both_make = row["preserve_cpu_sec"] and other["preserve_cpu_sec"]
+            ours_sum += row["train_cpu_sec"] if both_make else cost(row)
+            theirs_sum += other["train_cpu_sec"] if both_make else cost(other)
+    return ours_sum / theirs_sum if theirs_sum else None
+
+
+def cost_text(rows: Rows, references: Rows | None) -> str:
+    """Return the seconds of a reference, or how many times those of its reference a method takes; "" if unknown."""
+    if references is None:
+        return f"{fmean(map(cost, rows)):.0f} s"
+    share = cost_ratio(rows, references)
+    return "" if share is None else f"x {share:.2f}"
 
 
 def verdict(rows: Rows, references: Rows, decided_after: int) -> str:
@@ -145,7 +160,7 @@ def question_text(question: Question, plan: Plan, rows: Rows, decided_after: int
         return ""
     references = found[question.reference]
     header = ("method", "runs", "recognised %", "difference", "worst", "kept %", "difference", "worst",
-              "timing new, known", "memorised", "distance dB", "difference", "CPU s", "verdict")
+              "timing new, known", "memorised", "distance dB", "difference", "CPU time", "verdict")
     lines = []
     for name, own in found.items():
         if not own:
@@ -160,7 +175,7 @@ def question_text(question: Question, plan: Plan, rows: Rows, decided_after: int
             percent(figure(kept, own)), differences[1], worst(kept, own), timing,
             f"{fmean(last(row)['member_auc'] for row in own):.2f}",
             f"{fmean(last(row)['new']['distance_db'] for row in own):.2f}", nearer,
-            f"{fmean(map(cost, own)):.0f}",
+            cost_text(own, None if is_reference else references),
             "the reference" if is_reference else verdict(own, references, decided_after),
         ))
     changes = "; ".join(f"{name}: {changes_text(plan.methods[name])}" for name, own in found.items() if own)

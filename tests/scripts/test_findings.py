@@ -91,16 +91,18 @@ def test_verdicts_follow_from_the_intervals(tmp_path, plan):
     assert verdict("1111", "1111") == "learns more"
     assert verdict("0000", "1111") == "learns less"
     assert verdict("1111", "0000") == "learns more, keeps less"
-    assert verdict("0011", "1111", 30.0) == "no difference beyond the intervals, 0.5 times the seconds"
+    assert verdict("0011", "1111", 35.0) == "no difference beyond the intervals, 0.5 times the seconds"
 
 
 def test_seconds_are_compared_on_the_same_processor(plan):
     def rows(method: str, *seconds: float) -> list[dict]:
-        made = (row(plan, method, "gong", seed, "0011", seconds=one - 10) for seed, one in enumerate(seconds, 1))
-        return [{**one, "processor": "slow" if one["train_cpu_sec"] > 89 else "fast"} for one in made]
+        made = (row(plan, method, "gong", seed, "0011", seconds=one) for seed, one in enumerate(seconds, 1))
+        return [{**one, "processor": "slow" if one["train_cpu_sec"] > 99 else "fast"} for one in made]
 
     assert findings.cost_ratio(rows("faster", 20, 30, 200), rows("plain", 40, 50, 80)) == 50 / 90
     assert findings.cost_ratio(rows("faster", 200), rows("plain", 40)) is None
+    with_teacher = [{**one, "preserve_cpu_sec": 0.0} for one in rows("faster", 20)]
+    assert findings.cost_ratio(with_teacher, rows("plain", 40)) == 20 / 50  # who makes no sounds saves their 10 s
     told = findings.verdict(rows("faster", 200, 200), rows("plain", 40, 40), 2)
     assert told == "no difference beyond the intervals"
 
@@ -144,7 +146,8 @@ def test_the_document_says_what_was_found(tmp_path, plan):
     plain, faster = cells(text, "plain"), cells(text, "faster")
     assert plain[1] == "2" and plain[2].startswith("75 (") and plain[4] == "50"
     assert plain[5].startswith("83 (") and plain[7] == "67"  # of the three that the base model gets right
-    assert plain[8:13] == ["0.90, 0.90", "0.50", "7.00", "", "80"] and faster[11] == "+0.00 (+0.00 to +0.00)"
+    assert plain[8:13] == ["0.90, 0.90", "0.50", "7.00", "", "80 s"] and faster[11] == "+0.00 (+0.00 to +0.00)"
+    assert faster[12] == "x 1.00"
     assert faster[3].startswith("+25 (") and faster[6].startswith("+25 (")
     assert "*Claim:* C *From:* S." in text and "Verdict:" not in text
     assert "faster: `--preserve`, `--lr 0.01`" in text
