@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 # Without guidance the way from noise is so smooth that 12 steps of ab2 come nearer to its end than 25 of Euler (-40 dB
 # off instead of -29 dB, on tiny_16k; benchmarks/few_steps.py --unguided).
 UNGUIDED = SamplingConfig(num_steps=12, cfg_strength=0.0, solver="ab2")
+EARLIER_UNGUIDED = SamplingConfig(num_steps=25, cfg_strength=0.0)  # of runs whose adapters do not say how
 SOUNDS_PER_PROMPT = 2  # in the mean, one at the least; if there are fewer clips, an epoch uses each several times
 MOST_SOUNDS = 200  # kept in memory, about 1 MB each; a larger share of a large set uses each of them more than once
 MOST_CLIPS = 1000  # whose prompts are compared with those to preserve
@@ -120,6 +121,7 @@ def with_preserved(
     precision: torch.dtype,
     use_clip_features: bool = True,
     near: float = 0.0,
+    sampling: SamplingConfig = UNGUIDED,
 ) -> ClipDataset:
     """Return the clips, and sounds that the generator makes for ``prompts`` as ``share`` of all.
 
@@ -135,6 +137,7 @@ def with_preserved(
         seed: of the noise. precision: autocast dtype of the network.
         use_clip_features: the training passes CLIP features; if not, no sound is made with them either.
         near: share of the sounds for the prompts that are most similar to those of the clips.
+        sampling: how the sounds are made.
 
     Raises:
         ValueError: ``share`` is not between 0 and 1.
@@ -163,7 +166,7 @@ def with_preserved(
                     clip, id=f"{clip.id}, preserved with {prompts[which]!r}", prompt=prompts[which], audio_path=None,
                     text_f=text_features[which].float().cpu(),
                 ))
-            sounds = _as_made(generator, asked, [seed + number for number in numbers], precision)
+            sounds = _as_made(generator, asked, [seed + number for number in numbers], precision, sampling)
             made.update(zip(numbers, sounds, strict=True))
             progress.update(len(made))
     generator.train(was_training)
@@ -191,7 +194,8 @@ def _unseen(generator: Generator, clip: TrainingClip) -> TrainingClip:
 
 @torch.no_grad()
 def _as_made(
-    generator: Generator, clips: Sequence[TrainingClip], seeds: Sequence[int], precision: torch.dtype
+    generator: Generator, clips: Sequence[TrainingClip], seeds: Sequence[int], precision: torch.dtype,
+    sampling: SamplingConfig,
 ) -> list[TrainingClip]:
     """Return clips of one length with the sounds that the generator makes for their features, from these seeds."""
     device = generator.latent_mean.device
@@ -201,7 +205,7 @@ def _as_made(
     seen = batch.has_video[:, None, None]
     latents = sample_latents(
         generator, torch.where(seen, batch.clip_f, empty_clip), torch.where(seen, batch.sync_f, empty_sync),
-        batch.text_f, seeds, UNGUIDED, precision=precision,
+        batch.text_f, seeds, sampling, precision=precision,
     ).cpu()
     # Rows of their own: each sound is kept for itself, and dropped for itself.
     return [

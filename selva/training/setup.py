@@ -22,12 +22,13 @@ from selva.checkpoint import (
     load_newest_checkpoint,
 )
 from selva.data.dataset import ClipDataset
+from selva.flow import SamplingConfig
 from selva.lora.inject import check_ranks, inject_lora
 from selva.models.generator import Generator, cast_frozen_
 from selva.training.compiling import compile_blocks_
 from selva.training.config import RunConfig
 from selva.training.outcome import missing_outcome
-from selva.training.prior_preservation import with_preserved
+from selva.training.prior_preservation import EARLIER_UNGUIDED, UNGUIDED, with_preserved
 from selva.training.rate_probe import probe_rate
 from selva.training.run import TrainingRun, graph_problem
 from selva.training.set_aside import final_of
@@ -47,9 +48,15 @@ log = logging.getLogger(__name__)
 NAMED = 5  # clips in a message
 
 
-def adapter_meta(config: RunConfig, num_clips: int, num_processes: int = 1) -> dict[str, Any]:
-    """Return the metadata of every adapter of the run: the published keys, and ours that others ignore."""
-    training = config.training
+def adapter_meta(
+    config: RunConfig, num_clips: int, num_processes: int = 1, saved: TrainingState | None = None
+) -> dict[str, Any]:
+    """Return the metadata of every adapter of the run: the published keys, and ours that others ignore.
+
+    Args:
+        saved: what the run goes on from.
+    """
+    training, preserving = config.training, preserve_sampling(config, saved)
     return {
         "variant": config.model.variant,
         "steps": training.steps,
@@ -68,6 +75,7 @@ def adapter_meta(config: RunConfig, num_clips: int, num_processes: int = 1) -> d
         "preserve_share": config.preserve_share,
         "preserve_by": config.preserve_by,
         "preserve_near": config.preserve_near,
+        **({"preserve_solver": preserving.solver, "preserve_steps": preserving.num_steps} if preserving else {}),
         **_meta_of_sets(config),
         "generator": generator_mark(config.model.generator),
         **({"init_from": config.init_from.name} if config.init_from else {}),
@@ -82,6 +90,17 @@ def _meta_of_sets(config: RunConfig) -> dict[str, Any]:
     several = len(weights) > 1
     return {**({"prompt_prefix": prefixes} if any(prefixes) else {}),
             **({"data_weights": weights, "balance": config.balance} if several else {})}
+
+
+def preserve_sampling(config: RunConfig, saved: TrainingState | None) -> SamplingConfig | None:
+    """Return how the run makes its sounds to preserve, as it did when it was begun; None if it makes none."""
+    if not config.preserve or config.preserve_by != "sounds":
+        return None
+    if saved is None or "preserve" not in saved.meta:  # a run of ComfyUI-SelVA that goes on here
+        return UNGUIDED
+    if "preserve_solver" not in saved.meta:
+        return EARLIER_UNGUIDED
+    return dataclasses.replace(UNGUIDED, solver=saved.meta["preserve_solver"], num_steps=saved.meta["preserve_steps"])
 
 
 # -- resuming ----------------------------------------------------------------------------------------------------------
@@ -223,14 +242,14 @@ def check_resumable(saved: TrainingState, config: RunConfig, num_processes: int 
 
 def build_run(
     config: RunConfig, clips: tuple[ClipDataset, ClipDataset], device: torch.device, world: World,
-    shared: SharedParts | None = None, continued: bool = False,
+    shared: SharedParts | None = None, saved: TrainingState | None = None,
 ) -> TrainingRun:
     """Return the base model with a fresh adapter and everything that trains it.
 
     With ``lr_probe``, the rate of its configuration is the one that was chosen now.
 
     Args:
-        continued: the run goes on from a step file, with the rate of the configuration.
+        saved: what the run goes on from, with the rate of the configuration.
         shared: of earlier runs, whose base model and sounds to preserve are taken if they are the same.
     """
     shared = shared or SharedParts()
@@ -252,16 +271,20 @@ def build_run(
 
     if config.preserve_near and not config.preserve:
         log.warning("--preserve_near %g has no effect without --preserve", config.preserve_near)
-    if config.preserve and config.preserve_by == "sounds":  # before there is an adapter, which would cost time in
-        # every layer and add nothing yet
+    sampling = preserve_sampling(config, saved)
+    if sampling is not None:  # before there is an adapter, which would cost time in every layer and add nothing yet
+        if sampling != UNGUIDED:
+            log.info("sounds to preserve are made by %d steps of %s, as when the run began", sampling.num_steps,
+                     sampling.solver)
 
         def make() -> ClipDataset:
             return with_preserved(
                 generator, own_clips, config.preserve, prompts(), config.preserve_share, seed=training.seed,
                 near=config.preserve_near, precision=precision, use_clip_features=training.clip_features == "use",
+                sampling=sampling,
             )
 
-        key = (model, stored, precision, tuple(config.preserve), config.preserve_share, training.seed,
+        key = (model, stored, precision, tuple(config.preserve), config.preserve_share, training.seed, sampling,
                config.preserve_near, training.clip_features,
                tuple(map(str, config.data_dir)) if isinstance(config.data_dir, list | tuple) else str(config.data_dir),
                config.duration, config.normalize_audio, tuple(config.prompt_prefix), tuple(clips[0].ids))
@@ -280,7 +303,7 @@ def build_run(
     if config.preserve and config.preserve_by == "teacher":
         teacher = teacher_for(generator, own_clips, config.preserve, prompts(), config.preserve_share,
                               config.preserve_near, training, precision, world)
-    if training.lr_probe and not continued:
+    if training.lr_probe and saved is None:
         found = probe_rate(generator, clips[0], training, precision, world)
         training = dataclasses.replace(training, lr=found.lr)
     return TrainingRun(generator, *clips, training, precision, world, graphs, teacher)

@@ -185,7 +185,7 @@ def _train(
         rate = saved.meta.get("train_config", {}).get("lr", training.lr)
         log.info("learning rate %.2e, as it was chosen when the run began (--lr_probe)", rate)
         config = dataclasses.replace(config, training=dataclasses.replace(training, lr=rate))
-    run = build_run(config, (clips, val_clips), device, world, shared, continued=saved is not None)
+    run = build_run(config, (clips, val_clips), device, world, shared, saved)
     if training.lr_probe:
         config, settings = dataclasses.replace(config, training=run.config), {**settings, "lr": run.config.lr}
         training = run.config
@@ -199,7 +199,7 @@ def _train(
 
     # 3. the output folder
     num_clips = num_distinct(clips)
-    meta = adapter_meta(config, num_clips, world.size)
+    meta = adapter_meta(config, num_clips, world.size, saved)
     folder = RunFolder(output_dir, meta, config.keep_last,
                        f"{config.model.variant}, {counted(num_clips, 'clip')}, rank {config.lora.rank}",
                        config.adapter_format)

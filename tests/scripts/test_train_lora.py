@@ -26,7 +26,7 @@ from selva import cli
 from selva.checkpoint import load_adapter
 from selva.flow import SamplingConfig
 from selva.lora.layers import lora_layers
-from selva.training import run_folder
+from selva.training import run_folder, setup
 from selva.training import sample as preview
 from selva.training.config import RunConfig
 from selva.weights import load as weights
@@ -200,6 +200,29 @@ def test_sounds_to_preserve_are_trained_on_and_resumed_exactly(feature_dir, tmp_
     other = ("--preserve_near", "0.5", "--resume", "auto", "--steps", "9")
     assert train(feature_dir, parts, *preserve, *other) == 1
     assert "preserve_near was 0.0 and is 0.5 now" in capsys.readouterr().err
+
+
+def test_a_run_of_before_goes_on_with_its_way_to_make_sounds_to_preserve(feature_dir, tmp_path, capsys, monkeypatch):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    preserve = ("--no_preview", "--preserve", "rain", "a bell")
+    with monkeypatch.context() as then:
+        then.setattr(setup, "UNGUIDED", setup.EARLIER_UNGUIDED)
+        assert train(feature_dir, whole, *preserve) == 0
+        assert train(feature_dir, parts, *preserve, "--steps", "2") == 0
+    step_file = parts / "adapter_step00002.pt"
+    content = torch.load(step_file, weights_only=True)
+    assert (content["meta"].pop("preserve_solver"), content["meta"].pop("preserve_steps")) == ("euler", 25)
+    torch.save(content, step_file)
+    assert train(feature_dir, parts, *preserve, "--resume", str(step_file)) == 0
+    assert "sounds to preserve are made by 25 steps of euler, as when the run began" in capsys.readouterr().err
+    assert same(tensors(whole / "adapter_final.pt"), tensors(parts / "adapter_final_001.pt"))
+    assert train(feature_dir, parts, *preserve, "--resume", "auto", "--steps", "5") == 0
+    meta = json.loads((parts / "meta.json").read_text())
+    assert (meta["preserve_solver"], meta["preserve_steps"]) == ("euler", 25)
+    assert train(feature_dir, tmp_path / "now", *preserve) == 0
+    meta = json.loads((tmp_path / "now" / "meta.json").read_text())
+    assert (meta["preserve_solver"], meta["preserve_steps"]) == ("ab2", 12)
+    assert not same(tensors(whole / "adapter_final.pt"), tensors(tmp_path / "now" / "adapter_final.pt"))
 
 
 def test_a_probed_rate_is_said_kept_and_resumed_exactly(feature_dir, tmp_path, capsys):
