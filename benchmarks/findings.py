@@ -88,18 +88,14 @@ def cost(row: Row) -> float:
 def cost_ratio(rows: Rows, references: Rows) -> float | None:
     """Return the seconds of a method over those of its reference, of the cells that one kind of processor did for both.
 
-    None if there are none. Where both make sounds to preserve, these do not count: rows of before 29 November 2026 made
-    theirs in twice the steps.
+    The making of sounds to preserve does not count, as rows of before 29 November 2026 made theirs in twice the steps.
+    None if there are no such cells, or if only one of both makes any.
     """
     theirs = {(cell_of(row), row.get("processor")): row for row in references}
-    ours_sum = theirs_sum = 0.0
-    for row in rows:
-        other = theirs.get((cell_of(row), row.get("processor")))
-        if other is not None:
-            both_make = row["preserve_cpu_sec"] and other["preserve_cpu_sec"]
-            ours_sum += row["train_cpu_sec"] if both_make else cost(row)
-            theirs_sum += other["train_cpu_sec"] if both_make else cost(other)
-    return ours_sum / theirs_sum if theirs_sum else None
+    pairs = [(row, theirs[place]) for row in rows if (place := (cell_of(row), row.get("processor"))) in theirs]
+    if not pairs or any(bool(row["preserve_cpu_sec"]) != bool(other["preserve_cpu_sec"]) for row, other in pairs):
+        return None
+    return sum(row["train_cpu_sec"] for row, _ in pairs) / sum(other["train_cpu_sec"] for _, other in pairs)
 
 
 def cost_text(rows: Rows, references: Rows | None) -> str:

@@ -27,7 +27,9 @@ SCENE_SETS = {"select": 8_600_000, "judge": 8_800_000}
 SEED_OFFSETS = {"select": 0, "judge": 1000}
 CHECKPOINTS = 3  # of a training, unless a method has more
 # Settings that older rows do not write out, as they were the defaults then: at these values they are no part of a key.
-IMPLIED = {"timestep_mode": "logit_normal", "preserve_near": 0.0, "stratify_times": False}
+IMPLIED = {"timestep_mode": "logit_normal", "preserve_near": 0.0}
+# Settings that older rows write out and that are gone: every key counts them, at these values where a method has none.
+FORMER = {"keep_unconditional": 0.0}
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Method:
     @property
     def identity(self) -> str:
         """A hash of the settings: methods of the same settings share their runs."""
-        counted = {key: value for key, value in self.all_settings.items() if IMPLIED.get(key) != value}
+        counted = {key: value for key, value in (FORMER | self.all_settings).items() if IMPLIED.get(key) != value}
         return hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()[:10]
 
 

@@ -231,7 +231,6 @@ def sample_times(
     sigma: float = 1.0,
     progress: float = 0.0,
     curriculum_switch: float = 0.6,
-    offset: float | None = None,
 ) -> Tensor:
     """Return (batch_size,) float32 training times on the CPU.
 
@@ -242,20 +241,12 @@ def sample_times(
             "uniform" draws from [0, 1); "curriculum" is logit_normal until ``progress`` reaches
             ``curriculum_switch`` and uniform from then on.
         progress: the fraction of the whole run that is done, from 0 to 1, whatever step a resume started at.
-        offset: None draws each time by itself. A number in [0, 1) takes one time of every ``batch_size``-th part of the
-            distribution, at this fraction of the part, in ascending order; ``rng`` is not used then. The times of a
-            batch and their mean vary less, as with the sampler of Kingma et al. (arXiv:2107.00630).
     """
     import torch
 
     if mode not in TIMESTEP_MODES:
         raise UserError(f"unknown timestep mode {mode!r}, expected one of {', '.join(TIMESTEP_MODES)}")
     uniform = mode == "uniform" or (mode == "curriculum" and progress >= curriculum_switch)
-    if offset is not None:
-        quantiles = (torch.arange(batch_size, dtype=torch.float64) + offset) / batch_size
-        if uniform:
-            return quantiles.float()
-        return torch.sigmoid(sigma * torch.special.ndtri(quantiles.clamp(1e-6, 1 - 1e-6))).float()
     if uniform:
         return torch.rand(batch_size, generator=rng, dtype=torch.float32)
     return torch.sigmoid(sigma * torch.randn(batch_size, generator=rng, dtype=torch.float32))

@@ -49,7 +49,7 @@ OWN_FLAGS = {  # of single scripts, too small for a line of their own
                       "tensorboard", "grad_checkpointing", "compile", "prefetch", "readers", "clap", "ast"},
     "extract_features.py": {"video_dir"},
     "infer.py": {"recursive", "cuda_graph"},
-    "train_lora.py": {"preserve_by", "preserve_near", "lr_probe", "keep_unconditional"},
+    "train_lora.py": {"preserve_near", "lr_probe"},
 }
 
 

@@ -140,24 +140,6 @@ def test_curriculum_switches_at_a_fraction_of_the_whole_run():
     assert torch.equal(draw("curriculum", 0.6), draw("uniform"))
 
 
-@pytest.mark.parametrize("mode", ["uniform", "logit_normal"])
-def test_stratified_times_take_one_of_every_part_of_the_distribution(mode):
-    for offset in (0.0, 0.3, 0.999):
-        t = flow.sample_times(8, mode, sigma=0.7, offset=offset)
-        assert t.dtype == torch.float32 and t.shape == (8,) and t.min() >= 0 and t.max() < 1
-        quantiles = t.double() if mode == "uniform" else torch.special.ndtr(torch.logit(t.double()) / 0.7)
-        torch.testing.assert_close(quantiles, (torch.arange(8).double() + offset) / 8, atol=2e-6, rtol=0)
-
-
-def test_stratified_times_follow_the_curriculum_and_need_no_random_numbers():
-    rng = torch.Generator().manual_seed(5)
-    before = rng.get_state()
-    late = flow.sample_times(4, "curriculum", rng, progress=0.6, offset=0.5)
-    early = flow.sample_times(4, "curriculum", rng, progress=0.5, offset=0.5)
-    assert torch.equal(late, flow.sample_times(4, "uniform", offset=0.5)) and not torch.equal(late, early)
-    assert torch.equal(rng.get_state(), before)
-
-
 def test_unknown_mode_lists_the_known_ones():
     with pytest.raises(ValueError, match="logit_normal, uniform, curriculum"):
         flow.sample_times(1, "log_normal")

@@ -14,7 +14,6 @@ keys stay the published ones, and ``<layer>.lora_A`` is at once the parameter's 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +54,6 @@ class LoRALayer(nn.Module):
     lora_magnitude0: nn.Parameter | None
     lora_scale: float
     lora_dropout: float
-    lora_skipped: bool = False  # see base_only()
 
     def lora_names(self) -> list[str]:
         return [name for name, value in self._parameters.items() if name.startswith("lora_") and value is not None]
@@ -108,8 +106,6 @@ class LoRALinear(LoRALayer, nn.Linear):
     """A linear layer on (..., in) with an adapter."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.lora_skipped:
-            return super().forward(x)
         down, up = self.lora_factors()
         hidden = F.linear(self.lora_input(x), down.to(x.dtype)) * self.lora_scale  # (..., rank)
         y = F.linear(x, self.weight, self.bias) + F.linear(hidden, up.to(hidden.dtype))  # (..., out)
@@ -120,8 +116,6 @@ class LoRAConv1d(LoRALayer, nn.Conv1d):
     """A convolution on (B, in, tokens) with an adapter."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.lora_skipped:
-            return super().forward(x)
         down, up = self.lora_factors()
         # The base class's own convolution, so that stride, padding and dilation are those of W.
         hidden = self._conv_forward(self.lora_input(x), down.to(x.dtype), None) * self.lora_scale  # (B, rank, tokens)
@@ -147,19 +141,6 @@ def update_factors(a: Tensor, b: Tensor, a0: Tensor | None, b0: Tensor | None) -
     if a0 is None or b0 is None:
         return a, b
     return torch.cat((a, a - a0)), torch.cat((b - b0, b0), dim=1)
-
-
-@contextmanager
-def base_only(model: nn.Module) -> Iterator[None]:
-    """Return a context in which adapted layers compute what those of the base model do."""
-    layers = [layer for _, layer in lora_layers(model)]
-    for layer in layers:
-        layer.lora_skipped = True
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.lora_skipped = False
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:

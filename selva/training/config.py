@@ -28,7 +28,6 @@ MAX_SIGMA_REL = 0.288  # of an average over all steps with equal weights
 ADAPTER_FORMATS = {"pt": (".pt",), "safetensors": (".safetensors",), "both": (".pt", ".safetensors")}
 PADDED_LOSSES = ("masked", "full")
 BALANCES = ("clips", "sets")
-PRESERVATIONS = ("sounds", "teacher")
 
 DATA = "data and output"
 OPTIMISATION = "optimisation (a step is one update, whatever --grad_accum is)"
@@ -134,6 +133,10 @@ class TrainConfig(ObjectiveConfig):
 
     REMOVED: ClassVar[Mapping[str, Removed]] = {
         "contrastive": Removed(0.0, "contrastive flow matching made no difference in nine runs (docs/findings.md)"),
+        "stratify_times": Removed(False, "noise levels spread over a batch made no difference in nine runs "
+                                         "(docs/findings.md)"),
+        "keep_unconditional": Removed(0.0, "with it, new sounds were less near to the recordings, and not proven to "
+                                           "come out more often, in nine runs (docs/findings.md)"),
     }
     timestep_mode: str = setting(
         "uniform", "how noise levels are drawn. uniform: as in the published guide, no worse for new sounds; "
@@ -181,14 +184,6 @@ class TrainConfig(ObjectiveConfig):
         "masked", "sound that is shorter than its features is padded with silence: leave that out of the loss (of "
         "folders; rows of a memmap store no length, so their silence is always trained on), or "
         "train on it as on sound, which teaches silence", group=OBJECTIVE, choices=PADDED_LOSSES)
-    stratify_times: bool = setting(
-        False, "spread the noise levels of a batch evenly over their distribution, and those of following batches over "
-        "the gaps between them, instead of drawing each by itself", group=OBJECTIVE)
-    keep_unconditional: float = setting(
-        0.0, "share of the clips of a batch for which the model is also taught to stay as it was without video and "
-        "text, with which guidance compares; 0.25 made new sounds of the built-in model come out more often, and "
-        "less like the recordings",
-        group=OBJECTIVE)
     patience: int = setting(0, "stop after this many validations without a new best; 0: never", group=EVALUATION)
     save_every: int = setting(500, "steps between checkpoints, each with a sample", group=OPTIMISATION,
                               aliases=("save_every_n_steps", "checkpointing_steps"))
@@ -200,8 +195,6 @@ class TrainConfig(ObjectiveConfig):
             "steps": 1, "warmup_steps": 0, "batch_size": 1, "grad_accum": 1, "save_every": 1, "val_every": 1,
             "log_every": 1, "lr_cycles": 1, "patience": 0})
         problems += positive_problems(self, ("lr", "lora_plus_ratio", "grad_clip", "adam_eps"))
-        if not 0 <= self.keep_unconditional <= 1:
-            problems.append(f"keep_unconditional is {self.keep_unconditional}, expected 0 to 1")
         object.__setattr__(self, "lr_milestones", tuple(self.lr_milestones))
         problems += milestone_problems(self.lr_milestones, self.lr_factor)
         if not 0 <= self.ema_decay < 1:
@@ -222,6 +215,9 @@ class TrainConfig(ObjectiveConfig):
 class RunConfig:
     """Settings of one run of ``train_lora.py``: data, model, adapter, training, output."""
 
+    REMOVED: ClassVar[Mapping[str, Removed]] = {
+        "preserve_by": Removed("sounds", "a teacher kept less than preserved sounds in nine runs (docs/findings.md)"),
+    }
     data_dir: list[str] = required(
         "folders of .npz + sound pairs, or MMAudio memmaps; of several, each may have a weight that says how often its "
         "clips are used: voices noises:3", group=DATA, nargs="+", metavar="DIR[:WEIGHT]",
@@ -284,10 +280,6 @@ class RunConfig:
     preserve_near: float = setting(
         0.0, "share of these sounds that goes to a quarter of the prompts: those that the text encoder finds most "
         "like the prompts of the clips, whose sounds are lost first", group=PRESERVATION)
-    preserve_by: str = setting(
-        "sounds", "sounds: the model generates them before the training; teacher: nothing is generated before, in "
-        "every step the model without the adapter says for a part of the batch what it would do", group=PRESERVATION,
-        choices=PRESERVATIONS)
     grad_checkpointing: bool = setting(False, "recompute blocks in the backward pass: less memory for more time",
                                        group=MEMORY, aliases=("gradient_checkpointing",))
     checkpoint_blocks: int | None = setting(None, "recompute only the first N blocks, as few as the memory needs",
@@ -307,9 +299,7 @@ class RunConfig:
             object.__setattr__(self, "data_dir", [str(self.data_dir)])
         folders = [self.val_dir] if isinstance(self.val_dir, str | Path) else self.val_dir or ()
         object.__setattr__(self, "val_dir", tuple(map(Path, folders)))
-        problems = choice_problems(self, {"balance": BALANCES, "preserve_by": PRESERVATIONS})
-        if self.preserve_by == "teacher" and self.preserve and self.training.batch_size < 2:
-            problems.append("preserve_by teacher takes a part of every batch, and batch_size is 1; give at least 2")
+        problems = choice_problems(self, {"balance": BALANCES})
         if not 0 <= self.val_fraction < 1:
             problems.append(f"val_fraction is {self.val_fraction}, expected 0 to below 1")
         problems += [f"--report_to {name!r}, expected some of {' '.join(TRACKERS)}, with spaces between them"

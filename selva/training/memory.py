@@ -192,7 +192,7 @@ def log_step_memory(config: RunConfig, asked_precision: str, device: torch.devic
     sizes, weights = zip(*((max(1, _num_clips(one.path, variant)), one.weight) for one in config.sources), strict=True)
     times = visits_of_sets(sizes, weights) if config.balance == "sets" else repeats_of(weights)
     num_clips = sum(size * count for size, count in zip(sizes, times, strict=True))
-    if config.preserve and config.preserve_by == "sounds":
+    if config.preserve:
         repeats, preserved = mixture(num_clips, len(config.preserve), config.preserve_share)
         num_clips = repeats * num_clips + preserved
 

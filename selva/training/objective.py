@@ -23,7 +23,6 @@ from selva.utils.device import to_device
 from selva.utils.distributed import World
 
 ALONE = World()
-GOLDEN_RATIO = (5**0.5 - 1) / 2
 
 
 @dataclass(frozen=True)
@@ -50,35 +49,18 @@ class NoiseSample:
 
 
 def sample_noise(
-    shape: torch.Size, config: ObjectiveConfig, rng: torch.Generator, progress: float, offset: float | None = None
+    shape: torch.Size, config: ObjectiveConfig, rng: torch.Generator, progress: float
 ) -> NoiseSample:
-    """Draw the random numbers for a batch of latents of ``shape`` (B, N, C); the order is MMAudio's.
-
-    Args:
-        offset: of the times, which are then spread over the batch, see :func:`selva.flow.sample_times`. They are dealt
-            to its clips at random, as the place of a clip decides other things too, such as what is kept unconditional.
-    """
+    """Draw the random numbers for a batch of latents of ``shape`` (B, N, C); the order is MMAudio's."""
     posterior = torch.randn(shape, generator=rng)
     t = flow.sample_times(
         shape[0], config.timestep_mode, rng, sigma=config.logit_normal_sigma,
-        progress=progress, curriculum_switch=config.curriculum_switch, offset=offset,
+        progress=progress, curriculum_switch=config.curriculum_switch,
     )
-    if offset is not None:
-        t = t[torch.randperm(len(t), generator=rng)]
     noise = torch.randn(shape, generator=rng)
     drop_video = torch.rand(shape[0], generator=rng) < config.null_prob
     drop_text = torch.rand(shape[0], generator=rng) < config.null_prob
     return NoiseSample(posterior, t, noise, drop_video, drop_text)
-
-
-def time_offset(seed: int, number: int) -> float:
-    """Return the offset of the times of batch ``number`` of a run, in [0, 1).
-
-    Multiples of the golden ratio: however many batches have been, their offsets lie almost evenly in [0, 1), so that
-    the times of following batches fill the gaps that earlier ones have left.
-    """
-    first = zlib.crc32(f"times {seed}".encode()) / 2**32
-    return (first + number * GOLDEN_RATIO) % 1.0
 
 
 def flow_loss(
@@ -110,7 +92,13 @@ def predicted_velocity(
     """
     noise = noise.to(batch.mean.device)
     drop_text = noise.drop_text
-    xt, x1, padding = points_of(generator, batch, noise, config)
+    generator.set_sequence(*batch.lengths)
+    latent = batch.mean + batch.std * noise.posterior if config.latent == "sample" else batch.mean
+    x1 = generator.normalize(latent)
+    padding = batch.padding if config.padded_loss == "masked" else None
+    if padding is not None:
+        x1 = torch.where(padding.mask[:, :, None], generator.normalize(padding.silence), x1)
+    xt = flow.interpolate(noise.noise, x1, noise.t)
     drop_video = noise.drop_video | ~batch.has_video
     drop_clip = torch.ones_like(drop_video) if config.clip_features == "empty" else drop_video
     with generator.computing_in(precision):
@@ -119,24 +107,7 @@ def predicted_velocity(
         else:
             conditions = generator.preprocess_conditions(*_features(generator, batch, drop_clip, drop_video, drop_text))
         velocity = generator.predict_flow(xt, noise.t, conditions)
-    return velocity, noise.noise, x1, padding
-
-
-def points_of(
-    generator: Generator, batch: Batch | CachedBatch, noise: NoiseSample, config: ObjectiveConfig
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return points between noise and data, the data, (B, N, C) each, and the (B, N) mask of padding to be masked.
-
-    Args:
-        noise: on the device of the batch.
-    """
-    generator.set_sequence(*batch.lengths)
-    latent = batch.mean + batch.std * noise.posterior if config.latent == "sample" else batch.mean
-    x1 = generator.normalize(latent)
-    padding = batch.padding if config.padded_loss == "masked" else None
-    if padding is not None:
-        x1 = torch.where(padding.mask[:, :, None], generator.normalize(padding.silence), x1)
-    return flow.interpolate(noise.noise, x1, noise.t), x1, padding.mask if padding else None
+    return velocity, noise.noise, x1, padding.mask if padding is not None else None
 
 
 def _features(

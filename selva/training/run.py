@@ -34,13 +34,11 @@ from selva.training.ema import EMA
 from selva.training.ema_snapshots import KEPT
 from selva.training.feed import ReadNow, make_feed
 from selva.training.memorisation import Watch
-from selva.training.objective import ALONE, NoiseSample, flow_loss, points_of, sample_noise, time_offset, validate
+from selva.training.objective import ALONE, NoiseSample, flow_loss, sample_noise, validate
 from selva.training.power_ema import PowerEMA
 from selva.training.schedule import learning_rate
-from selva.training.teacher import Lesson, Teacher, lesson_loss
-from selva.training.unconditional import chosen_rows, drift
 from selva.training.ways import WAYS, dropout_seed, ways_of
-from selva.utils.device import FUSED_DEVICES, to_device
+from selva.utils.device import FUSED_DEVICES
 from selva.utils.distributed import World
 from selva.utils.errors import UserError
 from selva.utils.graph import GraphedCalls
@@ -92,7 +90,6 @@ class TrainingRun:
         clips: training clips. val_clips: held-out clips, possibly none.
         precision: autocast dtype of the network.
         world: the processes that share the training; each computes ``config.batch_size`` clips of every batch.
-        teacher: whose lessons are a part of each batch in place of clips; None: all of it are clips.
         graphs: record the steps, if :func:`graph_problem` finds nothing against it; None: every kernel is started anew.
     """
 
@@ -108,16 +105,13 @@ class TrainingRun:
         precision: torch.dtype,
         world: World = ALONE,
         graphs: GraphedCalls | None = None,
-        teacher: Teacher | None = None,
     ) -> None:
         self.generator, self.val_clips, self.config, self.precision = generator, val_clips, config, precision
         self.world, self.device = world, generator.latent_mean.device
-        self.teacher = teacher
-        self.num_clips = config.batch_size - (teacher.rows if teacher is not None else 0)  # in a batch of this process
-        self.batches = BucketBatchSampler(clips, self.num_clips * world.size, config.seed)
+        self.batches = BucketBatchSampler(clips, config.batch_size * world.size, config.seed)
         cached = can_cache(generator, self.batches.clips, precision)
         self.condition_cache = ConditionCache(generator, self.batches.clips, precision) if cached else None
-        own = world.own_slice(self.num_clips)
+        own = world.own_slice(config.batch_size)
         self.feed = ReadNow(self.batches, self.device) if cached else make_feed(
             self.batches, generator.config, self.device, own)
         self.rng = torch.Generator().manual_seed(config.seed)
@@ -167,11 +161,11 @@ class TrainingRun:
             torch.manual_seed(dropout_seed(config.seed, self.world.rank, self.step))
         self._set_rate(learning_rate(self.step, config))
         if config.grad_accum == 1:
-            total, norm = self._run(self._whole, *self._draw(0))
+            total, norm = self._run(self._whole, *self._draw())
         else:
             total = torch.zeros((), device=self.device)
-            for part in range(config.grad_accum):
-                total += self._run(self._accumulate, *self._draw(part))[0]
+            for _ in range(config.grad_accum):
+                total += self._run(self._accumulate, *self._draw())[0]
             (norm,) = self._run(self._finish)
         total = self.world.sum_(total) / self.world.size
         self.step += 1
@@ -187,48 +181,27 @@ class TrainingRun:
                  for one in arguments if not isinstance(one, NoiseSample))
         return self.graphs((function.__name__, *kinds), function, *arguments, keep=self.generator.tables)
 
-    def _draw(self, part: int) -> tuple[Any, ...]:
-        """Return clips of this process for a part of a step, random numbers and what is learned beside them."""
-        config, own = self.config, self.world.own_slice(self.num_clips)
+    def _draw(self) -> tuple[Batch | CachedBatch, NoiseSample]:
+        """Return clips of this process for a part of a step, and random numbers."""
+        config, own = self.config, self.world.own_slice(self.config.batch_size)
         windows = self.batches.draw()
         batch = self._load(windows[own])
         shape = torch.Size((len(windows), *batch.mean.shape[1:]))  # of the global batch
-        offset = time_offset(config.seed, self.step * config.grad_accum + part) if config.stratify_times else None
-        noise = sample_noise(shape, config, self.rng, self.step / config.steps, offset).part(own)
-        beside: list[Tensor | Lesson] = []
-        if config.keep_unconditional:
-            first = (self.step * config.grad_accum + part) * len(windows) + own.start
-            rows = chosen_rows(first, self.num_clips, config.keep_unconditional)
-            beside.append(to_device(torch.tensor(rows, dtype=torch.long), self.device))
-        if self.teacher is not None:
-            beside.append(self.teacher.lesson(self.step * config.grad_accum + part))
-        return batch, noise.to(self.device), *beside
+        noise = sample_noise(shape, config, self.rng, self.step / config.steps).part(own)
+        return batch, noise.to(self.device)
 
     # What a graph holds: functions of tensors and of what is at the same place at every step, see selva.utils.graph.
 
-    def _whole(self, batch: Batch | CachedBatch, noise: NoiseSample, *beside: Tensor | Lesson) -> tuple[Tensor, ...]:
+    def _whole(self, batch: Batch | CachedBatch, noise: NoiseSample) -> tuple[Tensor, ...]:
         """Return the loss and the gradient norm of an update by one batch."""
-        return *self._accumulate(batch, noise, *beside), *self._finish()
+        return *self._accumulate(batch, noise), *self._finish()
 
-    def _accumulate(
-        self, batch: Batch | CachedBatch, noise: NoiseSample, *beside: Tensor | Lesson
-    ) -> tuple[Tensor, ...]:
+    def _accumulate(self, batch: Batch | CachedBatch, noise: NoiseSample) -> tuple[Tensor, ...]:
         """Add a batch's part of the gradient to what is there, and return its part of the loss."""
-        config, generator, precision = self.config, self.generator, self.precision
-        whole = config.batch_size * config.grad_accum  # of an update of this process
-        loss = flow_loss(generator, batch, noise, config, precision).mean() / (whole / self.num_clips)
+        config = self.config
+        loss = flow_loss(self.generator, batch, noise, config, self.precision).mean() / config.grad_accum
         self.scaler.scale(loss).backward()
-        total = loss.detach()
-        for one in beside:  # one after the other, so that one of them is in memory
-            if isinstance(one, Lesson):
-                loss = lesson_loss(generator, one, precision).sum() / whole
-                self.scaler.scale(loss).backward()
-                total = total + loss.detach()
-            elif len(one):  # kept beside the loss, which stays comparable with other runs
-                points, *_ = points_of(generator, batch, noise, config)
-                away = drift(generator, points[one], noise.t[one], precision).sum() / whole
-                self.scaler.scale(away).backward()
-        return (total,)
+        return (loss.detach(),)
 
     def _finish(self) -> tuple[Tensor, ...]:
         """Do the update by the gradient, and return its norm."""

@@ -33,7 +33,6 @@ from selva.training.rate_probe import probe_rate
 from selva.training.run import TrainingRun, graph_problem
 from selva.training.set_aside import final_of
 from selva.training.shared import SharedParts
-from selva.training.teacher import teacher_for
 from selva.utils.device import dtype_of, peak_memory_bytes, stored_dtype
 from selva.utils.distributed import World
 from selva.utils.errors import UserError
@@ -73,7 +72,6 @@ def adapter_meta(
         **({"base_dtype": config.base_dtype} if config.base_dtype != "auto" else {}),
         "preserve": list(config.preserve),
         "preserve_share": config.preserve_share,
-        "preserve_by": config.preserve_by,
         "preserve_near": config.preserve_near,
         **({"preserve_solver": preserving.solver, "preserve_steps": preserving.num_steps} if preserving else {}),
         **_meta_of_sets(config),
@@ -94,7 +92,7 @@ def _meta_of_sets(config: RunConfig) -> dict[str, Any]:
 
 def preserve_sampling(config: RunConfig, saved: TrainingState | None) -> SamplingConfig | None:
     """Return how the run makes its sounds to preserve, as it did when it was begun; None if it makes none."""
-    if not config.preserve or config.preserve_by != "sounds":
+    if not config.preserve:
         return None
     if saved is None or "preserve" not in saved.meta:  # a run of ComfyUI-SelVA that goes on here
         return UNGUIDED
@@ -128,7 +126,7 @@ def find_resume(config: RunConfig) -> TrainingState | None:
 
 # Settings of TrainConfig that change what is learned; the others may change when a run is continued.
 FIXED_SETTINGS = ("clip_features", "latent", "null_prob", "padded_loss", "timestep_mode", "logit_normal_sigma",
-                  "stratify_times", "keep_unconditional", "seed")
+                  "seed")
 
 
 def finished_adapter(saved: TrainingState, output_dir: Path) -> Path | None:
@@ -203,16 +201,14 @@ def check_resumable(saved: TrainingState, config: RunConfig, num_processes: int 
         raise at_its_end(saved, config)
     check_same_settings(saved, config.lora)
     before = saved.meta.get("train_config", {})
-    if gone := removed_problems(before, removed_of(RunConfig)):
+    if gone := removed_problems({**saved.meta, **before}, removed_of(RunConfig)):
         raise UserError(f"{saved.path}: cannot be continued: {'; '.join(gone)}. Start a new run, which may begin at "
                         "this adapter (--init_from)")
-    of_then = {"keep_unconditional": 0.0, **before} if before else {}  # files of earlier versions lack it
-    pairs = {name: (of_then[name], getattr(training, name)) for name in FIXED_SETTINGS if name in of_then}
+    pairs = {name: (before[name], getattr(training, name)) for name in FIXED_SETTINGS if name in before}
     for name, now in (("variant", config.model.variant), ("normalize_audio", config.normalize_audio),
                       ("preserve", list(config.preserve)), ("preserve_share", config.preserve_share)):
         pairs[name] = (saved.meta.get(name, now), now)
     if config.preserve:
-        pairs["preserve_by"] = (saved.meta.get("preserve_by", "sounds"), config.preserve_by)
         pairs["preserve_near"] = (saved.meta.get("preserve_near", 0.0), config.preserve_near)
     sets = _meta_of_sets(config)
     pairs["prompt_prefix"] = (saved.meta.get("prompt_prefix", []), sets.get("prompt_prefix", []))
@@ -299,14 +295,10 @@ def build_run(
         log.warning("%s", line)
     torch.manual_seed(training.seed + world.rank)  # dropout
     graphs = graphed_calls(config.cuda_graph, device, "training", graph_problem(generator, world))
-    teacher = None
-    if config.preserve and config.preserve_by == "teacher":
-        teacher = teacher_for(generator, own_clips, config.preserve, prompts(), config.preserve_share,
-                              config.preserve_near, training, precision, world)
     if training.lr_probe and saved is None:
         found = probe_rate(generator, clips[0], training, precision, world)
         training = dataclasses.replace(training, lr=found.lr)
-    return TrainingRun(generator, *clips, training, precision, world, graphs, teacher)
+    return TrainingRun(generator, *clips, training, precision, world, graphs)
 
 
 def estimate(run: TrainingRun) -> None:

@@ -320,7 +320,8 @@ def test_rows_of_before_are_found_by_settings_that_were_not_written_out_then():
     def identity(**settings) -> str:
         return Method("m", {}, settings, 0).identity
 
-    assert identity(lr=1.0, timestep_mode="logit_normal", preserve_near=0.0, stratify_times=False) == identity(lr=1.0)
+    assert identity(lr=1.0, timestep_mode="logit_normal", preserve_near=0.0) == identity(lr=1.0)
+    assert identity(lr=1.0, keep_unconditional=0.0) == identity(lr=1.0) != identity(lr=1.0, keep_unconditional=0.25)
     assert len({identity(lr=1.0), identity(lr=1.0, timestep_mode="uniform"), identity(lr=1.0, preserve_near=0.5)}) == 3
 
 

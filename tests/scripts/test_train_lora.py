@@ -241,21 +241,6 @@ def test_a_probed_rate_is_said_kept_and_resumed_exactly(feature_dir, tmp_path, c
     assert train(feature_dir, tmp_path / "other", *probing, "--init_from", str(whole / "adapter_final.pt")) == 2
 
 
-def test_a_teacher_preserves_without_sampling_and_is_resumed_exactly(feature_dir, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("selva.training.setup.with_preserved", lambda *a, **k: pytest.fail("sounds are made"))
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    preserve = ("--no_preview", "--preserve", "rain", "a bell", "--preserve_by", "teacher")
-    assert train(feature_dir, whole, *preserve, "--batch_size", "4") == 0
-    assert "lessons by the base model in every batch of 4: 2, for 2 prompts" in capsys.readouterr().err
-    assert train(feature_dir, parts, *preserve, "--batch_size", "4", "--steps", "2") == 0
-    assert train(feature_dir, parts, *preserve, "--batch_size", "4", "--resume", "auto") == 0
-    assert same(tensors(whole / "adapter_final.pt"), tensors(parts / "adapter_final_001.pt"))
-    assert train(feature_dir, parts, *preserve[:-1], "sounds", "--resume", "auto", "--steps", "9") == 1
-    assert "preserve_by was 'teacher' and is 'sounds' now" in capsys.readouterr().err
-    assert train(feature_dir, tmp_path / "one", *preserve, "--batch_size", "1") == 2
-    assert "takes a part of every batch" in capsys.readouterr().err
-
-
 def test_a_fresh_start_moves_the_old_run_aside(feature_dir, tmp_path, capsys):
     out = tmp_path / "run"
     assert train(feature_dir, out, "--no_preview") == 0

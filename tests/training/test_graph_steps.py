@@ -21,8 +21,7 @@ from selva.utils.distributed import World
 from selva.utils.graph import WARM_UPS, GraphedCalls
 
 STEPS = 8
-CONFIG = dataclasses.replace(small_run.CONFIG, steps=STEPS, warmup_steps=3, lr_schedule="cosine", ema_decay=0.9,
-                             keep_unconditional=0.5)  # one of two clips, in every batch
+CONFIG = dataclasses.replace(small_run.CONFIG, steps=STEPS, warmup_steps=3, lr_schedule="cosine", ema_decay=0.9)
 PLAIN, DROPOUT = LoRAConfig(rank=2), LoRAConfig(rank=2, dropout=0.3)
 ACCUMULATED = dataclasses.replace(CONFIG, grad_accum=2)
 
@@ -101,14 +100,6 @@ def test_recorded_steps_equal_plain_ones_with_checkpointing():
     assert train(recorded) == train(plain)
     assert_same(recorded, plain)
     assert recorded.graphs is not None and recorded.graphs.num_graphs == 2
-
-
-def test_batches_with_and_without_clips_that_keep_the_unconditional_branch_are_graphs_of_their_own():
-    config = dataclasses.replace(CONFIG, steps=16, keep_unconditional=0.25)
-    recorded, plain = (make_run(config, PLAIN, torch.float32, own) for own in (graphs(), None))
-    assert train(recorded, 16) == train(plain, 16)
-    assert_same(recorded, plain)
-    assert recorded.graphs is not None and recorded.graphs.num_graphs > 2
 
 
 def test_recorded_steps_leave_padding_out_as_plain_ones_do():

@@ -19,7 +19,6 @@ from selva.training.condition_cache import ConditionCache
 from selva.training.objective import (
     flow_loss,
     sample_noise,
-    time_offset,
     validate,
 )
 
@@ -38,31 +37,6 @@ def test_loss_is_that_of_the_published_recipe():
         v = model(xt, batch.clip_f, batch.sync_f, batch.text_f, draws.t)
         expected = ((v - (x1 - draws.noise)) ** 2).mean((1, 2))
     torch.testing.assert_close(found, expected)
-
-
-def test_offsets_of_following_batches_fill_the_gaps():
-    offsets = torch.tensor([time_offset(42, number) for number in range(200)])
-    assert offsets.min() >= 0 and offsets.max() < 1 and time_offset(42, 0) != time_offset(43, 0)
-    for first in (0, 37, 180):
-        ends = torch.tensor([0.0, 1.0])
-        gaps = torch.cat([ends, offsets[first : first + 20]]).sort().values.diff()
-        assert gaps.max() < 0.1  # 0.05 at even distances; independent draws leave about 0.18
-
-
-def test_stratified_times_leave_the_other_random_numbers_alone():
-    shape = torch.Size((4, 3, 2))
-    drawn, spread = (sample_noise(shape, CONFIG, torch.Generator().manual_seed(3), 0.0, offset=offset)
-                     for offset in (None, 0.25))
-    assert torch.equal(drawn.posterior, spread.posterior) and not torch.equal(drawn.t, spread.t)
-    assert torch.equal(spread.t.sort().values, flow.sample_times(4, CONFIG.timestep_mode, offset=0.25))
-
-
-def test_stratified_times_are_dealt_at_random():
-    """The place of a clip in the batch decides other things too, such as what is kept unconditional."""
-    rng, shape = torch.Generator().manual_seed(3), torch.Size((4, 3, 2))
-    first = torch.stack([sample_noise(shape, CONFIG, rng, 0.0, offset=0.5).t for _ in range(200)])
-    assert all(set(batch) == set(first[0].tolist()) for batch in first.tolist())
-    assert first.mean(dim=0) == pytest.approx([first[0].mean().item()] * 4, abs=0.1)
 
 
 def test_latent_mode_takes_the_posterior_mean():

@@ -210,24 +210,6 @@ def test_resumed_steps_equal_uninterrupted_ones_bit_for_bit(tmp_path, stop_at, d
     assert second.best_val_loss == whole.best_val_loss and second.best_step == whole.best_step
 
 
-def test_stratified_times_go_on_where_they_were_in_a_resumed_run(monkeypatch):
-    drawn = []
-    monkeypatch.setattr("selva.training.run.sample_noise", lambda *args: drawn.append(args[-1]) or sample_noise(*args))
-    config = dataclasses.replace(CONFIG, grad_accum=2, stratify_times=True)
-    run = make_run(config)
-    for _ in range(3):
-        run.train_step()
-    whole, drawn[:] = list(drawn), []
-    assert len(set(whole)) == 6 and all(0 <= offset < 1 for offset in whole)
-    resumed = make_run(config)
-    resumed.step = 2
-    resumed.train_step()
-    assert drawn == whole[4:]
-    drawn.clear()
-    make_run(CONFIG).train_step()
-    assert drawn == [None]
-
-
 def test_power_averages_resume_bit_for_bit(tmp_path):
     config = dataclasses.replace(CONFIG, ema="power", ema_sigma_rel=(0.05, 0.2))
     whole, first, second = make_run(config), make_run(config), make_run(config)
@@ -304,7 +286,7 @@ class OneOfSeveral(World):
 
 def test_dropout_depends_on_seed_process_and_step_alone():
     def first(rank=0, seed=42, steps=0):
-        run = make_run(dataclasses.replace(CONFIG, seed=seed, grad_accum=2, keep_unconditional=0.0))
+        run = make_run(dataclasses.replace(CONFIG, seed=seed, grad_accum=2))
         run.world, run.step = OneOfSeveral(rank=rank), steps
         torch.manual_seed(torch.seed())  # whatever happened before
         found = masks(run)

@@ -8,6 +8,7 @@ from selva.checkpoint import TrainingState
 from selva.training.config import RunConfig, TrainConfig
 from selva.training.setup import adapter_meta, check_resumable, find_resume
 from selva.utils.errors import UserError
+from selva.utils.settings import removed_of
 from selva.weights.config import GeneratorModelConfig
 
 
@@ -32,23 +33,13 @@ def test_a_run_that_goes_on_with_other_updates_says_so(tmp_path, caplog, before,
     assert told in caplog.text and bool(told) == ("an update was made of" in caplog.text)
 
 
-@pytest.mark.parametrize("recorded", [True, False])
-def test_what_a_run_was_begun_without_is_not_added_later(tmp_path, recorded):
-    """Files of earlier versions do not name this setting, and were trained without."""
-    saved = saved_with(tmp_path)
-    if not recorded:
-        del saved.meta["train_config"]["keep_unconditional"]
-    check_resumable(saved, sets_config(tmp_path))
-    with pytest.raises(UserError, match=r"keep_unconditional was 0\.0 and is 0\.25 now\. Use .* config\.yaml"):
-        check_resumable(saved, sets_config(tmp_path, training=TrainConfig(keep_unconditional=0.25)))
-
-
-@pytest.mark.parametrize("name", sorted(TrainConfig.REMOVED))
+@pytest.mark.parametrize("name", sorted(removed_of(RunConfig)))
 def test_a_run_that_used_what_is_gone_is_not_continued(tmp_path, name):
-    saved, gone = saved_with(tmp_path), TrainConfig.REMOVED[name]
-    saved.meta["train_config"][name] = gone.off
+    saved, gone = saved_with(tmp_path), removed_of(RunConfig)[name]
+    settings = saved.meta["train_config"] if name in TrainConfig.REMOVED else saved.meta
+    settings[name] = gone.off
     check_resumable(saved, sets_config(tmp_path))
-    saved.meta["train_config"][name] = 0.05
+    settings[name] = 0.05
     with pytest.raises(UserError) as caught:
         check_resumable(saved, sets_config(tmp_path))
     assert f"{name} is 0.05, and this version no longer has it: {gone.reason}" in str(caught.value)
