@@ -48,9 +48,7 @@ class NoiseSample:
         return NoiseSample(*(to_device(getattr(self, field.name), device) for field in fields(self)))
 
 
-def sample_noise(
-    shape: torch.Size, config: ObjectiveConfig, rng: torch.Generator, progress: float
-) -> NoiseSample:
+def sample_noise(shape: torch.Size, config: ObjectiveConfig, rng: torch.Generator, progress: float) -> NoiseSample:
     """Draw the random numbers for a batch of latents of ``shape`` (B, N, C); the order is MMAudio's."""
     posterior = torch.randn(shape, generator=rng)
     t = flow.sample_times(

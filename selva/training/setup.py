@@ -91,7 +91,7 @@ def _meta_of_sets(config: RunConfig) -> dict[str, Any]:
 
 
 def preserve_sampling(config: RunConfig, saved: TrainingState | None) -> SamplingConfig | None:
-    """Return how the run makes its sounds to preserve, as it did when it was begun; None if it makes none."""
+    """Return the way in which the run makes its sounds to preserve, as when it was begun; None if it makes none."""
     if not config.preserve:
         return None
     if saved is None or "preserve" not in saved.meta:  # a run of ComfyUI-SelVA that goes on here
