@@ -88,7 +88,7 @@ def cost(row: Row) -> float:
 def cost_ratio(rows: Rows, references: Rows) -> float | None:
     """Return the seconds of a method over those of its reference, of the cells that one kind of processor did for both.
 
-    The making of sounds to preserve does not count, as rows of before 29 November 2026 made theirs in twice the steps.
+    The making of sounds to preserve does not count, as rows of commits before 9413c19 made theirs in twice the steps.
     None if there are no such cells, or if only one of both makes any.
     """
     theirs = {(cell_of(row), row.get("processor")): row for row in references}
