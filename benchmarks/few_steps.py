@@ -7,7 +7,8 @@
 The scenes are those of the ten known classes that soundbench.py chooses settings by, encoded once in the work folder;
 with --keys those of the new sounds of its runs, made with their adapters. Every setting starts from the same noise. The
 error is that of the normalised latents against Euler with --reference_steps, in dB of their power, over the first
---reference_scenes scenes. Settings that are in --output already are not measured again; the document gets all of them.
+--reference_scenes scenes. Settings that are in --output already are not measured again, unless --keys are others than
+then; the document gets all of them.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from machine import circumstances
 from solvers import error_db
 from sound_data import KNOWN, NEW_SCENES, Inputs
 from sound_judge import uses_clip_features
@@ -66,7 +68,8 @@ def build_parser() -> cli.ArgumentParser:
     group.add_argument("--reference_steps", type=cli.positive_int, default=400, help="Euler steps of the reference")
     group.add_argument("--reference_scenes", type=cli.positive_int, default=12, help="scenes whose error is measured")
     group.add_argument("--work", type=Path, default=Path("soundbench"), help="folder of encoded scenes")
-    group.add_argument("--output", type=Path, default=Path("few_steps.json"), help="figures; added to if it exists")
+    group.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "few_steps.json",
+                       help="figures of all settings; added to")
     group.add_argument("--document", default=str(ROOT / "docs" / "inference.md"), help='gets the table; "" for none')
     group.add_argument("--measured_only", action="store_true", help="make the table of what --output has, measure "
                        "nothing")
@@ -226,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     configs, scenes = settings_to_compare(args.evaluations, args.solvers, not args.unguided), scenes_of(args)
     figures = json.loads(args.output.read_text(encoding="utf-8")) if args.output.is_file() else {}
-    missing = [config for config in configs if key_of(config, scenes) not in figures]
+    missing = [config for config in configs if figures.get(key_of(config, scenes), {}).get("keys") != args.keys]
     if args.measured_only:
         if DEFAULT in missing:
             raise UserError(f"{args.output}: has no figures of the default, which the others are compared with")
@@ -239,8 +242,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     with Progress(len(missing), "settings", "settings") as progress:
         for number, config in enumerate(missing):
             assert bench is not None
-            figures[key_of(config, scenes)] = {**asdict(config), **bench.row(config)}
-            atomic_write_text(args.output, json.dumps(figures) + "\n")
+            figures[key_of(config, scenes)] = {**asdict(config), "keys": args.keys, **bench.row(config),
+                                               **circumstances(str(resolve_device(args.device)))}
+            lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(row)}" for key, row in figures.items())
+            atomic_write_text(args.output, f"{{{lines}}}\n")
             progress.update(number + 1)
     everything = list(dict.fromkeys([*settings_to_compare(EVALUATIONS), *configs]))
     parts = list(parts_of(figures, sorted(everything, key=lambda one: (one.cfg_interval != WHOLE_INTERVAL,

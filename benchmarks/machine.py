@@ -1,11 +1,28 @@
-"""The machine that a figure was measured on."""
+"""What a figure was measured with: the version of the code, and the machine."""
 
 from __future__ import annotations
 
 import platform
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from selva.utils.version import __version__
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def circumstances(device: str) -> dict[str, Any]:
+    """Return the version of the code, and the machine."""
+    try:
+        commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True,
+                                check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    return {"version": __version__, "commit": commit, "torch": torch.__version__, "device": device,
+            "processor": processor_name(torch.device(device)), "threads": torch.get_num_threads()}
 
 
 def processor_name(device: torch.device) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import subprocess
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import processor_name
+from machine import circumstances
 from sound_judge import DETAILED_SEED, Judge, uses_clip_features
-from sound_plan import ROOT, Cell, Method, Run
+from sound_plan import Cell, Method, Run
 
 from selva.checkpoint import load_adapter, save_adapter
 from selva.data.dataset import ClipDataset
@@ -28,7 +27,6 @@ from selva.training.train import train
 from selva.utils.device import peak_memory_bytes
 from selva.utils.files import atomic_write_text
 from selva.utils.settings import from_names
-from selva.utils.version import __version__
 
 log = logging.getLogger("selva.soundbench")
 
@@ -144,7 +142,7 @@ class Trainer:
             "clips": run.cell.clips, "seed": run.cell.seed, **trained,
             "judge_cpu_sec": round(time.process_time() - started, 1), "base": base,
             "ceiling": self.judge.ceiling(run.cell), "checkpoints": judged, "response": response,
-            "settings": run.method.all_settings, **_circumstances(self.device),
+            "settings": run.method.all_settings, **circumstances(self.device),
         }
         final = self.work / "adapters" / f"{run.key}.pt"
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -218,17 +216,6 @@ def _memory(device: torch.device) -> Iterator[dict[str, Any]]:
     elif reset.exists():
         lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
         found["peak_mb"] = round(int(lines["VmHWM"].split()[0]) / 1024)
-
-
-def _circumstances(device: str) -> dict[str, Any]:
-    """Return the version of the code, and the machine."""
-    try:
-        commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True,
-                                check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
-    return {"version": __version__, "commit": commit, "torch": torch.__version__, "device": device,
-            "processor": processor_name(torch.device(device)), "threads": torch.get_num_threads()}
 
 
 def in_words(checkpoint: Mapping[str, Any]) -> str:

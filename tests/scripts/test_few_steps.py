@@ -80,13 +80,21 @@ def test_scenes_of_adapters_have_a_table_of_their_own(tmp_path, monkeypatch, cap
     assert few_steps.main([*call, "--keys", *keys]) == 1
     assert "judge-bird-20-1-abc.pt" in capsys.readouterr().err
     (tmp_path / "adapters").mkdir()
-    for key in keys:
+    others = ["judge-gong-20-2-abc", "judge-bird-20-2-abc"]
+    for key in keys + others:
         (tmp_path / "adapters" / f"{key}.pt").touch()
     assert few_steps.main([*call, "--solvers", "ab2", "--keys", *keys]) == 0
     told = capsys.readouterr().out
     known, new = told.split("60 scenes of the ten known classes, 8 s each; the error is over 1 of them.")
     assert "| heun | 4 |" in known and "| heun |" not in new and "| ab2 | 8 |" in new
     assert "24 scenes for each of 2 adapters for new sounds (gong, bird), 8 s each; the error is over 1 of them." in new
+    assert few_steps.main([*call, "--solvers", "ab2", "--keys", *keys]) == 0
+    assert len(made) == 2  # nothing was missing
+    assert few_steps.main([*call, "--solvers", "ab2", "--keys", *others]) == 0
+    rows = json.loads(out.read_text())
+    assert len(made[2].asked) == len(made[1].asked) == 6  # of other adapters, though of the same sounds
+    assert {tuple(row["keys"]) for row in rows.values()} == {(), tuple(others)}
+    assert all(row["commit"] and row["processor"] and row["threads"] for row in rows.values())
 
 
 def test_the_adapter_is_in_force_for_its_scenes_only(tmp_path):
