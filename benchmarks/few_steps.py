@@ -229,7 +229,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     configs, scenes = settings_to_compare(args.evaluations, args.solvers, not args.unguided), scenes_of(args)
     figures = json.loads(args.output.read_text(encoding="utf-8")) if args.output.is_file() else {}
-    missing = [config for config in configs if figures.get(key_of(config, scenes), {}).get("keys") != args.keys]
+    others = [key for key, row in figures.items() if key.endswith(f"; {scenes}") and row["keys"] != args.keys]
+    if others:
+        log.warning("%s of other adapters, %s: measured anew with these", counted(len(others), "setting"),
+                    listed(figures[others[0]]["keys"]))
+    figures = {key: row for key, row in figures.items() if key not in others}
+    missing = [config for config in configs if key_of(config, scenes) not in figures]
     if args.measured_only:
         if DEFAULT in missing:
             raise UserError(f"{args.output}: has no figures of the default, which the others are compared with")

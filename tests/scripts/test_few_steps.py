@@ -90,9 +90,12 @@ def test_scenes_of_adapters_have_a_table_of_their_own(tmp_path, monkeypatch, cap
     assert "24 scenes for each of 2 adapters for new sounds (gong, bird), 8 s each; the error is over 1 of them." in new
     assert few_steps.main([*call, "--solvers", "ab2", "--keys", *keys]) == 0
     assert len(made) == 2  # nothing was missing
+    assert few_steps.main([*call, "--solvers", "ab2", "euler", "--keys", *keys]) == 0
     assert few_steps.main([*call, "--solvers", "ab2", "--keys", *others]) == 0
+    told = capsys.readouterr()
+    assert f"7 settings of other adapters, {keys[0]}, {keys[1]}: measured anew with these" in told.err
     rows = json.loads(out.read_text())
-    assert len(made[2].asked) == len(made[1].asked) == 6  # of other adapters, though of the same sounds
+    assert len(made[3].asked) == len(made[1].asked) == 6  # of other adapters, though of the same sounds
     assert {tuple(row["keys"]) for row in rows.values()} == {(), tuple(others)}
     assert all(row["commit"] and row["processor"] and row["threads"] for row in rows.values())
 
