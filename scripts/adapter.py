@@ -241,7 +241,7 @@ COMMANDS = {one.__name__: one for one in (info, convert, merge, resize, soup, ba
 @cli.entry_point
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    if args.command in ("convert", "merge", "resize", "soup", "bake"):  # before minutes of work
+    if args.command in ("convert", "merge", "resize", "soup", "bake", "extract"):  # before minutes of work
         output_of(args)
     return COMMANDS[args.command](args)
 

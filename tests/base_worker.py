@@ -4,6 +4,8 @@
     until     the step to train to, with a checkpoint after each
     shard     "none" or "fsdp2"
     folder    of the checkpoint and the results
+    validate  true: after every step, and twice in the end, the second time without anything that was kept
+    bf16      true: compute in bfloat16
     resume    go on from the newest checkpoint there, if any
     die, by   rank of the process that is gone after the first step, and the signal that does it
 """
@@ -20,6 +22,7 @@ from pathlib import Path
 import torch
 from base_run import CONFIG, make_run
 
+from selva.models import winograd_conv
 from selva.training.base.checkpoint import Checkpoints, find_checkpoint, load_
 from selva.utils.distributed import join_world
 from selva.utils.logging import setup_logging
@@ -31,7 +34,8 @@ def main(job: dict) -> None:
     setup_logging(False)
     folder = Path(job["folder"])
     with join_world(torch.device("cpu")) as world, watched(world):
-        run = make_run(dataclasses.replace(CONFIG, shard=job.get("shard", "none")), world)
+        precision, dtype = ("bf16", torch.bfloat16) if job.get("bf16") else ("fp32", torch.float32)
+        run = make_run(dataclasses.replace(CONFIG, shard=job.get("shard", "none"), precision=precision), world, dtype)
         checkpoints = Checkpoints(folder, world, 0, {})
         if job.get("resume"):
             path = find_checkpoint("auto", folder)
@@ -52,11 +56,16 @@ def main(job: dict) -> None:
             loss, norm = run.train_step()
             losses.append(loss.item())
             norms.append(norm.item())
+            if job.get("validate"):
+                run.validate()
             if "until" in job:
                 checkpoints.save(run)
             if job.get("die") == world.rank:
                 os.kill(os.getpid(), getattr(signal, job["by"]))
         bins = run.validate()["val_loss_bins"]
+        if job.get("validate"):
+            winograd_conv.forget()
+            assert run.validate()["val_loss_bins"] == bins
         checkpoints.save(run)
         checkpoints.wait()
         weights, average = run.weights(), run.weights(1)

@@ -10,6 +10,7 @@ parameters. One of an adapter is an adapter file, which can be used as it is.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -76,6 +77,16 @@ def write_snapshots(folder: Path, average: PowerEMA) -> list[Path]:
 def snapshot_interval(steps: int, kept: int = KEPT) -> int:
     """Return the steps between snapshots of a run of ``steps``, such that there are at most ``kept``, evenly spaced."""
     return -(-steps // kept)
+
+
+def interval_of(folder: Path) -> int:
+    """Return the steps between the snapshots in ``folder``, which must have some.
+
+    The newest need not be one of them: a run writes one at its end, whatever the step. A run that goes on has to keep
+    this distance, as snapshots at multiples of another one would be thinned away.
+    """
+    steps = sorted({one.step for one in find_snapshots(folder)})
+    return math.gcd(*(steps[:-1] or steps))
 
 
 def thin_snapshots(folder: Path, every: int, kept: int = KEPT) -> list[Path]:

@@ -88,7 +88,8 @@ def _shard_(objective: nn.Module, generator: Generator, precision: torch.dtype) 
     ]
     for part in parts:
         fully_shard(part, mesh=mesh, mp_policy=half)
-    fully_shard(objective, mesh=mesh, mp_policy=whole)
+    # Without it, what is gathered at the root stays so after a validation: the averages, for the next step of training.
+    fully_shard(objective, mesh=mesh, mp_policy=whole, reshard_after_forward=True)
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from selva.data.dataset import ClipDataset
 from selva.data.mixture import MixedClips
+from selva.models import winograd_conv
 from selva.models.generator import Generator
 from selva.training.base.config import BaseTrainConfig
 from selva.training.base.parallel import ParallelObjective, whole
@@ -120,6 +121,8 @@ class BaseRun:
 
         All processes have to come here together.
         """
+        if self.objective.is_sharded:  # gathered weights have no mark by which it could tell that they have changed
+            winograd_conv.forget()
         with self.average.applied():
             bins = validate(self.generator, self.val_clips, self.config, self.precision, self.world, self.objective)
         loss = sum(bins) / len(bins)

@@ -62,8 +62,8 @@ class BaseSamples:
         row = None
         weights = run.weights(track=0)
         if run.world.is_main and not self._given_up:
-            generator = self._with(weights, run)
             try:
+                generator = self._with(weights, run)
                 for number, clip in enumerate(self.clips, 1):
                     self._write_one(generator, number, clip, run)
                 row = self._compare(run)

@@ -29,7 +29,13 @@ from selva.training.base.setup import check_resumable, data_state, go_on_from_mm
 from selva.training.base.speed import SpeedMeter
 from selva.training.compiling import prepare_to_compile
 from selva.training.ema_snapshots import FOLDER as SNAPSHOT_FOLDER
-from selva.training.ema_snapshots import snapshot_interval, thin_snapshots, write_snapshot, write_tracks
+from selva.training.ema_snapshots import (
+    interval_of,
+    snapshot_interval,
+    thin_snapshots,
+    write_snapshot,
+    write_tracks,
+)
 from selva.training.loop import fit
 from selva.training.schedule import schedule_problem
 from selva.training.stopping import StopRequest
@@ -172,6 +178,7 @@ class _Training:
             self.checkpoints.newest = run.step
         if self.world.is_main:
             self._open(resumed)
+        self._agree_on_snapshots()
         if len(run.val_clips) and config.sample_every:
             self.samples = BaseSamples(run.val_clips, config.samples, get_variant(config.model.variant),
                                        config.model.selva_dir, self.folder)
@@ -202,6 +209,17 @@ class _Training:
             self.metrics.mirror_to_tensorboard(self.folder / "tensorboard", self.run.step + 1 if resumed else None)
         atomic_write_text(self.folder / CONFIG_FILE, settings_text(self.settings))
 
+    def _agree_on_snapshots(self) -> None:
+        """Keep the distance of the snapshots that are there, in all processes: only one of them may see the folder."""
+        wanted = self.snapshot_every
+        if self.world.is_main and any((self.folder / SNAPSHOT_FOLDER).glob("*.pt")):
+            self.snapshot_every = interval_of(self.folder)
+        every = torch.tensor(self.snapshot_every if self.world.is_main else 0, device=self.run.device)
+        self.snapshot_every = int(self.world.sum_(every))
+        if self.world.is_main and self.snapshot_every != wanted:
+            log.warning("snapshots of the averages go on at every %d steps, as this run began, not at every %d: at other "
+                        "steps the earlier ones could not stay", self.snapshot_every, wanted)
+
     def _save(self, run: BaseRun) -> None:
         """Begin a checkpoint and draw the curves."""
         self.checkpoints.save(run)
@@ -223,17 +241,19 @@ class _Training:
 
     def _snapshot(self, run: BaseRun) -> None:
         """Write the averages as they stand, from which other widths are made. All processes come here together."""
-        folder, step = self.folder / SNAPSHOT_FOLDER, run.step
-        try:
-            for track in range(len(run.average.tracks)):
-                values = run.weights(track)
-                if self.world.is_main:
+        folder, step, writes = self.folder / SNAPSHOT_FOLDER, run.step, self.world.is_main
+        last = len(run.average.tracks) - 1
+        for track in range(last + 1):
+            values = run.weights(track)  # the processes gather every track together, whatever becomes of its file
+            try:
+                if writes:
                     write_snapshot(folder, track, step, values)
-            if self.world.is_main:
-                write_tracks(folder, run.average.sigma_rels)
-                thin_snapshots(folder, self.snapshot_every)
-        except OSError as error:
-            log.error("%s: no snapshot of step %d, %s", folder, step, why_not_written(error))
+                if writes and track == last:
+                    write_tracks(folder, run.average.sigma_rels)
+                    thin_snapshots(folder, self.snapshot_every)
+            except OSError as error:
+                log.error("%s: no snapshot of step %d, %s", folder, step, why_not_written(error))
+                writes = False
 
     def _export(self) -> list[Path]:
         """Write the finished weights and their first average, and return the paths; those of the average first."""

@@ -65,12 +65,17 @@ def test_two_processes_do_what_one_does(alone, tmp_path):
 
 
 def test_sharing_the_model_changes_nothing(alone, tmp_path):
-    two = train(2, tmp_path / "two", steps=4, shard="fsdp2")
+    """Nor do validations between the steps, for which the averages are gathered."""
+    two = train(2, tmp_path / "two", steps=4, shard="fsdp2", validate=True)
     assert two["ids"] == alone["ids"]
     for name in ("losses", "norms", "bins"):
         torch.testing.assert_close(two[name], alone[name], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(two["weights"], alone["weights"], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(two["average"], alone["average"], rtol=1e-5, atol=1e-5)
+
+
+def test_a_validation_of_a_shared_model_in_bf16_is_of_the_weights_of_now(tmp_path):
+    train(2, tmp_path / "two", steps=3, shard="fsdp2", bf16=True, validate=True)  # it validates again, and compares
 
 
 @pytest.mark.parametrize("before, shard, after, shard_after", [
