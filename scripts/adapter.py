@@ -199,6 +199,7 @@ def extract(args: argparse.Namespace) -> int:
         raise UsageError("extract takes --tuned, --variant and --rank, and --base for a model that is not built in")
     if args.base is None and not VARIANTS[args.variant].packaged:
         raise UsageError(f"extract needs the generator that was tuned: --base, a file or a folder with {args.variant}")
+    output_of(args)  # before minutes of work
     tuned, base = generator_tensors(args.tuned, args.variant), generator_tensors(args.base, args.variant)
     cut = extract_adapter(tuned, base, list(layer_shapes(args.variant)), args.rank, {"variant": args.variant})
     return write_cut(args, cut, cuts=True)
@@ -241,7 +242,7 @@ COMMANDS = {one.__name__: one for one in (info, convert, merge, resize, soup, ba
 @cli.entry_point
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    if args.command in ("convert", "merge", "resize", "soup", "bake", "extract"):  # before minutes of work
+    if args.command in ("convert", "merge", "resize", "soup", "bake"):  # before minutes of work
         output_of(args)
     return COMMANDS[args.command](args)
 

@@ -92,6 +92,7 @@ def test_merge_resize_soup_bake_and_extract(files, tmp_path, capsys):
         (["check", "A"], 2, "check takes the --variant"),
         (["info", "no.pt"], 1, "no.pt: no such file"),
         (["extract", "--variant", "tiny_16k"], 2, "extract takes --tuned"),
+        (["extract", "--tuned", "none.pth", "--variant", "tiny_16k", "--rank", "4"], 2, "extract writes a file"),
         (["merge", "A:x", "--output", "x.pt"], 1, "the strength is 'x'"),
     ],
 )

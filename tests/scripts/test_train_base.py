@@ -94,6 +94,16 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(run, sets, tmp_path):
     assert read_numbers(all_checkpoints(folder / "checkpoints")[-1])["seen"] == read_numbers(newest_of(run))["seen"]
 
 
+def test_snapshots_of_a_longer_run_keep_their_distance(run, sets, tmp_path, caplog):
+    """Those of before would be no multiples of the new distance, and be thinned away."""
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    assert train(sets, folder, "--steps", "6", "--sample_every", "0", "--resume", "auto", "--ema_every", "5") == 0
+    names = {path.name for path in (folder / "ema_ckpts").glob("0.*.pt")}
+    assert names == {f"0.{step}.pt" for step in range(1, 7)}
+    assert "go on at every 1 step, as this run began, not at every 5" in caplog.text
+
+
 def newest_of(run: Path) -> Path:
     return all_checkpoints(run / "checkpoints")[-1]
 

@@ -12,6 +12,7 @@ from torch import nn
 from selva.training.ema_snapshots import (
     choose,
     find_snapshots,
+    interval_of,
     read_mmaudio_track,
     snapshot_interval,
     thin_snapshots,
@@ -92,6 +93,15 @@ def test_thinning_depends_on_the_newest_step_alone(tmp_path):
     expected = [f"{track}.{step}.pt" for track in (0, 1) for step in (11, 4, 8)]
     assert names(tmp_path / "whole") == names(tmp_path / "stopped") == expected
     assert names(tmp_path / "whole") != []
+
+
+@pytest.mark.parametrize("steps, interval", [
+    ([5], 5), ([5, 10], 5), ([5, 10, 12], 5), ([10, 20, 30, 35], 10),  # 12 and 35: at the end of a run
+])
+def test_the_distance_of_what_is_there(tmp_path, steps, interval):
+    for step in steps:
+        write_snapshots(tmp_path, average_at(step))
+    assert interval_of(tmp_path) == interval
 
 
 def test_a_tracked_average_is_its_snapshot(tmp_path):

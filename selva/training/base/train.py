@@ -217,8 +217,8 @@ class _Training:
         every = torch.tensor(self.snapshot_every if self.world.is_main else 0, device=self.run.device)
         self.snapshot_every = int(self.world.sum_(every))
         if self.world.is_main and self.snapshot_every != wanted:
-            log.warning("snapshots of the averages go on at every %d steps, as this run began, not at every %d: at other "
-                        "steps the earlier ones could not stay", self.snapshot_every, wanted)
+            log.warning("snapshots of the averages go on at every %s, as this run began, not at every %d: at other "
+                        "steps the earlier ones could not stay", counted(self.snapshot_every, "step"), wanted)
 
     def _save(self, run: BaseRun) -> None:
         """Begin a checkpoint and draw the curves."""
