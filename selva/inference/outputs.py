@@ -58,14 +58,22 @@ class SoundFiles:
 
     def are_current(self, fingerprint: str) -> bool:
         """Return True where everything is there, and was made from what the fingerprint stands for."""
-        if not all(path.is_file() for path in (*self.written, self.settings)):
-            return False
-        text = self.settings.read_text(encoding="utf-8", errors="replace")
-        return text.rstrip("\n").rsplit("\n", 1)[-1] == FINGERPRINT_LINE + fingerprint
+        return all(path.is_file() for path in self.written) and self._fingerprint() == fingerprint
 
     def foreign(self) -> list[Path]:
-        """Return the files that are there without settings beside them: not ours, such as a clip's recorded sound."""
-        return [] if self.settings.exists() else [path for path in self.written if path.exists()]
+        """Return the sounds and videos that are there without our settings beside them, such as a recorded sound."""
+        return [] if self._fingerprint() is not None else [path for path in self.written if path.exists()]
+
+    def settings_are_foreign(self) -> bool:
+        """Return True if the place of the settings is taken by a file that :meth:`save` has not written."""
+        return self.settings.exists() and self._fingerprint() is None
+
+    def _fingerprint(self) -> str | None:
+        """Return the fingerprint in the settings that are there; None if there are none, or they are not ours."""
+        if not self.settings.is_file():
+            return None
+        last = self.settings.read_text(encoding="utf-8", errors="replace").rstrip("\n").rsplit("\n", 1)[-1]
+        return last.removeprefix(FINGERPRINT_LINE) if last.startswith(FINGERPRINT_LINE) else None
 
     def save(self, sound: Sound, settings: Mapping[str, Any], fingerprint: str) -> None:
         """Write the sound, the video and the settings; these first without, and in the end with the fingerprint.

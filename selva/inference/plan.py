@@ -190,18 +190,19 @@ def check_names(config: InferenceConfig, clips: Sequence[BatchClip]) -> None:
     if shared := shared_names(files):
         raise UsageError(f"{shared[0]} would be written twice; rename one of the clips, or another --output")
     check_targets(config, clips)
-    if config.output_is_file or config.overwrite:
-        return  # that very file is meant
-    foreign = [str(path) for clip in clips for variation in clip.variations for path in variation.files.foreign()]
+    if config.overwrite:
+        return
+    foreign = [str(path) for one in files for path in one.foreign() if path != config.output]  # that very file is meant
     if foreign:
-        raise UsageError(f"{listed(foreign)}: there already, and not made by infer.py (no .yaml beside it); name "
+        raise UsageError(f"{listed(foreign)}: there already, and not made by infer.py (no .yaml of it beside it); name "
                          "another --output, or replace it with --overwrite")
 
 
 def check_targets(config: InferenceConfig, clips: Sequence[BatchClip]) -> None:
     """Raise a UsageError if a sound or a video would replace what is read, or the sound that features are trained with.
 
-    Not even ``--overwrite`` can mean that: the next clip, or the next run, needs it.
+    Or if its settings would replace a ``.yaml`` of the user, such as that of ``--config``. Not even ``--overwrite`` can
+    mean that: the next clip, or the next run, needs it.
     """
     inputs = {key: path for path in files_read(config, clips) if (key := _file_key(path)) is not None}
     replaced, trained = [], []
@@ -218,6 +219,10 @@ def check_targets(config: InferenceConfig, clips: Sequence[BatchClip]) -> None:
     if trained:
         problems.append(f"{listed(trained)}: lies beside features of its name, so training would take it for their "
                         "sound; name another --output")
+    every = (variation.files for clip in clips for variation in clip.variations)
+    if taken := [str(files.settings) for files in every if files.settings_are_foreign()]:
+        problems.append(f"{listed(taken)}: not written by infer.py, but the settings of the sound would replace it; "
+                        "name another --output, or move it")
     if problems:
         raise UsageError("; ".join(problems))
 

@@ -84,8 +84,12 @@ def test_what_others_made_is_noticed(tmp_path):
     assert files.foreign() == []
     files.audio.touch()  # a recording
     assert files.foreign() == [files.audio]
-    files.settings.touch()
-    assert files.foreign() == []
+    assert not files.settings_are_foreign()
+    files.settings.write_text("steps: 25\n")  # the user's own
+    assert files.foreign() == [files.audio] and files.settings_are_foreign()
+    files.audio.unlink()
+    SoundFiles(files.audio, None).save(a_sound(), {"prompt": "x"}, "1")
+    assert files.foreign() == [] and not files.settings_are_foreign()
 
 
 def test_settings_come_before_and_are_completed_after_the_sound(tmp_path, monkeypatch):

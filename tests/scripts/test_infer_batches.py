@@ -173,6 +173,30 @@ def test_a_recording_is_not_replaced_by_mistake(feature_dir, tmp_path, capsys):
     assert (out / "knock_0.flac").read_bytes() != recorded
 
 
+def test_only_the_very_file_that_is_named_may_be_replaced(tmp_path, capsys):
+    """Two variations of take.flac are called take_1.flac and take_2.flac, which nobody has named."""
+    own = tmp_path / "take_2.flac"
+    own.write_text("a recording")
+    words = ("--prompt", "x", "--duration", "1.28")
+    assert run(*words, "--output", tmp_path / "take.flac", "--num_variations", "2") == 2
+    assert "take_2.flac: there already, and not made by infer.py" in capsys.readouterr().err
+    assert own.read_text() == "a recording"
+    assert run(*words, "--output", own) == 0
+    assert own.read_bytes()[:4] == b"fLaC"
+
+
+def test_settings_of_the_user_are_never_replaced(tmp_path, capsys):
+    mine = tmp_path / "dog.yaml"
+    mine.write_text("prompt: a dog  # barks\nduration: 1.28\n")
+    for more in ([], ["--overwrite"]):
+        assert run("--config", mine, "--output", tmp_path / "dog.flac", *more) == 2
+        assert "dog.yaml: not written by infer.py, but the settings of the sound would replace it" in \
+            capsys.readouterr().err
+    assert mine.read_text().startswith("prompt: a dog  # barks")
+    assert run("--config", mine, "--output", tmp_path / "bark.flac") == 0
+    assert run("--config", tmp_path / "bark.yaml", "--seed", "3") == 0  # its own settings
+
+
 @pytest.mark.parametrize("output", ["", "knock_0.flac", "knock_0.wav"])
 @pytest.mark.parametrize("more", [[], ["--overwrite"]])
 def test_the_sound_that_features_are_trained_with_is_never_replaced(feature_dir, capsys, output, more):
