@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from base_run import make_run, make_sets
@@ -24,7 +25,7 @@ def test_a_full_disk_does_not_part_the_processes(tmp_path, monkeypatch, caplog):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(train, "write_snapshot", full)
-    training = train._Training.__new__(train._Training)
+    training: Any = train._Training.__new__(train._Training)
     training.run = SimpleNamespace(step=1, average=SimpleNamespace(tracks=[{}, {}], sigma_rels=(0.05, 0.1)),
                                    weights=gathered.append)
     training.world, training.folder, training.snapshot_every = ALONE, tmp_path, 1
