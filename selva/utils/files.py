@@ -17,6 +17,7 @@ from typing import Any
 from selva.utils.errors import UserError
 
 PARTIAL_PREFIX = ".partial-"  # folders that hold an unfinished file; one that outlives its process can be deleted
+_CANNOT_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)  # for a folder; VirtualBox shares, AFS, gocryptfs
 
 
 @contextmanager
@@ -118,12 +119,15 @@ def flush_file(path: Path) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    """Make the rename itself durable, where the system can open a folder (Windows cannot)."""
+    """Make the rename itself durable, where the system can: Windows opens no folder, some file systems flush none."""
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _CANNOT_FLUSH:
+            raise
     finally:
         os.close(descriptor)
 

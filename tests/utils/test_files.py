@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import stat
 
 import pytest
 
@@ -77,3 +78,21 @@ def test_a_folder_is_not_replaced(tmp_path):
 def test_text_is_utf8_and_keeps_its_line_ends(tmp_path):
     atomic_write_text(tmp_path / "a.tsv", "id\tlabel\nä\tb\r\n")
     assert (tmp_path / "a.tsv").read_bytes() == "id\tlabel\nä\tb\r\n".encode()
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EOPNOTSUPP, errno.EIO, errno.ENOSPC])
+@pytest.mark.parametrize("of_folder", [True, False])
+def test_a_folder_that_cannot_be_flushed_stops_nothing(tmp_path, monkeypatch, code, of_folder):
+    def fail(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode) is of_folder:
+            raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    path = tmp_path / "a.txt"
+    if of_folder and code in (errno.EINVAL, errno.EOPNOTSUPP):  # the answer of some shares and encrypted file systems
+        atomic_write_text(path, "text")
+        assert path.read_text() == "text"
+        return
+    with pytest.raises(OSError, match=r"a\.txt") as caught:
+        atomic_write_text(path, "text")
+    assert caught.value.errno == code and path.exists() is of_folder  # what was not flushed itself is not put in place
