@@ -30,6 +30,7 @@ CANCELLED_DB = 20.0  # by which the mean of channels lies below them if they can
 
 _SUBTYPE = "PCM_24"  # 16 bits would put noise above the floor of the log-mel
 _SUFFIX_FORMATS = {".wav": "WAV", ".flac": "FLAC"}
+_FLAC_CHANNELS, _FLAC_RATE, _FLAC_FINE_RATE = 8, 655_350, 65_535  # above the last, rates are multiples of 10 Hz
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------
@@ -209,6 +210,17 @@ def _resampler(rate: int, target_rate: int) -> Resample:
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 
+def flac_problem(num_channels: int, rate: int) -> str:
+    """Return the reason why a .flac cannot hold a sound, "" if it can."""
+    if num_channels > _FLAC_CHANNELS:
+        return f"has {counted(num_channels, 'channel')}, but .flac holds {_FLAC_CHANNELS}"
+    if rate > _FLAC_RATE:
+        return f"has a rate of {rate} Hz, but .flac holds up to {_FLAC_RATE}"
+    if rate > _FLAC_FINE_RATE and rate % 10:
+        return f"has a rate of {rate} Hz, but above {_FLAC_FINE_RATE} .flac holds multiples of 10"
+    return ""
+
+
 def write_audio(path: PathLike, waveform: Tensor, rate: int) -> None:
     """Write sound as 24-bit WAV or FLAC, by the suffix of ``path``; every sample is kept, none is added.
 
@@ -216,7 +228,7 @@ def write_audio(path: PathLike, waveform: Tensor, rate: int) -> None:
         waveform: (channels, samples) or (samples,), full scale 1.0; what lies beyond is clipped with a warning.
 
     Raises:
-        ValueError: another suffix, an empty waveform, or values that are not finite.
+        ValueError: another suffix, an empty waveform, values that are not finite, or a .flac that cannot hold it.
         OSError: it cannot be written; what was there is untouched.
     """
     import soundfile
@@ -225,6 +237,8 @@ def write_audio(path: PathLike, waveform: Tensor, rate: int) -> None:
     if path.suffix.lower() not in _SUFFIX_FORMATS:
         raise UserError(f"{path}: cannot write {path.suffix or 'a file without suffix'}, expected .wav or .flac")
     samples = as_channels(waveform)
+    if path.suffix.lower() == ".flac" and (problem := flac_problem(len(samples), rate)):
+        raise UserError(f"{path}: the sound to write {problem}; convert it, or write .wav")
     if samples.shape[1] == 0 or not torch.isfinite(samples).all():
         raise UserError(f"{path}: the sound to write is empty or has values that are not finite")
     num_clipped = int((samples.abs() > 1).sum())
@@ -265,6 +279,8 @@ def extract_audio(
         FileNotFoundError, ValueError: as :func:`read_audio` and :func:`write_audio`.
     """
     waveform, rate = read_audio(video_path, start_sec, duration_sec)
+    if Path(out_path).suffix.lower() == ".flac" and (problem := flac_problem(len(waveform), rate)):
+        raise UserError(f"{video_path}: its sound {problem}; convert it")
     warn_of_cancellation(video_path, waveform)
     peak = waveform.abs().max().item()
     if peak > 1:

@@ -20,7 +20,7 @@ from selva.audio.silence import MOSTLY_SILENT, SilenceMap, find_silence
 from selva.inputs.media_files import say_not_taken, visible_files
 from selva.inputs.suffixes import AUDIO_SUFFIXES, VIDEO_SUFFIXES
 from selva.media import audio_length, read_audio, write_audio
-from selva.media.audio import warn_of_cancellation
+from selva.media.audio import flac_problem, warn_of_cancellation
 from selva.partition.config import CuttingConfig
 from selva.partition.pieces import WrittenPieces
 from selva.partition.segments import Segment, move_borders
@@ -35,7 +35,6 @@ log = logging.getLogger(__name__)
 LEFT_OUT_COLUMNS = ("file", "id", "start_sec", "end_sec", "reason")
 VIDEO_REASON = "a video; extract_features.py --windows cuts videos"
 OVERSHOOT_SEC = 0.05  # given times are rounded; a segment that ends this much too late is cut without a word
-FLAC_CHANNELS = 8
 
 
 @dataclass(frozen=True)
@@ -323,9 +322,8 @@ def write_piece(
         reached_sec = (window.start_sample + waveform.shape[1]) / rate
         raise UserError(f"{recording}: ends after {reached_sec:.2f} s, but its header promises at least "
                          f"{window.end_sample / rate:.2f} s; convert it")
-    if len(waveform) > FLAC_CHANNELS:
-        raise UserError(f"{recording}: has {counted(len(waveform), 'channel')}, but .flac holds {FLAC_CHANNELS}; "
-                        "convert it")
+    if problem := flac_problem(len(waveform), rate):
+        raise UserError(f"{recording}: {problem}; convert it")
     if not torch.isfinite(waveform).all():
         raise UserError(f"{recording}: has values that are not finite (NaN or infinite)")
     if (peak := waveform.abs().max().item()) > 1:

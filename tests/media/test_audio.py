@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from fractions import Fraction
 
 import av
@@ -13,6 +14,7 @@ import torch
 from make_media import click_time, clicks, make_video, picture_of
 
 from selva.media import audio_blocks, audio_length, extract_audio, prepare_audio, read_audio, write_audio
+from selva.utils.errors import UserError
 
 # -- read_audio -------------------------------------------------------------------------------------------------------
 
@@ -226,6 +228,28 @@ def test_sound_that_cannot_be_written_leaves_the_old_file(tmp_path):
     assert (tmp_path / "a.wav").read_bytes() == before
     with pytest.raises(ValueError, match=r"cannot write \.mp3"):
         write_audio(tmp_path / "a.mp3", torch.rand(100), 16_000)
+
+
+@pytest.mark.parametrize("channels, rate, reason", [
+    (9, 16_000, "has 9 channels, but .flac holds 8"),
+    (1, 655_360, "has a rate of 655360 Hz, but .flac holds up to 655350"),
+    (1, 65_536, "has a rate of 65536 Hz, but above 65535 .flac holds multiples of 10"),
+])
+def test_sound_that_flac_cannot_hold_is_no_full_disk(channels, rate, reason, tmp_path):
+    sound = torch.rand(channels, 9_000)
+    with pytest.raises(UserError, match=rf"a\.flac: the sound to write {re.escape(reason)}; convert it, or write .wav"):
+        write_audio(tmp_path / "a.flac", sound, rate)
+    write_audio(tmp_path / "a.wav", sound, rate)
+    with pytest.raises(UserError, match=rf"a\.wav: its sound {re.escape(reason)}; convert it$"):
+        extract_audio(tmp_path / "a.wav", tmp_path / "b.flac")
+    assert extract_audio(tmp_path / "a.wav", tmp_path / "b.wav") == 9_000 / rate
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.wav", "b.wav"]
+
+
+@pytest.mark.parametrize("channels, rate", [(8, 16_000), (1, 655_350), (1, 65_535)])
+def test_sound_that_flac_can_just_hold(channels, rate, tmp_path):
+    write_audio(tmp_path / "a.flac", torch.rand(channels, 9_000), rate)
+    assert audio_length(tmp_path / "a.flac") == (9_000, rate)
 
 
 def test_extracted_sound_is_that_of_the_clip(tmp_path):

@@ -172,6 +172,9 @@ def test_loud_pieces_are_scaled_and_impossible_ones_refused(tmp_path):
     soundfile.write(tmp_path / "b.wav", np.zeros((9_000, 9)), RATE)
     with pytest.raises(ValueError, match=r"b\.wav: has 9 channels"):
         write_piece(tmp_path / "b.wav", Window("b_0", "b", 0, 9_000), tmp_path / "out")
+    soundfile.write(tmp_path / "c.wav", np.zeros(9_000), 700_000)
+    with pytest.raises(ValueError, match=r"c\.wav: has a rate of 700000 Hz, but \.flac holds up to 655350; convert it"):
+        write_piece(tmp_path / "c.wav", Window("c_0", "c", 0, 9_000), tmp_path / "out")
     with pytest.raises(ValueError, match=r"a\.wav: ends after 2\.00 s"):
         write_piece(tmp_path / "a.wav", Window("a_0", "a", 8_000, 24_000), tmp_path / "out")
 
