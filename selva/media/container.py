@@ -318,8 +318,10 @@ def warn_of_uncertain_end(path: PathLike, container: Any, reached_sec: float) ->
 
 
 def _duration_is_end(container: Any, stream: Any) -> bool:
-    """Return True where lengths count from time stamp 0: in ASF, and in MP4 in fragments, whose index has no frames."""
-    return container.format.name == "asf" or (container.format.name.startswith("mov,") and not stream.frames)
+    """Return True where lengths count from time stamp 0: ASF, Opus in Ogg, MP4 in fragments (no frames in its index)."""
+    name = container.format.name
+    is_opus = name == "ogg" and can_decode(stream) and stream.codec_context.name in ("opus", "libopus")
+    return name == "asf" or is_opus or (name.startswith("mov,") and not stream.frames)
 
 
 def check_not_truncated(

@@ -125,18 +125,21 @@ def check_last_packet(path: PathLike, container: Any, packet: bytes | None, reac
         raise cut_error(path, reached_sec)
 
 
-def is_chained_ogg(path: PathLike) -> bool:
-    """Return True if an Ogg file holds streams one after the other, of which libsndfile reads the first."""
+def has_several_ogg_streams(path: PathLike) -> bool:
+    """Return True if an Ogg file holds streams one after the other, or beside each other as videos do.
+
+    libsndfile reads the first, if that is a sound, and does not know when it begins beside pictures.
+    """
     began = False
     with Path(path).open("rb") as file:
         while True:
             header = file.read(27)
             if len(header) < 27 or header[:4] != b"OggS":
                 return False
-            begins = bool(header[5] & 2)  # the streams of one video begin together
+            begins = bool(header[5] & 2)
             if begins and began:
                 return True
-            began |= not begins
+            began |= begins
             file.seek(sum(file.read(header[26])), 1)
 
 

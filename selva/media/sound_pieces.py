@@ -20,7 +20,7 @@ from selva.media.sound_header import (
     ROUNDING_SEC,
     check_ogg_end,
     cut_error,
-    is_chained_ogg,
+    has_several_ogg_streams,
     promised_frames,
     warn_of_uncounted,
 )
@@ -123,7 +123,7 @@ def _open_counted(path: PathLike) -> Any | None:
         file.close()
         raise UserError(f"{path}: has no header that says its rate, channels and format; convert it to .wav")
     is_guessed = file.format == "MP3" or "MPEG" in file.subtype  # by the bit rate
-    if is_guessed or not 0 < file.frames < _MOST_FRAMES or (file.format == "OGG" and is_chained_ogg(path)):
+    if is_guessed or not 0 < file.frames < _MOST_FRAMES or (file.format == "OGG" and has_several_ogg_streams(path)):
         file.close()
         return None
     return file

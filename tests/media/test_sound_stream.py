@@ -9,7 +9,7 @@ from fractions import Fraction
 import av
 import numpy as np
 import pytest
-from make_media import clicks, make_video, picture_of
+from make_media import click_time, clicks, make_video, picture_of
 
 from selva.media import audio_blocks, audio_length, copied_audio_suffix, extract_audio, probe, read_audio, read_video
 
@@ -321,6 +321,33 @@ def test_empty_packets_are_skipped(codec, page, tmp_path):
     path.write_bytes(with_empty_packet(path.read_bytes(), page))
     waveform, rate = read_audio(path)
     assert waveform.shape[1] / rate == pytest.approx(2.0, abs=0.03) and abs(waveform.shape[1] - whole.shape[1]) <= 256
+    assert audio_length(path) == (waveform.shape[1], rate)
+
+
+@pytest.mark.parametrize("codec", ["vorbis", "libopus"])
+@pytest.mark.parametrize("first", ["pictures", "sound"])
+def test_the_order_of_the_streams_of_an_ogg_video_moves_no_sound(codec, first, tmp_path):
+    if not {codec, "libvpx"} <= av.codecs_available:
+        pytest.skip(f"this PyAV has no {codec} or libvpx")
+    path = tmp_path / "a.ogv"
+    with av.open(str(path), "w") as file:
+        streams = {}
+        for kind in ("pictures", "sound") if first == "pictures" else ("sound", "pictures"):
+            streams[kind] = (file.add_stream("libvpx", rate=25) if kind == "pictures" else file.add_stream(
+                codec, rate=48_000, layout="stereo", options={"strict": "-2"}))
+        video, stream = streams["pictures"], streams["sound"]
+        video.width, video.height, video.pix_fmt = 64, 64, "yuv420p"
+        for number in range(50):
+            file.mux(video.encode(av.VideoFrame.from_ndarray(picture_of(number), format="rgb24")))
+        frame = av.AudioFrame.from_ndarray(clicks([0.5], 1.25, 48_000, 2), format="fltp", layout="stereo")
+        frame.sample_rate, frame.pts, frame.time_base = 48_000, 36_000, Fraction(1, 48_000)  # begins at 0.75 s
+        resampler = av.AudioResampler(format=stream.codec_context.format, layout="stereo", rate=48_000)
+        for converted in resampler.resample(frame):
+            file.mux(stream.encode(converted))
+        file.mux([*stream.encode(None), *video.encode(None)])
+    waveform, rate = read_audio(path)
+    assert click_time(waveform, rate) == pytest.approx(1.25, abs=0.01)
+    assert click_time(read_audio(path, 1.0)[0], rate) == pytest.approx(0.25, abs=0.01)
     assert audio_length(path) == (waveform.shape[1], rate)
 
 
