@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from make_media import make_video
+from make_media import clicks, make_video
 
 import selva
 from selva.training.config import RunConfig
@@ -31,6 +34,37 @@ def test_the_examples_run_in_their_order(tmp_path, monkeypatch, capsys):
     assert "2 clips, 0 failed" in out and f"run{'/'}adapter_final.pt" in out and "0.0003 16" in out
     assert {path.name for path in (tmp_path / "sounds").iterdir()} >= {"dog_0.flac", "dog_0.mp4", "dog_1.flac"}
     assert (tmp_path / "dog.flac").is_file() and (tmp_path / "dog.mp4").is_file()
+
+
+SCRIPT = """
+import os
+os.sched_getaffinity = lambda _pid: set(range(4))  # more cores than one, on any machine
+import selva
+
+def extract(**more):
+    return selva.extract(inputs="clips", output_dir="out", prompt="a dog", duration=0.64, variant="tiny_16k", **more)
+
+print([row["status"] for row in extract()])
+try:
+    extract(overwrite=True, workers=1)
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_a_script_without_a_guard_works_or_is_told_of_it(tmp_path):
+    """Every process that reads videos imports the main script: it must not extract there again."""
+    (tmp_path / "clips").mkdir()
+    for number in range(3):
+        make_video(tmp_path / "clips" / f"dog_{number}.mp4", 0.8, sound=clicks([0.3], 0.9))
+    (tmp_path / "script.py").write_text(SCRIPT)
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    first, *others = done.stdout.splitlines()
+    assert first == "['done', 'done', 'done']", done.stderr
+    (second,) = others
+    assert re.search(r"script\.py: a process that was to read videos has ended .* if __name__ == \"__main__\":", second)
+    assert "selva.extract was called again by a process that only imports this script" in done.stderr
 
 
 @pytest.mark.parametrize("settings, message", [

@@ -14,6 +14,7 @@ import json
 import logging
 import multiprocessing
 import os
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -26,33 +27,20 @@ import torch.multiprocessing
 from torch.utils.data import DataLoader, Dataset
 
 from selva.data.latents import FRONT_END
-from selva.extraction.clip_sound import (
-    UnusableClip,
-    is_silent,
-    sound_file,
-    sound_seconds,
-    unused_seconds,
-    vae_waveform,
-)
+from selva.extraction.clip_sound import UnusableClip, is_silent, sound_file, sound_seconds, unused_seconds, vae_waveform
 from selva.extraction.contact_sheet import is_sheet_of, write_contact_sheet
 from selva.extraction.extractor import clip_settings
 from selva.extraction.manifest import DONE, FAILED, SKIPPED
 from selva.extraction.pairs import PairFolder, StagedSound
 from selva.features import NO_PICTURES, FeatureBundle
 from selva.inputs.jobs import ClipJob
-from selva.media import (
-    SELVA_FILL_SEC,
-    MaskSettings,
-    VideoFrames,
-    copy_audio,
-    extract_audio,
-    read_video,
-)
+from selva.media import SELVA_FILL_SEC, MaskSettings, VideoFrames, copy_audio, extract_audio, read_video
 from selva.media.container import check_file
 from selva.models.variants import get_variant
 from selva.sequence import DEFAULT_DURATION_SEC, SequenceConfig, sequence_config
 from selva.utils import torchrun
 from selva.utils.device import peak_memory_bytes
+from selva.utils.errors import UserError
 from selva.utils.files import source_hash
 from selva.utils.logging import setup_logging
 from selva.utils.progress import StageTimes
@@ -384,6 +372,7 @@ def read_clips(reader: ClipReader, indices: Sequence[int], num_workers: int, deb
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
+            _check_start()
             log.warning("a process that reads videos has died; the next clips are read one by one to find the cause")
             suspects = indices[position : position + num_workers * (_AHEAD + 1)]
             for index in suspects:
@@ -403,15 +392,31 @@ def _read_alone(reader: ClipReader, index: int, debug: bool) -> ReadClip:
     return clip
 
 
-def _loader(reader: ClipReader, indices: Sequence[int], num_workers: int, debug: bool) -> Iterator[ReadClip]:
+def _check_start() -> None:
+    """Raise if processes end before they read anything: each imports the main script first, which may do its work."""
+    idle = _context().Process(target=_unchanged, args=(None,))
+    idle.start()
+    idle.join()
+    if idle.exitcode:
+        script = getattr(sys.modules["__main__"], "__file__", "the script")
+        raise UserError(f"{script}: a process that was to read videos has ended before it read one (exit code "
+                        f"{idle.exitcode}); it imports this script first, so what the script does has to stand under "
+                        "if __name__ == \"__main__\": in it, or take workers=0")
+
+
+def _context() -> Any:
     # Forking a process that uses a GPU or threads is not safe; a server that has only imported this module can.
     methods = torch.multiprocessing.get_all_start_methods()
     context = torch.multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
     if "forkserver" in methods:
         context.set_forkserver_preload(["selva.extraction.reader", "av", "soundfile", "torchvision.transforms.v2"])
+    return context
+
+
+def _loader(reader: ClipReader, indices: Sequence[int], num_workers: int, debug: bool) -> Iterator[ReadClip]:
     return iter(DataLoader(
         reader, sampler=indices, batch_size=None, num_workers=min(num_workers, len(indices)), prefetch_factor=_AHEAD,
-        multiprocessing_context=context, collate_fn=_unchanged,
+        multiprocessing_context=_context(), collate_fn=_unchanged,
         worker_init_fn=functools.partial(_set_up_worker, debug),
     ))
 

@@ -318,7 +318,7 @@ def warn_of_uncertain_end(path: PathLike, container: Any, reached_sec: float) ->
 
 
 def _duration_is_end(container: Any, stream: Any) -> bool:
-    """Return True where lengths count from time stamp 0: ASF, Opus in Ogg, MP4 in fragments (no frames in its index)."""
+    """Return True where lengths count from time stamp 0: ASF, Opus in Ogg, MP4 in fragments (no frames in index)."""
     name = container.format.name
     is_opus = name == "ogg" and can_decode(stream) and stream.codec_context.name in ("opus", "libopus")
     return name == "asf" or is_opus or (name.startswith("mov,") and not stream.frames)
