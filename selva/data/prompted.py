@@ -95,7 +95,7 @@ def with_prompts(
         use_cache: False leaves a memmap without a cache beside it.
     """
     found = _listed_prompts(clips)
-    own = clips.prompts if isinstance(clips, MemmapDataset) else [clip.files.prompt for clip in clips.clips]
+    own = clips.encoded_prompts if isinstance(clips, MemmapDataset) else [clip.files.prompt for clip in clips.clips]
     prompts = [tuple(dict.fromkeys(with_prefix(prefix, one) for one in (texts if several else texts[:1])))
                for texts in found]
     if all(texts == (one,) for texts, one in zip(prompts, own, strict=True)):
@@ -105,8 +105,8 @@ def with_prompts(
     warn_of_cut_prompts(added, variant.clip)
     of_video = {name for name, _ in added} & _with_video(clips)
     if variant.family == "selva" and of_video:
-        log.info("%s other prompts than at the extraction (a prefix, or several prompts): the text features follow "
-                 "them, the video features do not", counted(len(of_video), "clip has", "clips have"))
+        log.info("%s other prompts than at the extraction (a prefix, several prompts, or edited labels): the text "
+                 "features follow them, the video features do not", counted(len(of_video), "clip has", "clips have"))
     if isinstance(clips, MemmapDataset):  # nothing may lie in its folder but what its readers expect there
         folder = real_path(clips.folder)
         cache = DataCache(folder.parent, use_cache, f"{folder.name}{CACHE_FOLDER}")

@@ -247,7 +247,7 @@ class LatentDecoder:
 def memmap_to_folder(
     rows: MemmapDataset, target: Path, variant: Variant, decoder: LatentDecoder | None, report: Report
 ) -> None:
-    """Write the rows of a memmap as ``<id>.npz`` with text features and latents.
+    """Write the rows of a memmap as ``<id>.npz`` with latents, and text features unless the label was edited.
 
     Args:
         decoder: writes ``<id>.flac`` too, decoded from the latents: an approximation of the sound that was encoded.
@@ -271,12 +271,17 @@ def memmap_to_folder(
             report(Conversion(clip_id, problem=f"{rows.folder}, row {index} ({clip_id!r}): {problem}"))
             continue
         try:
-            made = _write_clip(rows.clip(index), rows.folder.name, target / f"{clip_id}.npz", variant, decoder)
+            made = _write_clip(rows.clip(index), rows.prompts[index], rows.folder.name, target / f"{clip_id}.npz",
+                               variant, decoder)
         except (ValueError, OSError) as error:
             report(Conversion(clip_id, problem=f"{rows.folder}, row {index} ({clip_id!r}): {error}"))
             continue
         report(Conversion(clip_id, made=made))
     _warn_of_leftovers(target, rows.folder.name, seen)
+    if edited := rows.edited:
+        video = "; the video features stay those of the label before" if variant.family == "selva" else ""
+        log.warning("%s edited after the extraction, so no text features are written, which training makes of the new "
+                    "words%s: %s", counted(len(edited), "label was", "labels were"), video, listed(edited))
 
 
 def _warn_of_leftovers(target: Path, source: str, ids: Collection[str]) -> None:
@@ -293,23 +298,26 @@ def _warn_of_leftovers(target: Path, source: str, ids: Collection[str]) -> None:
 
 
 def _write_clip(
-    clip: TrainingClip, source: str, path: Path, variant: Variant, decoder: LatentDecoder | None
+    clip: TrainingClip, label: str, source: str, path: Path, variant: Variant, decoder: LatentDecoder | None
 ) -> tuple[Path, ...]:
     """Write the files of one row; return those that were not current.
+
+    Args:
+        label: of the row in the table; text features that were made of another are left out.
 
     Raises:
         ValueError: values that are not finite, or a file of somebody else is in the way.
     """
     settings: dict[str, Any] = {"conversion_version": CONVERSION_VERSION, "converted_from": source,
-                                "row_sha256": _row_hash(clip, variant)}
+                                "row_sha256": _row_hash(clip, label, variant)}
     found = _found_settings(path)
     is_current = found is not None and all(found.get(key) == value for key, value in settings.items())
     sound_path = path.with_suffix(".flac")
     sound = _beside(path, decoded=str((found or {}).get("decoded_sound_sha256", "")))
     bundle = FeatureBundle(
         clip_features=clip.clip_f[None], sync_features=clip.sync_f[None], duration=DEFAULT_DURATION_SEC,
-        prompt=clip.prompt, variant=variant.name, text_features=clip.text_f[None], latent_mean=clip.mean[None],
-        latent_std=clip.std[None], settings=settings,
+        prompt=label, variant=variant.name, text_features=clip.text_f[None] if clip.prompt == label else None,
+        latent_mean=clip.mean[None], latent_std=clip.std[None], settings=settings,
     )  # checked before a sound is decoded
     made: list[Path] = []
     if decoder is not None:
@@ -384,10 +392,11 @@ def _beside(path: Path, decoded: str) -> _SoundBeside:
     return _SoundBeside(is_decoded, decoded if is_decoded else "", of_others)
 
 
-def _row_hash(clip: TrainingClip, variant: Variant) -> str:
+def _row_hash(clip: TrainingClip, label: str, variant: Variant) -> str:
     """Return a hash of everything that goes into a feature file, the label included."""
-    tensors = (clip.mean, clip.std, clip.text_f, clip.clip_f, clip.sync_f)
-    return _hash([*map(_tensor_hash, tensors), clip.prompt, variant.name])
+    texts = [clip.text_f] if clip.prompt == label else []
+    tensors = (clip.mean, clip.std, *texts, clip.clip_f, clip.sync_f)
+    return _hash([*map(_tensor_hash, tensors), label, variant.name])
 
 
 def _tensor_hash(tensor: Tensor) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -139,6 +140,39 @@ def test_rows_of_a_memmap_have_a_prefix_and_several_prompts_too(tmp_path, caplog
     assert torch.equal(clips.prompt(1, 1)[1], encoder.encode(["first"])[0])
     assert "rows.prompts.txt: of no row of" in caplog.text and "id_7" in caplog.text
     assert prompts_of(prompted(rows, "sks"), 1) == ['sks says "1"', "sks first"]
+
+
+def _record(tmp_path, rows, digests):
+    record = {"plan": {"rows": rows}, "digests": digests}
+    (tmp_path / "rows.rows.json").write_text(json.dumps(record))
+
+
+def test_a_label_that_was_edited_has_its_own_text_features(tmp_path, caplog):
+    folder = _memmap(tmp_path)
+    made = [["id_0", "a gong"], ["left out", "a dog"], ["id_1", 'says "1"'], ["another", "a cat"]]
+    _record(tmp_path, made, ["x", None, "x", "x"])
+    rows = MemmapDataset(folder, TINY)
+    assert rows.edited == ["id_0"] and rows.clip(0).prompt == "a gong"  # nothing is known of what is not in the record
+    with caplog.at_level("INFO"):
+        clips = prompted(rows)
+    assert "1 clip has other prompts than at the extraction (a prefix, several prompts, or edited" in caplog.text
+    assert [prompts_of(clips, index) for index in range(3)] == [['says "0"'], ['says "1"'], ['says "2"']]
+    assert torch.equal(clips.clip(0).text_f, load_clip_text("tiny_16k").encode(['says "0"'])[0])
+    assert clips.clip(0).prompt == 'says "0"' and torch.equal(clips.clip(0).sync_f, rows.clip(0).sync_f)
+    for index in (1, 2):
+        assert torch.equal(clips.clip(index).text_f, rows.clip(index).text_f)
+    (tmp_path / "rows.prompts.txt").write_text("id_0: a gong\n")  # the words of the extraction again
+    assert torch.equal(prompted(rows).clip(0).text_f, rows.clip(0).text_f)
+
+
+@pytest.mark.parametrize("record", ["[" * 200_000, "{}", '{"plan": {"rows": [1]}, "digests": ["x"]}',
+                                    '{"plan": {"rows": []}, "digests": []}'])
+def test_a_record_that_says_nothing_about_the_rows(tmp_path, record, caplog):
+    folder = _memmap(tmp_path)
+    (tmp_path / "rows.rows.json").write_text(record)
+    rows = MemmapDataset(folder, TINY)
+    assert rows.encoded_prompts == rows.prompts and prompted(rows) is rows
+    assert ("rows.rows.json: cannot be read" in caplog.text) is ("[]" not in record)
 
 
 def test_nothing_is_written_into_a_memmap(tmp_path):

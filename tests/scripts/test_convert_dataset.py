@@ -235,6 +235,26 @@ def test_an_edited_label_is_converted_again(tmp_path, caplog):
     assert "0 converted, 2 already current" in caplog.text and snapshot(tmp_path / "clips") == after
 
 
+def test_an_edited_label_does_not_keep_the_text_features_of_the_old_one(tmp_path, caplog):
+    convert(put_folder(tmp_path / "clips"), tmp_path / "data")
+    convert(tmp_path / "data", tmp_path / "back")
+    assert "edited after" not in caplog.text
+    table = tmp_path / "data.tsv"
+    table.write_text(table.read_text().replace("a bell", "a violin"))
+    assert convert(tmp_path / "data", tmp_path / "back") == 0 and "1 converted, 2 already current" in caplog.text
+    assert ("1 label was edited after the extraction, so no text features are written, which training makes of the new "
+            "words; the video features stay those of the label before: b") in caplog.text
+    assert load_features(tmp_path / "back" / "a.npz").text_features is not None
+    bundle = load_features(tmp_path / "back" / "b.npz")
+    assert bundle.prompt == "a violin" and bundle.text_features is None and bundle.latent_mean is not None
+    assert convert(tmp_path / "data", tmp_path / "back") == 0 and "0 converted, 3 already current" in caplog.text
+
+    assert convert(tmp_path / "back", tmp_path / "again") == 0
+    row = MemmapDataset(tmp_path / "again", TINY).clip(1)
+    text = FeatureExtractor(TINY, None, torch.device("cpu")).text_features("a violin")
+    assert row.prompt == "a violin" and torch.equal(row.text_f, text[0])
+
+
 def test_an_edited_list_of_prompts_is_converted_again(tmp_path, caplog):
     source = put_folder(tmp_path / "clips")
     assert convert(source, tmp_path / "data") == 0

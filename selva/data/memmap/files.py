@@ -17,6 +17,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import itertools
 import json
 import logging
 import math
@@ -28,14 +29,14 @@ from pathlib import Path
 from typing import Any
 
 from selva.data.memmap.journal import Entry, RowJournal, entry_line, replay
-from selva.data.memmap.reader import META_FILE, partial_path, table_path
+from selva.data.memmap.reader import META_FILE, RECORD_SUFFIX, partial_path, record_path, table_path
 from selva.utils.errors import UserError
 from selva.utils.files import atomic_write_text, flush_file, flush_folder, real_path
 from selva.utils.text import counted
 
 log = logging.getLogger(__name__)
 
-PLAN_FILE, SEAL_FILE, TABLE_FILE, DATA_FOLDER = "plan.json", "rows.json", "table.tsv", "data"
+PLAN_FILE, SEAL_FILE, TABLE_FILE, DATA_FOLDER = "plan.json", RECORD_SUFFIX, "table.tsv", "data"
 
 Plan = dict[str, Any]  # column, shapes, settings, rows (id and label each), recipe: as JSON gives it back
 
@@ -64,7 +65,7 @@ class SetFiles:
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = real_path(folder)
         self.table = table_path(self.folder)
-        self.record = self.folder.with_name(f"{self.folder.name}.{SEAL_FILE}")
+        self.record = record_path(self.folder)
         self.partial = partial_path(self.folder)
         self.confirmed = self.folder.with_name(f".{self.folder.name}.confirmed")
         self.lock = self.folder.with_name(f".{self.folder.name}.lock")
@@ -148,16 +149,11 @@ class SetFiles:
         Raises:
             ValueError: all are left out.
         """
-        kept = [row for row, digest in zip(plan["rows"], digests, strict=True) if digest is not None]
-        if not kept:
+        if all(digest is None for digest in digests):
             raise UserError(f"{self.folder}: none of {counted(len(digests), 'clip')} could be used, so no data set was "
                             "written")
-        text = io.StringIO()
-        table = csv.writer(text, delimiter="\t", lineterminator="\n")
-        table.writerow(["id", plan["column"]])
-        table.writerows(kept)
-        atomic_write_text(generation / TABLE_FILE, text.getvalue())
         record = {"plan": plan, "digests": digests}
+        atomic_write_text(generation / TABLE_FILE, _table_of(record))
         atomic_write_text(generation / SEAL_FILE, json.dumps(record, ensure_ascii=False) + "\n")
 
     def publish(self, generation: Path) -> None:
@@ -172,6 +168,7 @@ class SetFiles:
             flush_file(data / META_FILE)
             flush_folder(data)
             # Never a table beside the rows of another set: without any, readers say that it is missing.
+            self._keep_edited_table()
             self.table.unlink(missing_ok=True)
             flush_folder(self.folder.parent)
             if self.folder.is_dir():
@@ -183,6 +180,18 @@ class SetFiles:
         self.forget_confirmed()  # they were about the set before
         flush_folder(self.folder.parent)
         remove(generation)
+
+    def _keep_edited_table(self) -> None:
+        """Give the table another name, and say so, if it is not as it was written."""
+        written = _table_of(_read_json(self.record)) if self.record.is_file() else ""
+        if not self.table.is_file() or self.table.read_bytes() == written.encode():
+            return
+        names = (f"{self.table.name}.bak{number or ''}" for number in itertools.count())
+        kept = next(path for path in map(self.table.with_name, names) if not path.exists())
+        os.rename(self.table, kept)
+        log.warning("%s: was edited after the extraction that wrote it, whose rows are replaced now: the edited table "
+                    "is kept as %s, the new one has the prompts of this extraction; to train with your labels, copy "
+                    "them into the new one, or give them to the extraction as prompts", self.table, kept.name)
 
 
 def same_plan(one: Plan, two: Plan) -> bool:
@@ -235,6 +244,16 @@ def _carry_over(source: Content, plan: Plan, data: Path, entries: dict[int, Entr
                 file.write(old_file.read(size))
     if moves:
         log.info("kept from an earlier run: %s", counted(len(moves), "row"))
+
+
+def _table_of(record: Mapping[str, Any]) -> str:
+    """Return the text of the table of a set: the rows of its plan that are not left out."""
+    text = io.StringIO()
+    table = csv.writer(text, delimiter="\t", lineterminator="\n")
+    table.writerow(["id", record["plan"]["column"]])
+    table.writerows(row for row, digest in zip(record["plan"]["rows"], record["digests"], strict=True)
+                    if digest is not None)
+    return text.getvalue()
 
 
 def _read_json(path: Path) -> Any:

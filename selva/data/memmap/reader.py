@@ -34,7 +34,7 @@ from selva.utils.text import counted
 
 log = logging.getLogger(__name__)
 
-META_FILE = "meta.json"
+META_FILE, RECORD_SUFFIX = "meta.json", "rows.json"
 TEXT_COLUMNS = ("label", "caption")  # of video sets, of audio sets
 SOUND_KEYS = ("mean", "std", "text_features")
 VIDEO_KEYS = ("clip_features", "sync_features")
@@ -82,6 +82,12 @@ def manifest_path(folder: Path) -> Path:
     return folder.parent / f"{folder.name}.manifest.jsonl"
 
 
+def record_path(folder: Path) -> Path:
+    """Return the record of its rows that an extraction has left beside a memmap; those of other programs have none."""
+    folder = real_path(folder)
+    return folder.parent / f"{folder.name}.{RECORD_SUFFIX}"
+
+
 def row_prompts_path(folder: Path) -> Path:
     """Return the list of prompts (``id: prompt``) that may lie beside a memmap, with several for a row, say."""
     folder = real_path(folder)
@@ -95,7 +101,7 @@ def partial_path(folder: Path) -> Path:
 
 
 class MemmapDataset(ClipDataset):
-    """The rows of a memmap, 8 s each.
+    """The rows of a memmap, 8 s each. ``prompts`` are the table's; a clip has the one that its features were made of.
 
     Args:
         folder: holds ``meta.json``; the table lies beside it, ``<folder>.tsv``.
@@ -123,6 +129,34 @@ class MemmapDataset(ClipDataset):
     @property
     def ids(self) -> list[str]:
         return self._ids
+
+    @functools.cached_property
+    def encoded_prompts(self) -> list[str]:
+        """The prompts whose text features the rows hold: those of the extraction, where labels were edited after it.
+
+        Without a record of it, those of the table.
+        """
+        path = record_path(self.folder)
+        try:
+            record = json.loads(path.read_bytes())
+            rows = [(row[0], row[1]) for row, digest in zip(record["plan"]["rows"], record["digests"], strict=True)
+                    if digest is not None]
+        except FileNotFoundError:
+            return self.prompts
+        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+            log.warning("%s: cannot be read (%s), so labels that were edited after the extraction are trained on with "
+                        "the text features of before; extract again", path, error)
+            return self.prompts
+        if len(rows) != len(self):  # of another set
+            return self.prompts
+        return [str(encoded) if made == clip_id else prompt
+                for (made, encoded), clip_id, prompt in zip(rows, self._ids, self.prompts, strict=True)]
+
+    @property
+    def edited(self) -> list[str]:
+        """The ids of rows whose label was edited after the extraction."""
+        return [clip_id for clip_id, prompt, encoded in zip(self._ids, self.prompts, self.encoded_prompts, strict=True)
+                if prompt != encoded]
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -183,7 +217,7 @@ class MemmapDataset(ClipDataset):
             log.warning("%s: row %d (%s) has values that are not finite in %s; extract it again, or leave it out",
                         self.folder, index, self._ids[index], " and ".join(bad))
         return TrainingClip(
-            id=self._ids[index], prompt=self.prompts[index], audio_path=None, sequence=self.sequence,
+            id=self._ids[index], prompt=self.encoded_prompts[index], audio_path=None, sequence=self.sequence,
             mean=row["mean"], std=row["std"], text_f=row["text_features"],
             clip_f=row.get("clip_features", _absent(self.sequence.clip_seq_len, self.widths["clip"])),
             sync_f=row.get("sync_features", _absent(self.sequence.sync_seq_len, self.widths["sync"])),

@@ -24,7 +24,7 @@ from selva.training.base.statistics import latent_statistics
 from selva.training.power_ema import SIGMA_RELS
 from selva.utils.distributed import World
 from selva.utils.errors import UserError
-from selva.utils.text import counted
+from selva.utils.text import counted, listed
 from selva.weights.load import load_clip_text, load_generator, read_checkpoint
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,11 @@ def open_memmap(path: Path, variant: Variant) -> MemmapDataset:
     if not is_memmap(path):
         raise UserError(f"{path}: is no memmap; a base model is trained on those of extract_features.py --format "
                         "memmap or MMAudio's. scripts/convert_dataset.py makes one of a folder of .npz files")
-    return MemmapDataset(path, variant)
+    rows = MemmapDataset(path, variant)
+    if edited := rows.edited:
+        log.warning("%s: %s edited after the extraction, and text features are still those of before; extract again "
+                    "with the new prompts: %s", path, counted(len(edited), "label was", "labels were"), listed(edited))
+    return rows
 
 
 def load_data(config: BaseTrainConfig) -> tuple[MixedClips, ClipDataset, list[MemmapDataset]]:

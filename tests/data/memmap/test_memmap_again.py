@@ -56,6 +56,21 @@ def test_only_what_has_changed_is_made_again(tmp_path, change, start):
     assert files(tmp_path / "a" / "data") == files(tmp_path / "b" / "data")
 
 
+def test_an_edited_table_is_kept_by_another_name(tmp_path, caplog):
+    table = tmp_path / "data.tsv"
+    extract(tmp_path / "data")
+    assert extract(tmp_path / "data", CLIPS[:5]) == ([], True) and "edited" not in caplog.text
+    for kept in ("data.tsv.bak", "data.tsv.bak1"):
+        edited = table.read_text().replace('"says ""0"""', "a violin")
+        table.write_text(edited)
+        assert extract(tmp_path / "data", CLIPS[:5] if "1" in kept else CLIPS)[1]
+        assert (tmp_path / kept).read_text() == edited and "a violin" not in table.read_text()
+        assert "data.tsv: was edited after the extraction that wrote it" in caplog.text
+        assert f"the edited table is kept as {kept}, the new one has the prompts of this extraction" in caplog.text
+    table.write_text(edited)
+    assert extract(tmp_path / "data", CLIPS[:5]) == ([], True) and table.read_text() == edited  # nothing is written
+
+
 def test_training_on_an_unfinished_set_says_so(tmp_path):
     with open_writer(tmp_path / "data") as writer:
         do(writer, share=range(3))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
 import pathlib
@@ -13,6 +14,7 @@ import small_run
 import torch
 from base_run import CONFIG, make_run, make_sets
 from golden_case import GOLDEN
+from make_data import TINY, put_memmap
 from small_run import SMALL, make_base
 
 from selva.data.dataset import Batch
@@ -22,7 +24,7 @@ from selva.training.base import run as run_module
 from selva.training.base.checkpoint import Checkpoints, all_checkpoints, find_checkpoint, load_, read_numbers
 from selva.training.base.mmaudio_files import MMAudioSchedule, MMAudioState, write_checkpoint
 from selva.training.base.run import MOMENTS, BaseRun, choose_trainable_
-from selva.training.base.setup import go_on_from_mmaudio_
+from selva.training.base.setup import go_on_from_mmaudio_, open_memmap
 from selva.training.base.stream import BatchStream, Part, Step, own_parts
 from selva.training.objective import ALONE, NoiseSample
 from selva.utils.distributed import World
@@ -340,3 +342,13 @@ def test_a_training_of_mmaudio_goes_on(tmp_path):
 def test_a_training_of_mmaudio_of_another_model_is_refused():
     with pytest.raises(UserError, match="expected"):
         go_on_from_mmaudio_(make_run(), GOLDEN / "base_checkpoint" / "tiny_ckpt_last.pth")
+
+
+def test_labels_that_were_edited_after_the_extraction_are_said(tmp_path, caplog):
+    """A base training reads the text features of the rows, whatever their labels are by now."""
+    put_memmap(tmp_path / "rows", rows=2)
+    record = {"plan": {"rows": [["id_0", 'says "0"'], ["id_1", "a gong"]]}, "digests": ["x", "x"]}
+    (tmp_path / "rows.rows.json").write_text(json.dumps(record))
+    open_memmap(tmp_path / "rows", TINY)
+    assert "rows: 1 label was edited after the extraction, and text features are still those of before" in caplog.text
+    assert caplog.text.rstrip().endswith("extract again with the new prompts: id_1")
