@@ -1,4 +1,4 @@
-"""What a figure was measured with: the version of the code, and the machine."""
+"""The version of the code and the machine that a figure was measured with."""
 
 from __future__ import annotations
 
