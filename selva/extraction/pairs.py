@@ -13,8 +13,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -290,8 +290,8 @@ class PairFolder:
 
     def close(self) -> None:
         """Remove the folder of waiting sounds where nothing waits."""
-        if self.waiting.is_dir() and not any(self.waiting.iterdir()):
-            shutil.rmtree(self.waiting, ignore_errors=True)
+        with suppress(OSError):  # there is none, or another job has a sound in it
+            self.waiting.rmdir()
 
 
 def same_samples(one: Path, two: Path) -> bool:

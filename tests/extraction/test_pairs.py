@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from make_media import clicks, make_video
 import extract_features
 from selva.extraction import outputs, pairs
 from selva.extraction.manifest import read_manifest
+from selva.extraction.pairs import PairFolder
 from selva.features import FeatureBundle, load_features, save_features
 
 ARGUMENTS = ["--variant", "tiny_16k", "--device", "cpu", "--workers", "0", "--duration", "1"]
@@ -243,6 +245,34 @@ def test_the_file_says_what_was_placed(two_videos, tmp_path):
     (line,) = (tmp_path / ".extract" / "written.jsonl").read_text().splitlines()
     assert json.loads(line)["source"] == str(two_videos[0].resolve())
     assert not (tmp_path / ".extract" / "waiting").exists()
+
+
+def test_a_sound_that_comes_while_another_job_ends_stays(tmp_path, monkeypatch):
+    folder = PairFolder(tmp_path, tmp_path / ".extract")
+    folder.waiting.mkdir(parents=True)
+
+    def after_another_job_began_to_write(remove):
+        def removing(path, *more, **options):
+            (folder.waiting / "dog.flac").write_bytes(b"of the other job")
+            return remove(path, *more, **options)
+        return removing
+
+    for owner, name in ((Path, "rmdir"), (shutil, "rmtree")):
+        monkeypatch.setattr(owner, name, after_another_job_began_to_write(getattr(owner, name)))
+    folder.close()
+    assert (folder.waiting / "dog.flac").is_file()
+
+
+def test_the_folder_of_waiting_sounds_goes_with_the_last_of_them(tmp_path):
+    folder = PairFolder(tmp_path, tmp_path / ".extract")
+    folder.close()  # there is none
+    folder.waiting.mkdir(parents=True)
+    (folder.waiting / "dog.flac").touch()
+    folder.close()
+    assert folder.waiting.is_dir()
+    (folder.waiting / "dog.flac").unlink()
+    folder.close()
+    assert not folder.waiting.exists()
 
 
 # -- what is left of other lists --------------------------------------------------------------------------------------
