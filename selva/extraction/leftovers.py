@@ -8,6 +8,7 @@ from pathlib import Path
 
 from selva.extraction.manifest import DONE, Row
 from selva.extraction.pairs import PairFolder
+from selva.inputs.file_names import same_name
 from selva.utils.text import counted, listed
 
 log = logging.getLogger(__name__)
@@ -15,9 +16,11 @@ log = logging.getLogger(__name__)
 
 def leftovers(folder: Path, rows: Sequence[Row]) -> tuple[list[str], list[str]]:
     """Return the ids of feature files that are not in the list of clips, and of those that are, but were not done."""
-    states = {row["id"]: row["status"] for row in rows}
-    found = sorted(path.stem for path in folder.glob("*.npz") if not path.name.startswith("."))
-    return ([id_ for id_ in found if id_ not in states], [id_ for id_ in found if states.get(id_, DONE) != DONE])
+    states = {same_name(row["id"]): row["status"] for row in rows}
+    found = {path.stem: states.get(same_name(path.stem)) for path in sorted(folder.glob("*.npz"))
+             if not path.name.startswith(".")}
+    return ([id_ for id_, status in found.items() if status is None],
+            [id_ for id_, status in found.items() if status not in (None, DONE)])
 
 
 def report_leftovers(pairs: PairFolder, rows: Sequence[Row], prune: bool) -> None:

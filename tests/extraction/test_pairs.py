@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from make_media import clicks, make_video
 
 import extract_features
 from selva.extraction import outputs, pairs
+from selva.extraction.leftovers import leftovers
 from selva.extraction.manifest import read_manifest
 from selva.extraction.pairs import PairFolder
 from selva.features import FeatureBundle, load_features, save_features
@@ -311,6 +313,16 @@ def test_pruning_leaves_a_sound_of_the_users_own(three_clips, own_sound, capsys)
     assert extract(videos, out, "--prune") == 1
     assert set(state(out)) == {"a.npz", "a.flac", "c.npz", "c.flac"} and path.read_bytes() == content
     assert "which --prune does not remove" in capsys.readouterr().err
+
+
+def test_a_clip_is_listed_however_its_disk_writes_the_accent_in_its_name(tmp_path):
+    """Some disks hand out decomposed names: what was just extracted would be pruned."""
+    decomposed = unicodedata.normalize("NFD", "b\u00e9b\u00e9")
+    for name in (decomposed, "other"):
+        (tmp_path / f"{name}.npz").touch()
+    rows = [{"id": unicodedata.normalize("NFC", decomposed), "status": "done"}]
+    assert leftovers(tmp_path, rows) == (["other"], [])
+    assert leftovers(tmp_path, [{**rows[0], "status": "failed"}]) == (["other"], [decomposed])
 
 
 def test_training_says_which_clips_are_not_of_the_last_extraction(three_clips, caplog):
