@@ -131,6 +131,9 @@ class ExtractionConfig:
              "--audio none leaves the sound to you and --audio_dir says where it is; give one of them"),
             (self.sound_only and (self.masks.mask or self.preview),
              "--mask and --preview: with --sound_only pictures do not count; leave them out"),
+            (self.preview and self.masks.mask and real_path(self.preview) == real_path(self.masks.mask),
+             f"--preview {self.preview}: is the folder of the masks, where the pictures would be taken for masks next "
+             "time; give another"),
             (self.sound_only and self.audio_dir is not None,
              "--audio_dir: with --sound_only the recordings themselves are the INPUT; leave it out"),
             (self.sound_only and self.audio == "none",

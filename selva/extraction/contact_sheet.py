@@ -5,7 +5,9 @@ A mask that is inverted, a video that lies on its side, a crop that cuts off the
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import textwrap
 from pathlib import Path
 
@@ -17,9 +19,12 @@ from selva.utils.errors import UserError
 from selva.utils.plots import new_figure, save_figure
 from selva.utils.text import counted
 
+log = logging.getLogger(__name__)
+
 PathLike = str | os.PathLike[str]
 
 _HEADER_BYTES = 4096  # of a PNG; comments come before the pixels
+_DIGEST = re.compile(rb"tEXtComment\0([0-9a-f]{64})")
 _PICTURE_IN = 1.75  # width and height of one picture, in inches of 100 pixels
 
 
@@ -35,7 +40,7 @@ def write_contact_sheet(
         frames: as read, i.e. resized and masked.
         title: e.g. the id and the prompt of the clip; long ones are wrapped.
         columns: frames per row; fewer if the clip has fewer.
-        digest: of what decides the picture, for :func:`is_sheet_of`.
+        digest: SHA-256 of what decides the picture, for :func:`sheet_digest`.
 
     Raises:
         ValueError: another suffix, or less than one column.
@@ -70,13 +75,28 @@ def write_contact_sheet(
     save_figure(figure, path, digest)
 
 
-def is_sheet_of(path: Path, digest: str) -> bool:
-    """Return True if ``path`` is a sheet that was written with this digest, and not with an older mask or prompt."""
+def sheet_digest(path: Path) -> str:
+    """Return the digest that a sheet was written with; "" if there is no file, or any other picture."""
     try:
         with open(path, "rb") as file:
-            return digest.encode() in file.read(_HEADER_BYTES)
+            found = _DIGEST.search(file.read(_HEADER_BYTES))
     except FileNotFoundError:
-        return False
+        return ""
+    return found[1].decode() if found else ""
+
+
+def check_place(path: Path, overwrite: bool) -> None:
+    """Return if a sheet may be written to ``path``: there is no file, or another sheet, or it may be replaced.
+
+    Raises:
+        ValueError: a picture lies there that no extraction has written: a mask of that name, say.
+    """
+    if not path.exists() or sheet_digest(path):
+        return
+    if not overwrite:
+        raise UserError(f"{path}: is in the way of the preview, extract_features.py did not write it; move it, choose "
+                        "another folder for --preview, or replace it with --overwrite")
+    log.warning("%s: was not written by extract_features.py and is replaced (--overwrite)", path)
 
 
 def _source(frames: VideoFrames) -> str:

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from selva.data.latents import FRONT_END
 from selva.extraction.clip_sound import UnusableClip, is_silent, sound_file, sound_seconds, unused_seconds, vae_waveform
-from selva.extraction.contact_sheet import is_sheet_of, write_contact_sheet
+from selva.extraction.contact_sheet import check_place, sheet_digest, write_contact_sheet
 from selva.extraction.extractor import clip_settings
 from selva.extraction.manifest import DONE, FAILED, SKIPPED
 from selva.extraction.pairs import PairFolder, StagedSound
@@ -178,6 +178,8 @@ class ClipReader(Dataset[ReadClip]):
 
     def _read(self, index: int, times: StageTimes) -> ReadClip:
         job, options = self.jobs[index], self.settings
+        if options.preview_dir is not None:
+            check_place(options.preview_dir / f"{job.id}.png", options.overwrite)
         with times.stage("hash"):
             settings = self._settings(job)
         digest = self._digest(index, settings)
@@ -321,7 +323,7 @@ class ClipReader(Dataset[ReadClip]):
             return
         path = self.settings.preview_dir / f"{job.id}.png"
         digest = digest_of(self._settings(job))
-        if frames is None and is_sheet_of(path, digest):
+        if frames is None and sheet_digest(path) == digest:
             return
         with times.stage("preview"):
             write_contact_sheet(path, frames or self._frames(job), f"{job.id}: {job.prompt}", digest=digest)

@@ -7,8 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from selva.extraction.contact_sheet import write_contact_sheet
+from selva.extraction.contact_sheet import check_place, sheet_digest, write_contact_sheet
 from selva.media import VideoFrames
+from selva.utils.errors import UserError
 
 
 def frames_of(num_clip=64, num_sync=200, clip_color=(255, 0, 0), sync_color=(0, 0, 255)):
@@ -50,3 +51,16 @@ def test_short_clips_and_bad_requests(tmp_path):
         write_contact_sheet(tmp_path / "sheet.jpg", frames_of())
     with pytest.raises(ValueError, match="columns is 0"):
         write_contact_sheet(tmp_path / "sheet.png", frames_of(), columns=0)
+
+
+def test_only_sheets_are_known_as_such(tmp_path):
+    digest = "0123456789abcdef" * 4
+    write_contact_sheet(tmp_path / "sheet.png", frames_of(), digest=digest)
+    assert sheet_digest(tmp_path / "sheet.png") == digest and sheet_digest(tmp_path / "none.png") == ""
+    check_place(tmp_path / "sheet.png", overwrite=False)
+    check_place(tmp_path / "none.png", overwrite=False)
+    Image.new("L", (8, 8)).save(tmp_path / "own.png")
+    assert sheet_digest(tmp_path / "own.png") == ""
+    with pytest.raises(UserError, match=r"own\.png: is in the way of the preview"):
+        check_place(tmp_path / "own.png", overwrite=False)
+    check_place(tmp_path / "own.png", overwrite=True)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from make_media import clicks, make_video
+from PIL import Image
 
 from selva.extraction import reader as clip_reader
 from selva.extraction.reader import ClipReader, ReadClip, ReadSettings, default_workers, read_clips
@@ -209,6 +210,27 @@ def test_a_preview_of_an_older_mask_is_made_again(tmp_path, video, monkeypatch):
         assert reader[0].status == "done"
         pictures.append((tmp_path / "seen" / "v.png").read_bytes())
     assert pictures[0] != pictures[1] == pictures[2]
+
+
+@pytest.mark.parametrize("current", [False, True])
+def test_a_preview_never_replaces_a_picture_of_the_users_own(tmp_path, video, monkeypatch, current):
+    """Masks are called like the clips, as the previews are."""
+    mask = tmp_path / "masks" / "v.png"
+    mask.parent.mkdir()
+    Image.new("L", (8, 8), 255).save(mask)
+    content = mask.read_bytes()
+
+    def read(**more) -> ReadClip:
+        options = settings(tmp_path / "out", preview_dir=mask.parent, **more)
+        reader = ClipReader([job(video, mask=mask)], options)
+        if current:
+            monkeypatch.setattr(reader, "_current", lambda *_: 1.0)
+        return reader[0]
+
+    clip = read()
+    assert clip.status == "failed" and f"{mask}: is in the way of the preview" in clip.reason
+    assert mask.read_bytes() == content and not list((tmp_path / "out").rglob("*.flac"))
+    assert read(overwrite=True).status != "failed" and mask.read_bytes() != content
 
 
 def test_workers_follow_the_cores_and_the_clips(monkeypatch):

@@ -130,6 +130,7 @@ def test_bad_videos_are_named_and_the_others_done(clip_dir, tmp_path, capsys):
         (["{clips}/knock_0.mp4", "--overlap", "1"], "only windows overlap"),
         (["{clips}", "--format", "memmap", "--duration", "4"], "--duration is 4, but the rows of a memmap are 8 s"),
         (["{clips}", "--format", "memmap", "--audio", "copy"], "leave --audio out"),
+        (["{clips}", "--mask", "{clips}", "--preview", "{clips}/../{clips.name}"], "is the folder of the masks"),
     ],
 )
 def test_wrong_usage(clip_dir, tmp_path, capsys, arguments, message):
