@@ -100,6 +100,9 @@ class ManifestWriter:
         rows: (id, source, start_sec or None) of every clip of the whole list, in order.
         settings: everything else that makes two runs different; journals of other settings or lists do not count.
         shard: the share of this process.
+
+    Raises:
+        ValueError: another living process does this share, or a file is in the way that is no manifest.
     """
 
     def __init__(
@@ -107,6 +110,7 @@ class ManifestWriter:
     ) -> None:
         self.manifest, self.state, self.rows, self.shard = manifest, state, list(rows), shard
         self.incomplete = manifest.with_name(manifest.name.replace(MANIFEST_FILE, INCOMPLETE_FILE))
+        check_replaceable(manifest)
         places = [(clip_id, _place(source), start_sec) for clip_id, source, start_sec in self.rows]
         self.work_list = _hash([places, settings])
         # Earlier versions took the paths as they were given.
@@ -286,3 +290,18 @@ def read_manifest(path: str | os.PathLike[str]) -> list[Row]:
             raise UserError(f"{path}: line {number} is no row of a manifest, expected an id and a status")
         rows.append(row)
     return rows
+
+
+def check_replaceable(path: Path) -> None:
+    """Return if a manifest may be written to ``path``: there is no file, or an earlier manifest.
+
+    Raises:
+        ValueError: another file of that name, as programs for speech have it, lies there.
+    """
+    try:
+        read_manifest(path)
+    except FileNotFoundError:
+        return
+    except UserError as error:
+        raise UserError(f"{error}; it is in the way of the manifest, which is written here: move it, or choose another "
+                        "folder for the output") from error

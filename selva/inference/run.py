@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from selva.extraction.manifest import MANIFEST_FILE, check_replaceable
 from selva.inference.batch import BatchClip, BatchManifest, SoundBatch, common_clip_features
 from selva.inference.compare import check_reference_dir, write_comparison
 from selva.inference.config import InferenceConfig
@@ -45,6 +46,8 @@ def generate(config: InferenceConfig, announce: Callable[[Path], None] = lambda 
     lists = any(path.is_dir() or path.suffix.lower() in TABLE_SUFFIXES for path in (*config.inputs, *config.features))
     manifest = BatchManifest(config.output, len(clips))
     is_batch = not config.output_is_file and (lists or len(clips) > 1)
+    if is_batch:
+        check_replaceable(config.output / MANIFEST_FILE)
 
     def report(clip: BatchClip) -> None:
         for path in clip.paths:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import socket
 
 import pytest
@@ -124,6 +125,17 @@ def test_a_manifest_that_is_none(tmp_path, line):
     path.write_text(json.dumps({"id": "a", "status": "done"}) + "\n" + line + "\n", encoding="utf-8")
     with pytest.raises(ValueError, match="line 2"):
         read_manifest(path)
+
+
+def test_a_file_of_that_name_by_another_program_is_never_replaced(tmp_path):
+    path = tmp_path / "manifest.jsonl"
+    path.write_text('{"audio_filepath": "a.wav", "duration": 2.0, "text": "a"}\n', encoding="utf-8")
+    content = path.read_bytes()
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))}: line 1 is no row .*; it is in the way of the"):
+        do_share(tmp_path, 0, 1)
+    assert path.read_bytes() == content and os.listdir(tmp_path) == [path.name]
+    path.unlink()
+    assert do_share(tmp_path, 0, 1).complete
 
 
 # -- several processes ------------------------------------------------------------------------------------------------

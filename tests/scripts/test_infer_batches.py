@@ -68,6 +68,14 @@ def test_one_bad_clip_does_not_stop_the_others(two_clips, tmp_path, capsys):
     assert {row["status"] for row in manifest(tmp_path / "out").values()} == {"done"}
 
 
+def test_a_manifest_of_another_program_is_never_replaced(two_clips, capsys):
+    path = two_clips / "manifest.jsonl"
+    path.write_text('{"audio_filepath": "knock_0.wav", "text": "a knock"}\n')
+    assert run(two_clips, "--prompt", "a knock", "--audio_only", "--output", two_clips) == 1
+    assert f"{path}: line 1 is no row of a manifest" in capsys.readouterr().err
+    assert "audio_filepath" in path.read_text() and not list(two_clips.glob("*.flac"))
+
+
 def test_a_stopped_run_goes_on(two_clips, tmp_path, capsys, monkeypatch):
     save, saved = engine.Sound.save, []
 
