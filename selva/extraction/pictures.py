@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from dataclasses import dataclass
+import tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ import torch
 from torch import Tensor
 
 from selva.extraction.extractor import FeatureExtractor, clip_settings
-from selva.features import FeatureBundle, load_features, load_settings, save_features
+from selva.extraction.pairs import same_samples
+from selva.features import FeatureBundle, load_features, save_features
 from selva.inputs.names import numbered_names
 from selva.media import MaskSettings, write_audio
 from selva.models.prompt_length import warn_of_cut_prompts
 from selva.sequence import DEFAULT_DURATION_SEC
 from selva.utils.errors import UserError
+from selva.utils.files import source_hash
 from selva.weights.find import encoders_identity, weights_identity
 
 log = logging.getLogger(__name__)
@@ -73,32 +76,35 @@ def extract_pictures(
     """Return the features of a clip and their file; a file that was made of the same clip is read instead.
 
     The sound, up to the duration that was asked for, is written beside it as ``.flac``: a training reads a folder of
-    such pairs.
+    such pairs. A sound of that name which was not written here is never replaced.
 
     Args:
         name: clips are called ``name_001``, ``name_002`` ...; the same pictures and sound keep their number. "" names
             the file by a hash of the clip and all settings.
 
     Raises:
-        ValueError: pictures, mask, sound or duration cannot be used.
+        ValueError: pictures, mask, sound or duration cannot be used; a sound is in the way.
         OSError: the folder cannot be written to.
     """
     settings = _settings(extractor, clip)
     if name:
-        stem = numbered_names(name, [(settings["source"], 0.0)], folder)[0]
+        stem = numbered_names(name, [(settings["source"], 0.0)], folder, keep_sounds=True)[0]
     else:
         stem = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
-    path = folder / f"{stem}.npz"
-    if path.is_file() and load_settings(path) == settings:
-        bundle = load_features(path)
-        if clip.sound is None or path.with_suffix(".flac").is_file():
-            log.info("%s: is current", path)
-            return bundle, path
-    else:
-        bundle = _extracted(extractor, clip, settings)
+    path, sound = folder / f"{stem}.npz", folder / f"{stem}.flac"
+    old = load_features(path) if path.is_file() else None
+    is_current = old is not None and old.settings == settings
+    if old is not None and is_current and (clip.sound is None or sound.is_file()):
+        log.info("%s: is current", path)
+        return old, path
+    if clip.sound is not None:
+        _check_place(sound, clip, old)
+    bundle = old if old is not None and is_current else _extracted(extractor, clip, settings)
     folder.mkdir(parents=True, exist_ok=True)
     if clip.sound is not None:
-        _write_sound(path.with_suffix(".flac"), clip)
+        _write_sound(sound, clip)
+        # Without its name: training still takes a recording of another kind that the user puts beside it.
+        bundle = replace(bundle, origin={"sound_sha256": source_hash(sound)})
     save_features(path, bundle)  # last: features of a clip mean that its sound is there
     return bundle, path
 
@@ -131,6 +137,31 @@ def _extracted(extractor: FeatureExtractor, clip: PictureClip, settings: dict[st
         clip.picture, len(clip.pictures), clip.fps, clip.duration_sec or DEFAULT_DURATION_SEC, use, keep
     )
     return extractor.extract(frames, clip.prompt, settings)
+
+
+def _check_place(path: Path, clip: PictureClip, old: FeatureBundle | None) -> None:
+    """Return if the sound of a clip may be written to ``path``: there is none, or one that was written here.
+
+    Args:
+        old: earlier features of the clip, which note the hash of their sound; those of earlier versions do not.
+
+    Raises:
+        ValueError: another sound lies there, such as a better recording of the user's own.
+    """
+    if not path.exists():
+        return
+    origin, settings = (old.origin or {}, old.settings or {}) if old is not None else ({}, {})
+    if origin.get("sound_sha256") == source_hash(path):
+        return
+    asked = clip.duration_sec or DEFAULT_DURATION_SEC
+    with tempfile.TemporaryDirectory() as folder:  # not noted: by an earlier version, or a run that was interrupted
+        for duration_sec in {asked, settings.get("duration_sec", asked)}:
+            again = Path(folder) / path.name
+            _write_sound(again, replace(clip, duration_sec=duration_sec))
+            if same_samples(again, path):
+                return
+    raise UserError(f"{path}: is in the way, it is not the sound that was written for this clip; move it, to put it "
+                    "back afterwards, or choose another name or folder")
 
 
 def _write_sound(path: Path, clip: PictureClip) -> None:

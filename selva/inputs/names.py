@@ -15,10 +15,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from selva.features import load_settings
+from selva.inputs.suffixes import AUDIO_SUFFIXES
 from selva.utils.errors import UserError
 from selva.utils.files import source_hash
 
 log = logging.getLogger(__name__)
+
+_SOUNDS = (*AUDIO_SUFFIXES, *map(str.upper, AUDIO_SUFFIXES))
 
 ClipKey = tuple[str, float]  # name of the video file, start in seconds
 
@@ -35,7 +38,8 @@ def clean_name(name: str) -> str:
 
 
 def numbered_names(
-    name: str, clips: Sequence[ClipKey], folder: Path | None = None, videos: Sequence[Path] | None = None
+    name: str, clips: Sequence[ClipKey], folder: Path | None = None, videos: Sequence[Path] | None = None,
+    keep_sounds: bool = False,
 ) -> list[str]:
     """Return one name per clip: the one that it has in ``folder`` already, else the first free number.
 
@@ -47,12 +51,16 @@ def numbered_names(
         folder: of the feature files; None, or one that does not exist, counts from 001.
         videos: the video of every clip, of which those are read whose name is in the folder already; None believes the
             names.
+        keep_sounds: the numbers of sounds without features are taken too, for who does not know whose they are. Where
+            several processes write, these may just be waiting for their features.
 
     Raises:
         ValueError: the name is empty.
     """
     clean = clean_name(name)
     owned, taken = _in_folder(folder, clean) if folder is not None else ({}, set())
+    if folder is not None and keep_sounds:
+        taken |= {number for number, _ in _numbered_files(folder, clean, _SOUNDS)}
     hashes: dict[Path, str] = {}
     numbers = [
         _own_number(owned.get(clip), None if videos is None else videos[index], hashes)
@@ -90,9 +98,7 @@ def _own_number(owned: deque[tuple[int, str]] | None, video: Path | None, hashes
 
 def _in_folder(folder: Path, clean: str) -> tuple[dict[ClipKey, deque[tuple[int, str]]], set[int]]:
     """Return (number, hash of the video or "") of every clip, in order, and all numbers that are taken."""
-    pattern = re.compile(re.escape(clean) + r"_(\d{3,})\.npz")
-    files = folder.iterdir() if folder.is_dir() else ()
-    found = sorted((int(match[1]), path) for path in files if (match := pattern.fullmatch(path.name)))
+    found = _numbered_files(folder, clean, (".npz",))
     owned: dict[ClipKey, deque[tuple[int, str]]] = {}
     for number, path in found:
         try:
@@ -104,3 +110,11 @@ def _in_folder(folder: Path, clean: str) -> tuple[dict[ClipKey, deque[tuple[int,
             key = settings["source"], float(settings["start_sec"])
             owned.setdefault(key, deque()).append((number, str(settings.get("source_sha256", ""))))
     return owned, {number for number, _ in found}
+
+
+def _numbered_files(folder: Path, clean: str, suffixes: Sequence[str]) -> list[tuple[int, Path]]:
+    """Return (number, file) of all files ``clean_NNN`` that end so, in order."""
+    pattern = re.compile(re.escape(clean) + r"_(\d{3,})")
+    files = folder.iterdir() if folder.is_dir() else ()
+    return sorted((int(match[1]), path) for path in files
+                  if path.suffix in suffixes and (match := pattern.fullmatch(path.stem)))

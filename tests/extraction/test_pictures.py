@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from make_media import decode, make_video
 
 from selva.extraction.extractor import FeatureExtractor
 from selva.extraction.pictures import PictureClip, extract_pictures
-from selva.features import load_features
+from selva.features import load_features, save_features
 from selva.media import MaskSettings
 from selva.media.frames import exact_rate
 from selva.models.variants import get_variant
@@ -102,3 +104,39 @@ def test_another_sound_to_the_same_pictures_is_another_clip(tmp_path, extractor)
                   for level in (0.1, 0.2))
     paths = [extract_pictures(extractor, clip, tmp_path, "dog")[1].name for clip in (one, other, one)]
     assert paths == ["dog_001.npz", "dog_002.npz", "dog_001.npz"]
+
+
+def loud(level: float, **more) -> PictureClip:
+    return PictureClip(torch.zeros(25, 64, 64, 3), 25.0, sound=torch.full((1, 16_000), level), rate=16_000, **more)
+
+
+def test_a_recording_of_the_users_own_is_never_replaced(tmp_path, extractor):
+    _, path = extract_pictures(extractor, loud(0.1, prompt="a dog"), tmp_path, "dog")
+    own = path.with_suffix(".flac")
+    soundfile.write(own, np.full(16_000, 0.3), 16_000)
+    content, features = own.read_bytes(), path.read_bytes()
+    assert extract_pictures(extractor, loud(0.1, prompt="a dog"), tmp_path, "dog")[1] == path  # nothing to be written
+    with pytest.raises(UserError, match=r"dog_001\.flac: is in the way, .*; move it, to put it back afterwards"):
+        extract_pictures(extractor, loud(0.1, prompt="a bark"), tmp_path, "dog")
+    assert own.read_bytes() == content and path.read_bytes() == features
+    own.unlink()
+    assert extract_pictures(extractor, loud(0.1, prompt="a bark"), tmp_path, "dog")[0].prompt == "a bark"
+
+
+def test_a_sound_that_lies_there_keeps_its_number(tmp_path, extractor):
+    for name in ("cat_001.flac", "cat_003.WAV"):
+        (tmp_path / name).write_bytes(b"a recording")
+    paths = [extract_pictures(extractor, loud(level), tmp_path, "cat")[1].name for level in (0.1, 0.2, 0.1)]
+    assert paths == ["cat_002.npz", "cat_004.npz", "cat_002.npz"]
+    assert (tmp_path / "cat_001.flac").read_bytes() == b"a recording"
+
+
+@pytest.mark.parametrize("noted", [True, False])
+def test_the_sound_of_other_settings_follows_them(tmp_path, extractor, noted):
+    """Earlier versions noted no hash; their sounds are known by their samples."""
+    for seconds, prompt in ((1.0, "a dog"), (0.8, "a dog"), (0.8, "a bark")):
+        bundle, path = extract_pictures(extractor, loud(0.1, duration_sec=seconds, prompt=prompt), tmp_path, "dog")
+        assert path.name == "dog_001.npz" and (bundle.duration, bundle.prompt) == (seconds, prompt)
+        assert soundfile.info(path.with_suffix(".flac")).frames == seconds * 16_000
+        if not noted:
+            save_features(path, replace(load_features(path), origin=None))

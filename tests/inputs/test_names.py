@@ -57,6 +57,16 @@ def test_processes_that_start_later_agree(tmp_path):
             assert numbered_names("dog", clips, tmp_path) == first
 
 
+def test_sounds_without_features_may_count(tmp_path):
+    """Not where several processes write: the sound of a clip comes before its features."""
+    (tmp_path / "dog_001.flac").touch()
+    (tmp_path / "dog_001b.wav").touch()
+    assert numbered_names("dog", [("a.mp4", 0.0)], tmp_path) == ["dog_001"]
+    assert numbered_names("dog", [("a.mp4", 0.0)], tmp_path, keep_sounds=True) == ["dog_002"]
+    write(tmp_path / "dog_001.npz", made_of("a.mp4"))
+    assert numbered_names("dog", [("a.mp4", 0.0)], tmp_path, keep_sounds=True) == ["dog_001"]
+
+
 def test_settings_are_read_alone(tmp_path):
     write(tmp_path / "a.npz", made_of("a.mp4"))
     assert load_settings(tmp_path / "a.npz") == made_of("a.mp4")
