@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from selva.features import load_settings
+from selva.inputs.file_names import same_name
 from selva.inputs.suffixes import AUDIO_SUFFIXES
 from selva.utils.errors import UserError
 from selva.utils.files import source_hash
@@ -114,7 +115,7 @@ def _in_folder(folder: Path, clean: str) -> tuple[dict[ClipKey, deque[tuple[int,
 
 def _numbered_files(folder: Path, clean: str, suffixes: Sequence[str]) -> list[tuple[int, Path]]:
     """Return (number, file) of all files ``clean_NNN`` that end so, in order."""
-    pattern = re.compile(re.escape(clean) + r"_(\d{3,})")
+    pattern = re.compile(re.escape(same_name(clean)) + r"_(\d{3,})")
     files = folder.iterdir() if folder.is_dir() else ()
     return sorted((int(match[1]), path) for path in files
-                  if path.suffix in suffixes and (match := pattern.fullmatch(path.stem)))
+                  if path.suffix in suffixes and (match := pattern.fullmatch(same_name(path.stem))))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import unicodedata
+
 import pytest
 import torch
 
@@ -55,6 +57,12 @@ def test_processes_that_start_later_agree(tmp_path):
             assert sorted(numbered_names("dog", clips, tmp_path)) == sorted(first)
         else:
             assert numbered_names("dog", clips, tmp_path) == first
+
+
+def test_a_disk_that_decomposes_accents_keeps_the_numbers_too(tmp_path):
+    written, found = (unicodedata.normalize(form, "b\u00e9b\u00e9") for form in ("NFC", "NFD"))
+    write(tmp_path / f"{found}_001.npz", made_of("a.mp4"))
+    assert numbered_names(written, [("b.mp4", 0.0), ("a.mp4", 0.0)], tmp_path) == [f"{written}_002", f"{written}_001"]
 
 
 def test_sounds_without_features_may_count(tmp_path):
