@@ -141,6 +141,10 @@ class ExtractionConfig:
             (self.sound_only and any(real_path(path) == real_path(self.output_dir) for path in self.inputs),
              f"--output_dir {self.output_dir}: is the folder of the recordings, beside which there would be two sounds "
              "of one name; give another"),
+            (self.sound_only and self.recursive
+             and any(real_path(path) in real_path(self.output_dir).parents for path in self.inputs),
+             f"--output_dir {self.output_dir}: lies in the folder of the recordings, whose subfolders --recursive "
+             "takes; the sounds beside the features would be taken for recordings next time; give another"),
             (self.sound_only and self.format == "memmap",
              "--sound_only makes .npz files; for a memmap of sound cut the recordings with partition_clips.py and give "
              "--recordings and --captions"),

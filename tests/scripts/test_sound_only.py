@@ -173,6 +173,7 @@ def test_a_folder_of_recordings_alone_is_told_the_way(library, tmp_path, capsys)
     (["--audio", "none"], "--audio none: with --sound_only there would be nothing to train on"),
     (["--format", "memmap"], "--sound_only makes .npz files"),
     (["--output_dir", "{library}"], "is the folder of the recordings"),
+    (["--output_dir", "{library}/deep/features", "--recursive"], "lies in the folder of the recordings, whose subf"),
 ])
 def test_what_does_not_go_together_is_refused(library, tmp_path, capsys, options, message):
     options = [one.format(library=library) for one in options]
