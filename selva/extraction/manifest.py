@@ -27,7 +27,7 @@ from filelock import Timeout
 
 from selva.utils import torchrun
 from selva.utils.errors import UserError
-from selva.utils.files import atomic_write_text, json_lines, real_path
+from selva.utils.files import as_utf8, atomic_write_text, json_lines, real_path
 from selva.utils.lock import file_lock
 
 log = logging.getLogger(__name__)
@@ -124,7 +124,8 @@ class ManifestWriter:
             manifest.unlink(missing_ok=True)
             path = self._path(shard.index)
             path.write_bytes(b"")
-            self._journal = open(path, "a", encoding="utf-8")  # noqa: SIM115 -- closed by close()
+            # As as_utf8 does; closed by close().
+            self._journal = open(path, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
             self._write({"work_list": self.work_list, "shard": shard.index, "of": shard.count, "launch": shard.launch,
                          "host": socket.gethostname(), "pid": os.getpid(), "traits": self._traits})
 
@@ -239,7 +240,7 @@ class ManifestWriter:
 
 
 def _hash(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    return hashlib.sha256(as_utf8(json.dumps(content, sort_keys=True, ensure_ascii=False))).hexdigest()
 
 
 def _place(source: str) -> str:

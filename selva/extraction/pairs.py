@@ -27,7 +27,7 @@ from selva.inputs.jobs import ClipJob
 from selva.inputs.suffixes import AUDIO_SUFFIXES
 from selva.media import read_audio
 from selva.utils.errors import UserError
-from selva.utils.files import flush_folder, json_lines, real_path, source_hash
+from selva.utils.files import as_utf8, flush_folder, json_lines, real_path, sound_path, source_hash
 
 log = logging.getLogger(__name__)
 
@@ -269,7 +269,7 @@ class PairFolder:
         ):
             return  # is known already
         with open(self.ledger, "ab") as file:  # one write, so that lines of several processes do not mix
-            file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+            file.write(as_utf8(json.dumps(row, ensure_ascii=False) + "\n"))
             file.flush()
             os.fsync(file.fileno())
         self.sources[job.id] = row["source"]
@@ -297,7 +297,7 @@ class PairFolder:
 def same_samples(one: Path, two: Path) -> bool:
     """Return True if two sound files hold the same samples, whatever the encoder that wrote them."""
     try:
-        with soundfile.SoundFile(one) as first, soundfile.SoundFile(two) as second:
+        with soundfile.SoundFile(sound_path(one)) as first, soundfile.SoundFile(sound_path(two)) as second:
             if (first.samplerate, first.channels, first.frames) != (second.samplerate, second.channels, second.frames):
                 return False
             blocks = zip(first.blocks(1 << 18, dtype="int32"), second.blocks(1 << 18, dtype="int32"), strict=True)

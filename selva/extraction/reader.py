@@ -41,7 +41,7 @@ from selva.sequence import DEFAULT_DURATION_SEC, SequenceConfig, sequence_config
 from selva.utils import torchrun
 from selva.utils.device import peak_memory_bytes
 from selva.utils.errors import UserError
-from selva.utils.files import source_hash
+from selva.utils.files import as_utf8, source_hash
 from selva.utils.logging import setup_logging
 from selva.utils.progress import StageTimes
 from selva.weights.find import encoders_identity
@@ -331,7 +331,7 @@ class ClipReader(Dataset[ReadClip]):
 
 def digest_of(settings: dict[str, Any]) -> str:
     """Return a SHA-256 over settings, 64 hexadecimal digits."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    return hashlib.sha256(as_utf8(json.dumps(settings, sort_keys=True, ensure_ascii=False))).hexdigest()
 
 
 @functools.lru_cache(maxsize=256)

@@ -27,7 +27,7 @@ from selva.inference.outputs import SoundFiles, model_identity, request_identity
 from selva.inference.request import Sound, SoundConditions, SoundRequest
 from selva.media import audio_length, video_length
 from selva.sequence import DEFAULT_DURATION_SEC
-from selva.utils.files import atomic_write_text
+from selva.utils.files import as_utf8, atomic_write_text
 from selva.utils.progress import Progress
 from selva.utils.text import counted
 
@@ -306,9 +306,9 @@ class BatchManifest:
         }
         incomplete, manifest = self.folder / INCOMPLETE_FILE, self.folder / MANIFEST_FILE
         self.folder.mkdir(parents=True, exist_ok=True)
-        with open(incomplete, "a" if self._lines else "w", encoding="utf-8", newline="\n") as file:
+        with open(incomplete, "ab" if self._lines else "wb") as file:
             self._lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-            file.write(self._lines[-1])
+            file.write(as_utf8(self._lines[-1]))
         if len(self._lines) == 1:
             manifest.unlink(missing_ok=True)  # what it says is no longer certain
         if len(self._lines) == self.num_clips:

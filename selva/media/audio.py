@@ -16,7 +16,7 @@ from torch import Tensor
 from selva.media.container import PathLike, check_range
 from selva.media.sound_pieces import sound_length, sound_pieces
 from selva.utils.errors import UserError
-from selva.utils.files import atomic_path
+from selva.utils.files import atomic_path, sound_path
 from selva.utils.text import counted
 
 if TYPE_CHECKING:
@@ -247,14 +247,14 @@ def write_audio(path: PathLike, waveform: Tensor, rate: int) -> None:
     with atomic_path(path) as temporary:
         try:
             soundfile.write(
-                temporary,
+                sound_path(temporary),
                 samples.clamp(-1, 1).T.numpy(),  # (samples, channels)
                 rate,
                 subtype=_SUBTYPE,
                 format=_SUFFIX_FORMATS[path.suffix.lower()],
             )
             # libsndfile says nothing where only the last block did not fit onto the disk.
-            with soundfile.SoundFile(temporary) as written:
+            with soundfile.SoundFile(sound_path(temporary)) as written:
                 found = sum(len(block) for block in written.blocks(1 << 18, dtype="int32"))
         except (RuntimeError, AssertionError) as error:  # LibsndfileError is a RuntimeError
             raise OSError(f"{path}: cannot be written ({str(error) or 'cut short'}); is the disk full?") from error

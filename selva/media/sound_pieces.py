@@ -26,6 +26,7 @@ from selva.media.sound_header import (
 )
 from selva.media.sound_stream import SoundStream
 from selva.utils.errors import UserError
+from selva.utils.files import sound_path
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +117,7 @@ def _open_counted(path: PathLike) -> Any | None:
     if suffix == ".mp3":  # libsndfile guesses its length, and complains on stderr
         return None
     try:
-        file = soundfile.SoundFile(path)
+        file = soundfile.SoundFile(sound_path(path))
     except soundfile.LibsndfileError:
         return None
     if file.format == "RAW":  # libsndfile takes the suffix for it (.vox, .gsm)

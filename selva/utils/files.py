@@ -72,7 +72,25 @@ def _remove_partial(folder: Path) -> None:
 def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write ``text`` to ``path`` as UTF-8, whole or not at all; line ends are kept as they are in ``text``."""
     with atomic_path(path) as temporary:
-        temporary.write_bytes(text.encode("utf-8"))
+        temporary.write_bytes(as_utf8(text))
+
+
+def as_utf8(text: str) -> bytes:
+    r"""Return a text as UTF-8; what a path holds that is none, on disks from before it, is written as ``\udce9``.
+
+    JSON reads that back as it was, so it finds the file again.
+    """
+    return text.encode("utf-8", "backslashreplace")
+
+
+def sound_path(path: str | os.PathLike[str]) -> Any:
+    """Return a path as soundfile takes it: text, or bytes, which its types do not name, where it is not UTF-8."""
+    name = os.fspath(path)
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return os.fsencode(name)
+    return name
 
 
 def append_whole(path: Path, content: bytes) -> None:

@@ -62,6 +62,9 @@ class ResultStream:
     def write(self, text: str) -> int:
         try:
             return self._stream.write(text)
+        except UnicodeEncodeError:  # the path of a file that this stream cannot name
+            encoding = self._stream.encoding
+            return self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
         except OSError as error:
             self._nobody_reads(error)
             return len(text)

@@ -216,3 +216,16 @@ def test_a_link_that_leads_to_itself_ends_nothing(tmp_path):
         writer.record(0, "failed", "no such file")
         assert writer.finish().complete
     assert real_path(tmp_path / "loop.mp4").name == "loop.mp4"
+
+
+def test_a_source_whose_name_is_not_utf_8_is_written_as_it_was(tmp_path):
+    source = "caf\udce9/a.mp4"
+    rows = [("a", source, 0.0), ("b", "b.mp4", 0.0)]
+    do_share(tmp_path, 0, 2, rows=rows)
+    assert do_share(tmp_path, 1, 2, rows=rows).complete
+    assert [row["source"] for row in read_manifest(tmp_path / "manifest.jsonl")] == [source, "b.mp4"]
+
+
+def test_work_lists_of_earlier_versions_keep_their_hash():
+    assert manifest._hash([["a", "caf\u00e9/a.mp4", 0.0]]) == (
+        "699fb5cfb225120c63f3f6bd38f696bb4c39b339263e5d4470060fd53881c8c4")

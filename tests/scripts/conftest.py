@@ -50,6 +50,18 @@ def feature_dir(_features, tmp_path) -> Path:
 
 
 @pytest.fixture
+def old_folder(clip_dir, tmp_path) -> Path:
+    """A folder whose name is Latin-1, as on disks from before UTF-8, with one of the clips."""
+    folder = tmp_path / "caf\udce9"
+    try:
+        folder.mkdir()
+    except (OSError, UnicodeError):
+        pytest.skip("this system has no such names")
+    shutil.copy(clip_dir / "knock_5.mp4", folder)
+    return folder
+
+
+@pytest.fixture
 def two_clips(clip_dir, tmp_path) -> Path:
     """A folder with two of the clips."""
     folder = tmp_path / "clips"

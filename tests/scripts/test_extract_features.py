@@ -272,3 +272,17 @@ def test_other_prompts_travel_with_the_features_and_leave_those_alone(clip_dir, 
     assert extract_features.main(rows) in (0, 1)  # clips of 2 s are no rows of 8 s
     err = capsys.readouterr().err
     assert f"as {(tmp_path / 'rows.prompts.txt').resolve()}: knock_5" in err
+
+
+def test_folders_whose_names_are_not_utf_8(old_folder, tmp_path, capsys):
+    soundfile.write(tmp_path / "tone.wav", 0.2 * np.sin(np.arange(16_000) / 10), 16_000)
+    shutil.copy(tmp_path / "tone.wav", old_folder / "tone.wav")
+    for source, more in ((old_folder / "knock_5.mp4", []), (old_folder / "tone.wav", ["--sound_only"])):
+        out = old_folder / source.stem
+        run = [str(source), "--output_dir", str(out), "--prompt", "x", "--duration", "1", "--workers", "0", *TINY]
+        assert extract_features.main([*run, *more]) == 0, capsys.readouterr().err
+        assert names(out, ".npz") == names(out, ".flac") == [source.stem]
+        (row,) = read_manifest(out / "manifest.jsonl")
+        assert row["source"] == str(source)
+        assert list(table_of(out)) == [source.stem]
+        assert extract_features.main([*run, *more]) == 0 and "0 extracted, 1 already current" in capsys.readouterr().err

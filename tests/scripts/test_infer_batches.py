@@ -76,6 +76,12 @@ def test_a_manifest_of_another_program_is_never_replaced(two_clips, capsys):
     assert "audio_filepath" in path.read_text() and not list(two_clips.glob("*.flac"))
 
 
+def test_a_folder_whose_name_is_not_utf_8(old_folder, tmp_path):
+    assert run(old_folder, "--prompt", "a knock", "--output", old_folder / "out") == 0
+    assert manifest(old_folder / "out")["knock_5"]["source"] == str(old_folder / "knock_5.mp4")
+    assert (old_folder / "out" / "knock_5.flac").is_file()
+
+
 def test_a_stopped_run_goes_on(two_clips, tmp_path, capsys, monkeypatch):
     save, saved = engine.Sound.save, []
 

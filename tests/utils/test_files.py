@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import stat
 
 import pytest
 
-from selva.utils.files import atomic_path, atomic_write_text
+from selva.utils.files import as_utf8, atomic_path, atomic_write_text
+
+
+def test_a_path_that_is_not_utf_8_is_written_so_that_json_reads_it_back(tmp_path):
+    path = "caf\udce9/a\\udce9.mp4"
+    assert json.loads(as_utf8(json.dumps(path, ensure_ascii=False))) == path
+    atomic_write_text(tmp_path / "a.json", json.dumps([path, "caf\u00e9"], ensure_ascii=False))
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == [path, "caf\u00e9"]
+    assert "caf\u00e9" in (tmp_path / "a.json").read_text(encoding="utf-8")
 
 
 def test_the_file_appears_only_when_the_block_ends(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from selva.utils.logging import setup_logging
+from selva.utils.logging import results_on_stdout, setup_logging
 
 ROOT = Path(__file__).parents[2]
 # Buffered as usual, whatever the machine that runs the tests prefers.
@@ -81,3 +82,12 @@ def test_results_that_do_not_fit_on_the_disk_are_an_error(tmp_path):
         result = start(SCRIPT.replace("FLUSH", "False").replace("CODE", "0"), tmp_path / "work", full.fileno())
     assert result.returncode == 1 and "No space left on device" in result.stderr
     assert "Traceback" not in result.stderr and "Exception ignored" not in result.stderr
+
+
+def test_a_result_that_a_stream_cannot_name_is_printed_all_the_same(monkeypatch):
+    written = io.BytesIO()
+    stream = io.TextIOWrapper(written, encoding="utf-8", write_through=True)
+    monkeypatch.setattr(sys, "stdout", stream)
+    with results_on_stdout():
+        print("caf\udce9/caf\u00e9.npz")
+    assert written.getvalue().decode().splitlines() == [r"caf\udce9/caf" + "\u00e9.npz"]
