@@ -21,6 +21,7 @@ from selva.media.container import video_length
 from selva.models.variants import get_variant
 from selva.sequence import DEFAULT_DURATION_SEC
 from selva.utils.errors import UsageError
+from selva.utils.files import real_path
 from selva.utils.settings import values_of
 from selva.utils.text import counted, listed
 
@@ -59,6 +60,7 @@ def _requests_by_source(config: InferenceConfig) -> dict[str, SoundRequest]:
         )
     except (ValueError, OSError) as error:
         raise UsageError(str(error)) from error
+    jobs = _without_outputs(config, jobs)
     warn_of_lengths(config, jobs)
     # Words typed for a video that was named itself are meant; a folder's or a table's own prompts go first.
     named = {path for path in config.videos if path.is_file()}
@@ -70,6 +72,21 @@ def _requests_by_source(config: InferenceConfig) -> dict[str, SoundRequest]:
                              config.masks.of_clip(job.mask))
         for job in jobs
     }
+
+
+def _without_outputs(config: InferenceConfig, jobs: list[ClipJob]) -> list[ClipJob]:
+    """Return the clips without what earlier calls have made, where ``--recursive`` searches the output folder too."""
+    output = real_path(config.output)
+    if not config.recursive or not any(real_path(path) in output.parents for path in config.videos if path.is_dir()):
+        return jobs
+    kept = [job for job in jobs if job.path in config.videos or output not in real_path(job.path).parents]
+    if not kept:
+        raise UsageError(f"{listed([str(path) for path in config.videos])}: all videos are in the output folder "
+                         f"{config.output}; name another --output, or give other videos")
+    if len(kept) < len(jobs):
+        log.info("%s in %s not taken, as the sounds of this call go there: %s", counted(len(jobs) - len(kept), "video"),
+                 config.output, listed([job.id for job in jobs if job not in kept]))
+    return kept
 
 
 def name_of_words(prompt: str | None) -> str:

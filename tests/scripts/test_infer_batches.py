@@ -187,6 +187,15 @@ def test_a_recording_is_not_replaced_by_mistake(feature_dir, tmp_path, capsys):
     assert (out / "knock_0.flac").read_bytes() != recorded
 
 
+def test_what_was_made_is_no_input_of_the_next_call(two_clips, caplog):
+    words = (two_clips, "--recursive", "--prompt", "x", "--duration", "1.28", "--output", two_clips / "out")
+    assert run(*words) == 0
+    made = sorted(path.name for path in (two_clips / "out").iterdir())
+    assert run(*words) == 0
+    assert sorted(path.name for path in (two_clips / "out").iterdir()) == made
+    assert "2 videos in" in caplog.text and "not taken, as the sounds of this call go there" in caplog.text
+
+
 def test_only_the_very_file_that_is_named_may_be_replaced(tmp_path, capsys):
     """Two variations of take.flac are called take_1.flac and take_2.flac, which nobody has named."""
     own = tmp_path / "take_2.flac"
