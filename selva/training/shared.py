@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 
+from selva.data.cache import remove_temporary_caches
 from selva.data.dataset import ClipDataset
 from selva.lora.inject import remove_lora
 from selva.models.generator import Generator
@@ -46,5 +47,6 @@ class SharedParts:
         return self._preserved[key]
 
     def clear(self) -> None:
-        """Let go of everything, as after a run that has failed in an unknown way."""
+        """Let go of everything, as after the last run, or one that has failed in an unknown way."""
         self.__init__()
+        remove_temporary_caches()  # where the clips of a folder that cannot be written have their latents

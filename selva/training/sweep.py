@@ -192,35 +192,38 @@ def run_sweep(
         first: where in the list this process begins, so that several meet seldom.
     """
     shared, failed, stopped = SharedParts(), {}, None
-    for run in [*runs[first:], *runs[:first]]:
-        folder = output_dir / run.name
-        if _finished(run, folder) is not None:
-            log.info("%s: done already", run.name)
-            continue
-        log.info("run %d of %d: %s", runs.index(run) + 1, len(runs), run.name)
-        try:
-            _begin(run, folder)
-            config, settings = configure(run.settings, folder)
-            saved = load_newest_checkpoint(folder)
-            result = _whole(saved, config.training.steps, folder) or train(config, settings, shared=shared)
-        except FolderInUse:
-            log.info("%s: another process is at it", run.name)
-            continue
-        except Exception as error:  # whatever it is: the other runs are worth doing
-            if _finished(run, folder) is not None:  # by another process, in this moment
+    try:
+        for run in [*runs[first:], *runs[:first]]:
+            folder = output_dir / run.name
+            if _finished(run, folder) is not None:
+                log.info("%s: done already", run.name)
                 continue
-            log.debug("%s", run.name, exc_info=True)
-            failed[run.name] = " ".join(str(error).split()) or type(error).__name__
-            log.error("%s failed: %s", run.name, failed[run.name])
-            if (noted := _noted(folder)) is not None and noted["settings"] == _plain(run.settings):
-                _note(run, folder, problem=failed[run.name])
-            shared.clear()
-            continue
-        if result.signal is not None:
-            stopped = result.signal
-            break
-        if result.adapter is not None:
-            _finish(run, folder, result.adapter)
+            log.info("run %d of %d: %s", runs.index(run) + 1, len(runs), run.name)
+            try:
+                _begin(run, folder)
+                config, settings = configure(run.settings, folder)
+                saved = load_newest_checkpoint(folder)
+                result = _whole(saved, config.training.steps, folder) or train(config, settings, shared=shared)
+            except FolderInUse:
+                log.info("%s: another process is at it", run.name)
+                continue
+            except Exception as error:  # whatever it is: the other runs are worth doing
+                if _finished(run, folder) is not None:  # by another process, in this moment
+                    continue
+                log.debug("%s", run.name, exc_info=True)
+                failed[run.name] = " ".join(str(error).split()) or type(error).__name__
+                log.error("%s failed: %s", run.name, failed[run.name])
+                if (noted := _noted(folder)) is not None and noted["settings"] == _plain(run.settings):
+                    _note(run, folder, problem=failed[run.name])
+                shared.clear()
+                continue
+            if result.signal is not None:
+                stopped = result.signal
+                break
+            if result.adapter is not None:
+                _finish(run, folder, result.adapter)
+    finally:
+        shared.clear()
     return [_result(run, output_dir / run.name, failed.get(run.name, NOT_YET)) for run in runs], stopped
 
 

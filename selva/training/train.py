@@ -94,7 +94,7 @@ def train(
     Args:
         settings: for ``config.yaml``, by the names of the flags; those of ``config`` if None.
         should_stop: asked after every step whether to save and stop, as a signal asks; the run can be resumed.
-        shared: what earlier runs of this process have loaded, and this one leaves to later ones.
+        shared: what earlier runs of this process have loaded, and this one leaves to later ones, until it is cleared.
 
     Raises:
         UsageError: there is no such device.
@@ -130,7 +130,8 @@ def train(
                 not_saved = error
         raise not_saved
     finally:
-        remove_temporary_caches()
+        if shared is None:
+            remove_temporary_caches()
 
 
 def _locked(config: RunConfig, world: World) -> AbstractContextManager[object]:

@@ -143,3 +143,14 @@ def test_the_example_lists_its_runs(capsys, tmp_path, feature_dir):
     (tmp_path / "example.yaml").write_text(yaml.safe_dump(example), encoding="utf-8")
     assert script.main([str(tmp_path / "example.yaml"), "--list"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 8
+
+
+def test_runs_share_the_latents_of_a_folder_that_cannot_be_written(feature_dir, tmp_path, monkeypatch):
+    """They are in a temporary folder until the last run is done, and gone then."""
+    monkeypatch.setattr("selva.data.folder_dataset.RECENT_WINDOWS", 2)  # stands for a set of more than 256 windows
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "elsewhere"))
+    (feature_dir / ".selva_cache").write_text("in the way of a folder")
+    base = {**BASE, "data_dir": str(feature_dir), "preserve": [], "verdict": False, "steps": 2}
+    assert script.main([str(put_sweep(tmp_path, feature_dir, base=base, seeds=2))]) == 0
+    assert not list((tmp_path / "elsewhere").glob("selva_cache_*"))
