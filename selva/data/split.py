@@ -6,6 +6,7 @@ trained on.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -16,7 +17,7 @@ FEWEST = 5  # clips of which some are held out
 
 
 def split_validation(
-    clips: ClipDataset, fraction: float, seed: int, *, by_origin: bool = True
+    clips: ClipDataset, fraction: float, seed: int, *, by_origin: bool = True, set_of: Sequence[int] = ()
 ) -> tuple[ClipDataset, ClipDataset]:
     """Return (training, held-out) clips; a seeded choice of at least one clip, or none if fewer than five are there.
 
@@ -26,6 +27,7 @@ def split_validation(
 
     Args:
         by_origin: False splits as version 0.1.0 did, clip by clip.
+        set_of: number of the set of every clip, of several of which each keeps a clip to train on.
     """
     count = len(clips)
     if fraction <= 0 or count < FEWEST:
@@ -39,10 +41,17 @@ def split_validation(
     for index in order:
         groups.setdefault(group_of[index], []).append(index)
     held_out: set[int] = set()
+    sets = set_of or [0] * count
+    left = Counter(sets)  # clips of each set to train on
+
+    def is_spare(group: Sequence[int]) -> bool:
+        return all(left[number] > taken for number, taken in Counter(sets[index] for index in group).items())
+
     for group in groups.values():
-        if len(held_out) + len(group) <= wanted:
+        if len(held_out) + len(group) <= wanted and is_spare(group):
             held_out.update(group)
-    smallest = min(groups.values(), key=len)
+            left.subtract(sets[index] for index in group)
+    smallest = min(filter(is_spare, groups.values()), key=len, default=[])
     if not held_out and 2 * len(smallest) <= count:
         held_out.update(smallest)
     return clips.subset(i for i in range(count) if i not in held_out), clips.subset(sorted(held_out))
@@ -65,12 +74,17 @@ def origin_groups(clips: ClipDataset) -> list[int]:
     return [root(index) for index in range(len(clips))]
 
 
-def split_sets(sets: Sequence[ClipDataset], fraction: float, seed: int) -> tuple[list[int], list[int]]:
+def split_sets(
+    sets: Sequence[ClipDataset], fraction: float, seed: int, *, spare_last: bool = True
+) -> tuple[list[int], list[int]]:
     """Return the numbers of the (training, held-out) clips of several sets that are counted through, from 0.
 
     Every set is divided as :func:`split_validation` divides it, so that each has its own held-out clips. A clip whose
     video or sound is in several sets is trained on. Where no set is large enough to hold any out, all clips are divided
-    as if they were one set.
+    as if they were one set, but every set keeps a clip to train on.
+
+    Args:
+        spare_last: False may then hold out all clips of a set, as it once was.
     """
     together = join_sets(sets)
     group_of = origin_groups(together)
@@ -86,7 +100,8 @@ def split_sets(sets: Sequence[ClipDataset], fraction: float, seed: int) -> tuple
         assert isinstance(found, Subset) and isinstance(found.base, Subset)
         held_out.update(first + own[index] for index in found.indices)
     if not held_out:
-        _, found = split_validation(together, fraction, seed)
+        set_of = [number for number, one in enumerate(sets) for _ in range(len(one))] if spare_last else ()
+        _, found = split_validation(together, fraction, seed, set_of=set_of)
         assert isinstance(found, Subset)
         held_out.update(found.indices)
     return [index for index in range(len(together)) if index not in held_out], sorted(held_out)

@@ -24,7 +24,7 @@ from selva.data.summary import memmap_lines, summarise
 from selva.models.variants import get_variant
 from selva.training.config import RunConfig
 from selva.training.shared import SharedParts
-from selva.training.ways import WAYS, ways_of
+from selva.training.ways import SPLITS_BY_SET, WAYS, ways_of
 from selva.utils.distributed import World
 from selva.utils.errors import UserError
 from selva.utils.files import real_path
@@ -111,7 +111,7 @@ def load_split(
         shared: see :func:`load_clips`.
     """
     ways = WAYS if saved is None else ways_of(saved)
-    several = ways["prompts"] == WAYS["prompts"]
+    several, by_set = ways["prompts"] == WAYS["prompts"], ways["split"] in SPLITS_BY_SET
     paths = [source.path for source in config.sources]
     sets = _load_sets(config, paths, device, world, told, shared, several)
     joined = join_sets(sets)
@@ -119,8 +119,9 @@ def load_split(
         train, held_out = range(len(joined)), []
         val_sets = _load_sets(config, config.val_dir, device, world, told, shared, several)
         val_clips = join_sets(val_sets)
-    elif ways["split"] == WAYS["split"]:
-        train, held_out = split_sets(sets, config.val_fraction, config.training.seed)
+    elif by_set:
+        train, held_out = split_sets(sets, config.val_fraction, config.training.seed,
+                                     spare_last=ways["split"] == WAYS["split"])
         val_clips = joined.subset(held_out)
     else:  # all sets as one
         by_origin = ways["split"] != "by clip"
@@ -137,7 +138,7 @@ def load_split(
     if most and len(val_clips) > most and ways["split"] != "by clip":
         log.info("validation is on %d of the %s, always the same; --val_clips 0 takes all",
                  most, counted(len(val_clips), "held-out clip"))
-        val_clips = _fewer(val_clips, most, config.training.seed, by_set=ways["split"] == WAYS["split"])
+        val_clips = _fewer(val_clips, most, config.training.seed, by_set=by_set)
     uses = _uses(config, sets, train, held_out)
     lines = _lines(config, uses)
     for line in lines:
@@ -147,7 +148,7 @@ def load_split(
     if max(use.times for use in uses) == 1:
         return clips, val_clips
     times = [use.times for use in uses for _ in range(use.num_train)]
-    if ways["split"] != WAYS["split"]:  # as it was before
+    if not by_set:  # as it was before
         return clips.subset(place for place, count in enumerate(times) for _ in range(count)), val_clips
     # In rounds, so that what takes the first clips of a set, as the sounds to preserve do, takes different ones.
     return clips.subset(place for turn in range(max(times)) for place, count in enumerate(times) if turn < count
@@ -284,8 +285,8 @@ def _report_origins(config: RunConfig, clips: ClipDataset, val_clips: ClipDatase
                  counted(len(groups), "clip is", "clips are"),
                  counted(len(set(groups)), "video or sound", "videos or sounds"))
         if not len(val_clips) and count >= 5:
-            log.warning("nothing is held out: every video or sound has more than half of the clips; give clips of "
-                        "another one with --val_dir")
+            log.warning("nothing is held out: every video or sound has more than half of the clips, or all of a set; "
+                        "give clips of another one with --val_dir")
     nameless = sum(not any(origin.startswith("source ") for origin in clips.origins(i)) for i in range(count))
     if not config.val_dir and len(val_clips) and nameless:
         log.info("%d of %s to train on: their video is not known, so a held-out clip may come from the same one",

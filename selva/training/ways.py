@@ -7,8 +7,9 @@ import zlib
 from selva.checkpoint import TrainingState
 
 # Ways of this version that a step file records. A run that was begun in another way goes on in that one.
-WAYS = {"split": "by set", "dropout": "by step", "prompts": "one of all"}
+WAYS = {"split": "by set, none whole", "dropout": "by step", "prompts": "one of all"}
 WAYS_BEFORE = {"split": "by clip", "dropout": "by random state", "prompts": "the last"}  # where none is recorded
+SPLITS_BY_SET = ("by set", WAYS["split"])  # the first might hold out all clips of a small set
 
 
 def dropout_seed(seed: int, rank: int, step: int) -> int:

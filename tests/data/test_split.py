@@ -106,6 +106,23 @@ def test_small_sets_are_divided_together():
     assert all(index >= 4 for index in split_sets([WindowedSet([1] * 4), WindowedSet([1] * 8)], 0.2, 1)[1])
 
 
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("sizes, fraction, num_held_out", [
+    ([1] * 5, 0.1, 0), ([4, 1], 0.1, 1), ([1, 4, 1], 0.9, 3), ([2, 2, 2], 0.5, 3), ([3] * 8, 0.1, 2)])
+def test_no_set_is_held_out_whole(sizes, fraction, num_held_out, seed):
+    """A sound of which there is one clip would never be trained on."""
+    train, held_out = split_sets([WindowedSet([1] * size) for size in sizes], fraction, seed)
+    set_of = [number for number, size in enumerate(sizes) for _ in range(size)]
+    assert {set_of[index] for index in train} == set(range(len(sizes))) and len(held_out) == num_held_out
+
+
+def test_a_video_that_is_a_whole_set_is_not_held_out():
+    sets = [OriginSet([("a",), ("a",)]), OriginSet([("b",), ("b",)]), OriginSet([("c",), ("c",), ("d",)])]
+    for seed in range(20):
+        assert split_sets(sets, 0.1, seed)[1] == [6]
+    assert split_sets(sets[:2] + sets[:1], 0.1, 0)[1] == []
+
+
 @pytest.mark.parametrize("sizes, most, expected", [
     ([3, 50], 100, [3, 50]), ([3, 50], 10, [3, 7]), ([20, 20], 10, [5, 5]), ([9, 1, 9], 11, [5, 1, 5]), ([5], 2, [2]),
 ])

@@ -221,6 +221,16 @@ def test_a_run_that_was_begun_with_one_split_for_all_sets_keeps_it(uneven, tmp_p
     assert split(uneven, state(tmp_path, ways=WAYS), val_fraction=0.2)[1].ids == split(uneven, val_fraction=0.2)[1].ids
 
 
+def test_a_run_that_was_begun_when_a_whole_set_could_be_held_out_goes_on_so(tmp_path):
+    for number in range(5):
+        put_clip(tmp_path / f"sound{number}", "a", seed=number, text=True)
+    folders = [str(tmp_path / f"sound{number}") for number in range(5)]
+    train, val = split(folders, balance="sets")
+    assert (len(train), len(val)) == (5, 0)
+    for saved in (state(tmp_path, ways={**WAYS, "split": "by set"}), state(tmp_path, ways={"split": "by origin"})):
+        assert split(folders, saved)[1].ids == ["sound2/a"]
+
+
 def test_one_folder_name_in_two_places_makes_two_sets(tmp_path):
     for place in ("x", "y"):
         (tmp_path / place).mkdir()
