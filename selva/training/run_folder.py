@@ -161,7 +161,7 @@ class RunFolder:
         steps = sorted(int(match[1]) for p in self.path.iterdir() if (match := STEP_FILE.fullmatch(p.name)))
         for step in steps[: -self.keep_last]:
             if step != newest:
-                (self.path / step_file_name(step)).unlink()
+                _delete(self.path / step_file_name(step), "it is tried again at the next step file")
 
     def save_best(self, run: TrainingRun) -> None:
         """Write the best adapter."""
@@ -186,8 +186,7 @@ class RunFolder:
         ])
         if self._best_written:  # never an older best one beside it, of a part of the run with another format
             for path in self.path.glob(f"{BEST}.*"):
-                if path.suffix not in self.suffixes:
-                    path.unlink()
+                if path.suffix not in self.suffixes and _delete(path, "it is of an older step"):
                     log.info("%s was an older best adapter and is replaced by %s", path, self._best_files()[0].name)
 
     def best_is_there(self, run: TrainingRun) -> bool:
@@ -259,6 +258,16 @@ class RunFolder:
             log.error("%s: not saved, %s; older files are intact and %s", path, why_not_written(error), then)
             return False
         return True
+
+
+def _delete(path: Path, then: str) -> bool:
+    """Delete a file, or say why not and return False: Windows keeps one that another program reads."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        log.warning("%s: not deleted, %s; %s", path, why_not_written(error), then)
+        return False
+    return True
 
 
 def _rescue(name: str, write: Callable[[Path], object]) -> str:

@@ -7,6 +7,7 @@ import errno
 import json
 import logging
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -85,6 +86,35 @@ def test_the_newest_save_is_never_pruned(tmp_path):
     assert folder.save_step(run, metrics) is not None and 7 in steps(tmp_path)
 
 
+def being_read(monkeypatch, *names):
+    """Keep files from being deleted, as Windows does while another program reads them; return their names, a set."""
+    kept, unlink = set(names), Path.unlink
+
+    def refuse(path, *args, **kwargs):
+        if path.name in kept:
+            raise PermissionError(errno.EACCES, "used by another process", str(path))
+        unlink(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    return kept
+
+
+def test_an_old_step_file_that_is_being_read_is_deleted_later(tmp_path, monkeypatch, caplog):
+    read = being_read(monkeypatch, "adapter_step00003.pt")
+    go_on(tmp_path, until=9, keep_last=1)
+    assert steps(tmp_path) == [3, 9] and "adapter_step00003.pt: not deleted, used by another process" in caplog.text
+    read.clear()
+    go_on(tmp_path, resume=9, keep_last=1)
+    assert steps(tmp_path) == [12]
+
+
+def test_an_older_best_adapter_that_is_being_read_is_named(tmp_path, monkeypatch, caplog):
+    go_on(tmp_path, until=9)
+    being_read(monkeypatch, "adapter_best.pt")
+    go_on(tmp_path, resume=9, adapter_format="safetensors")
+    assert (tmp_path / "adapter_final.safetensors").exists() and "adapter_best.pt: not deleted" in caplog.text
+
+
 def test_the_best_adapter_goes_back_too(tmp_path, monkeypatch):
     """The best of step 3 was overwritten by that of step 9, and is the best again after going back to step 6."""
     values = iter([5.0, 3.0, 4.0, 2.0, 2.5])
@@ -157,7 +187,6 @@ def test_a_run_of_another_folder_is_not_mixed_with_the_one_that_is_there(tmp_pat
 
 def test_killed_while_setting_aside_the_old_branch_goes_on(tmp_path, monkeypatch):
     go_on(tmp_path)
-    from pathlib import Path
     rename, moved = Path.rename, []
 
     def killed(self, target):
