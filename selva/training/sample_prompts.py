@@ -30,6 +30,7 @@ from selva.evaluation.sounds import pair_figures
 from selva.features import FeatureBundle, load_features
 from selva.flow import SamplingConfig
 from selva.inputs.delimited import Numbers, find_delimiter, read_text_table, refuse_long_rows
+from selva.inputs.file_names import names_that_collide
 from selva.inputs.suffixes import VIDEO_SUFFIXES
 from selva.lora.layers import lora_layers
 from selva.lora.state import adapter_off
@@ -68,11 +69,11 @@ class AskedSound:
     guidance: float
 
 
-def read_sample_prompts(path: Path, seed: int) -> list[AskedSound]:
+def read_sample_prompts(path: Path, seed: int, output_dir: Path) -> list[AskedSound]:
     """Return the rows of a table; videos and features are relative to it or to the working folder.
 
     Args:
-        seed: of rows that give none.
+        seed: of rows that give none. output_dir: of the run, which may not tell upper and lower case apart.
 
     Raises:
         UserError: names every row that cannot be meant.
@@ -92,6 +93,8 @@ def read_sample_prompts(path: Path, seed: int) -> list[AskedSound]:
                 raise UserError(f"the name {asked[-1].name!r} is used twice")
         except ValueError as error:
             problems.append(f"line {line}: {error}")
+    problems += [f"upper and lower case are the same in {output_dir}, so the sound {name!r} would replace {first!r}; "
+                 "rename one of them" for first, name in names_that_collide((one.name for one in asked), output_dir)]
     if not asked and not problems:
         problems.append("it has no rows")
     if problems:

@@ -164,7 +164,7 @@ def _train(
     start = load_start(config) if saved is None else None
     asked, pictures = [], {}
     if config.sample_prompts:
-        asked = read_sample_prompts(config.sample_prompts, training.seed)
+        asked = read_sample_prompts(config.sample_prompts, training.seed, output_dir)
         videos = {one.name: (one.video, one.prompt) for one in asked if one.video is not None}
         if videos and world.is_main and not config.dry_run:
             from selva.training.sample_videos import video_features  # brings the encoders, which training does not need

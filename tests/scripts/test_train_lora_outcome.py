@@ -19,6 +19,8 @@ from selva.training import outcome, verdict
 from selva.training import train as train_module
 from selva.training.config import RunConfig
 from selva.training.run import TrainingRun
+from selva.training.sample_prompts import read_sample_prompts
+from selva.utils.errors import UserError
 
 QUICK = [*TINY, "--steps", "4", "--batch_size", "2", "--warmup_steps", "1", "--save_every", "4", "--val_every", "2",
          "--rank", "2", "--log_every", "1", "--precision", "fp32", "--no_preview"]
@@ -204,3 +206,13 @@ def test_a_table_that_cannot_be_meant_is_refused_before_anything_is_read(feature
     (tmp_path / "sounds.csv").write_text(text)
     assert train(feature_dir, tmp_path / "run", "--sample_prompts", str(tmp_path / "sounds.csv")) == 1
     assert words in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_sounds_that_would_be_one_file_are_refused_where_they_would(tmp_path, monkeypatch):
+    """On most disks of Windows and macOS, the sounds of two rows would lie in one file."""
+    (table := tmp_path / "sounds.csv").write_text("name,prompt\ndog,a\nDog,b\ncat,c\n")
+    apart = [True, False]
+    monkeypatch.setattr("selva.inputs.file_names.tells_case_apart", lambda folder: apart.pop(0))
+    assert [one.name for one in read_sample_prompts(table, 1, tmp_path / "run")] == ["dog", "Dog", "cat"]
+    with pytest.raises(UserError, match=r"sounds\.csv: .*in .*run, so the sound 'Dog' would replace 'dog'; rename one"):
+        read_sample_prompts(table, 1, tmp_path / "run")
