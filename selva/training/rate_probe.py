@@ -16,19 +16,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from selva.data.dataset import ClipDataset
+from selva.data.dataset import Batch, ClipDataset
 from selva.data.order import BucketBatchSampler
 from selva.lora.state import load_lora_state_, lora_parameters, lora_plus_groups, lora_state_dict
 from selva.models.generator import Generator
 from selva.training.config import TrainConfig
-from selva.training.objective import flow_loss, sample_noise
+from selva.training.objective import NoiseSample, flow_loss, sample_noise
 from selva.utils.distributed import World
-from selva.utils.text import counted
+from selva.utils.errors import UserError
+from selva.utils.text import counted, listed
 
 log = logging.getLogger(__name__)
 
 LOWEST, HIGHEST, PER_DECADE = 1e-5, 1.0, 8  # rates of the test
 NUM_BATCHES = 4  # used in turn; a figure is the mean over all of them
+MOST_DRAWN = 12  # to find so many whose loss is finite
+NAMED = 5  # clips in a message
 PART = 0.5  # of the rate at the lowest loss; the tests have the problems that it was chosen on
 BROKEN = 1.5  # times its first loss, and no higher rate is tried
 
@@ -68,6 +71,9 @@ def range_test(
         optimizer: whose groups have their ratios to the rate as ``lr``.
         losses: of fixed batches, each computes a scalar.
         agreed: gives all processes of a training the same number.
+
+    Raises:
+        UserError: a step at the lowest rates leaves a loss that is not finite.
     """
     ratios = [group["lr"] for group in optimizer.param_groups]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -89,6 +95,10 @@ def range_test(
         torch.nn.utils.clip_grad_norm_(parameters, grad_clip)
         optimizer.step()
     width = len(losses)
+    if len(relative) < width:
+        raise UserError(f"--lr_probe: the loss is not finite after {counted(len(relative), 'step')} at rates from "
+                        f"{LOWEST:g} on, expected one that can be measured; gradients beyond --precision: use "
+                        "--precision fp32, or give --lr instead of the probe")
     means = [sum(relative[i : i + width]) / width for i in range(max(1, len(relative) - width + 1))]
     place = min(range(len(means)), key=means.__getitem__)
     # The loss of a step is that after the steps before it; of all in the mean, the middle one.
@@ -105,22 +115,23 @@ def probe_rate(
     Args:
         generator: with its adapter, on its device. clips: to train on; the same in all processes.
         config: batch size, seed, objective and LoRA+; its ``lr`` does not matter.
+
+    Raises:
+        UserError: the loss of too many batches is not finite, or becomes so at the lowest rates.
     """
     held, was_training = lora_state_dict(generator), generator.training
     generator.eval()  # without dropout
-    batches = BucketBatchSampler(clips, config.batch_size, config.seed)
-    rng, device = torch.Generator().manual_seed(config.seed), generator.latent_mean.device
     scale = 1024.0 if precision == torch.float16 else 1.0  # gradients below 6e-8 would vanish; Adam knows no scale
-    losses: list[Callable[[], Tensor]] = []
-    for _ in range(NUM_BATCHES):
-        batch = batches.load(batches.draw()).to(device)
-        noise = sample_noise(batch.mean.shape, config, rng, 0.0)
-        losses.append(lambda batch=batch, noise=noise: (
-            scale * flow_loss(generator, batch, noise, config, precision).mean()))
+
+    def agreed(loss: Tensor) -> Tensor:
+        return world.sum_(loss) / world.size
+
     optimizer = torch.optim.AdamW(lora_plus_groups(generator, 1.0, config.lora_plus_ratio), betas=config.betas,
                                   eps=config.adam_eps, weight_decay=0.0)
     try:
-        found = range_test(optimizer, losses, scale * config.grad_clip, lambda loss: world.sum_(loss) / world.size)
+        losses = _fixed_losses(generator, clips, config, precision, agreed)
+        found = range_test(optimizer, [lambda one=one: scale * one().mean() for one in losses],
+                           scale * config.grad_clip, agreed)
     finally:
         load_lora_state_(generator, held)
         for parameter in lora_parameters(generator):
@@ -128,3 +139,35 @@ def probe_rate(
         generator.train(was_training)
     log.info("learning rate %.2e: %s", found.lr, found.reason)
     return found
+
+
+def _fixed_losses(
+    generator: Generator, clips: ClipDataset, config: TrainConfig, precision: torch.dtype,
+    agreed: Callable[[Tensor], Tensor],
+) -> list[Callable[[], Tensor]]:
+    """Return functions that compute the (B,) losses of the first batches whose loss is finite.
+
+    Others are left out, as a training leaves out their updates, and their clips are named.
+    """
+    batches, rng = BucketBatchSampler(clips, config.batch_size, config.seed), torch.Generator().manual_seed(config.seed)
+    losses: list[Callable[[], Tensor]] = []
+    for _ in range(MOST_DRAWN):
+        windows = batches.draw()
+        batch = batches.load(windows).to(generator.latent_mean.device)
+        noise = sample_noise(batch.mean.shape, config, rng, 0.0)
+
+        def compute(batch: Batch = batch, noise: NoiseSample = noise) -> Tensor:
+            return flow_loss(generator, batch, noise, config, precision)
+
+        found = compute().detach()
+        if math.isfinite(agreed(found.mean()).item()):
+            losses.append(compute)
+            if len(losses) == NUM_BATCHES:
+                return losses
+        else:
+            names = [clips.ids[use.index] for use, loss in zip(windows, found.tolist(), strict=True)
+                     if not math.isfinite(loss)]
+            log.warning("--lr_probe: the loss of %s is not finite, so another batch is taken", listed(names, NAMED))
+    raise UserError(f"--lr_probe: the loss of {MOST_DRAWN - len(losses)} of {counted(MOST_DRAWN, 'batch', 'batches')} "
+                    f"is not finite, expected at most {MOST_DRAWN - NUM_BATCHES}; features of another model, or values "
+                    "beyond --precision: look at the clips that are named above, or use --precision fp32")

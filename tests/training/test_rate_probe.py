@@ -11,9 +11,11 @@ from small_run import CONFIG, make_clips, make_generator
 from torch import Tensor
 
 from selva.data.dataset import ListDataset
+from selva.data.order import BucketBatchSampler
 from selva.lora.state import lora_state_dict
 from selva.training.rate_probe import PART, probe_rate, range_test
 from selva.utils.distributed import World
+from selva.utils.errors import UserError
 
 DIM, RANK, STEPS = 24, 4, 300
 
@@ -83,3 +85,35 @@ def test_a_probe_is_repeatable_and_leaves_no_trace():
     assert first.at_the_end and "still falling" in first.reason  # random weights bear any rate
     plus = probe_rate(generator, clips, dataclasses.replace(config, lora_plus_ratio=64.0), torch.float32, World())
     assert plus.fallen != first.fallen  # what B does with the rate counts too
+
+
+def spoilt(clips, *numbers):
+    """Return the clips, those of these numbers with latents that are not finite."""
+    return ListDataset([dataclasses.replace(clip, mean=torch.full_like(clip.mean, math.nan)) if number in numbers
+                        else clip for number, clip in enumerate(clips)])
+
+
+def test_a_batch_whose_loss_is_not_finite_is_left_out(caplog):
+    """A training leaves out its update; in the first round of the probe it was the end, and the rate 6e-6."""
+    config, clips = dataclasses.replace(CONFIG, batch_size=1), make_clips(6)
+    order = BucketBatchSampler(clips, 1, config.seed)
+    drawn = [order.draw()[0].index for _ in range(5)]
+    found = [probe_rate(make_generator(), spoilt(clips, drawn[place]), config, torch.float32, World())
+             for place in (0, 3)]
+    assert all(one.lr > 1e-3 and one.steps > 20 for one in found)
+    names = [clips[drawn[place]].id for place in (0, 3)]
+    assert all(f"the loss of {name} is not finite, so another batch is taken" in caplog.text for name in names)
+
+
+def test_too_few_batches_to_measure_on_are_an_error():
+    generator, clips = make_generator().train(), spoilt(make_clips(4), *range(4))
+    with pytest.raises(UserError, match=r"the loss of 12 of 12 batches is not finite, expected at most 8; .*fp32"):
+        probe_rate(generator, clips, dataclasses.replace(CONFIG, batch_size=2), torch.float32, World())
+    assert generator.training
+
+
+def test_gradients_that_are_not_finite_at_the_lowest_rates_are_an_error():
+    weight = torch.zeros(1, requires_grad=True)
+    optimizer = torch.optim.AdamW([{"params": [weight], "lr": 1.0}])
+    with pytest.raises(UserError, match=r"not finite after 1 step at rates from 1e-05 on.*--precision fp32"):
+        range_test(optimizer, [lambda: (1 + weight.abs().sqrt()).sum()] * 4)  # whose slope at 0 is infinite
