@@ -10,6 +10,7 @@ parameters. One of an adapter is an adapter file, which can be used as it is.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -21,9 +22,11 @@ from torch import Tensor
 
 from selva.training.power_ema import SIGMA_RELS, UNUSED, PowerEMA, synthesis_weights
 from selva.utils.errors import UserError
-from selva.utils.files import atomic_path, atomic_write_text
+from selva.utils.files import atomic_path, atomic_write_text, why_not_written
 from selva.utils.text import counted, listed
 from selva.utils.torch_files import read_torch, write_torch
+
+log = logging.getLogger(__name__)
 
 FOLDER, TRACKS_FILE = "ema_ckpts", "tracks.json"
 SNAPSHOT_FILE = re.compile(r"(\d+)\.(\d+)\.pt")
@@ -104,9 +107,14 @@ def thin_snapshots(folder: Path, every: int, kept: int = KEPT) -> list[Path]:
     spacing = every
     while newest // spacing > kept:
         spacing *= 2
-    deleted = [one.path for one in found if one.step % spacing and one.step != newest]
-    for path in deleted:
-        path.unlink()
+    deleted = []
+    for path in (one.path for one in found if one.step % spacing and one.step != newest):
+        try:
+            path.unlink()
+        except OSError as error:  # on Windows, while another program reads it
+            log.warning("%s: not deleted, %s; it is tried again at the next snapshot", path, why_not_written(error))
+        else:
+            deleted.append(path)
     return deleted
 
 

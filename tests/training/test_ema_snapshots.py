@@ -95,6 +95,24 @@ def test_thinning_depends_on_the_newest_step_alone(tmp_path):
     assert names(tmp_path / "whole") != []
 
 
+def test_a_snapshot_that_is_being_read_is_deleted_later(tmp_path, monkeypatch, caplog):
+    for step in range(1, 6):
+        write_snapshots(tmp_path, average_at(step))
+    unlink = Path.unlink
+
+    def busy(path: Path, *args, **kwargs) -> None:
+        if path.name == "0.1.pt":
+            raise PermissionError(13, "is being used by another process", str(path))
+        unlink(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "unlink", busy)
+    thin_snapshots(tmp_path, every=1, kept=4)
+    assert names(tmp_path) == ["0.1.pt", "0.2.pt", "0.4.pt", "0.5.pt", "1.2.pt", "1.4.pt", "1.5.pt"]
+    assert "0.1.pt: not deleted" in caplog.text
+    monkeypatch.undo()
+    assert [path.name for path in thin_snapshots(tmp_path, every=1, kept=4)] == ["0.1.pt"]
+
+
 @pytest.mark.parametrize("steps, interval", [
     ([5], 5), ([5, 10], 5), ([5, 10, 12], 5), ([10, 20, 30, 35], 10),  # 12 and 35: at the end of a run
 ])

@@ -133,14 +133,25 @@ class Checkpoints:
             shutil.rmtree(replaced, ignore_errors=True)
             log.info("saved %s", final)
             if self.keep_last:
-                for path in all_checkpoints(self.folder)[: -self.keep_last]:
-                    shutil.rmtree(path)
+                self._prune()
         except WRITE_ERRORS as error:
             reason = str(error).strip().splitlines()
             log.error("checkpoint of step %d: not saved (%s); older ones are intact and the training goes on",
                       self._step, reason[-1] if reason else type(error).__name__)
         finally:
             self._moved.set()
+
+    def _prune(self) -> None:
+        """Delete what is beyond ``keep_last``, under another name, so that nothing half-deleted passes for whole."""
+        for path in all_checkpoints(self.folder)[: -self.keep_last]:
+            old = self.folder / f"{PARTIAL_PREFIX}old-{path.name}"
+            try:
+                path.rename(old)
+            except OSError as error:  # on Windows, while another program reads it
+                log.warning("%s: not deleted, %s; it is tried again at the next checkpoint", path,
+                            why_not_written(error))
+            else:
+                shutil.rmtree(old, ignore_errors=True)
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------

@@ -261,6 +261,33 @@ def test_only_the_newest_are_kept_and_nothing_unfinished_has_a_final_name(tmp_pa
     assert not list((tmp_path / "checkpoints").glob(".partial*"))
 
 
+def test_an_old_checkpoint_that_cannot_be_deleted_is_named_and_the_new_one_is_saved(tmp_path, monkeypatch, caplog):
+    """Windows keeps what another program is reading."""
+    run = make_run()
+    checkpoints = Checkpoints(tmp_path, ALONE, 1, {})
+    run.train_step()
+    checkpoints.save(run)
+    checkpoints.wait()
+    rename = Path.rename
+
+    def busy(path: Path, target: Path) -> Path:
+        if path.name == "step_00000001":
+            raise PermissionError(13, "is being used by another process", str(path))
+        return rename(path, target)
+
+    def rmtree(path, ignore_errors=False):
+        if not ignore_errors:
+            raise PermissionError(13, "is being used by another process", str(path))
+
+    monkeypatch.setattr(Path, "rename", busy)
+    monkeypatch.setattr("shutil.rmtree", rmtree)
+    run.train_step()
+    checkpoints.save(run)
+    checkpoints.wait()
+    assert checkpoints.newest == 2 and len(all_checkpoints(tmp_path / "checkpoints")) == 2
+    assert "step_00000001: not deleted" in caplog.text and "not saved" not in caplog.text
+
+
 def test_auto_takes_the_newest_that_can_be_read(tmp_path, caplog):
     run = make_run()
     assert find_checkpoint("auto", tmp_path) is None
