@@ -17,6 +17,7 @@ import re
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, TypeVar
@@ -351,7 +352,7 @@ def entry_point(main: Main) -> Main:
             return _report(error, EXIT_FAILED, debug)
         except (RuntimeError, MemoryError) as error:  # PyTorch's own error is a RuntimeError
             if not is_out_of_memory(error):
-                log.error(_DEFECT)
+                _report_defect()
                 raise
             log.error("the device is out of memory: %s", str(error).split(". ")[0] or type(error).__name__)
             log.error("what helps, in order of effect: when training, --grad_checkpointing; a smaller --batch_size, "
@@ -359,7 +360,7 @@ def entry_point(main: Main) -> Main:
                       "--variant")
             return EXIT_FAILED
         except Exception:  # nothing is dropped: it is said whose mistake it is, and raised again
-            log.error(_DEFECT)
+            _report_defect()
             raise
         finally:
             for number, handler in previous.items():
@@ -378,11 +379,20 @@ def _report(error: Exception, code: int, debug: bool) -> int:
     return code
 
 
+def _report_defect() -> None:
+    """Say that the error that is being handled is a defect; under torchrun, end here, with its traceback."""
+    log.error(_DEFECT)
+    if torchrun.world_size() > 1:
+        traceback.print_exc()
+        leave(EXIT_FAILED)
+
+
 def leave(code: int) -> NoReturn:
     """End the process with an exit code.
 
     Under torchrun without the interpreter's teardown: gloo's threads sometimes abort it (exit code -6) when everything
-    is done and written, and torchrun then reports a finished run as failed.
+    is done and written, and torchrun then reports a finished run as failed. After an error they keep the process until
+    the other ones send what they never will.
     """
     if torchrun.world_size() > 1:
         for stream in (sys.stdout, sys.stderr):

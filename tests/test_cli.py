@@ -133,6 +133,19 @@ def test_a_defect_of_ours_is_not_hidden(capsys):
         assert "please report it" in capsys.readouterr().err
 
 
+def test_a_defect_ends_a_process_of_several_at_once_with_its_traceback(capsys, monkeypatch):
+    """The interpreter's teardown would wait for messages of the others."""
+    def left(code):
+        raise SystemExit(code)
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(os, "_exit", left)
+    with pytest.raises(SystemExit, match="1"):
+        run(lambda: fail(TypeError("a bug")))
+    error = capsys.readouterr().err
+    assert "please report it" in error and "Traceback" in error and "TypeError: a bug" in error
+
+
 def test_debug_shows_the_traceback(capsys):
     assert run(lambda: fail(UserError("x")), ["--debug"]) == 1
     assert "Traceback" in capsys.readouterr().err

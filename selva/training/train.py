@@ -48,6 +48,7 @@ from selva.utils.metrics_log import MetricsFile
 from selva.utils.settings import settings_text, values_of
 from selva.utils.text import clock, counted
 from selva.utils.torchrun import is_main_process
+from selva.utils.watch import watched
 
 log = logging.getLogger(__name__)
 
@@ -123,7 +124,7 @@ def train(
 
         log_step_memory(config, asked_precision, device)
     try:
-        with join_world(device) as world, _locked(config, world):
+        with join_world(device) as world, watched(world), _locked(config, world):
             try:
                 return _train(config, settings, device, world, should_stop, shared)
             except NotSaved as error:  # only rank 0 knows; the others leave as they do after a whole run

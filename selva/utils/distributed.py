@@ -185,9 +185,8 @@ def join_world(device: torch.device) -> Iterator[World]:
     store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=size,
                             timeout=TIMEOUT)
-    try:
-        world = World(rank, size, store, hosts=dist.new_group(backend="gloo", timeout=TIMEOUT))
-        yield world
-        world.wait()  # a process that leaves while another one still writes can abort in gloo's threads
-    finally:
-        dist.destroy_process_group()
+    world = World(rank, size, store, hosts=dist.new_group(backend="gloo", timeout=TIMEOUT))
+    yield world
+    world.wait()  # a process that leaves while another one still writes can abort in gloo's threads
+    # Not after an error: it would wait, before anybody reads the error, for messages that the others never send.
+    dist.destroy_process_group()

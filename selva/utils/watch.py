@@ -39,6 +39,7 @@ def watched(world: World, leave: Callable[[int], None] = os._exit) -> Iterator[N
     watch.start()
     try:
         yield
+        world.wait()  # for those that still write, and may fail at that
     except BaseException as error:
         if _is_of_a_message(error):  # because somebody is gone: the watch says who, and ends this process
             log.error("a message between the processes failed (%s); looking for the one that is gone",

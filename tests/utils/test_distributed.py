@@ -18,8 +18,8 @@ from selva.utils.distributed import World, join_world
 TESTS = Path(__file__).parents[1]
 
 
-def in_two_processes(code: str, folder: Path) -> list[str]:
-    """Run Python code in two processes with ``world``, ``rank`` and ``folder``, and return what they print."""
+def start_two(code: str, folder: Path) -> list[subprocess.Popen[str]]:
+    """Start Python code, which knows ``folder``, in two processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -34,6 +34,12 @@ def in_two_processes(code: str, folder: Path) -> list[str]:
         processes.append(subprocess.Popen(
             [sys.executable, str(script), str(folder)], env={**os.environ, **{k: str(v) for k, v in variables.items()}},
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    return processes
+
+
+def in_two_processes(code: str, folder: Path) -> list[str]:
+    """Run Python code, which knows ``folder``, in two processes, and return what they print."""
+    processes = start_two(code, folder)
     results = [process.communicate(timeout=120) for process in processes]
     assert all(process.returncode == 0 for process in processes), results
     return [out.strip() for out, _ in results]
@@ -168,6 +174,66 @@ with d.join_world(torch.device("cpu")) as world:
     print(finished, saved)
 """, tmp_path)
     assert found == ["False [3, 5]"] * 2
+
+
+FAILING = """
+import selva.training.train as training
+import selva.utils.watch as watch
+from selva import cli
+from selva.training.config import RunConfig
+from selva.utils.errors import UserError
+from selva.weights.config import GeneratorModelConfig
+
+watch.PULSE_SEC = 0.2
+
+def failing(config, settings, device, world, *rest):
+{body}
+training._train = failing
+
+@cli.entry_point
+def main(argv=None):
+    config = RunConfig(data_dir=[folder], output_dir=folder / "run", precision="fp32",
+                       model=GeneratorModelConfig(variant="tiny_16k", device="cpu"))
+    training.train(config)
+    return 0
+
+cli.leave(main([]))
+"""
+
+
+def ended(body: str, folder: Path) -> list[str]:
+    """Return what two processes say, both of which are to fail at a training that is nothing but ``body``."""
+    processes = start_two(FAILING.format(body=body), folder)
+    try:
+        errors = [process.communicate(timeout=60)[1] for process in reversed(processes)]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.wait() for process in processes] == [1, 1]
+    return errors[::-1]
+
+
+@pytest.mark.parametrize("error", ["UserError('no such clip')", "KeyError('no such clip')"])
+def test_an_error_in_one_process_ends_both_with_its_message(tmp_path, error):
+    """Whatever messages are on their way: one that waits for those of the others would wait for two hours."""
+    waiting, failing = ended(f"""
+    if world.rank == 0:
+        time.sleep(1000)  # as in a message through NCCL
+    for group in (None, world.hosts):
+        d.dist.all_reduce(torch.ones(3), group=group, async_op=True)  # nobody answers
+    raise {error}
+""", tmp_path)
+    assert "no such clip" in failing and ("please report" in failing) is error.startswith("KeyError")
+    assert "process 1 on" in waiting and "no such clip" in waiting and "--resume auto" in waiting
+
+
+def test_an_error_in_rank_0_at_the_end_is_known_to_those_that_are_done(tmp_path):
+    failing, done = ended("""
+    if world.rank == 0:
+        time.sleep(2)
+        raise UserError("disk full")
+""", tmp_path)
+    assert "disk full" in failing and "process 0" in done and "--resume auto" in done
 
 
 def test_dropout_under_two_processes_is_resumed_exactly(tmp_path):
