@@ -238,8 +238,8 @@ class RunConfig:
         metavar="ADAPTER")
     validate_only: bool = setting(False, "check settings, weight files and clips, and suggest settings for this data "
                                          "and machine; nothing is trained or written", group=DATA)
-    dry_run: bool = setting(False, "check everything, say which batch fits a GPU, run two steps and estimate the time; "
-                                   "nothing is written", group=DATA)
+    dry_run: bool = setting(False, "check everything, say which batch fits a GPU, run a few steps and estimate the "
+                                   "time; nothing is written", group=DATA)
     skip_invalid: bool = setting(False, "train without the clips that cannot be used (otherwise the run stops and "
                                         "names them)",
                                  group=DATA)

@@ -131,8 +131,9 @@ def fit(
             validating = len(run.val_clips) > 0 and (run.step % config.val_every == 0 or last)
             # Rows are complete at every validation, which compares with them, and at every step file.
             if logging_now or validating or run.step % config.save_every == 0:
-                seconds = time.monotonic() - since
-                rows = _rows(run, recent, seconds)
+                losses, norms = (torch.stack(values).tolist() for values in zip(*recent, strict=True))
+                seconds = time.monotonic() - since  # with the wait for the device, which was behind until it was read
+                rows = _rows(run, losses, norms, seconds)
                 rows[-1] |= more(run, len(recent), seconds)
                 metrics.append(rows)
                 bad_steps = _count_bad(rows, bad_steps)
@@ -205,13 +206,12 @@ def _warn_of_overfitting(run: Run, metrics: MetricsFile) -> None:
         )
 
 
-def _rows(run: Run, recent: Sequence[tuple[Tensor, Tensor]], seconds: float) -> list[dict[str, Any]]:
-    """Return the metrics rows of the steps since the last interval; the only place where losses leave the device."""
-    first = run.step - len(recent)
-    losses, norms = (torch.stack(values).tolist() for values in zip(*recent, strict=True))
+def _rows(run: Run, losses: Sequence[float], norms: Sequence[float], seconds: float) -> list[dict[str, Any]]:
+    """Return the metrics rows of the steps since the last interval, which took ``seconds`` together."""
+    first = run.step - len(losses)
     rows = [
         {"step": first + i + 1, "loss": loss, "grad_norm": norm, "lr": learning_rate(first + i, run.config),
-         "sec_per_step": seconds / len(recent)}
+         "sec_per_step": seconds / len(losses)}
         for i, (loss, norm) in enumerate(zip(losses, norms, strict=True))
     ]
     if run.rows_per_step or not all(map(math.isfinite, norms)):  # those that are skipped are counted one by one

@@ -36,7 +36,7 @@ from selva.training.shared import SharedParts
 from selva.utils.device import dtype_of, peak_memory_bytes, stored_dtype
 from selva.utils.distributed import World
 from selva.utils.errors import UserError
-from selva.utils.graph import graphed_calls
+from selva.utils.graph import WARM_UPS, graphed_calls
 from selva.utils.settings import removed_of, removed_problems
 from selva.utils.text import clock, counted
 from selva.weights.find import generator_change, generator_mark
@@ -302,11 +302,17 @@ def build_run(
 
 
 def estimate(run: TrainingRun) -> None:
-    """Try two steps and log the time and memory that the whole run will need; nothing is written."""
+    """Try a few steps and log the time and memory that the whole run will need; nothing is written."""
     run.generator.train()
-    run.train_step()  # the first one allocates and warms up
+    warm_ups = 1  # it allocates
+    if run.graphs is not None:
+        warm_ups = WARM_UPS + 1  # the last of them records
+        windows = run.batches.peek()
+        run.batches.peek = lambda: windows  # of one length, as every length has a graph of its own
+    for _ in range(warm_ups):
+        float(run.train_step()[0])  # a device is waited for where a number is read
     started = time.monotonic()
-    run.train_step()
+    float(run.train_step()[0])
     seconds = time.monotonic() - started
     log.info("dry run: %.2f s/step, about %s for %s; peak memory %.2f GiB; nothing was written", seconds,
              clock(seconds * run.config.steps), counted(run.config.steps, "step"),

@@ -6,10 +6,12 @@ import dataclasses
 
 import pytest
 import torch
+from device_behind import DeviceBehind
 from small_run import CONFIG, make_clips, make_generator, make_run, spoil_latents
 
 from selva.data.dataset import ListDataset
 from selva.lora.config import LoRAConfig
+from selva.training import loop
 from selva.training.loop import fit
 from selva.training.objective import validate
 from selva.training.run import TrainingRun
@@ -94,6 +96,17 @@ def test_rows_and_checkpoints_come_at_their_steps(tmp_path):
     assert fit(run, metrics, on_checkpoint=lambda r: saved.append(r.step), on_best=lambda r: None)
     assert saved == [3, 6, 7] and metrics.series("loss")[0] == list(range(1, 8))
     assert MetricsFile(metrics.path).rows == metrics.rows
+
+
+def test_the_seconds_of_steps_count_the_wait_for_the_device(monkeypatch, caplog):
+    run, metrics, told = make_run(dataclasses.replace(CONFIG, steps=7)), MetricsFile(), []
+    monkeypatch.setattr(loop, "time", DeviceBehind(monkeypatch, run))
+    caplog.set_level("INFO", "selva")
+    fit(run, metrics, on_checkpoint=lambda r: None, on_best=lambda r: None,
+        more=lambda run, steps, seconds: told.append((steps, seconds)) or {})
+    assert metrics.series("sec_per_step") == (list(range(1, 8)), [1.0] * 7)
+    assert sum(steps for steps, _ in told) == 7 and all(steps == seconds for steps, seconds in told)
+    assert "1.00 s/step, 3 s left" in caplog.text
 
 
 def test_stopping_saves_first(tmp_path):

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
+from device_behind import DeviceBehind
+from recorded_graph import RecordedGraphs
+from small_run import make_run
 
 from selva.checkpoint import TrainingState
+from selva.training import setup
 from selva.training.config import RunConfig, TrainConfig
-from selva.training.setup import adapter_meta, check_resumable, find_resume
+from selva.training.setup import adapter_meta, check_resumable, estimate, find_resume
 from selva.utils.errors import UserError
+from selva.utils.graph import GraphedCalls
 from selva.utils.settings import removed_of
 from selva.weights.config import GeneratorModelConfig
 
@@ -89,3 +96,18 @@ def test_a_run_without_a_saved_step_starts_anew_and_says_so(tmp_path, caplog):
     with caplog.at_level("INFO"):
         assert find_resume(config) is None
     assert "nothing to resume" in caplog.text and "has no saved step, so the run starts anew" in caplog.text
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_a_dry_run_times_a_step_as_most_will_be(monkeypatch, caplog, graphs):
+    """With the wait for the device; and started as a graph where there are any, not recorded or before that."""
+    run = make_run()
+    if graphs:
+        run.graphs = GraphedCalls(RecordedGraphs(), "training", required=True)
+    device = DeviceBehind(monkeypatch, run)
+    monkeypatch.setattr(setup, "time", device)
+    with caplog.at_level(logging.INFO, "selva"):
+        estimate(run)
+    assert "dry run: 1.00 s/step, about 6 s for 6 steps" in caplog.text
+    assert run.graphs is None or (run.graphs.num_graphs == 1 and run.graphs.backend.replays == 2)
+    assert device.steps == (4 if graphs else 2)

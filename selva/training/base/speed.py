@@ -34,6 +34,8 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def step_operations(generator: Generator, rows: int) -> float:

@@ -143,9 +143,9 @@ def build_run(
 
 def _estimate(run: BaseRun) -> None:
     """Try two steps and log the time and memory that the whole run will need; nothing is written."""
-    run.train_step()  # the first one allocates and warms up
+    float(run.train_step()[0])  # the first one allocates; a device is waited for where a number is read
     started = time.monotonic()
-    run.train_step()
+    float(run.train_step()[0])
     seconds = time.monotonic() - started
     run.stream.close()
     checkpoint = sum(x.numel() * x.element_size() for x in run.tensors().values())

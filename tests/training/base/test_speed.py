@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 from base_run import make_run
+from device_behind import DeviceBehind
 from torch.utils.flop_counter import FlopCounterMode
 
 from selva.models.config import GeneratorConfig
 from selva.models.generator import Generator
+from selva.training.base import train
 from selva.training.base.speed import SpeedMeter, matmul_rate, step_operations
 from selva.training.objective import ALONE
 
@@ -41,3 +45,18 @@ def test_the_numbers_of_an_interval():
 
 def test_the_rate_of_products_is_a_rate():
     assert 1e7 < matmul_rate(CPU, torch.float32) < 1e15
+
+
+def test_the_rate_waits_for_a_device_of_apple(monkeypatch):
+    waits = []
+    monkeypatch.setattr(torch.mps, "synchronize", lambda: waits.append(1))
+    monkeypatch.setattr(torch, "randn", lambda *size, device: torch.zeros(8, 8))
+    assert matmul_rate(torch.device("mps"), torch.float32) > 0 and len(waits) >= 2
+
+
+def test_a_dry_run_counts_the_wait_for_the_device(monkeypatch, caplog):
+    run = make_run()
+    monkeypatch.setattr(train, "time", DeviceBehind(monkeypatch, run))
+    with caplog.at_level(logging.INFO, "selva"):
+        train._estimate(run)
+    assert "dry run: 1.00 s/step" in caplog.text
