@@ -2,7 +2,8 @@
 
 Everything that Python decided while recording is fixed: which operations, which numbers, which tensors. A tensor that
 was made while recording gets its new values at the same place. Recording itself leaves no trace, as on a GPU, where
-nothing runs meanwhile. What a GPU refuses is refused: to read a tensor back, and to make one of numbers of the host.
+nothing runs meanwhile. What a GPU refuses is refused: to read a tensor back, and to make one of numbers of the host, as
+the tables of the networks are.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from selva.models import blocks
 from selva.utils.graph import Recording
 
 REFUSED = {
@@ -23,6 +25,7 @@ REFUSED = {
     torch.ops.aten.nonzero.default: "has a result whose size the host has to know",
     torch.ops.aten.lift_fresh.default: "copies numbers of the host to the device",
 }
+TABLES = (blocks.rotary_table, blocks.time_frequencies, blocks.nearest_index)
 
 
 class RecordedGraphs:
@@ -36,10 +39,12 @@ class RecordedGraphs:
         return function()
 
     def record(self, function: Callable[[], Any]) -> Recording:
-        recorder, random_state = _Recorder(), torch.get_rng_state()
+        recorder, random_state, before = _Recorder(), torch.get_rng_state(), tables_made()
         try:
             with recorder:
                 outputs = function()
+            if tables_made() > before:
+                raise RuntimeError("a table that is made on the host is copied to the device, which a graph cannot do")
         finally:
             recorder.undo()
             torch.set_rng_state(random_state)
@@ -98,6 +103,10 @@ class _Recorder(TorchDispatchMode):
             if made:
                 for place, value in zip(made, tensors_in(results), strict=True):
                     place.copy_(value)
+
+
+def tables_made() -> int:
+    return sum(table.cache_info().misses for table in TABLES)
 
 
 def tensors_in(value: Any) -> list[Tensor]:

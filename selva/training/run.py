@@ -132,10 +132,9 @@ class TrainingRun:
             self.rates = [torch.zeros((), dtype=dtype, device=self.device) for _ in groups]
             for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
                 group["lr"] = rate
-        self.graphs = graphs
+        self.graphs, self.dropout = graphs, has_dropout(generator)
         if graphs is not None:
-            graphs.recover = self._forget_step
-        self.dropout = has_dropout(generator)
+            graphs.recover, graphs.draws = self._forget_step, self.dropout
         generator.recompute_randomly = self.dropout
         # Half-precision gradients below 6e-8 would vanish; bfloat16 has the range of float32 and needs no scaling.
         self.scaler = GradScaler(self.device.type, enabled=precision == torch.float16)
@@ -186,6 +185,7 @@ class TrainingRun:
         config, own = self.config, self.world.own_slice(self.config.batch_size)
         windows = self.batches.draw()
         batch = self._load(windows[own])
+        self.generator.set_sequence(*batch.lengths)  # its tables are made for them before a graph is recorded
         shape = torch.Size((len(windows), *batch.mean.shape[1:]))  # of the global batch
         noise = sample_noise(shape, config, self.rng, self.step / config.steps).part(own)
         return batch, noise.to(self.device)

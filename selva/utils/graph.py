@@ -111,6 +111,8 @@ class GraphedCalls:
 
     Attributes:
         problem: the reason why nothing is recorded any more; None as long as all goes well.
+        draws: the functions take random numbers of the device, which a failure to record ends: its generator goes on
+            waiting for the end of the recording, and refuses every other call (PyTorch 2.11).
     """
 
     def __init__(
@@ -118,6 +120,7 @@ class GraphedCalls:
     ) -> None:
         self.backend, self.what, self.required, self.recover = backend, what, required, recover
         self.problem: str | None = None
+        self.draws = False
         self._known: dict[Hashable, int | _Graph] = {}  # kind -> calls so far, or its graph
         self._full = False
 
@@ -139,7 +142,7 @@ class GraphedCalls:
         Args:
             kind: of the call: all that the function depends on beside the values of tensors; shapes are added here.
             arguments: tensors, and dataclasses of them, whose other fields must be the same for one kind.
-            keep: returns what a graph reads beside its arguments and what may otherwise be freed before it.
+            keep: makes and returns what a graph reads beside its arguments and what may otherwise be freed before it.
         """
         if self.problem is not None:
             return function(*arguments)
@@ -174,13 +177,18 @@ class GraphedCalls:
             target.copy_(value)  # numbers that make sense, should a backend look at them
         own = iter(inputs)
         placed = [with_leaves(argument, own) for argument in arguments]
-        return _Graph(self.backend.record(functools.partial(function, *placed)), inputs, keep())
+        kept = keep()  # made now, where it has been forgotten: while recording, nothing can come from the host
+        return _Graph(self.backend.record(functools.partial(function, *placed)), inputs, kept)
 
     def _give_up(self, error: Exception) -> None:
         cause = error.__context__ or error  # ending a recording that has failed raises an error of its own
         self.problem = str(cause).strip().split("\n")[0] or type(cause).__name__
         self.clear()
         self.recover()
+        if self.draws:
+            raise UserError(f"the {self.what} cannot be recorded as a CUDA graph: {self.problem}; it draws random "
+                            "numbers on the device (--lora_dropout), which this process cannot any more. Start again "
+                            "with --resume auto --cuda_graph off") from error
         if self.required:
             raise RuntimeError(f"the {self.what} cannot be recorded as a CUDA graph: {self.problem}; use --cuda_graph "
                                "auto, which goes on without") from error

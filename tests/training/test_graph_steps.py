@@ -16,8 +16,10 @@ from selva.data.dataset import ListDataset
 from selva.data.padding import Padding
 from selva.lora.config import LoRAConfig
 from selva.lora.state import lora_state_dict
+from selva.models.blocks import forget_tables
 from selva.training.run import TrainingRun, graph_problem
 from selva.utils.distributed import World
+from selva.utils.errors import UserError
 from selva.utils.graph import WARM_UPS, GraphedCalls
 
 STEPS = 8
@@ -169,6 +171,30 @@ def test_a_step_that_cannot_be_recorded_is_done_without(caplog, dtype, grad_accu
     assert own.problem is not None and "reads a" in own.problem
     assert len([r for r in caplog.records if "without CUDA graphs" in r.message]) == 1
     assert_same(run, plain)
+
+
+@pytest.mark.parametrize("case", ["dropout", "conditions adapted"])
+def test_tables_that_were_forgotten_are_made_before_a_step_is_recorded(case):
+    """Those of more lengths than are kept come and go."""
+    config, lora, dtype = CASES[case]
+    recorded, plain = make_run(config, lora, dtype, graphs()), make_run(config, lora, dtype, None)
+    losses = []
+    for _ in range(STEPS):
+        forget_tables()
+        losses += train(recorded, 1)
+    assert losses == train(plain)
+    assert_same(recorded, plain)
+    assert recorded.graphs is not None and recorded.graphs.num_graphs == 2
+
+
+@pytest.mark.parametrize("required", [False, True])
+def test_with_dropout_a_step_that_cannot_be_recorded_ends_the_run(required):
+    """PyTorch's generator of the device would refuse the next mask with an error that nobody understands."""
+    run = make_run(CONFIG, DROPOUT, torch.float32, GraphedCalls(RecordedGraphs(), "training", required=required))
+    update = run._update
+    run._update = lambda norm: update(norm * float(norm > 0))
+    with pytest.raises(UserError, match=r"reads a .*--lora_dropout.*Start again with --resume auto --cuda_graph off"):
+        train(run)
 
 
 def test_what_stands_against_recording_is_named():
