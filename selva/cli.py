@@ -356,8 +356,8 @@ def entry_point(main: Main) -> Main:
                 raise
             log.error("the device is out of memory: %s", str(error).split(". ")[0] or type(error).__name__)
             log.error("what helps, in order of effect: when training, --grad_checkpointing; a smaller --batch_size, "
-                      "with more --grad_accum when training; --precision bf16, or fp16 on GPUs without it; a smaller "
-                      "--variant")
+                      "with more --grad_accum when training; --precision bf16, or fp16 on GPUs without it; "
+                      "--cuda_graph off, with clips of several lengths; a smaller --variant")
             return EXIT_FAILED
         except Exception:  # nothing is dropped: it is said whose mistake it is, and raised again
             _report_defect()

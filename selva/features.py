@@ -217,6 +217,22 @@ def load_settings(path: PathLike) -> dict[str, Any] | None:
         raise UserError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from error
 
 
+def load_duration(path: PathLike) -> float:
+    """Return the seconds of the features in ``path``, reading nothing else if the file says them.
+
+    Raises:
+        ValueError: no such file, unreadable, or no feature file.
+    """
+    path = Path(path)
+    arrays = _read_arrays(path, ("duration",)) or _read_arrays(path, ("clip_features",))
+    if not arrays:
+        raise UserError(f"{path}: not a feature file, clip_features missing")
+    try:
+        return _duration(arrays)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
 # What NumPy and zipfile raise on damaged files: bad headers, encrypted or unknown compression, cut or foreign content.
 ARRAY_ERRORS = (
     ValueError, OSError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error,

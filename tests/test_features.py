@@ -12,7 +12,7 @@ import torch
 from golden_case import GOLDEN
 from recipe import make_input
 
-from selva.features import FeatureBundle, load_features, load_settings, save_features
+from selva.features import FeatureBundle, load_duration, load_features, load_settings, save_features
 
 GOLDEN_FILES = json.loads((GOLDEN / "feature_files.json").read_text())["files"]
 
@@ -203,13 +203,27 @@ def test_every_kind_of_damage_is_named(tmp_path):
     refused = set()
     for what, content in list(damaged_archives(path)):
         path.write_bytes(content)
-        for load in (load_features, load_settings):
+        for load in (load_features, load_settings, load_duration):
             try:
                 load(path)
             except ValueError as error:
                 assert str(error).startswith(f"{path}: ") and "\n" not in str(error), what
                 refused.add(what)
     assert len(refused) >= 12  # what does no harm, such as numbers of disks that nobody reads, may be read
+
+
+def test_the_duration_alone_is_that_of_the_whole(tmp_path):
+    path = tmp_path / "a.npz"
+    save_features(path, small_bundle(duration=1.92))
+    assert load_duration(path) == load_features(path).duration == 1.92
+    np.savez(path, clip_features=CLIP, sync_features=SYNC)  # it follows from the frames
+    assert load_duration(path) == load_features(path).duration == CLIP.shape[1] / 8
+    for wrong in ({"other": CLIP}, {"duration": np.zeros(3)}):
+        np.savez(path, **wrong)
+        with pytest.raises(ValueError, match=r"a\.npz: "):
+            load_duration(path)
+    with pytest.raises(ValueError, match=r"missing\.npz: "):
+        load_duration(tmp_path / "missing.npz")
 
 
 def test_settings_nested_too_deeply_are_named(tmp_path):

@@ -10,11 +10,12 @@ there is no CUDA device; :func:`selva.utils.device.standing_for_gpu` has the net
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from selva.data.dataset import ClipDataset, Lengths, TrainingClip
 from selva.data.memmap.reader import MemmapDataset, is_memmap
 from selva.data.mixture import repeats_of, visits_of_sets
 from selva.data.order import ClipWindow
+from selva.features import load_duration
 from selva.lora.config import LoRAConfig
 from selva.lora.inject import inject_lora
 from selva.models.blocks import forget_tables
@@ -42,6 +44,8 @@ from selva.training.objective import held_out_losses
 from selva.training.prior_preservation import mixture
 from selva.training.run import TrainingRun
 from selva.utils.device import dtype_of, standing_for_gpu, stored_dtype
+from selva.utils.errors import UserError
+from selva.utils.torchrun import world_size
 
 log = logging.getLogger(__name__)
 
@@ -125,6 +129,8 @@ def step_memory(
     checkpoint_blocks: bool | int = False,
     num_clips: int = 1,
     validates: bool = True,
+    graphs: bool = False,
+    several_lengths: bool = False,
     live: LiveStorages | None = None,
 ) -> StepMemory:
     """Return the memory of a training step, and of a validation, on an NVIDIA GPU.
@@ -135,6 +141,9 @@ def step_memory(
             the cache takes them.
         checkpoint_blocks: :attr:`Generator.gradient_checkpointing`.
         validates: False for a run without held-out clips.
+        graphs: steps are recorded as CUDA graphs, which keep the memory of a step for themselves: a validation takes
+            its own beside it, and so does a step of another length before it is recorded.
+        several_lengths: there are such steps; they are taken to be as long.
         live: adds up, and can be asked afterwards what was alive at the peak.
 
     Raises:
@@ -159,9 +168,15 @@ def step_memory(
         generator.train()
         _make_moments(run)
         run.train_step()
-        if validates and training.batch_size < training.validation_times:  # a larger step takes more than that
+        kept = live.peak - live.total if graphs else 0
+        live.total += kept
+        if several_lengths:
+            live.peak = max(live.peak, live.total + kept)
+        # A larger step takes more than that, unless its memory is kept.
+        if validates and (graphs or training.batch_size < training.validation_times):
             with run.evaluated():
                 held_out_losses(generator, run.val_clips, training, precision)
+        live.total -= kept
         # Every clip that is not in the batch will be in the cache too, sooner or later.
         others = clips.subset(range(min(training.batch_size, num_clips), num_clips))
         later = cache_bytes(generator, others, precision) if run.condition_cache is not None else 0
@@ -175,10 +190,32 @@ def _num_clips(folder: Path, variant: Variant) -> int:
     return sum(path.suffix == ".npz" for path in folder.iterdir())
 
 
+def has_several_lengths(durations: Iterable[float], variant: Variant, longest_sec: float) -> bool:
+    """Return True if clips of these seconds are trained on at several lengths; longer ones are cut into windows."""
+    found: set[Lengths] = set()
+    for duration_sec in durations:
+        with suppress(ValueError):  # such a clip is refused by name later
+            sequence = sequence_config(variant.mode, min(duration_sec, longest_sec))
+            found.add((sequence.latent_seq_len, sequence.clip_seq_len, sequence.sync_seq_len))
+        if len(found) > 1:
+            return True
+    return False
+
+
+def _durations(folder: Path) -> Iterator[float]:
+    """Yield the seconds of every clip of a data set whose file can be read."""
+    if is_memmap(folder):
+        yield DEFAULT_DURATION_SEC
+        return
+    for path in sorted(folder.glob("*.npz")):
+        with suppress(UserError):
+            yield load_duration(path)
+
+
 def log_step_memory(config: RunConfig, asked_precision: str, device: torch.device) -> None:
     """Log what a step of a run takes on a GPU, and the largest batch that fits the card, or cards of usual sizes.
 
-    Nothing but the number of clips is read. Clips are taken to be as long as the longest may be.
+    Nothing but the number of clips and their seconds is read. Clips are taken to be as long as the longest may be.
 
     Args:
         config: with the precision of ``device``. asked_precision: as the user gave it; "auto" is bf16 on a GPU of 2020
@@ -196,11 +233,18 @@ def log_step_memory(config: RunConfig, asked_precision: str, device: torch.devic
         repeats, preserved = mixture(num_clips, len(config.preserve), config.preserve_share)
         num_clips = repeats * num_clips + preserved
 
+    checkpoint_blocks = config.checkpoint_blocks or config.grad_checkpointing
+    # See selva.training.run.graph_problem.
+    graphs = config.cuda_graph != "off" and world_size() == 1 and not (checkpoint_blocks and config.lora.dropout)
+    durations = itertools.chain.from_iterable(_durations(one.path) for one in config.sources)
+    several_lengths = graphs and has_several_lengths(durations, variant, config.duration)
+
     def measure(batch_size: int) -> StepMemory:
         return step_memory(
             variant.name, config.lora, dataclasses.replace(config.training, batch_size=batch_size), dtype_of(precision),
             stored=stored_dtype(config.base_dtype, precision), duration_sec=config.duration, num_clips=num_clips,
-            checkpoint_blocks=config.checkpoint_blocks or config.grad_checkpointing, validates=config.val_fraction > 0,
+            checkpoint_blocks=checkpoint_blocks, validates=config.val_fraction > 0, graphs=graphs,
+            several_lengths=several_lengths,
         )
 
     own = config.training.batch_size
@@ -209,6 +253,9 @@ def log_step_memory(config: RunConfig, asked_precision: str, device: torch.devic
              "between steps %.2f, step %.2f; beside that CUDA itself, workspaces and gaps take some", precision,
              sizes[own].peak / 2**30, own, config.duration, sizes[own].weights / 2**30, sizes[own].resident / 2**30,
              sizes[own].of_step / 2**30)
+    if several_lengths:
+        log.info("of that, the step counts twice: CUDA graphs keep the memory of one clip length while a step of "
+                 "another is computed; --cuda_graph off needs less")
     peaks = {batch_size: size.peak for batch_size, size in sizes.items()}
     if not on_gpu:
         fits = {gb: largest_batch(peaks, usable_bytes(gb * 2**30 - OTHERS_BYTES)) for gb in CARDS_GB}

@@ -135,6 +135,7 @@ class TrainingRun:
         self.graphs, self.dropout = graphs, has_dropout(generator)
         if graphs is not None:
             graphs.recover, graphs.draws = self._forget_step, self.dropout
+            graphs.repeatable = config.grad_accum == 1  # what a half of a batch adds to others' gradients would stay
         generator.recompute_randomly = self.dropout
         # Half-precision gradients below 6e-8 would vanish; bfloat16 has the range of float32 and needs no scaling.
         self.scaler = GradScaler(self.device.type, enabled=precision == torch.float16)
@@ -233,9 +234,9 @@ class TrainingRun:
             finite_step_(self.optimizer, norm, self.fused)
 
     def _forget_step(self) -> None:
-        """Take back what a step that was not recorded to its end has left: gradients, and the state of the scaler.
+        """Take back what a step that did not come to its end has left: gradients, and the state of the scaler.
 
-        Gradients that add up over several batches are kept: nothing was added to them, and others have been.
+        Gradients that add up over several batches are kept: a recording added nothing to them, and others have been.
         """
         if self.config.grad_accum == 1:
             self.optimizer.zero_grad(set_to_none=True)

@@ -20,7 +20,7 @@ from selva.lora.config import LoRAConfig, expand_targets
 from selva.models.variants import VARIANTS
 from selva.sequence import DEFAULT_DURATION_SEC
 from selva.training.config import RunConfig, TrainConfig
-from selva.training.memory import largest_batch, step_memory, usable_bytes
+from selva.training.memory import has_several_lengths, largest_batch, step_memory, usable_bytes
 from selva.utils.errors import UserError
 from selva.utils.settings import settings_text, values_of
 from selva.utils.text import counted, listed
@@ -118,13 +118,16 @@ def _by_machine(
     wanted = min(TrainConfig.batch_size, len(clips))
     if gpu_bytes is None:
         return [Suggestion("batch_size", wanted, "no GPU here: the number of clips per update that suits most")]
-    longest = min(DEFAULT_DURATION_SEC, max(clip.duration_sec for clip in clips))
+    durations = [clip.duration_sec for clip in clips]
+    longest = min(DEFAULT_DURATION_SEC, max(durations))
+    several_lengths = has_several_lengths(durations, VARIANTS[variant], DEFAULT_DURATION_SEC)
 
     def most(checkpointing: bool) -> int:
         training = TrainConfig()
         peaks = {size: step_memory(
             variant, LoRAConfig(rank=settings["rank"]), dataclasses.replace(training, batch_size=size), torch.bfloat16,
-            duration_sec=longest, num_clips=len(clips), checkpoint_blocks=checkpointing).peak for size in (1, 4)}
+            duration_sec=longest, num_clips=len(clips), checkpoint_blocks=checkpointing, graphs=True,
+            several_lengths=several_lengths).peak for size in (1, 4)}
         return largest_batch(peaks, usable_bytes(gpu_bytes))
 
     return fitting(wanted, most, gpu_bytes, longest)

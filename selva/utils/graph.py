@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from selva.utils.device import is_out_of_memory
 from selva.utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -60,9 +61,11 @@ class CudaGraphs:
     def warm_up(self, function: Callable[[], Tensors]) -> Tensors:
         usual = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(usual)
-        with torch.cuda.stream(self.stream):
-            outputs = function()
-        usual.wait_stream(self.stream)
+        try:
+            with torch.cuda.stream(self.stream):
+                outputs = function()
+        finally:
+            usual.wait_stream(self.stream)
         # Copies that belong to the usual stream: the others' memory may be given away while it still reads them.
         return tuple(output.clone() for output in outputs)
 
@@ -104,6 +107,7 @@ class GraphedCalls:
     """Calls of functions that are recorded as graphs, one for every kind of call, after :data:`WARM_UPS` calls of it.
 
     Where something cannot be recorded, all calls run as without graphs from then on, and one line in the log says why.
+    So they do where memory ends: graphs keep that of their work, which is not there for calls of other kinds.
 
     Args:
         what: is done, for messages. required: a failure to record is an error.
@@ -113,6 +117,7 @@ class GraphedCalls:
         problem: the reason why nothing is recorded any more; None as long as all goes well.
         draws: the functions take random numbers of the device, which a failure to record ends: its generator goes on
             waiting for the end of the recording, and refuses every other call (PyTorch 2.11).
+        repeatable: the functions can be called again when memory ended in the middle of them, after ``recover``.
     """
 
     def __init__(
@@ -120,7 +125,7 @@ class GraphedCalls:
     ) -> None:
         self.backend, self.what, self.required, self.recover = backend, what, required, recover
         self.problem: str | None = None
-        self.draws = False
+        self.draws, self.repeatable = False, True
         self._known: dict[Hashable, int | _Graph] = {}  # kind -> calls so far, or its graph
         self._full = False
 
@@ -156,16 +161,20 @@ class GraphedCalls:
                 log.info("%s: only the first %d of its lengths or shapes run as CUDA graphs", self.what, MOST_GRAPHS)
             self._full = True
             return function(*arguments)
-        if known < WARM_UPS:
-            self._known[key] = known + 1
-            return self.backend.warm_up(functools.partial(function, *arguments))
         try:
+            if known < WARM_UPS:
+                self._known[key] = known + 1
+                return self.backend.warm_up(functools.partial(function, *arguments))
             graph = self._recorded(function, arguments, tensors, keep)
         except Exception as error:  # whatever it is, the work can be done without
-            self._give_up(error)
-            return function(*arguments)
-        self._known[key] = graph
-        return graph.run(tensors)
+            recording = known >= WARM_UPS
+            if not (recording or (self.num_graphs and self.repeatable and is_out_of_memory(error))):
+                raise
+            self._give_up(error, recording)
+        else:
+            self._known[key] = graph
+            return graph.run(tensors)
+        return function(*arguments)  # not above, where the error still holds what the failure has left in memory
 
     def _recorded(
         self, function: Callable[..., Tensors], arguments: Sequence[Any], tensors: Sequence[Tensor],
@@ -180,12 +189,12 @@ class GraphedCalls:
         kept = keep()  # made now, where it has been forgotten: while recording, nothing can come from the host
         return _Graph(self.backend.record(functools.partial(function, *placed)), inputs, kept)
 
-    def _give_up(self, error: Exception) -> None:
+    def _give_up(self, error: Exception, recording: bool) -> None:
         cause = error.__context__ or error  # ending a recording that has failed raises an error of its own
         self.problem = str(cause).strip().split("\n")[0] or type(cause).__name__
         self.clear()
         self.recover()
-        if self.draws:
+        if self.draws and recording:
             raise UserError(f"the {self.what} cannot be recorded as a CUDA graph: {self.problem}; it draws random "
                             "numbers on the device (--lora_dropout), which this process cannot any more. Start again "
                             "with --resume auto --cuda_graph off") from error

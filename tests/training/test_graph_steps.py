@@ -173,6 +173,26 @@ def test_a_step_that_cannot_be_recorded_is_done_without(caplog, dtype, grad_accu
     assert_same(run, plain)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_where_memory_ends_in_the_middle_of_a_step_beside_a_graph_it_is_done_without(caplog, dtype):
+    """And the state is the same as if memory had been enough."""
+    plain, own = make_run(CONFIG, PLAIN, dtype, None), GraphedCalls(RecordedGraphs(), "training")
+    run = make_run(CONFIG, PLAIN, dtype, own)
+    finish = run._finish
+
+    def ends():
+        if own.num_graphs and own.problem is None:
+            run.scaler.unscale_(run.optimizer)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
+        return finish()
+
+    run._finish = ends
+    assert train(run) == train(plain)
+    assert own.problem is not None and own.num_graphs == 0 and "without CUDA graphs" in caplog.text
+    assert_same(run, plain)
+    assert make_run(ACCUMULATED, PLAIN, dtype, own).graphs.repeatable is False
+
+
 @pytest.mark.parametrize("case", ["dropout", "conditions adapted"])
 def test_tables_that_were_forgotten_are_made_before_a_step_is_recorded(case):
     """Those of more lengths than are kept come and go."""

@@ -13,6 +13,7 @@ from small_run import make_clips, make_generator
 from test_devices import make_run
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 
+from selva.features import FeatureBundle, save_features
 from selva.lora.config import LoRAConfig
 from selva.models import blocks
 from selva.models.variants import get_variant
@@ -20,10 +21,11 @@ from selva.models.zoo import build_generator
 from selva.sequence import sequence_config
 from selva.training import memory
 from selva.training.config import RunConfig, TrainConfig
-from selva.training.memory import LiveStorages, largest_batch, log_step_memory, step_memory
+from selva.training.memory import LiveStorages, has_several_lengths, largest_batch, log_step_memory, step_memory
 from selva.training.objective import flow_loss, sample_noise
 
 GIB, MIB = 2**30, 2**20
+DROPOUT = LoRAConfig(rank=4, dropout=0.1)
 TINY = ("tiny_16k", LoRAConfig(rank=4))
 
 
@@ -179,6 +181,35 @@ def test_the_log_names_the_batch_that_fits(tmp_path, caplog, monkeypatch):
     assert "of whose 8.0 GiB 0.1 are free: none" in record.message and record.levelno == logging.WARNING
     log_step_memory(config, "bf16", Card(monkeypatch, free=8))
     assert caplog.records[-1].levelno == logging.INFO
+
+
+def test_graphs_keep_the_memory_of_a_step_beside_what_runs_without():
+    alone = of_batch(4, validates=False)
+    assert of_batch(4, validates=False, graphs=True) == alone
+    several = of_batch(4, validates=False, graphs=True, several_lengths=True)
+    assert several.of_step == 2 * alone.of_step and several.resident == alone.resident
+    validated = of_batch(4, graphs=True)
+    assert alone.peak < validated.peak < several.peak == of_batch(4, graphs=True, several_lengths=True).peak
+    assert of_batch(4).peak == alone.peak
+
+
+def test_lengths_that_a_model_tells_apart_are_counted():
+    tiny = get_variant("tiny_16k")
+    assert not has_several_lengths([8.0, 9.5, 8.001, float("nan"), 0.1], tiny, 8.0)  # windows; two cannot be used
+    assert has_several_lengths([8.0, 9.5], tiny, 10.0) and has_several_lengths([8.0, 4.0], tiny, 8.0)
+
+
+@pytest.mark.parametrize("flags", [{}, {"cuda_graph": "off"}, {"grad_checkpointing": True, "lora": DROPOUT}])
+def test_a_dry_run_counts_a_step_twice_where_graphs_of_several_lengths_keep_one(tmp_path, caplog, monkeypatch, flags):
+    caplog.set_level(logging.INFO)
+    asked = []
+    monkeypatch.setattr(memory, "step_memory", lambda *args, **more: asked.append(
+        (more["graphs"], more["several_lengths"])) or memory.StepMemory(0, 0, 0))
+    for number, seconds in enumerate((4.0, 8.0)):
+        save_features(tmp_path / f"{number}.npz", FeatureBundle(torch.zeros(1, 8, 4), torch.zeros(1, 8, 4), seconds))
+        log_step_memory(RunConfig(data_dir=tmp_path, precision="fp32", **flags), "bf16", torch.device("cpu"))
+        assert ("the step counts twice" in caplog.text) is (number == 1 and not flags)
+    assert set(asked) == ({(True, False), (True, True)} if not flags else {(False, False)})
 
 
 def test_the_step_that_is_measured_has_the_moments_of_earlier_ones(monkeypatch):

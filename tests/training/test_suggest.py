@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from selva.training.suggest import Suggestion, _by_number, as_yaml, fitting
+from selva.data.folder import FolderClip
+from selva.training import suggest
+from selva.training.memory import StepMemory
+from selva.training.suggest import Suggestion, _by_machine, _by_number, as_yaml, fitting
 
 GIB = 2**30
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -40,6 +43,16 @@ def test_the_presets_and_the_suggestions_say_the_same(count, preset):
 def test_the_memory_decides(plain, recomputed, expected):
     found = fitting(4, lambda checkpointing: recomputed if checkpointing else plain, 8 * GIB, 8.0)
     assert {one.name: one.value for one in found} == expected
+
+
+@pytest.mark.parametrize("seconds, several", [((8.0, 9.0, 8.0), False), ((8.0, 3.0, 8.0), True)])
+def test_the_memory_is_that_of_graphs_of_all_lengths(monkeypatch, seconds, several):
+    clips = [FolderClip(str(one), Path(), Path(), "", "features", "", "", one, (64, 1024), (192, 768), None, "")
+             for one in seconds]
+    asked = []
+    monkeypatch.setattr(suggest, "step_memory", lambda *args, **more: asked.append(more) or StepMemory(0, 0, 0))
+    _by_machine("small_16k", {"rank": 4}, 8 * GIB, clips)
+    assert asked and all(one["graphs"] and one["several_lengths"] is several for one in asked)
 
 
 def test_too_little_memory_is_said():

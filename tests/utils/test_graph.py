@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from dataclasses import dataclass
 
 import pytest
@@ -120,6 +121,68 @@ def test_a_failed_recording_is_an_error_where_graphs_are_required():
     with pytest.raises(RuntimeError, match=r"cannot be recorded as a CUDA graph: .* reads a number back"):
         for _ in range(WARM_UPS + 1):
             calls("kind", lambda x: (x * float(x.sum()),), torch.ones(2))
+
+
+class Crowded(RecordedGraphs):
+    """A device whose memory ends in the middle of a second kind of call, if that of a first one is kept by a graph."""
+
+    graphs = 0
+
+    def warm_up(self, function):
+        outputs = super().warm_up(function)
+        if self.graphs:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
+        return outputs
+
+    def record(self, function):
+        self.graphs += 1
+        return super().record(function)
+
+
+@pytest.mark.parametrize("repeatable", [True, False])
+def test_where_memory_ends_beside_a_graph_calls_run_without(caplog, repeatable):
+    state = torch.zeros(())
+
+    def function(x: Tensor) -> tuple[Tensor, ...]:
+        return (state.add_(1) * x,)
+
+    calls = GraphedCalls(Crowded(), "test", recover=lambda: state.sub_(1))
+    calls.draws, calls.repeatable = True, repeatable  # numbers can be drawn on, as nothing was recorded
+    for _ in range(WARM_UPS + 1):
+        calls("kind", function, torch.ones(1))
+    assert calls.num_graphs == 1
+    if not repeatable:
+        with pytest.raises(torch.OutOfMemoryError):
+            calls("kind", function, torch.ones(2))
+        return
+    (found,) = calls("kind", function, torch.ones(2))
+    assert found.tolist() == [WARM_UPS + 2] * 2 and calls.num_graphs == 0
+    assert calls.problem is not None and "out of memory" in caplog.text
+
+
+def test_memory_that_ends_without_a_graph_is_an_error():
+    backend = Crowded()
+    backend.graphs = 1  # of somebody else
+    calls = GraphedCalls(backend, "test")
+    with pytest.raises(torch.OutOfMemoryError):
+        calls("kind", lambda x: (x + 1,), torch.ones(1))
+    assert calls.problem is None
+
+
+def test_what_a_failed_recording_has_left_is_freed_before_the_call_is_done_without():
+    left: list[weakref.ref[Tensor]] = []
+
+    def function(x: Tensor) -> tuple[Tensor, ...]:
+        activations = x * 2
+        alive = [one() is not None for one in left]
+        left.append(weakref.ref(activations))
+        if len(left) == WARM_UPS + 1:
+            float(activations)
+        return (torch.full((), float(sum(alive))) if len(left) > WARM_UPS + 1 else activations,)
+
+    calls, _ = make_calls()
+    results = [calls("kind", function, torch.ones(()))[0].item() for _ in range(WARM_UPS + 1)]
+    assert calls.problem is not None and results[-1] == 0
 
 
 def test_kinds_beyond_the_limit_run_without(monkeypatch, caplog):
