@@ -13,7 +13,6 @@ import dataclasses
 import itertools
 import logging
 import weakref
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -81,41 +80,32 @@ class LiveStorages(TorchDispatchMode):
 
     Attributes:
         total: bytes now. peak: highest total so far.
-        at_peak: bytes by the operation that made them, at the highest total since ``record`` was set.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.total = self.peak = 0
-        self.record = False
-        self.at_peak: Counter[str] = Counter()
-        self._live: dict[int, tuple[int, str]] = {}
+        self._live: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
-                self._see(leaf, func)
+                self._see(leaf)
         return result
 
-    def _see(self, tensor: Tensor, func: Any) -> None:
+    def _see(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._live:
             return
-        size = -(-storage.nbytes() // BLOCK) * BLOCK
-        self._live[key] = size, str(func)
+        self._live[key] = -(-storage.nbytes() // BLOCK) * BLOCK
         weakref.finalize(storage, self._forget, key).atexit = False
-        self.total += size
-        if self.total > self.peak:
-            self.peak = self.total
-            if self.record:
-                self.at_peak = Counter()
-                for size, name in self._live.values():
-                    self.at_peak[name] += size
+        self.total += self._live[key]
+        self.peak = max(self.peak, self.total)
 
     def _forget(self, key: int) -> None:
-        self.total -= self._live.pop(key)[0]
+        self.total -= self._live.pop(key)
 
 
 def step_memory(
@@ -131,7 +121,6 @@ def step_memory(
     validates: bool = True,
     graphs: bool = False,
     several_lengths: bool = False,
-    live: LiveStorages | None = None,
 ) -> StepMemory:
     """Return the memory of a training step, and of a validation, on an NVIDIA GPU.
 
@@ -144,12 +133,11 @@ def step_memory(
         graphs: steps are recorded as CUDA graphs, which keep the memory of a step for themselves: a validation takes
             its own beside it, and so does a step of another length before it is recorded.
         several_lengths: there are such steps; they are taken to be as long.
-        live: adds up, and can be asked afterwards what was alive at the peak.
 
     Raises:
         ValueError: the adapter does not fit the model, or the clips are too short.
     """
-    live = live or LiveStorages()
+    live = LiveStorages()
     with torch.device("meta"):
         without_numbers = build_generator(variant)
     cast_frozen_(without_numbers, stored or precision)
