@@ -44,6 +44,14 @@ def pytest_runtest_call(item):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Processes of several send each other text in UTF-8, so what a test has logged of other names is written in it."""
+    report = yield
+    report.sections = [(name, text.encode("utf-8", "backslashreplace").decode()) for name, text in report.sections]
+    return report
+
+
 def pytest_sessionfinish(session):
     """A process of several (pytest -n) hands its golden errors to the one that prints the summary."""
     if hasattr(session.config, "workeroutput"):
