@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -22,6 +24,17 @@ def _threads_of_before():
     yield
     if torch.get_num_threads() != THREADS:
         torch.set_num_threads(THREADS)
+
+
+@pytest.fixture
+def latin1_folder(tmp_path) -> Path:
+    """An empty folder whose name is Latin-1, as on disks from before UTF-8."""
+    folder = tmp_path / "caf\udce9"
+    try:
+        folder.mkdir()
+    except (OSError, UnicodeError):
+        pytest.skip("this system has no such names")
+    return folder
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from filelock import Timeout
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from selva.utils.files import atomic_path, atomic_write_text, source_hash, why_not_written
+from selva.utils.files import atomic_path, atomic_write_text, native_path, source_hash, why_not_written
 from selva.utils.lock import FolderLock, file_lock
 from selva.utils.torch_files import READ_ERRORS, write_safetensors
 from selva.utils.torchrun import is_main_process
@@ -83,7 +83,7 @@ class DataCache:
             if not path.is_file():
                 continue
             try:
-                with safe_open(path, framework="pt") as file:
+                with native_path(path) as readable, safe_open(readable, framework="pt") as file:
                     stored = (file.metadata() or {}).get("settings")
                     tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
             except (SafetensorError, OSError, *READ_ERRORS) as error:

@@ -93,6 +93,23 @@ def sound_path(path: str | os.PathLike[str]) -> Any:
     return name
 
 
+@contextmanager
+def native_path(path: str | os.PathLike[str]) -> Iterator[str]:
+    """Yield the path of a file to be read as libraries in C++ and Rust take it, which have to be given UTF-8.
+
+    That of a file whose name or folder is not UTF-8 is the one of its descriptor, which is open as long as this lasts;
+    such names are there on Linux only.
+    """
+    name = os.fspath(path)
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        with open(name, "rb") as file:
+            yield f"/dev/fd/{file.fileno()}"
+    else:
+        yield name
+
+
 def append_whole(path: Path, content: bytes) -> None:
     """Append ``content`` to a file, whole or not at all: where it does not fit, the file is cut back to what it was."""
     with open(path, "ab", buffering=0) as file:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from selva.utils.errors import UserError
+from selva.utils.files import native_path
 
 # torch.load on a file that is no checkpoint: an unpickler that meets arbitrary bytes may stumble in all these ways.
 READ_ERRORS = (
@@ -47,7 +48,8 @@ def read_torch(path: Path, mmap: bool = False) -> Mapping[str, Any]:
         )
         raise UserError(f"{path}: not a readable PyTorch file; {what}")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        with native_path(path) as readable:
+            content = torch.load(readable, map_location="cpu", weights_only=True, mmap=mmap)
     except READ_ERRORS as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(
@@ -77,7 +79,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
-        with safetensors.safe_open(path, framework="pt", device="cpu") as file:
+        with native_path(path) as readable, safetensors.safe_open(readable, framework="pt", device="cpu") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is not a dictionary)
             header = file.metadata() or {}
         return tensors, json.loads(header.get("meta", "{}"))

@@ -28,6 +28,7 @@ from selva.models.variants import Variant, get_variant
 from selva.models.vocoder import Vocoder
 from selva.models.zoo import build_generator, build_vae, build_video_encoder, build_vocoder
 from selva.utils.errors import UserError
+from selva.utils.files import native_path
 from selva.utils.torch_files import READ_ERRORS
 from selva.weights.find import ASSETS, asset_name, find_weights
 
@@ -57,13 +58,14 @@ def read_checkpoint(path: Path, key: str | None = None, prefixes: tuple[str, ...
 
     if path.suffix == ".safetensors":
         try:
-            with safe_open(path, framework="pt") as file:
+            with native_path(path) as readable, safe_open(readable, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefixes)}  # noqa: SIM118
         except SafetensorError as error:
             raise UserError(f"{path}: not a readable safetensors file ({error}); download it again") from error
     try:
         # Only the zip format can be mapped; best_netG.pt and other old files are plain pickles.
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with native_path(path) as readable:
+            content = torch.load(readable, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except READ_ERRORS as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(

@@ -44,6 +44,12 @@ def test_an_entry_is_found_by_its_settings_only(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {CACHE_FOLDER} and len(entries(tmp_path)) == 1
 
 
+def test_a_folder_whose_name_is_not_utf8_has_a_cache_like_any_other(latin1_folder, caplog):
+    DataCache(latin1_folder).save("latents", SETTINGS, TENSORS)
+    found = DataCache(latin1_folder).load("latents", SETTINGS)
+    assert found is not None and found.keys() == TENSORS.keys() and not caplog.text
+
+
 @pytest.mark.parametrize("spoil", ["cut", "rubbish", "empty", "other settings", "not finite"])
 def test_an_entry_that_is_not_right_is_made_again(tmp_path, caplog, spoil):
     cache = DataCache(tmp_path)

@@ -50,15 +50,10 @@ def feature_dir(_features, tmp_path) -> Path:
 
 
 @pytest.fixture
-def old_folder(clip_dir, tmp_path) -> Path:
+def old_folder(clip_dir, latin1_folder) -> Path:
     """A folder whose name is Latin-1, as on disks from before UTF-8, with one of the clips."""
-    folder = tmp_path / "caf\udce9"
-    try:
-        folder.mkdir()
-    except (OSError, UnicodeError):
-        pytest.skip("this system has no such names")
-    shutil.copy(clip_dir / "knock_5.mp4", folder)
-    return folder
+    shutil.copy(clip_dir / "knock_5.mp4", latin1_folder)
+    return latin1_folder
 
 
 @pytest.fixture
