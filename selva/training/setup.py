@@ -23,8 +23,10 @@ from selva.checkpoint import (
 )
 from selva.data.dataset import ClipDataset
 from selva.flow import SamplingConfig
+from selva.lora.config import LoRAConfig
 from selva.lora.inject import check_ranks, inject_lora
 from selva.models.generator import Generator, cast_frozen_
+from selva.training.changed_settings import warn_of_changes
 from selva.training.compiling import compile_blocks_
 from selva.training.config import RunConfig
 from selva.training.outcome import missing_outcome
@@ -37,7 +39,7 @@ from selva.utils.device import dtype_of, peak_memory_bytes, stored_dtype
 from selva.utils.distributed import World
 from selva.utils.errors import UserError
 from selva.utils.graph import WARM_UPS, graphed_calls
-from selva.utils.settings import removed_of, removed_problems
+from selva.utils.settings import removed_of, removed_problems, values_of
 from selva.utils.text import clock, counted
 from selva.weights.find import generator_change, generator_mark
 from selva.weights.load import load_clip_text, load_generator
@@ -127,6 +129,8 @@ def find_resume(config: RunConfig) -> TrainingState | None:
 # Settings of TrainConfig that change what is learned; the others may change when a run is continued.
 FIXED_SETTINGS = ("clip_features", "latent", "null_prob", "padded_loss", "timestep_mode", "logit_normal_sigma",
                   "seed")
+# What a resume is meant to change, what is told with the size of an update, and --lr_probe, which a begun run ignores.
+FREE_SETTINGS = ("steps", "save_every", "val_every", "log_every", "batch_size", "grad_accum", "lr_probe")
 
 
 def finished_adapter(saved: TrainingState, output_dir: Path) -> Path | None:
@@ -190,7 +194,7 @@ def load_start(config: RunConfig) -> Adapter | None:
 def check_resumable(saved: TrainingState, config: RunConfig, num_processes: int = 1) -> None:
     """Raise a ValueError if the run is at its end, or if continuing would mix two different trainings.
 
-    An update of another number of clips is allowed, and said.
+    An update of another number of clips is allowed, and said; so are another rate, decay, dropout and the like.
 
     A run that was stopped between its last step and its final adapter, or before all of its verdict, its page and its
     model card were written, is not at its end.
@@ -231,6 +235,12 @@ def check_resumable(saved: TrainingState, config: RunConfig, num_processes: int 
                         f"{name} was {old} and is {new}" for name, old, new in zip(
                             ("number of processes", "--batch_size", "--grad_accum"), was, now, strict=True)
                         if old != new), advice)
+    if not saved.is_published:  # what such a run was trained with is told when its state is restored
+        if training.lr_probe:  # keeps the rate that was chosen
+            training = dataclasses.replace(training, lr=before.get("lr", training.lr))
+        lora = LoRAConfig.from_meta(saved.meta)
+        warn_of_changes(saved.path, {**before, "lora_dropout": lora.dropout},
+                        {**values_of(training), "lora_dropout": config.lora.dropout}, RunConfig, FREE_SETTINGS)
 
 
 # -- model -------------------------------------------------------------------------------------------------------------

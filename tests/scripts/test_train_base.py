@@ -104,6 +104,15 @@ def test_snapshots_of_a_longer_run_keep_their_distance(run, sets, tmp_path, capl
     assert "go on at every 1 step, as this run began, not at every 5" in caplog.text
 
 
+def test_a_run_that_goes_on_with_other_rates_says_so(run, sets, tmp_path, caplog):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    assert train(sets, folder, "--steps", "5", "--sample_every", "0", "--resume", "auto", "--lr", "0.5",
+                 "--lr_milestones", "0.5") == 0
+    assert ("goes on with other settings than before: --lr was 0.0001 and is 0.5, --lr_milestones was 0.8 0.9 and is "
+            "0.5. To keep what was before, give --lr 0.0001 --lr_milestones 0.8 0.9 with --resume") in caplog.text
+
+
 def newest_of(run: Path) -> Path:
     return all_checkpoints(run / "checkpoints")[-1]
 

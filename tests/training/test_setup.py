@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 
 import pytest
@@ -10,6 +11,7 @@ from recorded_graph import RecordedGraphs
 from small_run import make_run
 
 from selva.checkpoint import TrainingState
+from selva.lora.config import LoRAConfig
 from selva.training import setup
 from selva.training.config import RunConfig, TrainConfig
 from selva.training.setup import adapter_meta, check_resumable, estimate, find_resume
@@ -111,3 +113,27 @@ def test_a_dry_run_times_a_step_as_most_will_be(monkeypatch, caplog, graphs):
     assert "dry run: 1.00 s/step, about 6 s for 6 steps" in caplog.text
     assert run.graphs is None or (run.graphs.num_graphs == 1 and run.graphs.backend.replays == 2)
     assert device.steps == (4 if graphs else 2)
+
+
+def test_a_run_that_goes_on_with_another_recipe_says_so_once(tmp_path, caplog):
+    """Rate, schedule, decay and dropout may change; the step file knows what they were."""
+    recipe = TrainConfig(lr=0.01, lr_schedule="cosine", lora_plus_ratio=16.0, weight_decay=0.3,
+                         lr_milestones=(0.5, 0.7))
+    saved = saved_with(tmp_path, training=recipe)
+    saved.meta["lora_config"] = LoRAConfig(dropout=0.3).to_dict()
+    told = ("goes on with other settings than before: --lora_dropout was 0.3 and is 0.0, --lr was 0.01 and is 0.0001, "
+            "--lr_schedule was cosine and is constant, --lr_milestones was 0.5 0.7 and is 0.8 0.9, --lora_plus_ratio "
+            "was 16.0 and is 1.0, --weight_decay was 0.3 and is 1e-06. To keep what was before, give --lora_dropout "
+            "0.3 --lr 0.01 --lr_schedule cosine --lr_milestones 0.5 0.7 --lora_plus_ratio 16.0 --weight_decay 0.3 with")
+    check_resumable(saved, sets_config(tmp_path, training=TrainConfig(steps=5000, save_every=7, val_every=9)))
+    assert told in caplog.text and caplog.text.count("goes on with") == 1
+
+
+def test_a_run_that_goes_on_as_it_was_says_nothing(tmp_path, caplog):
+    recipe = TrainConfig(lr=0.01, lr_schedule="cosine")
+    saved = saved_with(tmp_path, training=recipe)
+    saved.meta["lora_config"] = LoRAConfig(dropout=0.3).to_dict()
+    now = {"steps": 5000, "save_every": 7, "val_every": 9, "log_every": 1}
+    for training in (dataclasses.replace(recipe, **now), dataclasses.replace(recipe, lr=1e-4, lr_probe=True)):
+        check_resumable(saved, sets_config(tmp_path, training=training, lora=LoRAConfig(dropout=0.3)))
+    assert not caplog.text

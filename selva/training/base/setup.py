@@ -15,15 +15,18 @@ from selva.data.mixture import MixedClips
 from selva.models.generator import Generator
 from selva.models.variants import Variant, get_variant
 from selva.models.zoo import build_generator
-from selva.training.base.config import PUBLISHED, BaseTrainConfig
+from selva.training.base.config import AVERAGES, OPTIMISATION, PUBLISHED, BaseTrainConfig
 from selva.training.base.mmaudio_files import read_checkpoint as read_mmaudio
 from selva.training.base.mmaudio_files import read_weights
 from selva.training.base.parallel import fill_
 from selva.training.base.run import MOMENTS, BaseRun, described
 from selva.training.base.statistics import latent_statistics
+from selva.training.changed_settings import warn_of_changes
+from selva.training.config import OBJECTIVE
 from selva.training.power_ema import SIGMA_RELS
 from selva.utils.distributed import World
 from selva.utils.errors import UserError
+from selva.utils.settings import settings_of, values_of
 from selva.utils.text import counted, listed
 from selva.weights.load import load_clip_text, load_generator, read_checkpoint
 
@@ -86,8 +89,15 @@ def data_state(clips: MixedClips) -> list[dict[str, Any]]:
     ]
 
 
+# Settings of the recipe that every resume may change: its length, how it is cut into passes, what is written when.
+FREE_SETTINGS = ("steps", "micro_batch_size", "ema_every")
+
+
 def check_resumable(path: Path, numbers: dict[str, Any], config: BaseTrainConfig, clips: MixedClips) -> None:
-    """Raise a UserError if continuing would mix two trainings: other data, another objective, another model."""
+    """Raise a UserError if continuing would mix two trainings: other data, another objective, another model.
+
+    Another rate, batch size and the like are allowed, and said.
+    """
     if numbers["step"] > config.steps:
         raise UserError(f"{path}: is at step {numbers['step']} and --steps is {config.steps}; give a larger --steps")
     now = described(config)
@@ -104,6 +114,11 @@ def check_resumable(path: Path, numbers: dict[str, Any], config: BaseTrainConfig
     if problems:
         raise UserError(f"{path}: continuing would mix two trainings: {'; '.join(problems)}. Use the same, or start a "
                         "new run from its weights: --init")
+    recipe = [setting.name for setting in settings_of(BaseTrainConfig)
+              if setting.info.group in (OPTIMISATION, OBJECTIVE, AVERAGES) or setting.name == "precision"]
+    settings = values_of(config)
+    warn_of_changes(path, numbers.get("settings", {}), {name: settings[name] for name in recipe}, BaseTrainConfig,
+                    FREE_SETTINGS)
 
 
 # -- model -------------------------------------------------------------------------------------------------------------
