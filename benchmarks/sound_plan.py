@@ -17,6 +17,7 @@ from typing import Any
 
 from selva.utils.errors import UserError
 from selva.utils.text import listed
+from selva.utils.yaml_file import read_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 PLAN_FILE = ROOT / "benchmarks" / "soundbench.yaml"
@@ -137,10 +138,8 @@ def read_plan(path: Path = PLAN_FILE) -> Plan:
             is no method; or a soup is none of the two.
         FileNotFoundError: it, or the file that it takes the preserved prompts from, is not there.
     """
-    import yaml
-
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    preset = yaml.safe_load((ROOT / content["preserve_from"]).read_text(encoding="utf-8"))
+    content = read_yaml(path)
+    preset = read_yaml(ROOT / content["preserve_from"])
     questions, methods = [], {}
     for name, asked in content["questions"].items():
         if (base_name := asked["base"]) not in content["bases"]:

@@ -144,6 +144,7 @@ class ArgumentParser(argparse.ArgumentParser):
         from_file, positionals = [], {}
         if path:
             from_file, positionals = self._arguments_of(SettingsFile(path, f"--config {path}", self.error), given)
+            from_file.append(f"--config={path}")  # ends a list, which would take the positional arguments of this call
         # What is said more closely wins: this call, its settings file, the environment, the file of the folder.
         arguments = from_file + given
         arguments = self._from_environment(arguments) + arguments

@@ -42,6 +42,15 @@ def test_command_line_wins_over_file_over_default(tmp_path):
     assert (args.data_dir, args.rank, args.mode, args.seed) == (Path("from file"), 8, "b", 42)
 
 
+def test_a_list_at_the_end_of_a_file_takes_no_positional_argument(tmp_path):
+    given = parser()
+    given.add_argument("input", nargs="*", type=Path, help="clips")
+    config = settings(tmp_path, "data_dir: d\ntarget: [x, y]\n")
+    for arguments in (["clips", "more", *config], [*config, "clips", "more"]):
+        args = given.parse_args(arguments)
+        assert args.target == ["x", "y"] and args.input == [Path("clips"), Path("more")]
+
+
 def test_every_kind_of_value_can_come_from_a_file(tmp_path):
     config = settings(tmp_path, "data-dir: d\ntarget: [x, y]\nadapter: [p, q]\nquick: true\npreview: false\nseed: -3\n")
     args = parser().parse_args(config)
@@ -222,6 +231,12 @@ def inputs_parser() -> cli.ArgumentParser:
         ("data_dir: 0777", "data_dir is 0777, which YAML reads as 511; put it between quotation marks"),
         ("data_dir: 1:30", "data_dir is 1:30, which YAML reads as 90"),
         ("target: [x, on]", "target is on, which YAML reads as True"),
+        ("seed: 0500", "seed is 0500, which YAML reads as 320; put it between quotation marks if it is a text, or "
+         "write the number plainly (line 1)"),
+        ("data_dir: d\nseed: 1:30", "seed is 1:30, which YAML reads as 90"),
+        ("rank: 0x10", "rank is 0x10, which YAML reads as 16"),
+        ("rank: 4\ndata_dir: d\nrank: 8", "rank stands in line 1 and again in line 3, and YAML would take the last "
+         "one; give it once"),
         ("target: [x, ]\nadapter: [~]", "adapter is [None], expected a single value or a list"),
         ("data_dir: [[a]]", "data_dir is [['a']], expected a single value"),
         ("rank: 2024-01-31", "invalid int value: '2024-01-31'"),

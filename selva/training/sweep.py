@@ -32,6 +32,7 @@ from selva.utils.html_report import Page
 from selva.utils.lock import FolderInUse
 from selva.utils.metrics_log import MetricsFile, smoothed
 from selva.utils.text import counted, listed
+from selva.utils.yaml_file import read_yaml
 
 log = logging.getLogger(__name__)
 
@@ -141,14 +142,9 @@ def _words(changes: Mapping[str, Any]) -> str:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    import yaml
-
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
+    content = read_yaml(path)
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, expected lines like `output_dir: sweeps/dog`")
     return content

@@ -11,13 +11,13 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from selva.utils.errors import UserError
 from selva.utils.settings import Removed, Synonyms, removed_problems
 from selva.utils.suggestions import did_you_mean, nearest
 from selva.utils.text import counted
+from selva.utils.yaml_file import parse_yaml, yaml_text
 
 FOLDER_FILE = "selva.yaml"  # in the working folder: the settings that all scripts share
-# Values that are no YAML for all their looks, such as the date 2024-13-45, stop PyYAML's constructors in these ways.
-_YAML_VALUE_ERRORS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
 _REPR = reprlib.Repr()
 _REPR.maxlevel = 2  # a few lines of YAML with aliases can stand for more text than fits into memory
 
@@ -41,12 +41,11 @@ class SettingsFile:
 
         self.name, self._fail = name, fail
         try:
-            text = path.read_bytes().decode("utf-8-sig")
-            self.settings, self.written = yaml.safe_load(text) or {}, yaml.load(text, yaml.BaseLoader)
-        except RecursionError:
-            self.fail("cannot be read as YAML: it is nested too deeply")
-        except (OSError, yaml.YAMLError, *_YAML_VALUE_ERRORS) as error:
-            self.fail(f"cannot be read as YAML: {' '.join(str(error).split())}")
+            text = yaml_text(path, name)
+            self.settings = parse_yaml(text, name) or {}
+        except UserError as error:
+            self._fail(str(error))
+        self.written = yaml.load(text, yaml.BaseLoader)
         if not isinstance(self.settings, dict):
             self.fail(f"holds a {type(self.settings).__name__}, expected lines like `steps: 2000`")
 

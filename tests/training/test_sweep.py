@@ -69,6 +69,8 @@ def test_another_output_folder_goes_before_that_of_the_file(tmp_path):
         ("runs: [{lr: 1}]\nseeds: 0\noutput_dir: o", "seeds is 0"),
         ("- 1", "holds a list"),
         ("a: [", "cannot be read as YAML"),
+        ("grid: {steps: [0500]}\noutput_dir: o", "steps is 0500, which YAML reads as 320"),
+        ("seeds: 2\nbase: {lr: 1}\nbase: {lr: 2}\noutput_dir: o", "base stands in line 2 and again in line 3"),
     ],
 )
 def test_wrong_files_are_explained(tmp_path, text, message):
