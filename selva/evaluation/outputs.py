@@ -5,14 +5,17 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from selva.evaluation.intervals import Figure
 from selva.evaluation.page_sound import page_file
 from selva.evaluation.run import PAIRED, Evaluation
-from selva.utils.files import atomic_write_text
+from selva.utils.files import atomic_write_text, next_aside, real_path
 from selva.utils.html_report import Page
+
+log = logging.getLogger(__name__)
 
 JSON_FILE, CSV_FILE, PAGE_FILE = "evaluation.json", "evaluation.csv", "evaluation.html"
 PLAYERS = 8  # pairs with players on the page: those with the largest distance, and as many with the smallest
@@ -72,6 +75,7 @@ def table(evaluation: Evaluation) -> list[str]:
 def to_json(evaluation: Evaluation) -> str:
     """Return everything as JSON: figures with intervals, the figures of every pair, what failed and what was odd."""
     content = {
+        **_folders(evaluation),
         "figures": {key: asdict(figure) for key, figure in evaluation.figures.items()},
         "not_computed": evaluation.reasons,
         "remarks": evaluation.remarks,
@@ -100,13 +104,44 @@ def _plain(value: float | None) -> str:
     return "" if value is None else f"{value:.6g}"
 
 
+def _folders(evaluation: Evaluation) -> dict[str, str]:
+    """Return what was compared, by which a later evaluation knows whose results it would replace."""
+    return {"generated": str(real_path(evaluation.generated)), "reference": str(real_path(evaluation.reference))}
+
+
 def write_outputs(evaluation: Evaluation, folder: Path) -> list[Path]:
-    """Write JSON, CSV and the page into a folder, and return their paths."""
+    """Write JSON, CSV and the page into a folder, and return their paths.
+
+    Those of the same two folders are replaced. Others, whatever they are, are moved to ``previous_001`` (002, ...).
+    """
     paths = [folder / name for name in (PAGE_FILE, JSON_FILE, CSV_FILE)]
+    _make_way(paths, _folders(evaluation))
     _page(evaluation).write(paths[0])
     atomic_write_text(paths[1], to_json(evaluation))
     atomic_write_text(paths[2], to_csv(evaluation))
     return paths
+
+
+def _make_way(paths: list[Path], folders: dict[str, str]) -> None:
+    """Say that earlier results are replaced, or move them aside if they are of other folders."""
+    there = [path for path in paths if path.exists()]
+    if not there:
+        return
+    try:
+        noted = json.loads(paths[1].read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        noted = None
+    before = {name: noted.get(name) for name in folders} if isinstance(noted, dict) else {}
+    if before == folders:
+        log.info("%s: the results of an earlier evaluation of these folders are replaced", paths[0].parent)
+        return
+    aside = next_aside(paths[0].parent)
+    aside.mkdir()
+    for path in there:
+        path.rename(aside / path.name)
+    what = " and ".join(str(name) for name in before.values() if name)
+    log.warning("%s: held the results of %s; now in %s: %s", paths[0].parent, what or "something else", aside,
+                ", ".join(path.name for path in there))
 
 
 def _page(evaluation: Evaluation) -> Page:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from selva.audio.loudness import BLOCK_SEC
 from selva.audio.metrics import SILENCE_DB
 from selva.evaluation import av_benchmark, distances, encoders, intervals
 from selva.evaluation.config import EvaluationConfig
@@ -30,7 +31,7 @@ from selva.weights.find import content_mark
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # of the records; raised when a figure is computed in another way
+FORMAT = 2  # of the records; raised when a figure is computed in another way
 KERNEL_ITEMS = 4000  # of each set at most, for the kernel distance: it compares each with each
 DESYNC_SEC = (SEGMENTS_COMPARED - 1) * SEGMENT_STEP / SAMPLE_RATE + SEGMENT_SAMPLES / SAMPLE_RATE  # 4.8
 
@@ -47,6 +48,7 @@ class Evaluation:
     """The results of an evaluation.
 
     Attributes:
+        generated, reference: the folders that were compared.
         figures: key -> figure with its interval; keys of ``PAIRED``, and ``<network>_fd``, ``<network>_kd``,
             ``ast_is``.
         pairs: (pair, figures of it), in the order of the names; those that failed are not among them.
@@ -54,6 +56,8 @@ class Evaluation:
         reasons: key -> why a figure is missing.
     """
 
+    generated: Path
+    reference: Path
     figures: dict[str, Figure] = field(default_factory=dict)
     pairs: list[tuple[SoundPair, dict[str, Any]]] = field(default_factory=list)
     failed: list[tuple[str, str]] = field(default_factory=list)
@@ -74,7 +78,7 @@ def evaluate(config: EvaluationConfig) -> Evaluation:
     pairs = find_pairs(config.generated, config.reference, config.videos, config.captions)
     check_can_write(config.output_dir)
     networks = _Networks(config)
-    store, result = PairStore(config.output_dir), Evaluation()
+    store, result = PairStore(config.output_dir), Evaluation(config.generated, config.reference)
     records, kept = [], 0
     with Progress(len(pairs), "comparing", "pairs") as progress:
         for number, pair in enumerate(pairs, 1):
@@ -257,6 +261,10 @@ def _number(value: Any) -> float:
     return float(value) if value is not None and math.isfinite(value) else math.nan
 
 
+def _silent(level_db: float | None) -> bool:
+    return level_db is None or level_db < SILENCE_DB
+
+
 def _remark(result: Evaluation) -> None:
     """Say what is odd about the sounds, by name, in the log and in the result."""
     def named(test: Callable[[dict[str, Any]], bool]) -> list[str]:
@@ -266,8 +274,12 @@ def _remark(result: Evaluation) -> None:
         (named(lambda f: f["rms_db"] is None), "generated sound is digital silence, and has no distances"),
         (named(lambda f: f["rms_db"] is not None and f["centroid_hz"] is None),
          f"generated sound is below {SILENCE_DB:.0f} dB of full scale, and has no distances"),
-        (named(lambda f: f["reference_lufs"] is None and f["stft_distance"] is None and f["rms_db"] is not None),
-         "recording is silent"),
+        (named(lambda f: _silent(f["reference_rms_db"])), "recording is silent"),
+        (named(lambda f: f["common_sec"] < BLOCK_SEC),
+         f"the sounds have less than {BLOCK_SEC} s in common, too little for loudness and spectral distances"),
+        (named(lambda f: f["common_sec"] >= BLOCK_SEC and f["log_spectral_distance_db"] is None
+               and not _silent(f["rms_db"]) and not _silent(f["reference_rms_db"])),
+         "one of the sounds is silent in their common beginning, and there are no distances"),
         (named(lambda f: abs(f["length_difference_sec"]) > LENGTHS_DIFFER_SEC),
          "lengths differ; the common beginning was compared"),
     ):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selva.audio.loudness import integrated_loudness
+from selva.audio.loudness import integrated_loudness, rms_db
 from selva.audio.metrics import compare_sounds, spectral_shape
 from selva.audio.silence import silent_share
 from selva.inputs.delimited import find_delimiter, read_text_table, refuse_long_rows
@@ -150,7 +150,8 @@ def pair_figures(sound: Tensor, reference: Tensor, rate: int) -> dict[str, Any]:
 
     Beside those of :func:`selva.audio.metrics.compare_sounds`: ``stft_distance``, ``loudness_difference_lu``,
     ``centroid_difference_oct``, ``silent_share_difference`` (generated minus recorded each), the recording's own
-    ``reference_lufs``, and ``length_difference_sec``. None where a number has no meaning.
+    ``reference_lufs`` and ``reference_rms_db`` (the level of all of it), ``common_sec`` and ``length_difference_sec``.
+    None where a number has no meaning.
     """
     figures = compare_sounds(sound, reference, rate)
     length = min(len(sound), len(reference))
@@ -164,6 +165,8 @@ def pair_figures(sound: Tensor, reference: Tensor, rate: int) -> dict[str, Any]:
         "centroid_difference_oct": None,
         "silent_share_difference": silent[0] - silent[1],
         "reference_lufs": loudness[1],
+        "reference_rms_db": level if math.isfinite(level := rms_db(reference)) else None,
+        "common_sec": length / rate,
         "length_difference_sec": (len(sound) - len(reference)) / rate,
     }
     if shapes[0] is None or shapes[1] is None:  # one of them is silent, and a distance to silence tells nothing

@@ -11,7 +11,7 @@ import torch
 from selva.checkpoint import load_adapter
 from selva.training.ema_snapshots import FOLDER as SNAPSHOT_FOLDER
 from selva.training.ema_snapshots import SNAPSHOT_FILE
-from selva.utils.files import atomic_path
+from selva.utils.files import atomic_path, next_aside
 from selva.utils.metrics_log import MetricsFile
 from selva.utils.text import counted
 
@@ -110,9 +110,7 @@ def _step_of(path: Path) -> int | None:
 
 
 def _move(folder: Path, files: list[Path], copies: list[Path] | None = None) -> Path:
-    number = 1
-    while (aside := folder / f"previous_{number:03d}").exists():
-        number += 1
+    aside = next_aside(folder)
     aside.mkdir()
     for path in copies or []:
         with atomic_path(aside / path.name) as temporary:

@@ -123,6 +123,14 @@ def append_whole(path: Path, content: bytes) -> None:
             raise
 
 
+def next_aside(folder: Path) -> Path:
+    """Return the first of ``previous_001`` (002, ...) in a folder that is not there yet: for files that others replace."""
+    number = 1
+    while (aside := folder / f"previous_{number:03d}").exists():
+        number += 1
+    return aside
+
+
 def why_not_written(error: OSError) -> str:
     """Return the reason why a file could not be written, in words."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

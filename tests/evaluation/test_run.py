@@ -69,6 +69,45 @@ def test_a_stopped_evaluation_goes_on_and_changed_sounds_are_measured_again(fold
     assert len(measured) == 5 and changed.figures["onset_f1"].value != first.figures["onset_f1"].value
 
 
+def test_results_of_other_folders_are_moved_aside_and_those_of_the_same_replaced(folders, tmp_path, caplog):
+    other = tmp_path / "other"
+    shutil.copytree(folders[0], other)
+    soundfile.write(other / "a.flac", strikes([3.0], 900), RATE)
+    caplog.set_level("INFO")
+
+    def write(generated: Path) -> None:
+        config = EvaluationConfig(generated, folders[1], output_dir=tmp_path / "out", device="cpu")
+        outputs.write_outputs(run.evaluate(config), config.output_dir)
+
+    write(folders[0])
+    first = {name: (tmp_path / "out" / name).read_bytes() for name in ("evaluation.html", "evaluation.json",
+                                                                       "evaluation.csv")}
+    write(folders[0])
+    assert "the results of an earlier evaluation of these folders are replaced" in caplog.text
+    assert not (tmp_path / "out/previous_001").exists()
+    write(other)
+    aside = tmp_path / "out/previous_001"
+    assert {path.name: path.read_bytes() for path in aside.iterdir()} == first
+    assert f"out: held the results of {folders[0]} and {folders[1]}; now in {aside}: evaluation.html" in caplog.text
+    (tmp_path / "out/evaluation.json").write_text("my notes")
+    write(other)
+    assert (tmp_path / "out/previous_002/evaluation.json").read_text() == "my notes"
+    assert "held the results of something else" in caplog.text
+
+
+def test_a_loud_recording_with_little_in_common_is_not_called_silent(folders, tmp_path):
+    soundfile.write(folders[0] / "a.flac", strikes([0.0], 600, seconds=5.0)[: RATE // 100], RATE)
+    quiet_first = np.concatenate([np.zeros(2 * RATE), strikes([1.0], 600, seconds=3.0)])
+    soundfile.write(folders[1] / "b.wav", quiet_first, RATE)
+    soundfile.write(folders[0] / "b.flac", strikes([0.5], 600, seconds=2.0), RATE)
+    remarks = run.evaluate(settings(folders, tmp_path)).remarks
+    assert ("1 of 3 pairs: the sounds have less than 0.4 s in common, too little for loudness and spectral distances: a"
+            in remarks)
+    assert ("1 of 3 pairs: one of the sounds is silent in their common beginning, and there are no distances: b"
+            in remarks)
+    assert not any("recording is silent" in remark for remark in remarks)
+
+
 def test_one_bad_sound_ends_nothing_and_silent_ones_are_named(folders, tmp_path):
     soundfile.write(folders[0] / "d.wav", np.array([0.0, np.nan] * RATE, np.float32), RATE, subtype="FLOAT")
     soundfile.write(folders[1] / "d.wav", strikes([1.0], 600), RATE)

@@ -42,7 +42,7 @@ from selva.training.stopping import StopRequest
 from selva.utils.device import dtype_of, peak_memory_bytes, resolve_device, resolve_precision
 from selva.utils.distributed import World, join_world
 from selva.utils.errors import UsageError
-from selva.utils.files import atomic_write_text, check_can_write, real_path, why_not_written
+from selva.utils.files import atomic_write_text, check_can_write, next_aside, real_path, why_not_written
 from selva.utils.lock import FolderLock
 from selva.utils.metrics_log import MetricsFile
 from selva.utils.plots import plot_losses
@@ -285,9 +285,7 @@ def _move_aside(folder: Path, after: int | None) -> None:
         old = sorted(path for path, found in steps if found and int(found[1] or found[2]) > after)
     if not old:
         return
-    number = 1
-    while (aside := folder / f"previous_{number:03d}").exists():
-        number += 1
+    aside = next_aside(folder)
     for path in old:
         target = aside / path.relative_to(folder)
         target.parent.mkdir(parents=True, exist_ok=True)
