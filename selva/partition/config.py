@@ -13,6 +13,7 @@ from selva.utils.errors import UserError
 from selva.utils.files import real_path
 from selva.utils.settings import required, setting
 
+VAL_FOLDER = "val"  # in the folder of --write_audio: what is not to be trained on
 INPUT, CUTTING, SILENCE = "input and output", "where to cut", "silence"
 CAPTIONS, PART, GENERAL = "captions and validation", "part of the recordings, for several processes", "general"
 
@@ -90,7 +91,8 @@ class PartitionConfig:
     output_dir: Path = required("where clips.tsv goes", group=INPUT)
     write_audio: Path | None = setting(
         None, "also write every clip as DIR/<id>.flac (24 bits, rate, level and channels of the recording), and its "
-        "caption as DIR/<id>.txt; what is there already is not written again", group=INPUT, metavar="DIR")
+        "caption as DIR/<id>.txt, those to validate on in DIR/val; what is there already is not written again",
+        group=INPUT, metavar="DIR")
     cutting: CuttingConfig = field(default_factory=CuttingConfig)
     segments: list[Path] | None = setting(
         None, "cut here instead of in windows. Tables (.tsv, .csv) with the columns name, start, end in seconds, and "
@@ -132,9 +134,10 @@ class PartitionConfig:
              f"{' and '.join(self.cutting.of_segments)}: of segments, which --segments gives"),
             (self.segments and self.cutting.max_segments is not None,
              "--max_segments: belongs to windows; with --segments all of these are taken"),
-            (self.write_audio is not None and real_path(self.write_audio) == real_path(self.data_dir),
-             f"--write_audio {self.write_audio}: is the folder of the recordings; the clips would be taken for "
-             "recordings next time"),
+            (self.write_audio is not None and real_path(self.data_dir) in (
+                real_path(self.write_audio), real_path(self.write_audio / VAL_FOLDER)),
+             f"--write_audio {self.write_audio}: the folder of the recordings is this one, or {VAL_FOLDER} in it; the "
+             "clips would be taken for recordings next time"),
             (self.write_audio is not None and self.recursive
              and real_path(self.data_dir) in real_path(self.write_audio).parents,
              f"--write_audio {self.write_audio}: lies in the folder of the recordings, whose subfolders --recursive "

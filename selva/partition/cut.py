@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from selva.partition.segments import Segment, move_borders
 from selva.partition.windows import WINDOW_SEC, Window, partition, write_table
 from selva.sequence import SHORTEST_SEC
 from selva.utils.errors import UserError
-from selva.utils.files import atomic_write_text
+from selva.utils.files import atomic_write_text, source_hash
 from selva.utils.text import counted, listed
 
 log = logging.getLogger(__name__)
@@ -43,6 +43,7 @@ class LeftOut:
 
     Attributes:
         failed: it should have given one and could not be read; False for what the rules leave out.
+        unwritten: it gave one, whose sound could not be written.
     """
 
     path: Path
@@ -51,6 +52,7 @@ class LeftOut:
     start_sec: float | None = None
     end_sec: float | None = None
     failed: bool = False
+    unwritten: bool = False
 
     def __str__(self) -> str:
         clip = f" {self.id}" if self.id else ""
@@ -277,22 +279,46 @@ def _best_place(window: Window, taken: Sequence[Window], silence: SilenceMap) ->
 # -- validation --------------------------------------------------------------------------------------------------------
 
 
-def hold_out(names: Collection[str], fraction: float, seed: int) -> set[str]:
+def same_recordings(recordings: Mapping[str, Path]) -> list[list[str]]:
+    """Return the names of recordings with the same content, in groups of two and more; only equal sizes are read.
+
+    A recording that cannot be read is in none.
+    """
+    sizes: dict[int, list[str]] = {}
+    contents: dict[str, list[str]] = {}
+    for name, path in recordings.items():
+        sizes.setdefault(path.stat().st_size, []).append(name)
+    for name in (name for names in sizes.values() if len(names) > 1 for name in names):
+        contents.setdefault(source_hash(recordings[name]), []).append(name)
+    return [names for names in contents.values() if len(names) > 1]
+
+
+def hold_out(names: Collection[str], fraction: float, seed: int, same: Iterable[Collection[str]] = ()) -> set[str]:
     """Return the recordings to validate on: ``fraction`` of them, at least one, and never all.
 
     Whole recordings, because two windows of one are too alike to judge what was learnt. They are those whose hashes
     with the seed come first, so the choice does not depend on order, and a new recording changes little.
 
+    Args:
+        same: groups of recordings with the same content, which stay on one side.
+
     Raises:
-        ValueError: fewer than two recordings, or a fraction that is not between 0 and 1.
+        ValueError: fewer than two different recordings, or a fraction that is not between 0 and 1.
     """
     if not 0 < fraction < 1:
         raise UserError(f"the share of recordings to validate on is {fraction}, expected more than 0 and less than 1")
-    if len(names) < 2:
-        raise UserError(f"{counted(len(names), 'recording')} cannot be split into training and validation, expected at "
-                        "least 2")
+    group_of = {name: frozenset((name,)) for name in names}
+    group_of |= {name: frozenset(group) & set(names) for group in same for name in group if name in group_of}
+    if len(set(group_of.values())) < 2:
+        raise UserError(f"{counted(len(names), 'recording')}{' of the same content' if len(names) > 1 else ''} cannot "
+                        "be split into training and validation, expected at least 2 different ones")
     ranked = sorted(names, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
-    return set(ranked[: min(len(names) - 1, max(1, round(fraction * len(names))))])
+    groups = list(dict.fromkeys(group_of[name] for name in ranked))
+    wanted, held_out = min(len(names) - 1, max(1, round(fraction * len(names)))), set()
+    for group in groups:
+        if len(held_out) + len(group) <= wanted:
+            held_out |= group
+    return held_out or set(min(groups, key=len))
 
 
 # -- sound -------------------------------------------------------------------------------------------------------------
@@ -313,8 +339,15 @@ def write_piece(
         FileNotFoundError, ValueError: the recording cannot be read there, or FLAC cannot hold it.
         FileExistsError: a file of this name holds something else and was not written here.
     """
-    written = WrittenPieces(folder) if written is None else written
-    path = folder / f"{window.id}.flac"
+    return put_piece(*read_piece(recording, window), window, folder, caption, written)
+
+
+def read_piece(recording: Path, window: Window) -> tuple[torch.Tensor, int]:
+    """Return (channels, samples) and the rate of the sound of a clip, within full scale.
+
+    Raises:
+        FileNotFoundError, ValueError: the recording cannot be read there, or FLAC cannot hold it.
+    """
     _, rate = audio_length(recording)
     length = window.end_sample - window.start_sample
     waveform, _ = read_audio(recording, window.start_sample / rate, length / rate)  # (channels, samples)
@@ -330,6 +363,21 @@ def write_piece(
         log.info("%s: %s peaks at %.3f and was scaled to 1", recording, window.id, peak)
         waveform = waveform / peak
     warn_of_cancellation(recording, waveform, window.id)
+    return waveform, rate
+
+
+def put_piece(
+    waveform: torch.Tensor, rate: int, window: Window, folder: Path, caption: str = "",
+    written: WrittenPieces | None = None,
+) -> Path:
+    """Write the (channels, samples) of :func:`read_piece` as :func:`write_piece` says; return the path of the sound.
+
+    Raises:
+        FileExistsError: a file of this name holds something else and was not written here.
+        OSError: the disk is full, for example.
+    """
+    written = WrittenPieces(folder) if written is None else written
+    path = folder / f"{window.id}.flac"
     note = path.with_suffix(".txt")
     holds_sound = _holds(path, waveform, rate)
     holds_note = not caption or (note.is_file() and note.read_bytes() == f"{caption}\n".encode())

@@ -10,15 +10,17 @@ from pathlib import Path
 from selva.inputs.file_names import FolderNames, names_that_collide, same_name
 from selva.inputs.prompts import read_sidecar
 from selva.media import audio_length
-from selva.partition.config import CuttingConfig, PartitionConfig
+from selva.partition.config import VAL_FOLDER, CuttingConfig, PartitionConfig
 from selva.partition.cut import (
     LeftOut,
     collect_recordings,
     cut_recording,
     forgotten_pieces,
     hold_out,
+    put_piece,
+    read_piece,
+    same_recordings,
     write_left_out,
-    write_piece,
 )
 from selva.partition.pieces import WrittenPieces
 from selva.partition.segments import Segment, merge_segments, read_segments
@@ -33,7 +35,7 @@ from selva.partition.windows import (
 )
 from selva.sequence import DEFAULT_DURATION_SEC
 from selva.utils.errors import UsageError, UserError
-from selva.utils.files import atomic_write_text, real_path, source_hash
+from selva.utils.files import atomic_write_text, real_path, source_hash, why_not_written
 from selva.utils.progress import Progress
 from selva.utils.settings import settings_text, values_of
 from selva.utils.text import counted, listed, text_lines
@@ -66,30 +68,26 @@ def partition_recordings(config: PartitionConfig) -> tuple[list[Path], bool]:
     of_clips = texts | clip_texts(cut.windows, recordings, written)
     if unused := sorted(set(written) - {same_name(name) for name in (*recordings, *of_clips)}):
         log.warning("%s: no recording and no clip for %s", config.captions, listed(unused))
-    if config.write_audio is not None:
-        together = names_that_collide((window.id for window in cut.windows), config.write_audio)
-        if together:
-            raise UserError(f"{config.write_audio}: upper and lower case are the same in this folder, so one would "
-                            f"replace the other: {listed([' and '.join(pair) for pair in together])}; rename one")
-        write_pieces(cut, chosen, captions_of(cut.windows, of_clips, of_names), config.write_audio)
-        if not part and (old := forgotten_pieces(config.write_audio, cut.windows)):
-            log.warning("%s: sounds that are no clip of this run: %s; delete them if they are from an earlier one",
-                        config.write_audio, listed(old))
-    report_left_out(cut.left_out, config.output_dir / f"left_out{part}.tsv")
+    report_left_out(cut.left_out, table := config.output_dir / f"left_out{part}.tsv")
+    found = captions_of(cut.windows, of_clips, of_names)
+    # Before the sound is written, as that of clips to validate on goes into a folder of its own.
+    held_out = choose_held_out(cut.windows, chosen, config)
+    short = short_clips(cut.windows, chosen, found, config)
+    val = {window for window in cut.windows if window.name in held_out} | short
+    if config.write_audio is not None and cut.windows:
+        write_all_pieces(cut, val, chosen, found, config.write_audio, table, part)
+    val, short = val.intersection(cut.windows), short.intersection(cut.windows)
     if not cut.windows:
-        wanted = "" if segments or config.cutting.min_length_sec is not None else f" of {WINDOW_SEC} s"
-        shorter = "" if not wanted else "; --min_length_sec takes shorter recordings as one clip each"
-        raise UserError(f"{config.data_dir}: none of {counted(len(chosen), 'recording')} gives a clip{wanted}{shorter}")
+        raise UserError(no_clips(cut, config, len(chosen)))
     names = {window.name for window in cut.windows}
-    held_out = hold_out(names, config.val_fraction, config.seed) if config.val_fraction else set()
+    held_out &= names
     if segments is not None:
         report_lengths(cut.windows, chosen)
     captions = table_captions(cut.windows, of_clips, of_names)
-    short = short_clips(cut.windows, chosen, captions_of(cut.windows, of_clips, of_names), config)
-    val = {window for window in cut.windows if window.name in held_out} | short
     if len(val) == len(cut.windows):
-        raise UserError(f"no clip would be left to train on: {counted(len(val), 'clip')} held out for validation; "
-                        "lower --val_below_sec or --val_below_text")
+        unwritten = ", and the others could not be written" if any(item.unwritten for item in cut.left_out) else ""
+        raise UserError(f"no clip would be left to train on: {counted(len(val), 'clip')} held out for validation"
+                        + (unwritten or "; lower --val_below_sec or --val_below_text"))
     # First, as it says that the tables are ours; and again with their hashes.
     settings, text = config.output_dir / f"clips{part}_config.yaml", settings_text(values_of(config))
     atomic_write_text(settings, text)
@@ -98,20 +96,49 @@ def partition_recordings(config: PartitionConfig) -> tuple[list[Path], bool]:
     lines = [f"{TABLE_LINE}{source_hash(path)} {path.name}\n" for path in present if path.is_file()]
     atomic_write_text(settings, text + "".join(lines))
     failed = {item.path for item in cut.left_out if item.failed}
-    log.info("%s from %d of %s, %d unreadable", counted(len(cut.windows), "clip"), len(names),
-             counted(len(chosen), "recording"), len(failed))
+    unwritten = sum(item.unwritten for item in cut.left_out)
+    log.info("%s from %d of %s, %d unreadable%s", counted(len(cut.windows), "clip"), len(names),
+             counted(len(chosen), "recording"), len({item.path for item in cut.left_out if item.failed
+                                                     and not item.unwritten}),
+             f"; {counted(unwritten, 'clip')} not written" if unwritten else "")
     if held_out:
         log.info("held out for validation: %s with %d of the clips: %s", counted(len(held_out), "recording"),
                  sum(window.name in held_out for window in cut.windows), listed(sorted(held_out)))
     if short:
         log.info("%s held out because they or their captions are short", counted(len(short), "clip is", "clips are"))
-    found = captions_of(cut.windows, of_clips, of_names)
     missing = [window for window in cut.windows if window.id not in found]
     if captions and missing:
         log.warning("%s without a caption, which a set of sound cannot hold; of the recordings %s",
                     counted(len(missing), "clip is", "clips are"),
                     listed(list(dict.fromkeys(window.name for window in missing))))
     return tables, bool(failed)
+
+
+def choose_held_out(windows: Sequence[Window], recordings: Mapping[str, Path], config: PartitionConfig) -> set[str]:
+    """Return the names of the recordings to validate on; those of the same content stay on one side, which is said."""
+    names = {window.name for window in windows}
+    if not names or not config.val_fraction:
+        return set()
+    same = same_recordings({name: path for name, path in recordings.items() if name in names})
+    if same:
+        log.warning("%s: recordings of the same content, which stay together in training or validation: %s",
+                    config.data_dir, listed([" = ".join(group) for group in same]))
+    return hold_out(names, config.val_fraction, config.seed, same)
+
+
+def no_clips(cut: Cut, config: PartitionConfig, number: int) -> str:
+    """Return the message of a run of ``number`` recordings that gives no clip: files that failed, or the rules."""
+    unwritten = [item for item in cut.left_out if item.unwritten]
+    if unwritten:
+        return (f"{config.write_audio}: none of {counted(len(unwritten), 'clip')} could be written; the first reason: "
+                f"{unwritten[0].reason}")
+    failed = [item for item in cut.left_out if item.failed]
+    if failed:
+        return (f"{config.data_dir}: none of {counted(number, 'recording')} gives a clip, and {len(failed)} could not "
+                f"be read; the first: {failed[0]}")
+    wanted = "" if config.segments or config.cutting.min_length_sec is not None else f" of {WINDOW_SEC} s"
+    shorter = "" if not wanted else "; --min_length_sec takes shorter recordings as one clip each"
+    return f"{config.data_dir}: none of {counted(number, 'recording')} gives a clip{wanted}{shorter}"
 
 
 def merge_all(segments: dict[str, list[Segment]], gap_sec: float) -> dict[str, list[Segment]]:
@@ -254,24 +281,72 @@ def find_captions(recordings: Mapping[str, Path], written: Mapping[str, str]) ->
     return captions
 
 
-def write_pieces(cut: Cut, recordings: Mapping[str, Path], captions: dict[str, str], folder: Path) -> None:
-    """Write the sound of every clip; clips whose sound cannot be read or written leave the table.
+def write_all_pieces(
+    cut: Cut, val: set[Window], recordings: Mapping[str, Path], captions: dict[str, str], folder: Path, table: Path,
+    part: str,
+) -> None:
+    """Write the sound of every clip to ``folder``, or to its subfolder ``val`` if it is to be validated on.
+
+    Whoever trains on the folder then does not train on those. Clips that fail leave the table by name.
+
+    Args:
+        captions: {id of the clip: caption}. table: of what is left out.
+        part: ending of the tables' names; "" if all recordings are cut.
+    """
+    sides = {folder: [window for window in cut.windows if window not in val],
+             folder / VAL_FOLDER: [window for window in cut.windows if window in val]}
+    for place, windows in sides.items():
+        if together := names_that_collide((window.id for window in windows), place):
+            raise UserError(f"{place}: upper and lower case are the same in this folder, so one would "
+                            f"replace the other: {listed([' and '.join(pair) for pair in together])}; rename one")
+    before = len(cut.left_out)
+    written = [write_pieces(cut, windows, recordings, captions, place) for place, windows in sides.items() if windows]
+    readable = {window for side in written for window in side}
+    cut.windows = [window for window in cut.windows if window in readable]
+    report_left_out(cut.left_out[before:], table)
+    if val:
+        log.info("%s: the sound of %s to validate on, apart from that to train on", folder / VAL_FOLDER,
+                 counted(len(val & readable), "clip"))
+    if part:
+        return
+    for place, windows in sides.items():
+        on_the_other_side = {f"{window.id}.flac" for window in readable.difference(windows)}
+        old = forgotten_pieces(place, windows)
+        if moved := [name for name in old if name in on_the_other_side]:
+            log.warning("%s: sounds of an earlier run that are now %s: %s; delete them here", place,
+                        "held out" if place == folder else "trained on", listed(moved))
+        if gone := [name for name in old if name not in on_the_other_side]:
+            log.warning("%s: sounds that are no clip of this run: %s; delete them if they are from an earlier one",
+                        place, listed(gone))
+
+
+def write_pieces(
+    cut: Cut, windows: Sequence[Window], recordings: Mapping[str, Path], captions: dict[str, str], folder: Path
+) -> list[Window]:
+    """Write the sound of clips and return those that are there; the others are added to what is left out.
 
     Args:
         captions: {id of the clip: caption}.
     """
-    readable, pieces = [], WrittenPieces(folder)
-    with Progress(len(cut.windows), "writing sound", "clips") as bar:
-        for number, window in enumerate(cut.windows, 1):
+    there, pieces = [], WrittenPieces(folder)
+    with Progress(len(windows), "writing sound", "clips") as bar:
+        for number, window in enumerate(windows, 1):
+            bar.update(number)
             recording = recordings[window.name]
             try:
-                write_piece(recording, window, folder, captions.get(window.id, ""), pieces)
-                readable.append(window)
+                piece = read_piece(recording, window)
             except (ValueError, OSError) as error:
                 reason = str(error).removeprefix(f"{recording}: ")
                 cut.left_out.append(LeftOut(recording, reason, window.id, failed=True))
-            bar.update(number)
-    cut.windows = readable
+                continue
+            try:
+                put_piece(*piece, window, folder, captions.get(window.id, ""), pieces)
+            except OSError as error:
+                reason = str(error) if error.errno is None else f"{error.filename}: {why_not_written(error)}"
+                cut.left_out.append(LeftOut(recording, reason, window.id, failed=True, unwritten=True))
+                continue
+            there.append(window)
+    return there
 
 
 def report_left_out(left_out: Sequence[LeftOut], table: Path) -> None:

@@ -124,7 +124,7 @@ def append_whole(path: Path, content: bytes) -> None:
 
 
 def next_aside(folder: Path) -> Path:
-    """Return the first of ``previous_001`` (002, ...) in a folder that is not there yet: for files that others replace."""
+    """Return the first of ``previous_001`` (002, ...) that a folder lacks, for files that others will replace."""
     number = 1
     while (aside := folder / f"previous_{number:03d}").exists():
         number += 1

@@ -15,7 +15,7 @@ from make_data import noise
 from selva.audio.silence import SilenceMap
 from selva.media import read_audio
 from selva.partition.config import CuttingConfig
-from selva.partition.cut import avoid_silence, cut_recording, hold_out, write_piece
+from selva.partition.cut import avoid_silence, cut_recording, hold_out, same_recordings, write_piece
 from selva.partition.segments import Segment
 from selva.partition.windows import Window, partition
 
@@ -141,6 +141,21 @@ def test_recordings_are_held_out_whole_and_the_same_in_any_order():
     for names, fraction in (("a", 0.5), ("ab", 0.0), ("ab", 1.0)):
         with pytest.raises(ValueError):
             hold_out(names, fraction, 1)
+
+
+def test_recordings_of_the_same_content_stay_on_one_side(tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1), ("d", 2)):
+        soundfile.write(tmp_path / f"{name}.wav", noise(1, RATE, seed=seed), RATE)
+    same = same_recordings({name: tmp_path / f"{name}.wav" for name in "abcd"})
+    assert same == [["a", "b"]]
+    for seed in range(20):
+        for fraction in (0.1, 0.25, 0.5, 0.9):
+            held = hold_out("abcd", fraction, seed, same)
+            assert ("a" in held) == ("b" in held) and 0 < len(held) < 4
+    assert {len(hold_out("abc", 0.1, seed, same)) for seed in range(20)} == {1}
+    assert all(hold_out("bcd", 0.3, seed, [["b"]]) == hold_out("bcd", 0.3, seed) for seed in range(9))
+    with pytest.raises(ValueError, match="2 recordings of the same content cannot be split"):
+        hold_out("ab", 0.5, 1, same)
 
 
 def test_pieces_are_exact_and_a_second_run_writes_only_what_is_missing(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 
 import numpy as np
@@ -11,6 +12,7 @@ from make_media import make_video
 
 from partition_clips import main
 from selva.extraction.audio_set import plan_audio_set
+from selva.partition import cut
 from selva.partition.windows import Window, read_captions, read_clips
 
 
@@ -151,7 +153,7 @@ def test_long_lists_are_cut_on_the_terminal(tmp_path, capsys):
 
 def test_no_recording_is_in_both_parts_of_a_split(tmp_path, capsys):
     for index in range(10):
-        record(tmp_path / "in", f"take_{index}.flac", 20)
+        record(tmp_path / "in", f"take_{index}.flac", 20 + index / 100)
     arguments = ["--data_dir", str(tmp_path / "in"), "--output_dir", str(tmp_path / "out"), "--val_fraction", "0.3"]
     assert main(arguments) == 0
     assert capsys.readouterr().out.splitlines() == [
@@ -398,3 +400,57 @@ def test_clips_without_a_caption_and_those_held_out_are_named(recordings, tmp_pa
     (held_out,) = {window.name for window in read_clips(tmp_path / "out" / "clips_val.tsv")}
     number = len(read_clips(tmp_path / "out" / "clips_val.tsv"))
     assert f"held out for validation: 1 recording with {number} of the clips: {held_out}" in err
+
+
+def test_the_sound_of_held_out_clips_lies_apart(tmp_path, capsys):
+    """The folder of the others goes on to training."""
+    for name in "abcd":
+        (tmp_path / "in").mkdir(exist_ok=True)
+        soundfile.write(tmp_path / "in" / f"{name}.wav", np.random.default_rng(ord(name)).standard_normal(72_000) / 9,
+                        8_000)
+        (tmp_path / "in" / f"{name}.txt").write_text(name)
+    pieces = tmp_path / "pieces"
+    arguments = ["--data_dir", str(tmp_path / "in"), "--output_dir", str(tmp_path / "out"), "--write_audio",
+                 str(pieces)]
+    assert main([*arguments, "--val_fraction", "0.3"]) == 0
+    tables = [{window.id for window in read_clips(tmp_path / "out" / name)} for name in ("clips.tsv", "clips_val.tsv")]
+    assert [len(ids) for ids in tables] == [3, 1]
+    for folder, ids in zip((pieces, pieces / "val"), tables, strict=True):
+        assert {path.stem for path in folder.glob("*.flac")} == ids == {path.stem for path in folder.glob("*.txt")}
+    assert f"{pieces / 'val'}: the sound of 1 clip to validate on, apart from" in capsys.readouterr().err
+    assert main(arguments) == 0  # of an earlier run, and now trained on too
+    assert f"{pieces / 'val'}: sounds of an earlier run that are now trained on: " in capsys.readouterr().err
+    arguments[1] = str(pieces / "val")
+    assert main(arguments) == 2
+
+
+def test_two_copies_of_a_recording_are_not_on_both_sides(tmp_path, capsys):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1), ("d", 2)):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        soundfile.write(tmp_path / "in" / f"{name}.wav", np.random.default_rng(seed).standard_normal(72_000) / 9, 8_000)
+    for seed in range(8):
+        assert main(["--data_dir", str(tmp_path / "in"), "--output_dir", str(tmp_path / "out"), "--val_fraction", "0.5",
+                     "--seed", str(seed)]) == 0
+        held_out = {window.name for window in read_clips(tmp_path / "out" / "clips_val.tsv")}
+        assert ("a" in held_out) == ("b" in held_out)
+        assert "recordings of the same content, which stay together in training or validation: a = b" in (
+            capsys.readouterr().err)
+
+
+def test_a_full_disk_is_no_matter_of_lengths(recordings, tmp_path, capsys, monkeypatch):
+    def full(path, *_):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr("selva.partition.cut.write_audio", full)
+    arguments = ["--data_dir", str(recordings), "--output_dir", str(tmp_path / "out"), "--write_audio",
+                 str(tmp_path / "pieces")]
+    assert main(arguments) == 1
+    said = capsys.readouterr().err
+    assert "none of 5 clips could be written; the first reason: " in said and "the disk is full (No space left" in said
+    assert "min_length_sec" not in said.splitlines()[-1]
+    monkeypatch.undo()
+    real = cut.write_audio
+    monkeypatch.setattr("selva.partition.cut.write_audio",
+                        lambda path, *rest: full(path) if path.stem == "b_1" else real(path, *rest))
+    assert main(arguments) == 1
+    assert "4 clips from 3 of 4 recordings, 0 unreadable; 1 clip not written" in capsys.readouterr().err
