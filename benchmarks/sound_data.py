@@ -18,6 +18,7 @@ from selva.features import NO_PICTURES, FeatureBundle, load_features, save_featu
 from selva.media import write_audio
 from selva.utils.files import atomic_path
 from selva.utils.lock import FolderLock
+from selva.utils.torch_files import write_torch
 from toyworld import CLASSES, UNSEEN
 from toyworld.judging import RATE
 from toyworld.measure import Case, EncodedCases, ToyGenerator, single_cases
@@ -108,8 +109,8 @@ class Inputs:
             log.info("encoding scenes (%d): %s", len(cases), name)
             encoded = self.maker.encode(cases)
             with atomic_path(path) as temporary:
-                torch.save({field: torch.cat([getattr(one, field).cpu() for one in encoded]) for field in fields},
-                           temporary)
+                write_torch({field: torch.cat([getattr(one, field).cpu() for one in encoded]) for field in fields},
+                            temporary)
 
         _once(path, make)
         stored = torch.load(path, weights_only=True)

@@ -25,6 +25,7 @@ from selva.models.vocoder import FILTER_SUFFIXES, WEIGHT_NORM_SUFFIXES, AntiAlia
 from selva.models.zoo import build_generator, build_synchformer, build_vae, build_video_encoder, build_vocoder
 from selva.utils.errors import UserError
 from selva.utils.files import atomic_path, atomic_write_text
+from selva.utils.torch_files import write_torch
 from selva.weights.find import LAYOUTS, default_layout, local_path
 from selva.weights.load import VOCODER_KEY
 
@@ -135,6 +136,7 @@ def write_part(variant: Variant, part: str, path: Path, seed: int) -> None:
 
     ``part`` may also be the name of the Synchformer file, which is no part of SelVA variants.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     make = {
@@ -149,10 +151,14 @@ def write_part(variant: Variant, part: str, path: Path, seed: int) -> None:
     tensors = make(variant, seed)
     with atomic_path(path) as temporary:
         if path.suffix == ".safetensors":
-            save_file(tensors, temporary)
+            try:
+                save_file(tensors, temporary)
+            except SafetensorError as error:
+                raise UserError(f"{path}: cannot be written ({error}); make room, or choose another --selva_dir"
+                                ) from error
             temporary.chmod(0o644)  # the library makes files that only their owner may read
         else:
-            torch.save(tensors, temporary)
+            write_torch(tensors, temporary)
 
 
 def write_weights(variant: Variant, selva_dir: Path, layout: str, seed: int) -> list[Path]:

@@ -25,7 +25,7 @@ from selva.models.synchformer_av import SynchformerAV
 from selva.utils.errors import UserError
 from selva.utils.files import atomic_path, atomic_write_text
 from selva.utils.text import listed
-from selva.utils.torch_files import read_torch
+from selva.utils.torch_files import read_torch, write_torch
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +89,9 @@ def write_cache(folder: Path, name: str, rows: Mapping[str, Tensor] | Mapping[st
     """Write ``folder/name.pth`` as av-benchmark reads it: each clip a CPU float32 tensor with a storage of its own.
 
     A tensor that is such a one already is not copied, so that rows on disk stay there until they are written.
+
+    Raises:
+        OSError: it cannot be written, for example because the disk is full.
     """
     def own(value: Tensor | Mapping[str, Tensor]) -> Tensor | dict[str, Tensor]:
         if isinstance(value, Tensor):
@@ -98,7 +101,7 @@ def write_cache(folder: Path, name: str, rows: Mapping[str, Tensor] | Mapping[st
 
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_path(folder / f"{name}.pth") as path:
-        torch.save({key: own(value) for key, value in rows.items()}, path)
+        write_torch({key: own(value) for key, value in rows.items()}, path)
 
 
 def write_results(folder: Path, results: Mapping[str, float]) -> Path:

@@ -60,6 +60,14 @@ def test_written_folders_hold_what_was_read_and_no_shared_storages(tmp_path):
     assert list(json.loads(path.read_text())) == ["FD-VGG", "DeSync"]
 
 
+def test_a_full_disk_is_named(tmp_path):
+    resource = pytest.importorskip("resource")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    with pytest.raises(OSError, match=r"too large.*sync\.pth"):
+        av_benchmark.write_cache(tmp_path, "sync", {"a": torch.zeros(10_000)})
+    assert not (tmp_path / "sync.pth").exists()
+
+
 def test_names_are_paired_as_published_and_whole_names_first():
     case = GoldenCase("metrics").config["pairing"]
     assert [av_benchmark.plain_name(name) for name in case["generated_names"]] == case["cleaned_generated_names"]

@@ -5,7 +5,7 @@ import pytest
 import torch
 from golden_case import GOLDEN
 
-from scripts.make_test_weights import generator_tensors, main, vocoder_tensors
+from scripts.make_test_weights import generator_tensors, main, vocoder_tensors, write_part
 from selva.models import zoo
 from selva.models.vocoder import FILTER_SUFFIXES
 from selva.weights import load as weights
@@ -115,6 +115,18 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path, capsys):
     assert run(tmp_path) == 1
     assert "holds other files" in capsys.readouterr().err
     assert (tmp_path / "generator_small_16k_sup_5.pth").read_bytes() == b"trained"
+
+
+@pytest.mark.parametrize("part, ending", [("generator", ".pth"), ("clip_text", ".safetensors")])
+def test_a_full_disk_ends_in_one_line(tmp_path, capsys, monkeypatch, part, ending):
+    resource = pytest.importorskip("resource")
+    monkeypatch.setattr("scripts.make_test_weights.write_weights", lambda variant, folder, layout, seed: write_part(
+        variant, part, folder / f"x{ending}", seed))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    assert run(tmp_path) == 1
+    said = capsys.readouterr().err
+    assert "Traceback" not in said and f"x{ending}" in said and "File too large" in said
+    assert not (tmp_path / f"x{ending}").exists()
 
 
 def test_a_second_run_may_overwrite_its_own_files(tmp_path):

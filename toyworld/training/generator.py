@@ -35,6 +35,7 @@ from selva.training.config import TrainConfig
 from selva.training.objective import NoiseSample, flow_loss, sample_noise
 from selva.utils.files import atomic_path
 from selva.utils.progress import Progress
+from selva.utils.torch_files import write_torch
 from toyworld import Scene
 from toyworld.training.encoders import SyncNetwork, ideal_features
 from toyworld.training.loop import Task, torch_rng
@@ -108,7 +109,7 @@ class EncodedScenes:
                 return cls(stored["tensors"], places, config)
         tensors = _encode(config, encoders, clip_size)
         with atomic_path(path) as temporary:
-            torch.save({"key": key, "tensors": tensors}, temporary)
+            write_torch({"key": key, "tensors": tensors}, temporary)
         return cls(tensors, places, config)
 
     def batch(self, items: Sequence[int], segment: Sequence[int], duration_sec: float, wording: Sequence[int]) -> Batch:

@@ -24,6 +24,7 @@ from selva.utils.errors import UserError
 from selva.utils.files import atomic_path
 from selva.utils.progress import Progress
 from selva.utils.text import counted
+from selva.utils.torch_files import write_torch
 
 log = logging.getLogger(f"selva.{__name__}")  # below the logger that scripts set up
 
@@ -176,7 +177,7 @@ def _save(
         "config": asdict(config),
     }
     with atomic_path(path) as temporary:
-        torch.save(state, temporary)
+        write_torch(state, temporary)
 
 
 def _append(path: Path, row: Mapping[str, float]) -> None:

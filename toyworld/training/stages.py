@@ -28,6 +28,7 @@ from selva.models.variants import TINY_16K, Variant
 from selva.models.zoo import build_generator, build_mel, build_vae, build_vocoder
 from selva.utils.files import atomic_path
 from selva.utils.progress import Progress
+from selva.utils.torch_files import write_torch
 from toyworld import random_sound
 from toyworld.training.codec import DecoderTask, VaeTask, VocoderTask, as_published, band_statistics
 from toyworld.training.encoders import ClipNetwork, ClipTask, SyncNetwork, SyncTask, start_from_components_
@@ -144,7 +145,7 @@ class StageRunner:
     def _train(self, stage: str, task: Task, keep: Callable[[], dict[str, Tensor]] | None = None) -> None:
         train(task, self.recipe.loops[stage], self.folder / stage, self.device, self.resume)
         with atomic_path(self.weights_path(stage)) as temporary:
-            torch.save(keep() if keep else task.network.state_dict(), temporary)
+            write_torch(keep() if keep else task.network.state_dict(), temporary)
 
     def _read(self, stage: str, network: NetworkT) -> NetworkT:
         """Load the weights of a finished stage and freeze the network."""
