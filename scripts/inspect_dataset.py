@@ -19,9 +19,9 @@ from pathlib import Path
 import selva_lora  # noqa: F401 -- ends here if another selva would be imported
 from selva import cli
 from selva.data.inspection.measures import inspect
-from selva.data.inspection.report import sentences, summary, table, to_json
+from selva.data.inspection.report import is_inspection, is_overview, sentences, summary, table, to_json
 from selva.models.variants import VARIANTS, get_variant
-from selva.utils.files import atomic_write_text
+from selva.utils.files import atomic_write_text, check_own_output, real_path
 
 log = logging.getLogger("selva.inspect_dataset")
 
@@ -54,6 +54,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     (data_dir,) = args.data_dir
     if args.videos is not None and not args.videos.is_dir():
         raise cli.UsageError(f"--videos {args.videos}: no such folder")
+    for flag, path, suffix, is_ours in (("--json", args.json, ".json", is_inspection),
+                                        ("--png", args.png, ".png", is_overview)):
+        if path is None:
+            continue
+        if real_path(data_dir) in real_path(path).parents:
+            raise cli.UsageError(f"{flag} {path}: lies in {data_dir}, in which nothing is changed; name a file outside")
+        check_own_output(flag, path, suffix, is_ours)
     inspection = inspect(data_dir, get_variant(args.variant) if args.variant else None, args.recursive)
     for line in [*table(inspection), "", *sentences(inspection), summary(inspection)]:
         print(line)

@@ -83,6 +83,9 @@ def check_arguments(args: argparse.Namespace) -> None:
     problems = []
     if args.out is None:
         problems.append("--out is missing: the folder for the clips")
+    elif (args.out / "prompts.txt").exists() and not (args.out / "events.tsv").exists():
+        problems.append(f"--out {args.out}: holds a prompts.txt that was not made with demo clips, and would be "
+                        "replaced; name another folder")
     if args.sound not in {**CLASSES, **UNSEEN}:
         problems.append(f"--sound {args.sound}: expected one of {', '.join([*UNSEEN, *CLASSES])}")
     if not 1.5 <= args.duration <= 60:

@@ -22,24 +22,28 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 
 import selva_lora  # noqa: F401 -- ends here if another selva would be imported
 from selva import cli
+from selva.extraction.manifest import MANIFEST_FILE
 from selva.media import prepare_audio, read_audio
 from selva.training.outcome import VERDICT_FILE
 from selva.training.report import add_curves, add_settings, add_use, run_cards, trained, verdict_cards
 from selva.training.set_aside import step_in_adapter
 from selva.utils.errors import UserError
-from selva.utils.html_report import Page, ReportSound
+from selva.utils.files import check_own_output, json_lines
+from selva.utils.html_report import Page, ReportSound, is_page
 from selva.utils.metrics_log import MetricsFile
 from selva.utils.progress import Progress
+from selva.utils.text import counted
+from selva.utils.yaml_file import read_yaml
 from toyworld.judging import RATE, Classifier, fit_classifier, timing
 
 log = logging.getLogger("selva.make_report")
 
 MEDIA_SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".flac", ".wav")  # the first that is there is played
 LABELS = {"before": "before", "after": "with the adapter", "true": "true sound"}
+ABOUT = "sounds before and after a training, by make_report.py"  # in the head of a page, which may be replaced by it
 FIT_COUNT = 25  # scenes per class for the classifier
 
 
@@ -72,18 +76,23 @@ def media_of(folder: Path | None, stem: str) -> Path | None:
     return next((path for s in MEDIA_SUFFIXES if (path := folder / f"{stem}{s}").is_file()), None)
 
 
-def clip_names(before: Path, after: Path) -> list[str]:
-    """Return the stems that both folders have something to play of."""
+def clip_names(before: Path, after: Path) -> tuple[list[str], list[tuple[str, str]]]:
+    """Return the stems that both folders have something to play of, and (stem, reason) of those left out."""
     for folder in (before, after):
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder}: no such folder; it is the --output of infer.py")
-    stems = sorted({path.stem for path in after.iterdir() if path.suffix.lower() in MEDIA_SUFFIXES})
-    shared = [stem for stem in stems if media_of(before, stem)]
-    if not shared:
+    stems = {folder: {path.stem for path in folder.iterdir() if path.suffix.lower() in MEDIA_SUFFIXES}
+             for folder in (before, after)}
+    if not (shared := sorted(stem for stem in stems[after] if media_of(before, stem) and media_of(after, stem))):
         raise UserError(f"{before} and {after} have no clip of the same name; use the same videos for both")
-    for stem in sorted(set(stems) - set(shared)):
-        log.warning("%s: not in %s, left out", stem, before)
-    return shared
+    left_out = []
+    for folder, other in ((before, after), (after, before)):
+        failed = {row.get("id"): row.get("reason") for row in json_lines(folder / MANIFEST_FILE)}
+        left_out += [(stem, f"not in {folder}" + (f": {failed[stem]}" if failed.get(stem) else ""))
+                     for stem in sorted(stems[other].difference(shared))]
+    for stem, reason in left_out:
+        log.warning("%s: left out, %s", stem, reason)
+    return shared, left_out
 
 
 def read_events(folder: Path | None) -> dict[str, tuple[str, list[float]]]:
@@ -109,7 +118,11 @@ def read_events(folder: Path | None) -> dict[str, tuple[str, list[float]]]:
 def prompt_of(folder: Path, name: str) -> str:
     """Return the prompt of a sound, which `infer.py` noted beside it; "" if it did not."""
     path = folder / f"{name}.yaml"
-    noted = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    try:
+        noted = read_yaml(path) if path.is_file() else None
+    except UserError as error:
+        log.warning("%s; its prompt is left out", error)
+        return ""
     return str(noted.get("prompt") or "") if isinstance(noted, dict) else ""
 
 
@@ -146,9 +159,8 @@ def run_facts(run: Path) -> tuple[dict, MetricsFile, Path, dict | None]:
     finals = [path for path in sorted(run.glob("adapter_final*.*")) if step_in_adapter(path) == meta.get("step")]
     if (run / VERDICT_FILE).is_file():
         verdict = read_json(run / VERDICT_FILE)
-        if verdict.get("step") != meta.get("step"):
-            log.warning("%s: is of step %s, the run of step %s; left out", run / VERDICT_FILE, verdict.get("step"),
-                        meta.get("step"))
+        if (step := verdict.get("step")) != meta.get("step"):
+            log.warning("%s: is of step %s, the run of step %s; left out", run / VERDICT_FILE, step, meta.get("step"))
             verdict = None
     return meta, MetricsFile(run / "metrics.jsonl"), finals[-1] if finals else run / "adapter_final.pt", verdict
 
@@ -188,8 +200,9 @@ def summary(judged: dict[str, Judged], truths: dict[str, tuple[str, list[float]]
 @cli.entry_point
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
+    check_own_output("--output", args.output, ".html", lambda path: is_page(path, ABOUT))
     meta, metrics, adapter, verdict = run_facts(args.run)
-    names = clip_names(args.before, args.after)
+    names, left_out = clip_names(args.before, args.after)
     truths = {name: truth for name, truth in read_events(args.true).items() if name in names}
     classifier = fit_classifier(FIT_COUNT) if truths else None
     judged: dict[str, Judged] = defaultdict(Judged)
@@ -198,8 +211,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for number, name in enumerate(names, 1):
             sounds, truth = [], truths.get(name)
             for kind, folder in (("before", args.before), ("after", args.after), ("true", args.true)):
-                media = media_of(folder, name)
-                if media is None:
+                if (media := media_of(folder, name)) is None:
                     continue
                 waveform, rate = mono(media)
                 note = judge(waveform, rate, truth, classifier, judged[kind]) if truth and classifier else ""
@@ -208,13 +220,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             progress.update(number)
 
     steps, variant = metrics.series("loss")[0], str(meta.get("variant", "a model"))
-    page = Page(args.title, f"{variant}, rank {meta.get('rank', '?')}, {trained(steps[-1] if steps else 0, metrics)}")
+    done = trained(steps[-1] if steps else 0, metrics)
+    page = Page(args.title, f"{variant}, rank {meta.get('rank', '?')}, {done}", ABOUT)
     cards = summary(judged, truths)
     page.cards([*cards, *(verdict_cards(verdict) if verdict else []), *run_cards(metrics, adapter)])
     page.section("Listen", "New videos that the adapter was not trained on. "
                  + ("The green marks are the moments at which something happens in the picture." if truths else ""))
     for name, sounds, event_times in rows:
         page.sounds(name, sounds, event_times)
+    if left_out:
+        page.section("Left out", f"Of one folder only; {counted(len(names), 'clip is', 'clips are')} compared.")
+        page.table(("clip", "reason"), left_out)
     add_curves(page, metrics)
     if adapter.is_file():
         add_use(page, adapter, variant, prompt_of(args.after, names[0]))

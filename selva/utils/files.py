@@ -9,12 +9,12 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from selva.utils.errors import UserError
+from selva.utils.errors import UsageError, UserError
 
 PARTIAL_PREFIX = ".partial-"  # folders that hold an unfinished file; one that outlives its process can be deleted
 _CANNOT_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)  # for a folder; VirtualBox shares, AFS, gocryptfs
@@ -129,6 +129,22 @@ def next_aside(folder: Path) -> Path:
     while (aside := folder / f"previous_{number:03d}").exists():
         number += 1
     return aside
+
+
+def check_own_output(flag: str, path: Path, suffix: str, is_ours: Callable[[Path], bool]) -> None:
+    """Raise if a file that is to be written has another ending, or would replace one that the program did not write.
+
+    Args:
+        flag: that names the file, for messages. is_ours: tells the files of the program from others of that ending.
+
+    Raises:
+        UsageError: with what to do.
+    """
+    if path.suffix.lower() != suffix:
+        raise UsageError(f"{flag} {path}: ends in {path.suffix or 'nothing'}, expected a name that ends in {suffix}")
+    if path.is_file() and not is_ours(path):
+        raise UsageError(f"{flag} {path}: is there already, and was not written by this program; it is kept. Name "
+                         "another file, or move it away")
 
 
 def why_not_written(error: OSError) -> str:

@@ -164,6 +164,13 @@ class Page:
         )
 
 
+def is_page(path: Path, about: str) -> bool:
+    """Return True if a file is a page with these words in its head, see :class:`Page`."""
+    with open(path, "rb") as file:
+        head = file.read(4096).decode("utf-8", "replace")
+    return f'<meta name="description" content="{html.escape(about, quote=True)}">' in head
+
+
 def data_uri(content: bytes, mime: str) -> str:
     """Return a URI that holds the content itself."""
     return f"data:{mime};base64,{base64.b64encode(content).decode('ascii')}"

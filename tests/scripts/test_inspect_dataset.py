@@ -90,9 +90,26 @@ def test_a_settings_file(main, feature_dir, tmp_path, capsys):
     assert (tmp_path / "a.json").exists() and "6 pairs" in capsys.readouterr().out
 
 
-def test_only_png_is_written(main, feature_dir, tmp_path, capsys):
-    assert main([str(feature_dir), "--png", str(tmp_path / "a.jpg")]) == 1
-    assert "a.jpg: the overview is a .png" in capsys.readouterr().err
+def test_only_png_and_json_are_written(main, feature_dir, tmp_path, capsys):
+    assert main([str(feature_dir), "--png", str(tmp_path / "a.jpg")]) == 2
+    assert "a.jpg: ends in .jpg, expected a name that ends in .png" in capsys.readouterr().err
+    assert main([str(feature_dir), "--json", str(tmp_path / "prompts.txt")]) == 2
+    assert "expected a name that ends in .json" in capsys.readouterr().err
+
+
+def test_nothing_in_the_folder_and_no_other_file_is_replaced(main, feature_dir, tmp_path, capsys):
+    (feature_dir / "prompts.txt").write_text("knock_0: a knock")
+    for flag, name in (("--json", "prompts.txt"), ("--json", "new.json"), ("--png", "sub/new.png")):
+        assert main([str(feature_dir), flag, str(feature_dir / name)]) == 2
+        assert "in which nothing is changed; name a file outside" in capsys.readouterr().err
+    assert (feature_dir / "prompts.txt").read_text() == "knock_0: a knock"
+    for flag, name in (("--json", "mine.json"), ("--png", "mine.png")):
+        (tmp_path / name).write_text("{}")
+        assert main([str(feature_dir), flag, str(tmp_path / name)]) == 2
+        assert f"{name}: is there already, and was not written by this program" in capsys.readouterr().err
+        assert (tmp_path / name).read_text() == "{}"
+    for _ in range(2):  # its own files are made anew
+        assert main([str(feature_dir), "--json", str(tmp_path / "a.json"), "--png", str(tmp_path / "a.png")]) == 0
 
 
 def test_the_clips_that_deserve_a_look_are_drawn_first(feature_dir):

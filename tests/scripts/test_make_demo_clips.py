@@ -84,3 +84,13 @@ def test_wrong_usage_is_refused(tmp_path, capsys, options, words):
     assert words in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
     assert make_demo_clips.main([]) == 2
+
+
+def test_prompts_of_others_are_not_replaced(tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("dog: a dog")
+    arguments = ["--out", str(tmp_path), "--count", "1", "--size", "64", "--duration", "2"]
+    assert make_demo_clips.main(arguments) == 2
+    assert "holds a prompts.txt that was not made with demo clips" in capsys.readouterr().err
+    assert (tmp_path / "prompts.txt").read_text() == "dog: a dog"
+    (tmp_path / "prompts.txt").unlink()
+    assert make_demo_clips.main(arguments) == 0 == make_demo_clips.main(arguments)

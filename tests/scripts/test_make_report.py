@@ -68,6 +68,40 @@ def test_sounds_without_videos_are_played_too(folders, tmp_path):
     assert (root / "report.html").read_text(encoding="utf-8").count("<audio") == 2
 
 
+def test_clips_of_one_folder_only_are_named_with_the_reason(folders, tmp_path, capsys):
+    root = shutil.copytree(folders, tmp_path / "copy")
+    (root / "after" / "gong_002.mp4").unlink()
+    (root / "after" / "gong_002.flac").unlink()
+    (root / "after" / "manifest.jsonl").write_text(json.dumps({"id": "gong_002", "status": "failed",
+                                                               "reason": "out of memory"}))
+    shutil.copy(root / "after" / "gong_001.mp4", root / "after" / "late.mp4")
+    assert report(root) == 0
+    said, page = capsys.readouterr().err, (root / "report.html").read_text(encoding="utf-8")
+    assert f"gong_002: left out, not in {root / 'after'}: out of memory" in said
+    assert f"late: left out, not in {root / 'before'}" in said
+    assert "<h2>Left out</h2>" in page and "1 clip is compared" in page and "out of memory" in page
+
+
+def test_damaged_settings_beside_a_sound_do_not_end_the_page(folders, tmp_path, capsys):
+    root = shutil.copytree(folders, tmp_path / "copy")
+    (root / "after" / "gong_001.yaml").write_text("prompt: [")
+    (root / "run" / "adapter_final.pt").write_bytes(b"an adapter")
+    assert report(root) == 0
+    assert "gong_001.yaml: cannot be read as YAML" in capsys.readouterr().err
+
+
+def test_no_other_file_is_replaced(folders, tmp_path, capsys):
+    root = shutil.copytree(folders, tmp_path / "copy")
+    (root / "notes.html").write_text("<!doctype html><p>mine")
+    for name, told in (("notes.html", "was not written by this program; it is kept"),
+                       ("prompts.txt", "expected a name that ends in .html")):
+        assert report(root, "--output", str(root / name)) == 2
+        assert told in capsys.readouterr().err
+    assert (root / "notes.html").read_text() == "<!doctype html><p>mine"
+    for _ in range(2):  # its own page is made anew
+        assert report(root, "--output", str(root / "page.html")) == 0
+
+
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [

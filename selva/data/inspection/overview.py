@@ -16,7 +16,7 @@ from selva.audio.config import SILENCE_DB
 from selva.audio.silence import block_power
 from selva.data.folder import MANIFEST_FILE
 from selva.data.inspection.measures import ClipReport, Inspection, find_variant
-from selva.data.inspection.report import fit, sign_of, summary
+from selva.data.inspection.report import PNG_TITLE, fit, sign_of, summary
 from selva.features import load_features
 from selva.inputs.suffixes import VIDEO_SUFFIXES
 from selva.media import probe, read_audio, read_video
@@ -83,7 +83,7 @@ def write_overview(inspection: Inspection, path: Path, video_dir: Path | None, m
         else:
             cell.sound(report, strip, videos.get(report.id))
     with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=DOTS_PER_IN)
+        figure.savefig(temporary, dpi=DOTS_PER_IN, metadata={"Title": PNG_TITLE})
 
 
 def _headline(inspection: Inspection, shown: int) -> str:

@@ -6,10 +6,12 @@ import json
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 
 from selva.data.inspection.measures import ClipReport, Inspection
 from selva.utils.text import clock, counted, listed
 
+PNG_TITLE = "data set, by inspect_dataset.py"  # in the head of an overview
 WIDTH = 100
 ID_WIDTH = 20  # at least for long names
 MOST_ROWS = 200  # of the table; those with something to say come first
@@ -112,6 +114,21 @@ def summary(inspection: Inspection) -> str:
     seconds = sum(clip.duration_sec or 0 for clip in inspection.clips)
     return (f"{len(inspection.clips)} {kind[inspection.kind]}, {clock(seconds)} in all; cannot be used: {bad}; "
             f"worth a look: {odd}" + (f"; groups of copies: {len(inspection.alike)}" if inspection.alike else ""))
+
+
+def is_inspection(path: Path) -> bool:
+    """Return True if a file holds what :func:`to_json` returned for some data set."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError):
+        return False
+    return isinstance(content, dict) and content.keys() >= {"folder", "kind", "clips", "usable"}
+
+
+def is_overview(path: Path) -> bool:
+    """Return True if a file is the picture of some data set, which has this title in its head."""
+    with open(path, "rb") as file:
+        return f"Title\0{PNG_TITLE}".encode() in file.read(4096)
 
 
 def to_json(inspection: Inspection) -> str:
