@@ -7,6 +7,7 @@ Rules of thumb: those of the presets in configs/ by the number of clips, and the
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +18,15 @@ import torch
 from selva.data.folder import FolderClip, scan_folder
 from selva.data.memmap.reader import is_memmap
 from selva.lora.config import LoRAConfig, expand_targets
-from selva.models.variants import VARIANTS
+from selva.models.variants import VARIANTS, features_problem
 from selva.sequence import DEFAULT_DURATION_SEC
 from selva.training.config import RunConfig, TrainConfig
 from selva.training.memory import has_several_lengths, largest_batch, step_memory, usable_bytes
 from selva.utils.errors import UserError
 from selva.utils.settings import settings_text, values_of
 from selva.utils.text import counted, listed
+
+log = logging.getLogger(__name__)
 
 FEW, MANY = 20, 100  # clips, below and from which the presets few_clips and long_run are meant
 # What teaches the built-in model a sound, as configs/tiny_new_sound.yaml has it; the rest is for the published models.
@@ -65,6 +68,10 @@ def suggest(data_dir: Path, variant: str | None, gpu_bytes: int | None) -> list[
     if chosen not in VARIANTS:
         raise UserError(f"{data_dir}: its features are for {chosen}, which is no variant here; give --variant")
     why = "as asked for" if variant else "the features were made for it"
+    unfit = [problem for made_for in extracted_for if (problem := features_problem(made_for, VARIANTS[chosen]))]
+    if unfit:  # settings can be planned before that, but not trained with
+        log.warning("%s: these features cannot be trained on with %s: %s", data_dir, chosen, "; ".join(unfit))
+        why += f"; but the features there are {unfit[0]}"
     seconds = sum(clip.duration_sec for clip in clips)
     found = [Suggestion("data_dir", [str(data_dir)], f"{counted(len(clips), 'usable clip')}, {seconds:.0f} s in "
                                                      f"all{left_out}"),

@@ -28,7 +28,12 @@ def test_the_file_is_one_that_training_takes(feature_dir, tmp_path, capsys):
     capsys.readouterr()
     large = [str(feature_dir), "--variant", "small_16k", "--gpu_memory", "24"]
     assert suggest_config.main(large) == 0  # a step is computed, without a GPU
-    assert "batch_size: 4  # fits into 24.0 GiB" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "batch_size: 4  # fits into 24.0 GiB" in said.out
+    assert "made with the encoders of tiny_16k, which are not those of small_16k; extract again" in said.err
+    assert "variant: small_16k  # as asked for; but the features there are made with the encoders of tiny" in said.out
+    assert suggest_config.main([str(feature_dir), "--variant", "tiny_16k"]) == 0
+    assert "extract again" not in "".join(capsys.readouterr())
 
 
 def test_settings_are_validated_without_training(feature_dir, tmp_path, capsys):
