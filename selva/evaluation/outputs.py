@@ -105,7 +105,7 @@ def _plain(value: float | None) -> str:
 
 
 def _folders(evaluation: Evaluation) -> dict[str, str]:
-    """Return what was compared, by which a later evaluation knows whose results it would replace."""
+    """Return the two folders that were compared, by which a later evaluation knows whose results it would replace."""
     return {"generated": str(real_path(evaluation.generated)), "reference": str(real_path(evaluation.reference))}
 
 
