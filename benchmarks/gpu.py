@@ -41,7 +41,7 @@ LIMIT_SEC = 480.0
 PARTS: dict[str, tuple[str, Part, float]] = {
     "right": ("every network against the CPU, and in half precision", networks, 0.2),
     "learns": ("the same training on the CPU and on the device", training, 0.1),
-    "tests": ("the tests marked gpu", tests, 0.2),
+    "tests": ("the tests that need a GPU", tests, 0.2),
     "steps": ("time and memory of training steps", steps, 0.35),
     "sampling": ("sampling, vocoder, encoders", sampling, 0.2),
     "scripts": ("tiny_16k from videos to sound", scripts, 0.25),

@@ -1,4 +1,4 @@
-"""Part of `gpu.py`: the four scripts from videos to sound with `tiny_16k`, and the tests that are marked `gpu`."""
+"""Part of `gpu.py`: the four scripts from videos to sound with `tiny_16k`, and the tests that need a GPU."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ import tempfile
 import time
 from pathlib import Path
 
-from gpu_rows import Row, Rows, Setup
+from gpu_rows import Gap, Row, Rows, Setup
 
 from selva.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-GPU_TESTS = "tests/test_on_gpu.py"
+GPU_TESTS = "tests/test_on_gpu.py"  # all that are marked gpu; collecting the others takes longer than running these
 SMALL_CLIPS = ["--count", "2", "--duration", "1.6", "--size", "64"]
 LAST_CHARACTERS = 1500  # of what a command printed, in a message
-VERDICT = re.compile(r"(\d+) (passed|failed|errors?|skipped)")
+SPARE_SEC = 2.0  # a command ends that much before its part does, so that what it has printed is read
+CHOSEN = re.compile(r"\bcollected (\d+) item")
+BEGUN = re.compile(r"^\S+::(.+?)(?: (PASSED|FAILED|ERROR|SKIPPED)\b.*| *)$", re.MULTILINE)  # a line of pytest -v
 
 
 def scripts(setup: Setup) -> Rows:
@@ -38,41 +40,56 @@ def scripts(setup: Setup) -> Rows:
         }
         for what, command in commands.items():
             started = time.monotonic()
-            printed = run(setup, command)
+            code, printed = run(setup, command)
+            if code is None:
+                yield Gap(what, f"was not done in time: {printed[-LAST_CHARACTERS:]}", fault=False)
+                return
+            if code:
+                raise UserError(f"{command[0]} ended with exit code {code}: {printed[-LAST_CHARACTERS:]}")
             note = "; ".join(line.split("selva.", 1)[-1] for line in printed.splitlines() if "CUDA graph" in line)
             yield Row(f"{what}, whole", "tiny_16k", time.monotonic() - started, "s", note=note[:200])
 
 
 def tests(setup: Setup) -> Rows:
-    """Run the tests that need a GPU; every one that fails is a wrong figure."""
-    where = [GPU_TESTS] if setup.small else ["tests"]
-    command = ["-m", "pytest", "-q", "-m", "gpu", "--tb=short", *where]
-    printed = run(setup, command, good=(0, 1))
-    counts = {what.rstrip("s"): int(number) for number, what in VERDICT.findall(printed.strip().splitlines()[-1])}
-    failed = counts.get("failed", 0) + counts.get("error", 0)
-    if setup.device.type == "cuda" and not failed + counts.get("passed", 0):
+    """Run the tests that need a GPU; every one that fails is a wrong figure. Those done count, whatever ends it."""
+    code, printed = run(setup, ["-m", "pytest", "-v", "--tb=short", GPU_TESTS])
+    ended = "was not done in time" if code is None else f"ended with exit code {code}"
+    chosen = CHOSEN.search(printed)
+    if chosen is None:
+        raise UserError(f"no test was run, pytest {ended}: {printed[-LAST_CHARACTERS:]}")
+    results: dict[str, set[str]] = {}
+    for name, result in BEGUN.findall(printed):
+        results.setdefault(name, set()).add(result)
+    failed = [name for name, found in results.items() if found & {"FAILED", "ERROR"}]
+    passed = [name for name, found in results.items() if found == {"PASSED"}]
+    skipped = [name for name, found in results.items() if "SKIPPED" in found]
+    if setup.device.type == "cuda" and code is not None and not failed and not passed:
         raise UserError(f"no test that needs a GPU was run: {printed[-LAST_CHARACTERS:]}")
-    names = " ".join(re.findall(r"^(?:FAILED|ERROR) \S+", printed, flags=re.MULTILINE))
-    yield Row("tests that failed", "of those marked gpu", failed, "", limit=0, note=names)
-    yield Row("tests that passed", "of those marked gpu", counts.get("passed", 0), "",
-              note=f"{counts['skipped']} skipped" if "skipped" in counts else "")
+    yield Row("tests that failed", GPU_TESTS, len(failed), "", limit=0, note=", ".join(failed))
+    yield Row("tests that passed", GPU_TESTS, len(passed), "", note=f"{len(skipped)} skipped" if skipped else "")
+    if missing := int(chosen[1]) - len(failed) - len(passed) - len(skipped):
+        interrupted = next((f", from {name} on" for name, found in results.items() if found == {""}), "")
+        last = "" if code is None else f": {printed[-LAST_CHARACTERS:]}"
+        yield Gap(f"{missing} of {chosen[1]} tests{interrupted}", f"pytest {ended}{last}", fault=code is not None)
 
 
-def run(setup: Setup, command: list, good: tuple[int, ...] = (0,)) -> str:
-    """Return the output of a Python command, which gets the time that is left.
+def run(setup: Setup, command: list) -> tuple[int | None, str]:
+    """Return the exit code of a Python command, which gets the time that is left, and what it has printed.
 
-    Raises:
-        UserError: it ended with another exit code, or not in time.
+    The code is None where it was not done in time.
     """
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    try:
-        done = subprocess.run(
-            [sys.executable, *map(str, command)], cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=setup.seconds_left(), check=False,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise UserError(f"{command[0]} was not done in the {error.timeout:.0f} s that were left") from error
-    if done.returncode not in good:
-        raise UserError(f"{' '.join(map(str, command[:3]))} ended with exit code {done.returncode}: "
-                        f"{done.stdout[-LAST_CHARACTERS:]}")
-    return done.stdout
+    # Into a file, not through a pipe, of which nothing is left when the time is over.
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as printed:
+        with subprocess.Popen(
+            [sys.executable, *map(str, command)], cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, stdout=printed,
+            stderr=subprocess.STDOUT,
+        ) as process:
+            try:
+                code = process.wait(max(0.0, setup.seconds_left() - SPARE_SEC))
+            except subprocess.TimeoutExpired:
+                code = None
+            finally:
+                process.kill()
+        printed.seek(0)
+        return code, printed.read()

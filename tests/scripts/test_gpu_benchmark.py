@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+from selva.training.compiling import missing_compiler
 from selva.utils.document import END_MARK
 
+ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["--device", "cpu", "--small", "--precision", "fp32"]
 
 
@@ -64,11 +70,49 @@ def test_the_scripts_and_the_tests_of_a_gpu(gpu, tmp_path):
     assert "skipped" in parts["tests"]["rows"][1]["note"]
 
 
-@pytest.mark.gpu  # compiling for a CPU takes many minutes, and is not what users of this page wait for
+@pytest.mark.slow  # compiling takes many minutes here
+@pytest.mark.skipif(missing_compiler(torch.device("cpu")) is not None, reason="no C++ compiler")
 def test_compiled_steps(gpu, tmp_path):
     assert gpu.main([*SMALL, "--only", "compiled", "--out", str(tmp_path), "--limit", "2000"]) == 0
     (row,) = figures_in(tmp_path)["parts"]["compiled"]["rows"]
     assert row["what"] == "tiny_16k, step, compiled" and "the first one" in row["note"]
+
+
+def test_all_tests_that_need_a_gpu_are_in_the_file_that_is_run(gpu):
+    product = importlib.import_module("gpu_product")
+    marked = {path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").rglob("*.py")
+              if re.search(r"mark\.gpu\b", path.read_text(encoding="utf-8"))}
+    assert marked == {product.GPU_TESTS}
+
+
+LAST_TEST = {"time": "Path(__file__).with_suffix('.begun').touch(); time.sleep(600)", "crash": "os._exit(7)"}
+
+
+@pytest.mark.parametrize("ends_by", list(LAST_TEST))
+def test_tests_that_are_done_count_when_one_comes_to_no_end(gpu, tmp_path, monkeypatch, ends_by):
+    product = importlib.import_module("gpu_product")
+    path = tmp_path / "test_some.py"
+    path.write_text("import os, time, pytest\nfrom pathlib import Path\n"
+                    "@pytest.mark.parametrize('x', ['a b', 'c'])\ndef test_good(x): print('much' * 9999)\n"
+                    "def test_bad(): assert False\n"
+                    "@pytest.fixture\ndef broken(): yield; assert False\ndef test_at_its_end(broken): pass\n"
+                    f"def test_skipped(): pytest.skip('no')\ndef test_last(): {LAST_TEST[ends_by]}\n"
+                    "def test_never(): pass\n", encoding="utf-8")
+    monkeypatch.setattr(product, "GPU_TESTS", str(path))
+
+    class Setup(gpu.Setup):
+        def seconds_left(self) -> float:
+            """The time is over when the last test has begun."""
+            given_up = time.monotonic() + 60
+            while ends_by == "time" and not path.with_suffix(".begun").exists() and time.monotonic() < given_up:
+                time.sleep(0.05)
+            return 0.0 if ends_by == "time" else 600.0
+
+    failed, passed, gap = product.tests(Setup(SimpleNamespace(device=torch.device("cpu")), False, 0))
+    assert failed.value == 2 and failed.wrong and failed.note == "test_bad, test_at_its_end"
+    assert passed.value == 2 and passed.note == "1 skipped"
+    assert gap.what == "2 of 7 tests, from test_last on" and gap.fault == (ends_by == "crash")
+    assert gap.reason.startswith({"time": "pytest was not done", "crash": "pytest ended with exit code 7"}[ends_by])
 
 
 def use_parts(gpu, monkeypatch, **parts) -> None:
