@@ -191,6 +191,8 @@ class GraphedCalls:
 
     def _give_up(self, error: Exception, recording: bool) -> None:
         cause = error.__context__ or error  # ending a recording that has failed raises an error of its own
+        if not isinstance(cause, Exception):
+            raise cause  # Ctrl-C or SIGTERM, which is no failure
         self.problem = str(cause).strip().split("\n")[0] or type(cause).__name__
         self.clear()
         self.recover()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import re
@@ -174,6 +175,27 @@ def test_figures_are_written_as_they_come_and_the_time_is_kept(gpu, tmp_path, mo
     assert stored == list(range(1, len(stored) + 1)) and stored
     assert "were over" in parts["endless"]["left_out"][0] and "were over" in parts["sleeping"]["left_out"][0]
     assert not parts["sleeping"]["rows"]
+
+
+@pytest.mark.parametrize("swallowed", [Exception, BaseException])
+def test_the_end_of_the_time_is_not_taken_for_an_error_of_what_runs(gpu, tmp_path, monkeypatch, swallowed):
+    """Graphs, compilers and logging go on after any Exception; whatever a destructor raises is dropped."""
+    monkeypatch.setattr(importlib.import_module("gpu_rows"), "RING_AGAIN_SEC", 0.5)
+    ended = []
+
+    def going_on(setup):
+        try:
+            with contextlib.suppress(swallowed):
+                time.sleep(20)
+            time.sleep(20)
+            yield row(gpu, 1.0)
+        finally:
+            ended.append(True)
+
+    use_parts(gpu, monkeypatch, going_on=going_on)
+    assert gpu.main([*SMALL, "--out", str(tmp_path), "--limit", "1"]) == 0
+    (part,) = figures_in(tmp_path)["parts"].values()
+    assert ended and not part["rows"] and "were over" in part["left_out"][0]
 
 
 def test_the_end_of_the_time_waits_for_a_file_that_is_being_written(gpu, tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from recorded_graph import RecordedGraphs
 from torch import Tensor
 
 from selva.utils import graph
-from selva.utils.errors import UserError
+from selva.utils.errors import Terminated, UserError
 from selva.utils.graph import WARM_UPS, GraphedCalls, graphed_calls, leaves, with_leaves
 
 
@@ -121,6 +121,31 @@ def test_a_failed_recording_is_an_error_where_graphs_are_required():
     with pytest.raises(RuntimeError, match=r"cannot be recorded as a CUDA graph: .* reads a number back"):
         for _ in range(WARM_UPS + 1):
             calls("kind", lambda x: (x * float(x.sum()),), torch.ones(2))
+
+
+class BadlyEnding(RecordedGraphs):
+    """A device that refuses to end a recording in the middle of which something was raised."""
+
+    def record(self, function):
+        try:
+            return super().record(function)
+        except BaseException:
+            raise RuntimeError("operation failed due to a previous error during capture")  # noqa: B904 -- as PyTorch
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, Terminated])
+def test_an_interruption_while_recording_is_no_failure_to_record(interruption):
+    def function(x: Tensor) -> tuple[Tensor, ...]:
+        called.append(1)
+        if len(called) > WARM_UPS:
+            raise interruption
+        return (x,)
+
+    called, calls = [], GraphedCalls(BadlyEnding(), "test")
+    with pytest.raises(interruption):
+        for _ in range(WARM_UPS + 1):
+            calls("kind", function, torch.ones(1))
+    assert calls.problem is None and len(called) == WARM_UPS + 1
 
 
 class Crowded(RecordedGraphs):
