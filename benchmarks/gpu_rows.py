@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import signal
@@ -177,6 +178,7 @@ def filled_generator(variant: Variant, device: torch.device) -> Generator:
 
 def free(device: torch.device) -> None:
     """Give memory that nothing uses any more back to the device."""
+    gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 

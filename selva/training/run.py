@@ -134,7 +134,7 @@ class TrainingRun:
                 group["lr"] = rate
         self.graphs, self.dropout = graphs, has_dropout(generator)
         if graphs is not None:
-            graphs.recover, graphs.draws = self._forget_step, self.dropout
+            graphs.draws = self.dropout
             graphs.repeatable = config.grad_accum == 1  # what a half of a batch adds to others' gradients would stay
         generator.recompute_randomly = self.dropout
         # Half-precision gradients below 6e-8 would vanish; bfloat16 has the range of float32 and needs no scaling.
@@ -179,7 +179,8 @@ class TrainingRun:
             return function(*arguments)
         kinds = (len(one) if isinstance(one, Tensor) else one.lengths
                  for one in arguments if not isinstance(one, NoiseSample))
-        return self.graphs((function.__name__, *kinds), function, *arguments, keep=self.generator.tables)
+        return self.graphs((function.__name__, *kinds), function, *arguments, keep=self.generator.tables,
+                           recover=self._forget_step)
 
     def _draw(self) -> tuple[Batch | CachedBatch, NoiseSample]:
         """Return clips of this process for a part of a step, and random numbers."""

@@ -9,6 +9,7 @@ the runs through the locks of the folders.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import logging
@@ -195,6 +196,7 @@ def run_sweep(
                 log.info("%s: done already", run.name)
                 continue
             log.info("run %d of %d: %s", runs.index(run) + 1, len(runs), run.name)
+            gc.collect()  # cycles of the run before, as libraries leave them, may hold all that it had on the device
             try:
                 _begin(run, folder)
                 config, settings = configure(run.settings, folder)

@@ -111,19 +111,16 @@ class GraphedCalls:
 
     Args:
         what: is done, for messages. required: a failure to record is an error.
-        recover: called after a failure, to take back what the interrupted function had changed on the host.
 
     Attributes:
         problem: the reason why nothing is recorded any more; None as long as all goes well.
         draws: the functions take random numbers of the device, which a failure to record ends: its generator goes on
             waiting for the end of the recording, and refuses every other call (PyTorch 2.11).
-        repeatable: the functions can be called again when memory ended in the middle of them, after ``recover``.
+        repeatable: the functions can be called again when memory ended in the middle of them, after their ``recover``.
     """
 
-    def __init__(
-        self, backend: GraphBackend, what: str, *, required: bool = False, recover: Callable[[], None] = lambda: None
-    ) -> None:
-        self.backend, self.what, self.required, self.recover = backend, what, required, recover
+    def __init__(self, backend: GraphBackend, what: str, *, required: bool = False) -> None:
+        self.backend, self.what, self.required = backend, what, required
         self.problem: str | None = None
         self.draws, self.repeatable = False, True
         self._known: dict[Hashable, int | _Graph] = {}  # kind -> calls so far, or its graph
@@ -140,7 +137,8 @@ class GraphedCalls:
         self._full = False
 
     def __call__(
-        self, kind: Hashable, function: Callable[..., Tensors], *arguments: Any, keep: Callable[[], Any] = lambda: None
+        self, kind: Hashable, function: Callable[..., Tensors], *arguments: Any,
+        keep: Callable[[], Any] = lambda: None, recover: Callable[[], object] = lambda: None,
     ) -> Tensors:
         """Return ``function(*arguments)``.
 
@@ -148,6 +146,8 @@ class GraphedCalls:
             kind: of the call: all that the function depends on beside the values of tensors; shapes are added here.
             arguments: tensors, and dataclasses of them, whose other fields must be the same for one kind.
             keep: makes and returns what a graph reads beside its arguments and what may otherwise be freed before it.
+            recover: called after a failure, to take back what the interrupted function had changed on the host. It is
+                not kept: whose method it is, which has these calls, would live until cycles are looked for.
         """
         if self.problem is not None:
             return function(*arguments)
@@ -170,7 +170,7 @@ class GraphedCalls:
             recording = known >= WARM_UPS
             if not (recording or (self.num_graphs and self.repeatable and is_out_of_memory(error))):
                 raise
-            self._give_up(error, recording)
+            self._give_up(error, recording, recover)
         else:
             self._known[key] = graph
             return graph.run(tensors)
@@ -189,13 +189,13 @@ class GraphedCalls:
         kept = keep()  # made now, where it has been forgotten: while recording, nothing can come from the host
         return _Graph(self.backend.record(functools.partial(function, *placed)), inputs, kept)
 
-    def _give_up(self, error: Exception, recording: bool) -> None:
+    def _give_up(self, error: Exception, recording: bool, recover: Callable[[], object]) -> None:
         cause = error.__context__ or error  # ending a recording that has failed raises an error of its own
         if not isinstance(cause, Exception):
             raise cause  # Ctrl-C or SIGTERM, which is no failure
         self.problem = str(cause).strip().split("\n")[0] or type(cause).__name__
         self.clear()
-        self.recover()
+        recover()
         if self.draws and recording:
             raise UserError(f"the {self.what} cannot be recorded as a CUDA graph: {self.problem}; it draws random "
                             "numbers on the device (--lora_dropout), which this process cannot any more. Start again "

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import re
 import time
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -151,6 +153,21 @@ def test_a_part_that_fails_does_not_end_the_others(gpu, tmp_path, monkeypatch, c
     assert text.count("**wrong**") == 2 and "| 9 | 2 (aim) | missed |" in text and "KeyError" in text
     (error,) = [record.message for record in caplog.records if record.levelname == "ERROR"]
     assert "what, size: 3, expected at most 2" in error and "KeyError" in error and "memory" not in error
+
+
+def test_what_a_part_leaves_in_cycles_is_freed(gpu):
+    def rows(setup):
+        cycle: list = [torch.ones(1)]
+        cycle.append(cycle)
+        left.append(weakref.ref(cycle[0]))
+        yield row(gpu, 1.0)
+
+    left, setup = [], gpu.Setup(SimpleNamespace(device=torch.device("cpu")), True, 0)
+    gc.disable()
+    try:
+        assert list(gpu.guarded(setup, "", rows(setup))) and left[0]() is None
+    finally:
+        gc.enable()
 
 
 def test_figures_are_written_as_they_come_and_the_time_is_kept(gpu, tmp_path, monkeypatch):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from recorded_graph import RecordedGraphs
 from script_args import TINY
 
 import train_lora
@@ -16,6 +19,7 @@ from selva import cli
 from selva.checkpoint import load_adapter
 from selva.training import setup, sweep
 from selva.training.run import TrainingRun
+from selva.utils.graph import GraphedCalls
 
 BASE = {"variant": "tiny_16k", "device": "cpu", "steps": 4, "batch_size": 2, "warmup_steps": 1, "save_every": 2,
         "val_every": 2, "rank": 2, "precision": "fp32", "preview": False, "preserve": ["a bell rings"]}
@@ -115,6 +119,34 @@ def test_a_failed_run_does_not_end_a_sweep_and_is_tried_again(feature_dir, tmp_p
     monkeypatch.setattr(sweep, "train", real)
     assert script.main([str(path)]) == 0
     assert "device is gone" not in (tmp_path / "out" / "sweep.tsv").read_text(encoding="utf-8")
+
+
+def test_a_run_is_gone_with_its_graphs_when_the_next_one_begins(feature_dir, tmp_path, monkeypatch):
+    """Also one that failed. Python looks for cycles seldom, and does not know how much of a device they hold."""
+    grid = {"lr": [0.001, 0.002, 0.003, 0.004, 0.005]}
+    path = put_sweep(tmp_path, feature_dir, grid=grid)
+    made, alive = [], []
+
+    class Run(TrainingRun):
+        def __init__(self, *arguments, **more):
+            alive.append(sum(run() is not None for run in made))
+            super().__init__(*arguments, **more)
+            made.append(weakref.ref(self))
+
+        def train_step(self):
+            if self.step == 3 and len(made) == 3:
+                raise RuntimeError("the device is gone")
+            return super().train_step()
+
+    monkeypatch.setattr(setup, "TrainingRun", Run)
+    monkeypatch.setattr(setup, "graphed_calls", lambda *_: GraphedCalls(RecordedGraphs(), "training", required=True))
+    gc.collect()
+    gc.disable()
+    try:
+        assert script.main([str(path)]) == cli.EXIT_FAILED
+    finally:
+        gc.enable()
+    assert alive == [0] * 5
 
 
 def test_mistakes_are_told_before_anything_is_trained(feature_dir, tmp_path, monkeypatch, caplog):

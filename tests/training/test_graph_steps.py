@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import importlib
 import logging
+import weakref
 
 import pytest
 import small_run
@@ -191,6 +194,23 @@ def test_where_memory_ends_in_the_middle_of_a_step_beside_a_graph_it_is_done_wit
     assert own.problem is not None and own.num_graphs == 0 and "without CUDA graphs" in caplog.text
     assert_same(run, plain)
     assert make_run(ACCUMULATED, PLAIN, dtype, own).graphs.repeatable is False
+
+
+def test_a_run_that_ends_is_gone_with_its_graphs_at_once():
+    """Python looks for cycles seldom, and does not know how much of a device they hold."""
+    importlib.import_module("torch._dynamo")  # or the first optimiser does, and leaves a cycle that holds its run
+    gc.collect()
+    gc.disable()
+    try:
+        own = graphs()
+        run = make_run(CONFIG, PLAIN, torch.float32, own)
+        train(run)
+        left = [weakref.ref(one) for one in (run, run.optimizer, run.condition_cache, own)]
+        assert own.num_graphs == 2
+        del run, own
+        assert [one() for one in left] == [None] * 4
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("case", ["dropout", "conditions adapted"])

@@ -106,10 +106,10 @@ def test_random_numbers_go_on_as_without_a_graph():
     (lambda x: (x + torch.tensor([1.0, 2.0]),), "copies numbers of the host"),
 ])
 def test_what_cannot_be_recorded_runs_without(function, reason, caplog):
-    recovered = []
-    calls, backend = make_calls(recover=lambda: recovered.append(1))
+    recovered, (calls, backend) = [], make_calls()
     with caplog.at_level(logging.WARNING):
-        results = [calls("kind", function, torch.full((2,), float(i)))[0] for i in range(6)]
+        results = [calls("kind", function, torch.full((2,), float(i)), recover=lambda: recovered.append(1))[0]
+                   for i in range(6)]
     assert all(torch.equal(found, function(torch.full((2,), float(i)))[0]) for i, found in enumerate(results))
     assert backend.replays == 0 and recovered == [1] and reason in calls.problem
     (record,) = caplog.records
@@ -171,7 +171,7 @@ def test_where_memory_ends_beside_a_graph_calls_run_without(caplog, repeatable):
     def function(x: Tensor) -> tuple[Tensor, ...]:
         return (state.add_(1) * x,)
 
-    calls = GraphedCalls(Crowded(), "test", recover=lambda: state.sub_(1))
+    calls = GraphedCalls(Crowded(), "test")
     calls.draws, calls.repeatable = True, repeatable  # numbers can be drawn on, as nothing was recorded
     for _ in range(WARM_UPS + 1):
         calls("kind", function, torch.ones(1))
@@ -180,7 +180,7 @@ def test_where_memory_ends_beside_a_graph_calls_run_without(caplog, repeatable):
         with pytest.raises(torch.OutOfMemoryError):
             calls("kind", function, torch.ones(2))
         return
-    (found,) = calls("kind", function, torch.ones(2))
+    (found,) = calls("kind", function, torch.ones(2), recover=lambda: state.sub_(1))
     assert found.tolist() == [WARM_UPS + 2] * 2 and calls.num_graphs == 0
     assert calls.problem is not None and "out of memory" in caplog.text
 
