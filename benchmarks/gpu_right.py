@@ -51,12 +51,14 @@ def networks(setup: Setup) -> Rows:
 def _network_rows(setup: Setup, what: str, of: str, network: nn.Module, run: Use) -> Iterator[Row]:
     """Compare what a network returns with what its copy on the CPU does."""
     expected = run(copy.deepcopy(network).cpu(), torch.device("cpu"))
-    with _exact_convolutions():
+    with _convolutions(tf32=False):
         found = run(network, setup.device).cpu()
     yield Row(f"{what} against the CPU", of, relative_error(found, expected), "", EXACT)
     if setup.device.type == "cuda":
-        usual = relative_error(run(network, setup.device).cpu(), expected)
-        yield Row(f"{what} as PyTorch sets it", of, usual, "", TF32, note="convolutions may use TF32")
+        with _convolutions(tf32=True):
+            usual = run(network, setup.device).cpu()
+        yield Row(f"{what} as PyTorch sets it", of, relative_error(usual, expected), "", TF32,
+                  note="convolutions may use TF32")
 
 
 def _generator_rows(setup: Setup, variant: Variant) -> Iterator[Row]:
@@ -67,7 +69,7 @@ def _generator_rows(setup: Setup, variant: Variant) -> Iterator[Row]:
     for model in (on_device, on_cpu):
         set_lengths(model, variant, SECONDS)
     expected = _velocity(on_cpu, clips, torch.float32)
-    with _exact_convolutions():
+    with _convolutions(tf32=False):
         found = _velocity(on_device, clips, torch.float32)
     yield Row("generator, fp32 against the CPU", variant.name, relative_error(found, expected), "", EXACT)
     del on_cpu
@@ -124,9 +126,9 @@ def _others(setup: Setup) -> Iterator[tuple[str, str, nn.Module, Use]]:
 
 
 @contextmanager
-def _exact_convolutions() -> Iterator[None]:
-    """Compute float32 convolutions in float32, not in TF32, which PyTorch allows by default."""
-    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+def _convolutions(tf32: bool) -> Iterator[None]:
+    """Let float32 convolutions be computed in TF32, which is PyTorch's default, or not, which is this software's."""
+    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, tf32
     try:
         yield
     finally:
@@ -137,7 +139,7 @@ def training(setup: Setup) -> Rows:
     """Train the same steps on the CPU and on the device, in float32, and compare losses and factors."""
     steps = setup.pick(20, 3)
     results = []
-    with _exact_convolutions():
+    with _convolutions(tf32=False):
         for device in (torch.device("cpu"), setup.device):
             run = _tiny_run(device, steps)
             start = lora_state_dict(run.generator)

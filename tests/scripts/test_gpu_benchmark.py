@@ -155,6 +155,19 @@ def test_a_part_that_fails_does_not_end_the_others(gpu, tmp_path, monkeypatch, c
     assert "what, size: 3, expected at most 2" in error and "KeyError" in error and "memory" not in error
 
 
+def test_what_pytorch_sets_is_measured_with_tf32_though_it_is_switched_off_here(gpu, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # as resolve_device does
+    setup, seen = gpu.Setup(SimpleNamespace(device=torch.device("cuda")), False, 0), []
+
+    def run(network, device):
+        seen.append((device.type, torch.backends.cudnn.allow_tf32))
+        return torch.ones(1)
+
+    rows = list(importlib.import_module("gpu_right")._network_rows(setup, "a, fp32", "b", torch.nn.Identity(), run))
+    assert [row.what for row in rows] == ["a, fp32 against the CPU", "a, fp32 as PyTorch sets it"]
+    assert seen[1:] == [("cuda", False), ("cuda", True)] and torch.backends.cudnn.allow_tf32 is False
+
+
 def test_what_a_part_leaves_in_cycles_is_freed(gpu):
     def rows(setup):
         cycle: list = [torch.ones(1)]
