@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from gpu_rows import Row, Rows, Setup, filled, filled_generator, free, guarded
+from gpu_rows import Row, Rows, Setup, filled, filled_clip, filled_generator, guarded
 from measure import relative_error
 from stages import TOLERANCE, features_of, random_clips, set_lengths
 from torch import Tensor, nn
@@ -17,12 +17,12 @@ from selva.data.dataset import ListDataset
 from selva.lora.config import LoRAConfig
 from selva.lora.inject import inject_lora
 from selva.lora.state import lora_state_dict
-from selva.models.clip_t5 import build_clip, meta_t5
+from selva.models.clip_t5 import meta_t5
+from selva.models.config import VocoderConfig
 from selva.models.generator import Generator
 from selva.models.random_weights import fill_random_
 from selva.models.textsynch import TextSynch
 from selva.models.variants import Variant, get_variant
-from selva.models.vocoder import Vocoder
 from selva.models.zoo import build_mel, build_vae, build_video_encoder, build_vocoder
 from selva.training.config import TrainConfig
 from selva.training.run import TrainingRun
@@ -41,24 +41,25 @@ def networks(setup: Setup) -> Rows:
     """Compare every network with the CPU in float32, and the generators in half precision with float32."""
     for variant in setup.variants("small_16k", "large_44k", "mmaudio_large_44k_v2"):
         yield from guarded(setup, f"generator, {variant.name}", _generator_rows(setup, variant))
-    for what, of, network, run in _others(setup):
-        yield from guarded(setup, f"{what}, {of}", _network_rows(setup, f"{what}, fp32", of, network, run))
-        del network
-        free(setup.device)
+    for of, build, uses in _others(setup):
+        yield from guarded(setup, f"{' and '.join(uses)}, {of}", _network_rows(setup, of, build, uses))
 
 
 @torch.no_grad()
-def _network_rows(setup: Setup, what: str, of: str, network: nn.Module, run: Use) -> Iterator[Row]:
-    """Compare what a network returns with what its copy on the CPU does."""
-    expected = run(copy.deepcopy(network).cpu(), torch.device("cpu"))
-    with _convolutions(tf32=False):
-        found = run(network, setup.device).cpu()
-    yield Row(f"{what} against the CPU", of, relative_error(found, expected), "", EXACT)
-    if setup.device.type == "cuda":
-        with _convolutions(tf32=True):
-            usual = run(network, setup.device).cpu()
-        yield Row(f"{what} as PyTorch sets it", of, relative_error(usual, expected), "", TF32,
-                  note="convolutions may use TF32")
+def _network_rows(setup: Setup, of: str, build: Callable[[], nn.Module], uses: dict[str, Use]) -> Iterator[Row]:
+    """Compare what a network returns with what its copy on the CPU does, for every use of it."""
+    network = build()
+    copied = copy.deepcopy(network).cpu()
+    for what, run in uses.items():
+        expected = run(copied, torch.device("cpu"))
+        with _convolutions(tf32=False):
+            found = run(network, setup.device).cpu()
+        yield Row(f"{what}, fp32 against the CPU", of, relative_error(found, expected), "", EXACT)
+        if setup.device.type == "cuda":
+            with _convolutions(tf32=True):
+                usual = run(network, setup.device).cpu()
+            yield Row(f"{what}, fp32 as PyTorch sets it", of, relative_error(usual, expected), "", TF32,
+                      note="convolutions may use TF32")
 
 
 def _generator_rows(setup: Setup, variant: Variant) -> Iterator[Row]:
@@ -90,39 +91,41 @@ def _velocity(model: Generator, clips: list, dtype: torch.dtype) -> Tensor:
         return model.predict_flow(latent, t, model.preprocess_conditions(*features_of(clips, device))).float().cpu()
 
 
-def _others(setup: Setup) -> Iterator[tuple[str, str, nn.Module, Use]]:
-    """Yield (name, size, network on the device, how to use it) of all but the generator, for a second or less."""
-    rng = torch.Generator().manual_seed(2)
+def _others(setup: Setup) -> Iterator[tuple[str, Callable[[], nn.Module], dict[str, Use]]]:
+    """Yield (size, how to build it on the device, name -> use) of all but the generator, for a second or less."""
+    rng, on = torch.Generator().manual_seed(2), setup.device
     for variant in setup.variants("small_16k", "large_44k"):
         spectrogram = torch.randn(1, variant.vae.num_mels, 64, generator=rng)
         latents = torch.randn(1, variant.vae.latent_dim, 32, generator=rng)
         waveform = 0.1 * torch.randn(1, 16_000, generator=rng)
-        mel = build_mel(variant.mode).to(setup.device)
-        yield "mel front end", variant.mode, mel, lambda net, device, x=waveform: net(x.to(device))
-        vae = filled(build_vae(variant.vae), setup.device)
-        yield "VAE encoder", variant.name, vae, lambda net, device, x=spectrogram: net.encode(x.to(device))[0]
-        yield "VAE decoder", variant.name, vae, lambda net, device, x=latents: net.decode(x.to(device))
-        vocoder = filled(build_vocoder(variant.vocoder), setup.device)
-        if isinstance(vocoder, Vocoder):  # the stand-in of tiny_16k iterates until phases agree, from any start
-            yield "vocoder", variant.name, vocoder, lambda net, device, x=spectrogram: net(x.to(device))
+        yield variant.mode, lambda v=variant: build_mel(v.mode).to(on), {
+            "mel front end": lambda net, device, x=waveform: net(x.to(device))}
+        yield variant.name, lambda v=variant: filled(build_vae(v.vae), on), {
+            "VAE encoder": lambda net, device, x=spectrogram: net.encode(x.to(device))[0],
+            "VAE decoder": lambda net, device, x=latents: net.decode(x.to(device))}
+        if isinstance(variant.vocoder, VocoderConfig):  # the stand-in of tiny_16k iterates until phases agree
+            yield variant.name, lambda v=variant: filled(build_vocoder(v.vocoder), on), {
+                "vocoder": lambda net, device, x=spectrogram: net(x.to(device))}
     (variant,) = setup.variants("small_16k")  # the published variants share the rest
     frames = torch.rand(1, 24, 3, *2 * [variant.sync_image_size], generator=rng) * 2 - 1
     words = torch.randn(1, 6, variant.video_encoder.text_dim, generator=rng)
+    pixels = torch.rand(2, 3, *2 * [variant.clip_image_size], generator=rng)
+    tokens = torch.randint(1, variant.clip.vocab_size, (2, variant.clip.context_length), generator=rng)
+    ids = torch.randint(2, 200, (2, 9), generator=rng)
 
     def watched(net: nn.Module, device: torch.device) -> Tensor:
         mask = torch.ones(1, words.shape[1], dtype=torch.bool, device=device)
         return cast(TextSynch, net).encode(frames.to(device), words.to(device), mask)
 
-    yield "video encoder", variant.name, filled(build_video_encoder(variant.name), setup.device), watched
-    clip = filled(build_clip(variant.clip), setup.device)
-    pixels = torch.rand(2, 3, *2 * [variant.clip_image_size], generator=rng)
-    tokens = torch.randint(1, variant.clip.vocab_size, (2, variant.clip.context_length), generator=rng)
-    yield "CLIP, frames", variant.name, clip, lambda net, device: net.encode_image(pixels.to(device))
-    yield "CLIP, texts", variant.name, clip, lambda net, device: net.encode_text(tokens.to(device))
-    assert variant.t5 is not None
-    t5 = filled(meta_t5(variant.t5).to_empty(device=setup.device), setup.device)
-    ids = torch.randint(2, 200, (2, 9), generator=rng)
-    yield "T5", variant.name, t5, lambda net, device: net(input_ids=ids.to(device)).last_hidden_state
+    def t5() -> nn.Module:
+        assert variant.t5 is not None
+        return filled(meta_t5(variant.t5).to_empty(device=on), on)
+
+    yield variant.name, lambda: filled(build_video_encoder(variant.name), on), {"video encoder": watched}
+    yield variant.name, lambda: filled_clip(variant, on), {
+        "CLIP, frames": lambda net, device: net.encode_image(pixels.to(device)),
+        "CLIP, texts": lambda net, device: net.encode_text(tokens.to(device))}
+    yield variant.name, t5, {"T5": lambda net, device: net(input_ids=ids.to(device)).last_hidden_state}
 
 
 @contextmanager

@@ -12,17 +12,21 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from measure import Bench, clock
 from torch import nn
 
+from selva.models.clip_t5 import meta_clip
 from selva.models.generator import Generator
 from selva.models.random_weights import random_state_dict
 from selva.models.variants import Variant, get_variant
 from selva.models.zoo import build_generator
 from selva.utils.device import is_out_of_memory
+
+if TYPE_CHECKING:
+    from open_clip.model import CLIP
 
 log = logging.getLogger("selva.benchmark")
 
@@ -174,6 +178,14 @@ def filled_generator(variant: Variant, device: torch.device) -> Generator:
     with torch.device("meta"):
         network = build_generator(variant.generator)
     return filled(network.to_empty(device=device), device)
+
+
+def filled_clip(variant: Variant, device: torch.device) -> CLIP:
+    """Return both towers of CLIP as extraction runs them, with random weights, as :func:`filled_generator` does."""
+    clip = filled(meta_clip(variant.clip).to_empty(device=device), device)
+    length = variant.clip.context_length
+    clip.attn_mask = torch.full((length, length), -torch.inf, device=device).triu_(1)  # computed, in no file
+    return clip
 
 
 def free(device: torch.device) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from gpu_rows import Row, Rows, Setup, filled, filled_generator, free, guarded
+from gpu_rows import Row, Rows, Setup, filled, filled_clip, filled_generator, free, guarded
 from measure import count_flops
 from plain import plain_training, wrap_plainly_
 from stages import RANK, TARGET, features_of, plain_clips, random_clips, set_lengths
@@ -17,7 +17,6 @@ from selva.data.dataset import ListDataset
 from selva.flow import SamplingConfig
 from selva.lora.config import LoRAConfig
 from selva.lora.inject import inject_lora
-from selva.models.clip_t5 import build_clip
 from selva.models.generator import Generator, cast_frozen_
 from selva.models.textsynch import TextSynch
 from selva.models.variants import Variant
@@ -44,19 +43,21 @@ def steps(setup: Setup) -> Rows:
     """Time steps and measure their memory: plain, eager, as graphs and checkpointed, at every batch size."""
     for variant in setup.variants(*VARIANTS):
         clips = ListDataset(random_clips(variant, setup.pick(16, 4), setup.pick(DURATION_SEC, 1.0)))
-        generator = adapted_generator(setup, variant)
-        for batch in setup.pick(BATCHES, (1, 2)):
-            what = f"{variant.name}, batch {batch}"
-            yield from guarded(setup, what, _eager_rows(setup, variant, generator, clips, batch))
-            if setup.device.type == "cuda":
-                yield from guarded(setup, f"{what}, graph", _graph_rows(setup, variant, generator, clips, batch))
-        generator.gradient_checkpointing = True
-        for batch in setup.pick(BATCHES, (2,)):
-            rows = _checkpointed_rows(setup, variant, generator, clips, batch)
-            yield from guarded(setup, f"{variant.name}, batch {batch}, checkpointed", rows)
-        del generator
-        free(setup.device)
+        yield from guarded(setup, variant.name, _step_rows(setup, variant, clips))
         yield from guarded(setup, f"{variant.name}, plain loop", _plain_rows(setup, variant, clips))
+
+
+def _step_rows(setup: Setup, variant: Variant, clips: ListDataset) -> Rows:
+    generator = adapted_generator(setup, variant)
+    for batch in setup.pick(BATCHES, (1, 2)):
+        what = f"{variant.name}, batch {batch}"
+        yield from guarded(setup, what, _eager_rows(setup, variant, generator, clips, batch))
+        if setup.device.type == "cuda":
+            yield from guarded(setup, f"{what}, graph", _graph_rows(setup, variant, generator, clips, batch))
+    generator.gradient_checkpointing = True
+    for batch in setup.pick(BATCHES, (2,)):
+        rows = _checkpointed_rows(setup, variant, generator, clips, batch)
+        yield from guarded(setup, f"{variant.name}, batch {batch}, checkpointed", rows)
 
 
 def _eager_rows(
@@ -186,7 +187,7 @@ def _encoder_rows(setup: Setup) -> Iterator[Row]:
     with torch.no_grad():
         seconds = median_of(setup, lambda: encoder.encode(frames, words, mask, segment_batch=8))
         yield Row("video encoder, fp32", f"frames: {count}", seconds, "s")
-        clip, count = filled(build_clip(variant.clip), setup.device), setup.pick(64, 2)
+        clip, count = filled_clip(variant, setup.device), setup.pick(64, 2)
         pixels = torch.rand(count, 3, *2 * [variant.clip_image_size], device=setup.device)
         yield Row("CLIP, fp32", f"frames: {count}", median_of(setup, lambda: clip.encode_image(pixels)), "s")
 

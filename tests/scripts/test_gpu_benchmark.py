@@ -15,6 +15,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from selva.models.clip_t5 import build_clip
+from selva.models.variants import get_variant
 from selva.training.compiling import missing_compiler
 from selva.utils.document import END_MARK
 
@@ -163,7 +165,7 @@ def test_what_pytorch_sets_is_measured_with_tf32_though_it_is_switched_off_here(
         seen.append((device.type, torch.backends.cudnn.allow_tf32))
         return torch.ones(1)
 
-    rows = list(importlib.import_module("gpu_right")._network_rows(setup, "a, fp32", "b", torch.nn.Identity(), run))
+    rows = list(importlib.import_module("gpu_right")._network_rows(setup, "b", torch.nn.Identity, {"a": run}))
     assert [row.what for row in rows] == ["a, fp32 against the CPU", "a, fp32 as PyTorch sets it"]
     assert seen[1:] == [("cuda", False), ("cuda", True)] and torch.backends.cudnn.allow_tf32 is False
 
@@ -181,6 +183,36 @@ def test_what_a_part_leaves_in_cycles_is_freed(gpu):
         assert list(gpu.guarded(setup, "", rows(setup))) and left[0]() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize(("builder", "uses"), [
+    ("build_vae", ["VAE encoder", "VAE decoder"]), ("build_video_encoder", ["video encoder"]),
+    ("filled_clip", ["CLIP, frames", "CLIP, texts"]), ("meta_t5", ["T5"]),
+])
+def test_a_network_that_cannot_be_built_leaves_the_others(gpu, monkeypatch, builder, uses):
+    def missing(*_):
+        raise ImportError("No module named 'open_clip'")
+
+    right = importlib.import_module("gpu_right")
+    monkeypatch.setattr(right, builder, missing)
+    found = list(right.networks(gpu.Setup(SimpleNamespace(device=torch.device("cpu")), True, 0)))
+    (gap,) = [one for one in found if not isinstance(one, gpu.Row)]
+    assert gap.what == f"{' and '.join(uses)}, tiny_16k" and gap.fault and "open_clip" in gap.reason
+    whole = ("generator", "mel front end", "VAE encoder", "VAE decoder", "video encoder", "CLIP, frames", "CLIP, texts",
+             "T5")
+    assert [row.what for row in found if row is not gap and "CPU" in row.what] == [
+        f"{name}, fp32 against the CPU" for name in whole if name not in uses]
+
+
+@torch.no_grad()
+def test_clip_that_is_not_drawn_first_is_that_of_open_clip(gpu):
+    rows, variant = importlib.import_module("gpu_rows"), get_variant("tiny_16k")
+    found = rows.filled_clip(variant, torch.device("cpu"))
+    expected = rows.filled(build_clip(variant.clip), torch.device("cpu"))
+    tokens = torch.randint(1, variant.clip.vocab_size, (2, variant.clip.context_length))
+    pixels = torch.rand(2, 3, *2 * [variant.clip_image_size])
+    torch.testing.assert_close(found.encode_text(tokens), expected.encode_text(tokens))
+    torch.testing.assert_close(found.encode_image(pixels), expected.encode_image(pixels))
 
 
 def test_figures_are_written_as_they_come_and_the_time_is_kept(gpu, tmp_path, monkeypatch):
