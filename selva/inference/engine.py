@@ -10,8 +10,7 @@ so that only one network needs to be loaded at a time: :meth:`~SoundGenerator.en
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -230,8 +229,10 @@ class SoundGenerator:
         warn_of_shorter((draft.request.source, draft.request.duration_sec, draft.duration_sec) for draft in usable
                         if draft.request.features is not None)
         self._encode_texts(usable)
-        self._encode_pictures([draft for draft in usable if draft.frames is not None], use_clip_features)
-        return [draft and attempt(index, self._conditions, draft) for index, draft in enumerate(drafts)]
+        watched = {index: draft for index, draft in enumerate(drafts) if draft is not None and draft.frames is not None}
+        self._encode_pictures(watched, use_clip_features, attempt)
+        return [None if draft is None or draft.failed else attempt(index, self._conditions, draft)
+                for index, draft in enumerate(drafts)]
 
     def _opened(self, request: SoundRequest) -> _Draft:
         with self.times.stage("reading"):
@@ -271,26 +272,27 @@ class SoundGenerator:
                 extractor.prepare_texts(texts, sync=False)
                 extractor.prepare_texts({draft.prompt for draft in drafts if draft.frames is not None})
 
-    def _encode_pictures(self, drafts: Sequence[_Draft], use_clip_features: bool) -> None:
+    def _encode_pictures(
+        self, drafts: Mapping[int, _Draft], use_clip_features: bool, attempt: Callable[..., Tensor | None]
+    ) -> None:
+        # No error is kept: its traceback would hold what the clip had on the device, which the next ones may need.
         if use_clip_features and drafts:
             with self.times.stage("CLIP"):
-                for draft in drafts:
+                for index, draft in drafts.items():
                     assert draft.frames is not None
-                    with draft.failing_alone():
-                        draft.clip_f = self.extractor.clip_features(draft.frames.clip_frames)
+                    draft.clip_f = attempt(index, self.extractor.clip_features, draft.frames.clip_frames)
+                    draft.failed = draft.clip_f is None
             if self.offload == "auto":
                 self.extractor.free()
         with self.times.stage("video encoder"):
-            for draft in drafts:
+            for index, draft in drafts.items():
                 assert draft.frames is not None
-                if draft.error is None:
-                    with draft.failing_alone():
-                        draft.sync_f = self.extractor.sync_features(draft.frames.sync_frames, draft.prompt)
+                if not draft.failed:
+                    draft.sync_f = attempt(index, self.extractor.sync_features, draft.frames.sync_frames, draft.prompt)
+                    draft.failed = draft.sync_f is None
                 draft.frames = None
 
     def _conditions(self, draft: _Draft) -> SoundConditions:
-        if draft.error is not None:
-            raise draft.error
         request, sequence = draft.request, sequence_config(self.variant.mode, draft.duration_sec)
         conditions = SoundConditions(
             request=request,
@@ -427,15 +429,7 @@ class _Draft:
     clip_f: Tensor | None = None
     sync_f: Tensor | None = None
     text_f: Tensor | None = None
-    error: Exception | None = None  # why its pictures cannot be encoded
-
-    @contextmanager
-    def failing_alone(self) -> Iterator[None]:
-        """Keep an error of PyTorch (out of memory, for one) for this request; the others go on."""
-        try:
-            yield
-        except COMPUTE_ERRORS as error:
-            self.error = error
+    failed: bool = False  # its pictures could not be encoded
 
 
 def _named_prompts(drafts: Iterable[_Draft]) -> Iterator[tuple[str, str]]:

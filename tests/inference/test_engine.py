@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from make_media import make_video
 from tiny_adapter import make_adapter
 
 from selva.checkpoint import save_adapter
+from selva.extraction.extractor import FeatureExtractor
 from selva.features import FeatureBundle, load_features, save_features
 from selva.flow import SamplingConfig
 from selva.inference.engine import SoundGenerator, uses_clip_features
@@ -239,6 +241,32 @@ def test_networks_are_freed_or_kept(tmp_path, offload):
     assert not loaded(generator)
     (again,) = generator.decode(conditions, generator.sample(conditions, [1]))
     assert torch.equal(again.waveform, sound.waveform)
+
+
+@pytest.mark.parametrize("encoder", ["clip_features", "sync_features"])
+def test_what_a_clip_that_failed_had_in_memory_is_freed_before_the_next_one(tmp_path, monkeypatch, caplog, encoder):
+    """Kept, it would leave the clips behind one that did not fit into a graphics card no memory either."""
+    caplog.set_level("INFO", "selva")  # pytest would keep the traceback, which is logged for --debug
+    original, left, failed = getattr(FeatureExtractor, encoder), [], {}
+
+    def encoded(self, frames, *words):
+        assert all(activations() is None for activations in left)
+        activations = torch.ones(1)
+        left.append(weakref.ref(activations))
+        if len(left) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
+        return original(self, frames, *words)
+
+    monkeypatch.setattr(FeatureExtractor, encoder, encoded)
+    requests = [SoundRequest(video=make_video(tmp_path / f"{name}.mp4", 1.0), prompt="x") for name in "abc"]
+    generator = tiny(clip_features="use")
+    conditions = generator.encode(requests, on_error=lambda index, error: failed.update({index: str(error)}))
+    assert [one is None for one in conditions] == [True, False, False] and len(left) == 3
+    assert list(failed) == [0] and "out of memory" in failed[0]
+    left.clear()
+    with caplog.at_level("DEBUG", "selva"):
+        generator.encode(requests[:1], on_error=lambda *_: None)
+    assert "in encoded\n" in caplog.text  # with --debug, the whole traceback
 
 
 # -- from Python -------------------------------------------------------------------------------------------------------
