@@ -123,6 +123,7 @@ def train(
         from selva.training.memory import log_step_memory  # takes a second to import
 
         log_step_memory(config, asked_precision, device)
+    not_saved: NotSaved | None = None
     try:
         with join_world(device) as world, watched(world), _locked(config, world):
             try:
@@ -131,6 +132,7 @@ def train(
                 not_saved = error
         raise not_saved
     finally:
+        not_saved = None  # or it would be a cycle with its traceback, which holds the run
         if shared is None:
             remove_temporary_caches()
 

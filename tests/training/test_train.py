@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
+import torch
 
+from selva.training import train as module
+from selva.training.config import GeneratorModelConfig, RunConfig
+from selva.training.run_folder import NotSaved
 from selva.training.train import TrainingResult
 
 BEST = Path("run/adapter_best.pt")
@@ -24,3 +31,25 @@ FELL = "the loss of the held-out clips fell from 0.9000 to "
 def test_the_verdict_says_how_it_went(losses, best, verdict):
     result = TrainingResult(Path("run/adapter_final.pt"), None, 9, losses, best)
     assert result.verdict == f"trained to step 9; {verdict}"
+
+
+def test_a_run_that_could_not_be_saved_is_gone_with_its_error(tmp_path, monkeypatch):
+    """Or a program around it would not get back what the run had on the device."""
+    left = []
+
+    def failing(*_):
+        run = torch.ones(1)
+        left.append(weakref.ref(run))
+        raise NotSaved("no room")
+
+    monkeypatch.setattr(module, "_train", failing)
+    config = RunConfig(data_dir=[str(tmp_path)], output_dir=tmp_path / "out", model=GeneratorModelConfig(
+        variant="tiny_16k", device="cpu"))
+    gc.collect()
+    gc.disable()
+    try:
+        with contextlib.suppress(NotSaved):
+            module.train(config)
+        assert left[0]() is None
+    finally:
+        gc.enable()
