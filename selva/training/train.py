@@ -40,7 +40,7 @@ from selva.training.setup import (
 from selva.training.shared import SharedParts
 from selva.training.stopping import StopRequest
 from selva.training.trackers import Trackers, check_trackers
-from selva.utils.device import peak_memory_bytes, resolve_device, resolve_precision
+from selva.utils.device import begin_peak_memory, peak_memory_bytes, resolve_device, resolve_precision
 from selva.utils.distributed import World, join_world
 from selva.utils.files import check_can_write
 from selva.utils.lock import FolderLock
@@ -123,6 +123,7 @@ def train(
         from selva.training.memory import log_step_memory  # takes a second to import
 
         log_step_memory(config, asked_precision, device)
+    begin_peak_memory(device)
     not_saved: NotSaved | None = None
     try:
         with join_world(device) as world, watched(world), _locked(config, world):

@@ -73,6 +73,14 @@ def peak_memory_bytes(device: Any) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def begin_peak_memory(device: torch.device) -> None:
+    """Let the highest use of memory begin anew, as for another run of this process; on CUDA only."""
+    import torch
+
+    if device.type == "cuda" and torch.cuda.is_initialized():  # before that nothing was used, and the call would fail
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def holds_all_networks(device: torch.device) -> bool:
     """Return True for a device with room for all networks of the largest model at once: a CPU, a GPU of 16 GB."""
     import torch

@@ -53,3 +53,16 @@ def test_a_run_that_could_not_be_saved_is_gone_with_its_error(tmp_path, monkeypa
         assert left[0]() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("used", [True, False])
+def test_the_peak_of_memory_is_that_of_the_run_not_of_those_before_it(tmp_path, monkeypatch, used):
+    device, happened = torch.device("cuda", 1), []
+    monkeypatch.setattr(module, "resolve_device", lambda name: device)
+    monkeypatch.setattr(module, "resolve_precision", lambda name, device: name)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: used)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", happened.append)
+    monkeypatch.setattr(module, "_train", lambda *_: happened.append("trained"))
+    module.train(RunConfig(data_dir=[str(tmp_path)], output_dir=tmp_path / "out", precision="fp32",
+                           model=GeneratorModelConfig(variant="tiny_16k")))
+    assert happened == ([device] if used else []) + ["trained"]
