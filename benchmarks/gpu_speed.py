@@ -65,7 +65,8 @@ def _eager_rows(
 ) -> Iterator[Row]:
     run = training_run(setup, generator, clips, batch)
     seconds, gib = measured(setup, run.train_step)
-    yield Row(f"{variant.name}, step, eager", f"batch {batch}", seconds, "s", note=rate_note(setup, run, seconds))
+    note = rate_note(setup, batch, seconds, step_flops(run))
+    yield Row(f"{variant.name}, step, eager", f"batch {batch}", seconds, "s", note=note)
     note = counted(setup, variant, clips, batch, False)
     yield memory_row(f"{variant.name}, memory, eager", variant, batch, gib, note)
 
@@ -73,11 +74,14 @@ def _eager_rows(
 def _graph_rows(
     setup: Setup, variant: Variant, generator: Generator, clips: ListDataset, batch: int
 ) -> Iterator[Row]:
-    eager, _ = measured(setup, training_run(setup, generator, clips, batch).train_step)
+    run = training_run(setup, generator, clips, batch)
+    eager, _ = measured(setup, run.train_step)
+    flops = step_flops(run)
+    del run
     free(setup.device)
     run = training_run(setup, generator, clips, batch, "on")
     seconds, gib = measured(setup, run.train_step)
-    note = rate_note(setup, training_run(setup, generator, clips, batch), seconds)
+    note = rate_note(setup, batch, seconds, flops)
     aim = AIM_SEC.get((variant.name, batch))
     yield Row(f"{variant.name}, step, graph", f"batch {batch}", seconds, "s", aim=aim, note=note)
     yield Row(f"{variant.name}, step, graph over eager", f"batch {batch}", seconds / eager, "",
@@ -234,11 +238,15 @@ def median_of(setup: Setup, call: Callable[[], Any]) -> float:
     return statistics.median(setup.bench.seconds(call) for _ in range(setup.pick(5, 1)))
 
 
-def rate_note(setup: Setup, run: TrainingRun, seconds: float) -> str:
-    """Return samples per second, and the share of the device's measured rate; ``run`` must do its steps eagerly."""
-    flops, _ = count_flops(run.train_step)
+def step_flops(run: TrainingRun) -> int:
+    """Return the operations of a step; of an eager run that has met all its clips, as their first step does more."""
+    return count_flops(run.train_step)[0]
+
+
+def rate_note(setup: Setup, batch: int, seconds: float, flops: int) -> str:
+    """Return samples per second, and the share of the device's measured rate, of a step."""
     share = flops / seconds / 1e12 / setup.bench.ceilings[setup.bench.dtype]
-    return f"{run.config.batch_size / seconds:.3g} samples/s, {share:.0%} of the matmul rate"
+    return f"{batch / seconds:.3g} samples/s, {share:.0%} of the matmul rate"
 
 
 def sound(

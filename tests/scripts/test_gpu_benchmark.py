@@ -14,11 +14,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from recorded_graph import RecordedGraphs
+from stages import random_clips
 
+from selva.data.dataset import ListDataset
 from selva.models.clip_t5 import build_clip
 from selva.models.variants import get_variant
 from selva.training.compiling import missing_compiler
 from selva.utils.document import END_MARK
+from selva.utils.graph import GraphedCalls
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["--device", "cpu", "--small", "--precision", "fp32"]
@@ -168,6 +172,26 @@ def test_what_pytorch_sets_is_measured_with_tf32_though_it_is_switched_off_here(
     rows = list(importlib.import_module("gpu_right")._network_rows(setup, "b", torch.nn.Identity, {"a": run}))
     assert [row.what for row in rows] == ["a, fp32 against the CPU", "a, fp32 as PyTorch sets it"]
     assert seen[1:] == [("cuda", False), ("cuda", True)] and torch.backends.cudnn.allow_tf32 is False
+
+
+def test_a_recorded_step_has_the_operations_of_an_eager_one(gpu, monkeypatch):
+    """A step that meets a clip for the first time also projects its conditions, and would flatter the rate."""
+    speed, counts = importlib.import_module("gpu_speed"), []
+
+    def count_flops(call):
+        found = importlib.import_module("measure").count_flops(call)
+        counts.append(found[0])
+        return found
+
+    monkeypatch.setattr(speed, "count_flops", count_flops)
+    monkeypatch.setattr(speed, "graphed_calls", lambda choice, *_: GraphedCalls(
+        RecordedGraphs(), "training", required=True) if choice == "on" else None)
+    setup = gpu.Setup(gpu.Bench(torch.device("cpu"), repeats=1, dtype=torch.float32), True, 0)
+    variant = get_variant("tiny_16k")
+    generator, clips = speed.adapted_generator(setup, variant), ListDataset(random_clips(variant, 4, 1.0))
+    for rows in (speed._eager_rows, speed._graph_rows):
+        assert all(row.value > 0 for row in rows(setup, variant, generator, clips, 2))
+    assert len(counts) == 2 and counts[0] == counts[1]
 
 
 def test_what_a_part_leaves_in_cycles_is_freed(gpu):
