@@ -79,7 +79,7 @@ def test_the_scripts_and_the_tests_of_a_gpu(gpu, tmp_path):
     assert "skipped" in parts["tests"]["rows"][1]["note"]
 
 
-@pytest.mark.slow  # compiling takes many minutes here
+@pytest.mark.slow  # compiling takes minutes
 @pytest.mark.skipif(missing_compiler(torch.device("cpu")) is not None, reason="no C++ compiler")
 def test_compiled_steps(gpu, tmp_path):
     assert gpu.main([*SMALL, "--only", "compiled", "--out", str(tmp_path), "--limit", "2000"]) == 0
