@@ -169,11 +169,11 @@ def _checked_adapter(path: Path, tensors: Any, meta: Any) -> Adapter:
         raise UserError(f"{path}: state_dict and meta must be dictionaries; this is not an adapter file")
     _check_tensors(path, tensors)
     adapter = Adapter(
-        {key: value.float().contiguous() for key, value in tensors.items()}, dict(meta), source=path.name
+        {key: value.float().contiguous() for key, value in tensors.items()}, dict(meta), source=str(path)
     )
     if problems := adapter.problems():
         raise UserError(f"{path}: {listed(problems, MAX_PROBLEMS)}")
-    return Adapter(adapter.tensors, _checked_meta(path, adapter), source=path.name)
+    return Adapter(adapter.tensors, _checked_meta(path, adapter), source=str(path))
 
 
 def _meta_of_model(model: nn.Module, meta: Mapping[str, Any]) -> dict[str, Any]:

@@ -86,10 +86,11 @@ def uses_clip_features(choice: str, variant: Variant, adapters: AdapterPairs) ->
     """
     if choice != "auto":
         return choice == "use"
-    trained = {adapter.meta.get("clip_features", "use") for adapter, strength in adapters if strength != 0}
-    if len(trained) > 1:
-        raise UserError("the adapters were trained with different --clip_features; choose one")
-    return trained.pop() == "use" if trained else variant.family == "mmaudio"
+    active = [adapter for adapter, strength in adapters if strength != 0]
+    if len({adapter.clip_features for adapter in active}) > 1:
+        found = listed([f"{adapter.source}: {adapter.clip_features}" for adapter in active])
+        raise UserError(f"the adapters were trained with different --clip_features ({found}); choose one")
+    return active[0].clip_features == "use" if active else variant.family == "mmaudio"
 
 
 class TimedAdapters:

@@ -63,7 +63,7 @@ def common_clip_features(choice: str, setups: Sequence[AdapterSetup]) -> str:
     adapters = [adapter for setup in setups for adapter, _ in setup.adapters]
     if choice != "auto" or len(setups) == 1 or not adapters:
         return choice
-    trained = {adapter.meta.get("clip_features", "use") for adapter in adapters}
+    trained = {adapter.clip_features for adapter in adapters}
     if len(trained) == 1:
         return trained.pop()
     log.warning("the adapters were trained with different --clip_features; each is used with its own")

@@ -87,7 +87,7 @@ class Adapter:
         tensors: ``<layer>.lora_A`` and ``<layer>.lora_B``; with DoRA also ``<layer>.lora_magnitude``. A published
             PiSSA adapter holds the changed base weights, ``<layer>.linear.weight`` and ``.linear.bias``, too.
         meta: settings. ``alpha`` (default: the rank) and ``use_rslora`` (default: False) decide the scale.
-        source: where it came from, for messages.
+        source: the path of its file, for messages.
     """
 
     tensors: Mapping[str, Tensor]
@@ -103,6 +103,12 @@ class Adapter:
     def is_pissa(self) -> bool:
         """True if it replaces base weights; decided by its tensors, because ``init_mode`` is not always there."""
         return any(key.endswith(RESIDUAL_SUFFIXES) for key in self.tensors)
+
+    @property
+    def clip_features(self) -> str:
+        """Its ``--clip_features``, "use" or "empty"; ComfyUI-SelVA's trainer does not say, and always passes them."""
+        said = self.meta.get("clip_features")
+        return "use" if said is None else said
 
     def is_relative(self, name: str) -> bool:
         """Return True if the update of layer ``name`` depends on its base weight."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from selva.lora.config import MAX_PROBLEMS
 from selva.lora.merge import MAGNITUDE_SUFFIX, RESIDUAL_SUFFIXES, Adapter, padded_to_one_rank
 from selva.utils.errors import UserError
-from selva.utils.text import listed
+from selva.utils.text import listed, told_apart
 
 Pair = tuple[Tensor, Tensor]
 SMALLEST = 1e-7  # singular values below this share of the largest are rounding of float32
@@ -118,20 +119,21 @@ def combine_adapters(
     _check_size(rank, energy)
     for adapter, _ in adapters:
         _check_plain(adapter)
-    meta = _common_meta([adapter for adapter, _ in adapters])
     pairs: dict[str, list[Pair]] = {}
     for adapter, strength in adapters:
         for name in adapter.layer_names() if strength != 0 else ():
             pairs.setdefault(name, []).append(_scaled(adapter, name, strength))
     if not pairs:
         raise UserError("nothing to merge: every strength is 0")
+    meta = common_meta([adapter for adapter, strength in adapters if strength != 0])
     unlike = [name for name, own in pairs.items() if len({(len(b), *a.shape[1:]) for a, b in own}) > 1]
     if unlike:
         raise UserError(f"these layers have other shapes in the adapters, which are not of one base model: "
                         f"{listed(unlike, MAX_PROBLEMS)}")
     joined = {name: (torch.cat([a for a, _ in own]), torch.cat([b for _, b in own], dim=1)) if len(own) > 1 else own[0]
               for name, own in pairs.items()}
-    meta["merged_from"] = [[adapter.source, float(strength)] for adapter, strength in adapters]
+    sources = told_apart([adapter.source for adapter, _ in adapters])
+    meta["merged_from"] = [[source, float(strength)] for source, (_, strength) in zip(sources, adapters, strict=True)]
     return _cut_pairs(joined, meta, rank, energy)
 
 
@@ -147,7 +149,7 @@ def resize_adapter(adapter: Adapter, rank: int | None = None, energy: float | No
     _check_plain(adapter)
     meta = {key: value for key, value in adapter.meta.items() if key not in ("lora_config", "alpha", "use_rslora")}
     pairs = {name: _scaled(adapter, name) for name in adapter.layer_names()}
-    return _cut_pairs(pairs, meta | {"resized_from": adapter.source}, rank, energy)
+    return _cut_pairs(pairs, meta | {"resized_from": Path(adapter.source).name}, rank, energy)
 
 
 def soup(adapters: Sequence[Adapter], rank: int | None = None) -> Cut:
@@ -180,22 +182,33 @@ def _plain(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Adapter:
     return Adapter(dict(tensors), {**meta, **own}, "adapter")
 
 
-def _common_meta(adapters: Sequence[Adapter]) -> dict[str, Any]:
-    """Return the settings that adapters share; raise where they contradict each other."""
-    meta: dict[str, Any] = {}
-    for key in ("variant", "clip_features"):
-        values = {adapter.source: adapter.meta[key] for adapter in adapters if key in adapter.meta}
-        if len(set(values.values())) > 1:
-            raise UserError(f"these adapters were trained with different {key}: "
-                            f"{', '.join(f'{source}: {value}' for source, value in values.items())}; "
-                            "one adapter cannot be both")
-        if values:
-            meta[key] = next(iter(values.values()))
-    own = [adapter.meta.get("generator") for adapter in adapters]  # a base model of the user's own
-    if len({(mark or {}).get("mark") for mark in own}) > 1:
-        raise UserError(f"these adapters were trained on different base models: "
-                        f"{', '.join((mark or {}).get('name', 'that of the variant') for mark in own)}")
-    return meta if own[0] is None else meta | {"generator": own[0]}
+def common_meta(adapters: Sequence[Adapter]) -> dict[str, Any]:
+    """Return those settings that decide how adapters are used, which have to be the same in all of them.
+
+    Raises:
+        UserError: they were trained for other variants, on other base models or with another use of CLIP features;
+            names the one of every adapter.
+    """
+    named = [adapter for adapter in adapters if adapter.meta.get("variant") is not None]
+    own = [adapter.meta.get("generator") or {} for adapter in adapters]  # a base model of the user's own
+    names = [mark.get("name", "that of the variant") for mark in own]
+    _check_alike("variant", named, [adapter.meta["variant"] for adapter in named])
+    _check_alike("clip_features", adapters, [adapter.clip_features for adapter in adapters])
+    _check_alike("base models", adapters, [mark.get("mark") for mark in own], names)
+    meta = {"variant": named[0].meta["variant"]} if named else {}
+    if any("clip_features" in adapter.meta for adapter in adapters):
+        meta["clip_features"] = adapters[0].clip_features
+    return meta | {"generator": own[0]} if own[0] else meta
+
+
+def _check_alike(
+    what: str, adapters: Sequence[Adapter], values: Sequence[str | None], names: Sequence[str] | None = None
+) -> None:
+    """Raise if the values of adapters differ; ``names`` are those of the values, where these are no words."""
+    if len(set(values)) > 1:
+        found = [f"{adapter.source}: {name}" for adapter, name in zip(adapters, names or values, strict=True)]
+        raise UserError(f"these adapters were trained with different {what}: {listed(found)}; "
+                        "one result cannot be both")
 
 
 # -- relative to the base model ----------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import re
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from selva.utils.errors import UserError
 
@@ -53,6 +53,21 @@ def text_lines(text: str) -> list[str]:
     ``str.splitlines`` also ends a line at U+2028, form feeds and others, which may stand in a prompt or a name.
     """
     return re.split(r"\r\n|\n|\r", text)
+
+
+def told_apart(paths: Sequence[str]) -> list[str]:
+    """Return the ends of paths, as short as they differ: the name, and folders above it where names are the same.
+
+    ``runs/dog/a.pt``, ``runs/cat/a.pt`` and ``runs/cat/b.pt`` are ``dog/a.pt``, ``cat/a.pt`` and ``b.pt``.
+    """
+    parts = [PurePath(path).parts for path in paths]
+
+    def end(own: tuple[str, ...]) -> str:
+        others = [other for other in parts if other != own]
+        length = next((n for n in range(1, len(own)) if all(other[-n:] != own[-n:] for other in others)), len(own))
+        return PurePath(*own[-length:]).as_posix()
+
+    return [end(own) for own in parts]
 
 
 def listed(items: Sequence[str], limit: int = MAX_LISTED, separator: str = ", ") -> str:

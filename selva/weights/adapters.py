@@ -179,7 +179,7 @@ def _open(path: Path, variant: str | None, fold: bool) -> Adapter:
     broken = [key for key, value in foreign.tensors.items() if not value.isfinite().all()]
     if problems := foreign.problems() + [f"{key} holds NaN or infinite values" for key in broken]:
         raise UserError(f"{path}: {listed(problems, MAX_PROBLEMS)}")
-    return Adapter(foreign.tensors, foreign.meta, path.name)
+    return Adapter(foreign.tensors, foreign.meta, str(path))
 
 
 def _read_peft_config(path: Path) -> dict[str, Any] | None:

@@ -18,6 +18,7 @@ from selva.inference.batch import AdapterSetup, BatchClip, Variation, common_cli
 from selva.inference.compare import check_reference_dir, figures_table, mean_figures, read_compare_list, reference_sound
 from selva.inference.outputs import SoundFiles
 from selva.inference.request import SoundRequest
+from selva.lora.merge import Adapter
 
 RATE = 16_000
 
@@ -87,7 +88,7 @@ def test_every_wrong_line_is_named(tmp_path, text, message):
 
 def test_compared_settings_share_their_clip_features(caplog):
     def setup(*clip_features: str) -> AdapterSetup:
-        return AdapterSetup("x", [(argparse.Namespace(meta={"clip_features": c}), 1.0) for c in clip_features])
+        return AdapterSetup("x", [(Adapter({}, {"clip_features": c}), 1.0) for c in clip_features])
 
     base = AdapterSetup("base", [])
     assert common_clip_features("auto", [base, setup("use"), setup("use")]) == "use"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
@@ -175,6 +176,38 @@ def test_adapters_that_contradict_each_other_are_refused():
         combine_adapters([(trained(), 1.0), (wide, 1.0)])
     with pytest.raises(ValueError, match="every strength is 0"):
         combine_adapters([(trained(), 0.0)])
+
+
+def named_alike(folder: str, **meta) -> Adapter:
+    adapter = trained(**meta)
+    return Adapter(adapter.tensors, adapter.meta, f"{folder}/adapter_final.pt")
+
+
+@pytest.mark.parametrize("first, second, message", [
+    ({"variant": "a"}, {"variant": "b"}, "different variant: dog/adapter_final.pt: a, cat/adapter_final.pt: b"),
+    ({"clip_features": "use"}, {"clip_features": "empty"}, "clip_features: dog/adapter_final.pt: use, cat/"),
+    ({}, {"clip_features": "empty"}, "clip_features: dog/adapter_final.pt: use, cat/adapter_final.pt: empty; "),
+    ({"generator": {"name": "my.pth", "mark": "1"}}, {}, "dog/adapter_final.pt: my.pth, cat/adapter_final.pt: that of"),
+])
+def test_adapters_of_one_file_name_are_compared_too(first, second, message):
+    """Every run writes an adapter_final.pt."""
+    pair = [named_alike("dog", **first), named_alike("cat", **second)]
+    for make in (lambda: combine_adapters([(adapter, 1.0) for adapter in pair]), lambda: soup(pair)):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            make()
+    nameless = [Adapter(adapter.tensors, adapter.meta) for adapter in pair]
+    with pytest.raises(ValueError, match="different"):
+        soup(nameless)
+
+
+def test_what_a_merged_adapter_was_made_of():
+    """As infer.py does: an adapter that does not say it passes CLIP features, one at strength 0 has no say."""
+    pair = [named_alike("dog", clip_features="use"), named_alike("cat")]
+    meta = combine_adapters([(pair[0], 1.0), (pair[1], 0.5)]).adapter.meta
+    assert meta["clip_features"] == "use"
+    assert meta["merged_from"] == [["dog/adapter_final.pt", 1.0], ["cat/adapter_final.pt", 0.5]]
+    silent = named_alike("door", clip_features="empty")
+    assert combine_adapters([(pair[0], 1.0), (silent, 0.0)]).adapter.meta["clip_features"] == "use"
 
 
 def test_patterns_choose_layers():

@@ -77,6 +77,20 @@ def test_merge_resize_soup_bake_and_extract(files, tmp_path, capsys):
         torch.testing.assert_close(value, baked[key], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("command", ["merge", "soup"])
+def test_files_of_the_same_name_are_compared(tmp_path, caplog, command):
+    made = make_adapter()
+    for folder, clip in (("dog", "use"), ("cat", "empty"), ("door", "use")):
+        (tmp_path / folder).mkdir()
+        save_adapter(tmp_path / folder / "adapter_final.pt", made.tensors, {**made.meta, "clip_features": clip})
+    dog, cat, door = (tmp_path / folder / "adapter_final.pt" for folder in ("dog", "cat", "door"))
+    assert run(command, dog, cat, "--output", tmp_path / "x.pt") == cli.EXIT_FAILED
+    assert f"clip_features: {dog}: use, {cat}: empty" in caplog.text and not (tmp_path / "x.pt").exists()
+    assert run(command, dog, door, "--output", tmp_path / "x.pt") == 0
+    merged_from = load_adapter(tmp_path / "x.pt").meta["merged_from"]
+    assert [name for name, _ in merged_from] == ["dog/adapter_final.pt", "door/adapter_final.pt"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [

@@ -9,7 +9,7 @@ import pytest
 from plain_counts import plural_counts
 
 from selva.utils.errors import UserError
-from selva.utils.text import clock, counted, read_text
+from selva.utils.text import clock, counted, read_text, told_apart
 
 
 @pytest.mark.parametrize("seconds, text", [(0.4, "0 s"), (59.6, "1:00 min"), (200, "3:20 min"), (3725, "1:02:05 h")])
@@ -21,6 +21,12 @@ def test_one_thing_has_no_plural():
     assert [counted(number, "clip") for number in (0, 1, 2)] == ["0 clips", "1 clip", "2 clips"]
     assert (counted(20_000, "clip"), counted(20_000, "clip", grouped=True)) == ("20000 clips", "20,000 clips")
     assert counted(2, "video or sound", "videos or sounds") == "2 videos or sounds"
+
+
+def test_paths_are_told_apart_by_their_last_folders():
+    assert told_apart(["runs/dog/a.pt", "runs/cat/a.pt", "runs/cat/b.pt"]) == ["dog/a.pt", "cat/a.pt", "b.pt"]
+    assert told_apart(["a.pt", "x/a.pt", "/y/x/a.pt"]) == ["a.pt", "x/a.pt", "y/x/a.pt"]
+    assert told_apart(["x/a.pt", "x/a.pt"]) == ["a.pt", "a.pt"] and told_apart([]) == []  # one file twice
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
