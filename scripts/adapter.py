@@ -45,7 +45,8 @@ def build_parser() -> cli.ArgumentParser:
     group = parser.add_argument_group("what to do")
     group.add_argument("command", choices=tuple(COMMANDS), help="see above")
     group.add_argument("files", nargs="*", metavar="FILE", help="adapters; for merge and bake FILE:STRENGTH, default 1")
-    group.add_argument("--output", type=Path, help="file to write; a folder for --to peft and for bake")
+    group.add_argument("--output", type=Path, help="file to write; a folder for --to peft; bake takes either: a "
+                       "folder, in which the generator gets its published name, or a .pth or .safetensors")
     group.add_argument("--overwrite", action="store_true", help="replace the output if it is there")
     group.add_argument("--to", choices=FORMATS, default="selva", help="format of the output")
     group.add_argument("--rank", type=cli.positive_int, help="rank to keep in every layer")
@@ -54,8 +55,8 @@ def build_parser() -> cli.ArgumentParser:
     group.add_argument("--fold", action="store_true", help="take scales that differ between layers into the matrices "
                        "even where that rounds them")
     group.add_argument("--tuned", type=Path, help="extract: the fine-tuned generator, a file or a folder of weights")
-    group.add_argument("--base", type=Path, help="extract: the generator that it was tuned from; bake: a "
-                       "generator of your own to bake into")
+    group.add_argument("--base", type=Path, help="extract: the generator that it was tuned from; bake and check: a "
+                       "generator of your own that the adapters are for")
     group.add_argument("--layers", action="store_true", help="info and diff: a line for every layer")
     group = parser.add_argument_group("base model")
     group.add_argument("--variant", choices=tuple(VARIANTS), help="base model, where the adapters do not say it")
@@ -120,6 +121,7 @@ def write_cut(args: argparse.Namespace, cut: Cut, cuts: bool) -> int:
 def info(args: argparse.Namespace) -> int:
     from selva.lora.tools import layer_numbers
     from selva.weights.adapters import loads_here, where_it_loads
+    from selva.weights.find import generator_change
 
     for text in need_files(args, 1):
         adapter = opened(args, Path(text))
@@ -129,7 +131,9 @@ def info(args: argparse.Namespace) -> int:
             ("DoRA", any(key.endswith(".lora_magnitude") for key in adapter.tensors)),
             ("convolutions", any(value.dim() == 3 for value in adapter.tensors.values()))) if is_so]
         print(f"{text}: LoRA{' with ' + ' and '.join(kinds) if kinds else ''} on {counted(len(numbers), 'layer')}")
-        print(f"  base model: {meta.get('variant', 'not said')}")
+        change = generator_change(meta, None)
+        own = f", with --generator {change[0]}" if change else ""
+        print(f"  base model: {meta.get('variant') or 'not said'}{own}")
         used, norms = [n.used_rank for n in numbers.values()], [n.norm for n in numbers.values()]
         print(f"  rank {meta.get('rank')}, directions that change something: {min(used)} to {max(used)}; "
               f"update norms {min(norms):.3g} to {max(norms):.3g}")
@@ -178,7 +182,7 @@ def soup(args: argparse.Namespace) -> int:
 
 def bake(args: argparse.Namespace) -> int:
     from selva.weights.adapters import bake as bake_into
-    from selva.weights.adapters import parse_strength
+    from selva.weights.adapters import baked_with, parse_strength
 
     pairs = [(opened(args, path), strength) for path, strength in map(parse_strength, need_files(args, 1))]
     variants = {adapter.meta["variant"] for adapter, _ in pairs if "variant" in adapter.meta}
@@ -186,7 +190,9 @@ def bake(args: argparse.Namespace) -> int:
         raise UsageError(f"bake needs one base model, got {sorted(variants) or 'none'}; give --variant")
     variant = variants.pop()
     path, _ = bake_into(variant, args.selva_dir, pairs, output_of(args), args.base)
-    log.info("to use it: --variant %s --generator %s", variant, path)
+    clip_features = baked_with(pairs, args.base)
+    log.info("to use it: --variant %s --generator %s%s", variant, shlex.quote(str(path)),
+             f" --clip_features {clip_features}" if clip_features else "")
     print(path)
     return 0
 
@@ -223,15 +229,20 @@ def diff(args: argparse.Namespace) -> int:
 
 def check(args: argparse.Namespace) -> int:
     from selva.weights.adapters import adapter_problems
+    from selva.weights.find import generator_change
 
     if args.variant is None:
         raise UsageError("check takes the --variant that the adapter is to be used with")
     failed = False
     for text in need_files(args, 1):
-        problems = adapter_problems(opened(args, Path(text)), args.variant)
+        adapter = opened(args, Path(text))
+        problems = adapter_problems(adapter, args.variant)
         failed |= bool(problems)
         for problem in problems:
             log.error("%s: %s", text, problem)
+        if change := generator_change(adapter.meta, args.base):
+            log.warning("%s: was trained on %s and is checked for %s (--base), with which it sounds different", text,
+                        *change)
         print(f"{text}: {'does not fit' if problems else 'fits'} {args.variant}")
     return cli.EXIT_FAILED if failed else 0
 

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from selva.checkpoint import load_adapter
 from selva.flow import WHOLE_INTERVAL
-from selva.lora.merge import MERGED_ATTRIBUTE, Adapter, merge_adapters
+from selva.lora.merge import MERGED_ATTRIBUTE, Adapter, clip_features_of, merge_adapters
 from selva.lora.tools import restricted
 from selva.models.generator import Generator, cast_frozen_
 from selva.models.variants import Variant
 from selva.sampling import NO_GRAPHS, SamplingGraphs
 from selva.utils.errors import UserError
 from selva.utils.text import listed
-from selva.weights.find import generator_change
+from selva.weights.find import baked_clip_features, generator_change
 
 log = logging.getLogger(__name__)
 
@@ -75,22 +75,21 @@ def load_adapters(
     return pairs
 
 
-def uses_clip_features(choice: str, variant: Variant, adapters: AdapterPairs) -> bool:
+def uses_clip_features(choice: str, variant: Variant, adapters: AdapterPairs, generator: Path | None = None) -> bool:
     """Return True where CLIP frame features are passed: as asked for, as the adapters were trained, or as released.
 
-    Adapters of ComfyUI-SelVA do not say; that trainer always passes them. An adapter at strength 0 has no say, so that
-    it is the same as no adapter.
+    Without adapters, a generator that adapters were baked into may say how those were trained.
+
+    Args:
+        generator: the user's own; None for that of the variant.
 
     Raises:
         ValueError: two adapters were trained differently, and nothing was asked for.
     """
     if choice != "auto":
         return choice == "use"
-    active = [adapter for adapter, strength in adapters if strength != 0]
-    if len({adapter.clip_features for adapter in active}) > 1:
-        found = listed([f"{adapter.source}: {adapter.clip_features}" for adapter in active])
-        raise UserError(f"the adapters were trained with different --clip_features ({found}); choose one")
-    return active[0].clip_features == "use" if active else variant.family == "mmaudio"
+    trained = clip_features_of(adapters, "choose one") or baked_clip_features(generator)
+    return trained == "use" if trained else variant.family == "mmaudio"
 
 
 class TimedAdapters:

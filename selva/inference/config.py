@@ -77,7 +77,8 @@ class InferenceConfig:
         group=ADAPTERS, nargs="+", metavar="PATTERN", default_text="all")
     clip_features: str = setting(
         "auto", "give the model CLIP features of the pictures (use), or the empty ones. auto: as the adapter was "
-        "trained; without an adapter as the official release, empty for SelVA and use for MMAudio", group=ADAPTERS,
+        "trained, also one in a --generator that says so (.safetensors of adapter.py bake); without an adapter as the "
+        "official release, empty for SelVA and use for MMAudio", group=ADAPTERS,
         choices=CLIP_FEATURE_CHOICES)
     compare: Path | None = setting(
         None, "compare adapters: the same clips and seeds with each line of this list, `path strength [label]` or "

@@ -83,7 +83,7 @@ class SoundGenerator:
         adapters: files or adapters, or pairs of one and a strength; :meth:`set_adapters` exchanges them.
         adapter_times: they act from the first to the second of these times only; 0 is noise, 1 is sound.
         adapter_layers: they act in these of their layers only, see :func:`selva.lora.tools.restricted`.
-        clip_features: "use" or "empty" CLIP features of the pictures; "auto" as the adapters were trained.
+        clip_features: "use" or "empty" CLIP features of the pictures; "auto" as adapters, baked ones too, were trained.
         sampling: steps, solver, guidance. long: go through more than 8 s in overlapping windows.
         normalize, target: the level of the sounds, see :func:`selva.audio.loudness.normalize_loudness`.
         precision: to compute in. base_dtype: "bf16" stores the generator's matrices in half the memory of float32.
@@ -151,7 +151,7 @@ class SoundGenerator:
         times = check_interval("times", times)
         pairs = load_adapters(adapters, self.variant, layers)
         warn_of_other_generators(pairs, self.own_generator)
-        self.uses_clip = uses_clip_features(self.clip_features, self.variant, pairs)
+        self.uses_clip = uses_clip_features(self.clip_features, self.variant, pairs, self.own_generator)
         self.adapters, self.adapter_times = pairs, times
         self._told_prompts: set[str] = set()  # whose words have been compared with those of the adapters' training
 

@@ -55,7 +55,8 @@ def generate(config: InferenceConfig, announce: Callable[[Path], None] = lambda 
         if is_batch:
             manifest.add(clip)
 
-    needs_clip = any(uses_clip_features(config.clip_features, generator.variant, s.adapters) for s in setups)
+    needs_clip = any(uses_clip_features(config.clip_features, generator.variant, s.adapters, config.model.generator)
+                     for s in setups)
     generator.check_weights(any(clip.request.video for clip in clips), needs_clip)
     SoundBatch(generator, setups, overwrite=config.overwrite, on_clip=report).run(clips)
     if config.compare and any(clip.made for clip in clips):

@@ -163,6 +163,24 @@ class Adapter:
         return update
 
 
+def clip_features_of(adapters: Iterable[tuple[Adapter, float]], remedy: str) -> str | None:
+    """Return the ``--clip_features`` of (adapter, strength) pairs, "use" or "empty"; None where none of them acts.
+
+    An adapter at strength 0 has no say, so that it is the same as no adapter.
+
+    Args:
+        remedy: what to do about adapters that were trained differently, for the message.
+
+    Raises:
+        UserError: there are such; names each with its own.
+    """
+    active = [adapter for adapter, strength in adapters if strength != 0]
+    if len({adapter.clip_features for adapter in active}) > 1:
+        found = listed([f"{adapter.source}: {adapter.clip_features}" for adapter in active])
+        raise UserError(f"the adapters were trained with different --clip_features ({found}); {remedy}")
+    return active[0].clip_features if active else None
+
+
 def merge_adapter(model: nn.Module, adapter: Adapter, strength: float = 1.0) -> None:
     """Add ``strength`` times the update of ``adapter`` to the weights of ``model``, in place.
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from selva.checkpoint import Adapter, load_adapter, save_adapter, why_native
 from selva.lora.config import MAX_PROBLEMS
 from selva.lora.formats import from_foreign, to_kohya, to_peft
-from selva.lora.merge import RESIDUAL_SUFFIXES, merge_adapters, update_weight
+from selva.lora.merge import RESIDUAL_SUFFIXES, clip_features_of, merge_adapters, update_weight
 from selva.models.generator import COMPUTED_KEYS, Generator
 from selva.models.variants import get_variant
 from selva.models.zoo import build_generator
@@ -26,10 +27,21 @@ from selva.utils.errors import UserError
 from selva.utils.files import atomic_path, atomic_write_text
 from selva.utils.text import counted, listed
 from selva.utils.torch_files import read_safetensors, read_torch, write_safetensors, write_torch
-from selva.weights.find import asset_name, default_layout, find_weights, local_path
+from selva.weights.find import (
+    CLIP_FEATURES_KEY,
+    asset_name,
+    baked_clip_features,
+    default_layout,
+    find_weights,
+    generator_change,
+    local_path,
+)
 from selva.weights.load import load_generator, read_checkpoint
 
+log = logging.getLogger(__name__)
+
 FORMATS = ("selva", "comfyui", "peft", "kohya")
+GENERATOR_SUFFIXES = (".pth", ".safetensors")
 PEFT_TENSORS = ("adapter_model.safetensors", "adapter_model.bin")
 PEFT_CONFIG = "adapter_config.json"
 
@@ -81,25 +93,38 @@ def bake(
     variant: str, selva_dir: Path | None, adapters: Iterable[tuple[Adapter, float]], output: Path,
     base: Path | None = None,
 ) -> tuple[Path, Generator]:
-    """Write the generator with (adapter, strength) pairs merged, under its published name and with its published keys.
+    """Write the generator with (adapter, strength) pairs merged, with its published keys.
+
+    Adapters that were trained on another generator are named in the log. A ``.safetensors`` says in its header which
+    CLIP features the adapters were trained with, and the engine follows it.
 
     Args:
+        output: a folder, in which it gets its published name; or a file, ``.pth`` or ``.safetensors``.
         base: file of a generator of the user's own, in place of that of the variant.
 
     Returns:
         The path, and the generator itself.
 
     Raises:
-        UserError: an adapter does not fit, or the output is the folder of the base model.
+        UserError: an adapter does not fit, adapters were trained with different CLIP features, values became infinite,
+            or the output is the folder of the base model.
     """
     known, files, source = get_variant(variant), get_variant(variant).weight_files("generator"), base
-    path = local_path(files[0], output, default_layout(output)) if files else output / asset_name(variant, "generator")
+    adapters = list(adapters)
+    clip_features = baked_with(adapters, base)
+    path = output
+    if output.suffix not in GENERATOR_SUFFIXES:
+        path = local_path(files[0], output, default_layout(output)) if files else output / asset_name(
+            variant, "generator")
     if source is None and files:
         if selva_dir is None:
             raise UserError(f"the weights of {variant} are needed: give --selva_dir")
         (source,) = find_weights(known, selva_dir, ("generator",))["generator"]
     if source is not None and path.exists() and path.samefile(source):
         raise UserError(f"{path}: is the base model itself; name another --output")
+    for adapter, _ in adapters:
+        if change := generator_change(adapter.meta, base):
+            log.warning("%s was trained on %s and is baked into %s (--base)", adapter.source, *change)
     original = {} if source is None else read_checkpoint(source)
     generator = load_generator(variant, selva_dir, file=base)
     merge_adapters(generator, adapters)
@@ -109,10 +134,21 @@ def bake(
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:
         if path.suffix == ".safetensors":
-            write_safetensors({key: value.contiguous() for key, value in tensors.items()}, temporary, {"format": "pt"})
+            header = {"format": "pt"} | ({CLIP_FEATURES_KEY: clip_features} if clip_features else {})
+            write_safetensors({key: value.contiguous() for key, value in tensors.items()}, temporary, header)
         else:
             write_torch(tensors, temporary)
     return path, generator
+
+
+def baked_with(adapters: Iterable[tuple[Adapter, float]], base: Path | None = None) -> str | None:
+    """Return the ``--clip_features`` that base weights with (adapter, strength) pairs in them take; None if unsaid.
+
+    Raises:
+        UserError: the adapters were trained with different ones.
+    """
+    remedy = "one model can follow only one of them, so bake adapters that agree"
+    return clip_features_of(adapters, remedy) or baked_clip_features(base)
 
 
 # -- opening -----------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from selva.models.variants import PARTS, Variant, WeightFile, get_variant
-from selva.utils.files import source_hash
+from selva.utils.files import native_path, source_hash
 
 LAYOUTS = ("comfyui", "selva")
 SUBFOLDERS = ("", "ext", "weights", "ext_weights")
@@ -21,6 +21,7 @@ NEIGHBOUR = "prismaudio"  # beside models/selva: another ComfyUI extension that 
 ASSETS = Path(__file__).parent / "assets"
 CHECKOUT = Path(__file__).resolve().parents[2]  # or the folder that the package was installed into
 DOWNLOAD_SCRIPT = "download_weights.py"
+CLIP_FEATURES_KEY = "clip_features"  # in the header of a generator with adapters baked in
 
 
 def weight_folders(selva_dir: Path) -> list[Path]:
@@ -165,6 +166,23 @@ def weights_identity(variant: Variant, selva_dir: Path | None, needs: Sequence[s
 def generator_mark(file: Path | None) -> dict[str, str] | None:
     """Return the name and the mark of a user's own generator, as adapters store it; None for that of the variant."""
     return None if file is None else {"name": Path(file).name, "mark": content_mark(Path(file))[:16]}
+
+
+def baked_clip_features(file: Path | None) -> str | None:
+    """Return the ``--clip_features``, "use" or "empty", of the adapters in a generator; None if it does not say.
+
+    The header of a ``.safetensors`` that ``adapter.py bake`` wrote does; a ``.pth`` has no place for it.
+    """
+    if file is None or file.suffix != ".safetensors" or not file.is_file():
+        return None
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with native_path(file) as readable, safe_open(readable, framework="numpy") as opened:
+            said = (opened.metadata() or {}).get(CLIP_FEATURES_KEY)
+    except SafetensorError:  # it is told where its tensors are read
+        return None
+    return said if said in ("use", "empty") else None
 
 
 def generator_change(meta: Mapping[str, Any], file: Path | None) -> tuple[str, str] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,14 @@ import pytest
 import soundfile
 import torch
 from script_args import TINY
+from tiny_adapter import make_adapter
 
 import infer
 import train_lora
-from selva.checkpoint import load_adapter
+from scripts import adapter as adapter_script
+from selva.checkpoint import load_adapter, save_adapter
 from selva.training.base.mmaudio_files import write_weights
+from selva.weights.find import generator_mark
 from selva.weights.load import load_generator
 
 QUICK = [*TINY, "--steps", "2", "--batch_size", "2", "--warmup_steps", "1", "--rank", "2", "--no_preview"]
@@ -63,6 +67,45 @@ def test_an_adapter_remembers_what_it_was_trained_on(feature_dir, tmp_path, gene
     assert "was trained on" not in capsys.readouterr().err
     sound(features, tmp_path / "wrong", "--adapter", out / "adapter_final.pt")
     assert "was trained on other.safetensors" in capsys.readouterr().err
+
+
+def test_an_adapter_of_another_generator_is_told_wherever_it_meets_one(tmp_path, generators, capsys):
+    own, made = generators["other.safetensors"], make_adapter()
+    trained_on_own, plain = tmp_path / "own.pt", tmp_path / "plain.pt"
+    save_adapter(trained_on_own, made.tensors, {**made.meta, "generator": generator_mark(own)})
+    save_adapter(plain, made.tensors, made.meta)
+    mark = generator_mark(own)["mark"]
+    here, variants = f"other.safetensors ({mark})", "the generator of the variant"
+    for file, base, before, now in ((trained_on_own, [], here, variants), (plain, ["--base", own], variants, here),
+                                    (trained_on_own, ["--base", own], "", ""), (plain, [], "", "")):
+        for command, is_used in (("bake", "baked into"), ("check", "checked for")):
+            more = ["--output", tmp_path / "baked", "--overwrite"] if command == "bake" else ["--variant", "tiny_16k"]
+            assert adapter_script.main([str(a) for a in (command, file, *base, *more)]) == 0
+            said = capsys.readouterr().err
+            assert (f"was trained on {before} and is {is_used} {now} (--base)" in said) == bool(before), said
+            assert ("was trained on" in said) == bool(before), said
+    assert adapter_script.main(["info", str(trained_on_own), str(plain)]) == 0
+    said = capsys.readouterr().out
+    assert f"base model: tiny_16k, with --generator {here}\n" in said and "base model: tiny_16k\n" in said
+
+
+@pytest.mark.parametrize("clip_features", ["use", "empty"])
+def test_a_baked_adapter_sounds_as_the_adapter_itself(feature_dir, tmp_path, capsys, clip_features):
+    """Without an adapter infer.py passes the empty CLIP features of official SelVA, and training passes real ones."""
+    features, made = sorted(feature_dir.glob("*.npz"))[0], make_adapter()
+    save_adapter(tmp_path / "a.pt", made.tensors, {**made.meta, "clip_features": clip_features})
+    expected = sound(features, tmp_path / "expected", "--adapter", tmp_path / "a.pt")
+    for name in ("folder", "file.safetensors", "file.pth"):
+        capsys.readouterr()
+        assert adapter_script.main(["bake", str(tmp_path / "a.pt"), "--output", str(tmp_path / name)]) == 0
+        said = capsys.readouterr()
+        path = Path(said.out.strip())
+        assert path.is_file() and path.suffix == (".pth" if name.endswith(".pth") else ".safetensors")
+        (use_it,) = re.findall(r"to use it: (.*)", said.err)
+        assert use_it == f"--variant tiny_16k --generator {path} --clip_features {clip_features}"
+        assert np.array_equal(sound(features, tmp_path / f"told {name}", *use_it.split()), expected)
+        if path.suffix == ".safetensors":  # says it itself
+            assert np.array_equal(sound(features, tmp_path / f"auto {name}", "--generator", path), expected)
 
 
 def test_files_that_are_no_generator_of_the_variant(feature_dir, tmp_path, capsys):

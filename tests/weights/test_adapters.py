@@ -23,6 +23,7 @@ from selva.weights.adapters import (
     parse_strength,
     write_adapter,
 )
+from selva.weights.find import baked_clip_features
 from selva.weights.load import load_generator
 
 NAMES = {"selva": "a.pt", "comfyui": "c.pt", "peft": "peft", "kohya": "k.safetensors"}
@@ -130,6 +131,20 @@ def test_baking_is_the_merged_model_and_is_read_back(tmp_path):
     torch.save({key: value for key, value in baked.items() if "attn.qkv" not in key}, tmp_path / "half.pth")
     with pytest.raises(UserError, match=r"not a generator of tiny_16k: .* is missing"):
         generator_tensors(tmp_path / "half.pth", "tiny_16k")
+
+
+def test_adapters_of_different_clip_features_are_not_baked_together(tmp_path):
+    first, second = make_adapter(), make_adapter(1)
+    empty = Adapter(second.tensors, {**second.meta, "clip_features": "empty"}, "empty.pt")
+    silent = Adapter(first.tensors, {"variant": "tiny_16k"}, "silent.pt")  # of ComfyUI-SelVA, which passes them
+    for one in (Adapter(first.tensors, first.meta, "use.pt"), silent):
+        with pytest.raises(UserError, match=rf"{one.source}: use, empty\.pt: empty\); .* bake adapters that agree"):
+            bake("tiny_16k", None, [(one, 1.0), (empty, 1.0)], tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+    path, _ = bake("tiny_16k", None, [(first, 0.0), (empty, 1.0)], tmp_path / "out")  # at 0 it has no say
+    assert baked_clip_features(path) == "empty"
+    again, _ = bake("tiny_16k", None, [(first, 0.0)], tmp_path / "again", base=path)
+    assert baked_clip_features(again) == "empty"
 
 
 def test_what_does_not_fit_a_variant_is_named():
