@@ -254,6 +254,8 @@ def write_adapter(adapter: Adapter, path: Path, to: str) -> Path:
         path.mkdir(parents=True, exist_ok=True)
         with atomic_path(path / PEFT_TENSORS[0]) as temporary:
             write_safetensors({key: value.contiguous() for key, value in tensors.items()}, temporary, header)
+            # Interrupted from here on, no settings are left, which is an error, instead of an old alpha for new tensors.
+            (path / PEFT_CONFIG).unlink(missing_ok=True)
         atomic_write_text(path / PEFT_CONFIG, json.dumps(config, indent=2) + "\n")
     elif to == "kohya":
         tensors = to_kohya(adapter)

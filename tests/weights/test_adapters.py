@@ -118,6 +118,29 @@ def test_a_folder_that_is_none_of_peft(tmp_path):
         open_adapter(tmp_path / "p")
 
 
+def test_peft_that_is_replaced_in_halves_is_not_taken_for_whole(tmp_path, monkeypatch):
+    """Two files cannot be replaced at once: new tensors must not meet the alpha of the old ones."""
+    write_adapter(odd_scale(), tmp_path / "p", "peft")
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("selva.weights.adapters.write_safetensors", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            write_adapter(make_adapter(1), tmp_path / "p", "peft")
+    assert open_adapter(tmp_path / "p").meta["alpha"] == 5.0  # nothing has changed yet
+    with monkeypatch.context() as patch:
+        patch.setattr("selva.weights.adapters.atomic_write_text", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            write_adapter(make_adapter(1), tmp_path / "p", "peft")
+    with pytest.raises(UserError, match=r"without adapter_config\.json beside it"):
+        open_adapter(tmp_path / "p")
+    again = open_adapter(write_adapter(make_adapter(1), tmp_path / "p", "peft"))
+    name = again.layer_names()[0]
+    assert again.scale(name) == 1.0
+
+
 def test_baking_is_the_merged_model_and_is_read_back(tmp_path):
     adapter, merged = odd_scale(targets=("attn.qkv", "latent_block.linear1")), load_generator("tiny_16k")
     merge_adapter(merged, adapter, 0.7)
