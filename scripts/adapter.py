@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 
 import selva_lora  # noqa: F401 -- ends here if another selva would be imported
 from selva import cli
-from selva.models.variants import VARIANTS
+from selva.models.variants import VARIANTS, get_variant
 from selva.utils.errors import UsageError, UserError
 from selva.utils.text import counted
 
@@ -94,10 +94,11 @@ def opened(args: argparse.Namespace, path: Path, plain: bool = False) -> Adapter
     if not plain or not adapter.is_pissa:
         return adapter
     variant = adapter.meta.get("variant")
-    if variant is None or (args.selva_dir is None and not VARIANTS[variant].packaged):
+    packaged = variant is not None and get_variant(variant).packaged
+    if variant is None or (args.selva_dir is None and not packaged):
         raise UserError(f"{path}: holds changed base weights (PiSSA as published); give the --variant and the "
                         "--selva_dir of its base model, with which it becomes an ordinary adapter")
-    adapter, lost = without_pissa(adapter, generator_tensors(args.selva_dir, variant))
+    adapter, lost = without_pissa(adapter, generator_tensors(None if packaged else args.selva_dir, variant))
     log.warning("%s: its changed base weights became an ordinary adapter of rank %d; %.1g of the length of a weight, "
                 "their rounding, is left out", path, adapter.meta["rank"], lost)
     return adapter
@@ -199,7 +200,7 @@ def bake(args: argparse.Namespace) -> int:
 
 def extract(args: argparse.Namespace) -> int:
     from selva.lora.tools import extract_adapter
-    from selva.weights.adapters import generator_tensors, layer_shapes
+    from selva.weights.adapters import extracted_meta, generator_tensors, layer_shapes
 
     if args.tuned is None or args.variant is None or args.rank is None:
         raise UsageError("extract takes --tuned, --variant and --rank, and --base for a model that is not built in")
@@ -207,7 +208,8 @@ def extract(args: argparse.Namespace) -> int:
         raise UsageError(f"extract needs the generator that was tuned: --base, a file or a folder with {args.variant}")
     output_of(args)  # before minutes of work
     tuned, base = generator_tensors(args.tuned, args.variant), generator_tensors(args.base, args.variant)
-    cut = extract_adapter(tuned, base, list(layer_shapes(args.variant)), args.rank, {"variant": args.variant})
+    meta = extracted_meta(args.tuned, args.base, args.variant)
+    cut = extract_adapter(tuned, base, list(layer_shapes(args.variant)), args.rank, meta)
     return write_cut(args, cut, cuts=True)
 
 

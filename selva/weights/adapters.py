@@ -34,6 +34,7 @@ from selva.weights.find import (
     default_layout,
     find_weights,
     generator_change,
+    generator_mark,
     local_path,
 )
 from selva.weights.load import load_generator, read_checkpoint
@@ -59,25 +60,51 @@ def layer_shapes(variant: str) -> dict[str, tuple[int, ...]]:
     return {name: tuple(module.weight.shape) for name, module in layers}
 
 
+def generator_file(source: Path, variant: str) -> Path:
+    """Return the file of a generator, given itself or by a folder of weights as ``--selva_dir`` and bake name them.
+
+    Raises:
+        FileNotFoundError: it is not there.
+    """
+    known, path = get_variant(variant), source
+    if source.is_dir() and known.packaged:
+        path = source / asset_name(variant, "generator")
+        if not path.is_file():
+            raise FileNotFoundError(f"{source}: holds no {path.name}, expected a generator of {variant} as bake "
+                                    "writes it; name the file itself, or nothing for the one inside the package")
+    elif source.is_dir():
+        (path,) = find_weights(known, source, ("generator",))["generator"]
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file")
+    return path
+
+
+def extracted_meta(tuned: Path, base: Path | None, variant: str) -> dict[str, Any]:
+    """Return the settings of an adapter that is the difference of two generators, each as in :func:`generator_file`.
+
+    They are the CLIP features that were baked into ``tuned``, if it says so, and a ``base`` of the user's own: a file
+    under another name than the published one.
+    """
+    files = get_variant(variant).weight_files("generator")
+    usual = files[0].name if files else asset_name(variant, "generator")
+    own = base is not None and generator_file(base, variant).name != usual
+    meta = {"variant": variant, CLIP_FEATURES_KEY: baked_clip_features(generator_file(tuned, variant)),
+            "generator": generator_mark(base) if own else None}
+    return {key: value for key, value in meta.items() if value is not None}
+
+
 def generator_tensors(source: Path | None, variant: str) -> dict[str, Tensor]:
     """Return the tensors of a generator by their published names, mapped into memory where the format allows it.
 
     Args:
-        source: a file, or a folder of weights as ``--selva_dir`` names them; None: the one inside the package.
+        source: a file or a folder, see :func:`generator_file`; None: the one inside the package.
 
     Raises:
-        UserError: it is not a generator of this variant; names what differs.
+        UserError: it is not a generator of this variant, or holds NaN or infinite values; names the tensors.
         FileNotFoundError: it is not there.
     """
-    if source is None or (source.is_dir() and get_variant(variant).packaged):
-        tensors = dict(load_generator(variant).state_dict())
-    else:
-        path = source
-        if source.is_dir():
-            (path,) = find_weights(get_variant(variant), source, ("generator",))["generator"]
-        if not path.exists():
-            raise FileNotFoundError(f"{path}: no such file")
-        tensors = read_checkpoint(path)
+    path = None if source is None else generator_file(source, variant)
+    tensors = dict(load_generator(variant).state_dict()) if path is None else read_checkpoint(path)
     tensors = {key: value for key, value in tensors.items() if key not in COMPUTED_KEYS}
     with torch.device("meta"):
         expected = build_generator(variant).state_dict()
@@ -85,8 +112,16 @@ def generator_tensors(source: Path | None, variant: str) -> dict[str, Tensor]:
     wrong += [f"{key} is {tuple(value.shape)}" for key, value in tensors.items()
               if key not in expected or value.shape != expected[key].shape]
     if wrong:
-        raise UserError(f"{source}: not a generator of {variant}: {listed(wrong, MAX_PROBLEMS)}")
+        raise UserError(f"{path}: not a generator of {variant}: {listed(wrong, MAX_PROBLEMS)}")
+    _check_finite(tensors, f"{path}: not a usable generator: there are")
     return tensors
+
+
+def _check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
+    """Raise if a value is NaN or infinite; ``what`` begins the message."""
+    broken = [key for key, value in tensors.items() if not value.isfinite().all()]
+    if broken:
+        raise UserError(f"{what} NaN or infinite values in {listed(broken, MAX_PROBLEMS)}")
 
 
 def bake(
@@ -109,7 +144,8 @@ def bake(
         UserError: an adapter does not fit, adapters were trained with different CLIP features, values became infinite,
             or the output is the folder of the base model.
     """
-    known, files, source = get_variant(variant), get_variant(variant).weight_files("generator"), base
+    known, files = get_variant(variant), get_variant(variant).weight_files("generator")
+    source = base = None if base is None else generator_file(base, variant)
     adapters = list(adapters)
     clip_features = baked_with(adapters, base)
     path = output
@@ -129,6 +165,7 @@ def bake(
     generator = load_generator(variant, selva_dir, file=base)
     merge_adapters(generator, adapters)
     state = generator.state_dict()
+    _check_finite(state, f"{path}: not written: with {listed([a.source for a, _ in adapters])} it would hold")
     names = original or state
     tensors = {key: state[key].to(value.dtype) if key in state else value for key, value in names.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -254,7 +291,7 @@ def write_adapter(adapter: Adapter, path: Path, to: str) -> Path:
         path.mkdir(parents=True, exist_ok=True)
         with atomic_path(path / PEFT_TENSORS[0]) as temporary:
             write_safetensors({key: value.contiguous() for key, value in tensors.items()}, temporary, header)
-            # Interrupted from here on, no settings are left, which is an error, instead of an old alpha for new tensors.
+            # If it ends here, no settings are left, which is an error, instead of the old alpha for new tensors.
             (path / PEFT_CONFIG).unlink(missing_ok=True)
         atomic_write_text(path / PEFT_CONFIG, json.dumps(config, indent=2) + "\n")
     elif to == "kohya":

@@ -77,6 +77,24 @@ def test_merge_resize_soup_bake_and_extract(files, tmp_path, capsys):
         torch.testing.assert_close(value, baked[key], rtol=0, atol=1e-5)
 
 
+def test_an_extracted_adapter_keeps_what_its_generators_say(files, tmp_path):
+    """Which CLIP features were baked in, and a base model of the user's own."""
+    made, name = make_adapter(2), "tiny_16k_generator.safetensors"
+    save_adapter(tmp_path / "empty.pt", made.tensors, {**made.meta, "clip_features": "empty"})
+    assert run("bake", tmp_path / "empty.pt", "--output", tmp_path / "baked") == 0
+    assert run("bake", files[0], "--output", tmp_path / "my.pth") == 0
+    extract = ["extract", "--variant", "tiny_16k", "--rank", "4", "--overwrite", "--output", tmp_path / "x.pt"]
+    for more, clip_features, base in (
+        (["--tuned", tmp_path / "baked"], "empty", None),
+        (["--tuned", tmp_path / "baked" / name, "--base", tmp_path / "my.pth"], "empty", "my.pth"),
+        (["--tuned", tmp_path / "my.pth", "--base", tmp_path / "baked"], None, None),
+    ):
+        assert run(*extract, *more) == 0
+        meta = load_adapter(tmp_path / "x.pt").meta
+        assert meta.get("clip_features") == clip_features
+        assert meta.get("generator", {}).get("name") == base
+
+
 @pytest.mark.parametrize("command", ["merge", "soup"])
 def test_files_of_the_same_name_are_compared(tmp_path, caplog, command):
     made = make_adapter()

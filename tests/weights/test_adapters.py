@@ -156,6 +156,28 @@ def test_baking_is_the_merged_model_and_is_read_back(tmp_path):
         generator_tensors(tmp_path / "half.pth", "tiny_16k")
 
 
+def test_a_folder_of_baked_weights_is_the_generator_in_it(tmp_path):
+    """A packaged variant ignores a folder of weights, but bake writes such folders for it, too."""
+    path, _ = bake("tiny_16k", None, [(make_adapter(), 1.0)], tmp_path / "baked")
+    inside, packaged = generator_tensors(tmp_path / "baked", "tiny_16k"), generator_tensors(None, "tiny_16k")
+    assert all(torch.equal(inside[key], value) for key, value in generator_tensors(path, "tiny_16k").items())
+    assert any(not torch.equal(inside[key], packaged[key]) for key in packaged)
+    with pytest.raises(FileNotFoundError, match=r"holds no tiny_16k_generator\.safetensors.* name the file itself"):
+        generator_tensors(tmp_path, "tiny_16k")
+
+
+def test_weights_that_are_not_finite_are_named_and_not_written(tmp_path):
+    broken = load_generator("tiny_16k").state_dict()
+    broken["final_layer.conv.bias"] = broken["final_layer.conv.bias"] * float("nan")
+    torch.save(broken, tmp_path / "nan.pth")
+    with pytest.raises(UserError, match=r"nan\.pth: not a usable generator: .*NaN or infinite values in final_layer"):
+        generator_tensors(tmp_path / "nan.pth", "tiny_16k")
+    for base, strength, name in ((tmp_path / "nan.pth", 1.0, "final_layer"), (None, 1e39, r"joint_blocks\.0")):
+        with pytest.raises(UserError, match=rf"b\.pth: not written: with adapter .* infinite values in {name}"):
+            bake("tiny_16k", None, [(make_adapter(), strength)], tmp_path / "b.pth", base)
+        assert not (tmp_path / "b.pth").exists()
+
+
 def test_adapters_of_different_clip_features_are_not_baked_together(tmp_path):
     first, second = make_adapter(), make_adapter(1)
     empty = Adapter(second.tensors, {**second.meta, "clip_features": "empty"}, "empty.pt")
