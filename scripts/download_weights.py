@@ -106,7 +106,10 @@ def describe_check(file: WeightFile, path: Path) -> str:
 
 
 def fetch(file: WeightFile, target: Path) -> Path:
-    """Download ``file`` to ``target``, or to a neighbour of an alternative name, and return the path.
+    """Download ``file`` to ``target``, or to a neighbour of another of its names, and return the path.
+
+    The names differ in their format (``.safetensors``, ``.bin``), so each holds the content of that name on the Hub;
+    that of ``target`` is tried first.
 
     Raises:
         ValueError: the checksum is wrong even after a second download.
@@ -114,16 +117,16 @@ def fetch(file: WeightFile, target: Path) -> Path:
     """
     from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
 
-    remotes = (file.remote, *file.alternatives)
-    for remote in remotes:
-        place = target if remote == file.remote else target.with_name(remote)
+    places = {file.remote: target.with_name(file.name)}  # "44khz" there may be "44k" here
+    places |= {remote: target.with_name(remote) for remote in file.alternatives}
+    for remote, place in sorted(places.items(), key=lambda item: item[1] != target):
         try:
             return _fetch_checked(file, remote, place)
         except LocalEntryNotFoundError:  # cannot be reached; a subclass of "does not exist"
             raise
         except EntryNotFoundError:
             log.debug("%s has no %s", file.repo, remote)
-    raise FileNotFoundError(f"repository {file.repo} has no {' or '.join(remotes)}")
+    raise FileNotFoundError(f"repository {file.repo} has no {' or '.join(places)}")
 
 
 def _fetch_checked(file: WeightFile, remote: str, target: Path) -> Path:

@@ -291,6 +291,25 @@ def test_an_alternative_name_is_tried_when_the_first_does_not_exist(hub, folder)
     check_weights("small_16k", folder)
 
 
+@pytest.mark.parametrize("name, other", [
+    ("open_clip_pytorch_model.bin", "open_clip_model.safetensors"), ("pytorch_model.bin", "model.safetensors"),
+])
+@pytest.mark.parametrize("old", [b"truncated", "the other format"])
+def test_a_damaged_file_of_an_alternative_name_is_replaced_by_its_own_format(hub, folder, name, other, old):
+    """A .bin with the content of the .safetensors would be refused by the loader, and fetched again by every run."""
+    (key,) = [key for key in hub.files if key.endswith(f"/{other}")]
+    hub.files[key.removesuffix(other) + name] = b"old format"
+    assert run(folder) == 0
+    (path,) = folder.rglob(other)
+    path.rename(path.with_name(name)).write_bytes(hub.files[key] if old == "the other format" else old)
+    for gets in ([None], []):  # the second run has nothing to do
+        hub.requests.clear()
+        assert run(folder) == 0
+        assert path.with_name(name).read_bytes() == b"old format" and not path.exists()
+        assert hub.gets(name) == gets and not hub.gets(other)
+    check_weights("small_16k", folder)
+
+
 def test_a_file_that_does_not_exist_is_named_and_the_others_arrive(hub, folder, capsys):
     del hub.files["google/flan-t5-base/tokenizer.json"]
     assert run(folder) == 1
