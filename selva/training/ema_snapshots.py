@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from selva.training.power_ema import SIGMA_RELS, UNUSED, PowerEMA, synthesis_weights
-from selva.utils.errors import UserError
+from selva.utils.errors import UsageError, UserError
 from selva.utils.files import atomic_path, atomic_write_text, why_not_written
 from selva.utils.text import counted, listed
 from selva.utils.torch_files import read_torch, write_torch
@@ -152,12 +152,12 @@ def choose(snapshots: Sequence[Snapshot], sigma_rel: float, step: int | None = N
     Each with its factor; those whose factor is 0 are left out, so an average that was tracked is one snapshot.
 
     Raises:
-        UserError: ``step`` is later than the newest snapshot, or below 1.
+        UsageError: ``step`` is later than the newest snapshot, or below 1.
     """
     newest = max(snapshot.step for snapshot in snapshots)
     step = newest if step is None else step
     if not 1 <= step <= newest:
-        raise UserError(f"--step {step}: the snapshots go up to step {newest}")
+        raise UsageError(f"--step {step}: the snapshots go up to step {newest}")
     weights = synthesis_weights([(one.step, one.sigma_rel) for one in snapshots], step, sigma_rel)
     return [(one, float(w)) for one, w in zip(snapshots, weights, strict=True) if abs(w) > UNUSED]
 

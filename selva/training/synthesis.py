@@ -8,8 +8,8 @@ from pathlib import Path
 from selva.checkpoint import load_adapter, save_adapter
 from selva.training.base.mmaudio_files import write_weights
 from selva.training.ema_snapshots import EXTRA_KEY, choose, find_snapshots, read_mmaudio_track, weighted_sum
-from selva.training.power_ema import synthesis_error, synthesis_weights
-from selva.utils.errors import UserError
+from selva.training.power_ema import exponent, synthesis_error, synthesis_weights
+from selva.utils.errors import UsageError, UserError
 from selva.utils.torch_files import read_torch
 
 
@@ -40,11 +40,16 @@ def make_average(folder: Path, sigma_rel: float, output: Path, step: int | None 
         output: for an adapter ``.pt`` or ``.safetensors``, for a generator ``.pth`` or ``.safetensors``.
 
     Raises:
-        FileNotFoundError, UserError: no snapshots, a step that is too late, a width that no power function has, damaged
-            files, files of different runs, or ``output`` exists.
+        UsageError: a step that is too late, a width that no power function has, or an ``output`` that exists or is of
+            no format.
+        FileNotFoundError, UserError: no snapshots, damaged files, or files of different runs.
     """
     if output.exists():
-        raise UserError(f"--output {output}: is there already; move it or choose another name")
+        raise UsageError(f"--output {output}: is there already; move it or choose another name")
+    try:
+        exponent(sigma_rel)
+    except UserError as error:
+        raise UsageError(f"--sigma_rel: {error}") from error
     snapshots = find_snapshots(folder)
     step = max(one.step for one in snapshots) if step is None else step
     chosen = choose(snapshots, sigma_rel, step)
@@ -52,6 +57,10 @@ def make_average(folder: Path, sigma_rel: float, output: Path, step: int | None 
     error = synthesis_error(places, synthesis_weights(places, step, sigma_rel), step, sigma_rel)
     first = chosen[0][0].path
     is_adapter = EXTRA_KEY not in read_torch(first, mmap=True)
+    endings = (".pt", ".pth", ".safetensors") if is_adapter else (".pth", ".safetensors")
+    if output.suffix not in endings:  # before the work
+        raise UsageError(f"--output {output}: {'an adapter' if is_adapter else 'a generator'} is written as "
+                         f"{' or '.join(endings)}, not {output.suffix or 'without suffix'}")
     if is_adapter:
         adapters = [(one.path, load_adapter(one.path), factor) for one, factor in chosen]
         tensors = weighted_sum([(path, adapter.tensors, factor) for path, adapter, factor in adapters])

@@ -42,13 +42,14 @@ def test_a_width_far_from_the_tracks_is_told(run_dir, capsys):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--sigma_rel", "0.5"], "the width of an average is 0.5, expected more than 0 and at most 0.2887"),
+    (["--sigma_rel", "0.5"], "--sigma_rel: the width of an average is 0.5, expected more than 0 and at most 0.2887"),
+    (["--sigma_rel", "nan"], "the width of an average is nan"),
     (["--sigma_rel", "0.08", "--step", "101"], "--step 101: the snapshots go up to step 100"),
-    (["--sigma_rel", "0.08", "--output", "a.bin"], "as .pth or .safetensors"),
+    (["--sigma_rel", "0.08", "--output", "a.bin"], "--output a.bin: a generator is written as .pth or .safetensors"),
 ])
 def test_mistakes_are_one_line(run_dir, capsys, arguments, message):
     output = [] if "--output" in arguments else ["--output", str(run_dir / "a.pth")]
-    assert make_ema.main([str(run_dir), *arguments, *output]) == 1
+    assert make_ema.main([str(run_dir), *arguments, *output]) == 2
     said = capsys.readouterr()
     assert message in said.err and "Traceback" not in said.err and said.out == ""
 
