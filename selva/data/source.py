@@ -9,6 +9,7 @@ from pathlib import Path
 
 from selva.utils.errors import UserError
 from selva.utils.files import real_path
+from selva.utils.text import number_in
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,8 @@ class DataSource:
         folder, colon, weight = text.rpartition(":")
         if not colon or not folder or Path(text).exists():
             return cls(Path(text))
-        try:
-            value = float(weight)
-        except ValueError:
+        value = number_in(weight)
+        if math.isnan(value) and weight != "nan":
             return cls(Path(text))  # C:\clips, or a folder that is not there
         if not 0 < value < math.inf:
             raise UserError(f"{text}: the weight is {weight}, expected a number above 0")

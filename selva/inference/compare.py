@@ -45,7 +45,7 @@ from selva.utils.files import atomic_write_text
 from selva.utils.html_report import Page
 from selva.utils.plots import new_figure, save_figure
 from selva.utils.spectrogram import LEVEL_LABEL, draw_levels, mel_levels
-from selva.utils.text import counted, listed, read_text, text_lines
+from selva.utils.text import counted, listed, number_in, read_text, text_lines
 
 log = logging.getLogger(__name__)
 
@@ -134,10 +134,7 @@ def _compare_line(words: list[str], folder: Path) -> CompareLine:
     found = next((candidate for candidate in candidates if candidate.is_file()), None)
     if found is None:
         raise UserError(f"{path}: no such file")
-    try:
-        strength = float(words[1])
-    except ValueError:
-        strength = math.nan
+    strength = number_in(words[1])
     if not math.isfinite(strength):
         raise UserError(f"the strength is {words[1]!r}, expected a number"
                         + (", with a point" if re.fullmatch(r"[+-]?\d+,\d+", words[1]) else ""))

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from selva.utils.errors import UserError
-from selva.utils.text import listed, read_text, text_lines
+from selva.utils.text import listed, number_in, read_text, text_lines
 
 log = logging.getLogger(__name__)
 
@@ -83,10 +83,7 @@ class Numbers:
         elif self.decimal_commas and _GROUPED.fullmatch(text):
             raise UserError(f"{text.replace('.', ',')} or {text.replace('.', '')}, as other numbers here have a "
                              "comma; write the one that is meant")
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
+        value = number_in(text)
         if not (math.isfinite(value) and value >= least):
             raise UserError(expected)
         return value

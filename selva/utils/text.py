@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path, PurePath
@@ -53,6 +54,17 @@ def text_lines(text: str) -> list[str]:
     ``str.splitlines`` also ends a line at U+2028, form feeds and others, which may stand in a prompt or a name.
     """
     return re.split(r"\r\n|\n|\r", text)
+
+
+def number_in(text: str) -> float:
+    """Return the number that people write as ``text``, NaN for what is none.
+
+    Python itself takes digits of every script, and ``0_8``, a mistyped 0.8, for 8.
+    """
+    try:
+        return float(text) if text.isascii() and "_" not in text else math.nan
+    except ValueError:
+        return math.nan
 
 
 def told_apart(paths: Sequence[str]) -> list[str]:

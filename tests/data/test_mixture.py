@@ -122,7 +122,7 @@ def test_names_of_sets_tell_them_apart(paths, expected):
 
 @pytest.mark.parametrize("text, path, weight", [
     ("sets/vgg", "sets/vgg", 1), ("sets/vgg:5", "sets/vgg", 5), ("sets/vgg:0.5", "sets/vgg", 0.5),
-    ("C:\\sets", "C:\\sets", 1), ("a:b:2", "a:b", 2),
+    ("C:\\sets", "C:\\sets", 1), ("a:b:2", "a:b", 2), ("a:0_8", "a:0_8", 1),
 ])
 def test_sources(text, path, weight):
     assert DataSource.parse(text) == DataSource(Path(path), weight)

@@ -72,6 +72,7 @@ def test_the_list_says_where_adapters_act(tmp_path):
         ("dog.pt full", "line 1: the strength is 'full', expected a number"),
         ("dog.pt 0,8", "line 1: the strength is '0,8', expected a number, with a point"),
         ("dog.pt nan", "the strength is 'nan'"),
+        ("dog.pt 0_8", "the strength is '0_8'"),
         ("dog.pt 1 a b", "quote what has spaces"),
         ("dog.pt 1 ../up", "the label '../up' cannot name a folder"),
         ("dog.pt 1\ndog.pt 1.0", "line 2: the label 'dog 1' is used twice"),

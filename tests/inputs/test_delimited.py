@@ -106,6 +106,7 @@ def test_with_commas_between_columns_a_decimal_comma_is_an_error(tmp_path):
     (["1,5", "1.234,5"], "1.234,5", "a number"),
     (["1,234,500"], "1,234,500", "a number"),
     (["1,5"], "-0,5", "a number"),
+    (["1.5"], "0_8", "a number"),
 ])
 def test_a_number_that_may_be_two_is_an_error(cells, text, message):
     with pytest.raises(ValueError, match=message):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ast
+import math
 from pathlib import Path
 
 import pytest
 from plain_counts import plural_counts
 
 from selva.utils.errors import UserError
-from selva.utils.text import clock, counted, read_text, told_apart
+from selva.utils.text import clock, counted, number_in, read_text, told_apart
 
 
 @pytest.mark.parametrize("seconds, text", [(0.4, "0 s"), (59.6, "1:00 min"), (200, "3:20 min"), (3725, "1:02:05 h")])
@@ -21,6 +22,11 @@ def test_one_thing_has_no_plural():
     assert [counted(number, "clip") for number in (0, 1, 2)] == ["0 clips", "1 clip", "2 clips"]
     assert (counted(20_000, "clip"), counted(20_000, "clip", grouped=True)) == ("20000 clips", "20,000 clips")
     assert counted(2, "video or sound", "videos or sounds") == "2 videos or sounds"
+
+
+def test_a_number_is_what_people_write():
+    assert [number_in(text) for text in ("0.8", "-1e3", " 2 ", "inf")] == [0.8, -1000, 2, math.inf]
+    assert all(math.isnan(number_in(text)) for text in ("0_8", "\u0668", "0,8", "loud", "", "nan"))
 
 
 def test_paths_are_told_apart_by_their_last_folders():
