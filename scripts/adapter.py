@@ -21,7 +21,7 @@ import logging
 import math
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,6 +74,12 @@ def output_of(args: argparse.Namespace) -> Path:
         raise UsageError(f"{args.command} writes a file: give --output" + (f" {shlex.quote(last)}" if meant else ""))
     if args.output.exists() and not args.overwrite and not (args.output.is_dir() and not any(args.output.iterdir())):
         raise UsageError(f"{args.output}: is there already; name another --output, or replace it with --overwrite")
+    from selva.weights.adapters import check_ending
+
+    if args.command != "bake":
+        check_ending(args.output, args.to)
+    elif args.output.suffix in (".pt", ".bin", ".ckpt"):
+        raise UsageError(f"{args.output}: a generator is written as .pth or .safetensors, or into a folder")
     return args.output
 
 
@@ -119,13 +125,28 @@ def write_cut(args: argparse.Namespace, cut: Cut, cuts: bool) -> int:
     return 0
 
 
+def for_each(args: argparse.Namespace, look: Callable[[str, Adapter], bool]) -> int:
+    """Look at every adapter and return the exit code; one that cannot be read does not hide those behind it.
+
+    Args:
+        look: given the file as it was named and its adapter; returns whether all is well with it.
+    """
+    failed = False
+    for text in need_files(args, 1):
+        try:
+            failed |= not look(text, opened(args, Path(text)))
+        except (OSError, UserError) as error:
+            log.error("%s", error)
+            failed = True
+    return cli.EXIT_FAILED if failed else 0
+
+
 def info(args: argparse.Namespace) -> int:
     from selva.lora.tools import layer_numbers
     from selva.weights.adapters import loads_here, where_it_loads
     from selva.weights.find import generator_change
 
-    for text in need_files(args, 1):
-        adapter = opened(args, Path(text))
+    def look(text: str, adapter: Adapter) -> bool:
         numbers, meta = layer_numbers(adapter), adapter.meta
         kinds = [kind for kind, is_so in (
             ("PiSSA as published", adapter.is_pissa),
@@ -145,7 +166,9 @@ def info(args: argparse.Namespace) -> int:
             print(f"  {line}")
         for name, n in numbers.items() if args.layers else ():
             print(f"  {name}\trank {n.rank}\tused {n.used_rank}\tnorm {n.norm:.4g}")
-    return 0
+        return True
+
+    return for_each(args, look)
 
 
 def convert(args: argparse.Namespace) -> int:
@@ -186,7 +209,7 @@ def bake(args: argparse.Namespace) -> int:
     from selva.weights.adapters import baked_with, parse_strength
 
     pairs = [(opened(args, path), strength) for path, strength in map(parse_strength, need_files(args, 1))]
-    variants = {adapter.meta["variant"] for adapter, _ in pairs if "variant" in adapter.meta}
+    variants = {adapter.meta["variant"] for adapter, _ in pairs if adapter.meta.get("variant") is not None}
     if len(variants) != 1:
         raise UsageError(f"bake needs one base model, got {sorted(variants) or 'none'}; give --variant")
     variant = variants.pop()
@@ -235,18 +258,18 @@ def check(args: argparse.Namespace) -> int:
 
     if args.variant is None:
         raise UsageError("check takes the --variant that the adapter is to be used with")
-    failed = False
-    for text in need_files(args, 1):
-        adapter = opened(args, Path(text))
+
+    def look(text: str, adapter: Adapter) -> bool:
         problems = adapter_problems(adapter, args.variant)
-        failed |= bool(problems)
         for problem in problems:
             log.error("%s: %s", text, problem)
         if change := generator_change(adapter.meta, args.base):
             log.warning("%s: was trained on %s and is checked for %s (--base), with which it sounds different", text,
                         *change)
         print(f"{text}: {'does not fit' if problems else 'fits'} {args.variant}")
-    return cli.EXIT_FAILED if failed else 0
+        return not problems
+
+    return for_each(args, look)
 
 
 COMMANDS = {one.__name__: one for one in (info, convert, merge, resize, soup, bake, extract, diff, check)}

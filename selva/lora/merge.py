@@ -124,8 +124,9 @@ class Adapter:
         return lora_scale(self.meta.get("alpha", rank), rank, self.meta.get("use_rslora", False))
 
     def problems(self) -> list[str]:
-        """Return the problems of the tensors by themselves: foreign keys, a missing partner, ranks that differ."""
-        problems = [f"{key} is no LoRA tensor" for key in self.tensors if not key.endswith(ADAPTER_SUFFIXES)]
+        """Return the problems of it by itself: odd settings, foreign keys, a missing partner, ranks that differ."""
+        problems = _odd_settings(self.meta)
+        problems += [f"{key} is no LoRA tensor" for key in self.tensors if not key.endswith(ADAPTER_SUFFIXES)]
         if problems:
             return problems
         for name in self.layer_names():
@@ -161,6 +162,20 @@ class Adapter:
             excess = magnitude_excess(magnitude.cpu().float(), row_norms(adapted))
             return update + per_row(excess, adapted.dim() - 1) * adapted
         return update
+
+
+def _odd_settings(meta: Mapping[str, Any]) -> list[str]:
+    """Return the problems of those settings that decide how an adapter is used."""
+    variant, clip_features, generator = (meta.get(key) for key in ("variant", "clip_features", "generator"))
+    problems = []
+    if variant is not None and not isinstance(variant, str):
+        problems.append(f"variant in the meta is {variant!r}, expected the name of a base model")
+    if clip_features is not None and clip_features not in ("use", "empty"):
+        problems.append(f"clip_features in the meta is {clip_features!r}, expected 'use' or 'empty'")
+    of_own = isinstance(generator, Mapping) and all(isinstance(generator.get(key), str) for key in ("name", "mark"))
+    if generator is not None and not of_own:
+        problems.append(f"generator in the meta is {generator!r}, expected the name and the mark of a file")
+    return problems
 
 
 def clip_features_of(adapters: Iterable[tuple[Adapter, float]], remedy: str) -> str | None:

@@ -21,11 +21,11 @@ from selva.lora.config import MAX_PROBLEMS
 from selva.lora.formats import from_foreign, to_kohya, to_peft
 from selva.lora.merge import RESIDUAL_SUFFIXES, clip_features_of, merge_adapters, update_weight
 from selva.models.generator import COMPUTED_KEYS, Generator
-from selva.models.variants import get_variant
+from selva.models.variants import VARIANTS, get_variant
 from selva.models.zoo import build_generator
-from selva.utils.errors import UserError
+from selva.utils.errors import UsageError, UserError
 from selva.utils.files import atomic_path, atomic_write_text
-from selva.utils.text import counted, listed
+from selva.utils.text import counted, listed, number_in
 from selva.utils.torch_files import read_safetensors, read_torch, write_safetensors, write_torch
 from selva.weights.find import (
     CLIP_FEATURES_KEY,
@@ -220,12 +220,9 @@ def parse_strength(text: str) -> tuple[Path, float]:
     name, colon, number = text.rpartition(":")
     if not colon or Path(text).exists():
         return Path(text), 1.0
-    try:
-        strength = float(number)
-    except ValueError:
-        strength = math.nan
+    strength = number_in(number)
     if not math.isfinite(strength):
-        raise UserError(f"{text}: the strength is {number!r}, expected a number")
+        raise UserError(f"{text}: the strength is {number!r}, expected a number such as 0.8")
     return Path(name), strength
 
 
@@ -245,7 +242,8 @@ def _open(path: Path, variant: str | None, fold: bool) -> Adapter:
     config = _read_peft_config(folder / PEFT_CONFIG)
     own = meta if isinstance(meta, Mapping) else {}
     kept = {key: value for key, value in own.items() if key not in ("format", "native_target")}
-    names = list(layer_shapes(variant or kept["variant"])) if variant or "variant" in kept else None
+    known = variant or kept.get("variant")
+    names = list(layer_shapes(known)) if isinstance(known, str) and known in VARIANTS else None
     foreign = from_foreign(content, str(path), peft_config=config, layer_names=names, meta=kept, fold=fold)
     if foreign is None:
         return load_adapter(path)
@@ -270,6 +268,16 @@ def _read_peft_config(path: Path) -> dict[str, Any] | None:
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 
+def check_ending(path: Path, to: str) -> None:
+    """Raise a UsageError if a path cannot be that of an adapter in one of :data:`FORMATS`."""
+    assert to in FORMATS, to
+    endings = {"selva": (".pt", ".pth", ".safetensors"), "comfyui": (".pt",), "kohya": (".safetensors",)}
+    if to == "peft" and (path.is_file() or path.suffix in (".pt", ".safetensors")):
+        raise UsageError(f"{path}: an adapter of PEFT is a folder; name one")
+    if to != "peft" and path.suffix not in endings[to]:
+        raise UsageError(f"{path}: the format {to} is written as {' or '.join(endings[to])}")
+
+
 def write_adapter(adapter: Adapter, path: Path, to: str) -> Path:
     """Write an adapter in one of :data:`FORMATS`, read it back, and compare the update of every weight, bit for bit.
 
@@ -277,14 +285,10 @@ def write_adapter(adapter: Adapter, path: Path, to: str) -> Path:
         path: a .pt or .safetensors for "selva", a .pt for "comfyui", a .safetensors for "kohya", a folder for "peft".
 
     Raises:
-        UserError: the format cannot hold this adapter; names what.
+        UserError: the format cannot hold this adapter, or it holds NaN or infinite values; names what.
     """
-    assert to in FORMATS, to
-    endings = {"selva": (".pt", ".pth", ".safetensors"), "comfyui": (".pt",), "kohya": (".safetensors",), "peft": ("",)}
-    if path.suffix not in endings[to] and to != "peft":
-        raise UserError(f"{path}: the format {to} is written as {' or '.join(endings[to])}")
-    if to == "peft" and (path.is_file() or path.suffix in (".pt", ".safetensors")):
-        raise UserError(f"{path}: an adapter of PEFT is a folder; name one")
+    check_ending(path, to)
+    _check_finite(adapter.tensors, f"{path}: not written: there are")
     header = {"format": "pt", "meta": json.dumps(adapter.meta, allow_nan=False)}
     if to == "peft":
         tensors, config = to_peft(adapter)

@@ -124,6 +124,12 @@ def test_files_of_the_same_name_are_compared(tmp_path, caplog, command):
         (["check", "A"], 2, "check takes the --variant"),
         (["info", "no.pt"], 1, "no.pt: no such file"),
         (["extract", "--variant", "tiny_16k"], 2, "extract takes --tuned"),
+        (["extract", "--tuned", "none.pth", "--variant", "tiny_16k", "--rank", "4", "--output", "x.bin"], 2,
+         "x.bin: the format selva is written as .pt or"),
+        (["merge", "no.pt", "--output", "x.bin"], 2, "x.bin: the format selva is written as"),
+        (["convert", "no.pt", "--to", "peft", "--output", "x.pt"], 2, "x.pt: an adapter of PEFT is a folder"),
+        (["bake", "A", "--output", "x.pt"], 2, "x.pt: a generator is written as .pth or .safetensors, or into a"),
+        (["merge", "A:1e39", "--output", "x.pt"], 1, "x.pt: not written: there are NaN or infinite values in joint_"),
         (["extract", "--tuned", "none.pth", "--variant", "tiny_16k", "--rank", "4"], 2, "extract writes a file"),
         (["merge", "A:x", "--output", "x.pt"], 1, "the strength is 'x'"),
     ],
@@ -131,7 +137,35 @@ def test_files_of_the_same_name_are_compared(tmp_path, caplog, command):
 def test_mistakes_are_one_line(files, arguments, code, message, caplog, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     named = {"A": str(files[0]), "B": str(files[1]), "A:x": f"{files[0]}:x", "A:0.8": f"{files[0]}:0.8",
-             "B:0.5": f"{files[1]}:0.5"}
+             "B:0.5": f"{files[1]}:0.5", "A:1e39": f"{files[0]}:1e39"}
     assert run(*(named.get(a, a) for a in arguments)) == code
     (record,) = [record for record in caplog.records if record.levelname == "ERROR"]
     assert message in record.getMessage() + "|" and "\n" not in record.getMessage()
+    assert not (tmp_path / "x.pt").exists()
+
+
+def with_meta(path: Path, **meta) -> Path:
+    """An adapter as other programs and hands may write it."""
+    made = make_adapter()
+    torch.save({"state_dict": dict(made.tensors), "meta": {**made.meta, "alpha": 2.0, **meta}}, path)
+    return path
+
+
+@pytest.mark.parametrize("command", ["info", "check"])
+def test_an_adapter_that_cannot_be_read_does_not_hide_the_others(files, tmp_path, command, caplog, capsys):
+    (tmp_path / "bad.pt").write_bytes(b"PK, but no zip")
+    odd = with_meta(tmp_path / "odd.pt", variant=["tiny_16k"])
+    more = [] if command == "info" else ["--variant", "tiny_16k"]
+    assert run(command, tmp_path / "bad.pt", files[0], odd, tmp_path / "no.pt", files[1], *more) == cli.EXIT_FAILED
+    printed = capsys.readouterr().out
+    assert f"{files[0]}: " in printed and f"{files[1]}: " in printed
+    errors = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert [error.partition(":")[0] for error in errors] == [str(tmp_path / n) for n in ("bad.pt", "odd.pt", "no.pt")]
+    assert "variant in the meta is ['tiny_16k'], expected the name of a base model" in errors[1]
+
+
+def test_a_variant_that_is_not_known_here_is_shown(tmp_path, capsys):
+    for variant, said in (("huge_96k", "huge_96k"), (None, "not said")):
+        assert run("info", with_meta(tmp_path / "a.pt", variant=variant)) == 0
+        assert f"base model: {said}\n" in capsys.readouterr().out
+    assert run("bake", tmp_path / "a.pt", "--variant", "tiny_16k", "--output", tmp_path / "baked") == 0

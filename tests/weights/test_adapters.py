@@ -205,8 +205,9 @@ def test_strengths_behind_a_colon(tmp_path):
     assert parse_strength("dog.pt:0.5")[1] == 0.5 and parse_strength("dog.pt")[1] == 1.0
     (tmp_path / "a:1").write_text("", encoding="utf-8")
     assert parse_strength(str(tmp_path / "a:1")) == (tmp_path / "a:1", 1.0)
-    with pytest.raises(UserError, match="the strength is 'loud'"):
-        parse_strength("dog.pt:loud")
+    for number in ("loud", "0_8", "\u0668", "nan", ""):  # Python's float takes 0_8 for 8, and an Arabic 8
+        with pytest.raises(UserError, match=f"the strength is '{number}', expected a number such as"):
+            parse_strength(f"dog.pt:{number}")
 
 
 def test_an_odd_scale_stays_in_the_meta_only_where_that_is_asked_for(tmp_path):
