@@ -253,17 +253,18 @@ def diff(args: argparse.Namespace) -> int:
 
 
 def check(args: argparse.Namespace) -> int:
-    from selva.weights.adapters import adapter_problems
+    from selva.weights.adapters import adapter_problems, generator_file
     from selva.weights.find import generator_change
 
     if args.variant is None:
         raise UsageError("check takes the --variant that the adapter is to be used with")
+    base = None if args.base is None else generator_file(args.base, args.variant)
 
     def look(text: str, adapter: Adapter) -> bool:
         problems = adapter_problems(adapter, args.variant)
         for problem in problems:
             log.error("%s: %s", text, problem)
-        if change := generator_change(adapter.meta, args.base):
+        if change := generator_change(adapter.meta, base):
             log.warning("%s: was trained on %s and is checked for %s (--base), with which it sounds different", text,
                         *change)
         print(f"{text}: {'does not fit' if problems else 'fits'} {args.variant}")

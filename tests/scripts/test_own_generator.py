@@ -84,6 +84,12 @@ def test_an_adapter_of_another_generator_is_told_wherever_it_meets_one(tmp_path,
             said = capsys.readouterr().err
             assert (f"was trained on {before} and is {is_used} {now} (--base)" in said) == bool(before), said
             assert ("was trained on" in said) == bool(before), said
+    for command in (["check", str(plain), "--variant", "tiny_16k"],
+                    ["bake", str(plain), "--output", str(tmp_path / "x.pth")]):
+        assert adapter_script.main([*command, "--base", str(tmp_path / "none")]) == 1
+        assert "none: no such file" in capsys.readouterr().err
+        assert adapter_script.main([*command, "--base", str(tmp_path / "baked")]) == 0
+        assert "was trained on" in capsys.readouterr().err  # the generator in that folder
     assert adapter_script.main(["info", str(trained_on_own), str(plain)]) == 0
     said = capsys.readouterr().out
     assert f"base model: tiny_16k, with --generator {here}\n" in said and "base model: tiny_16k\n" in said
