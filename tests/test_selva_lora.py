@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import selva_lora
+
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(path for folder in (".", "scripts", "benchmarks") for path in (ROOT / folder).glob("*.py")
                  if "__main__" in path.read_text(encoding="utf-8"))
@@ -51,3 +53,28 @@ def test_every_script_looks_before_it_imports():
     for path in SCRIPTS:
         first = re.search(r"^(?:from|import) (selva\w*|toyworld)", path.read_text(encoding="utf-8"), re.MULTILINE)
         assert path.name == "setup.py" or (first and first[1] == "selva_lora"), path
+
+
+@pytest.mark.parametrize(("given", "expected"), [
+    ({}, {"GOMP_SPINCOUNT": "20000"}),
+    ({"GOMP_SPINCOUNT": "7"}, {"GOMP_SPINCOUNT": "7"}),
+    ({"OMP_WAIT_POLICY": "active"}, {"OMP_WAIT_POLICY": "active"}),
+])
+def test_threads_wait_briefly_unless_the_user_has_said_how(given, expected):
+    environment = dict(given)
+    selva_lora.wait_briefly(environment)
+    assert environment == expected
+
+
+@pytest.mark.parametrize("script", ["train_lora.py", "infer.py", "extract_features.py", "scripts/train_base.py"])
+def test_how_threads_wait_is_set_before_pytorch_is_loaded(script):
+    """It is read once, when PyTorch is loaded, which shows it then."""
+    code = f"import runpy; runpy.run_path({str(ROOT / script)!r}); import torch"
+    unset = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    environment = {name: value for name, value in os.environ.items() if name not in unset}
+    environment |= {"OMP_DISPLAY_ENV": "verbose", "PYTHONPATH": str(ROOT)}
+    shown = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert shown.returncode == 0, shown.stderr
+    if "GOMP_" not in shown.stderr:
+        pytest.skip("this PyTorch has another library of threads")
+    assert "GOMP_SPINCOUNT = '20000'" in shown.stderr
