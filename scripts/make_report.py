@@ -44,6 +44,7 @@ log = logging.getLogger("selva.make_report")
 MEDIA_SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".flac", ".wav")  # the first that is there is played
 LABELS = {"before": "before", "after": "with the adapter", "true": "true sound"}
 ABOUT = "sounds before and after a training, by make_report.py"  # in the head of a page, which may be replaced by it
+QUICKSTART = "tiny_16k learns a new sound: "  # title of its page
 FIT_COUNT = 25  # scenes per class for the classifier
 
 
@@ -200,7 +201,7 @@ def summary(judged: dict[str, Judged], truths: dict[str, tuple[str, list[float]]
 @cli.entry_point
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    check_own_output("--output", args.output, ".html", lambda path: is_page(path, ABOUT))
+    check_own_output("--output", args.output, ".html", lambda path: is_page(path, ABOUT, QUICKSTART))
     meta, metrics, adapter, verdict = run_facts(args.run)
     names, left_out = clip_names(args.before, args.after)
     truths = {name: truth for name, truth in read_events(args.true).items() if name in names}

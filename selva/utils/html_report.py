@@ -164,11 +164,16 @@ class Page:
         )
 
 
-def is_page(path: Path, about: str) -> bool:
-    """Return True if a file is a page with these words in its head, see :class:`Page`."""
+def is_page(path: Path, about: str, titled: str) -> bool:
+    """Return True if a file is a page with these words in its head, see :class:`Page`.
+
+    Args:
+        titled: beginning of the title of a page of ours from before pages had such words.
+    """
     with open(path, "rb") as file:
-        head = file.read(4096).decode("utf-8", "replace")
-    return f'<meta name="description" content="{html.escape(about, quote=True)}">' in head
+        head = file.read(len(_STYLE.encode()) + 4096).decode("utf-8", "replace")
+    said = f'<meta name="description" content="{html.escape(about, quote=True)}">'
+    return said in head or (f"<title>{html.escape(titled)}" in head and "figcaption b {" in head)
 
 
 def data_uri(content: bytes, mime: str) -> str:

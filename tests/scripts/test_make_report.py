@@ -12,6 +12,7 @@ import torch
 
 from scripts import make_demo_clips, make_report
 from selva.media import mux_video, write_audio
+from selva.utils.html_report import Page
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +101,14 @@ def test_no_other_file_is_replaced(folders, tmp_path, capsys):
     assert (root / "notes.html").read_text() == "<!doctype html><p>mine"
     for _ in range(2):  # its own page is made anew
         assert report(root, "--output", str(root / "page.html")) == 0
+
+
+@pytest.mark.parametrize(("title", "code"), [("tiny_16k learns a new sound: gong", 0), ("Gongs of mine", 2)])
+def test_the_page_of_an_earlier_quickstart_is_replaced(folders, tmp_path, title, code):
+    """Pages did not say what they are then; a person's of that time is not taken for one."""
+    root = shutil.copytree(folders, tmp_path / "copy")
+    Page(title, "tiny_16k").write(root / "page.html")
+    assert report(root, "--output", str(root / "page.html")) == code
 
 
 @pytest.mark.parametrize(
