@@ -13,6 +13,7 @@ from pathlib import Path
 from gpu_rows import Gap, Row, Rows, Setup
 
 from selva.utils.errors import UserError
+from selva.utils.text import counted
 
 ROOT = Path(__file__).resolve().parents[1]
 GPU_TESTS = "tests/test_on_gpu.py"  # all that are marked gpu; collecting the others takes longer than running these
@@ -70,7 +71,8 @@ def tests(setup: Setup) -> Rows:
     if missing := int(chosen[1]) - len(failed) - len(passed) - len(skipped):
         interrupted = next((f", from {name} on" for name, found in results.items() if found == {""}), "")
         last = "" if code is None else f": {printed[-LAST_CHARACTERS:]}"
-        yield Gap(f"{missing} of {chosen[1]} tests{interrupted}", f"pytest {ended}{last}", fault=code is not None)
+        yield Gap(f"{missing} of {counted(int(chosen[1]), 'test')}{interrupted}", f"pytest {ended}{last}",
+                  fault=code is not None)
 
 
 def run(setup: Setup, command: list) -> tuple[int | None, str]:

@@ -448,7 +448,7 @@ def test_changed_clips_are_refused_and_a_new_run_starts_from_the_adapter(feature
     start = tensors(out / "adapter_final.pt")
     first = ("--no_preview", "--init_from", str(out / "adapter_final.pt"), "--steps", "2", "--lr", "1e-9")
     assert train(feature_dir, new, *first, "--rank", "4") == 0
-    assert "starting at the adapter adapter_final.pt" in capsys.readouterr().err
+    assert f"starting at the adapter {out / 'adapter_final.pt'}" in capsys.readouterr().err
     for key, value in tensors(new / "adapter_final.pt").items():
         part = value[:2] if key.endswith("lora_A") else value[:, :2]
         torch.testing.assert_close(part, start[key], rtol=0, atol=1e-6)
