@@ -125,7 +125,7 @@ def combine_adapters(
             pairs.setdefault(name, []).append(_scaled(adapter, name, strength))
     if not pairs:
         raise UserError("nothing to merge: every strength is 0")
-    meta = common_meta([adapter for adapter, strength in adapters if strength != 0])
+    meta = _common_meta([adapter for adapter, strength in adapters if strength != 0])
     unlike = [name for name, own in pairs.items() if len({(len(b), *a.shape[1:]) for a, b in own}) > 1]
     if unlike:
         raise UserError(f"these layers have other shapes in the adapters, which are not of one base model: "
@@ -182,7 +182,7 @@ def _plain(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Adapter:
     return Adapter(dict(tensors), {**meta, **own}, "adapter")
 
 
-def common_meta(adapters: Sequence[Adapter]) -> dict[str, Any]:
+def _common_meta(adapters: Sequence[Adapter]) -> dict[str, Any]:
     """Return those settings that decide how adapters are used, which have to be the same in all of them.
 
     Raises:
